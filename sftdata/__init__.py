@@ -1,0 +1,1 @@
+"""Turn SFT data into verified constant-length shards."""

@@ -1,0 +1,218 @@
+"""The few values that pass between stages. A batch is columns; index i in each column is the same example.
+
+    RowBatch ── canonical ──> list[Row] ── render ──> TextBatch ── encode ──> TokenBatch ── pack ──> PackPlan
+
+`row` columns point back into the slice's RowBatch, so that every later value knows where it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowBatch:
+    """The rows of one slice, as parsed.
+
+    Attributes:
+        rows: one JSON object each (`str` for a line of plain text).
+        example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and line.
+        lines: int64[N], 1-based line (or record, or element) in the source file.
+        byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte position.
+    """
+
+    rows: list[Any]
+    example_ids: Int64
+    lines: Int64
+    byte_offsets: Int64
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+# ----------------------------------------------------------------------------------------- canonical
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as `apply_chat_template` takes them, with what the row says about training them.
+
+    Attributes:
+        messages: dicts of plain JSON data: `role` (system, user, assistant, tool; others pass through to the template),
+            `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls`, `name`, `tool_call_id`.
+        trained: a message's own switch, True / False / None (None: the `train_on` policy decides); one per message.
+        tools: JSON schemas of the tools, or None.
+        template_kwargs: this row's own template arguments.
+        prompt_messages: how many leading messages are prompt only (conversational prompt/completion rows).
+    """
+
+    messages: list[dict[str, Any]]
+    trained: list[bool | None]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_messages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and the completion to train, both rendered text, joined without anything between."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Running text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A row tokenized elsewhere: int ids and labels (-100 where not trained), of equal length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+Row = Conversation | Completion | Text | Tokens
+
+
+# -------------------------------------------------------------------------------------------- render
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Lists of half-open ranges, one list per example: `values[offsets[i]:offsets[i + 1]]` belongs to example i.
+
+    Attributes:
+        values: int64[K, 2], (start, stop) pairs, ascending and disjoint inside one example.
+        offsets: int64[N + 1].
+    """
+
+    values: Int64
+    offsets: Int64
+
+    @classmethod
+    def from_lists(cls, lists: list[list[tuple[int, int]]]) -> Ragged:
+        """Build from one list of (start, stop) pairs per example.
+
+        >>> Ragged.from_lists([[(0, 2)], [], [(1, 3), (5, 6)]]).offsets.tolist()
+        [0, 1, 1, 3]
+        """
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(pairs) for pairs in lists], out=offsets[1:])
+        flat = [pair for pairs in lists for pair in pairs]
+        return cls(np.array(flat, np.int64).reshape(-1, 2), offsets)
+
+    def __getitem__(self, index: int) -> Int64:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextBatch:
+    """Rendered texts with what is trained in them, before any tokenizer.
+
+    Attributes:
+        texts: str[N].
+        trained: byte ranges (utf-8) of each text that the model must generate.
+        literal: byte ranges whose text is data although it spells a control token: encode without matching it.
+        row: int64[N], index into the RowBatch.
+        reference_ends: True when BOS/EOS are the tokenizer's to add (raw text); False when the template wrote them.
+        closed: bool[N], whether a trained end token (EOS) belongs after the text; only read with `reference_ends`.
+    """
+
+    texts: list[str]
+    trained: Ragged
+    literal: Ragged
+    row: Int64
+    reference_ends: bool
+    closed: Bool
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+# -------------------------------------------------------------------------------------------- encode
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatch:
+    """Token ids of all examples, end to end.
+
+    Attributes:
+        input_ids: int32[T].
+        trained: bool[T].
+        offsets: int64[N + 1]; example i is `input_ids[offsets[i]:offsets[i + 1]]`.
+        row: int64[N], index into the RowBatch.
+    """
+
+    input_ids: Int32
+    trained: Bool
+    offsets: Int64
+    row: Int64
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def lengths(self) -> Int64:
+        """int64[N], tokens per example."""
+        return np.diff(self.offsets)
+
+
+# ---------------------------------------------------------------------------------------------- pack
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackPlan:
+    """Which tokens of which example go where. A document is a stretch of one example inside one packed row.
+
+    Attributes:
+        offsets: int64[P + 1]; packed row p holds documents `offsets[p]:offsets[p + 1]`, in order.
+        example: int64[D], index into the TokenBatch.
+        start, stop: int64[D], the stretch of that example's own tokens, half-open.
+    """
+
+    offsets: Int64
+    example: Int64
+    start: Int64
+    stop: Int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows:
+    """The columns of a shard, in final layout.
+
+    Attributes:
+        input_ids, labels: int32[T]; T = P * max_length when rows are constant-length.
+        row_offsets: int64[P + 1], token offsets of the rows.
+        seq_lengths: int32[S], document lengths row after row, padding as one last segment.
+        example_ids: int64[S], input row behind each document, -1 for padding.
+        segment_offsets: int64[P + 1], into `seq_lengths` and `example_ids`.
+    """
+
+    input_ids: Int32
+    labels: Int32
+    row_offsets: Int64
+    seq_lengths: Int32
+    example_ids: Int64
+    segment_offsets: Int64
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1

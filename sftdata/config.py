@@ -1,0 +1,96 @@
+"""Every setting of `prepare`, in one frozen model; echoed whole into the manifest.
+
+Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sftdata.errors import UsageError
+
+DEFAULT_DATE = "2025-01-01"
+DEFAULT_MAX_LENGTH = 1024
+
+
+class PrepareConfig(BaseModel):
+    """What to read, how to render and mask it, and how to cut, pack and store it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # ---- what is read
+    inputs: tuple[str, ...] = Field(min_length=1, description="Files, folders, globs, URLs or Hub dataset ids.")
+    split: str = Field("train", description="Split of a Hub or saved dataset.")
+    subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
+    format: str | None = Field(None, description="Row format by name; default: detected.")
+    map: dict[str, str] = Field(default_factory=dict, description="Canonical column = column in the data, as completion=response.")
+    map_role: dict[str, str] = Field(default_factory=dict, description="Role in the data = canonical role, as bot=assistant.")
+    formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
+    kind: Literal["auto", "conversation", "completion", "text"] = Field(
+        "auto", description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use."
+    )
+    prompt_template: str | None = Field(None, description="File with {field} slots for instruction rows without a chat template.")
+    max_line_bytes: int = Field(64 << 20, gt=0, description="A longer line is rejected, bytes.")
+
+    # ---- what is rendered and trained
+    tokenizer: str = Field(description="Folder or Hub id of the tokenizer.")
+    revision: str | None = Field(None, description="Revision of a Hub tokenizer.")
+    chat_template: str | None = Field(None, description="Built-in name, template file, or tokenizer to clone from.")
+    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments for every render of the chat template.")
+    date: str = Field(DEFAULT_DATE, pattern=r"^\d{4}-\d{2}-\d{2}$", description="What strftime_now sees in templates.")
+    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = Field(
+        "auto", description="auto: assistant for conversations, completion for prompt/completion, all for text."
+    )
+    response_template: str | tuple[int, ...] | None = Field(None, description="Marker before each trained answer in running text.")
+    instruction_template: str | tuple[int, ...] | None = Field(None, description="Marker before each instruction.")
+    mask_mode: Literal["default", "trl-0.7.10"] = Field("default", description="How response templates mask.")
+    boundary: Literal["split", "merge"] = Field("split", description="Tokens that straddle the edge of a trained span.")
+    eos_token: str | None = Field(None, description="End token to write after the last trained turn, or instead of the tokenizer's.")
+    trust_control_tokens: bool = Field(False, description="Let control tokens typed inside message content count as such.")
+
+    # ---- how it is cut, packed and stored
+    output: Path = Field(description="Folder of the set.")
+    max_length: int | None = Field(None, gt=0, description="Tokens per packed row; default min(model_max_length, 1024).")
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = Field("truncate", description="Rows longer than max_length.")
+    packing: Literal["bfd", "wrapped", "none"] = Field("bfd", description="Best-fit decreasing, one cut stream, or one example a row.")
+    max_rejects: str = Field("1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20).")
+    slice_bytes: int = Field(32 << 20, gt=0, description="Input bytes per slice; packing does not cross slices.")
+
+    # ---- how the work is done (never changes a byte of the set)
+    workers: int | None = Field(None, gt=0, description="Worker processes; default: one per usable core.")
+    engine: Literal["auto", "gigatoken", "tokenizers"] = Field("auto", description="Tokenizer engine; auto takes the fast one where it is proven equal.")
+    overwrite: bool = Field(False, description="Replace a finished set made with other settings.")
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_input_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else tuple(str(item) for item in value)
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""
+        how = {"output", "workers", "engine", "overwrite", "max_rejects"}
+        return self.model_dump(mode="json", exclude=how)
+
+
+def make_config(**settings: Any) -> PrepareConfig:
+    """Validate settings, with a one-line error that names the nearest known key.
+
+    Raises:
+        UsageError: an unknown key or a value outside its range.
+    """
+    known = set(PrepareConfig.model_fields)
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}."
+            raise UsageError(f"Unknown setting {key!r}.", hint)
+    try:
+        return PrepareConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise UsageError(f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", "see `sftdata prepare --help`.") from None
