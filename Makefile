@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a virtual environment in .venv, made once and again when pyproject.toml or
+# constraints.txt change.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := python3
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types check bench docs notebooks clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+# torch comes first and alone, so that pip keeps the build it finds for this machine (CPU or CUDA).
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev]'
+	@touch $@
+
+install: $(STAMP) ## Make the virtual environment with everything in it
+
+demo: $(STAMP) ## Prepare three small files, look at the mask, train a tiny model (under two minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
+
+test: $(STAMP) ## Run every test that needs neither a GPU nor the network
+	$(PYTEST)
+
+lint: $(STAMP) ## Check style and import rules
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+check: lint types test ## Check everything a change must pass
+
+bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md by hand, dated
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: $(STAMP) ## Run every command and snippet of README.md and docs/
+	$(BIN)/python -m pytest tests/test_docs.py
+
+notebooks: $(STAMP) ## Execute the notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks
+
+clean: ## Remove what can be made again
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
