@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole way on the embedded corpus: prepare, look, check, train. Usage: examples/demo.sh FOLDER
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-demo}
+export HF_HUB_OFFLINE=1
+rm -rf "$out"
+
+say() { printf '\n$ %s\n' "$*"; "$@"; }
+
+say sftdata prepare examples/prepare.yaml -o "$out/set"
+say sftdata inspect "$out/set" --example 3
+say sftdata verify "$out/set"
+say sfttrain run "$out/set" --init-from-config examples/tiny-model/config.json -o "$out/model" --max-steps 60
