@@ -1,0 +1,219 @@
+"""Pack examples into rows of constant length: lengths -> plan -> columns.
+
+Best-fit decreasing is run over *distinct* lengths: examples of one length are interchangeable, and so are rows with the same
+space left, so both are handled as ranges. The plan is the one that best-fit decreasing finds example by example; only its
+cost differs, since it follows the number of distinct lengths and not the number of examples.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import Literal
+
+import numpy as np
+
+from sftdata.batches import Bool, Int32, Int64, PackedRows, PackPlan, TokenBatch
+
+Strategy = Literal["bfd", "wrapped", "none"]
+
+NOT_TRAINED = -100
+PADDING_ID = -1
+"""Stands in `example_ids` for the padding at the end of a row."""
+
+_BLOCK_TOKENS = 1 << 18  # gather in blocks whose index arrays stay in the cache
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: multiplication by it permutes the 64-bit numbers
+
+
+def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> PackPlan:
+    """Decide which example goes into which packed row, and where.
+
+    An example without tokens makes no document. With `bfd` an example is never split; inside a row, documents stand in input
+    order, and rows are spread so that any stretch of them holds long and short examples alike, from all over the input. `wrapped`
+    cuts the stream of all examples every `max_length` tokens; `none` gives each example its own row.
+
+    Args:
+        lengths: int64[N], tokens per example.
+        max_length: tokens per packed row.
+        strategy: how to pack.
+
+    Raises:
+        ValueError: an example is longer than `max_length` with `bfd` or `none`; the over-long policy comes before packing.
+
+    Source: best-fit decreasing for training data, https://arxiv.org/abs/2404.10830; over a histogram of lengths,
+    https://arxiv.org/abs/2107.02027.
+
+    >>> plan = plan_packs(np.array([3, 6, 2, 5]), max_length=8)
+    >>> [plan.example[a:b].tolist() for a, b in zip(plan.offsets, plan.offsets[1:])]
+    [[1, 2], [0, 3]]
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if strategy == "wrapped":
+        return _cut_stream(lengths, max_length)
+    if lengths.max(initial=0) > max_length:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit max_length {max_length}")
+    example = np.flatnonzero(lengths)
+    if strategy == "none":
+        return PackPlan(np.arange(len(example) + 1), example, np.zeros_like(example), lengths[example])
+    position, rows = _assign_rows(lengths[example], max_length)
+    by_row = _stable_argsort(position)
+    example = example[by_row]
+    offsets = np.zeros(rows + 1, np.int64)
+    np.cumsum(np.bincount(position, minlength=rows), out=offsets[1:])
+    return PackPlan(offsets, example, np.zeros_like(example), lengths[example])
+
+
+def gather(
+    tokens: TokenBatch, example_ids: Int64, plan: PackPlan, max_length: int, pad_id: int, constant: bool = True
+) -> PackedRows:
+    """Lay the planned documents out as the columns of a shard.
+
+    Args:
+        tokens: the examples that the plan speaks of.
+        example_ids: int64[N], global row number of each example.
+        plan: from `plan_packs`.
+        max_length: tokens per packed row.
+        pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
+        constant: pad every row to `max_length` and train no document's first token, which has nothing before it to be predicted
+            from. False (with `none`): rows keep their length and their labels.
+    """
+    source = tokens.offsets[plan.example] + plan.start
+    lengths, ids = plan.stop - plan.start, example_ids[plan.example]
+    segment_offsets = plan.offsets
+    if constant:
+        filled = np.diff(_offsets(lengths)[plan.offsets])
+        short = np.flatnonzero(filled < max_length)
+        ends = plan.offsets[1:][short]
+        source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, max_length - filled[short])
+        ids = np.insert(ids, ends, PADDING_ID)
+        segment_offsets = plan.offsets + np.append(0, np.cumsum(filled < max_length))
+    target = _offsets(lengths)
+    input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
+    if constant:
+        padding = _positions(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
+        input_ids[padding], labels[padding] = pad_id, NOT_TRAINED
+        labels[target[:-1]] = NOT_TRAINED
+    return PackedRows(input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets)
+
+
+# ------------------------------------------------------------------------------------------- planning
+
+
+def _cut_stream(lengths: Int64, max_length: int) -> PackPlan:
+    offsets = _offsets(lengths)
+    total = int(offsets[-1])
+    row_starts = np.arange(0, total, max_length)
+    starts = np.unique(np.concatenate([offsets[:-1][lengths > 0], row_starts]))
+    example = np.searchsorted(offsets, starts, side="right") - 1
+    stops = np.append(starts[1:], total)[: len(starts)]
+    rows = np.searchsorted(starts, np.append(row_starts, total))
+    return PackPlan(rows.astype(np.int64), example, starts - offsets[example], stops - offsets[example])
+
+
+def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int64, int]:
+    """Return int64[N], the row of each example, and the number of rows."""
+    histogram = np.bincount(lengths)
+    distinct = np.flatnonzero(histogram)[::-1]
+    placements, rows = _best_fit(distinct.tolist(), histogram[distinct].tolist(), max_length)
+    first, per_row, placed = np.array(placements, np.int64).reshape(-1, 3).T
+    within = np.arange(len(lengths)) - np.repeat(_offsets(placed)[:-1], placed)
+    row = np.repeat(first, placed) + within // np.repeat(per_row, placed)
+    position = np.empty(len(lengths), np.int64)
+    position[_stable_argsort(max_length - lengths)] = _spread(rows)[row]
+    return position, rows
+
+
+def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Run best-fit decreasing over (length, count) pairs, longest first.
+
+    Returns:
+        placements, in the order in which examples are taken: (first row, examples per row, examples), the rows being
+        consecutive; and the number of rows.
+    """
+    placements: list[tuple[int, int, int]] = []
+    ranges: dict[int, list[tuple[int, int]]] = {}  # space left -> (first row, rows)
+    spaces: list[int] = []  # the keys of `ranges`, ascending
+    rows = 0
+
+    def keep(space: int, first: int, count: int) -> None:
+        if not count or space < distinct[-1]:
+            return
+        if space not in ranges:
+            ranges[space] = []
+            insort(spaces, space)
+        ranges[space].append((first, count))
+
+    for length, count in zip(distinct, counts, strict=True):
+        while count:
+            best = bisect_left(spaces, length)
+            if best < len(spaces):
+                space = spaces[best]
+                first, available = ranges[space].pop()
+                if not ranges[space]:
+                    del ranges[space], spaces[best]
+            else:
+                space, first, available = max_length, rows, -(-count // (max_length // length))
+                rows += available
+            # A row that still fits another example of this length is the tightest fit for it: fill row after row.
+            per_row = space // length
+            placed = min(count, available * per_row)
+            full, rest = divmod(placed, per_row)
+            used = full + (rest > 0)
+            placements.append((first, per_row, placed))
+            keep(space, first + used, available - used)
+            keep(space - per_row * length, first, full)
+            keep(space - rest * length, first + full, used - full)
+            count -= placed
+    return placements, rows
+
+
+def _spread(count: int) -> Int64:
+    """Return a permutation, int64[count]: where to put each of the rows that best fit opened, longest first.
+
+    Sorting by multiples of the golden ratio modulo one spaces neighbours evenly, so a stretch of the result samples the whole.
+    Arithmetic, not a random generator: the same in every version of every library.
+    """
+    with np.errstate(over="ignore"):
+        keys = np.arange(count, dtype=np.uint64) * _GOLDEN
+    position = np.empty(count, np.int64)
+    position[np.argsort(keys)] = np.arange(count)
+    return position
+
+
+def _stable_argsort(values: Int64) -> Int64:
+    """Argsort int64[N], 0 <= values < 2**31 and N < 2**32, ties in order; many times faster than `kind="stable"`."""
+    keys: Int64 = (values << 32) | np.arange(len(values))
+    keys.sort()
+    keys &= 0xFFFFFFFF
+    return keys
+
+
+# ------------------------------------------------------------------------------------------ gathering
+
+
+def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) -> tuple[Int32, Int32]:
+    """Copy segments from `source` to `target` positions; segments without a source get values to be overwritten."""
+    total = int(target[-1])
+    ids, labels = np.empty(total, np.int32), np.empty(total, np.int32)
+    edges = np.unique(np.append(np.searchsorted(target, np.arange(0, total, _BLOCK_TOKENS)), len(source)))
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        start, stop = int(target[first]), int(target[last])
+        index = _positions(source[first:last], np.diff(target[first : last + 1]))
+        np.take(input_ids, index, out=ids[start:stop], mode="clip")
+        labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], NOT_TRAINED)
+    return ids, labels
+
+
+def _positions(starts: Int64, lengths: Int64) -> Int64:
+    """Return start, start + 1, ... of each range, end to end.
+
+    >>> _positions(np.array([5, 20]), np.array([3, 2])).tolist()
+    [5, 6, 7, 20, 21]
+    """
+    offsets = _offsets(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
+def _offsets(lengths: Int64) -> Int64:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
