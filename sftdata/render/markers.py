@@ -1,0 +1,267 @@
+"""Response and instruction markers in running text: which stretch of each text or token row is trained.
+
+A text that carries its own markers (`### Human:` ... `### Assistant:` ...) says itself where the answers are. Markers are
+looked for in the *text*, before any tokenizer, so it does not matter into which ids a tokenizer turns them there. Markers
+given as token ids are looked for in the ids instead, with the same rules:
+
+1. Markers are found left to right without overlap; where two begin at one place the longer one counts.
+2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of the row.
+   A marker itself is never trained: at inference it is given, not generated.
+3. Without an instruction marker nobody can say where an earlier answer ends and the next question begins,
+   so only the stretch after the *last* response marker is trained. `repeated` counts the rows where that left answers out.
+4. A row without a response marker is a fault (`no-response-marker`). So is a row with several response markers and none of
+   the instruction markers that were asked for (`no-instruction-marker`): there, questions would be trained as answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from sftdata.batches import Bool, Int32, Int64
+from sftdata.errors import Fault, RowError, UsageError
+from sftdata.render.near_miss import describe_missing
+
+Span = tuple[int, int]
+Template = str | tuple[int, ...]
+
+
+class Marked(NamedTuple):
+    """What one text trains.
+
+    Attributes:
+        spans: byte ranges (utf-8) to train, ascending, disjoint, none empty.
+        closed: the text ends inside an answer (an empty one too), so a trained EOS belongs after it.
+        repeated: a response marker follows another with no instruction marker between.
+    """
+
+    spans: list[Span]
+    closed: bool
+    repeated: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MarkedTexts:
+    """What N texts train: `Marked` as columns. A faulty row has no spans.
+
+    Attributes:
+        spans: byte ranges (utf-8) of each text.
+        closed, repeated: bool[N].
+        faults: index of a text -> why it cannot be used.
+    """
+
+    spans: list[list[Span]]
+    closed: Bool
+    repeated: Bool
+    faults: dict[int, Fault]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MarkedTokens:
+    """What N token rows train.
+
+    Attributes:
+        trained: bool[T], all False in a faulty row.
+        repeated: bool[N], as in `Marked`.
+        faults: index of a row -> why it cannot be used.
+    """
+
+    trained: Bool
+    repeated: Bool
+    faults: dict[int, Fault]
+
+
+def check_markers(response: Template, instruction: Template | None) -> None:
+    """Refuse markers that cannot tell answers from instructions.
+
+    Raises:
+        UsageError: a marker is empty, both are the same, or one is text and the other token ids.
+    """
+    if len(response) == 0 or (instruction is not None and len(instruction) == 0):
+        raise UsageError("A response or instruction template is empty; expected text or token ids.", "leave the option out.")
+    if response == instruction:
+        raise UsageError(f"Response and instruction template are both {response!r}.", "give what begins each kind of turn.")
+    if instruction is not None and isinstance(response, str) != isinstance(instruction, str):
+        raise UsageError(
+            f"Response template {response!r} and instruction template {instruction!r} are not of one kind.",
+            "give both as text, or both as the token ids that `sftdata resolve` prints.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def find_spans(text: str, response: str, instruction: str | None = None) -> Marked:
+    r"""Find the byte ranges of a text that follow its response markers.
+
+    Raises:
+        RowError: `no-response-marker` or `no-instruction-marker`; the fix names the nearest variant the text holds.
+        UsageError: the markers are unusable, see `check_markers`.
+
+    >>> find_spans("Human: hi\nBot: hé\nHuman: bye\nBot: ok", "Bot:", "Human:").spans
+    [(14, 19), (34, 37)]
+    """
+    check_markers(response, instruction)
+    data = text.encode("utf-8", "surrogatepass")
+    markers = _text_markers(data, response, instruction)
+    responses = sum(is_response for _, _, is_response in markers)
+    if responses == 0:
+        raise RowError("no-response-marker", *describe_missing("response", response, text))
+    if instruction is not None and responses == len(markers) > 1:
+        raise RowError("no-instruction-marker", *describe_missing("instruction", instruction, text))
+
+    stops = [start for start, _, _ in markers[1:]] + [len(data)]
+    answers = [(marker[1], stop) for marker, stop in zip(markers, stops, strict=True) if marker[2]]
+    repeated = any(one[2] and two[2] for one, two in pairwise(markers))
+    if instruction is None:
+        answers = answers[-1:]
+    return Marked([span for span in answers if span[0] < span[1]], markers[-1][2], repeated)
+
+
+def _text_markers(data: bytes, response: str, instruction: str | None) -> list[tuple[int, int, bool]]:
+    """Return start, stop and whether it is a response, of all markers in order, without overlap."""
+    # utf-8 never matches inside a character, so a byte search finds what a text search finds, byte positions included.
+    found = [(start, -size, True) for start, size in _find_all(data, response.encode())]
+    if instruction is not None:
+        found += [(start, -size, False) for start, size in _find_all(data, instruction.encode())]
+    markers: list[tuple[int, int, bool]] = []
+    for start, minus_size, is_response in sorted(found):
+        if not markers or start >= markers[-1][1]:
+            markers.append((start, start - minus_size, is_response))
+    return markers
+
+
+def _find_all(data: bytes, marker: bytes) -> Iterator[tuple[int, int]]:
+    start = data.find(marker)
+    while start >= 0:
+        yield start, len(marker)
+        start = data.find(marker, start + 1)
+
+
+def mask_rows(texts: Sequence[str], response: str, instruction: str | None = None) -> MarkedTexts:
+    """Find the trained byte ranges of every text; a text without its markers is a fault, not an exception.
+
+    Raises:
+        UsageError: the markers are unusable, see `check_markers`.
+    """
+    rows: list[Marked] = []
+    faults: dict[int, Fault] = {}
+    for index, text in enumerate(texts):
+        try:
+            rows.append(find_spans(text, response, instruction))
+        except RowError as error:
+            rows.append(Marked([], False, False))
+            faults[index] = error.fault
+    return MarkedTexts(
+        spans=[row.spans for row in rows],
+        closed=np.array([row.closed for row in rows], np.bool_),
+        repeated=np.array([row.repeated for row in rows], np.bool_),
+        faults=faults,
+    )
+
+
+# --------------------------------------------------------------------------------------------- tokens
+
+
+def match_ids(input_ids: Int32, offsets: Int64, pattern: Sequence[int]) -> Int64:
+    """Return every position where a run of ids begins, overlapping ones included, none across two rows.
+
+    Args:
+        input_ids: int32[T], the ids of all rows end to end.
+        offsets: int64[N + 1], where rows begin.
+        pattern: the ids to look for, at least one.
+
+    >>> match_ids(np.array([7, 7, 7, 7], np.int32), np.array([0, 3, 4]), [7, 7]).tolist()
+    [0, 1]
+    """
+    size = len(pattern)
+    starts = np.flatnonzero(input_ids[: max(0, len(input_ids) - size + 1)] == pattern[0])
+    for step in range(1, size):
+        starts = starts[input_ids[starts + step] == pattern[step]]
+    return starts[starts + size <= offsets[_row_of(starts, offsets) + 1]]
+
+
+def _row_of(positions: Int64, offsets: Int64) -> Int64:
+    return np.searchsorted(offsets, positions, side="right") - 1
+
+
+def find_id_spans(
+    input_ids: Int32, offsets: Int64, response_ids: Sequence[int], instruction_ids: Sequence[int] | None = None
+) -> MarkedTokens:
+    """Mark the tokens that follow response markers given as ids. An EOS at the end of an answer is one of them.
+
+    Args:
+        input_ids: int32[T], the ids of all rows end to end, BOS and EOS included.
+        offsets: int64[N + 1], where rows begin.
+        response_ids: the marker before each answer, as `sftdata resolve` prints it.
+        instruction_ids: the marker before each question.
+
+    Raises:
+        UsageError: the markers are unusable, see `check_markers`.
+
+    >>> row = np.array([1, 9, 5, 6, 8, 5, 9, 7, 2], np.int32)
+    >>> find_id_spans(row, np.array([0, 9]), [9], [8]).trained.astype(int).tolist()
+    [0, 0, 1, 1, 0, 0, 0, 1, 1]
+    """
+    check_markers(tuple(response_ids), None if instruction_ids is None else tuple(instruction_ids))
+    starts, stops, is_response = _id_markers(input_ids, offsets, response_ids, instruction_ids)
+    row = _row_of(starts, offsets)
+    rows = len(offsets) - 1
+    responses = np.bincount(row[is_response], minlength=rows)
+    instructions = np.bincount(row[~is_response], minlength=rows)
+
+    last_in_row = np.append(row[1:] != row[:-1], True)[: len(row)]
+    until = np.where(last_in_row, offsets[row + 1], np.append(starts[1:], 0)[: len(row)])
+    answers = is_response & (last_in_row if instruction_ids is None else True) & (stops < until)
+    faults = _id_faults(responses, instructions, response_ids, instruction_ids)
+    answers &= ~np.isin(row, np.fromiter(faults, np.int64, len(faults)))
+
+    follows = is_response[1:] & is_response[:-1] & ~last_in_row[:-1]
+    repeated = np.bincount(row[1:][follows], minlength=rows) > 0
+    return MarkedTokens(_paint(len(input_ids), stops[answers], until[answers]), repeated, faults)
+
+
+def _id_markers(
+    input_ids: Int32, offsets: Int64, response_ids: Sequence[int], instruction_ids: Sequence[int] | None
+) -> tuple[Int64, Int64, Bool]:
+    """Return starts, stops and kind of all markers in order, without overlap."""
+    response = match_ids(input_ids, offsets, response_ids)
+    instruction = match_ids(input_ids, offsets, instruction_ids) if instruction_ids else response[:0]
+    starts = np.concatenate([response, instruction])
+    sizes = np.repeat([len(response_ids), len(instruction_ids or ())], [len(response), len(instruction)])
+    order = np.lexsort((-sizes, starts))
+    is_response = np.arange(len(starts)) < len(response)
+    starts, stops, is_response = starts[order], (starts + sizes)[order], is_response[order]
+    if np.all(starts[1:] >= stops[:-1]):
+        return starts, stops, is_response
+    kept, end = [], 0
+    for index, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        if start >= end:
+            kept.append(index)
+            end = stop
+    return starts[kept], stops[kept], is_response[kept]
+
+
+def _id_faults(
+    responses: Int64, instructions: Int64, response_ids: Sequence[int], instruction_ids: Sequence[int] | None
+) -> dict[int, Fault]:
+    fix = "take the ids that `sftdata resolve` prints for this data, or give the template as text."
+    reason = f"the response template {list(response_ids)} does not occur in the row's token ids."
+    faults = {int(row): Fault("no-response-marker", reason, fix) for row in np.flatnonzero(responses == 0)}
+    if instruction_ids is not None:
+        reason = f"the row has several responses, but {list(instruction_ids)}, the instruction template, is not in its token ids."
+        unclear = np.flatnonzero((responses > 1) & (instructions == 0))
+        faults |= {int(row): Fault("no-instruction-marker", reason, fix) for row in unclear}
+    return dict(sorted(faults.items()))
+
+
+def _paint(size: int, starts: Int64, stops: Int64) -> Bool:
+    """Return bool[size], True inside the ranges, which are disjoint and not empty."""
+    steps = np.zeros(size + 1, np.int8)
+    steps[starts] += 1
+    steps[stops] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int8) > 0
