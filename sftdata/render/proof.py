@@ -1,0 +1,146 @@
+"""Render a conversation twice, plain and marked, and prove that both say the same: then every character has a known author."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.render import marks
+from sftdata.render.template import ChatTemplate, TemplateRefusal
+
+Skip = Callable[[str], object]
+
+
+class ProvenRenderer:
+    """Render conversations with one chat template, marked and proven.
+
+    Args:
+        template: the chat template.
+        control_tokens: strings that are control tokens when the template writes them and data when a message does;
+            none to trust them in messages too.
+    """
+
+    def __init__(self, template: ChatTemplate, control_tokens: Iterable[str] = ()) -> None:
+        self.template = template
+        # Whitespace tokens (Gemma's newlines, GPT-NeoX's indents) are how ordinary text is written, not control.
+        self._tokens = any_of(token for token in control_tokens if token.strip())
+        # What the template can tell contents apart by; single words are roles and keys, compared with other things.
+        self._constants = tuple(text for text in template.constants if not text.isidentifier())
+        self._compared = any_of(self._constants)
+
+    def render(self, row: Conversation) -> tuple[marks.MarkedText, Conversation]:
+        """Render a row; return the marked text and the row as the template read it.
+
+        Texts that hold a string the template looks for stay unmarked in the second attempt. In the third and fourth, reasoning
+        written inside the content is handed over as `reasoning_content`, which is what such templates make of it.
+
+        Raises:
+            RowError: the template refuses the row, or marking changes what it renders.
+        """
+        if len(row.messages) > marks.MAX_MESSAGES:
+            raise RowError(
+                "too-many-messages", f"{len(row.messages)} messages; at most {marks.MAX_MESSAGES} fit", "split the row"
+            )
+        try:
+            text = self.template.render(row.messages, row.tools, row.template_kwargs)
+        except TemplateRefusal as refusal:
+            reason = f"the chat template refuses the row: {refusal}"
+            raise RowError("template-error", reason, _refusal_fix(str(refusal))) from None
+        if marks.RESERVED.search(text):
+            raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
+        apart = _reasoning_apart(row)
+        for attempt in (row, apart) if apart is not None else (row,):
+            for skip in (_skip_none, self._compared.search) if self._compared else (_skip_none,):
+                marked = self._marked(attempt, skip)
+                if marked is not None and marked.text == text:
+                    return marked, attempt
+        raise self._unproven(text)
+
+    def prompt(self, row: Conversation, index: int) -> marks.MarkedText | None:
+        """Render what inference feeds before message `index`; None where the template refuses."""
+        return self._marked(replace(row, messages=row.messages[:index]), _skip_none, add_generation_prompt=True)
+
+    def shape(self, message: dict[str, Any]) -> tuple[Any, ...]:
+        """Describe a message by all that a template can tell it apart by, other than what it copies out."""
+        keys = tuple((key, type(value).__name__, bool(value)) for key, value in sorted(message.items()) if value is not None)
+        return (message["role"], keys, tuple(text for text in self._constants if text in _content(message)))
+
+    def swallowed(self, row: Conversation, marked: marks.MarkedText) -> list[int]:
+        """Return the messages whose text the template left out."""
+        seen = {mark.message for mark in marked.marks}
+        return [
+            index
+            for index, message in enumerate(row.messages)
+            if index not in seen
+            and _content(message).strip()
+            and not (self._compared and self._compared.search(_content(message)))
+        ]
+
+    def _marked(self, row: Conversation, skip: Skip, *, add_generation_prompt: bool = False) -> marks.MarkedText | None:
+        table: dict[str, str] = {}
+        messages, tools = marks.mark_messages(row.messages, skip), row.tools
+        if self._tokens is not None:
+            messages = marks.substitute_tokens(messages, self._tokens, table)
+            tools = marks.substitute_tokens(tools, self._tokens, table)
+        try:
+            rendered = self.template.render(
+                messages, tools, row.template_kwargs, add_generation_prompt=add_generation_prompt, keep_marks=True
+            )
+        except TemplateRefusal:
+            return None
+        return marks.take_out(rendered, table)
+
+    def _unproven(self, text: str) -> RowError:
+        if self._tokens is not None and self._tokens.search(text):
+            return RowError(
+                "control-token-ambiguous",
+                "control tokens inside the data steer the chat template, so its own cannot be told from them",
+                "--trust-control-tokens, or take them out of the data",
+            )
+        return RowError(
+            "spans-unproven",
+            "the chat template renders the data differently once it is marked",
+            "give a template with {% generation %} blocks",
+        )
+
+
+def any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
+    """Compile a pattern that finds any of the strings, the longest first; None for no strings."""
+    ordered = sorted(set(strings), key=lambda string: (-len(string), string))
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _skip_none(_: str) -> bool:
+    return False
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _reasoning_apart(row: Conversation) -> Conversation | None:
+    """Hand `<think>...</think>` at the head of answers over as `reasoning_content`; None when no answer has one."""
+    messages = [_without_thinking(message) for message in row.messages]
+    return None if messages == row.messages else replace(row, messages=messages)
+
+
+def _without_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    content = _content(message)
+    if message["role"] != "assistant" or "</think>" not in content or "reasoning_content" in message:
+        return message
+    head, _, answer = content.rpartition("</think>")
+    reasoning = head.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
+    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning}
+
+
+def _refusal_fix(reason: str) -> str:
+    if "alternate" in reason:
+        return "merge consecutive messages of one role, or choose a template that allows them (--chat-template)"
+    if "system" in reason.lower():
+        return "move the system text into the first user message, or choose a template that knows it (--chat-template)"
+    return "change the row to what the template accepts, or choose another (--chat-template)"

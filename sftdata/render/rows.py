@@ -1,0 +1,175 @@
+"""Canonical rows in, texts with trained byte spans out: one pass, no tokenizer.
+
+What comes out for a row depends only on the row and the settings. A row whose spans cannot be proven is a fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sftdata.batches import Completion, Conversation, Int64, Ragged, Row, Text, TextBatch
+from sftdata.errors import Fault, RowError
+from sftdata.render.markers import find_spans
+from sftdata.render.spans import SpanFinder, Turn
+
+TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """All that turns canonical rows into texts.
+
+    Attributes:
+        finder: renders conversations and finds their turns; None without a chat template.
+        train_on: which parts are trained; `auto` depends on the kind of row.
+        response, instruction: markers that decide what is trained, instead of the kind; None without.
+        end_token: written, and trained, after a last turn that has no stop token; "" for none.
+    """
+
+    finder: SpanFinder | None
+    train_on: TrainOn = "auto"
+    response: str | None = None
+    instruction: str | None = None
+    end_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRows:
+    """What became of a list of canonical rows.
+
+    Attributes:
+        conversations: rendered by a chat template; None when there are none.
+        raw: text and completion rows; None when there are none.
+        faults: (index into the RowBatch, why).
+        counts: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
+            `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`.
+    """
+
+    conversations: TextBatch | None
+    raw: TextBatch | None
+    faults: list[tuple[int, Fault]]
+    counts: Counter[str]
+
+
+def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> RenderedRows:
+    """Render canonical rows (`Tokens` rows excepted: they have no text).
+
+    Args:
+        rows: canonical rows.
+        row: int64[N], index of each into the RowBatch.
+    """
+    counts: Counter[str] = Counter()
+    faults: list[tuple[int, Fault]] = []
+    chats, raw = _Columns(), _Columns()
+    for index, item in zip(row.tolist(), rows, strict=True):
+        try:
+            if isinstance(item, Conversation):
+                text, trained, literal = _conversation(item, renderer, counts)
+                chats.add(index, text, trained, renderer, counts, literal)
+            elif isinstance(item, Completion):
+                start = 0 if renderer.train_on == "all" else len(item.prompt)
+                raw.add(index, item.prompt + item.completion, start, renderer, counts)
+            elif isinstance(item, Text):
+                raw.add(index, item.text, 0, renderer, counts)
+        except RowError as error:
+            faults.append((index, error.fault))
+    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, counts)
+
+
+class _Columns:
+    """Collect rendered rows; ranges in characters on the way in, in bytes from here on."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.trained: list[Ranges] = []
+        self.literal: list[Ranges] = []
+        self.closed: list[bool] = []
+        self.row: list[int] = []
+
+    def add(
+        self, row: int, text: str, trained: Ranges | int, renderer: Renderer, counts: Counter[str], literal: Ranges | None = None
+    ) -> None:
+        """Add one text that is trained in `trained`, or from that character to its end; markers, where given, decide instead."""
+        if _has_surrogate(text):
+            raise RowError("lone-surrogate", "text holds half a surrogate pair, which utf-8 cannot", "repair the character")
+        if renderer.response is not None:
+            marked = find_spans(text, renderer.response, renderer.instruction)
+            counts["rows_with_repeated_markers"] += marked.repeated
+            spans, closed = marked.spans, marked.closed
+        else:
+            ranges = [(trained, len(text))] if isinstance(trained, int) else trained
+            spans, closed = byte_ranges(text, [pair for pair in ranges if pair[0] < pair[1]]), True
+        self.texts.append(text)
+        self.trained.append(spans)
+        self.literal.append(byte_ranges(text, literal or []))
+        self.closed.append(closed)
+        self.row.append(row)
+
+    def batch(self, *, reference_ends: bool) -> TextBatch | None:
+        if not self.texts:
+            return None
+        return TextBatch(
+            texts=self.texts,
+            trained=Ragged.from_lists(self.trained),
+            literal=Ragged.from_lists(self.literal),
+            row=np.array(self.row, np.int64),
+            reference_ends=reference_ends,
+            closed=np.array(self.closed, np.bool_),
+        )
+
+
+def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -> tuple[str, Ranges, Ranges]:
+    if renderer.finder is None:
+        raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
+    rendered = renderer.finder.render(row)
+    text, turns = rendered.text, rendered.turns
+    counts["turns"] += len(turns)
+    counts["turns_without_stop"] += sum(not turn.ended for turn in turns)
+    counts["rows_parted"] += any(turn.parted for turn in turns)
+    counts["messages_swallowed"] += len(rendered.swallowed)
+    counts["rows_with_control_tokens"] += bool(rendered.literal)
+    if renderer.end_token and turns and not turns[-1].ended:
+        text = text[: turns[-1].stop] + renderer.end_token
+        turns = [*turns[:-1], Turn(turns[-1].message, turns[-1].start, len(text), True, turns[-1].parted)]
+        counts["rows_mended_with_eos"] += 1
+    if renderer.train_on == "all":
+        return text, [(0, len(text))], rendered.literal
+    return text, [(turn.start, turn.stop) for turn in _chosen(row, turns, renderer.train_on)], rendered.literal
+
+
+def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Turn]:
+    """Pick the turns that policy and the messages' own switches train."""
+    last = max((turn.message for turn in turns), default=-1)
+    first = last if train_on == "last-assistant" else row.prompt_messages
+    return [turn for turn in turns if row.trained[turn.message] or (row.trained[turn.message] is None and turn.message >= first)]
+
+
+def byte_ranges(text: str, ranges: Ranges) -> Ranges:
+    """Turn character ranges into utf-8 byte ranges.
+
+    >>> byte_ranges("é1é2", [(1, 2), (2, 4)])
+    [(2, 3), (3, 6)]
+    """
+    if not ranges or text.isascii():
+        return ranges
+    edges = sorted({edge for pair in ranges for edge in pair})
+    at, place, where = 0, 0, {}
+    for edge in edges:
+        place += len(text[at:edge].encode())
+        at = edge
+        where[edge] = place
+    return [(where[start], where[stop]) for start, stop in ranges]
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

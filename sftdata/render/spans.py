@@ -1,0 +1,262 @@
+"""Find what the model must generate in a rendered conversation, for any chat template, linear in its turns.
+
+A proven render (proof.py) says who wrote each character. A turn's span then
+
+- starts where its generation prompt ends: after the text that `render(messages before it, add_generation_prompt=True)` writes
+  behind the last data before the turn. Where prompt and final text part ways (a prompt that opens `<think>`), at the parting;
+- stops after the stop token that the template writes behind the turn's own data.
+
+The prompt is rendered once for each kind of transition (the messages' shapes on both sides and the very text between them) and
+remembered, so eighty turns cost a handful of renders. A template with `{% generation %}` blocks says its spans itself. What
+cannot be proven is a `RowError`, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.render.marks import Mark, MarkedText, mark_messages
+from sftdata.render.proof import ProvenRenderer, any_of
+from sftdata.render.stops import find_stops
+from sftdata.render.template import ChatTemplate, TemplateRefusal
+
+_TAG = re.compile(r"<[^<>\s]+>")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the model generates for one assistant message; characters of the rendered text, half-open.
+
+    Attributes:
+        message: its index.
+        ended: the span ends in a stop token.
+        parted: the final text does not begin with the generation prompt; the span starts where they part.
+    """
+
+    message: int
+    start: int
+    stop: int
+    ended: bool
+    parted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedConversation:
+    """A rendered conversation.
+
+    Attributes:
+        text: what the chat template writes.
+        turns: its assistant turns, in order.
+        literal: character ranges of the control tokens that data brought.
+        swallowed: indices of messages whose text the template left out.
+    """
+
+    text: str
+    turns: list[Turn]
+    literal: list[tuple[int, int]]
+    swallowed: list[int]
+
+
+class SpanFinder:
+    """Render conversations with one template and find their turns.
+
+    Args:
+        template: the chat template.
+        stop_tokens: strings that end generation (EOS and the generation config's).
+        control_tokens: the tokenizer's added tokens, as strings.
+        trust_control_tokens: let control tokens inside data count as such.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        stop_tokens: Sequence[str] = (),
+        control_tokens: Iterable[str] = (),
+        trust_control_tokens: bool = False,
+    ) -> None:
+        control_tokens = tuple(control_tokens)
+        self.template = template
+        self.stops = find_stops(template, stop_tokens, control_tokens)
+        self._stop_shape = any_of(self.stops)
+        self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
+        self._starts: dict[Any, tuple[int, bool]] = {}
+
+    def render(self, row: Conversation) -> RenderedConversation:
+        """Render one conversation and find every assistant turn in it.
+
+        Raises:
+            RowError: the template refuses the row, or its spans cannot be proven.
+        """
+        marked, row = self._renderer.render(row)
+        assistants = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if self.template.has_generation:
+            turns = self._generated_turns(row, marked, assistants)
+        else:
+            turns = [self._turn(row, marked, index) for index in assistants]
+        for earlier, later in pairwise(turns):
+            if later.start < earlier.stop:
+                raise _unproven(later.message, "its span overlaps the turn before it")
+        return RenderedConversation(marked.text, turns, marked.literal, self._renderer.swallowed(row, marked))
+
+    # --------------------------------------------------------------------------------- derived turns
+
+    def _turn(self, row: Conversation, marked: MarkedText, index: int) -> Turn:
+        message = row.messages[index]
+        own = [place for place, mark in enumerate(marked.marks) if mark.message == index]
+        if own and (own[-1] - own[0] + 1 != len(own) or not marked.marks[own[-1]].closes):
+            raise _unproven(index, "its text stands in pieces between other messages")
+        if not own and mark_messages([message], lambda _: False) != [message]:
+            raise _unproven(index, "its text does not appear in the rendered conversation")
+        before, after = _neighbours(marked.marks, own, index)
+        start, parted = self._start(row, marked, index, before, marked.marks[own[0]] if own else after)
+        answered = max(start, marked.marks[own[-1]].position) if own else start
+        stop = self._stop(marked, answered, after.position if after else len(marked.text))
+        names = _called_names(message)
+        ended = stop is not None
+        if stop is None:
+            if names and after is not None:
+                raise _unproven(index, "no stop token ends its tool call")
+            stop = len(marked.text) if names else answered + _trailing_space(message, marked.text, answered)
+        if not all(name in marked.text[start:stop] for name in names):
+            raise _unproven(index, "the chat template does not render its tool calls")
+        return Turn(index, start, stop, ended, parted)
+
+    def _stop(self, marked: MarkedText, start: int, limit: int) -> int | None:
+        """Return the end of the first stop token that the template wrote between `start` and `limit`."""
+        for found in self._stop_shape.finditer(marked.text, start, limit) if self._stop_shape else ():
+            if not any(literal[0] <= found.start() < literal[1] for literal in marked.literal):
+                return found.end()
+        return None
+
+    def _start(
+        self, row: Conversation, marked: MarkedText, index: int, before: Mark | None, next_mark: Mark | None
+    ) -> tuple[int, bool]:
+        """Return where a turn starts and whether its prompt parts from the text; remembered by kind of transition."""
+        origin = before.position if before else 0
+        region = marked.text[origin : next_mark.position if next_mark else len(marked.text)]
+        previous = before.message if before else -1
+        answered = next_mark is not None and next_mark.message == index
+        shapes = tuple(self._renderer.shape(row.messages[place]) for place in (0, max(previous, 0), max(index - 1, 0), index))
+        key = (region, shapes, index - previous, answered, row.tools is None, repr(row.template_kwargs))
+        if key not in self._starts:
+            self._starts[key] = self._measure_start(row, index, before, region, answered)
+        length, parted = self._starts[key]
+        return origin + length, parted
+
+    def _measure_start(self, row: Conversation, index: int, before: Mark | None, region: str, answered: bool) -> tuple[int, bool]:
+        """Return how much of `region` the generation prompt writes, and whether the two part ways in it."""
+        prompt = self._renderer.prompt(row, index)
+        if prompt is None:
+            return self._start_by_header(region, index)
+        last = prompt.marks[-1] if prompt.marks else None
+        if (last and (last.message, last.closes)) != (before and (before.message, before.closes)):
+            raise _unproven(index, "its prompt does not end where the conversation before it ends")
+        written = prompt.text[last.position if last else 0 :]
+        if region.startswith(written):
+            return len(written), False
+        parting = _parting(written, region)
+        header = _header_after(written[parting:], region[parting:])
+        if header is None and not answered:
+            raise _unproven(index, "an empty turn does not follow its generation prompt")
+        return parting + (header or 0), True
+
+    def _start_by_header(self, region: str, index: int) -> tuple[int, bool]:
+        """Find the start of a turn whose prompt cannot be rendered (it opens the conversation): behind the usual header."""
+        user = [{"role": "user", "content": "A"}]
+        try:
+            header = self.template.render(user, add_generation_prompt=True).removeprefix(self.template.render(user))
+        except TemplateRefusal:
+            header = ""
+        if not header or header not in region:
+            raise _unproven(index, "no generation prompt can be rendered before it")
+        return region.rindex(header) + len(header), False
+
+    # --------------------------------------------------------------------------- {% generation %} turns
+
+    def _generated_turns(self, row: Conversation, marked: MarkedText, assistants: list[int]) -> list[Turn]:
+        """Return the template's own blocks, each given to the message it speaks for."""
+        for index in assistants:
+            if not all(name in marked.text for name in _called_names(row.messages[index])):
+                raise _unproven(index, "the chat template does not render its tool calls")
+        turns = []
+        for start, stop in marked.generation:
+            owner = _owner(marked.marks, start, stop, assistants)
+            turns.append(Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False))
+        return turns
+
+
+def _owner(marks: list[Mark], start: int, stop: int, assistants: list[int]) -> int:
+    """Return the assistant message whose data stands in a block; for an empty block, the next one after the data before it."""
+    inside = [mark.message for mark in marks if start <= mark.position <= stop and mark.message in assistants]
+    if inside:
+        return inside[0]
+    earlier = max((mark.message for mark in marks if mark.position < start), default=-1)
+    return next((index for index in assistants if index > earlier), assistants[-1] if assistants else 0)
+
+
+def _neighbours(marks: list[Mark], own: list[int], index: int) -> tuple[Mark | None, Mark | None]:
+    """Return the last mark before a turn's own marks and the first after them."""
+    if own:
+        return (marks[own[0] - 1] if own[0] else None), (marks[own[-1] + 1] if own[-1] + 1 < len(marks) else None)
+    earlier = [mark for mark in marks if mark.message < index]
+    later = [mark for mark in marks if mark.message > index]
+    return (earlier[-1] if earlier else None), (later[0] if later else None)
+
+
+def _common_prefix(one: str, two: str) -> int:
+    """Return the length of the common prefix, characters."""
+    return next((at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def _parting(written: str, region: str) -> int:
+    """Return where `written` and `region` part ways, never inside a tag of either.
+
+    >>> _parting("<|assistant|><think>", "<|assistant|><tool_call>")
+    13
+    """
+    at = _common_prefix(written, region)
+    for text in (written, region):
+        for tag in _TAG.finditer(text):
+            if tag.start() < at < tag.end():
+                at = tag.start()
+    return at
+
+
+def _header_after(rest: str, region: str) -> int | None:
+    r"""Return where the rest of a generation prompt ends in `region`; None where it does not stand there.
+
+    A template may write other space, or one more end token, before a rendered turn than before the generation prompt. The header
+    itself is still fed at inference, so it is not for the model to generate.
+
+    >>> _header_after("### Answer:\n", "    ### Answer:\nYes"), _header_after("<think>\n", "Yes")
+    (16, None)
+    """
+    core = rest.strip()
+    if not core or core not in region:
+        return None
+    stop = region.index(core) + len(core)
+    return stop + _common_prefix(rest[len(rest.rstrip()) :], region[stop:])
+
+
+def _called_names(message: dict[str, Any]) -> list[str]:
+    """Return the function names a message calls."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    return [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
+
+
+def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
+    """Return how much of the white space that ends a message's content stands at `at`."""
+    content = message.get("content")
+    space = content[len(content.rstrip()) :] if isinstance(content, str) and content.strip() else ""
+    return _common_prefix(space, text[at:])
+
+
+def _unproven(index: int, why: str) -> RowError:
+    fix = "give a template with {% generation %} blocks, or change the row"
+    return RowError("spans-unproven", f"messages[{index}]: {why}", fix)

@@ -1,0 +1,293 @@
+"""Chat templates: choose, compile, hash and render them, with the text of transformers' own renderer.
+
+The environment is transformers' (`render_jinja_template`) but for three things: `strftime_now` yields the run's date, never
+today's; `{% generation %}` blocks come out between two marks, so that spans are read off the text itself; and a render is
+bounded in size, because the sandbox stops escapes but not cost.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from sftdata.errors import UsageError
+
+GENERATION_OPEN, GENERATION_CLOSE = "\U0010fff0", "\U0010fff1"
+MAX_RENDERED_CHARS = 256 << 20
+
+# Template text that looks like a control token; a tokenizer that lacks it would spell it out in pieces.
+CONTROL_SHAPE = re.compile(r"<\|[^\s<>|\"]+\|?>|<[^\s<>|/\"]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_[a-z]+>")
+
+# Names a message's reasoning is passed under; transformers fills `reasoning_content` (and `thinking`, for gpt-oss) from any.
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateChoice:
+    """A chat template as chosen, before any tokenizer is changed for it.
+
+    Attributes:
+        text: the Jinja source.
+        origin: where it comes from, in words: "tokenizer", "built-in chatml", a file, another tokenizer's name.
+        tokens: control tokens it writes that the tokenizer must hold as single ids.
+        eos_token: the token that ends its turns, when it comes with one; None keeps the tokenizer's.
+    """
+
+    text: str
+    origin: str
+    tokens: tuple[str, ...] = ()
+    eos_token: str | None = None
+
+
+# name -> the end-of-turn token that becomes EOS with it (None: the template writes the tokenizer's own EOS)
+BUILT_IN: Mapping[str, str | None] = {
+    "alpaca": None,
+    "chatml": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "llama-2": None,
+    "llama-3": "<|eot_id|>",
+    "mistral": None,
+    "vicuna": None,
+    "zephyr": None,
+}
+
+
+def choose_template(
+    choice: str | None, own: str | None, clone: Callable[[str], tuple[str | None, Sequence[str], str | None]]
+) -> TemplateChoice | None:
+    """Resolve `--chat-template`: a built-in name, a file, or a tokenizer to clone from; None keeps the tokenizer's own.
+
+    Args:
+        choice: the setting.
+        own: the tokenizer's own template.
+        clone: loads another tokenizer: (its chat template, its added tokens, its eos token).
+
+    Raises:
+        UsageError: no such template.
+    """
+    if choice is None:
+        return None if own is None else TemplateChoice(own, "tokenizer")
+    if choice in BUILT_IN:
+        text = resources.files("sftdata.render").joinpath(f"templates/{choice}.jinja").read_text("utf-8")
+        return TemplateChoice(text, f"built-in {choice}", control_tokens(text), BUILT_IN[choice])
+    if Path(choice).is_file():
+        try:
+            text = Path(choice).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--chat-template {choice}: not utf-8 at byte {error.start}.", "save it as utf-8.") from None
+        return TemplateChoice(text, f"file {Path(choice).name}", control_tokens(text))
+    try:
+        text_or_none, added, eos_token = clone(choice)
+    except UsageError as error:
+        names = ", ".join(sorted(BUILT_IN))
+        raise UsageError(
+            f"--chat-template {choice}: neither a built-in template ({names}), a file, nor a tokenizer ({error.message})",
+            "give one of these.",
+        ) from None
+    if text_or_none is None:
+        raise UsageError(f"--chat-template {choice}: that tokenizer has no chat template.", "name another, or a template file.")
+    tokens = tuple(token for token in added if token in text_or_none or token == eos_token)
+    return TemplateChoice(text_or_none, f"cloned from {choice}", tokens, eos_token)
+
+
+def control_tokens(text: str) -> tuple[str, ...]:
+    """Return the control-token-like strings a template writes, in order of appearance, each once.
+
+    >>> control_tokens("{{ '<|im_start|>' + role }}<|im_end|>{{ '<|im_start|>' }}")
+    ('<|im_start|>', '<|im_end|>')
+    """
+    return tuple(dict.fromkeys(CONTROL_SHAPE.findall(text)))
+
+
+class TemplateRefusal(Exception):
+    """The template would not render this conversation (its own raise_exception, or an error inside it)."""
+
+
+class ChatTemplate:
+    """A compiled chat template with the special tokens and the date it renders with.
+
+    Args:
+        text: Jinja source.
+        special_tokens: the tokenizer's map (`bos_token`, `eos_token`, ...), visible to the template.
+        date: ISO date that `strftime_now` formats.
+        template_kwargs: arguments for every render.
+
+    Raises:
+        UsageError: the source does not compile.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        special_tokens: Mapping[str, str] | None = None,
+        date: str = "2025-01-01",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.text = text
+        self.special_tokens = dict(special_tokens or {})
+        self.template_kwargs = dict(template_kwargs or {})
+        self.has_generation = re.search(r"\{%-?\+?\s*generation\s*[-+]?%\}", text) is not None
+        environment = _environment(date)
+        try:
+            self._compiled = environment.from_string(text)
+            self.constants = _compared_constants(environment.parse(text))
+        except jinja2.TemplateSyntaxError as error:
+            raise UsageError(f"Chat template, line {error.lineno}: {error.message}.", "mend the template.") from None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the source, as the manifest records it."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        keep_marks: bool = False,
+    ) -> str:
+        """Render one conversation of plain JSON data.
+
+        Args:
+            keep_marks: leave the marks around `{% generation %}` blocks in the text.
+
+        Raises:
+            TemplateRefusal: the template raised.
+        """
+        arguments = {**self.special_tokens, **self.template_kwargs, **(template_kwargs or {})}
+        arguments |= {
+            "messages": [_normal_message(message) for message in messages],
+            "tools": tools,
+            "documents": arguments.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = "".join(_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments))))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from None
+        except (MemoryError, OverflowError, RecursionError, ZeroDivisionError) as error:
+            raise TemplateRefusal(f"{type(error).__name__} while rendering") from None
+        if self.has_generation and not keep_marks:
+            text = text.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "")
+        return text
+
+
+def _normal_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop None values and alias reasoning fields, as transformers does before it renders."""
+    normal = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((normal[key] for key in REASONING_FIELDS if key in normal), None)
+    if reasoning is not None:
+        normal = {"thinking": reasoning, **normal, "reasoning_content": reasoning}
+    return normal
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > MAX_RENDERED_CHARS:
+            raise TemplateRefusal(f"rendered more than {MAX_RENDERED_CHARS >> 20} million characters")
+        yield piece
+
+
+# --------------------------------------------------------------------------------------- environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: put marks around what the block renders."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 reads this name from the class
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Macro) -> str:
+        return f"{GENERATION_OPEN}{caller()}{GENERATION_CLOSE}"
+
+
+class _TemplateDict:
+    """`dict(...)` for templates, without the class behind it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace(...)` that refuses underscore names, so that no template reaches Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _refuse_underscore(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@cache
+def _environment(date: str) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    clock = datetime.datetime.fromisoformat(date)
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": clock.strftime,
+        "dict": _TemplateDict(),
+        "namespace": _TemplateNamespace,
+    }
+    return environment
+
+
+def _compared_constants(tree: jinja2.nodes.Template) -> tuple[str, ...]:
+    """Return the strings a template compares, searches or splits content with: what it can tell contents apart by."""
+    found: set[str] = set()
+    for node in tree.find_all((jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)):
+        found |= {
+            constant.value
+            for constant in node.find_all(jinja2.nodes.Const)
+            if isinstance(constant.value, str) and constant.value.strip()
+        }
+    return tuple(sorted(found))
