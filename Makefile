@@ -37,7 +37,8 @@ types: $(STAMP) ## Check types (mypy --strict)
 check: lint types test ## Check everything a change must pass
 
 bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md by hand, dated
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/gpu_%, $(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: $(STAMP) ## Run every command and snippet of README.md and docs/
 	$(BIN)/python -m pytest tests/test_docs.py

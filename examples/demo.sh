@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-demo}
 export HF_HUB_OFFLINE=1
-rm -rf "$out"
+rm -rf "$out/set" "$out/model"
 
 say() { printf '\n$ %s\n' "$*"; "$@"; }
 

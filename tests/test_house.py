@@ -1,0 +1,225 @@
+"""The rules of the house, as tests: sizes, names, imports, docstrings, pins. CONTRIBUTING.md says why."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("sftdata", "sfttrain")
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HEAVY = {"accelerate", "datasets", "pandas", "peft", "polars", "pyarrow", "torch", "transformers"}
+
+
+def modules(*packages: str) -> Iterator[tuple[Path, str]]:
+    """Yield (path inside the repository, source) of every Python file in these packages."""
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
+
+
+def run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+# ------------------------------------------------------------------------------------------------ size and names
+
+
+def test_no_file_is_longer_than_300_lines() -> None:
+    long = {str(path): lines for path, source in modules(*PACKAGES) if (lines := len(source.splitlines())) > 300}
+    assert not long
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = {}
+    for path, source in modules(*PACKAGES):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 60:
+                    long[f"{path}:{node.lineno} {node.name}"] = lines
+    assert not long
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    drawers = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
+    assert not [str(path) for path, _ in modules(*PACKAGES) if drawers & {path.stem.strip("_"), *path.parent.parts}]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [str(path) for path, source in modules(*PACKAGES) if source.strip() and not ast.get_docstring(ast.parse(source))]
+    assert not silent
+
+
+def test_nothing_is_left_for_later() -> None:
+    words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "NotImplemented" + "Error")))  # not to find ourselves
+    found = [f"{path}:{number}" for path, source in modules(*PACKAGES, "tests", "examples", "benchmarks")
+             for number, line in enumerate(source.splitlines(), 1) if words.search(line)]
+    assert not found
+
+
+def test_no_tracked_file_names_a_folder_of_one_machine() -> None:
+    listing = run("git", "ls-files", "-z")
+    assert listing.returncode == 0, listing.stderr
+    machine = re.compile(r"(?<![\w.:/-])/(?:home|mnt|opt|root|Users|work)/\w")
+    found = []
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+        found += [f"{name}:{number}: {line[:80]}" for number, line in enumerate(text.splitlines(), 1) if machine.search(line)]
+    assert not found
+
+
+# --------------------------------------------------------------------------------------------------------- who imports whom
+
+
+@pytest.mark.parametrize("command", [("ruff", "check", "."), ("lint-imports", "--no-logo"), ("mypy",)], ids=lambda c: c[0])
+def test_the_linters_find_nothing(command: tuple[str, ...]) -> None:
+    tool = Path(sys.executable).parent / command[0]
+    result = run(str(tool), *command[1:])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
+    """The import rules are alive: a copy of the packages with one forbidden import each is refused."""
+    for package in PACKAGES:
+        for path, source in modules(package):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(source, encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    seeded = {
+        "sftdata/read/seeded.py": ("import sftdata.encode", "layers"),
+        "sftdata/stray.py": ("", "layers"),
+        "sftdata/render/seeded.py": ("import torch", "core-light"),
+        "sftdata/shardset/seeded.py": ("import transformers", "one-door-transformers"),
+        "sfttrain/seeded.py": ("import sftdata.render", "trainer-view"),
+    }
+    lint = Path(sys.executable).parent / "lint-imports"
+    for name, (line, contract) in seeded.items():
+        (tmp_path / name).write_text(line + "\n", encoding="utf-8")
+        result = run(str(lint), "--no-cache", "--no-logo", "--contract", contract, folder=tmp_path)
+        (tmp_path / name).unlink()
+        assert result.returncode == 1, f"{name}: {result.stdout}{result.stderr}"
+
+
+def test_every_outside_import_is_declared() -> None:
+    project, extras = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
+    core = project["dependencies"]
+    declared = {"sftdata": core + extras["hub"] + extras["notebooks"], "sfttrain": core + extras["train"]}
+    distribution_of = importlib.metadata.packages_distributions()
+    undeclared = []
+    for package in PACKAGES:
+        allowed = {canonicalize_name(Requirement(line).name) for line in declared[package]}
+        for path, source in modules(package):
+            outside = imported_names(source) - set(PACKAGES) - sys.stdlib_module_names
+            undeclared += [f"{path}: {name}" for name in sorted(outside)
+                           if not allowed & {canonicalize_name(dist) for dist in distribution_of.get(name, [name])}]
+    assert not undeclared
+
+
+def imported_names(source: str) -> set[str]:
+    """Return the top-level names that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------ lightness
+
+MEASURE = """
+import json, sys, time
+start = time.perf_counter()
+{statement}
+print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]), file=sys.stderr)
+"""
+RUN_HELP = """
+import runpy
+sys.argv[1:] = {arguments}
+try:
+    runpy.run_module('{package}', run_name='__main__')
+except SystemExit:
+    pass
+"""
+
+
+def cost_of(statement: str) -> tuple[float, set[str]]:
+    """Return (seconds, heavy modules loaded) of a statement in a fresh interpreter; the best time of three."""
+    seconds, heavy = [], set()
+    for _ in range(3):
+        result = run(sys.executable, "-c", MEASURE.format(statement=statement))
+        assert result.returncode == 0, result.stderr
+        taken, loaded = json.loads(result.stderr.splitlines()[-1])
+        seconds.append(taken)
+        heavy |= HEAVY & set(loaded)
+    return min(seconds), heavy
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import sftdata",
+        RUN_HELP.format(package="sftdata", arguments=["--help"]),
+        RUN_HELP.format(package="sftdata", arguments=["prepare", "--help"]),
+        RUN_HELP.format(package="sfttrain", arguments=["--help"]),
+    ],
+    ids=["import sftdata", "sftdata --help", "sftdata prepare --help", "sfttrain --help"],
+)
+def test_starting_is_light(statement: str) -> None:
+    seconds, heavy = cost_of(statement)
+    assert not heavy
+    assert seconds <= 0.3
+
+
+# ------------------------------------------------------------------------------------------------------ packaging
+
+
+def requirements() -> list[Requirement]:
+    """Return every requirement that pyproject.toml names, our own extras aside."""
+    project = PYPROJECT["project"]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    return [requirement for line in lines if (requirement := Requirement(line)).name != project["name"]]
+
+
+def pins() -> dict[str, Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    return {canonicalize_name(pin.name): pin for line in lines if line for pin in [Requirement(line)]}
+
+
+def test_constraints_pin_what_pyproject_names_and_nothing_else() -> None:
+    assert set(pins()) == {canonicalize_name(requirement.name) for requirement in requirements()}
+
+
+def test_every_pin_is_exact_and_allowed_by_pyproject() -> None:
+    for requirement in requirements():
+        (pin,) = pins()[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{requirement} does not allow the tested {pin.version}"
+
+
+def test_the_tested_versions_are_the_installed_ones() -> None:
+    other = {name: importlib.metadata.version(name) for name, pin in pins().items()
+             if not pin.specifier.contains(importlib.metadata.version(name))}
+    assert not other
+
+
+@pytest.mark.parametrize("script", ["sftdata", "sfttrain"])
+def test_the_console_scripts_point_at_functions(script: str) -> None:
+    module, _, function = PYPROJECT["project"]["scripts"][script].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
