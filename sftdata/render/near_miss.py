@@ -7,6 +7,7 @@ import shlex
 
 _HEADERS_SHOWN = 3
 _TEXT_SHOWN = 40
+_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 
 
 def describe_missing(kind: str, marker: str, text: str) -> tuple[str, str]:
@@ -40,7 +41,7 @@ def nearest_variant(marker: str, text: str) -> str | None:
     unescaped = marker.replace(r"\n", "\n").replace(r"\t", "\t")
     if unescaped in text:
         return unescaped
-    pieces = [re.escape(piece).replace(":", "[:：]") for piece in re.findall(r"\w+|[^\w\s]", unescaped)]
+    pieces = [re.escape(piece) if piece not in ":：" else "[:：]" for piece in re.findall(r"\w+|[^\w\s]", unescaped)]
     found = re.search(r"\s*".join(pieces), text, re.IGNORECASE) if pieces else None
     return found.group() if found else None
 
@@ -60,6 +61,4 @@ def shell_quote(value: str) -> str:
     >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
     ("'### Answer:'", "$'\\n### Answer:'")
     """
-    if value.isprintable():
-        return shlex.quote(value)
-    return "$'" + value.encode("unicode_escape").decode().replace("'", r"\'") + "'"
+    return f"$'{value.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", value) else shlex.quote(value)
