@@ -1,0 +1,134 @@
+"""Choose an attention implementation that keeps packed documents apart, and say why it was chosen.
+
+| name | isolation comes from | needs |
+|---|---|---|
+| `flash_attention_3`, `flash_attention_2` | cumulative lengths | CUDA, 16 bit, the package |
+| `varlen` | cumulative lengths; PyTorch's own FlashAttention | CUDA, 16 bit |
+| `flex_attention` | block mask from position ids | CUDA |
+| `sdpa`, `eager` | dense mask from position ids | nothing |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from sftdata.errors import UsageError
+
+VARLEN = "varlen"
+FLATTENED = frozenset({VARLEN, "flash_attention_2", "flash_attention_3"})  # want one row of documents and their lengths
+NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, "flash_attention_2", "flash_attention_3")
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+def register_varlen() -> None:
+    """Make `attn_implementation="varlen"` known to transformers; no mask is built for it."""
+    AttentionInterface.register(VARLEN, varlen_forward)
+
+
+def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """Return (implementation, reason).
+
+    Args:
+        requested: one of `NAMES`; `auto` takes the fastest that this model, device and dtype allow.
+        config: the model's transformers config.
+        device: device type, "cuda" or "cpu".
+        dtype: what attention computes in.
+
+    Raises:
+        UsageError: the one asked for cannot be used here.
+    """
+    if requested not in NAMES:
+        raise UsageError(f"Unknown attention {requested!r}; expected one of {', '.join(NAMES)}.")
+    if requested != "auto":
+        obstacle = _obstacle(requested, config, device, dtype)
+        if obstacle:
+            raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
+        return requested, "asked for"
+    if device != "cuda":
+        return ("eager", "the model caps attention logits, which sdpa cannot") if _softcap(config) else ("sdpa", f"device is {device}")
+    passed_over = []
+    for name in ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa"):
+        obstacle = _obstacle(name, config, device, dtype)
+        if not obstacle:
+            return name, "; ".join(["the fastest usable here", *passed_over])
+        passed_over.append(f"{name}: {obstacle}")
+    return "eager", "; ".join(passed_over)
+
+
+def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
+    """Say what stands against an implementation, or return an empty string."""
+    text = config.get_text_config()
+    if name == "eager":
+        return ""
+    if name in ("sdpa", VARLEN) and _softcap(config):
+        return "the model caps attention logits"
+    if name == "sdpa":
+        return ""
+    if name == "flex_attention":
+        return "" if device == "cuda" or not getattr(text, "attention_dropout", 0) else "it has no attention dropout"
+    if device != "cuda":
+        return f"it needs CUDA and the device is {device}"
+    if name in _PACKAGES:
+        package = _PACKAGES[name]
+        return "" if importlib.util.find_spec(package) else f"package {package} is not installed"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this PyTorch has no torch.nn.attention.varlen"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bit, not in {dtype}"
+    if getattr(text, "attention_dropout", 0):
+        return "it has no attention dropout"
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
+
+
+def _softcap(config: Any) -> bool:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def varlen_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend inside each document of one flattened row.
+
+    Args:
+        query: float[1, H, T, D].
+        key, value: float[1, H_kv, T, D].
+        scaling: factor on the scores; None for 1 / sqrt(D).
+        sliding_window: how many tokens back, itself included.
+        kwargs: `cu_seq_lens_q` int32[N + 1] and `max_length_q` from the collator. Without them (generation, say) the
+            call goes to sdpa, which needs no lengths.
+
+    Returns:
+        float[1, T, H, D] and no weights.
+    """
+    lengths = kwargs.get("cu_seq_lens_q")
+    if lengths is None:
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+    dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
+    flat = [states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value)]
+    longest = kwargs["max_length_q"]
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    from torch.nn.attention import varlen
+
+    output = varlen.varlen_attn(
+        *flat, lengths, lengths, longest, longest, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.unsqueeze(0).to(query.dtype), None
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -1,0 +1,196 @@
+"""Every setting of a run. Precedence: YAML file < `--set key=value` < flag.
+
+Keys that are not ours are fields of transformers' TrainingArguments: `--set learning_rate=1e-5` reaches them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sftdata.errors import UsageError
+
+# What we set otherwise than transformers does; each can be set back.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,  # a packed row is a batch of its own
+    "per_device_eval_batch_size": 1,
+    "learning_rate": 2e-5,
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+    "save_total_limit": 2,  # one complete checkpoint stays while the next is written
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,  # every parameter takes part in every step
+}
+
+
+class LoraSettings(BaseModel):
+    """Low-rank adapters: `r=16,alpha=32,target=all-linear,dropout=0.05`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int = Field(16, gt=0, description="Rank.")
+    alpha: float = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target: str = Field("all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj.")
+
+
+class TrainConfig(BaseModel):
+    """What to train on what, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # ---- data
+    sets: tuple[Path, ...] = Field(min_length=1, description="Folders that `sftdata prepare` wrote.")
+    weights: tuple[float, ...] = Field((), description="Passes over each set in one epoch; default: 1 each.")
+    eval: dict[str, Path] = Field(default_factory=dict, description="Evaluation sets by name.")
+
+    # ---- model
+    model: str | None = Field(None, description="Folder or Hub id of the model.")
+    init_from_config: Path | None = Field(None, description="config.json of a model to train from scratch.")
+    revision: str | None = Field(None, description="Revision of a Hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the weights; auto: float32, and bfloat16 for the frozen base under LoRA on a GPU that has it."
+    )
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="Quantize the frozen base; needs lora and bitsandbytes.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
+
+    # ---- how
+    attention: str = Field("auto", description="auto, or one implementation by name.")
+    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked where it is proven equal.")
+    packing: Literal["auto", "require", "unpack"] = Field(
+        "auto", description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks."
+    )
+
+    # ---- where
+    output: Path = Field(description="Folder of the run: checkpoints, then the model.")
+    overwrite: bool = Field(False, description="Start anew in a folder that holds a run.")
+    training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part]
+        bad = [key for key, equals, _ in pairs if not equals]
+        if bad:
+            raise ValueError(f"expected key=value pairs such as r=16,alpha=32, found {bad[0]!r}")
+        return {key.strip(): text.strip() for key, _, text in pairs}
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _one_set_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
+        if (self.model is None) == (self.init_from_config is None):
+            raise ValueError("name either a model or init_from_config")
+        if self.weights and len(self.weights) != len(self.sets):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError("weights are above 0")
+        if self.quantize and self.lora is None:
+            raise ValueError("quantize freezes the model, so it needs lora")
+        return self
+
+    @property
+    def set_weights(self) -> tuple[float, ...]:
+        """Passes over each set in one epoch."""
+        return self.weights or (1.0,) * len(self.sets)
+
+
+def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
+    """Merge a YAML file, `key=value` overrides and flags into a checked configuration.
+
+    Args:
+        flags: flags by setting name; None means not given.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key, or a value outside its range.
+    """
+    merged: dict[str, Any] = {"training": dict(TRAINING_DEFAULTS)}
+    for source in (_from_file(file), _from_overrides(overrides), flags):
+        for key, value in source.items():
+            if value is None:
+                continue
+            if key == "training":
+                for name, part in dict(value).items():
+                    _place(merged, name, part, own=False)
+            else:
+                _place(merged, key, value)
+    try:
+        return TrainConfig(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"Setting {where!r}: {message}; found {first.get('input')!r:.200}.", "see `sfttrain run --help`.") from None
+
+
+def training_fields() -> dict[str, str]:
+    """Return the fields of TrainingArguments and their types, as text."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    return {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {error}.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: found {type(content).__name__}; expected settings, one `key: value` a line.")
+    return content
+
+
+def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text!r}: expected key=value.")
+        *parents, leaf = key.strip().split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = yaml.safe_load(value)
+    return settings
+
+
+def _place(merged: dict[str, Any], key: str, value: Any, own: bool = True) -> None:
+    """Put a setting where it belongs, or refuse its name."""
+    if own and key in TrainConfig.model_fields:
+        merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        return
+    known = training_fields()
+    if key in known:
+        merged["training"][key] = _coerced(value, known[key])
+        return
+    names = [*TrainConfig.model_fields, *known]
+    near = difflib.get_close_matches(key, names, n=1)
+    raise UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
+
+
+def _coerced(value: Any, annotation: str) -> Any:
+    """Read `1e-5`, which YAML takes for text, as the number it is where a number is wanted."""
+    if isinstance(value, str) and "float" in annotation:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,189 @@
+"""Cross entropy on supervised positions only, a chunk of positions at a time: full logits never exist.
+
+    hidden states ── supervised positions ── chunk ── head ── loss and gradient at once ── sum / num_items_in_batch
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+IGNORE = -100
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What lies between the last hidden state and the logits: `cap * tanh(scale * (W h + b) / cap)`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """Loss of a batch, without logits.
+
+    Attributes:
+        loss: float32[], sum over supervised positions divided by `num_items_in_batch`.
+        correct: int64[], supervised positions whose most likely token is the label.
+        supervised: int64[], supervised positions.
+    """
+
+    loss: Tensor | None = None
+    correct: Tensor | None = None
+    supervised: Tensor | None = None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of token losses; the gradients are made beside the loss, while a chunk of logits is still at hand."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, dtype: torch.dtype, grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        want_hidden, want_weight, want_bias = (grad and need for need in ctx.needs_input_grad[:3])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        # Summed in fp32 even under bf16: one rounding at the end instead of one a chunk.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        grad_bias = torch.zeros_like(cast(Tensor, bias), dtype=torch.float32) if want_bias else None
+        want_slope = want_hidden or want_weight or want_bias
+        weight_cast = weight.to(dtype)
+        step = chunk_rows(hidden.device.type, weight.shape[0])
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            inputs = hidden[rows].to(dtype)
+            chunk_loss, chunk_correct, slope = _chunk(inputs, weight_cast, bias, targets[rows], head, want_slope)
+            loss += chunk_loss
+            correct += chunk_correct
+            if slope is None:
+                continue
+            slope = slope.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = slope @ weight_cast
+            if grad_weight is not None:
+                _add_product(grad_weight, slope, inputs)
+            if grad_bias is not None:
+                grad_bias += slope.sum(0, dtype=torch.float32)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return (*scaled, None, None, None, None)
+
+
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """Return how many positions share one chunk of logits."""
+    return max(1, CHUNK_BYTES.get(device, 64 << 20) // (4 * vocabulary))
+
+
+def _chunk(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, want_slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (loss float32[], correct int64[], d loss / d (W h + b) float32[N, V]) in one buffer of logits."""
+    logits = (inputs @ weight.T).float()
+    if bias is not None:
+        logits += bias
+    if head.scale != 1.0:
+        logits *= head.scale
+    damping = None
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        damping = 1 - logits**2 if want_slope else None
+        logits *= head.softcap
+    at_target = logits.gather(1, targets[:, None])
+    top = logits.amax(1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(1, keepdim=True)
+    loss = (total.log() + top - at_target).sum()
+    correct = (at_target >= top).sum()
+    if not want_slope:
+        return loss, correct, None
+    slope = weights.div_(total)
+    slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+    if damping is not None:
+        slope *= damping
+    return loss, correct, slope if head.scale == 1.0 else slope.mul_(head.scale)
+
+
+def _add_product(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
+    """Add `slope.T @ inputs` to a float32 total."""
+    if slope.dtype == torch.float32:
+        total.addmm_(slope.T, inputs)
+    else:
+        total += slope.T @ inputs
+
+
+def head_of(model: nn.Module) -> Head:
+    """Describe the output head of a causal language model.
+
+    Scales and caps are known by the names that transformers' own configs give them; preflight proves the description
+    against the model's own loss, so an unknown one cannot pass unseen.
+    """
+    module = cast(Any, model).get_output_embeddings()
+    config = cast(Any, model).config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def supervised_loss(hidden: Tensor, labels: Tensor, head: Head, engine: str = "chunked") -> tuple[Tensor, Tensor, Tensor]:
+    """Return (summed loss float32[], correct int64[], supervised int64[]).
+
+    Args:
+        hidden: float[B, L, D], last hidden states.
+        labels: int64[B, L], unshifted: position i is trained to predict label i + 1.
+        engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no accuracy: -1).
+    """
+    targets = labels[:, 1:]
+    chosen = targets != IGNORE
+    rows, targets = hidden[:, :-1][chosen], targets[chosen]
+    supervised = torch.tensor(len(targets), device=hidden.device)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
+    if engine == "torch" and len(targets) and head.scale == 1.0 and head.softcap is None:
+        options = nn.LinearCrossEntropyOptions()
+        bias = None if head.bias is None else head.bias.to(dtype)
+        loss = nn.functional.linear_cross_entropy(
+            rows.to(dtype), head.weight.to(dtype), targets, linear_bias=bias, reduction="sum", options=options
+        )
+        return loss.float(), torch.tensor(-1, device=hidden.device), supervised
+    loss, correct = _ChunkedCrossEntropy.apply(rows, head.weight, head.bias, targets, head, dtype, torch.is_grad_enabled())
+    return loss, correct, supervised
+
+
+def fuse_loss(model: Any, engine: str = "chunked") -> None:
+    """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls run the model's own forward.
+
+    The loss stays inside `forward`, where DDP and FSDP expect every use of a parameter.
+    """
+    own_forward = model.forward
+
+    def forward(
+        self: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, skip_logits: bool = False, **inputs: Any
+    ) -> Any:
+        if labels is None or not skip_logits:
+            extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            return own_forward(labels=labels, **extra, **inputs)
+        hidden = self.base_model(**inputs)[0]
+        loss, correct, supervised = supervised_loss(hidden, labels, head_of(self), engine)
+        items = supervised if num_items_in_batch is None else num_items_in_batch
+        return LossOutput(loss / torch.as_tensor(items, device=loss.device).clamp(min=1), correct, supervised)
+
+    model.forward = types.MethodType(forward, model)
+    model.accepts_loss_kwargs = True  # the Trainer then hands over num_items_in_batch
