@@ -1,0 +1,142 @@
+"""The one way a file of a set is written: temporary file, fsync, rename, fsync of the folder; digests in the same pass."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import xxhash
+
+from sftdata.errors import SftError, UsageError
+
+TEMPORARY_SUFFIX = ".tmp"
+_READ_BYTES = 1 << 20
+_FIXES = {
+    errno.ENOSPC: "free some space, then run the same command again; what is finished is kept.",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command again; what is finished is kept.",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes, then run the same command again.",
+    errno.EROFS: "choose an output folder on a disk that can be written.",
+    errno.EACCES: "choose an output folder that you may write to.",
+    errno.EPERM: "choose an output folder that you may write to.",
+    errno.ENOENT: "create the folder first.",
+}
+
+
+class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file must be: its size in bytes, its xxh3-128 (fast, against damage) and its sha256 (against forgery), both hex."""
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
+class Sink(Protocol):
+    """What a writer sees of the file."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes; return how many."""
+
+
+class _HashingFile:
+    """Pass bytes on to an unbuffered file and to both hashes; enough of a file object for pyarrow."""
+
+    closed = False
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = 0
+        self._xxh3 = xxhash.xxh3_128()
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._xxh3.update(view)
+        self._sha256.update(view)
+        self._size += len(view)
+        rest = view
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        """Do nothing: bytes are passed on at once, and fsync comes with the commit."""
+
+    def digest(self) -> FileDigest:
+        return FileDigest(bytes=self._size, xxh3=self._xxh3.hexdigest(), sha256=self._sha256.hexdigest())
+
+
+def write_atomic(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
+    """Write a file so that a reader, or a machine that lost power, sees all of it or nothing of it.
+
+    Args:
+        path: where the file will stand; its folder exists.
+        writer: writes the content, front to back.
+
+    Returns:
+        Size and digests of what was written, taken on the way to the disk.
+
+    Raises:
+        UsageError: the disk is full, or the folder cannot be written; nothing stands at `path` but what stood there before.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        digest = _write_synced(temporary, writer)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _explain(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return digest
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path, *, sha256: bool = True) -> FileDigest:
+    """Read a file once, front to back, and return its digest; without `sha256`, which costs most, that field is empty."""
+    xxh3, slow, size = xxhash.xxh3_128(), hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size += count
+            xxh3.update(buffer[:count])
+            if sha256:
+                slow.update(buffer[:count])
+    return FileDigest(bytes=size, xxh3=xxh3.hexdigest(), sha256=slow.hexdigest() if sha256 else "")
+
+
+def _write_synced(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        file = _HashingFile(descriptor)
+        writer(file)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return file.digest()
+
+
+def _explain(path: Path, error: OSError) -> SftError:
+    name = errno.errorcode.get(error.errno or 0, "unknown error")
+    fix = _FIXES.get(error.errno or 0, "check the disk, then run the same command again; what is finished is kept.")
+    return UsageError(f"{path}: cannot be written: {error.strerror or error} ({name}).", fix)

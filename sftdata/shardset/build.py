@@ -1,0 +1,200 @@
+"""A set while it is being built: `DIR.partial`, one record a finished slice, and one rename at the end.
+
+    DIR.partial/
+      plan.json             what is being built: another plan refuses to go on here
+      shard-00000.arrow     written by its slice, final from then on
+      slices/00000.json     written after the slice's shard: the slice is done, a resume skips it
+      slices/00000.rejects.jsonl
+      manifest.json         written last; from then on the folder only waits to be renamed to DIR
+
+A reader looks at DIR alone, so it sees the old set, no set, or the new set.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.shardset.atomic import FileDigest, digest_file, sync_folder, write_atomic
+from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
+from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.shardset.shards import ShardInfo
+
+_PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
+
+
+class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished slice gave.
+
+    Attributes:
+        index: its number in the plan.
+        shards: its shards, none when it kept no row.
+        ledger: what became of its rows and tokens.
+        rejects: rows it rejected, also counted in the ledger.
+        engine_mismatch: the fast engine differed from the oracle on a row of this slice; the run must be built anew without it.
+    """
+
+    index: int
+    shards: tuple[ShardInfo, ...]
+    ledger: Ledger
+    rejects: int = 0
+    engine_mismatch: bool = False
+
+
+def finished_set(folder: Path) -> Manifest | None:
+    """Return the manifest of a finished set at `folder`, None where there is none.
+
+    Raises:
+        UsageError: the folder holds other things, or cannot be replaced by a rename.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        return read_manifest(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: holds files, but is no set; nothing was touched.", "choose an empty or new folder for -o.")
+    if os.path.ismount(folder):
+        raise UsageError(f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}")
+    return None
+
+
+class Build:
+    """The unfinished set beside `output`, locked for this process.
+
+    Attributes:
+        output: where the finished set will stand.
+        folder: where it is built.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = partial_folder(output)
+
+    @contextmanager
+    def locked(self) -> Iterator[Build]:
+        """Hold the folder for one process.
+
+        Raises:
+            UsageError: another process builds here, or the folder cannot be made.
+        """
+        try:
+            (self.folder / _SLICES).mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: {error.strerror}.", "choose an output folder that can be written.") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise UsageError(
+                f"{self.folder}: another `sftdata prepare` is building this set.", "wait for it, or choose another -o."
+            ) from None
+        try:
+            yield self
+        finally:
+            os.close(lock)
+
+    def start(self, plan: dict[str, Any], *, overwrite: bool) -> dict[int, SliceResult]:
+        """Begin or resume; return the slices that are done.
+
+        Args:
+            plan: all that decides the bytes of the set, as plain JSON data, flat.
+
+        Raises:
+            UsageError: an unfinished set of another plan stands here.
+        """
+        path = self.folder / _PLAN
+        if path.exists():
+            before = _read_json(path)
+            changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
+            if changed and not overwrite:
+                differences = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed)
+                raise UsageError(
+                    f"{self.folder}: an unfinished set made with other settings ({differences}).",
+                    "run with the settings it was begun with, or start anew with --overwrite.",
+                )
+            if changed:
+                self.clear()
+        if not path.exists():
+            self.clear()
+            write_atomic(path, lambda sink: sink.write(msgspec.json.encode(plan, order="sorted")))
+        done = [_read_result(found) for found in sorted((self.folder / _SLICES).glob("[0-9]*[0-9].json"))]
+        return {result.index: result for result in done if all(_stands(self.folder, shard) for shard in result.shards)}
+
+    def clear(self) -> None:
+        """Remove everything built so far."""
+        for entry in self.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        (self.folder / _SLICES).mkdir()
+
+    def commit(self, result: SliceResult, rejects: bytes) -> None:
+        """Record a finished slice, its shards already in place; `rejects` are its lines of rejects.jsonl."""
+        write_atomic(self._rejects(result.index), lambda sink: sink.write(rejects))
+        record = msgspec.json.encode(result, order="sorted")
+        write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
+
+    def write_rejects(self, slices: Iterable[int]) -> FileDigest:
+        """Join the slices' rejects, in order, to the set's rejects.jsonl."""
+        parts = [self._rejects(index).read_bytes() for index in slices]
+        return write_atomic(self.folder / REJECTS_NAME, lambda sink: [sink.write(part) for part in parts])
+
+    def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
+        """Add the tokenizer's files, write the manifest, and put the set in its place with one rename."""
+        shutil.copytree(tokenizer, self.folder / _TOKENIZER, dirs_exist_ok=True)
+        names = [REJECTS_NAME, *(f"{_TOKENIZER}/{path.name}" for path in sorted((self.folder / _TOKENIZER).iterdir()))]
+        files = []
+        for name in names:
+            digest = digest_file(self.folder / name)
+            files.append(SetFile(name=name, bytes=digest.bytes, xxh3=digest.xxh3, sha256=digest.sha256))
+        sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
+        self.put_in_place()
+        return sealed
+
+    def put_in_place(self) -> None:
+        """Turn a folder with a manifest into the set; a finished run that was stopped before this does only this."""
+        shutil.rmtree(self.folder / _SLICES, ignore_errors=True)
+        (self.folder / _PLAN).unlink(missing_ok=True)
+        old = self.output.with_name(self.output.name + ".old")
+        if self.output.exists() and any(self.output.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.output, old)
+        os.rename(self.folder, self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _rejects(self, index: int) -> Path:
+        return self.folder / _SLICES / f"{index:05d}.rejects.jsonl"
+
+
+def _stands(folder: Path, shard: ShardInfo) -> bool:
+    """Say whether a committed shard is on disk, whole."""
+    path = folder / shard.name
+    return path.is_file() and path.stat().st_size == shard.bytes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise IntegrityError(f"{path}: damaged: {error}.", f"remove {path.parent} and prepare again.") from None
+
+
+def _read_result(path: Path) -> SliceResult:
+    try:
+        return msgspec.convert(_read_json(path), SliceResult, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise IntegrityError(f"{path}: damaged: {error}.", f"remove {path.parent.parent} and prepare again.") from None
+
+
+def _short(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,79 @@
+"""What must hold inside packed rows, checked on the columns: each finding is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from sftdata.batches import Bool, Int64, PackedRows
+from sftdata.shardset.ledger import NOT_TRAINED
+from sftdata.shardset.manifest import Manifest
+
+
+def broken_laws(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    """Yield what is wrong with packed rows: int64[K], the rows concerned, and what is wrong with them.
+
+    Where the documents do not add up to their rows nothing else is looked at, since nothing else has a place.
+    """
+    misshapen = False
+    for where, what in _shape(rows, manifest):
+        misshapen = True
+        yield where, what
+    if not misshapen:
+        yield from _segments(rows, manifest)
+        yield from _tokens(rows, manifest)
+
+
+def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    summed = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    width = np.diff(rows.row_offsets)
+    yield from _rows(rows.segment_offsets, rows.seq_lengths < 1, "a document has no tokens")
+    yield from _finding(
+        np.flatnonzero(np.diff(summed[rows.segment_offsets]) != width), "seq_lengths do not sum to the length of the row"
+    )
+    yield from _finding(np.flatnonzero(np.diff(rows.segment_offsets) < 1), "the row holds nothing")
+    if manifest.max_length is not None:
+        yield from _finding(np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long")
+
+
+def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    ids = rows.example_ids
+    known = max((source.first_id + source.rows for source in manifest.sources), default=0)
+    padding = ids == -1
+    last = np.zeros(len(ids), np.bool_)
+    last[rows.segment_offsets[1:] - 1] = True
+    yield from _rows(rows.segment_offsets, (ids < -1) | (ids >= known), "an example id belongs to no source")
+    yield from _rows(rows.segment_offsets, padding & ~last, "padding stands before a document")
+    first = np.zeros(len(ids), np.bool_)
+    first[rows.segment_offsets[:-1]] = True
+    yield from _rows(rows.segment_offsets, padding & first, "the row is all padding")
+    if manifest.max_length is None:
+        yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
+        return
+    starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    trained = rows.labels[starts[:-1]] != NOT_TRAINED
+    yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
+    inside = np.repeat(padding, rows.seq_lengths)
+    yield from _rows(rows.row_offsets, inside & (rows.labels != NOT_TRAINED), "padding is trained")
+    pad_id = manifest.tokenizer.pad_id
+    yield from _rows(rows.row_offsets, inside & (rows.input_ids != pad_id), f"padding is not the pad id {pad_id}")
+
+
+def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    # One unsigned comparison finds negative ids too.
+    outside = rows.input_ids.view(np.uint32) >= manifest.tokenizer.vocab_size
+    other = (rows.labels != NOT_TRAINED) & (rows.labels != rows.input_ids)
+    yield from _rows(rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}")
+    yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
+
+
+def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]:
+    """Say in which rows the items lie that are wrong."""
+    if wrong.any():
+        yield np.unique(np.searchsorted(offsets, np.flatnonzero(wrong), side="right") - 1), what
+
+
+def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:
+    if len(where):
+        yield where, what

@@ -1,0 +1,202 @@
+"""The ledger: what became of every row and every token. Slices count apart; counts merge in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import Int64, PackedRows
+from sftdata.errors import IntegrityError
+from sftdata.shardset.fields import Count, RowLength
+
+NOT_TRAINED = -100
+"""The label of a token that is not trained."""
+
+Counts = dict[str, Count]
+
+
+class SourceCounts(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What one source gave to the set.
+
+    Attributes:
+        rows: rows kept.
+        tokens: tokens of these rows in the set, trained or context.
+        tokens_trained: those with a label.
+    """
+
+    rows: Count = 0
+    tokens: Count = 0
+    tokens_trained: Count = 0
+
+
+class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Counts that must add up.
+
+        rows_in    = rows_kept + rows_rejected + rows_filtered + rows_dropped
+        tokens_in  = tokens_trained + tokens_context + tokens_cut + tokens_in_dropped_rows
+        rows_packed * max_length = tokens_trained + tokens_context + tokens_padding
+
+    Attributes:
+        rows_rejected, rows_filtered, rows_dropped: rows by fault code, by rule, by reason.
+        tokens_trained: tokens whose label is not -100.
+        tokens_context: the other tokens of the examples.
+        tokens_cut: tokens by over-long policy.
+        max_length: tokens per packed row; None while nothing is packed or where rows keep their own length.
+        counters: everything else worth a number: `boundary_splits`, `literal_rows`, `rows_without_ending`, ...
+        lengths: examples by length before any cut, {lower bound of the bin: examples}, see `length_bins`.
+        sources: what each source gave.
+    """
+
+    rows_in: Count = 0
+    rows_kept: Count = 0
+    rows_rejected: Counts = {}
+    rows_filtered: Counts = {}
+    rows_dropped: Counts = {}
+    tokens_in: Count = 0
+    tokens_trained: Count = 0
+    tokens_context: Count = 0
+    tokens_cut: Counts = {}
+    tokens_in_dropped_rows: Count = 0
+    rows_packed: Count = 0
+    documents: Count = 0
+    max_length: RowLength | None = None
+    tokens_padding: Count = 0
+    counters: Counts = {}
+    lengths: dict[Count, Count] = {}
+    sources: dict[str, SourceCounts] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the set, padding aside."""
+        return self.tokens_trained + self.tokens_context
+
+    def count_lengths(self, lengths: Int64) -> None:
+        """Add examples, int64[N] tokens each, to the histogram of lengths."""
+        bins, counts = np.unique(length_bins(lengths), return_counts=True)
+        _add(self.lengths, dict(zip(bins.tolist(), counts.tolist(), strict=True)))
+
+    def count_packed(self, rows: PackedRows, max_length: int | None, source: str | None = None) -> None:
+        """Add packed rows, as they stand in a shard.
+
+        Args:
+            rows: columns of a shard, or of a part of it.
+            max_length: tokens per row; None where rows keep their own length.
+            source: the source of all these rows, to count what it gave.
+        """
+        is_document = rows.example_ids >= 0
+        tokens = int(rows.seq_lengths[is_document].sum(dtype=np.int64))
+        trained = int(np.count_nonzero(rows.labels != NOT_TRAINED))
+        packed = Ledger(
+            tokens_trained=trained,
+            tokens_context=tokens - trained,
+            rows_packed=len(rows),
+            documents=int(is_document.sum()),
+            max_length=max_length if len(rows) else None,
+            tokens_padding=len(rows.input_ids) - tokens,
+        )
+        if source is not None:
+            examples = len(np.unique(rows.example_ids[is_document]))
+            packed.sources[source] = SourceCounts(rows=examples, tokens=tokens, tokens_trained=trained)
+        self.merge(packed)
+
+    def merge(self, other: Ledger) -> None:
+        """Add another ledger to this one.
+
+        Raises:
+            ValueError: the two count rows of different lengths.
+        """
+        lengths = {self.max_length, other.max_length} - {None}
+        mixed = self.rows_packed and other.rows_packed and self.max_length != other.max_length
+        if mixed or len(lengths) > 1:
+            raise ValueError(f"ledgers of rows of {self.max_length} and {other.max_length} tokens cannot be merged")
+        for name in self.__struct_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, dict):
+                _add_sources(mine, theirs) if name == "sources" else _add(mine, theirs)
+            elif name != "max_length":
+                setattr(self, name, mine + theirs)
+        self.max_length = next(iter(lengths), None)
+
+    def check(self, where: str = "ledger") -> None:
+        """Assert the law of conservation.
+
+        Raises:
+            IntegrityError: naming the equation that does not hold, with both sides.
+        """
+        rejected, filtered, dropped = (sum(c.values()) for c in (self.rows_rejected, self.rows_filtered, self.rows_dropped))
+        cut = sum(self.tokens_cut.values())
+        _equal(
+            where,
+            f"rows_in = rows_kept {self.rows_kept} + rejected {rejected} + filtered {filtered} + dropped {dropped}",
+            self.rows_in,
+            self.rows_kept + rejected + filtered + dropped,
+        )
+        _equal(
+            where,
+            f"tokens_in = trained {self.tokens_trained} + context {self.tokens_context} + cut {cut}"
+            f" + in dropped rows {self.tokens_in_dropped_rows}",
+            self.tokens_in,
+            self.tokens + cut + self.tokens_in_dropped_rows,
+        )
+        if self.max_length is None:
+            _equal(where, "tokens_padding = 0, as rows keep their own length", self.tokens_padding, 0)
+        else:
+            _equal(
+                where,
+                f"rows_packed {self.rows_packed} * max_length {self.max_length} = trained {self.tokens_trained}"
+                f" + context {self.tokens_context} + padding {self.tokens_padding}",
+                self.rows_packed * self.max_length,
+                self.tokens + self.tokens_padding,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, every mapping in the order of its keys."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return {name: _ordered(value) for name, value in plain.items()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Ledger:
+        """Read what `to_json` returned.
+
+        Raises:
+            msgspec.ValidationError: the data is no ledger.
+        """
+        return msgspec.convert(data, cls, str_keys=True)
+
+
+def length_bins(lengths: Int64) -> Int64:
+    """Return the lower bound of each length's bin: exact up to 15 tokens, then eight bins for each doubling.
+
+    >>> length_bins(np.array([0, 7, 15, 16, 17, 18, 1000, 1024])).tolist()
+    [0, 7, 15, 16, 16, 18, 960, 1024]
+    """
+    exponent = np.frexp(np.asarray(lengths, np.float64))[1].astype(np.int64)
+    shift = np.maximum(exponent - 4, 0)
+    bins: Int64 = (np.asarray(lengths, np.int64) >> shift) << shift
+    return bins
+
+
+def _add(mine: dict[Any, int], theirs: dict[Any, int]) -> None:
+    for key, count in theirs.items():
+        mine[key] = mine.get(key, 0) + count
+
+
+def _add_sources(mine: dict[str, SourceCounts], theirs: dict[str, SourceCounts]) -> None:
+    for name, counts in theirs.items():
+        kept = mine.setdefault(name, SourceCounts())
+        kept.rows += counts.rows
+        kept.tokens += counts.tokens
+        kept.tokens_trained += counts.tokens_trained
+
+
+def _equal(where: str, equation: str, left: int, right: int) -> None:
+    if left != right:
+        raise IntegrityError(f"{where}: {equation} does not hold: {left} is not {right}.")
+
+
+def _ordered(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(key): value[key] for key in sorted(value)}

@@ -1,0 +1,233 @@
+"""The manifest: what a set is. A folder with a manifest is a finished set; a folder without is not a set.
+
+`digest` covers what defines the content: settings, tokenizer, template, sources, ledger and shards, but no path, no worker
+count, no engine. `checksum` covers the file itself, to the last note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import xxhash
+from msgspec import Meta
+
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.shardset.atomic import write_atomic
+from sftdata.shardset.fields import Count, PlainPath, Sha256, TokenId, Xxh3
+from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.shards import ShardInfo
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PARTIAL_SUFFIX = ".partial"
+_MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
+
+# Settings that say where things lie (what lies there is hashed) or how the work is done: they never change a byte of the set.
+_PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
+_MANNER = ("workers", "engine", "overwrite", "max_rejects")
+_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software")
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tokenizer as used.
+
+    Attributes:
+        name: folder or Hub id that was asked for; not part of the digest.
+        sha256: hash of what defines its ids.
+        vocab_size: ids are below this.
+        eos_id, pad_id, bos_id: special ids; `pad_id` fills the end of packed rows.
+        tokens_added: tokens that the chat template needs and the tokenizer lacked, in order of their ids.
+    """
+
+    name: str
+    sha256: Sha256
+    vocab_size: TokenId
+    eos_id: TokenId | None
+    pad_id: TokenId | None
+    bos_id: TokenId | None
+    tokens_added: tuple[str, ...] = ()
+
+
+class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One input file.
+
+    Attributes:
+        name: path relative to the input that named it, or `dataset:split`; never absolute.
+        bytes: size as stored; None where the source is not a file.
+        xxh3: hash of the stored bytes, or the fingerprint of a dataset.
+        rows: how many ids the source takes; a line that holds no row takes one too.
+        first_id: id of its first line or record, so that `line = id - first_id + 1`.
+    """
+
+    name: str
+    bytes: Count | None
+    xxh3: str
+    rows: Count
+    first_id: Count
+
+
+class SetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another file of the set: the rejects, the tokenizer."""
+
+    name: PlainPath
+    bytes: Count
+    xxh3: Xxh3
+    sha256: Sha256
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything there is to know about a set without opening a shard.
+
+    Attributes:
+        format_version: of the folder's layout.
+        digest: sha256 over all that defines the content.
+        checksum: xxh3-128 over this manifest.
+        settings: of `prepare`, in full, with defaults resolved.
+        chat_template_sha256: hash of the chat template in use, if any.
+        sources: in the order of their ids.
+        ledger: what became of every row and token, with the histogram of lengths.
+        shards: in order.
+        files: the other files of the set.
+        notes: what was defaulted or guessed, one sentence each.
+        software: versions that made the set.
+    """
+
+    format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
+    digest: str = ""
+    checksum: str = ""
+    settings: dict[str, Any]
+    tokenizer: TokenizerInfo
+    chat_template_sha256: Sha256 | None = None
+    sources: tuple[SourceInfo, ...]
+    ledger: Ledger
+    shards: tuple[ShardInfo, ...]
+    files: tuple[SetFile, ...] = ()
+    notes: tuple[str, ...] = ()
+    software: dict[str, str] = {}
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens per packed row; None where rows keep their own length."""
+        return self.ledger.max_length
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        return plain | {"ledger": self.ledger.to_json()}
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where a set is built before it becomes `folder`: beside it, so that one rename finishes it."""
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Fill in the digest and the checksum.
+
+    Raises:
+        IntegrityError: the ledger does not balance, or shards and ledger disagree.
+    """
+    _check_sums(manifest, MANIFEST_NAME)
+    manifest = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    return msgspec.structs.replace(manifest, checksum=_checksum(manifest))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Seal a manifest and write it; do this last, since it is what makes the folder a set.
+
+    Raises:
+        IntegrityError: the ledger does not balance, or shards and ledger disagree.
+        UsageError: the file cannot be written.
+    """
+    sealed = seal(manifest)
+    text = msgspec.json.format(msgspec.json.encode(sealed.to_json(), order="sorted"), indent=2) + b"\n"
+    write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(text))
+    return sealed
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a set and check that it is whole and agrees with itself.
+
+    Raises:
+        UsageError: the folder is missing, is not a finished set, or was written in a newer format.
+        IntegrityError: the manifest is damaged, was changed, or says impossible things.
+    """
+    path = folder / MANIFEST_NAME
+    raw = _read_bytes(folder, path)
+    try:
+        version = msgspec.json.decode(raw, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"{path}: format version {version}; this sftdata reads version {FORMAT_VERSION}.", "use a newer sftdata."
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not a manifest: {error}.", "prepare the set again.") from None
+    _check_seal(manifest, path)
+    _check_sums(manifest, str(path))
+    return manifest
+
+
+def _read_bytes(folder: Path, path: Path) -> bytes:
+    if not path.is_file():
+        raise _not_a_set(folder)
+    if path.stat().st_size > _MAX_BYTES:
+        raise IntegrityError(f"{path}: {path.stat().st_size} bytes; a manifest has at most {_MAX_BYTES}.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
+def _not_a_set(folder: Path) -> UsageError:
+    partial = folder if folder.name.endswith(PARTIAL_SUFFIX) else partial_folder(folder)
+    if partial.is_dir():
+        goes_on = "run the same `sftdata prepare` again; it goes on where it stopped."
+        return UsageError(f"{folder}: not a finished set; {partial} holds an unfinished run.", goes_on)
+    found = f"not a finished set, as it has no {MANIFEST_NAME}" if folder.exists() else "no such folder"
+    return UsageError(f"{folder}: {found}.", "name the folder that `sftdata prepare -o` wrote.")
+
+
+def _digest(manifest: Manifest) -> str:
+    content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
+    content["settings"] = {key: value for key, value in content["settings"].items() if key not in _PLACES + _MANNER}
+    content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def _checksum(manifest: Manifest) -> str:
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(manifest.to_json() | {"checksum": ""}, order="sorted"))
+
+
+def _check_seal(manifest: Manifest, path: Path) -> None:
+    for name, found in (("checksum", _checksum(manifest)), ("digest", _digest(manifest))):
+        written = getattr(manifest, name)
+        if written != found:
+            said = f"{name} is {written!r}, the content gives {found}"
+            raise IntegrityError(f"{path}: changed after it was written: {said}.", "restore the file or prepare the set again.")
+
+
+def _check_sums(manifest: Manifest, where: str) -> None:
+    ledger, shards = manifest.ledger, manifest.shards
+    ledger.check(where)
+    sums = (
+        ("rows_packed", ledger.rows_packed, sum(shard.rows for shard in shards)),
+        ("documents", ledger.documents, sum(shard.documents for shard in shards)),
+        ("tokens_trained", ledger.tokens_trained, sum(shard.tokens_trained for shard in shards)),
+        ("tokens", ledger.tokens, sum(shard.tokens for shard in shards)),
+    )
+    for name, counted, summed in sums:
+        if counted != summed:
+            raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
+    names = sorted([shard.name for shard in shards] + [file.name for file in manifest.files])
+    for name, following in pairwise(names):
+        if name == following:
+            raise IntegrityError(f"{where}: {name} is listed twice.")

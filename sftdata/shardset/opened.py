@@ -1,0 +1,187 @@
+"""A finished set, opened for reading: the manifest at once, each shard when it is first looked into."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftdata.batches import Int32, Int64, PackedRows
+from sftdata.errors import IntegrityError
+from sftdata.shardset.manifest import Manifest, SetFile, read_manifest
+from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A stretch of one example in a packed row.
+
+    Attributes:
+        example_id: the input row it comes from.
+        input_ids, labels: int32[T], views of the shard.
+    """
+
+    example_id: int
+    input_ids: Int32
+    labels: Int32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRow:
+    """One row of a set; every array is a read-only view of the shard.
+
+    Attributes:
+        input_ids: int32[T].
+        labels: int32[T], -100 where not trained.
+        seq_lengths: int32[S], lengths of the documents, padding last.
+        examples: int64[S], input row behind each document, -1 for padding.
+    """
+
+    input_ids: Int32
+    labels: Int32
+    seq_lengths: Int32
+    examples: Int64
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents in order, without the padding."""
+        start = 0
+        for length, example in zip(self.seq_lengths.tolist(), self.examples.tolist(), strict=True):
+            if example >= 0:
+                yield Document(example, self.input_ids[start : start + length], self.labels[start : start + length])
+            start += length
+
+
+class ShardSet(Sequence[PackedRow]):
+    """The packed rows of a set, as a sequence that costs nothing until it is read.
+
+    Attributes:
+        folder: where the set lies.
+        manifest: what it is.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._ends = list(accumulate(shard.rows for shard in manifest.shards))
+        self._mapped: dict[int, _Mapped] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or a list of rows for a slice.
+
+        Raises:
+            IndexError: there is no such row.
+            IntegrityError: the shard is missing or is not what the manifest says.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        shard = bisect_right(self._ends, row)
+        return self._shard(shard).row(row - self._ends[shard] + self.manifest.shards[shard].rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the set to another process without what is mapped here."""
+        return ShardSet, (self.folder, self.manifest)
+
+    def __repr__(self) -> str:
+        ledger = self.manifest.ledger
+        return (
+            f"<ShardSet {str(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents, {ledger.tokens:,} tokens,"
+            f" {ledger.tokens_trained:,} of them trained, max_length {self.manifest.max_length}>"
+        )
+
+    def batches(self) -> Iterator[PackedRows]:
+        """Yield the columns of the set, one record batch after the other, as views of the shards."""
+        for index in range(len(self.manifest.shards)):
+            yield from self._shard(index).batches
+
+    def arrow(self) -> pa.Table:
+        """Return the set as a memory-mapped Arrow table."""
+        import pyarrow as pa
+
+        length = self.manifest.max_length
+        batches = [batch for shard in self.manifest.shards for batch in read_batches(plain_file(self.folder, shard), length)]
+        return pa.Table.from_batches(batches, shard_schema(length))
+
+    def polars(self) -> pl.DataFrame:
+        """Return the set as a polars frame."""
+        import polars as pl
+
+        return pl.DataFrame(self.arrow())
+
+    def origin(self, example_id: int) -> tuple[str, int]:
+        """Return the source and the 1-based line, or record, that an example comes from.
+
+        Raises:
+            KeyError: no source holds that example.
+        """
+        sources = self.manifest.sources
+        index = bisect_right(sources, example_id, key=lambda source: source.first_id) - 1
+        while index >= 0 and not sources[index].rows:  # an empty file shares its first id with the next one
+            index -= 1
+        if index < 0 or example_id >= sources[index].first_id + sources[index].rows:
+            raise KeyError(f"no source of {self.folder} holds example {example_id}")
+        return sources[index].name, example_id - sources[index].first_id + 1
+
+    def _shard(self, index: int) -> _Mapped:
+        if index not in self._mapped:
+            info = self.manifest.shards[index]
+            path = plain_file(self.folder, info)
+            self._mapped[index] = _Mapped(path, info, read_shard(path, self.manifest.max_length))
+        return self._mapped[index]
+
+
+class _Mapped:
+    """The record batches of one mapped shard."""
+
+    def __init__(self, path: Path, info: ShardInfo, batches: list[PackedRows]) -> None:
+        self.batches = batches
+        self._ends = list(accumulate(len(batch) for batch in batches))
+        rows = self._ends[-1] if self._ends else 0
+        if rows != info.rows:
+            raise IntegrityError(f"{path}: {rows} rows; the manifest says {info.rows}.", "run `sftdata verify`.")
+
+    def row(self, row: int) -> PackedRow:
+        index = bisect_right(self._ends, row)
+        batch = self.batches[index]
+        row -= self._ends[index] - len(batch)
+        tokens = slice(batch.row_offsets[row], batch.row_offsets[row + 1])
+        segments = slice(batch.segment_offsets[row], batch.segment_offsets[row + 1])
+        return PackedRow(batch.input_ids[tokens], batch.labels[tokens], batch.seq_lengths[segments], batch.example_ids[segments])
+
+
+def open_set(folder: str | Path) -> ShardSet:
+    """Open a finished set; only its manifest is read.
+
+    Raises:
+        UsageError: the folder is not a finished set.
+        IntegrityError: its manifest is damaged.
+    """
+    folder = Path(folder)
+    return ShardSet(folder, read_manifest(folder))
+
+
+def plain_file(folder: Path, info: ShardInfo | SetFile) -> Path:
+    """Return the path of a file of the set after a look at what can be seen without reading it.
+
+    Raises:
+        IntegrityError: the file is missing, is reached through a link, or has another size.
+    """
+    path = folder / info.name
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing.", "restore the file or prepare the set again.")
+    if path.resolve() != folder.resolve() / info.name:
+        raise IntegrityError(f"{path}: reached through a link; a set holds its own files.", "copy the file in its place.")
+    if path.stat().st_size != info.bytes:
+        found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
+        raise IntegrityError(f"{path}: {found}.", "restore the file or prepare the set again.")
+    return path

@@ -1,0 +1,64 @@
+"""Rejected rows: one JSON line each, with the row itself, so that the file can be mended and fed back in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftdata.shardset.atomic import FileDigest, write_atomic
+
+REJECTS_NAME = "rejects.jsonl"
+
+
+class Reject(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that cannot be used, where it stands, why, and what mends it.
+
+    Attributes:
+        file: name of the source.
+        line: 1-based line, or record, in it.
+        byte_offset: where the row starts in the decompressed source; -1 where rows have no byte position.
+        code: stable kebab-case name of the fault.
+        reason: what was found and expected.
+        fix: what mends it.
+        row: the row as parsed, or its text where it could not be parsed.
+    """
+
+    file: str
+    line: int
+    byte_offset: int
+    code: str
+    reason: str
+    fix: str
+    row: Any
+
+
+def encode_reject(reject: Reject) -> bytes:
+    r"""Return a reject as one JSON line; what UTF-8 or strict JSON cannot hold (half a surrogate pair, NaN) is kept as an escape.
+
+    >>> encode_reject(Reject(file="a.jsonl", line=3, byte_offset=90, code="not-json", reason="r", fix="f", row="{"))
+    b'{"file":"a.jsonl","line":3,"byte_offset":90,"code":"not-json","reason":"r","fix":"f","row":"{"}\n'
+    """
+    try:
+        line = msgspec.json.encode(reject)
+    except (UnicodeEncodeError, msgspec.MsgspecError, TypeError, OverflowError):
+        plain = {name: getattr(reject, name) for name in reject.__struct_fields__}
+        line = json.dumps(plain, default=_as_text, separators=(",", ":")).encode()
+    return line + b"\n"
+
+
+def write_rejects(folder: Path, rejects: Iterable[Reject]) -> FileDigest:
+    """Write `rejects.jsonl` into a folder, atomically, in the order given.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    lines = b"".join(encode_reject(reject) for reject in rejects)
+    return write_atomic(folder / REJECTS_NAME, lambda sink: sink.write(lines))
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,195 @@
+"""Shards: packed rows as Arrow IPC files, written without copies and mapped back as numpy views.
+
+| column | type |
+|---|---|
+| `input_ids`, `labels` | fixed_size_list<int32>[max_length]; list<int32> where rows keep their own length |
+| `seq_lengths` | list<int32>, document lengths, padding as one last segment |
+| `example_ids` | list<int64>, input row behind each document, -1 for padding |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import Int32, Int64, PackedRows
+from sftdata.errors import IntegrityError
+from sftdata.shardset.atomic import Sink, write_atomic
+from sftdata.shardset.fields import Count, Sha256, ShardName, Xxh3
+from sftdata.shardset.ledger import NOT_TRAINED
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
+_BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough that its cost is nothing
+_LARGEST_OFFSET = 2**31 - 1
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the manifest knows of a shard.
+
+    Attributes:
+        name: plain file name, `shard-00000.arrow`.
+        rows: packed rows.
+        documents: documents in them, padding aside.
+        tokens: tokens of the documents.
+        tokens_trained: those with a label.
+        bytes, xxh3, sha256: size in bytes and digests of the file.
+    """
+
+    name: ShardName
+    rows: Count
+    documents: Count
+    tokens: Count
+    tokens_trained: Count
+    bytes: Count
+    xxh3: Xxh3
+    sha256: Sha256
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard.
+
+    >>> shard_name(7)
+    'shard-00007.arrow'
+    """
+    return f"shard-{index:05d}.arrow"
+
+
+def shard_schema(max_length: int | None) -> pa.Schema:
+    """Return the schema of a shard; without `max_length` rows keep their own length."""
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32()) if max_length is None else pa.list_(pa.int32(), max_length)
+    types = (tokens, tokens, pa.list_(pa.int32()), pa.list_(pa.int64()))
+    return pa.schema(list(zip(COLUMNS, types, strict=True)))
+
+
+def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardInfo:
+    """Write packed rows as one Arrow IPC file, atomically; the same rows always give the same bytes.
+
+    Args:
+        path: where the shard will stand.
+        rows: its columns; no token is copied on the way.
+        max_length: tokens per row; None where rows keep their own length.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    digest = write_atomic(path, lambda sink: _write_ipc(sink, rows, max_length))
+    is_document = rows.example_ids >= 0
+    return ShardInfo(
+        name=path.name,
+        rows=len(rows),
+        documents=int(is_document.sum()),
+        tokens=int(rows.seq_lengths[is_document].sum(dtype=np.int64)),
+        tokens_trained=int(np.count_nonzero(rows.labels != NOT_TRAINED)),
+        bytes=digest.bytes,
+        xxh3=digest.xxh3,
+        sha256=digest.sha256,
+    )
+
+
+def read_shard(path: Path, max_length: int | None) -> list[PackedRows]:
+    """Map a shard and return its record batches as columns; every column is a view of the mapped file.
+
+    Args:
+        path: an Arrow IPC file of the schema above.
+        max_length: tokens per row that the manifest promises; None where rows keep their own length.
+
+    Raises:
+        IntegrityError: the file is no such shard.
+    """
+    return [_columns(batch, max_length) for batch in read_batches(path, max_length)]
+
+
+def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
+    """Map a shard and return its record batches, checked to have the schema of a shard and offsets inside their buffers.
+
+    Raises:
+        IntegrityError: the file is no such shard.
+    """
+    import pyarrow as pa
+
+    expected = shard_schema(max_length)
+    try:
+        # The views keep the mapping alive; closing gives the file descriptor back, so that 10,000 shards can be open.
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            if not reader.schema.equals(expected):
+                found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
+                raise IntegrityError(f"{path}: the columns are {found}; expected those of a shard with max_length {max_length}.")
+            batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)
+            if any(column.null_count or column.flatten().null_count for column in batch.columns):
+                raise IntegrityError(f"{path}: holds nulls; a shard has none.")
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again.") from error
+    return batches
+
+
+def _write_ipc(sink: Sink, rows: PackedRows, max_length: int | None) -> None:
+    import pyarrow as pa
+
+    schema = shard_schema(max_length)
+    output: Any = sink
+    with pa.ipc.new_file(output, schema) as writer:
+        for first, last in _batch_edges(rows.row_offsets):
+            writer.write_batch(_batch(rows, first, last, schema))
+
+
+def _batch_edges(row_offsets: Int64) -> list[tuple[int, int]]:
+    """Cut rows into record batches of about a million tokens, by content alone."""
+    edges, first, count = [], 0, len(row_offsets) - 1
+    while first < count:
+        last = int(np.searchsorted(row_offsets, row_offsets[first] + _BATCH_TOKENS, side="right")) - 1
+        last = min(max(last, first + 1), count)
+        edges.append((first, last))
+        first = last
+    return edges
+
+
+def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
+    segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
+    row_offsets = _rebased(rows.row_offsets, first, last)
+    segment_offsets = _rebased(rows.segment_offsets, first, last)
+    columns = (
+        (rows.input_ids[tokens], row_offsets),
+        (rows.labels[tokens], row_offsets),
+        (rows.seq_lengths[segments], segment_offsets),
+        (rows.example_ids[segments], segment_offsets),
+    )
+    arrays = []
+    for field, (values, offsets) in zip(schema, columns, strict=True):
+        flat = pa.array(values)
+        if pa.types.is_fixed_size_list(field.type):
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        else:
+            arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _rebased(offsets: Int64, first: int, last: int) -> Int32:
+    part = offsets[first : last + 1] - offsets[first]
+    if part[-1] > _LARGEST_OFFSET:
+        raise ValueError(f"a row of {part[-1]} tokens is more than an Arrow list can hold")
+    rebased: Int32 = part.astype(np.int32)
+    return rebased
+
+
+def _columns(batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
+    input_ids, labels, seq_lengths, example_ids = (column.flatten().to_numpy(zero_copy_only=True) for column in batch.columns)
+    segment_offsets = batch["seq_lengths"].offsets.to_numpy().astype(np.int64)
+    if max_length is None:
+        row_offsets = batch["input_ids"].offsets.to_numpy().astype(np.int64)
+    else:
+        row_offsets = np.arange(len(batch) + 1) * max_length
+    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, segment_offsets)
