@@ -125,9 +125,9 @@ def find_spans(text: str, response: str, instruction: str | None = None) -> Mark
 def _text_markers(data: bytes, response: str, instruction: str | None) -> list[tuple[int, int, bool]]:
     """Return start, stop and whether it is a response, of all markers in order, without overlap."""
     # utf-8 never matches inside a character, so a byte search finds what a text search finds, byte positions included.
-    found = [(start, -size, True) for start, size in _find_all(data, response.encode())]
+    found = [(start, -size, True) for start, size in _find_all(data, response.encode("utf-8", "surrogatepass"))]
     if instruction is not None:
-        found += [(start, -size, False) for start, size in _find_all(data, instruction.encode())]
+        found += [(start, -size, False) for start, size in _find_all(data, instruction.encode("utf-8", "surrogatepass"))]
     markers: list[tuple[int, int, bool]] = []
     for start, minus_size, is_response in sorted(found):
         if not markers or start >= markers[-1][1]:

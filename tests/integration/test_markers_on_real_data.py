@@ -152,3 +152,19 @@ def test_markers_given_as_resolved_ids_train_the_same_tokens_as_text(shared_data
         edges = [(len(data[:start].decode()), len(data[:stop].decode())) for start, stop in spans]
         expected += [any(first < stop and start < last for first, last in edges) for start, stop in offsets]
     assert by_ids.trained.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-instruct", "gpt2"])
+def test_a_space_before_the_marker_hides_it_from_the_old_collator_but_not_from_the_text_search(
+    shared_data: Path, conversations: list[Turns], name: str
+) -> None:
+    folder = shared_data / "tokenizers" / name
+    spaced = [" ".join(f"{marker} {value}" for marker, value in turns) for turns in conversations[:400]]
+    spaced = [text for text in spaced if f" {BOT}" in text]
+    result = _resolve(folder, spaced, BOT)
+    assert result.alone_count == 0
+    assert all(one.starts_inside for one in result.sequences), "the space and the marker's first characters are one token"
+    encoded = [ids for ids, _ in _encode(folder, spaced)]
+    flat = np.array([token for ids in encoded for token in ids], np.int32)
+    assert trl_0_7_10_mask(flat, np.cumsum([0, *map(len, encoded)]), result.alone).response_warned.all()
+    assert not mask_rows(spaced, BOT, HUMAN).faults
