@@ -1,7 +1,7 @@
 """Train the tiny tokenizer of the examples from the examples themselves: python examples/build_tokenizer.py [FOLDER].
 
-A byte-level BPE with a ChatML template. The same corpus gives the same bytes, so tests/integration/test_examples.py checks that the
-committed folder is what this file makes.
+A byte-level BPE with a ChatML template. The same corpus gives the same bytes, so
+tests/integration/test_examples.py checks that the committed folder is what this file makes.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_a_snippet_is_left_out_only_with_a_reason(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     reasons = [block["reason"] for block in BLOCK.finditer(text) if block["marker"]]
     assert all(len(reason.split()) >= 2 for reason in reasons)
-    assert len(re.findall("^<!-- no-run", text, re.MULTILINE)) == len(reasons), "a no-run comment stands on the line before a bash, console or python block"
+    assert len(re.findall("^<!-- no-run", text, re.MULTILINE)) == len(reasons), "a no-run comment stands right before a block"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

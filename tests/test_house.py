@@ -65,7 +65,7 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_nothing_is_left_for_later() -> None:
-    words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "NotImplemented" + "Error")))  # not to find ourselves
+    words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "raise " + "NotImplemented")))
     found = [f"{path}:{number}" for path, source in modules(*PACKAGES, "tests", "examples", "benchmarks")
              for number, line in enumerate(source.splitlines(), 1) if words.search(line)]
     assert not found
@@ -86,7 +86,7 @@ def test_no_tracked_file_names_a_folder_of_one_machine() -> None:
 # --------------------------------------------------------------------------------------------------------- who imports whom
 
 
-@pytest.mark.parametrize("command", [("ruff", "check", "."), ("lint-imports", "--no-logo"), ("mypy",)], ids=lambda c: c[0])
+@pytest.mark.parametrize("command", [("ruff", "check", "--output-format=concise", "."), ("lint-imports", "--no-logo"), ("mypy",)], ids=lambda c: c[0])
 def test_the_linters_find_nothing(command: tuple[str, ...]) -> None:
     tool = Path(sys.executable).parent / command[0]
     result = run(str(tool), *command[1:])
