@@ -103,6 +103,12 @@ def test_every_link_inside_the_project_leads_somewhere(page: Path) -> None:
     assert not [target for target in targets if "://" not in target and not (page.parent / target).exists()]
 
 
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / link["target"]).resolve() for link in LINK.finditer(index)}
+    assert linked >= {page for page in PAGES if page.name != "index.md"}
+
+
 def test_the_demo_ends_with_a_model_whose_loss_fell(reader: Path) -> None:
     result = run(Snippet(0, "bash", "examples/demo.sh demo"), reader)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sftdata", "sfttrain")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LINTERS = [("ruff", "check", "--output-format=concise", "."), ("lint-imports", "--no-logo"), ("mypy",)]
 HEAVY = {"accelerate", "datasets", "pandas", "peft", "polars", "pyarrow", "torch", "transformers"}
 
 
@@ -86,7 +87,7 @@ def test_no_tracked_file_names_a_folder_of_one_machine() -> None:
 # --------------------------------------------------------------------------------------------------------- who imports whom
 
 
-@pytest.mark.parametrize("command", [("ruff", "check", "--output-format=concise", "."), ("lint-imports", "--no-logo"), ("mypy",)], ids=lambda c: c[0])
+@pytest.mark.parametrize("command", LINTERS, ids=lambda command: command[0])
 def test_the_linters_find_nothing(command: tuple[str, ...]) -> None:
     tool = Path(sys.executable).parent / command[0]
     result = run(str(tool), *command[1:])
@@ -223,3 +224,14 @@ def test_the_tested_versions_are_the_installed_ones() -> None:
 def test_the_console_scripts_point_at_functions(script: str) -> None:
     module, _, function = PYPROJECT["project"]["scripts"][script].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "\nmake test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("\nmake test")
+
+
+def test_make_explains_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony.split() == re.findall(r"^(\w+):.* ## \w", makefile, re.MULTILINE)
