@@ -8,6 +8,7 @@ cost differs, since it follows the number of distinct lengths and not the number
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -114,9 +115,9 @@ def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int64, int]:
     histogram = np.bincount(lengths)
     distinct = np.flatnonzero(histogram)[::-1]
     placements, rows = _best_fit(distinct.tolist(), histogram[distinct].tolist(), max_length)
-    first, per_row, placed = np.array(placements, np.int64).reshape(-1, 3).T
-    within = np.arange(len(lengths)) - np.repeat(_offsets(placed)[:-1], placed)
-    row = np.repeat(first, placed) + within // np.repeat(per_row, placed)
+    first, width, dealt = np.array(placements, np.int64).reshape(-1, 3).T
+    within = np.arange(len(lengths)) - np.repeat(_offsets(dealt)[:-1], dealt)
+    row = np.repeat(first, dealt) + within % np.repeat(width, dealt)
     position = np.empty(len(lengths), np.int64)
     position[_stable_argsort(max_length - lengths)] = _spread(rows)[row]
     return position, rows
@@ -126,8 +127,8 @@ def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[
     """Run best-fit decreasing over (length, count) pairs, longest first.
 
     Returns:
-        placements, in the order in which examples are taken: (first row, examples per row, examples), the rows being
-        consecutive; and the number of rows.
+        placements, in the order in which examples are taken: (first row, rows, examples), the examples being dealt in
+        turn to rows that follow each other; and the number of rows.
     """
     placements: list[tuple[int, int, int]] = []
     ranges: dict[int, list[tuple[int, int]]] = {}  # space left -> (first row, rows)
@@ -153,12 +154,14 @@ def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[
             else:
                 space, first, available = max_length, rows, -(-count // (max_length // length))
                 rows += available
-            # A row that still fits another example of this length is the tightest fit for it: fill row after row.
+            # A row that fits another example of this length is the tightest fit for it, so rows are filled one by one.
+            # Which of these equal examples a row gets is free: dealing keeps neighbours in the input apart.
             per_row = space // length
             placed = min(count, available * per_row)
             full, rest = divmod(placed, per_row)
             used = full + (rest > 0)
-            placements.append((first, per_row, placed))
+            placements += [(first, used, rest * used)] if rest else []
+            placements += [(first, full, (per_row - rest) * full)] if full else []
             keep(space, first + used, available - used)
             keep(space - per_row * length, first, full)
             keep(space - rest * length, first + full, used - full)
@@ -195,8 +198,8 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
     total = int(target[-1])
     ids, labels = np.empty(total, np.int32), np.empty(total, np.int32)
     edges = np.unique(np.append(np.searchsorted(target, np.arange(0, total, _BLOCK_TOKENS)), len(source)))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
-        start, stop = int(target[first]), int(target[last])
+    for first, last in pairwise(edges.tolist()):
+        start, stop = target[first], target[last]
         index = _positions(source[first:last], np.diff(target[first : last + 1]))
         np.take(input_ids, index, out=ids[start:stop], mode="clip")
         labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], NOT_TRAINED)

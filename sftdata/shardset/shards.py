@@ -104,7 +104,7 @@ def read_shard(path: Path, max_length: int | None) -> list[PackedRows]:
     Raises:
         IntegrityError: the file is no such shard.
     """
-    return [_columns(batch, max_length) for batch in read_batches(path, max_length)]
+    return [_columns(path, batch, max_length) for batch in read_batches(path, max_length)]
 
 
 def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
@@ -185,11 +185,17 @@ def _rebased(offsets: Int64, first: int, last: int) -> Int32:
     return rebased
 
 
-def _columns(batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
+def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
     input_ids, labels, seq_lengths, example_ids = (column.flatten().to_numpy(zero_copy_only=True) for column in batch.columns)
-    segment_offsets = batch["seq_lengths"].offsets.to_numpy().astype(np.int64)
-    if max_length is None:
-        row_offsets = batch["input_ids"].offsets.to_numpy().astype(np.int64)
-    else:
-        row_offsets = np.arange(len(batch) + 1) * max_length
-    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, segment_offsets)
+    offsets = {name: _list_offsets(batch[name]) for name in (COLUMNS if max_length is None else COLUMNS[2:])}
+    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids")):
+        if name in offsets and not np.array_equal(offsets[name], offsets[twin]):
+            raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
+    row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
+    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"])
+
+
+def _list_offsets(column: pa.ListArray) -> Int64:
+    offsets: Int64 = column.offsets.to_numpy().astype(np.int64)
+    offsets -= offsets[0]
+    return offsets

@@ -53,8 +53,8 @@ class VerifyReport:
             IntegrityError: naming the first problem and how many more there are.
         """
         if self.problems:
-            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise IntegrityError(f"{self.problems[0]}{more}", "run `sftdata verify` for the whole list.")
+            more = f" {len(self.problems) - 1} more: see `sftdata verify`." if len(self.problems) > 1 else ""
+            raise IntegrityError(self.problems[0] + more)
 
 
 def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
