@@ -1,0 +1,135 @@
+"""CSV and TSV: a row is a record, which may span lines when a field is quoted (RFC 4180)."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from sftdata.batches import RowBatch
+from sftdata.errors import Fault
+from sftdata.read.lines import SHOWN_BYTES, parse_text, split_lines, too_long
+from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
+from sftdata.read.streams import RawCount, read_all, read_range
+
+RECORD_LIMIT = 16 << 20  # how far to look for the end of a quoted field, bytes
+
+csv.field_size_limit(2**31 - 1)
+
+
+def plan_delimited(source: Source, slice_bytes: int) -> Marks:
+    """Count the records of a CSV and note where some of them start."""
+    count = RawCount.start()
+    grain = min(slice_bytes, GRAIN_BYTES)
+    positions: list[int] = []
+    records: list[int] = []
+    total, wanted = 0, source.body
+    blocks = _skip(read_all(source, count), source.body)
+    end = source.body
+    for offset, _, length, _ in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT):
+        if offset >= wanted:
+            positions.append(offset)
+            records.append(total)
+            wanted = source.body + ((offset - source.body) // grain + 1) * grain
+        total += 1
+        end = offset + length
+    digest = count.hasher.hexdigest()
+    return Marks(np.array(positions, np.int64), np.array(records, np.int64), end, total, slice_bytes, count.size, digest)
+
+
+def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+    """Parse the records of a slice into dicts of strings."""
+    found = Gathered(piece)
+    source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
+    blocks = read_range(source, piece.start, piece.stop)
+    records = records_of(blocks, piece.start, source.delimiter, RECORD_LIMIT)
+    for record, (offset, text, length, closed) in enumerate(records, piece.first_record):
+        row: dict[str, str] | Fault | None
+        if length > limit + 1:
+            row = too_long(length, limit)
+        elif not closed:
+            row = Fault("invalid-csv", "a quoted field is never closed.", "close it; double a quote that is part of the text.")
+        else:
+            row = _parse(text, source)
+        if isinstance(row, Fault):
+            found.reject(row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset)
+        elif row is not None:
+            found.add(row, record, offset)
+    return found.finish()
+
+
+def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:
+    """Return the column names, or nothing when the line is not a header."""
+    try:
+        fields = next(csv.reader([line.decode("utf-8").rstrip("\r\n")], delimiter=delimiter, strict=True), [])
+    except (csv.Error, UnicodeDecodeError):
+        return ()
+    named = all(re.fullmatch(r"[^\W\d][\w .:/-]{0,63}", name) for name in fields)
+    return tuple(fields) if named and len(set(fields)) == len(fields) else ()
+
+
+def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
+    """Return the record as a dict, or None for a blank line."""
+    decoded = parse_text(text)
+    if isinstance(decoded, Fault) or not decoded.strip():
+        return decoded if isinstance(decoded, Fault) else None
+    try:
+        fields = next(csv.reader([decoded], delimiter=source.delimiter, strict=True))
+    except csv.Error as error:
+        return Fault("invalid-csv", f"{error}.", "quote the field, and double the quotes inside it.")
+    if len(fields) != len(source.columns):
+        found = f"{len(fields)} fields, but the header names {len(source.columns)}."
+        return Fault("wrong-field-count", found, "quote fields that hold the delimiter or a line break.")
+    return dict(zip(source.columns, fields, strict=True))
+
+
+def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int) -> Iterator[tuple[int, bytes, int, bool]]:
+    """Yield (offset, text, bytes, closed) of each record.
+
+    A quoted field that is not closed within `limit` bytes is one bad record of one line; reading goes on with the next line.
+    """
+    opening = re.compile(rb"(?:^|" + re.escape(delimiter.encode()) + rb')"')
+    lines = split_lines(blocks, limit)
+    waiting: deque[tuple[bytes, int]] = deque()
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        text, length = line
+        followers: list[tuple[bytes, int]] = []
+        open_ = b'"' in text and _leaves_open(text, opening, inside=False)
+        while open_ and length <= limit and (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+            followers.append(line)
+            length += line[1]
+            open_ = _leaves_open(line[0], opening, inside=True)
+        if open_:
+            waiting.extendleft(reversed(followers))
+            length -= sum(size for _, size in followers)
+            followers = []
+        yield offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_
+        offset += length
+
+
+def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bool:
+    """Return whether a quoted field is open at the end of a line."""
+    position = 0
+    while True:
+        if inside:
+            position = line.find(b'"', position) + 1
+            if not position:
+                return True
+            inside = line[position : position + 1] == b'"'
+            position += inside
+            continue
+        quote = opening.search(line, position)
+        if quote is None:
+            return False
+        position, inside = quote.end(), True
+
+
+def _skip(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Yield what lies after the first `size` bytes."""
+    for block in blocks:
+        if len(block) > size:
+            yield block[size:]
+        size = max(size - len(block), 0)

@@ -1,0 +1,184 @@
+"""What reading passes on: a source, its plan, its slices, and the rows that could not be read.
+
+All are small, frozen and picklable, because slices travel to worker processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from sftdata.batches import Int64, RowBatch
+from sftdata.errors import Fault
+
+Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
+Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
+
+GRAIN_BYTES = 64 << 10  # borders are noted this finely, so that a sample can be taken anywhere in the source
+SAMPLES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input, with its container as recognised from its bytes.
+
+    Attributes:
+        path: local path, URL, or Hub dataset id.
+        body: byte where the rows begin, after a byte order mark and the header of a CSV.
+        delimiter, columns: of a CSV.
+        split, subset: of a saved or Hub dataset.
+    """
+
+    path: str
+    container: Container
+    compression: Compression = "none"
+    body: int = 0
+    delimiter: str = ","
+    columns: tuple[str, ...] = ()
+    split: str = "train"
+    subset: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A stretch of one source: `start:stop` in bytes of the decompressed stream, or in rows of a columnar source.
+
+    Attributes:
+        first_record: 0-based line, element or record at `start`.
+        first_id: example id of that record.
+        anchors: of a damaged array: the keys with which its elements begin.
+    """
+
+    source: Source
+    start: int
+    stop: int
+    first_record: int
+    first_id: int
+    anchors: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """A source, read through once: what it holds, and where to cut it.
+
+    Attributes:
+        base_id: example id of the first record; record i (0-based; blank lines count) is `base_id + i`.
+        records: lines, elements or records, blank lines included.
+        raw_bytes: size of the raw file, still compressed.
+        xxh3_128: hash of the raw bytes, hex.
+        slices: cut by size alone; end to end they are the source.
+        samples: up to 32 small stretches, evenly spaced from the first to the last; what detection looks at.
+        notes: what the user should be told about the source, one line each.
+    """
+
+    source: Source
+    base_id: int
+    records: int
+    raw_bytes: int
+    xxh3_128: str
+    slices: tuple[Slice, ...]
+    samples: tuple[Slice, ...]
+    notes: tuple[str, ...] = ()
+
+    def locate(self, example_id: int) -> tuple[str, int]:
+        """Return the path and the 1-based line (element, record) of an example of this source."""
+        return self.source.path, example_id - self.base_id + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that could not be parsed: the body of one line in `rejects.jsonl`.
+
+    Attributes:
+        line: 1-based line, element or record; byte_offset: where it starts in the decompressed source.
+        raw: its text, shortened when longer than the line limit; invalid bytes as backslash escapes.
+    """
+
+    example_id: int
+    line: int
+    byte_offset: int
+    fault: Fault
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Marks:
+    """Borders between rows, noted while planning: `positions[i]` is where record `records[i]` starts.
+
+    Attributes:
+        end: where the source ends, in the same unit as positions (bytes or rows).
+        total: records in the source.
+        step: distance between borders that a slice should span, in that unit.
+        raw_bytes, xxh3_128: of the raw file.
+        anchors, notes: for the slices and the plan.
+    """
+
+    positions: Int64
+    records: Int64
+    end: int
+    total: int
+    step: int
+    raw_bytes: int
+    xxh3_128: str
+    anchors: tuple[bytes, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def cut(self, chosen: Int64) -> list[tuple[int, int, int]]:
+        """Return (start, stop, first record) from each chosen border to the next chosen one."""
+        starts = self.positions[chosen]
+        stops = np.append(starts[1:], self.end)
+        return [(int(a), int(b), int(r)) for a, b, r in zip(starts, stops, self.records[chosen], strict=True)]
+
+    def slice_borders(self) -> Int64:
+        """Return the index of the first border at or after every multiple of `step`."""
+        if not len(self.positions):
+            return np.zeros(0, np.int64)
+        wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
+        return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
+
+    def sampled(self) -> list[tuple[int, int, int]]:
+        """Return evenly spaced stretches from one border to the next, the first and the last included."""
+        grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
+        chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
+        return [grains[i] for i in chosen]
+
+
+def make_plan(source: Source, base_id: int, marks: Marks) -> SourcePlan:
+    """Cut a source at its marks."""
+
+    def as_slices(spans: list[tuple[int, int, int]]) -> tuple[Slice, ...]:
+        return tuple(Slice(source, start, stop, record, base_id + record, marks.anchors) for start, stop, record in spans)
+
+    slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
+    return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, marks.notes)
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Rows and faults of one slice, while it is being read."""
+
+    piece: Slice
+    rows: list[Any] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
+
+    def add(self, row: Any, record: int, offset: int) -> None:
+        """Add a row."""
+        self.rows.append(row)
+        self.records.append(record)
+        self.offsets.append(offset)
+
+    def reject(self, fault: Fault, raw: bytes, record: int, offset: int) -> None:
+        """Add a row that could not be parsed."""
+        example_id = self.piece.first_id + record - self.piece.first_record
+        text = raw.decode("utf-8", "backslashreplace")
+        self.unreadable.append(Unreadable(example_id, record + 1, offset, fault, text))
+
+    def finish(self) -> tuple[RowBatch, list[Unreadable]]:
+        """Return the columns."""
+        records = np.array(self.records, np.int64)
+        ids = records + (self.piece.first_id - self.piece.first_record)
+        return RowBatch(self.rows, ids, records + 1, np.array(self.offsets, np.int64)), self.unreadable

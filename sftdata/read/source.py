@@ -1,0 +1,110 @@
+"""Open an input, plan it in one pass, and read its slices: the face of `sftdata.read` towards the pipeline.
+
+names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_slice ──> RowBatch, Unreadable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sftdata.batches import RowBatch
+from sftdata.read.arrays import plan_array, read_array
+from sftdata.read.delimited import plan_delimited, read_delimited
+from sftdata.read.inputs import expand_inputs, is_hub_id, is_saved_dataset
+from sftdata.read.lines import plan_lines, read_lines
+from sftdata.read.slices import Marks, Slice, Source, SourcePlan, Unreadable, make_plan
+from sftdata.read.sniff import sniff
+from sftdata.read.streams import RawCount, is_url, read_all
+from sftdata.read.tables import plan_table, read_table
+
+__all__ = [
+    "Slice",
+    "Source",
+    "SourcePlan",
+    "Unreadable",
+    "expand_inputs",
+    "open_source",
+    "plan_source",
+    "plan_sources",
+    "read_slice",
+]
+
+
+def open_source(path: str, *, split: str = "train", subset: str | None = None) -> Source:
+    """Recognise the container of one input (as `expand_inputs` returns them) from its content.
+
+    Args:
+        split, subset: of a Hub or saved dataset.
+
+    Raises:
+        UsageError: the file cannot be opened or holds no rows of a known container.
+    """
+    if not is_url(path):
+        if Path(path).is_dir() and is_saved_dataset(Path(path)):
+            return Source(path, "saved", split=split)
+        if is_hub_id(path):
+            return Source(path, "hub", split=split, subset=subset)
+    return sniff(path)
+
+
+def plan_source(source: Source, base_id: int, slice_bytes: int) -> SourcePlan:
+    """Read a source once: hash it, count its records, and cut it into slices by size alone.
+
+    Args:
+        base_id: example id of its first record.
+        slice_bytes: bytes of the decompressed stream (or of the file, for columnar sources) per slice.
+
+    Raises:
+        IntegrityError: a damaged compressed stream.
+    """
+    match source.container:
+        case "jsonl" | "text":
+            marks = plan_lines(source, slice_bytes)
+        case "json":
+            marks = plan_array(source, slice_bytes)
+        case "csv":
+            marks = plan_delimited(source, slice_bytes)
+        case "empty":
+            marks = _plan_empty(source, slice_bytes)
+        case _:
+            marks = plan_table(source, slice_bytes)
+    return make_plan(source, base_id, marks)
+
+
+def plan_sources(sources: Sequence[Source], slice_bytes: int) -> list[SourcePlan]:
+    """Plan several sources, with example ids that run on from one to the next."""
+    plans: list[SourcePlan] = []
+    base_id = 0
+    for source in sources:
+        plans.append(plan_source(source, base_id, slice_bytes))
+        base_id += plans[-1].records
+    return plans
+
+
+def read_slice(piece: Slice, max_line_bytes: int = 64 << 20) -> tuple[RowBatch, list[Unreadable]]:
+    """Return the rows of a slice, and the rows that could not be parsed.
+
+    Raises:
+        IntegrityError: a compressed stream was damaged since it was planned.
+    """
+    match piece.source.container:
+        case "jsonl" | "text":
+            return read_lines(piece, max_line_bytes)
+        case "json":
+            return read_array(piece, max_line_bytes)
+        case "csv":
+            return read_delimited(piece, max_line_bytes)
+        case _:
+            return read_table(piece)
+
+
+def _plan_empty(source: Source, slice_bytes: int) -> Marks:
+    count = RawCount.start()
+    for _block in read_all(source, count):
+        pass
+    none = np.zeros(0, np.int64)
+    notes = (f"{source.path}: the file is empty.",)
+    return Marks(none, none, 0, 0, slice_bytes, count.size, count.hasher.hexdigest(), notes=notes)

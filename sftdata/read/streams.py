@@ -1,0 +1,218 @@
+"""Bytes of a source, decompressed, from anywhere to anywhere; damage is an error that names the file.
+
+A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that takes slices
+in increasing order decompresses a file once, not once per slice.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import xxhash
+
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.read.slices import Compression, Source
+
+BLOCK_BYTES = 1 << 20
+COMPRESSED_BLOCK_BYTES = 32 << 10  # times gzip's greatest ratio (1032) this still fits in memory
+
+MAGIC: tuple[tuple[bytes, Compression], ...] = (
+    (rb"\x1f\x8b", "gzip"),
+    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bz2"),
+)
+
+
+def compression_of(start: bytes) -> Compression:
+    """Recognise a compression by the first bytes of a file."""
+    return next((name for magic, name in MAGIC if re.match(magic, start)), "none")
+
+
+def is_url(path: str) -> bool:
+    """Return True for `scheme://...`."""
+    return "://" in path
+
+
+def open_raw(path: str) -> BinaryIO:
+    """Open a local file or a URL for reading.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    if not is_url(path):
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions.") from None
+    import fsspec
+
+    try:
+        stream: BinaryIO = fsspec.open(path, "rb").open()
+    except ImportError as error:
+        raise UsageError(f"{path}: {error}.", "install the package that serves this kind of URL.") from None
+    except Exception as error:  # every fsspec backend has its own exceptions
+        what = f"{path}: cannot be opened ({type(error).__name__}: {error})."
+        raise UsageError(what, "check the URL and the credentials.") from None
+    return stream
+
+
+class Decompressor(Protocol):
+    """The interface that zlib, lzma, bz2 and zstandard share."""
+
+    eof: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, /) -> bytes:
+        """Return what comes out for `data`."""
+        ...
+
+
+def _zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),
+    "xz": lzma.LZMADecompressor,
+    "bz2": bz2.BZ2Decompressor,
+    "zstd": _zstd,
+}
+
+
+def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
+    """Decompress a stream of one or more members, and insist that the last one is whole.
+
+    Raises:
+        EOFError: the stream ends inside a member.
+        Exception: whatever the library raises on damaged bytes.
+    """
+    if compression == "none":
+        yield from blocks
+        return
+    start = DECOMPRESSORS[compression]
+    decoder: Decompressor = start()
+    fed = False
+    for block in blocks:
+        while block:
+            if decoder.eof:
+                block = block.lstrip(b"\0")  # gzip members may be padded with zeros
+                if not block:
+                    break
+                decoder, fed = start(), False
+            out = decoder.decompress(block)
+            fed = True
+            block = decoder.unused_data if decoder.eof else b""
+            if out:
+                yield out
+    if fed and not decoder.eof:
+        raise EOFError("the stream ends in the middle")
+
+
+def raw_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield the rest of a file in blocks."""
+    while block := stream.read(size):
+        yield block
+
+
+@dataclass(slots=True)
+class RawCount:
+    """Size and xxh3-128 of the raw bytes that have passed through `watch`."""
+
+    size: int
+    hasher: xxhash.xxh3_128
+
+    @classmethod
+    def start(cls) -> RawCount:
+        """Return a count of nothing."""
+        return cls(0, xxhash.xxh3_128())
+
+    def watch(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass blocks on, counting and hashing them."""
+        for block in blocks:
+            self.size += len(block)
+            self.hasher.update(block)
+            yield block
+
+
+def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Turn whatever a damaged stream raises into one line."""
+    done = 0
+    try:
+        for block in decompress(blocks, source.compression):
+            done += len(block)
+            yield block
+    except Exception as error:  # zlib, lzma, bz2 and zstandard each raise their own
+        if source.compression == "none":
+            raise
+        what = f"{source.path}: the {source.compression} stream is damaged after {done} decompressed bytes ({error})."
+        raise IntegrityError(what, "fetch or compress the file again; nothing of it was used.") from None
+
+
+def read_all(source: Source, count: RawCount) -> Iterator[bytes]:
+    """Yield the whole decompressed stream, counting and hashing its raw bytes.
+
+    Raises:
+        IntegrityError: the compressed stream is damaged or cut short.
+    """
+    size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
+    with open_raw(source.path) as stream:
+        yield from _checked(source, count.watch(raw_blocks(stream, size)))
+
+
+class _Forward:
+    """A decompressed stream that remembers where it stands."""
+
+    def __init__(self, source: Source) -> None:
+        self.stream = open_raw(source.path)
+        self.blocks = _checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES))
+        self.position = 0
+        self.pending = b""
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield bytes `start:stop`; start must not lie behind the position."""
+        while self.position < stop:
+            if not self.pending:
+                self.pending = next(self.blocks, b"")
+                if not self.pending:
+                    return
+            wanted = start if self.position < start else stop
+            piece = self.pending[: wanted - self.position]
+            self.pending = self.pending[len(piece) :]
+            self.position += len(piece)
+            if self.position > start:
+                yield piece
+
+
+_last: dict[Source, _Forward] = {}
+
+
+def read_range(source: Source, start: int, stop: int) -> Iterator[bytes]:
+    """Yield bytes `start:stop` of the decompressed stream, in blocks."""
+    if source.compression != "none":
+        forward = _last.get(source)
+        if forward is None or forward.position > start:
+            close_streams()
+            forward = _last[source] = _Forward(source)
+        yield from forward.read(start, stop)
+        return
+    with open_raw(source.path) as stream:
+        stream.seek(start)
+        while start < stop and (block := stream.read(min(BLOCK_BYTES, stop - start))):
+            start += len(block)
+            yield block
+
+
+def close_streams() -> None:
+    """Close the stream kept open for the next slice."""
+    for forward in _last.values():
+        forward.stream.close()
+    _last.clear()
