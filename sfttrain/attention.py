@@ -22,6 +22,14 @@ from sftdata.errors import UsageError
 VARLEN = "varlen"
 FLATTENED = frozenset({VARLEN, "flash_attention_2", "flash_attention_3"})  # want one row of documents and their lengths
 NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, "flash_attention_2", "flash_attention_3")
+_BY_SPEED = {"cuda": ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa")}
+_SUPPORT = {
+    "sdpa": "_supports_sdpa",
+    "flex_attention": "_supports_flex_attn",
+    VARLEN: "_supports_flash_attn",
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+}
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -49,45 +57,49 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
         if obstacle:
             raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
         return requested, "asked for"
-    if device != "cuda":
-        return ("eager", "the model caps attention logits, which sdpa cannot") if _softcap(config) else ("sdpa", f"device is {device}")
     passed_over = []
-    for name in ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa"):
+    for name in _BY_SPEED.get(device, ("sdpa",)):
         obstacle = _obstacle(name, config, device, dtype)
         if not obstacle:
-            return name, "; ".join(["the fastest usable here", *passed_over])
+            return name, "; ".join([f"the fastest usable on {device}", *passed_over])
         passed_over.append(f"{name}: {obstacle}")
     return "eager", "; ".join(passed_over)
 
 
 def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
     """Say what stands against an implementation, or return an empty string."""
-    text = config.get_text_config()
     if name == "eager":
         return ""
-    if name in ("sdpa", VARLEN) and _softcap(config):
-        return "the model caps attention logits"
-    if name == "sdpa":
+    if not getattr(_model_class(config), _SUPPORT[name], True):
+        return f"{config.model_type} does not support it"
+    if name in ("sdpa", "flex_attention"):
         return ""
-    if name == "flex_attention":
-        return "" if device == "cuda" or not getattr(text, "attention_dropout", 0) else "it has no attention dropout"
     if device != "cuda":
         return f"it needs CUDA and the device is {device}"
     if name in _PACKAGES:
         package = _PACKAGES[name]
         return "" if importlib.util.find_spec(package) else f"package {package} is not installed"
+    return _varlen_obstacle(config.get_text_config(), dtype)
+
+
+def _varlen_obstacle(config: Any, dtype: torch.dtype) -> str:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this PyTorch has no torch.nn.attention.varlen"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in 16 bit, not in {dtype}"
-    if getattr(text, "attention_dropout", 0):
+    if getattr(config, "attention_dropout", 0):
         return "it has no attention dropout"
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model caps attention logits"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
 
 
-def _softcap(config: Any) -> bool:
-    return getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+def _model_class(config: Any) -> Any:
+    """Return the model class of a config, None where only its own code knows."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def varlen_forward(
@@ -117,6 +129,9 @@ def varlen_forward(
     if lengths is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"varlen attention knows no {', '.join(unknown)}")
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
     flat = [states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value)]
     longest = kwargs["max_length_q"]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sftdata.batches import Int32, Int64, PackedRows
-from sftdata.shardset.manifest import Manifest, read_manifest
-from sftdata.shardset.shards import read_shard
+from sftdata.batches import Int32, Int64
+from sftdata.shardset.opened import PackedRow, ShardSet
 from sfttrain.order import FILLER
 
 Batch = dict[str, Any]
@@ -31,88 +30,53 @@ class Row(NamedTuple):
     seq_lengths: Int32
 
 
-class OpenSet(NamedTuple):
-    """A finished set: its folder and its manifest."""
-
-    folder: Path
-    manifest: Manifest
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows hold several documents."""
-        return self.manifest.max_length is not None
-
-
-def open_set(folder: Path) -> OpenSet:
-    """Read a set's manifest; no shard is opened yet.
-
-    Raises:
-        UsageError: the folder is no finished set.
-        IntegrityError: its manifest is damaged.
-    """
-    return OpenSet(folder, read_manifest(folder))
-
-
-class _Shard:
-    """One shard, mapped at its first use."""
-
-    def __init__(self, path: Path, max_length: int | None, unpack: bool) -> None:
-        self._path, self._max_length, self._unpack = path, max_length, unpack
-        self._parts: list[tuple[int, PackedRows, Int64]] | None = None
-
-    def __getitem__(self, index: int) -> Row:
-        if self._parts is None:
-            self._parts = self._open()
-        first, rows, order = self._parts[bisect_right(self._parts, index, key=lambda part: part[0]) - 1]
-        return _document(rows, int(order[index - first])) if self._unpack else _row(rows, index - first)
-
-    def _open(self) -> list[tuple[int, PackedRows, Int64]]:
-        parts, first = [], 0
-        for rows in read_shard(self._path, self._max_length):
-            documents = np.flatnonzero(rows.example_ids >= 0)
-            parts.append((first, rows, documents))
-            first += len(documents) if self._unpack else len(rows)
-        return parts
-
-
-def _row(rows: PackedRows, index: int) -> Row:
-    tokens = slice(rows.row_offsets[index], rows.row_offsets[index + 1])
-    segments = slice(rows.segment_offsets[index], rows.segment_offsets[index + 1])
-    return Row(rows.input_ids[tokens], rows.labels[tokens], rows.seq_lengths[segments])
-
-
-def _document(rows: PackedRows, segment: int) -> Row:
-    """Return one document of a packed row as a row of its own."""
-    row = int(np.searchsorted(rows.segment_offsets, segment, side="right")) - 1
-    lengths = rows.seq_lengths[rows.segment_offsets[row] : segment + 1]
-    stop = int(rows.row_offsets[row] + lengths.sum(dtype=np.int64))
-    tokens = slice(stop - int(lengths[-1]), stop)
-    return Row(rows.input_ids[tokens], rows.labels[tokens], lengths[-1:])
-
-
 class TrainingRows(Dataset[Row]):
-    """Rows of one or more sets, by number; `FILLER` gives a fully masked row.
+    """Rows of one or more sets, by number; `FILLER` gives a fully masked row. No shard is opened before its first row.
 
     Args:
         sets: opened sets.
         unpack: hand out every document alone, for models that packing would leak through.
+
+    Attributes:
+        sizes: rows of each set.
     """
 
-    def __init__(self, sets: Sequence[OpenSet], unpack: bool = False) -> None:
-        infos = [(opened, info) for opened in sets for info in opened.manifest.shards]
-        self._shards = [_Shard(opened.folder / info.name, opened.manifest.max_length, unpack) for opened, info in infos]
-        counts = [info.documents if unpack else info.rows for _, info in infos]
-        self._offsets = [0, *np.cumsum(counts, dtype=np.int64).tolist()]
-        self.sizes = [sum(i.documents if unpack else i.rows for i in opened.manifest.shards) for opened in sets]
+    def __init__(self, sets: Sequence[ShardSet], unpack: bool = False) -> None:
+        self._sets = list(sets)
+        self._documents = [_documents(opened) for opened in sets] if unpack else None
+        self.sizes = [len(part) for part in (self._documents or self._sets)]
+        self._ends = list(accumulate(self.sizes))
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
         if index == FILLER:
             return Row(np.zeros(2, np.int32), np.full(2, -100, np.int32), np.array([2], np.int32))
-        shard = bisect_right(self._offsets, index) - 1
-        return self._shards[shard][index - self._offsets[shard]]
+        which = bisect_right(self._ends, index)
+        local = index - self._ends[which] + self.sizes[which]
+        if self._documents is None:
+            packed = self._sets[which][local]
+            return Row(packed.input_ids, packed.labels, packed.seq_lengths)
+        row, segment = self._documents[which][local].tolist()
+        return _document(self._sets[which][row], segment)
+
+
+def _documents(opened: ShardSet) -> Int64:
+    """int64[D, 2], packed row and place in it of every document of a set."""
+    places, first = [np.empty((0, 2), np.int64)], 0
+    for rows in opened.batches():
+        segments = np.flatnonzero(rows.example_ids >= 0)
+        row = np.searchsorted(rows.segment_offsets, segments, side="right") - 1
+        places.append(np.stack([row + first, segments - rows.segment_offsets[row]], 1))
+        first += len(rows)
+    return np.concatenate(places)
+
+
+def _document(row: PackedRow, segment: int) -> Row:
+    stop = int(row.seq_lengths[: segment + 1].sum(dtype=np.int64))
+    tokens = slice(stop - int(row.seq_lengths[segment]), stop)
+    return Row(row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1])
 
 
 class Collator:

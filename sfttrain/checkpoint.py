@@ -1,0 +1,142 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint counts only with its seal: a list of its files with sizes and hashes, written last, after everything it lists
+has reached the disk. A run resumes from the newest sealed one whose files still match.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftdata.errors import SftError, UsageError
+from sftdata.shardset.atomic import digest_file, sync_folder, write_atomic
+
+SEAL = "complete.json"
+PREFIX = "checkpoint-"
+
+
+class SealedFile(msgspec.Struct, frozen=True):
+    """A file of a checkpoint: its path in the folder, bytes and xxh3-128."""
+
+    name: str
+    bytes: int
+    xxh3: str
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """What makes a folder a checkpoint.
+
+    Attributes:
+        step: optimizer steps behind it.
+        run: what must not change between this run and one that resumes it, as plain JSON data.
+        files: everything else in the folder.
+    """
+
+    step: int
+    run: dict[str, Any]
+    files: list[SealedFile]
+
+
+def seal(folder: Path, step: int, run: dict[str, Any]) -> None:
+    """Bring every file of a checkpoint to the disk, then write the seal."""
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        digest = digest_file(path, sha256=False)
+        files.append(SealedFile(str(path.relative_to(folder)), digest.bytes, digest.xxh3))
+    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+        sync_folder(inner)
+    text = msgspec.json.format(msgspec.json.encode(Seal(step, run, files)), indent=2)
+    write_atomic(folder / SEAL, lambda sink: sink.write(text))
+    sync_folder(folder.parent)
+
+
+def newest_complete(output: Path) -> tuple[Path, Seal] | None:
+    """Return the newest checkpoint whose seal holds, or None."""
+    for folder in sorted(_folders(output), key=_step, reverse=True):
+        found = read_seal(folder)
+        if found is not None and all(_matches(folder, file) for file in found.files):
+            return folder, found
+    return None
+
+
+def read_seal(folder: Path) -> Seal | None:
+    """Return a folder's seal, None if it has none that can be read."""
+    try:
+        return msgspec.json.decode((folder / SEAL).read_bytes(), type=Seal)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def remove_after(output: Path, step: int) -> list[str]:
+    """Remove checkpoints newer than `step`: they are not complete. Return their names."""
+    newer = [folder for folder in _folders(output) if _step(folder) > step]
+    for folder in newer:
+        shutil.rmtree(folder)
+    return sorted(folder.name for folder in newer)
+
+
+def check_unchanged(sealed: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume what was started with other data or another shape.
+
+    Raises:
+        UsageError: naming every difference.
+    """
+    differing = [key for key in sorted({*sealed, *now}) if sealed.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key} was {sealed.get(key)!r}, is {now.get(key)!r}" for key in differing)
+        raise UsageError(
+            f"{folder}: cannot resume, since the run changed: {changes}.",
+            "use what it was started with, another output folder, or --overwrite to start anew.",
+        )
+
+
+def clear(output: Path) -> None:
+    """Remove the checkpoints of an earlier run."""
+    for folder in _folders(output):
+        shutil.rmtree(folder)
+
+
+def require_space(output: Path, bytes_needed: int) -> None:
+    """Refuse to start where a checkpoint cannot be written.
+
+    Raises:
+        UsageError: too little room.
+    """
+    free = shutil.disk_usage(output).free
+    if free < bytes_needed:
+        raise UsageError(
+            f"{output}: {free / 1e9:.1f} GB free; a checkpoint beside the one before it needs {bytes_needed / 1e9:.1f} GB.",
+            "free some space, choose another output, or set save_only_model=true or save_strategy=no.",
+        )
+
+
+def explain_failed_write(folder: Path, error: Exception) -> SftError:
+    """Turn what a failed write raises into one line."""
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+    reason = str(error).split("\n")[0]
+    return UsageError(
+        f"{folder}: the checkpoint could not be written ({reason}); {free / 1e9:.2f} GB free.",
+        "free some space, then run the same command again: it resumes from the checkpoint before.",
+    )
+
+
+def _matches(folder: Path, file: SealedFile) -> bool:
+    path = folder / file.name
+    if not path.is_file() or path.stat().st_size != file.bytes:
+        return False
+    return digest_file(path, sha256=False).xxh3 == file.xxh3
+
+
+def _folders(output: Path) -> list[Path]:
+    return [path for path in output.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))

@@ -1,0 +1,121 @@
+"""`sfttrain run` and `sfttrain config`: parse, call one function, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sftdata.errors import SftError, UsageError
+
+app = typer.Typer(
+    help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False
+)
+
+Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets; or name them in the settings file.", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")]
+File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+Override = Annotated[list[str] | None, typer.Option("--set", help="key=value; also every field of TrainingArguments.")]
+InitFromConfig = Annotated[Path | None, typer.Option(help="config.json of a model to train from scratch.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
+Lora = Annotated[str | None, typer.Option(help="Low-rank adapters, as r=16,alpha=32,target=all-linear.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4 or int8, for the frozen base under --lora.")]
+Eval = Annotated[list[str] | None, typer.Option(help="Evaluation set, as NAME=FOLDER or FOLDER.")]
+Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto takes the fastest.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
+    init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
+    quantize: Quantize = None, evaluate: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER.")] = None,
+    attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`. The same command resumes a broken run."""
+    from sfttrain.run import train
+
+    train(_settings(locals()))
+
+
+@app.command()
+def config(
+    sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
+    init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
+    quantize: Quantize = None, evaluate: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER.")] = None,
+    attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Print every setting as `run` would use it, as YAML that `--config` reads back."""
+    import yaml
+
+    from sfttrain.run import effective_settings, training_arguments
+
+    settings = _settings(locals())
+    print(yaml.safe_dump(effective_settings(settings, training_arguments(settings)), sort_keys=False), end="")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="sfttrain", standalone_mode=False)
+        return int(code or 0)
+    except Exception as error:
+        return _explain(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _settings(flags: dict[str, Any]) -> Any:
+    from sfttrain.config import read_settings
+
+    training = {"max_steps": flags["max_steps"], "num_train_epochs": flags["epochs"]}
+    return read_settings(
+        flags["config"],
+        flags["override"] or [],
+        {
+            "sets": tuple(flags["sets"]) if flags["sets"] else None,
+            "eval": _named(flags["evaluate"]),
+            "overwrite": flags["overwrite"] or None,
+            "trust_remote_code": flags["trust_remote_code"] or None,
+            "training": {key: value for key, value in training.items() if value is not None},
+            **{name: flags[name] for name in ("model", "output", "init_from_config", "lora", "quantize", "attention")},
+        },
+    )
+
+
+def _named(texts: list[str] | None) -> dict[str, str] | None:
+    if not texts:
+        return None
+    pairs = [text.partition("=") for text in texts]
+    return {name if folder else Path(name).name: folder or name for name, _, folder in pairs}
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Print an error as one line and return its exit code."""
+    # Typer brings its own copy of click or uses the installed one, depending on its version: go by what the error can do.
+    usage = getattr(error, "format_message", None)
+    if debug and usage is None:
+        traceback.print_exception(error)
+    if isinstance(error, typer.Abort):
+        return 130
+    if usage is not None:
+        error = UsageError(usage(), "see `sfttrain --help`.")
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"rank {rank}: " if rank else ""
+    if isinstance(error, SftError):
+        print(f"{where}error: {error}", file=sys.stderr)
+        return error.exit_code
+    text = " ".join(str(error).split())
+    print(f"{where}internal error: {type(error).__name__}: {text:.500} (--debug shows where)", file=sys.stderr)
+    return 1

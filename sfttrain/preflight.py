@@ -1,0 +1,199 @@
+"""Everything that can be known before step 1: the set is whole, the vocabulary fits, packing does not leak, a step works."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftdata.errors import DataError, IntegrityError, UsageError
+from sftdata.shardset.atomic import digest_file
+from sftdata.shardset.opened import ShardSet, plain_file
+from sfttrain.attention import FLATTENED
+from sfttrain.config import TrainConfig
+from sfttrain.data import Batch
+from sfttrain.isolation import Proof, prove
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What preflight decided.
+
+    Attributes:
+        attention: implementation.
+        flatten: whether batches are one row with cumulative lengths.
+        unpack: whether every document is trained alone.
+        loss: engine of the fused loss, or None for the model's own.
+    """
+
+    attention: str
+    flatten: bool
+    unpack: bool
+    loss: str | None
+
+
+def verify_sets(sets: Sequence[ShardSet]) -> None:
+    """Read every shard once and compare it with its manifest.
+
+    Raises:
+        IntegrityError: a shard is missing or its bytes differ.
+        DataError: there is nothing to train on.
+    """
+    for opened in sets:
+        for info in opened.manifest.shards:
+            path = plain_file(opened.folder, info)
+            found = digest_file(path, sha256=False).xxh3
+            if found != info.xxh3:
+                raise IntegrityError(
+                    f"{path}: damaged: its xxh3 is {found}, the manifest says {info.xxh3}.", "restore the file or prepare the set again."
+                )
+        if not opened.manifest.ledger.tokens_trained:
+            raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
+
+
+def choose_path(config: TrainConfig, model_config: Any, attention: str, device: str, compute: torch.dtype, say: Say) -> Plan:
+    """Try packing and the chunked loss on the architecture at tiny size, and decide what training may use.
+
+    Raises:
+        UsageError: packing would leak and `packing=require`, or the loss asked for is not this model's.
+    """
+    flatten = attention in FLATTENED
+    try:
+        proof = prove(model_config, attention, flatten, device, compute, config.trust_remote_code)
+    except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
+        return _without_proof(config, attention, error, say)
+    unpack = config.packing == "unpack" or _falls_back(config, model_config, proof)
+    if unpack and config.packing != "unpack":
+        say(f"packing: {_leak_text(model_config, attention, proof)}; every document is trained in a row of its own")
+    elif not unpack:
+        say(f"packing: proven on a tiny {model_config.model_type}: packed = alone within {proof.difference:.1e} ({attention})")
+    # A model with a state between tokens knows no cumulative lengths: give it padded rows.
+    return Plan(attention, flatten and proof.isolated, unpack, _loss_engine(config, model_config, proof, say))
+
+
+def _falls_back(config: TrainConfig, model_config: Any, proof: Proof) -> bool:
+    if proof.isolated:
+        return False
+    if config.packing == "require":
+        raise UsageError(f"packing=require: {_leak_text(model_config, '', proof)}.", "set packing=auto to train documents one by one.")
+    return True
+
+
+def _leak_text(model_config: Any, attention: str, proof: Proof) -> str:
+    where = f" with {attention}" if attention else ""
+    return f"{model_config.model_type}{where} leaks between packed documents (logits move by {max(proof.difference, proof.leak):.1e})"
+
+
+def _without_proof(config: TrainConfig, attention: str, error: Exception, say: Say) -> Plan:
+    reason = str(error).split("\n")[0] or type(error).__name__
+    if config.packing == "require":
+        raise UsageError(f"packing=require: it could not be tried on this architecture ({reason}).", "set packing=auto.") from error
+    say(f"packing: could not be tried on this architecture ({reason}); every document is trained in a row of its own")
+    return Plan(attention, False, True, None)
+
+
+def _loss_engine(config: TrainConfig, model_config: Any, proof: Proof, say: Say) -> str | None:
+    if config.loss in ("plain", "liger"):
+        return None
+    if proof.fuses:
+        return "torch" if config.loss == "torch" else "chunked"
+    reason = f"{model_config.model_type}: its head does more than the chunked loss knows"
+    if config.loss != "auto":
+        raise UsageError(f"loss={config.loss}: {reason}.", "set loss=auto.")
+    say(f"loss: the model's own, with full logits ({reason})")
+    return None
+
+
+def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
+    """Return to how many rows the embeddings must grow; 0 if they are enough.
+
+    They grow only for tokens that the tokenizer gained after its training: a set made with another model's tokenizer is
+    an error.
+
+    Raises:
+        UsageError: the vocabulary of a set is not this model's.
+    """
+    wanted = 0
+    for opened in sets:
+        tokenizer = opened.manifest.tokenizer
+        if tokenizer.vocab_size <= rows:
+            continue
+        if tokenizer.vocab_size - rows > len(_added_ids(opened, rows)):
+            raise UsageError(
+                f"{opened.folder}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; the model has embeddings for {rows}.",
+                "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
+            )
+        wanted = max(wanted, tokenizer.vocab_size)
+    return wanted
+
+
+def _added_ids(opened: ShardSet, rows: int) -> set[int]:
+    """Ids from `rows` on that are known to be added tokens."""
+    tokenizer = opened.manifest.tokenizer
+    new = set(range(tokenizer.vocab_size - len(tokenizer.tokens_added), tokenizer.vocab_size))
+    return {token for token in new | set(added_tokens(opened.folder)) if token >= rows}
+
+
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the added tokens of a set's tokenizer by id; empty without a tokenizer folder."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    return {entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])}
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """Bytes of one checkpoint: the weights that are saved, and two Adam moments per trained weight."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return 3 * trained + (0 if hasattr(model, "peft_config") else frozen)
+
+
+def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager[Any]) -> float:
+    """Run one forward and backward; return its seconds. Weights, gradients and random state stay as they were.
+
+    Raises:
+        UsageError: the device has too little memory.
+        DataError: the loss is no finite number.
+    """
+    started = time.perf_counter()
+    extra = {"skip_logits": True} if fused else {}
+    model.train()
+    try:
+        with torch.random.fork_rng(), cast:
+            loss = model(**batch, **extra).loss
+        loss.backward()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(
+            f"One forward and backward does not fit: {reason}.",
+            "set activation_checkpointing=true, a smaller per_device_train_batch_size, --lora, or prepare with a smaller --max-length.",
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise DataError(f"The loss of the first batch is {value}.", "check the model's weights and dtype.")
+    return time.perf_counter() - started
+
+
+def describe_memory(model: Any) -> str:
+    """Say what the weights, their gradients and Adam's moments take."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    text = f"{total:,} parameters, {trained:,} trained; weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        text += f"; trial step peaked at {peak:.2f} of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
+    return text

@@ -1,0 +1,219 @@
+"""One training run, from a checked configuration to a model on disk: read me first.
+
+    open sets -> verify -> choose attention -> prove packing and loss -> load model -> resume or begin -> train -> export
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftdata.errors import UsageError
+from sftdata.shardset.opened import ShardSet, open_set
+from sfttrain import checkpoint, preflight
+from sfttrain.attention import choose_attention, register_varlen
+from sfttrain.config import TrainConfig
+from sfttrain.data import Collator, TrainingRows
+from sfttrain.export import RUN_NAME, export
+from sfttrain.loss import fuse_loss
+from sfttrain.model import add_adapters, computes_in_bf16, device_type, embedding_rows, load_config, load_model
+from sfttrain.order import Order
+from sfttrain.preflight import Plan, Say
+from sfttrain.progress import LOG_NAME, Progress, TrainLog
+from sfttrain.trainer import SftTrainer
+
+
+def train(config: TrainConfig) -> SftTrainer:
+    """Run a configuration to its end, resuming what an earlier, broken run left.
+
+    Raises:
+        SftError: what is wrong, and the fix; before the first step where it can be known then.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    args = training_arguments(config)
+    say = _talk if args.process_index == 0 else _silence
+    sets = [open_set(folder) for folder in config.sets]
+    evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
+    with args.main_process_first(desc="verify"):
+        if args.process_index == 0:
+            preflight.verify_sets([*sets, *evaluation.values()])
+    model_config = load_config(config)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    register_varlen()
+    attention, reason = choose_attention(config.attention, model_config, device_type(), compute)
+    say(f"attention: {attention} ({reason})")
+    plan = preflight.choose_path(config, model_config, attention, device_type(), compute, say)
+    model = _make_model(config, model_config, plan, sets, args, say)
+    rows = TrainingRows(sets, plan.unpack)
+    order = _order(config, rows, args)
+    run = _identity(config, sets, order, plan)
+    resumed = _resume_point(config, args, run, say)
+    trainer = SftTrainer(
+        order=order,
+        run=run,
+        fused=plan.loss is not None,
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset={name: TrainingRows([opened], plan.unpack) for name, opened in evaluation.items()} or None,
+        data_collator=Collator(plan.flatten),
+        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME, resumed[1] if resumed else 0), Progress()],
+    )
+    steps = _total_steps(args, order)
+    if resumed is None:
+        _check_fit(trainer, compute, steps, say)
+    if resumed is None or resumed[1] < steps:
+        trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    else:
+        _restore(trainer, resumed[0], say)
+    export(trainer, sets, effective_settings(config, args), run, say)
+    say(f"model: {args.output_dir}")
+    return trainer
+
+
+def training_arguments(config: TrainConfig) -> Any:
+    """Return transformers' TrainingArguments for a configuration.
+
+    Raises:
+        UsageError: transformers refuses a value.
+    """
+    from transformers import TrainingArguments
+
+    settings = {"output_dir": str(config.output), "disable_tqdm": True, **config.training}
+    settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
+    if config.loss == "liger":
+        settings["use_liger_kernel"] = True
+    if settings.get("save_total_limit") == 1:
+        raise UsageError("save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more.")
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
+
+
+def effective_settings(config: TrainConfig, args: Any) -> dict[str, Any]:
+    """Return every setting with defaults resolved, as plain data."""
+    own = config.model_dump(mode="json", exclude={"training"})
+    return own | {"training": {key: value for key, value in args.to_dict().items() if not key.startswith("_")}}
+
+
+def _make_model(config: TrainConfig, model_config: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say) -> Any:
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    model = load_model(config, model_config, plan.attention)
+    grown = preflight.missing_embeddings(sets, embedding_rows(model))
+    if grown:
+        say(f"embeddings: grown from {embedding_rows(model):,} to {grown:,} rows for tokens that the set added")
+        model.resize_token_embeddings(grown)
+    if plan.loss is not None:
+        fuse_loss(model, plan.loss)
+    if config.lora is not None:
+        model = add_adapters(model, config.lora, bool(args.activation_checkpointing))
+    return model
+
+
+def _order(config: TrainConfig, rows: TrainingRows, args: Any) -> Order:
+    return Order(
+        rows.sizes,
+        config.set_weights,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        rank=args.process_index,
+        ranks=args.world_size,
+        shuffle=args.train_sampling_strategy != "sequential",
+    )
+
+
+def _identity(config: TrainConfig, sets: list[ShardSet], order: Order, plan: Plan) -> dict[str, Any]:
+    """What a resumed run must share with the one before it."""
+    return {
+        "sets": [opened.manifest.digest for opened in sets],
+        "weights": list(config.set_weights),
+        "tokenizer": [opened.manifest.tokenizer.sha256 for opened in sets],
+        "chat_template": [opened.manifest.chat_template_sha256 for opened in sets],
+        "model": str(config.model or config.init_from_config),
+        "lora": config.lora.model_dump() if config.lora else None,
+        "global_batch": order.global_batch,
+        "data_seed": order.seed,
+        "shuffle": order.shuffle,
+        "unpack": plan.unpack,
+    }
+
+
+def _resume_point(config: TrainConfig, args: Any, run: dict[str, Any], say: Say) -> tuple[Path, int] | None:
+    """Find the newest complete checkpoint; the main process alone looks and cleans, the others follow it."""
+    from accelerate.utils import broadcast_object_list
+
+    output = Path(args.output_dir)
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        found = [_find_checkpoint(config, output, run, say)]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    point: tuple[Path, int] | None = found[0]
+    return point
+
+
+def _find_checkpoint(config: TrainConfig, output: Path, run: dict[str, Any], say: Say) -> tuple[Path, int] | None:
+    output.mkdir(parents=True, exist_ok=True)
+    if config.overwrite:
+        checkpoint.clear(output)
+        for name in (RUN_NAME, LOG_NAME):
+            (output / name).unlink(missing_ok=True)
+        return None
+    newest = checkpoint.newest_complete(output)
+    if newest is not None:
+        checkpoint.check_unchanged(newest[1].run, run, newest[0])
+    elif (output / RUN_NAME).exists():
+        raise UsageError(f"{output}: holds a finished run without a checkpoint.", "choose another output folder, or --overwrite.")
+    step = newest[1].step if newest else 0
+    for name in checkpoint.remove_after(output, step):
+        say(f"{output / name}: incomplete, removed")
+    if newest is not None:
+        say(f"resuming from {newest[0]} (step {step})")
+    return (newest[0], step) if newest else None
+
+
+def _check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -> None:
+    """Check room on the disk, try one step, and say what the run will take."""
+    args = trainer.args
+    if args.save_strategy != "no" and args.process_index == 0:
+        kept = args.save_total_limit or 2
+        checkpoint.require_space(Path(args.output_dir), (min(kept, 2) + 1) * preflight.checkpoint_bytes(trainer.model))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        say("trial step: left out, since the model is not sharded yet")
+        return
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in next(iter(trainer.order))])
+    batch = trainer._prepare_inputs(batch)
+    cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
+    seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * args.gradient_accumulation_steps
+    say(f"memory: {preflight.describe_memory(trainer.model)}")
+    say(f"plan: {steps:,} steps of {trainer.order.global_batch} rows; about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step")
+
+
+def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
+    say("all steps are done: writing the model only")
+    trainer._load_from_checkpoint(str(folder))
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
+
+def _total_steps(args: Any, order: Order) -> int:
+    return int(args.max_steps) if args.max_steps > 0 else -int(-args.num_train_epochs * order.steps_per_epoch // 1)
+
+
+def _talk(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silence(_: str) -> None:
+    return

@@ -1,0 +1,80 @@
+"""Sets for the trainer's tests: written straight from packed rows, without text or tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftdata.batches import PackedRows
+from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
+from sftdata.shardset.shards import shard_name, write_shard
+
+EOS = 2
+
+
+def make_set(
+    folder: Path, *, rows: int = 32, max_length: int = 48, vocabulary: int = 128, packed: bool = True, shards: int = 2,
+    trained: float = 0.75, seed: int = 0, tokens_added: int = 0,
+) -> Path:  # fmt: skip
+    """Write a set whose documents count upwards from a random start, so that a model can learn it."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    infos, ledger, example = [], Ledger(max_length=max_length if packed else None), 0
+    for index, part in enumerate(np.array_split(np.arange(rows), shards)):
+        drawn = [_row(rng, max_length, vocabulary, packed, trained) for _ in part]
+        columns, example = _columns(drawn, example)
+        infos.append(write_shard(folder / shard_name(index), columns, max_length if packed else None))
+        ledger.count_packed(columns, max_length if packed else None)
+    ledger.tokens_in, ledger.rows_in, ledger.rows_kept = ledger.tokens, example, example
+    manifest = Manifest(
+        settings={"packing": "bfd" if packed else "none", "max_length": max_length},
+        tokenizer=TokenizerInfo(
+            name="counting", sha256="0" * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None,
+            tokens_added=tuple(f"<added-{n}>" for n in range(tokens_added)),
+        ),
+        sources=(SourceInfo(name="drawn", bytes=None, xxh3=str(seed), rows=example, first_id=0),),
+        ledger=ledger,
+        shards=tuple(infos),
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+    return folder
+
+
+def _row(rng: np.random.Generator, max_length: int, vocabulary: int, packed: bool, trained: float) -> Any:
+    """Draw one row: a list of (ids, labels) documents, and its padding."""
+    documents, room = [], max_length - int(rng.integers(0, 4)) if packed else int(rng.integers(6, max_length))
+    while room >= 4:
+        length = min(room, int(rng.integers(4, max_length // 2))) if packed else room
+        ids = (rng.integers(3, vocabulary) + np.arange(length) - 3) % (vocabulary - 3) + 3
+        ids[-1] = EOS
+        labels = np.where(np.arange(length) >= max(1, round(length * (1 - trained))), ids, -100)
+        documents.append((ids, labels))
+        room -= length
+    total = sum(len(ids) for ids, _ in documents)
+    return documents, (max_length - total if packed else 0)
+
+
+def _columns(drawn: list[Any], example: int) -> tuple[PackedRows, int]:
+    ids, labels, lengths, examples, row_ends, segment_ends = [], [], [], [], [0], [0]
+    for documents, padding in drawn:
+        for document_ids, document_labels in documents:
+            ids.append(document_ids)
+            labels.append(document_labels)
+            lengths.append(len(document_ids))
+            examples.append(example)
+            example += 1
+        if padding:
+            ids.append(np.zeros(padding, np.int64))
+            labels.append(np.full(padding, -100))
+            lengths.append(padding)
+            examples.append(-1)
+        row_ends.append(row_ends[-1] + sum(lengths[segment_ends[-1] :]))
+        segment_ends.append(len(lengths))
+    columns = PackedRows(
+        np.concatenate(ids).astype(np.int32), np.concatenate(labels).astype(np.int32), np.array(row_ends, np.int64),
+        np.array(lengths, np.int32), np.array(examples, np.int64), np.array(segment_ends, np.int64),
+    )  # fmt: skip
+    return columns, example
