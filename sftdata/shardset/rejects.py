@@ -37,7 +37,7 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_reject(reject: Reject) -> bytes:
-    r"""Return a reject as one JSON line; what UTF-8 or strict JSON cannot hold (half a surrogate pair, NaN) is kept as an escape.
+    r"""Return a reject as one JSON line; what UTF-8 cannot hold (half a surrogate pair) is kept as an escape.
 
     >>> encode_reject(Reject(file="a.jsonl", line=3, byte_offset=90, code="not-json", reason="r", fix="f", row="{"))
     b'{"file":"a.jsonl","line":3,"byte_offset":90,"code":"not-json","reason":"r","fix":"f","row":"{"}\n'
@@ -46,7 +46,7 @@ def encode_reject(reject: Reject) -> bytes:
         line = msgspec.json.encode(reject)
     except (UnicodeEncodeError, msgspec.MsgspecError, TypeError, OverflowError):
         plain = {name: getattr(reject, name) for name in reject.__struct_fields__}
-        line = json.dumps(plain, default=_as_text, separators=(",", ":")).encode()
+        line = json.dumps(plain, default=str, separators=(",", ":")).encode()
     return line + b"\n"
 
 
@@ -58,7 +58,3 @@ def write_rejects(folder: Path, rejects: Iterable[Reject]) -> FileDigest:
     """
     lines = b"".join(encode_reject(reject) for reject in rejects)
     return write_atomic(folder / REJECTS_NAME, lambda sink: sink.write(lines))
-
-
-def _as_text(value: Any) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
