@@ -1,0 +1,153 @@
+"""Rows as parsed -> canonical rows; a bad row becomes a fault, and columns that nothing reads are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sftdata.batches import Completion, Conversation, Int64, Row, RowBatch, Text, Tokens
+from sftdata.errors import Fault, RowError, UsageError
+from sftdata.read.fields import Fields, FormatOptions, kind_of
+from sftdata.read.formats import FORMATS, LINE, Format, rename
+from sftdata.read.formatter import load_formatter
+from sftdata.read.instructions import is_messages
+
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Converted:
+    """What became of the rows of a batch; every row is in exactly one of `row`, `faults`, `filtered`.
+
+    Attributes:
+        rows: canonical rows.
+        row: int64[N], index of each in the batch.
+        faults: (index in the batch, why) of the rows that cannot be used.
+        filtered: int64[M], indices of the rows for which the user's formatter returned None.
+        unused: columns that some row has and its format does not read, sorted.
+    """
+
+    rows: list[Row]
+    row: Int64
+    faults: list[tuple[int, Fault]]
+    filtered: Int64
+    unused: tuple[str, ...]
+
+
+def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> Converted:
+    """Convert a batch of one format, as detected or named; with `options.formatter`, of whatever that returns.
+
+    Raises:
+        UsageError: the formatter cannot be imported.
+    """
+    convert = _Converter(format_name, options)
+    rows: list[Row] = []
+    kept: list[int] = []
+    faults: list[tuple[int, Fault]] = []
+    filtered: list[int] = []
+    for index, row in enumerate(batch.rows):
+        try:
+            canonical = convert(row)
+        except RowError as error:
+            faults.append((index, error.fault))
+            continue
+        if canonical is None:
+            filtered.append(index)
+        else:
+            rows.append(canonical)
+            kept.append(index)
+    unused = tuple(sorted(convert.unused))
+    return Converted(rows, np.array(kept, np.int64), faults, np.array(filtered, np.int64), unused)
+
+
+def has_media(row: dict[str, Any]) -> bool:
+    """Return True for a row with a picture, sound or film in a column of its own."""
+    return any(row[name] for name in MEDIA_COLUMNS & row.keys())
+
+
+class _Converter:
+    """Convert single rows; remember where rows with the same columns keep them."""
+
+    def __init__(self, format_name: str, options: FormatOptions) -> None:
+        self.format = FORMATS.get(format_name)
+        self.options = options
+        self.formatter = load_formatter(options.formatter) if options.formatter else None
+        if self.format is None and self.formatter is None:
+            raise UsageError(f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}.")
+        self.unused: set[str] = set()
+        self._names: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def __call__(self, row: Any) -> Row | None:
+        """Return the canonical row, or None when the user's formatter leaves the row out."""
+        if self.formatter is None:
+            assert self.format is not None
+            row = rename({LINE: row} if isinstance(row, str) else row, self.options.columns)
+            return self._convert(self.format, row, self._locate(self.format, row))
+        formatted = self._format(row)
+        if formatted is None or isinstance(formatted, Conversation | Completion | Text | Tokens):
+            return formatted
+        chosen = self._recognise(formatted)
+        return self._convert(chosen, formatted, chosen.locate(formatted, {}))
+
+    def _convert(self, chosen: Format, row: dict[str, Any], names: dict[str, str]) -> Row:
+        if has_media(row):
+            found = sorted(name for name in MEDIA_COLUMNS & row.keys() if row[name])
+            what = f"the row has {', '.join(found)}; only text can be prepared."
+            raise RowError("media-row", what, "leave out rows with media.")
+        try:
+            return chosen.convert(Fields(row, names), self.options)
+        except RowError:
+            self._refuse_stranger(row)
+            raise
+
+    def _locate(self, chosen: Format, row: dict[str, Any]) -> dict[str, str]:
+        keys = tuple(row)
+        names = self._names.get(keys)
+        if names is not None:
+            return names
+        try:
+            names = chosen.locate(row, self.options.columns)
+        except RowError:
+            self._refuse_stranger(row)
+            raise
+        self.unused.update(row.keys() - set(names.values()))
+        if all(sum(name in row for name in column.spellings) < 2 for column in chosen.columns):
+            self._names[keys] = names
+        return names
+
+    def _refuse_stranger(self, row: dict[str, Any]) -> None:
+        """Name the format that a row has when it is not the input's own."""
+        if self.format is None or self.format.readings(row, self.options.columns):
+            return
+        others = [other.name for other in FORMATS.values() if other.readings(row, self.options.columns)]
+        if others:
+            what = f"the row reads as {' or '.join(others)}, the input as {self.format.name}."
+            raise RowError("wrong-format", what, f"prepare such rows apart, with --format {others[0]}.") from None
+
+    def _format(self, row: Any) -> Any:
+        """Return what the user's function makes of a row: None, a canonical row, or a dict."""
+        assert self.formatter is not None
+        try:
+            formatted = self.formatter(dict(row) if isinstance(row, dict) else row)
+        except Exception as error:  # the user's own code may raise anything
+            what = f"{self.options.formatter} raised {type(error).__name__}: {error}"
+            raise RowError("formatter-error", what, "mend the function; it may return None to leave a row out.") from None
+        if isinstance(formatted, str):
+            return {"text": formatted}
+        if is_messages(formatted):
+            return {"messages": formatted}
+        if formatted is None or isinstance(formatted, dict | Conversation | Completion | Text | Tokens):
+            return formatted
+        what = f"{self.options.formatter} returned {kind_of(formatted)}; expected a string, a dict, a list of messages or None."
+        raise RowError("formatter-output", what, "return one example for each row.")
+
+    def _recognise(self, row: dict[str, Any]) -> Format:
+        readings = [entry for entry in FORMATS.values() for _ in entry.readings(row, {})]
+        if len(readings) == 1:
+            self.unused.update(row.keys() - set(readings[0].locate(row, {}).values()))
+            return readings[0]
+        names = " and ".join(dict.fromkeys(entry.name for entry in readings)) or "no format"
+        what = f"{self.options.formatter} returned the columns {', '.join(sorted(map(str, row)))}, which read as {names}."
+        raise RowError("formatter-output", what, "return the columns of one format.")

@@ -1,0 +1,209 @@
+"""Choose the row format of an input from a sample of its rows, with evidence; refuse what cannot be told.
+
+Every sampled row gets one verdict; the most frequent verdict decides, so that neither the first row nor the order matters.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sftdata.errors import UsageError
+from sftdata.read.formats import FORMATS, LINE, rename
+from sftdata.read.near_misses import NEAR_MISSES, VISION, NearMiss
+from sftdata.read.slices import SourcePlan, Unreadable
+from sftdata.read.source import read_slice
+
+Names = tuple[tuple[str, str], ...]  # (canonical column, column in the data)
+Reading = tuple[str, Names]  # a format, and where it finds its columns
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What the rows are, and why.
+
+    Attributes:
+        format: name in FORMATS.
+        columns: canonical column -> column in the data, as most rows have it.
+        evidence: lines to show.
+        sampled, matched, total: rows looked at, rows of that format among them, records of the input.
+        alternatives: what the other sampled rows are, and how many.
+        sources: path, container and compression of each source.
+    """
+
+    format: str
+    columns: dict[str, str]
+    evidence: tuple[str, ...]
+    sampled: int
+    matched: int
+    total: int
+    alternatives: tuple[tuple[str, int], ...]
+    sources: tuple[dict[str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        alternatives = [{"reading": name, "rows": rows} for name, rows in self.alternatives]
+        return asdict(self) | {"evidence": list(self.evidence), "alternatives": alternatives, "sources": list(self.sources)}
+
+
+@dataclass(slots=True)
+class _Verdicts:
+    """The sampled rows by what they are."""
+
+    readings: dict[tuple[Reading, ...], int] = field(default_factory=dict)
+    misses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    strangers: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any], readings: tuple[Reading, ...]) -> None:
+        """Judge one row by its readings, or by what it lacks."""
+        if VISION.fits(row):
+            self.misses.setdefault(VISION.name, []).append(row)
+        elif readings:
+            self.readings[readings] = self.readings.get(readings, 0) + 1
+        elif miss := next((miss for miss in NEAR_MISSES.values() if miss.fits(row)), None):
+            self.misses.setdefault(miss.name, []).append(row)
+        else:
+            self.strangers.append(row)
+
+    def counts(self) -> dict[str, int]:
+        """Return rows per verdict; rows with several readings count under all their names at once."""
+        counts: Counter[str] = Counter()
+        for readings, rows in self.readings.items():
+            counts[name_of(readings)] += rows
+        counts.update({name: len(rows) for name, rows in self.misses.items()})
+        counts.update({"no known format": len(self.strangers)} if self.strangers else {})
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def name_of(readings: tuple[Reading, ...]) -> str:
+    """Name what a row reads as: a format, or several that all fit."""
+    return " or ".join(name if len(readings) == 1 else describe((name, names)) for name, names in readings)
+
+
+def describe(reading: Reading) -> str:
+    """Name a format with the columns that it would use, as `alpaca (instruction, output)`."""
+    name, names = reading
+    required = {column.name for column in FORMATS[name].columns if column.required}
+    return f"{name} ({', '.join(actual for canonical, actual in names if canonical in required)})"
+
+
+def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: Mapping[str, str] | None = None) -> Detection:
+    """Detect the one format of some planned sources.
+
+    Args:
+        format: what the user says it is: checked against the rows, not detected.
+        columns: canonical column = column in the data, as the user maps them.
+
+    Raises:
+        UsageError: two readings fit, none does, or the rows are of a kind that cannot be trained on.
+    """
+    columns = columns or {}
+    _check_names(format, columns)
+    rows, unreadable = _sample(plans)
+    where = plans[0].source.path if len(plans) == 1 else f"{len(plans)} sources"
+    if not rows:
+        first = f" (record {unreadable[0].line}: {unreadable[0].fault.reason.rstrip('.')})" if unreadable else ""
+        fix = unreadable[0].fault.fix if unreadable else "give a file that holds rows."
+        raise UsageError(f"{where}: no row could be read{first}.", fix)
+    _check_columns(where, columns, rows)
+    candidates = [FORMATS[format]] if format else list(FORMATS.values())
+    verdicts = _Verdicts()
+    for row in rows:
+        renamed = rename(row, columns)
+        found = [(entry.name, tuple(names.items())) for entry in candidates for names in entry.readings(renamed, columns)]
+        verdicts.add(renamed, tuple(found))
+    counts = verdicts.counts()
+    winner, matched = next(iter(counts.items()))
+    if winner not in FORMATS:
+        raise _refuse(where, winner, f"{matched} of {len(rows)} sampled rows", verdicts, format)
+    return _settle(winner, counts, verdicts, plans, unreadable)
+
+
+def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Unreadable]]:
+    """Return rows from all over the input, and those of them that could not be read."""
+    rows: list[dict[str, Any]] = []
+    unreadable: list[Unreadable] = []
+    for plan in plans:
+        for piece in plan.samples:
+            batch, bad = read_slice(piece)
+            rows += [{LINE: row} if isinstance(row, str) else row for row in batch.rows]
+            unreadable += bad
+    return rows, unreadable
+
+
+def _settle(
+    winner: str, counts: dict[str, int], verdicts: _Verdicts, plans: Sequence[SourcePlan], unreadable: list[Unreadable]
+) -> Detection:
+    """Return the detection of a format that most rows have."""
+    found: Counter[tuple[str, str]] = Counter()
+    for readings, rows in verdicts.readings.items():
+        if name_of(readings) == winner:
+            found.update(dict.fromkeys(readings[0][1], rows))
+    columns: dict[str, str] = {}
+    for (canonical, actual), _ in sorted(found.items(), key=lambda item: (-item[1], item[0])):
+        columns.setdefault(canonical, actual)
+    sampled, total = sum(counts.values()), sum(plan.records for plan in plans)
+    order = [column.name for column in FORMATS[winner].columns]
+    shown = sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    where = ", ".join(f"{actual or 'a line'} in {rows}" for (_, actual), rows in shown)
+    evidence = [f"{winner} ({FORMATS[winner].about}): {counts[winner]} of {sampled} sampled rows, of {total} records: {where}."]
+    others = tuple((name, rows) for name, rows in counts.items() if name != winner)
+    evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
+    evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
+    sources = tuple(
+        {"path": plan.source.path, "container": plan.source.container, "compression": plan.source.compression} for plan in plans
+    )
+    return Detection(winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources)
+
+
+def _refuse(where: str, winner: str, share: str, verdicts: _Verdicts, format: str | None) -> UsageError:
+    """Return the error that says why the rows cannot be used and which flag settles it."""
+    misses: dict[str, NearMiss] = NEAR_MISSES | {VISION.name: VISION}
+    ambiguous = next((readings for readings in verdicts.readings if name_of(readings) == winner), None)
+    if ambiguous:
+        what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
+        return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
+    if winner in misses and not (format and winner != VISION.name):
+        reason, fix = misses[winner].explain(verdicts.misses[winner])
+        return UsageError(f"{where}: {share}: {reason}.", fix)
+    rows = [row for group in (verdicts.strangers, *verdicts.misses.values()) for row in group]
+    counts = Counter(name for row in rows for name in row)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    found = f"{share} have the columns {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    if format:
+        wanted = ", ".join(" or ".join(column.spellings) for column in FORMATS[format].columns if column.required)
+        return UsageError(f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format.")
+    what = f"{where}: no known row format fits: {found}."
+    return UsageError(what, "name columns with --map (as --map prompt=COLUMN), or convert rows with --formatter module:function.")
+
+
+def _settling_flags(readings: tuple[Reading, ...]) -> list[str]:
+    formats = list(dict.fromkeys(name for name, _ in readings))
+    if len(formats) > 1:
+        return [f"--format {name}" for name in formats]
+    variants = [dict(names) for _, names in readings]
+    column = next(column for column in FORMATS[formats[0]].columns if len({names.get(column.name) for names in variants}) > 1)
+    return [f"--map {column.spellings[0]}={name}" for name in dict.fromkeys(names[column.name] for names in variants)]
+
+
+def _check_names(format: str | None, columns: Mapping[str, str]) -> None:
+    """Refuse formats and canonical columns that do not exist."""
+    spellings = {name for entry in FORMATS.values() for column in entry.columns for name in column.spellings if name}
+    for flag, name, known in [("--format", format, set(FORMATS)), *(("--map", name, spellings) for name in columns)]:
+        if name is not None and name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."
+            raise UsageError(f"{flag} {name}: no such {'format' if flag == '--format' else 'column of any format'}.", fix)
+
+
+def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a mapping from a column that no sampled row has."""
+    present = {name for row in rows for name in row}
+    for canonical, actual in columns.items():
+        if actual not in present:
+            near = difflib.get_close_matches(actual, sorted(present), n=1)
+            fix = f"did you mean --map {canonical}={near[0]}?" if near else f"the columns are {', '.join(sorted(present)[:12])}."
+            raise UsageError(f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}.", fix)
