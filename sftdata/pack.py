@@ -103,7 +103,8 @@ def _cut_stream(lengths: Int64, max_length: int) -> PackPlan:
     offsets = _offsets(lengths)
     total = int(offsets[-1])
     row_starts = np.arange(0, total, max_length)
-    starts = np.unique(np.concatenate([offsets[:-1][lengths > 0], row_starts]))
+    starts = np.sort(np.concatenate([offsets[:-1][lengths > 0], row_starts]))
+    starts = starts[np.diff(starts, prepend=-1) > 0]
     example = np.searchsorted(offsets, starts, side="right") - 1
     stops = np.append(starts[1:], total)[: len(starts)]
     rows = np.searchsorted(starts, np.append(row_starts, total))

@@ -11,7 +11,7 @@ import numpy as np
 from sftdata.errors import IntegrityError
 from sftdata.shardset.atomic import digest_file
 from sftdata.shardset.laws import broken_laws
-from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.ledger import Ledger, distinct
 from sftdata.shardset.manifest import Manifest, SetFile, read_manifest
 from sftdata.shardset.opened import plain_file
 from sftdata.shardset.shards import ShardInfo, read_shard
@@ -129,7 +129,7 @@ class _Recount:
                 more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
                 problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: prepare the set again.")
             shard.count_packed(batch, length)
-            self._examples.append(np.unique(batch.example_ids[batch.example_ids >= 0]))
+            self._examples.append(distinct(batch.example_ids[batch.example_ids >= 0]))
             first += len(batch)
         self.ledger.merge(shard)
         pairs = [(name, getattr(info, name), getattr(shard, of)) for name, of in _COUNTED_PER_SHARD.items()]
@@ -139,7 +139,7 @@ class _Recount:
         """Compare the whole with the manifest's ledger."""
         said, found = self.manifest.ledger, self.ledger
         pairs = [(name, getattr(said, name), getattr(found, name)) for name in _COUNTED]
-        pairs.append(("rows_kept", said.rows_kept, len(np.unique(np.concatenate(self._examples)))))
+        pairs.append(("rows_kept", said.rows_kept, len(distinct(np.concatenate(self._examples)))))
         return [_differs(folder, name, expected, counted) for name, expected, counted in pairs if expected != counted]
 
 

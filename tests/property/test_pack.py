@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import chain, pairwise
 
 import numpy as np
 from hypothesis import given
@@ -52,7 +53,7 @@ def expected_labels(tokens: TokenBatch, ids: list[int], constant: bool) -> list[
 @given(batches(fitting=True))
 def test_pack_never_splits_an_example(batch: tuple[TokenBatch, int]) -> None:
     tokens, max_length = batch
-    whole = {i + 1000: tokens.input_ids[a:b].tolist() for i, (a, b) in enumerate(zip(tokens.offsets, tokens.offsets[1:], strict=False))}
+    whole = {i + 1000: tokens.input_ids[a:b].tolist() for i, (a, b) in enumerate(pairwise(tokens.offsets))}
     found = {example: ids for _, example, ids, _ in documents(pack(tokens, max_length, "bfd")) if example >= 0}
     assert found == {example: ids for example, ids in whole.items() if ids}
 
@@ -64,7 +65,7 @@ def test_each_example_is_packed_once_and_in_input_order_inside_its_row(batch: tu
     for row, example, _, _ in documents(pack(tokens, max_length, "bfd")):
         if example >= 0:
             by_row[row].append(example)
-    assert sorted(sum(by_row.values(), [])) == (np.flatnonzero(tokens.lengths) + 1000).tolist()
+    assert sorted(chain(*by_row.values())) == (np.flatnonzero(tokens.lengths) + 1000).tolist()
     assert all(examples == sorted(examples) for examples in by_row.values())
 
 
@@ -74,7 +75,9 @@ def test_wrapped_gives_the_stream_back_token_for_token(batch: tuple[TokenBatch, 
     found = documents(pack(tokens, max_length, "wrapped"))
     assert [token for _, example, ids, _ in found if example >= 0 for token in ids] == tokens.input_ids.tolist()
     for _, example, ids, _ in found:
-        assert example < 0 or set(ids) <= set(tokens.input_ids[tokens.offsets[example - 1000] : tokens.offsets[example - 999]].tolist())
+        if example >= 0:
+            start, stop = tokens.offsets[example - 1000 : example - 998]
+            assert set(ids) <= set(tokens.input_ids[start:stop].tolist())
 
 
 @given(batches(fitting=True), st.sampled_from(["bfd", "wrapped"]))
@@ -87,7 +90,7 @@ def test_every_packed_row_is_exactly_max_length(batch: tuple[TokenBatch, int], s
 
 
 @given(batches(fitting=True), st.sampled_from(["bfd", "wrapped", "none"]))
-def test_labels_are_the_trained_ids_but_for_the_first_token_of_a_packed_document(batch: tuple[TokenBatch, int], strategy: str) -> None:
+def test_labels_are_the_trained_ids_but_for_the_first_of_a_packed_document(batch: tuple[TokenBatch, int], strategy: str) -> None:
     tokens, max_length = batch
     for _, example, ids, labels in documents(pack(tokens, max_length, strategy)):
         if example >= 0:

@@ -47,9 +47,7 @@ def build_set(tmp_path: Path) -> SetBuilder:
             counts.count_lengths(tokens.lengths)
             counts.count_packed(rows, max_length if constant else None, f"part-{index}.jsonl")
             ledger.merge(counts)
-            sources.append(
-                SourceInfo(name=f"part-{index}.jsonl", bytes=10 * len(lengths), xxh3="0" * 32, rows=len(lengths), first_id=first_id)
-            )
+            sources.append(SourceInfo(name=f"part-{index}.jsonl", bytes=99, xxh3="0" * 32, rows=len(lengths), first_id=first_id))
             first_id += len(lengths)
         rejects = write_rejects(folder, [])
         manifest = Manifest(

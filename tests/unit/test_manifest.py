@@ -54,9 +54,8 @@ def test_a_manifest_reads_back_as_it_was_written(build_set: Build, tmp_path: Pat
 def test_the_same_set_made_elsewhere_or_otherwise_has_the_same_digest(build_set: Build) -> None:
     sealed = build_set([[5, 9, 20]])
     settings = sealed.settings | {"inputs": ["/elsewhere/x.jsonl"], "output": "other", "workers": 8, "engine": "tokenizers"}
-    moved = msgspec.structs.replace(
-        sealed, settings=settings, notes=("a note",), software={"numpy": "9"}, tokenizer=msgspec.structs.replace(sealed.tokenizer, name="/x")
-    )
+    tokenizer = msgspec.structs.replace(sealed.tokenizer, name="/x")
+    moved = msgspec.structs.replace(sealed, settings=settings, tokenizer=tokenizer, notes=("a note",), software={"numpy": "9"})
     assert seal(moved).digest == sealed.digest
     assert seal(moved).checksum != sealed.checksum
 
@@ -79,7 +78,7 @@ def test_a_manifest_that_does_not_balance_is_never_written(build_set: Build, tmp
     sealed = build_set([[5, 9, 20]])
     os.remove(tmp_path / "set" / "manifest.json")
     sealed.ledger.tokens_in += 1
-    with pytest.raises(IntegrityError, match="tokens_in = .* does not hold"):
+    with pytest.raises(IntegrityError, match=r"tokens_in = .* does not hold"):
         write_manifest(tmp_path / "set", sealed)
     sealed.ledger.tokens_in -= 1
     with pytest.raises(IntegrityError, match="the ledger counts rows_packed = 2, its shards hold 0"):
@@ -156,7 +155,7 @@ def test_a_hostile_manifest_is_refused_in_one_line(build_set: Build, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format_version":1}', b'{"format_version":NaN}'])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format_version":1}', b"NaN"])
 def test_what_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(raw)
     with pytest.raises(IntegrityError, match="not a manifest") as caught:
@@ -243,7 +242,9 @@ def test_a_set_travels_to_another_process_without_its_maps(build_set: Build, tmp
 def test_opening_a_thousand_shards_costs_milliseconds(build_set: Build, tmp_path: Path) -> None:
     sealed = build_set([[31] * 10])
     one, ledger = sealed.shards[0], sealed.ledger
-    for name in ("rows_in", "rows_kept", "tokens_in", "tokens_trained", "tokens_context", "tokens_padding", "rows_packed", "documents"):
+    for name in ("rows_in", "rows_kept", "rows_packed", "documents"):
+        setattr(ledger, name, getattr(ledger, name) * 1000)
+    for name in ("tokens_in", "tokens_trained", "tokens_context", "tokens_padding"):
         setattr(ledger, name, getattr(ledger, name) * 1000)
     shards: list[ShardInfo] = [msgspec.structs.replace(one, name=f"shard-{i:05d}.arrow") for i in range(1000)]
     write_manifest(tmp_path / "set", msgspec.structs.replace(sealed, shards=tuple(shards)))

@@ -24,10 +24,14 @@ def as_lists(rows: PackedRows) -> list[dict[str, list[int]]]:
     for row in range(len(rows)):
         tokens = slice(rows.row_offsets[row], rows.row_offsets[row + 1])
         segments = slice(rows.segment_offsets[row], rows.segment_offsets[row + 1])
-        found.append({
-            "input_ids": rows.input_ids[tokens].tolist(), "labels": rows.labels[tokens].tolist(),
-            "seq_lengths": rows.seq_lengths[segments].tolist(), "example_ids": rows.example_ids[segments].tolist(),
-        })
+        found.append(
+            {
+                "input_ids": rows.input_ids[tokens].tolist(),
+                "labels": rows.labels[tokens].tolist(),
+                "seq_lengths": rows.seq_lengths[segments].tolist(),
+                "example_ids": rows.example_ids[segments].tolist(),
+            }
+        )
     return found
 
 
@@ -49,12 +53,14 @@ def mix(name: str, max_length: int = 2048) -> np.ndarray:
 def test_a_packed_row_holds_documents_in_input_order_then_padding() -> None:
     tokens = tokens_of([[11, 12, 13], [21, 22, 23, 24]])
     rows = gather(tokens, np.array([70, 80]), plan_packs(tokens.lengths, 9), max_length=9, pad_id=5)
-    assert as_lists(rows) == [{
-        "input_ids": [11, 12, 13, 21, 22, 23, 24, 5, 5],
-        "labels": [-100, 12, 13, -100, 22, 23, 24, -100, -100],
-        "seq_lengths": [3, 4, 2],
-        "example_ids": [70, 80, -1],
-    }]
+    assert as_lists(rows) == [
+        {
+            "input_ids": [11, 12, 13, 21, 22, 23, 24, 5, 5],
+            "labels": [-100, 12, 13, -100, 22, 23, 24, -100, -100],
+            "seq_lengths": [3, 4, 2],
+            "example_ids": [70, 80, -1],
+        }
+    ]
 
 
 def test_context_is_not_trained_and_the_pad_id_inside_an_example_may_be() -> None:
@@ -74,7 +80,12 @@ def test_wrapped_cuts_the_stream_and_keeps_the_tail() -> None:
     rows = gather(tokens, np.arange(3), plan_packs(tokens.lengths, 5, "wrapped"), max_length=5, pad_id=0)
     assert as_lists(rows) == [
         {"input_ids": [11, 12, 13, 21, 22], "labels": [-100, 12, 13, -100, 22], "seq_lengths": [3, 2], "example_ids": [0, 1]},
-        {"input_ids": [23, 24, 31, 0, 0], "labels": [-100, 24, -100, -100, -100], "seq_lengths": [2, 1, 2], "example_ids": [1, 2, -1]},
+        {
+            "input_ids": [23, 24, 31, 0, 0],
+            "labels": [-100, 24, -100, -100, -100],
+            "seq_lengths": [2, 1, 2],
+            "example_ids": [1, 2, -1],
+        },
     ]
 
 
