@@ -1,0 +1,152 @@
+"""Over-long examples, and examples with nothing to train: cut, dropped or refused, and always counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sftdata.batches import Bool, Int64, TokenBatch
+from sftdata.encode.places import offsets_of
+from sftdata.errors import DataError
+
+Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
+
+# Why a row is dropped: it had nothing to train to begin with; it is too long; cutting left nothing to train.
+REASONS = ("nothing-trained", "over-long", "no-trained-tokens")
+KEPT = 0
+
+
+class OverlongError(DataError):
+    """An example is longer than `max_length` and the policy is "error".
+
+    Attributes:
+        row: index into the RowBatch, for the caller to name file and line.
+    """
+
+    def __init__(self, row: int, length: int, max_length: int) -> None:
+        super().__init__(
+            f"row {row} has {length} tokens; max_length is {max_length}.",
+            "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.",
+        )
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True)
+class LengthCounts:
+    """What the policy took away. Tokens in = tokens out + tokens_cut + the sum of tokens_in_dropped_rows.
+
+    Attributes:
+        tokens_cut: tokens cut from rows that stay.
+        tokens_in_dropped_rows: tokens of rows (with "split": also of pieces) that were dropped, by reason.
+        rows_dropped: rows of which nothing is left, by reason.
+        rows_cut: rows that stay without some of their tokens.
+        rows_without_ending: rows that stay without their last trained token.
+    """
+
+    tokens_cut: int
+    tokens_in_dropped_rows: dict[str, int]
+    rows_dropped: dict[str, int]
+    rows_cut: int
+    rows_without_ending: int
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the summary shows beside the ledger, by name."""
+        return {"rows_cut": self.rows_cut, "rows_without_ending": self.rows_without_ending}
+
+
+def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, *, packed: bool) -> tuple[TokenBatch, LengthCounts]:
+    """Bring every example to at most `max_length` tokens and drop those with nothing to train.
+
+    Args:
+        batch: examples.
+        max_length: tokens; None for no limit.
+        policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the same row, or "error".
+        packed: the first token of a document has no label, so it alone is nothing to train.
+
+    Raises:
+        OverlongError: with "error", for the first over-long example.
+    """
+    limit = max_length if max_length is not None else int(batch.lengths.max(initial=1))
+    overlong = batch.lengths > limit
+    if policy == "error" and overlong.any():
+        first = int(np.argmax(overlong))
+        raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
+    example, start, stop = _pieces(batch, limit, policy)
+    labelled = _Labelled(batch, packed)
+    trainable = labelled.any(batch.offsets[:-1], batch.offsets[1:])
+    reason = np.select([~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)], [1, 2, 3], KEPT)
+    kept = reason == KEPT
+    result = _gather(batch, example[kept], start[kept], stop[kept])
+    counts = _count(batch, example, stop - start, reason, labelled.endings_lost(example[kept], start[kept], stop[kept]))
+    assert len(batch.input_ids) == len(result.input_ids) + counts.tokens_cut + sum(counts.tokens_in_dropped_rows.values())
+    return result, counts
+
+
+def _pieces(batch: TokenBatch, limit: int, policy: Policy) -> tuple[Int64, Int64, Int64]:
+    """Return example, start and stop of what may stay of each example (int64[K] each)."""
+    begin, end = batch.offsets[:-1], batch.offsets[1:]
+    example = np.arange(len(batch))
+    if policy == "truncate":
+        return example, begin, np.minimum(begin + limit, end)
+    if policy == "truncate-left":
+        return example, np.maximum(end - limit, begin), end
+    if policy != "split":
+        return example, begin, end
+    pieces = np.maximum(-(-batch.lengths // limit), 1)
+    example = np.repeat(example, pieces)
+    number = np.arange(len(example)) - np.repeat(offsets_of(pieces)[:-1], pieces)
+    start = begin[example] + number * limit
+    return example, start, np.minimum(start + limit, end[example])
+
+
+class _Labelled:
+    """Ask which stretches of a batch hold a token with a label."""
+
+    def __init__(self, batch: TokenBatch, packed: bool) -> None:
+        self._batch = batch
+        self._packed = packed
+        self._before = offsets_of(batch.trained.astype(np.int64))
+
+    def any(self, start: Int64, stop: Int64) -> Bool:
+        """bool[K]: stretches with something to train."""
+        found = self._before[stop] > self._before[np.minimum(start + self._packed, stop)]
+        return np.asarray(found, np.bool_)
+
+    def endings_lost(self, example: Int64, start: Int64, stop: Int64) -> int:
+        """Count examples whose last trained token lies in none of the stretches."""
+        trained = np.append(np.flatnonzero(self._batch.trained), 0)
+        last = trained[self._before[self._batch.offsets[example + 1]] - 1]
+        holding = example[(start <= last) & (last < stop)]
+        return len(np.unique(example)) - len(np.unique(holding))
+
+
+def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> TokenBatch:
+    if np.array_equal(start, batch.offsets[:-1]) and np.array_equal(stop, batch.offsets[1:]):
+        return batch
+    lengths = stop - start
+    offsets = offsets_of(lengths)
+    source = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+    return TokenBatch(batch.input_ids[source], batch.trained[source], offsets, batch.row[example])
+
+
+def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int) -> LengthCounts:
+    """Count by reason; what was cut from a row that is dropped belongs to the drop."""
+    stays = np.zeros(len(batch), np.bool_)
+    stays[example[reason == KEPT]] = True
+    tokens, rows = {}, {}
+    missing = batch.lengths - np.bincount(example, lengths, len(batch)).astype(np.int64)
+    for code, name in enumerate(REASONS, start=1):
+        gone = np.unique(example[(reason == code) & ~stays[example]])
+        tokens[name] = int(lengths[reason == code].sum() + missing[gone].sum())
+        rows[name] = len(gone)
+    cut = missing[stays]
+    return LengthCounts(
+        tokens_cut=int(cut.sum()),
+        tokens_in_dropped_rows={name: count for name, count in tokens.items() if count},
+        rows_dropped={name: count for name, count in rows.items() if count},
+        rows_cut=int((cut > 0).sum()),
+        rows_without_ending=rows_without_ending,
+    )

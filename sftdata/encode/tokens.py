@@ -1,0 +1,210 @@
+"""Texts with trained spans become tokens with a trained flag each: exactly the tokens that the model must generate.
+
+    place ──> cut what straddles an edge ──> flag the tokens inside spans ──> BOS before, EOS after (raw texts)
+
+All of it is array work over the whole batch; single rows are touched only where a position is in doubt, where data spells a
+control token, or where a text must be cut at the edge of a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from sftdata.batches import Bool, Int32, Int64, TextBatch, TokenBatch, Tokens
+from sftdata.encode.edges import cut_rows, edges_of, ranges_of, straddled
+from sftdata.encode.engine import Encoder
+from sftdata.encode.places import Places, offsets_of, place
+from sftdata.encode.tokenizer import ResolvedTokenizer
+from sftdata.errors import Fault, RowError, UsageError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeCounts:
+    """What encoding had to do beyond the ordinary.
+
+    Attributes:
+        boundary_splits: places where a text was cut at the edge of a span (with "merge": edges inside a token).
+        boundary_rows: rows with such a place.
+        literal_rows: rows whose data spells a control token.
+        slow_rows: rows placed by the reference's own offsets.
+        bos_found: raw texts that begin with BOS themselves, so that none was added.
+        eos_found: raw texts that end with EOS themselves, so that none was added.
+        eos_added: raw texts closed with EOS.
+    """
+
+    boundary_splits: int = 0
+    boundary_rows: int = 0
+    literal_rows: int = 0
+    slow_rows: int = 0
+    bos_found: int = 0
+    eos_found: int = 0
+    eos_added: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+
+def encode_batch(
+    batch: TextBatch, encoder: Encoder, *, boundary: Literal["split", "merge"] = "split"
+) -> tuple[TokenBatch, EncodeCounts]:
+    """Encode rendered texts and flag the tokens that lie in trained ranges.
+
+    Args:
+        batch: texts with their trained and literal byte ranges.
+        encoder: the tokenizer with one of its engines; ids do not depend on which.
+        boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before it equal those of
+            the text before it; "merge" keeps the joint encoding and trains every token that overlaps a range, as TRL 1.x does.
+
+    Raises:
+        UsageError: texts must be closed and the tokenizer has no end token.
+    """
+    raws = [text.encode() for text in batch.texts]
+    merge = boundary == "merge"
+    places, doubted = place(encoder, batch.texts, raws, reach=merge)
+    has_literal = np.diff(batch.literal.offsets) > 0
+    careful = np.flatnonzero(doubted | has_literal).tolist()
+    exact = {row: encoder.exact.encode(raws[row], ranges_of(batch.literal, row), reach=merge) for row in careful}
+    places = places.with_rows(exact)
+    edges = edges_of(batch.trained, places.base)
+    if merge:
+        inside = straddled(places, edges, np.zeros_like(encoder.strips_right))
+        splits, rows = int(inside.sum()), len(np.unique(edges.row[inside]))
+    else:
+        places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)
+    tokens = TokenBatch(places.tokens.ids, _trained(places, batch, merge), places.offsets, batch.row)
+    counts = EncodeCounts(splits, rows, int(has_literal.sum()), int((doubted & ~has_literal).sum()))
+    if not batch.reference_ends:
+        return tokens, counts
+    return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), counts)
+
+
+def _trained(places: Places, batch: TextBatch, merge: bool) -> Bool:
+    """bool[T]: tokens that start inside a range; with `merge`, all that overlap one."""
+    row = np.repeat(np.arange(len(batch)), np.diff(batch.trained.offsets))
+    filled = batch.trained.values[:, 1] > batch.trained.values[:, 0]
+    row = row[filled]
+    span = batch.trained.values[filled] + places.base[row, None]
+    tokens = places.tokens
+    first = np.searchsorted(tokens.starts, span[:, 0])
+    if merge:
+        first = np.minimum(first, np.searchsorted(tokens.ends, span[:, 0], "right"))
+    stop = np.searchsorted(tokens.starts, span[:, 1])
+    change = np.zeros(len(tokens.ids) + 1, np.int32)
+    np.add.at(change, np.clip(first, places.offsets[row], places.offsets[row + 1]), 1)
+    np.add.at(change, np.clip(stop, places.offsets[row], places.offsets[row + 1]), -1)
+    trained: Bool = np.cumsum(change[:-1]) > 0
+    return trained
+
+
+def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
+    """bool[N]: rows whose last trained range reaches the end of the text, even an empty one there."""
+    last = np.append(-1, batch.trained.values[:, 1])[batch.trained.offsets[1:]]
+    reaches: Bool = (np.diff(batch.trained.offsets) > 0) & (last == np.diff(places.base))
+    return reaches
+
+
+def _with_ends(
+    tokens: TokenBatch, encoder: Encoder, closed: Bool, runs_to_end: Bool, counts: EncodeCounts
+) -> tuple[TokenBatch, EncodeCounts]:
+    """Write BOS before and EOS after, as the reference does but never where the text has it already."""
+    resolved = encoder.resolved
+    prefix, suffix = np.array(resolved.prefix_ids, np.int32), np.array(resolved.closing_ids, np.int32)
+    if closed.any() and not len(suffix):
+        raise UsageError(f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed.", "--eos-token TOKEN")
+    opened = _begins_with(tokens, prefix)
+    ended = closed & _ends_with(tokens, suffix)
+    before = np.where(opened, 0, len(prefix))
+    after = np.where(closed & ~ended, len(suffix), 0)
+    offsets = offsets_of(tokens.lengths + before + after)
+    ids, trained = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
+    target = np.arange(len(tokens.input_ids)) + np.repeat(offsets[:-1] + before - tokens.offsets[:-1], tokens.lengths)
+    ids[target], trained[target] = tokens.input_ids, tokens.trained
+    _write(ids, offsets[:-1][before > 0], prefix)
+    tails = offsets[1:][after > 0] - len(suffix)
+    _write(ids, tails, suffix)
+    for column in range(len(suffix)):
+        trained[tails + column] = runs_to_end[after > 0]
+    counts = replace(counts, bos_found=int(opened.sum()), eos_found=int(ended.sum()), eos_added=len(tails))
+    return TokenBatch(ids, trained, offsets, tokens.row), counts
+
+
+def _write(ids: Int32, starts: Int64, values: Int32) -> None:
+    for column, value in enumerate(values):
+        ids[starts + column] = value
+
+
+def _begins_with(tokens: TokenBatch, wanted: Int32) -> Bool:
+    found = tokens.lengths >= max(len(wanted), 1)
+    for column, value in enumerate(wanted):
+        found[found] = tokens.input_ids[tokens.offsets[:-1][found] + column] == value
+    return found if len(wanted) else np.zeros_like(found)
+
+
+def _ends_with(tokens: TokenBatch, wanted: Int32) -> Bool:
+    found = tokens.lengths >= max(len(wanted), 1)
+    for column, value in enumerate(wanted):
+        found[found] = tokens.input_ids[tokens.offsets[1:][found] - len(wanted) + column] == value
+    return found if len(wanted) else np.zeros_like(found)
+
+
+def encode_tokens_rows(
+    rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer
+) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
+    """Turn pre-tokenized rows into a batch; a token is trained where its label is its own id.
+
+    Args:
+        rows: ids with labels.
+        row: int64[N], index of each into the RowBatch.
+        resolved: the tokenizer whose ids they should be.
+
+    Returns:
+        the good rows, and (index into the RowBatch, why) for the others.
+    """
+    ids, trained, kept, faults = [], [], [], []
+    for index, item in zip(row.tolist(), rows, strict=True):
+        try:
+            own, labels = _checked(item, resolved)
+        except RowError as error:
+            faults.append((index, error.fault))
+            continue
+        ids.append(own)
+        trained.append(labels != IGNORED)
+        kept.append(index)
+    batch = TokenBatch(
+        np.concatenate([np.zeros(0, np.int32), *ids]),
+        np.concatenate([np.zeros(0, np.bool_), *trained]),
+        offsets_of(np.array([len(own) for own in ids], np.int64)),
+        np.array(kept, np.int64),
+    )
+    return batch, faults
+
+
+def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
+    if len(item.input_ids) != len(item.labels):
+        found = f"{len(item.input_ids)} input_ids but {len(item.labels)} labels"
+        raise RowError("lengths-differ", found, "give one label per token, -100 where it is not trained")
+    ids, labels = _integers("input_ids", item.input_ids), _integers("labels", item.labels)
+    outside = np.flatnonzero((ids < 0) | (ids >= resolved.vocab_size))
+    if len(outside):
+        found = f"token id {ids[outside[0]]} is outside 0..{resolved.vocab_size - 1} of tokenizer {resolved.name!r}"
+        raise RowError("id-outside-vocabulary", found, "use the tokenizer that made the ids (-t)")
+    other = np.flatnonzero((labels != IGNORED) & (labels != ids))
+    if len(other):
+        found = f"labels[{other[0]}] is {labels[other[0]]}, input_ids[{other[0]}] is {ids[other[0]]}"
+        raise RowError("label-not-the-id", found, "give unshifted labels: the id itself where trained, -100 elsewhere")
+    return ids.astype(np.int32), labels != IGNORED
+
+
+def _integers(name: str, values: list[int]) -> Int64:
+    array = np.array(values or np.zeros(0, np.int64))
+    if array.dtype != np.int64 or array.ndim != 1:
+        found = f"{name} holds something else than integers: {str(values)[:60]}"
+        raise RowError("not-token-ids", found, "give a flat list of integers")
+    return array
