@@ -85,7 +85,7 @@ class SpanFinder:
         self.stops = find_stops(template, stop_tokens, control_tokens)
         self._stop_shape = any_of(self.stops)
         self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
-        self._starts: dict[Any, tuple[int, bool]] = {}
+        self._prompts: dict[Any, str | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Render one conversation and find every assistant turn in it.
@@ -114,9 +114,10 @@ class SpanFinder:
         if not own and mark_messages([message], lambda _: False) != [message]:
             raise _unproven(index, "its text does not appear in the rendered conversation")
         before, after = _neighbours(marked.marks, own, index)
-        start, parted = self._start(row, marked, index, before, marked.marks[own[0]] if own else after)
+        limit = after.position if after else len(marked.text)
+        start, parted = self._start(row, marked, index, before, [marked.marks[place] for place in own], limit)
         answered = max(start, marked.marks[own[-1]].position) if own else start
-        stop = self._stop(marked, answered, after.position if after else len(marked.text))
+        stop = self._stop(marked, answered, limit)
         names = _called_names(message)
         ended = stop is not None
         if stop is None:
@@ -135,47 +136,50 @@ class SpanFinder:
         return None
 
     def _start(
-        self, row: Conversation, marked: MarkedText, index: int, before: Mark | None, next_mark: Mark | None
+        self, row: Conversation, marked: MarkedText, index: int, before: Mark | None, own: list[Mark], limit: int
     ) -> tuple[int, bool]:
-        """Return where a turn starts and whether its prompt parts from the text; remembered by kind of transition."""
+        """Return where a turn starts, and whether its prompt parts from the text."""
         origin = before.position if before else 0
-        region = marked.text[origin : next_mark.position if next_mark else len(marked.text)]
-        previous = before.message if before else -1
-        answered = next_mark is not None and next_mark.message == index
-        shapes = tuple(self._renderer.shape(row.messages[place]) for place in (0, max(previous, 0), max(index - 1, 0), index))
-        key = (region, shapes, index - previous, answered, row.tools is None, repr(row.template_kwargs))
-        if key not in self._starts:
-            self._starts[key] = self._measure_start(row, index, before, region, answered)
-        length, parted = self._starts[key]
-        return origin + length, parted
-
-    def _measure_start(self, row: Conversation, index: int, before: Mark | None, region: str, answered: bool) -> tuple[int, bool]:
-        """Return how much of `region` the generation prompt writes, and whether the two part ways in it."""
-        prompt = self._renderer.prompt(row, index)
-        if prompt is None:
-            return self._start_by_header(region, index)
-        last = prompt.marks[-1] if prompt.marks else None
-        if (last and (last.message, last.closes)) != (before and (before.message, before.closes)):
-            raise _unproven(index, "its prompt does not end where the conversation before it ends")
-        written = prompt.text[last.position if last else 0 :]
-        if region.startswith(written):
-            return len(written), False
-        parting = _parting(written, region)
-        header = _header_after(written[parting:], region[parting:])
-        if header is None and not answered:
+        lead = marked.text[origin : own[0].position if own else limit]
+        written = self._written(row, index, before, lead, bool(own))
+        if written is None:
+            written = self._usual_header()
+            opening = lead.rfind(written.partition("\n")[0]) if written else -1
+            if opening < 0:
+                raise _unproven(index, "no generation prompt can be rendered before it")
+            origin, lead = origin + opening, lead[opening:]
+        if marked.text.startswith(written, origin, own[-1].position if own else limit):
+            return origin + len(written), False
+        parting = _parting(written, lead)
+        header = _header_after(written[parting:], lead[parting:])
+        stopped = self._stop_shape is not None and self._stop_shape.match(lead[parting:].lstrip())
+        if header is None and not own and not stopped and written[parting:].strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
-        return parting + (header or 0), True
+        return origin + parting + (header or 0), True
 
-    def _start_by_header(self, region: str, index: int) -> tuple[int, bool]:
-        """Find the start of a turn whose prompt cannot be rendered (it opens the conversation): behind the usual header."""
+    def _written(self, row: Conversation, index: int, before: Mark | None, lead: str, answered: bool) -> str | None:
+        """Return what the generation prompt writes behind the data before a turn; None where no prompt can be rendered.
+
+        Remembered by kind of transition: the shapes of the messages around it and the text that leads to the answer.
+        """
+        previous = before.message if before else -1
+        shapes = tuple(self._renderer.shape(row.messages[place]) for place in (0, max(previous, 0), max(index - 1, 0), index))
+        key = (lead, shapes, index - previous, answered, row.tools is None, repr(row.template_kwargs))
+        if key not in self._prompts:
+            prompt = self._renderer.prompt(row, index)
+            last = prompt.marks[-1] if prompt and prompt.marks else None
+            if prompt and (last and (last.message, last.closes)) != (before and (before.message, before.closes)):
+                raise _unproven(index, "its prompt does not end where the conversation before it ends")
+            self._prompts[key] = prompt.text[last.position if last else 0 :] if prompt else None
+        return self._prompts[key]
+
+    def _usual_header(self) -> str:
+        """Return what the generation prompt writes after a user's message: for a turn that no prompt can be rendered for."""
         user = [{"role": "user", "content": "A"}]
         try:
-            header = self.template.render(user, add_generation_prompt=True).removeprefix(self.template.render(user))
+            return self.template.render(user, add_generation_prompt=True).removeprefix(self.template.render(user)).lstrip()
         except TemplateRefusal:
-            header = ""
-        if not header or header not in region:
-            raise _unproven(index, "no generation prompt can be rendered before it")
-        return region.rindex(header) + len(header), False
+            return ""
 
     # --------------------------------------------------------------------------- {% generation %} turns
 

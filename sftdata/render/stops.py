@@ -20,20 +20,22 @@ _TOOL = {"type": "function", "function": {"name": "f", "description": "", "param
 def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]) -> tuple[str, ...]:
     """Return the strings that end a turn of `template`.
 
-    After a plain answer the first control token ends it, whether another turn follows or not (in GLM-4 it is the next header's
-    `<|user|>`). After a tool call only a token that is none of the call's own brackets does, so one of the known is looked for
-    first.
+    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn (Command R7B closes the answer
+    with `<|END_RESPONSE|>` first). Where it does not, the first control token does, whether another turn follows or not (in GLM-4
+    it is the next header's `<|user|>`). After a tool call the brackets of the call itself are passed over.
     """
     known = [*control_tokens, *stop_tokens]
     shape = re.compile("|".join([*sorted(map(re.escape, known), key=lambda token: (-len(token), token)), CONTROL_SHAPE.pattern]))
     stops = list(stop_tokens)
-    for messages in ([_USER, _ANSWER], [_USER, _ANSWER, _USER, _ANSWER]):
-        found = shape.search(_after_second(template, messages))
-        stops += [found[0]] if found and found[0].strip() else []
-    for messages in ([_USER, _CALLING], [_USER, _CALLING, _RESULT]):
+    for messages, tokens in (
+        ([_USER, _ANSWER], shape),
+        ([_USER, _ANSWER, _USER, _ANSWER], shape),
+        ([_USER, _CALLING], CONTROL_SHAPE),
+        ([_USER, _CALLING, _RESULT], CONTROL_SHAPE),
+    ):
         after = _after_second(template, messages)
-        found = None if any(stop in after for stop in stops) else CONTROL_SHAPE.search(after)
-        stops += [found[0]] if found else []
+        found = None if any(stop in after for stop in stops) else tokens.search(after)
+        stops += [found[0]] if found and found[0].strip() else []
     return tuple(dict.fromkeys(stops))
 
 
