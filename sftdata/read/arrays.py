@@ -9,7 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -26,12 +28,14 @@ Span = tuple[int, int]
 
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _one_value = msgspec.json.Decoder(msgspec.Raw).decode
+_top_keys = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _SPACE = b" \t\r\n"
 _SEPARATORS = re.compile(rb"[\s,]*")
 _SCALAR = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s,\[\]{}"]+|.', re.DOTALL)
 # A string must be followed by what JSON allows there: a missing quote is then noticed at the next string, not at the end.
 _TOKEN = re.compile(rb'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"(?=\s*[:,\]}])|[{}\[\]"]')
-_FIRST_KEY = re.compile(rb'\{\s*("[^"\\\n]*")\s*:')
+_KEY = re.compile(rb'("[^"\\\n]*")\s*:')
+_BEGINNING = re.compile(rb'(\s*)\{\s*("[^"\\\n]*")\s*:')
 _OPENS = {ord("}"): ord("{"), ord("]"): ord("[")}
 
 
@@ -124,38 +128,55 @@ def _locate(text: Buffer, position: int, values: list[msgspec.Raw]) -> list[Span
     """Return where each value lies, given that only separators lie between them."""
     spans = []
     for value in values:
-        separators = _SEPARATORS.match(text, position)
-        start = separators.end() if separators else position
+        start = _after_separators(text, position, len(text))
         position = start + len(memoryview(value))
         spans.append((start, position))
     return spans
 
 
 def _learn_anchors(text: Buffer, start: int, end: int) -> tuple[bytes, ...]:
-    """Return the keys with which the elements begin, learnt from those that are whole and from the first."""
-    first = _FIRST_KEY.match(text, start) or _FIRST_KEY.search(text, start, end)
-    keys = {first.group(1)} if first else set()
+    """Return how elements begin: the white space before them with each key that they have.
+
+    Learnt on a first walk from the elements that are whole. What few of them have is not taken: it may come from an object inside
+    a damaged element.
+    """
+    # The first element may itself be damaged: what looks like a key before its first closing brace will do to find the second.
+    keys = Counter(_KEY.findall(text[start : start + GRAIN_BYTES].partition(b"}")[0]))
+    spaces: Counter[bytes] = Counter()
     position = start
-    while position < end:
-        span = next(_walk(text, position, end, tuple(keys)), None)
-        if span is None:
-            break
-        if (key := _FIRST_KEY.match(text, span[0])) and _element_end(text, span[0], end) is not None:
-            keys.add(key.group(1))
-        position = span[1]
-    return tuple(sorted(keys))
+    while (position := _after_separators(text, position, end)) < end:
+        stop = _element_end(text, position, end)
+        if stop is None:
+            known = next((item for item in _BEGINNING.finditer(text, position + 1, end) if item.group(2) in keys), None)
+            known = known or (None if spaces else _BEGINNING.search(text, position + 1, end))
+            position = known.end(1) if known else end
+            continue
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            keys.update(msgspec.json.encode(key) for key in _top_keys(text[position:stop]))
+            spaces[_space_before(text, position)] += 1
+        position = stop
+    enough = spaces.total() / 20
+    return tuple(sorted(space + key for space in spaces for key in keys if min(spaces[space], keys[key]) >= enough))
+
+
+def _space_before(text: Buffer, position: int) -> bytes:
+    start = position
+    while start and text[start - 1] in _SPACE:
+        start -= 1
+    return text[start:position]
 
 
 def _walk(text: Buffer, position: int, end: int, anchors: tuple[bytes, ...]) -> Iterator[Span]:
     """Yield the elements of damaged JSON; nothing but white space and commas is left out."""
-    while True:
-        separators = _SEPARATORS.match(text, position, end)
-        position = separators.end() if separators else position
-        if position >= end:
-            return
+    while (position := _after_separators(text, position, end)) < end:
         stop = _element_end(text, position, end) or _next_anchor(text, position + 1, end, anchors)
         yield position, stop
         position = stop
+
+
+def _after_separators(text: Buffer, position: int, end: int) -> int:
+    separators = _SEPARATORS.match(text, position, end)
+    return separators.end() if separators else position
 
 
 def _element_end(text: Buffer, start: int, end: int) -> int | None:
@@ -180,7 +201,7 @@ def _element_end(text: Buffer, start: int, end: int) -> int | None:
 
 def _next_anchor(text: Buffer, start: int, end: int, anchors: tuple[bytes, ...]) -> int:
     """Return where the next element seems to begin."""
-    for candidate in _FIRST_KEY.finditer(text, start, end):
-        if candidate.group(1) in anchors:
-            return candidate.start()
+    for candidate in _BEGINNING.finditer(text, start, end):
+        if candidate.group(1) + candidate.group(2) in anchors:
+            return candidate.end(1)
     return end

@@ -74,7 +74,7 @@ def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:
 def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
     """Return the record as a dict, or None for a blank line."""
     decoded = parse_text(text)
-    if isinstance(decoded, Fault) or not decoded.strip():
+    if isinstance(decoded, Fault) or not decoded.strip(" "):
         return decoded if isinstance(decoded, Fault) else None
     try:
         fields = next(csv.reader([decoded], delimiter=source.delimiter, strict=True))

@@ -48,7 +48,7 @@ class Slice:
     Attributes:
         first_record: 0-based line, element or record at `start`.
         first_id: example id of that record.
-        anchors: of a damaged array: the keys with which its elements begin.
+        anchors: of a damaged array: how its elements begin, as white space and first key.
     """
 
     source: Source
@@ -128,13 +128,13 @@ class Marks:
     def cut(self, chosen: Int64) -> list[tuple[int, int, int]]:
         """Return (start, stop, first record) from each chosen border to the next chosen one."""
         starts = self.positions[chosen]
-        stops = np.append(starts[1:], self.end)
+        stops = np.append(starts, self.end)[1:]
         return [(int(a), int(b), int(r)) for a, b, r in zip(starts, stops, self.records[chosen], strict=True)]
 
     def slice_borders(self) -> Int64:
         """Return the index of the first border at or after every multiple of `step`."""
         if not len(self.positions):
-            return np.zeros(0, np.int64)
+            return self.positions
         wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
         return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
 

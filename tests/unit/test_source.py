@@ -1,0 +1,549 @@
+"""Containers are recognised by content, read in slices of any size, and a bad row never takes a good one with it."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import pickle
+import random
+import subprocess
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+import zstandard
+
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.read import streams
+from sftdata.read.slices import Source, Unreadable
+from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_slice
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": f"Count to {n}.", "input": "", "output": 'one, "two"\nthree → 三' if n % 3 else "\\ }{][ \u2028"}
+    for n in range(40)
+]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "none": lambda data: data,
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor(write_checksum=True).compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_stream_is_left_open() -> Iterator[None]:
+    yield
+    streams.close_streams()
+
+
+def read_all(path: Path | str, slice_bytes: int = 1 << 20, limit: int = 1 << 20) -> tuple[list[Any], list[Unreadable], str]:
+    """Return the rows, the unreadable rows and the container of a file."""
+    source = open_source(str(path))
+    rows: list[Any] = []
+    bad: list[Unreadable] = []
+    for piece in plan_source(source, 0, slice_bytes).slices:
+        batch, unreadable = read_slice(piece, limit)
+        rows += batch.rows
+        bad += unreadable
+    return rows, bad, source.container
+
+
+def as_lines(rows: list[Any], newline: str = "\n") -> bytes:
+    return newline.join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def as_csv(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+    import io
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+TEXTS = {
+    "lines": (as_lines(ROWS), "jsonl"),
+    "lines with CRLF": (as_lines(ROWS, "\r\n"), "jsonl"),
+    "lines with a byte order mark": (b"\xef\xbb\xbf" + as_lines(ROWS), "jsonl"),
+    "array on one line": (json.dumps(ROWS).encode(), "json"),
+    "array, indented": (json.dumps(ROWS, indent=2, ensure_ascii=False).encode(), "json"),
+    "array, flush left": (json.dumps(ROWS, indent=0).encode(), "json"),
+    "array, one element a line": (b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]\n", "json"),
+    "array with a byte order mark": (b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode(), "json"),
+    "objects, indented, one after another": (b"\n".join(json.dumps(row, indent=2).encode() for row in ROWS), "json"),
+    "CSV": (as_csv(ROWS, ","), "csv"),
+    "TSV": (as_csv(ROWS, "\t"), "csv"),
+    "CSV with semicolons": (as_csv(ROWS, ";"), "csv"),
+    "CSV with a byte order mark": (b"\xef\xbb\xbf" + as_csv(ROWS, ","), "csv"),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("shape", TEXTS)
+def test_container_is_recognised_by_content_whatever_its_name(shape: str, compression: str, tmp_path: Path) -> None:
+    data, container = TEXTS[shape]
+    for name in ("rows.jsonl", "rows.json", "rows"):
+        path = tmp_path / name
+        path.write_bytes(COMPRESS[compression](data))
+        rows, bad, found = read_all(path, slice_bytes=300)
+        assert (found, bad) == (container, [])
+        assert rows == ROWS
+        assert open_source(str(path)).compression == compression
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_single_object_is_one_row(indent: int | None, tmp_path: Path) -> None:
+    conversation = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "one.json").write_text(json.dumps(conversation, indent=indent))
+    assert read_all(tmp_path / "one.json")[0] == [conversation]
+
+
+def test_text_is_one_document_a_line_even_when_a_line_is_json(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("1234567890\nEins, zwei\r\n\n \nπ, \x00 [1]".encode())
+    rows, bad, container = read_all(tmp_path / "a.txt", slice_bytes=1)
+    assert (rows, bad, container) == (["1234567890", "Eins, zwei", "π, \x00 [1]"], [], "text")
+
+
+def test_prose_with_commas_is_text_unless_it_is_named_as_a_table(tmp_path: Path) -> None:
+    prose = "Hello, world\nGood, evening\n"
+    (tmp_path / "a.txt").write_text(prose)
+    (tmp_path / "a.csv").write_text(prose)
+    assert read_all(tmp_path / "a.txt")[0] == ["Hello, world", "Good, evening"]
+    assert read_all(tmp_path / "a.csv")[2] == "text"  # " world" with its blank is no column name
+    (tmp_path / "b.csv").write_text("greeting,whom\nHello,world\n")
+    assert read_all(tmp_path / "b.csv")[0] == [{"greeting": "Hello", "whom": "world"}]
+
+
+# ------------------------------------------------------------------------------------------------------- columnar
+
+
+def test_parquet_arrow_file_and_arrow_stream_round_trip(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "rows.bin", row_group_size=7)
+    with pa.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=9)
+    with pa.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=9)
+    for name, container in (("rows.bin", "parquet"), ("rows.arrow", "arrow"), ("stream.arrow", "arrow")):
+        for slice_bytes in (1, 500, 1 << 20):
+            rows, bad, found = read_all(tmp_path / name, slice_bytes)
+            assert (rows, bad, found) == (ROWS, [], container)
+
+
+def test_nulls_that_arrow_put_into_structs_are_left_out(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, call]},
+        {"messages": [{"role": "assistant", "content": "b", "tool_calls": [{"name": "g", "arguments": {"y": "2"}}]}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_all(tmp_path / "rows.parquet")[0] == rows
+
+
+def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(tmp_path: Path) -> None:
+    import datasets
+
+    half = {"train": datasets.Dataset.from_list(ROWS[:25]), "test": datasets.Dataset.from_list(ROWS[25:])}
+    datasets.DatasetDict(half).save_to_disk(str(tmp_path / "both"))
+    half["train"].save_to_disk(str(tmp_path / "one"), num_shards=2)
+    for folder, split, expected in (("both", "train", ROWS[:25]), ("both", "test", ROWS[25:]), ("one", "train", ROWS[:25])):
+        source = open_source(str(tmp_path / folder), split=split)
+        plan = plan_source(source, 0, 200)
+        assert source.container == "saved"
+        assert [row for piece in plan.slices for row in read_slice(piece)[0].rows] == expected
+    with pytest.raises(UsageError, match=r"no split 'valid'; found test, train.*--set split="):
+        plan_source(open_source(str(tmp_path / "both"), split="valid"), 0, 200)
+
+
+def test_hub_ids_go_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert open_source("owner/name").container == "hub"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(as_lines(ROWS))
+    source = Source(str(tmp_path / "data"), "hub")  # a folder stands in for the Hub: the same call loads it
+    rows = [row for piece in plan_source(source, 0, 500).slices for row in read_slice(piece)[0].rows]
+    assert rows == ROWS
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        plan_source(open_source("no-such-owner/no-such-dataset"), 0, 100)
+    assert "no-such-owner/no-such-dataset: cannot be loaded" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- plans
+
+
+def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path) -> None:
+    data = gzip.compress(as_lines(ROWS))
+    (tmp_path / "a.gz").write_bytes(data)
+    (tmp_path / "b.txt").write_bytes(b"x\n\ny\n")
+    first, second = plan_sources([open_source(str(tmp_path / name)) for name in ("a.gz", "b.txt")], 100)
+    assert (first.raw_bytes, first.xxh3_128, first.records) == (len(data), xxhash.xxh3_128_hexdigest(data), 40)
+    assert (second.base_id, second.records) == (40, 3)
+    (piece,) = second.slices
+    batch, _ = read_slice(piece)
+    assert batch.example_ids.tolist() == [40, 42]  # the blank line uses up an id
+    assert batch.lines.tolist() == [1, 3]
+    assert batch.byte_offsets.tolist() == [0, 3]
+    assert second.locate(42) == (str(tmp_path / "b.txt"), 3)
+
+
+def test_slices_are_cut_by_size_and_small_to_send(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS * 100))
+    plan = plan_source(open_source(str(tmp_path / "a.jsonl")), 0, 10_000)
+    assert plan.slices[0].start == 0
+    assert [piece.stop for piece in plan.slices[:-1]] == [piece.start for piece in plan.slices[1:]]
+    assert all(9_000 < piece.stop - piece.start < 11_000 for piece in plan.slices[:-1])
+    assert len(pickle.dumps(plan.slices[1])) < 500
+    assert pickle.loads(pickle.dumps(plan.slices)) == plan.slices
+
+
+def test_samples_reach_from_the_first_row_to_the_last(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS * 2000))
+    plan = plan_source(open_source(str(tmp_path / "a.jsonl")), 0, 32 << 20)
+    assert len(plan.samples) == 32
+    assert plan.samples[0].first_record == 0
+    assert plan.samples[-1].stop == plan.slices[-1].stop
+
+
+def test_a_worker_decompresses_a_file_once_for_slices_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS * 50)))
+    plan = plan_source(open_source(str(tmp_path / "a.jsonl.gz")), 0, 5_000)
+    opened = []
+    real = streams.open_raw
+    monkeypatch.setattr(streams, "open_raw", lambda path: (opened.append(path), real(path))[1])
+    rows = [row for piece in plan.slices[::2] for row in read_slice(piece)[0].rows]
+    assert len(opened) == 1
+    assert len(plan.slices) > 10
+    assert rows[0] == ROWS[0]
+    again, _ = read_slice(plan.slices[0])  # going back starts anew
+    assert again.rows[0] == ROWS[0]
+    assert len(opened) == 2
+
+
+def test_an_empty_file_has_no_rows_and_says_so(tmp_path: Path) -> None:
+    for name, data in (("a.jsonl", b""), ("b.json", b" \n\n"), ("c.gz", gzip.compress(b""))):
+        (tmp_path / name).write_bytes(data)
+        plan = plan_source(open_source(str(tmp_path / name)), 0, 100)
+        assert (plan.slices, plan.samples, plan.records) == ((), (), 0)
+        assert plan.notes == (f"{tmp_path / name}: the file is empty.",)
+
+
+def test_an_empty_array_and_a_header_alone_have_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"[ ]")
+    (tmp_path / "b.csv").write_bytes(b"prompt,completion\n")
+    for name in ("a.json", "b.csv"):
+        assert plan_source(open_source(str(tmp_path / name)), 0, 100).records == 0
+
+
+def test_urls_are_read_through_fsspec() -> None:
+    import fsspec
+
+    with fsspec.open("memory://folder/rows.jsonl", "wb") as stream:
+        stream.write(as_lines(ROWS))
+    with fsspec.open("memory://folder/rows.zst", "wb") as stream:
+        stream.write(COMPRESS["zstd"](json.dumps(ROWS).encode()))
+    assert read_all("memory://folder/rows.jsonl", 100)[0] == ROWS
+    assert read_all("memory://folder/rows.zst", 100)[0] == ROWS
+    with pytest.raises(UsageError, match=r"memory://folder/none\.jsonl: cannot be opened"):
+        read_all("memory://folder/none.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------- bad rows
+
+GOOD = b'{"text": "good"}'
+BAD_LINES = {
+    "cut off": (b'{"text": "half', "invalid-json"),
+    "not JSON": (b"hello there", "invalid-json"),
+    "single quotes": (b"{'text': 'a'}", "invalid-json"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "invalid-json"),
+    "NaN": (b'{"text": "a", "score": NaN}', "invalid-json"),
+    "Infinity": (b'{"text": "a", "score": -Infinity}', "invalid-json"),
+    "a number of 5000 digits": (b'{"n": ' + b"7" * 5000 + b"}", "invalid-json"),
+    "an array": (b"[1, 2]", "not-an-object"),
+    "a string": (b'"text"', "not-an-object"),
+    "null": (b"null", "not-an-object"),
+    "a Latin-1 byte": (b'{"text": "caf\xe9"}', "invalid-utf8"),
+    "a Latin-1 byte in a key": (b'{"caf\xe9": "a"}', "invalid-utf8"),
+    "a surrogate in UTF-8": (b'{"text": "\xed\xa0\x80"}', "invalid-utf8"),
+    "half a surrogate pair": (b'{"text": "a\\ud83d b"}', "lone-surrogate"),
+    "the other half": (b'{"text": "a\\ude00 b"}', "lone-surrogate"),
+    "300 levels": (b'{"a":' * 300 + b"1" + b"}" * 300, "too-deep"),
+    "100000 levels": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "too-deep"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_bad_line_is_one_fault_and_its_neighbours_stay(kind: str, last: bool, tmp_path: Path) -> None:
+    line, code = BAD_LINES[kind]
+    lines = [GOOD, line] if last else [GOOD, b"", line, GOOD]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD] * 20 + lines))
+    for slice_bytes in (1, 1 << 20):
+        rows, bad, container = read_all(path, slice_bytes)
+        assert container == "jsonl"
+        assert len(rows) == 20 + lines.count(GOOD)
+        assert [(one.fault.code, one.line, one.example_id) for one in bad] == [(code, *((22, 21) if last else (23, 22)))]
+        start = bad[0].byte_offset
+        assert path.read_bytes()[start - 1 : start + len(line)] == b"\n" + line
+        assert bad[0].fault.reason
+        assert bad[0].fault.fix
+
+
+def test_the_reason_shows_the_place() -> None:
+    from sftdata.errors import Fault
+    from sftdata.read.jsonrows import parse_row
+
+    fault = parse_row(b'{"score": NaN}')
+    assert isinstance(fault, Fault)
+    assert "byte 10" in fault.reason
+    assert "NaN" in fault.reason
+    fault = parse_row('{"a": "né'.encode() + b'\xe9"}')
+    assert isinstance(fault, Fault)
+    assert "0xe9 at byte 10" in fault.reason
+
+
+@pytest.mark.parametrize("depth", [255, 256, 257])
+def test_nesting_is_decided_alike_from_any_depth_of_calls(depth: int) -> None:
+    from sftdata.errors import Fault
+    from sftdata.read.jsonrows import parse_row
+
+    line = b'{"a":' * depth + b"1" + b"}" * depth
+
+    def from_below(frames: int) -> Any:
+        return parse_row(line) if frames == 0 else from_below(frames - 1)
+
+    assert isinstance(from_below(0), Fault) == isinstance(from_below(400), Fault) == (depth > 256)
+
+
+def test_a_line_too_long_is_never_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.write(GOOD + b"\n" + b'{"text": "')
+        for _ in range(40):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n' + GOOD + b"\n")
+    tracemalloc.start()
+    rows, bad, _ = read_all(path, limit=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 2
+    assert [(one.fault.code, one.line) for one in bad] == [("line-too-long", 2)]
+    assert bad[0].raw.startswith('{"text": "xxx')
+    assert len(bad[0].raw) <= 1000
+    assert peak < 12 << 20
+
+
+def test_a_line_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + GOOD + b" \n" + GOOD)
+    rows, bad, _ = read_all(tmp_path / "a.jsonl", limit=len(GOOD))
+    assert (len(rows), [one.line for one in bad]) == (2, [2])
+
+
+BAD_CSV = {
+    "a field too many": (b"a,b,c", "wrong-field-count"),
+    "a field too few": (b"a", "wrong-field-count"),
+    "a Latin-1 byte": (b"caf\xe9,b", "invalid-utf8"),
+    "text after a closing quote": (b'"a"b,c', "invalid-csv"),
+    "a quote that never closes": (b'"a,b', "invalid-csv"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CSV)
+def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: Path) -> None:
+    line, code = BAD_CSV[kind]
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\n1,x\n2,"y\ny"\n' + line + b"\n3,z\n4,zz\n")
+    for slice_bytes in (1, 1 << 20):
+        rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
+        assert [row["prompt"] for row in rows] == ["1", "2", "3", "4"]
+        assert [(one.fault.code, one.line) for one in bad] == [(code, 3)]
+
+
+def elements(*texts: str, before: str = "[", after: str = "]", between: str = ", ") -> bytes:
+    return (before + between.join(texts) + after).encode()
+
+
+A, B, C = '{"id": "a", "t": [{"id": 1}, {"k": "x"}]}', '{"id": "b", "t": []}', '{"id": "c"}'
+DAMAGED = {
+    "NaN": (elements(A, '{"id": NaN}', B, C), 1),
+    "a quote is missing": (elements(A, '{"id": "x, "t": []}', B, C), 1),
+    "the opening quote is missing": (elements(A, '{"id": x", "t": "y"}', B, C), 1),
+    "a brace is missing": (elements(A, '{"id": "x", "t": []', B, C), 1),
+    "a bracket is missing": (elements(A, '{"id": "x", "t": [{"k": 1}}', B, C), 1),
+    "a bracket too many": (elements(A, '{"id": "x", "t": 1]}', B, C), 1),
+    "a comma is missing between elements": (elements(A + " " + B, C), 0),
+    "a comma is missing inside": (elements(A, '{"id": "x" "t": 1}', B, C), 1),
+    "a comma too many at the end": (elements(A, B, C, after=",]"), 0),
+    "a word between elements": (elements(A, "oops", B, C), 1),
+    "numbers between objects": (elements(A, "1", "[2]", B, '"s"', C), 3),
+    "a raw newline in a string": (elements(A, '{"id": "x\ny"}', B, C, between=",\n"), 1),
+    "cut off inside an element": (elements(A, B, C, '{"id": "x', after=""), 1),
+    "cut off between elements": (elements(A, B, C, after=","), 0),
+    "text after the end": (elements(A, B, C, after="] trailing"), 2),
+    "two in a row": (elements(A, '{"id": "x, "t"}', '{"id": y}', B, C), 2),
+    "the first": (elements('{"id": "x, "t": 1}', A, B, C), 1),
+}
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 25, 1 << 20])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_array_keeps_its_good_elements(kind: str, slice_bytes: int, tmp_path: Path) -> None:
+    data, faults = DAMAGED[kind]
+    (tmp_path / "a.json").write_bytes(data)
+    rows, bad, container = read_all(tmp_path / "a.json", slice_bytes)
+    assert container == "json"
+    assert rows == [json.loads(text) for text in (A, B, C)]
+    assert len(bad) == faults
+    assert all(one.raw.encode() in data for one in bad)
+
+
+def test_an_array_without_its_end_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(elements(A, B, after=""))
+    plan = plan_source(open_source(str(tmp_path / "a.json")), 0, 100)
+    assert "never closed" in plan.notes[0]
+
+
+# --------------------------------------------------------------------------------------------- damaged and foreign
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "xz", "bz2"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_compressed_stream_is_one_line_that_names_the_file(compression: str, damage: str, tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(50_000).hex().encode()
+    text = b"\n".join(b'{"text": "' + data[i : i + 100] + b'"}' for i in range(0, len(data), 100))
+    packed = bytearray(COMPRESS[compression](text))
+    if damage == "cut":
+        packed = packed[: len(packed) - len(packed) // 3]
+    else:
+        packed[len(packed) // 2] ^= 0x40
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(packed)
+    with pytest.raises(IntegrityError) as caught:
+        plan_source(open_source(str(path)), 0, 1000)
+    assert str(caught.value).startswith(f"{path}: the {compression} stream is damaged after ")
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "xz", "bz2"])
+def test_compressed_members_one_after_another_are_one_stream(compression: str, tmp_path: Path) -> None:
+    pack = COMPRESS[compression]
+    (tmp_path / "a").write_bytes(pack(as_lines(ROWS[:20]) + b"\n") + pack(as_lines(ROWS[20:])))
+    assert read_all(tmp_path / "a", 500)[0] == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_refused_with_the_command_that_converts_it(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "hello"}\n' * 9, encoding=encoding)
+    with pytest.raises(UsageError, match=r"a\.jsonl: the text is UTF-16.*Fix: iconv -f UTF-16") as caught:
+        open_source(str(path))
+    subprocess.run(caught.value.fix, shell=True, cwd=tmp_path, check=True)
+    rows, bad, _ = read_all(tmp_path / "utf8-a.jsonl")
+    assert (len(rows), bad) == (9, [])
+
+
+FOREIGN = {"zip": b"PK\x03\x04rest", "pickle": b"\x80\x04\x95rest", "binary": bytes(200) + bytes(range(256)) * 9}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_files_that_hold_no_rows_are_refused_by_name(what: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(FOREIGN[what])
+    with pytest.raises(UsageError, match=what):
+        open_source(str(tmp_path / "a.json"))
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(50))
+    with pytest.raises(UsageError, match=r"a\.parquet: damaged parquet file"):
+        plan_source(open_source(str(tmp_path / "a.parquet")), 0, 100)
+
+
+# -------------------------------------------------------------------------------------------------------- rejects
+
+
+def test_a_file_of_rejects_is_accepted_as_input(tmp_path: Path) -> None:
+    def envelope(row: Any, code: str) -> dict[str, Any]:
+        return {"file": "a", "line": 1, "byte_offset": 0, "code": code, "reason": "r", "fix": "f", "row": row}
+
+    rejects = [
+        envelope({"text": "mended"}, "empty-text"),
+        envelope('{"text": "mended too"}', "invalid-json"),
+        envelope('{"text": "still bad', "invalid-json"),
+        envelope("a line of plain text", "no-response-template"),
+        {"row": 1, "file": "these columns are the user's own"},
+    ]
+    (tmp_path / "rejects.jsonl").write_bytes(as_lines(rejects))
+    rows, bad, _ = read_all(tmp_path / "rejects.jsonl")
+    assert rows == [{"text": "mended"}, {"text": "mended too"}, "a line of plain text", rejects[4]]
+    assert [(one.line, one.fault.code) for one in bad] == [(3, "invalid-json")]
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_folders_and_globs_are_sorted_by_name_and_say_what_they_leave_out(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json.gz", "README.md", ".hidden.jsonl", "sub/c.csv", "sub/.git/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    paths, notes = expand_inputs([str(tmp_path)])
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in paths] == ["a.json.gz", "b.jsonl", "sub/c.csv"]
+    assert [Path(note.split(":")[0]).name for note in notes] == [".hidden.jsonl", "README.md", ".git"]
+    assert expand_inputs([str(tmp_path / "*.json*")])[0] == [str(tmp_path / "a.json.gz"), str(tmp_path / "b.jsonl")]
+    assert expand_inputs([str(tmp_path / "README.md")])[0] == [str(tmp_path / "README.md")]  # named outright: read
+
+
+def test_inputs_keep_the_order_given(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("{}")
+    given = [str(tmp_path / "b.jsonl"), "https://example.org/x.jsonl", str(tmp_path / "a.jsonl")]
+    assert expand_inputs(given)[0] == given
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(UsageError, match=r"trian\.jsonl: no such file or folder.*did you mean .*/train\.jsonl"):
+        expand_inputs([str(tmp_path / "trian.jsonl")])
+    with pytest.raises(UsageError, match="the nearest folder that exists is"):
+        expand_inputs([str(tmp_path / "data" / "deep" / "train.jsonl")])
+    with pytest.raises(UsageError, match="no file matches"):
+        expand_inputs([str(tmp_path / "*.parquet")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no data file here"):
+        expand_inputs([str(tmp_path / "empty")])
+
+
+def test_owner_and_name_is_a_hub_id_only_where_no_such_path_can_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expand_inputs(["owner/name"])[0] == ["owner/name"]
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(UsageError, match="owner/name: no such file"):
+        expand_inputs(["owner/name"])
+    with pytest.raises(UsageError, match="no such file"):
+        expand_inputs(["other/rows.jsonl"])
+
+
+def test_reading_imports_no_heavy_library() -> None:
+    import sys
+
+    heavy = "{'datasets', 'transformers', 'pyarrow', 'fsspec', 'zstandard'}"
+    code = f"import sys, sftdata.read.detect; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
