@@ -116,11 +116,13 @@ def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int64, int]:
     histogram = np.bincount(lengths)
     distinct = np.flatnonzero(histogram)[::-1]
     placements, rows = _best_fit(distinct.tolist(), histogram[distinct].tolist(), max_length)
-    first, width, dealt = np.array(placements, np.int64).reshape(-1, 3).T
-    within = np.arange(len(lengths)) - np.repeat(_offsets(dealt)[:-1], dealt)
-    row = np.repeat(first, dealt) + within % np.repeat(width, dealt)
-    position = np.empty(len(lengths), np.int64)
-    position[_stable_argsort(max_length - lengths)] = _spread(rows)[row]
+    spread, dealt, at = _spread(rows), np.empty_like(lengths), 0
+    for first, width, times in placements:
+        hands = dealt[at : at + width * times].reshape(times, width)
+        hands[:] = spread[first : first + width]
+        at += hands.size
+    position = np.empty_like(lengths)
+    position[_stable_argsort(max_length - lengths)] = dealt
     return position, rows
 
 
@@ -128,8 +130,8 @@ def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[
     """Run best-fit decreasing over (length, count) pairs, longest first.
 
     Returns:
-        placements, in the order in which examples are taken: (first row, rows, examples), the examples being dealt in
-        turn to rows that follow each other; and the number of rows.
+        placements, in the order in which examples are taken: (first row, rows, times), one example being dealt to each of
+        these consecutive rows, so many times; and the number of rows.
     """
     placements: list[tuple[int, int, int]] = []
     ranges: dict[int, list[tuple[int, int]]] = {}  # space left -> (first row, rows)
@@ -161,8 +163,7 @@ def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[
             placed = min(count, available * per_row)
             full, rest = divmod(placed, per_row)
             used = full + (rest > 0)
-            placements += [(first, used, rest * used)] if rest else []
-            placements += [(first, full, (per_row - rest) * full)] if full else []
+            placements += [(first, used, rest), (first, full, per_row - rest)]
             keep(space, first + used, available - used)
             keep(space - per_row * length, first, full)
             keep(space - rest * length, first + full, used - full)
@@ -185,7 +186,8 @@ def _spread(count: int) -> Int64:
 
 def _stable_argsort(values: Int64) -> Int64:
     """Argsort int64[N], 0 <= values < 2**31 and N < 2**32, ties in order; many times faster than `kind="stable"`."""
-    keys: Int64 = (values << 32) | np.arange(len(values))
+    keys: Int64 = values << 32
+    keys |= np.arange(len(values))
     keys.sort()
     keys &= 0xFFFFFFFF
     return keys
