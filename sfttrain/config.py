@@ -5,6 +5,7 @@ Keys that are not ours are fields of transformers' TrainingArguments: `--set lea
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights are above 0")
+        if self.lora and self.init_from_config:
+            raise ValueError("adapters of fresh random weights are of no use; name a model, or leave lora out")
         if self.quantize and self.lora is None:
             raise ValueError("quantize freezes the model, so it needs lora")
         return self
@@ -137,8 +140,6 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
 
 def training_fields() -> dict[str, str]:
     """Return the fields of TrainingArguments and their types, as text."""
-    import dataclasses
-
     from transformers import TrainingArguments
 
     return {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import TrainerCallback
+from transformers import TrainerCallback
+
+from sftdata.shardset.atomic import write_atomic
 
 LOG_NAME = "train_log.jsonl"
 _PLAIN_SECONDS = 10.0
@@ -17,9 +19,13 @@ _PLAIN_SECONDS = 10.0
 class TrainLog(TrainerCallback):
     """Append one line per logged step: step, loss, grad_norm, learning_rate, tokens, seconds, and what else there is."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        _forget_after(path, resumed_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what a broken run logged after the checkpoint that this one goes on from."""
+        if state.is_world_process_zero:
+            _forget_after(self._path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write what was logged, where this is the main process."""
@@ -89,7 +95,7 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), "utf-8")
+    write_atomic(path, lambda sink: sink.write("".join(kept).encode()))
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from sfttrain.config import TrainConfig
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import RUN_NAME, export
 from sfttrain.loss import fuse_loss
-from sfttrain.model import add_adapters, computes_in_bf16, device_type, embedding_rows, load_config, load_model
+from sfttrain.model import add_adapters, computes_in_bf16, embedding_rows, load_config, load_model
 from sfttrain.order import Order
 from sfttrain.preflight import Plan, Say
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
@@ -45,9 +45,10 @@ def train(config: TrainConfig) -> SftTrainer:
     model_config = load_config(config)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     register_varlen()
-    attention, reason = choose_attention(config.attention, model_config, device_type(), compute)
+    device = args.device.type
+    attention, reason = choose_attention(config.attention, model_config, device, compute)
     say(f"attention: {attention} ({reason})")
-    plan = preflight.choose_path(config, model_config, attention, device_type(), compute, say)
+    plan = preflight.choose_path(config, model_config, attention, device, compute, say)
     model = _make_model(config, model_config, plan, sets, args, say)
     rows = TrainingRows(sets, plan.unpack)
     order = _order(config, rows, args)
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> SftTrainer:
         train_dataset=rows,
         eval_dataset={name: TrainingRows([opened], plan.unpack) for name, opened in evaluation.items()} or None,
         data_collator=Collator(plan.flatten),
-        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME, resumed[1] if resumed else 0), Progress()],
+        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress()],
     )
     steps = _total_steps(args, order)
     if resumed is None:
@@ -85,6 +86,8 @@ def training_arguments(config: TrainConfig) -> Any:
     from transformers import TrainingArguments
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **config.training}
+    settings.setdefault("use_cpu", not torch.accelerator.is_available())  # else ranks without a GPU find no backend
+    settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
     if config.loss == "liger":
         settings["use_liger_kernel"] = True

@@ -30,7 +30,7 @@ class SftTrainer(Trainer):
         super().__init__(**arguments)
         self.order, self.run, self.fused = order, run, fused
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # tokens, supervised, correct
-        self._clock = time.perf_counter()
+        self._clock, self._tokens = time.perf_counter(), 0
         self.remove_callback(PrinterCallback)  # standard output is data; progress.py talks
         self.add_callback(_EpochOfOrder(order))
 
@@ -42,7 +42,7 @@ class SftTrainer(Trainer):
             batch_sampler=self.order,
             collate_fn=self.data_collator,
             num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
@@ -81,17 +81,26 @@ class SftTrainer(Trainer):
 
     def _drain(self) -> dict[str, float]:
         """Return the figures since the last call, over all ranks."""
-        tokens, supervised, correct = self.accelerator.reduce(self._figures, "sum").tolist()
+        self._fold_tokens()
+        _, supervised, correct = self.accelerator.reduce(self._figures, "sum").tolist()
         self._figures.zero_()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        self.state.num_input_tokens_seen += int(tokens)
+        tokens, self._tokens = self._tokens, 0
         figures = {"tokens": self.state.num_input_tokens_seen, "seconds": seconds, "tokens_per_second": tokens / seconds}
         return figures | ({"mean_token_accuracy": correct / supervised} if supervised and correct >= 0 else {})
+
+    def _fold_tokens(self) -> None:
+        """Add the tokens of every rank to the state, which checkpoints keep."""
+        tokens = int(self.accelerator.reduce(self._figures[0].clone(), "sum"))
+        self._figures[0] = 0
+        self._tokens += tokens
+        self.state.num_input_tokens_seen += tokens
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint as transformers does, then seal it once every rank is done."""
         folder = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+        self._fold_tokens()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()

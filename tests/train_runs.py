@@ -1,0 +1,109 @@
+"""Runs of the trainer for its tests: tiny models, in this process or in others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+OUR_WARNINGS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft still asks by the old name
+
+
+def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0) -> Path:
+    """Write a Llama of 30,000 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def train_in_process(sets: Path | list[Path], model: Path, output: Path, training: dict[str, Any], **settings: Any) -> Any:
+    """Train here and return the trainer."""
+    from sfttrain.config import read_settings
+    from sfttrain.run import train
+
+    folders = tuple(sets) if isinstance(sets, list) else (sets,)
+    return train(read_settings(None, [], {"sets": folders, "model": str(model), "output": output, "training": training, **settings}))
+
+
+def start(arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """Start `sfttrain` in its own session, on one or more gloo ranks."""
+    command = [sys.executable, "-m", "sfttrain", *arguments]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+        command = [sys.executable, *launcher, "-m", "sfttrain", *arguments]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(
+        command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def run(arguments: list[str], ranks: int = 1, **environment: str) -> tuple[int, str, str]:
+    """Run `sfttrain` to its end; return exit code, standard output and standard error."""
+    process = start(arguments, ranks, **environment)
+    stdout, stderr = process.communicate(timeout=240)
+    return process.returncode, stdout, stderr
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Fleet:
+    """Runs of `sfttrain` forked from a server that has imported everything: a start costs a second, not eight."""
+
+    def __init__(self) -> None:
+        import multiprocessing
+
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["sfttrain.run", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"])
+
+    def start(self, arguments: list[str], ranks: int, log: Path) -> list[Any]:
+        """Start one process a rank; their standard error goes to `log`."""
+        port = _free_port()
+        processes = [
+            self._context.Process(target=_rank_main, args=(arguments, rank, ranks, port, str(log))) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    def finish(self, arguments: list[str], ranks: int, log: Path) -> list[int]:
+        """Run to the end; return the exit codes."""
+        processes = self.start(arguments, ranks, log)
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+
+
+def _rank_main(arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if ranks > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    torch.set_num_threads(1)
+    from sfttrain.cli import main
+
+    code = main(arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os._exit(code)
