@@ -172,6 +172,42 @@ class TokenBatch:
         """int64[N], tokens per example."""
         return np.diff(self.offsets)
 
+    def select(self, keep: Bool) -> TokenBatch:
+        """Return the examples where `keep`, bool[N], is True."""
+        if keep.all():
+            return self
+        tokens = np.repeat(keep, self.lengths)
+        offsets = np.append(0, np.cumsum(self.lengths[keep]))
+        return TokenBatch(self.input_ids[tokens], self.trained[tokens], offsets, self.row[keep])
+
+    def in_row_order(self) -> TokenBatch:
+        """Return the examples in the order of their rows; examples of one row keep theirs."""
+        order = np.argsort(self.row, kind="stable")
+        if (np.diff(order) > 0).all():
+            return self
+        lengths = self.lengths[order]
+        offsets = np.append(0, np.cumsum(lengths))
+        source = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][order] - offsets[:-1], lengths)
+        return TokenBatch(self.input_ids[source], self.trained[source], offsets, self.row[order])
+
+    @classmethod
+    def join(cls, parts: list[TokenBatch]) -> TokenBatch:
+        """Put batches end to end; their `row` columns are taken as they are.
+
+        >>> one = TokenBatch(np.arange(3, dtype=np.int32), np.ones(3, np.bool_), np.array([0, 1, 3]), np.array([4, 5]))
+        >>> TokenBatch.join([one, one]).offsets.tolist()
+        [0, 1, 3, 4, 6]
+        """
+        if not parts:
+            return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64))
+        offsets = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
+        return cls(
+            np.concatenate([part.input_ids for part in parts]),
+            np.concatenate([part.trained for part in parts]),
+            offsets,
+            np.concatenate([part.row for part in parts]),
+        )
+
 
 # ---------------------------------------------------------------------------------------------- pack
 

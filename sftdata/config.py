@@ -27,7 +27,9 @@ class PrepareConfig(BaseModel):
     split: str = Field("train", description="Split of a Hub or saved dataset.")
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     format: str | None = Field(None, description="Row format by name; default: detected.")
-    map: dict[str, str] = Field(default_factory=dict, description="Canonical column = column in the data, as completion=response.")
+    map: dict[str, str] = Field(
+        default_factory=dict, description="Canonical column = column in the data, as completion=response."
+    )
     map_role: dict[str, str] = Field(default_factory=dict, description="Role in the data = canonical role, as bot=assistant.")
     formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
     kind: Literal["auto", "conversation", "completion", "text"] = Field(
@@ -45,24 +47,36 @@ class PrepareConfig(BaseModel):
     train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = Field(
         "auto", description="auto: assistant for conversations, completion for prompt/completion, all for text."
     )
-    response_template: str | tuple[int, ...] | None = Field(None, description="Marker before each trained answer in running text.")
+    response_template: str | tuple[int, ...] | None = Field(
+        None, description="Marker before each trained answer in running text."
+    )
     instruction_template: str | tuple[int, ...] | None = Field(None, description="Marker before each instruction.")
     mask_mode: Literal["default", "trl-0.7.10"] = Field("default", description="How response templates mask.")
     boundary: Literal["split", "merge"] = Field("split", description="Tokens that straddle the edge of a trained span.")
-    eos_token: str | None = Field(None, description="End token to write after the last trained turn, or instead of the tokenizer's.")
+    eos_token: str | None = Field(
+        None, description="End token to write after the last trained turn, or instead of the tokenizer's."
+    )
     trust_control_tokens: bool = Field(False, description="Let control tokens typed inside message content count as such.")
 
     # ---- how it is cut, packed and stored
     output: Path = Field(description="Folder of the set.")
     max_length: int | None = Field(None, gt=0, description="Tokens per packed row; default min(model_max_length, 1024).")
-    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = Field("truncate", description="Rows longer than max_length.")
-    packing: Literal["bfd", "wrapped", "none"] = Field("bfd", description="Best-fit decreasing, one cut stream, or one example a row.")
-    max_rejects: str = Field("1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20).")
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = Field(
+        "truncate", description="Rows longer than max_length."
+    )
+    packing: Literal["bfd", "wrapped", "none"] = Field(
+        "bfd", description="Best-fit decreasing, one cut stream, or one example a row."
+    )
+    max_rejects: str = Field(
+        "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
+    )
     slice_bytes: int = Field(32 << 20, gt=0, description="Input bytes per slice; packing does not cross slices.")
 
     # ---- how the work is done (never changes a byte of the set)
     workers: int | None = Field(None, gt=0, description="Worker processes; default: one per usable core.")
-    engine: Literal["auto", "gigatoken", "tokenizers"] = Field("auto", description="Tokenizer engine; auto takes the fast one where it is proven equal.")
+    engine: Literal["auto", "gigatoken", "tokenizers"] = Field(
+        "auto", description="Tokenizer engine; auto takes the fast one where it is proven equal."
+    )
     overwrite: bool = Field(False, description="Replace a finished set made with other settings.")
 
     @field_validator("inputs", mode="before")
@@ -93,4 +107,6 @@ def make_config(**settings: Any) -> PrepareConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", "see `sftdata prepare --help`.") from None
+        raise UsageError(
+            f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", "see `sftdata prepare --help`."
+        ) from None

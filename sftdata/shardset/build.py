@@ -139,7 +139,7 @@ class Build:
     def commit(self, result: SliceResult, rejects: bytes) -> None:
         """Record a finished slice, its shards already in place; `rejects` are its lines of rejects.jsonl."""
         write_atomic(self._rejects(result.index), lambda sink: sink.write(rejects))
-        record = msgspec.json.encode(result, order="sorted")
+        record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
 
     def write_rejects(self, slices: Iterable[int]) -> FileDigest:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from sftdata.batches import Int64, PackedRows
+from sftdata.batches import Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.shardset.fields import Count, RowLength
 
@@ -77,13 +78,13 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         bins, counts = np.unique(length_bins(lengths), return_counts=True)
         _add(self.lengths, dict(zip(bins.tolist(), counts.tolist(), strict=True)))
 
-    def count_packed(self, rows: PackedRows, max_length: int | None, source: str | None = None) -> None:
+    def count_packed(self, rows: PackedRows, max_length: int | None, sources: Mapping[str, int] | None = None) -> None:
         """Add packed rows, as they stand in a shard.
 
         Args:
             rows: columns of a shard, or of a part of it.
             max_length: tokens per row; None where rows keep their own length.
-            source: the source of all these rows, to count what it gave.
+            sources: first example id of each source, ascending, to count what each gave.
         """
         is_document = rows.example_ids >= 0
         tokens = int(rows.seq_lengths[is_document].sum(dtype=np.int64))
@@ -96,9 +97,8 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             max_length=max_length if len(rows) else None,
             tokens_padding=len(rows.input_ids) - tokens,
         )
-        if source is not None:
-            examples = len(distinct(rows.example_ids[is_document]))
-            packed.sources[source] = SourceCounts(rows=examples, tokens=tokens, tokens_trained=trained)
+        if sources:
+            packed.sources = _count_sources(rows, is_document, sources)
         self.merge(packed)
 
     def merge(self, other: Ledger) -> None:
@@ -183,6 +183,23 @@ def distinct(ids: Int64) -> Int64:
     ids = np.sort(ids)
     kept: Int64 = ids[np.diff(ids, prepend=-1) > 0]
     return kept
+
+
+def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, int]) -> dict[str, SourceCounts]:
+    starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    trained = np.append(0, np.cumsum(rows.labels != NOT_TRAINED, dtype=np.int64))
+    ids = rows.example_ids[is_document]
+    # An empty source shares its first id with the next one, which is the one that has the example.
+    source = np.searchsorted(list(sources.values()), ids, side="right") - 1
+    counts = {}
+    for index in distinct(source).tolist():
+        own = np.flatnonzero(is_document)[source == index]
+        counts[list(sources)[index]] = SourceCounts(
+            rows=len(distinct(ids[source == index])),
+            tokens=int(rows.seq_lengths[own].sum(dtype=np.int64)),
+            tokens_trained=int((trained[starts[own + 1]] - trained[starts[own]]).sum()),
+        )
+    return counts
 
 
 def _add(mine: dict[Any, int], theirs: dict[Any, int]) -> None:

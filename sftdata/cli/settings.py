@@ -1,0 +1,147 @@
+"""Flags from the settings model: every field of PrepareConfig is a flag of the same name, described once, there."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+import typer
+
+from sftdata.config import PrepareConfig, make_config
+from sftdata.errors import UsageError
+
+_SHORT = {"tokenizer": "-t", "output": "-o"}
+_YAML = (".yaml", ".yml")
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command INPUT..., `-c`, `--set` and the flags of these settings; it receives a `PrepareConfig` as `config`.
+
+    Args:
+        names: fields of PrepareConfig, in the order of the help text; `inputs` is always there.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "config"]
+
+        @functools.wraps(command)
+        def run(inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: Any) -> None:
+            kept = {parameter.name: flags.pop(parameter.name) for parameter in own}
+            absent = {name: value for name, value in _UNUSED.items() if name not in names}
+            command(config=load_config(inputs, config_file, sets or [], absent | flags), **kept)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter("inputs", keyword, annotation=_INPUTS)]
+        parameters += [_option(name) for name in names]
+        parameters += [parameter.replace(kind=keyword) for parameter in own]
+        parameters += [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _FILES.items()]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+# What a command that needs no tokenizer, or writes nothing, has in their place.
+_UNUSED: dict[str, Any] = {"tokenizer": "(none)", "output": Path("(none)")}
+
+_INPUTS = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Files, folders, globs, URLs, Hub dataset ids, or one YAML file with everything."),
+]
+_FILES = {
+    "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")],
+    "sets": Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside.")],
+}
+
+
+def load_config(inputs: list[str], config_file: Path | None, sets: list[str], flags: dict[str, Any]) -> PrepareConfig:
+    """Merge settings, file < `--set` < flag, and validate them.
+
+    Raises:
+        UsageError: a setting is unknown or wrong, or the file cannot be read.
+    """
+    settings: dict[str, Any] = {}
+    if len(inputs) == 1 and inputs[0].endswith(_YAML):
+        settings |= _read_yaml(Path(inputs[0]))
+    elif inputs:
+        settings["inputs"] = inputs
+    if config_file is not None:
+        settings = _read_yaml(config_file) | settings
+    for text in sets:
+        _assign(settings, text)
+    settings |= {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+    for name, flag in (("inputs", "INPUT"), ("tokenizer", "-t"), ("output", "-o")):
+        if name not in settings:
+            raise UsageError(f"{name} is not given.", f"name it with {flag}, or in the YAML file as `{name}:`.")
+    return make_config(**settings)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.", "check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}.", "mend the file.") from None
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"{path}: found {type(data).__name__}; expected settings as `key: value`.", "see `sftdata prepare --help`."
+        )
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def _assign(settings: dict[str, Any], text: str) -> None:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text}: expected KEY=VALUE.", "--set max_length=2048")
+    *parents, last = key.strip().replace("-", "_").split(".")
+    at = settings
+    for parent in parents:
+        at = at.setdefault(parent, {})
+    at[last] = yaml.safe_load(value)
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = PrepareConfig.model_fields[name]
+    kind, metavar = _flag_type(field.annotation)
+    flag = "--" + name.replace("_", "-")
+    flags = [f"{flag}/--no-{name.replace('_', '-')}"] if kind is bool else [_SHORT[name], flag] if name in _SHORT else [flag]
+    option = typer.Option(*flags, help=field.description, metavar=metavar, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _flag_type(annotation: Any) -> tuple[Any, str | None]:
+    """Return the type a flag is parsed to, and what stands for its value in the help."""
+    if get_origin(annotation) is Literal:
+        return annotation, None
+    if get_origin(annotation) is dict:
+        return list[str], "NAME=VALUE"
+    kinds = set(get_args(annotation)) or {annotation}
+    for kind in (bool, int, Path):
+        if kind in kinds:
+            return kind, None
+    return str, "TEXT"
+
+
+def _value(name: str, value: Any) -> Any:
+    if get_origin(PrepareConfig.model_fields[name].annotation) is dict:
+        pairs = [text.partition("=") for text in value]
+        for text, (key, equals, _) in zip(value, pairs, strict=True):
+            if not equals or not key:
+                raise UsageError(f"--{name.replace('_', '-')} {text}: expected NAME=VALUE.", "write it with an equals sign.")
+        return {key: item for key, _, item in pairs}
+    if name.endswith("_template") and isinstance(value, str) and value.startswith("["):
+        try:
+            return msgspec.json.decode(value, type=tuple[int, ...])
+        except msgspec.MsgspecError:
+            return value  # a marker that begins with a bracket, such as [/INST]
+    return value

@@ -1,0 +1,99 @@
+"""What a running command tells its user, on stderr: notes, progress and the summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from sftdata.shardset.build import SliceResult
+from sftdata.shardset.manifest import Manifest
+
+PLAIN_SECONDS = 10.0
+
+
+def print_json(data: Any) -> None:
+    """Print data to stdout as indented JSON."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(data), indent=2).decode() + "\n")
+
+
+class Talk:
+    """Say things on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._done = self._tokens = self._rejects = 0
+        self._bar: Any = None
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, sentence: str) -> None:
+        """Print one sentence."""
+        print(sentence, file=sys.stderr, flush=True)
+
+    def progress(self, result: SliceResult, slices: int) -> None:
+        """Count one finished slice of `slices`."""
+        self._done += 1
+        self._tokens += result.ledger.tokens
+        self._rejects += result.rejects
+        seconds = time.monotonic() - self._started
+        line = f"{self._tokens:,} tokens, {self._tokens / max(seconds, 1e-9):,.0f} a second, {self._rejects:,} rows rejected"
+        if sys.stderr.isatty():
+            self._draw(line, slices)
+        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            left = seconds / self._done * (slices - self._done)
+            self.say(f"{self._done}/{slices} slices, {line}, {left:.0f} s left")
+
+    def _draw(self, line: str, slices: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bar is None:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("slices"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=slices)
+            self._bar.start()
+        self._bar.update(self._task, completed=self._done, description=line)
+
+    def summary(self, manifest: Manifest, folder: Path) -> None:
+        """Say what became of every row and token."""
+        for line in summary_lines(manifest, folder):
+            self.say(line)
+
+
+def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
+    """Return the summary of a set: the ledger in words."""
+    ledger = manifest.ledger
+    slots = ledger.tokens + ledger.tokens_padding
+    lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped}
+    cut = sum(ledger.tokens_cut.values())
+    lines = [
+        f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens in {len(manifest.shards)} shards"
+        f" ({ledger.tokens / max(slots, 1):.1%} full), digest {manifest.digest[:12]}",
+        f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
+        + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
+        f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained + {ledger.tokens_context:,} context"
+        f" + {cut:,} cut + {ledger.tokens_in_dropped_rows:,} in dropped rows",
+    ]
+    told = {name: count for name, count in sorted(ledger.counters.items()) if count}
+    if told:
+        lines.append("  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items()))
+    if sum(ledger.rows_rejected.values()):
+        lines.append(f"  rejects {folder / 'rejects.jsonl'}: mend the rows there and prepare that file too")
+    return lines

@@ -1,0 +1,264 @@
+"""Decide everything before the first row is prepared: sources, formats, chat template, tokenizer, length, slices.
+
+A `Job` says how rows become tokens, a `Task` names the rows of one shard. Both are small and travel to worker processes; nothing
+in them depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
+from sftdata.encode.engine import Engine
+from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
+from sftdata.errors import UsageError
+from sftdata.read.detect import detect
+from sftdata.read.fields import FormatOptions
+from sftdata.read.prompts import ALPACA, load_prompt_template
+from sftdata.read.source import Slice, SourcePlan, expand_inputs, open_source, plan_sources
+from sftdata.render.markers import check_markers
+from sftdata.render.template import TemplateChoice, choose_template
+from sftdata.shardset.manifest import Manifest
+
+PIECE_BYTES = 1 << 20
+TASKS_WANTED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all slices share.
+
+    Attributes:
+        config: the settings, `max_length` filled in.
+        tokenizer: as used, tokens added and chat template included.
+        formats: the row format of each source.
+        options: how rows are read.
+        sources: name of each source, relative to what all have in common, and its first example id.
+        engine: which tokenizer engine encodes.
+    """
+
+    config: PrepareConfig
+    tokenizer: ResolvedTokenizer
+    formats: tuple[str, ...]
+    options: FormatOptions
+    sources: dict[str, int]
+    engine: Engine
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per packed row."""
+        assert self.config.max_length is not None
+        return self.config.max_length
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills the end of packed rows; never trained, whatever it is."""
+        known = (self.tokenizer.pad_id, self.tokenizer.eos_id, 0)
+        return next(pad for pad in known if pad is not None)
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed to constant length."""
+        return self.config.packing != "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one source, small enough to be one batch."""
+
+    source: int
+    slice: Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What becomes one shard: pieces that follow each other in the input."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job, its tasks, and what was decided on the way.
+
+    Attributes:
+        sources: the inputs, read through once, with their hashes.
+        notes: what was defaulted, guessed or left out, one sentence each.
+    """
+
+    job: Job
+    tasks: tuple[Task, ...]
+    sources: tuple[SourcePlan, ...]
+    notes: tuple[str, ...]
+
+    def locate(self, example_id: int) -> tuple[str, int]:
+        """Return the path and the 1-based line (record, element) of an example."""
+        return self.sources[bisect_right(self.sources, example_id, key=lambda source: source.base_id) - 1].locate(example_id)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides the bytes of the set, flat: a resume with another identity is refused."""
+        settings = {key: value for key, value in self.job.config.content().items() if key not in _HASHED}
+        return settings | {
+            "sources": [[source.raw_bytes, source.xxh3_128] for source in self.sources],
+            "formats": list(self.job.formats),
+            "tokenizer_sha256": self.job.tokenizer.sha256,
+            "chat_template_text": self.job.tokenizer.chat_template,
+        }
+
+    def difference(self, manifest: Manifest) -> list[str]:
+        """Return what a finished set was made with otherwise; empty when it is this plan's own."""
+        mine = msgspec.to_builtins(self.identity())
+        return sorted(key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value)
+
+
+# Names of things that are compared by their content.
+_HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """Read the inputs through once and decide everything.
+
+    Raises:
+        UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
+    """
+    refuse_useless(config)
+    tokenizer, notes = choose_tokenizer(config)
+    sources, left_out = plan_inputs(config)
+    found = [detect([source], format=config.format, columns=config.map) for source in sources if source.records]
+    if config.max_length is None:
+        length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+        config = config.model_copy(update={"max_length": length})
+        notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
+    for source, detection in zip((source for source in sources if source.records), found, strict=True):
+        notes.append(f"{source.source.path}: {detection.format}, {detection.matched} of {detection.sampled} sampled rows.")
+    formats = iter(detection.format for detection in found)
+    job = Job(
+        config=config,
+        tokenizer=tokenizer,
+        formats=tuple(next(formats) if source.records else "text" for source in sources),
+        options=format_options(config, chat=tokenizer.chat_template is not None),
+        sources=dict(
+            zip(short_names([source.source.path for source in sources]), (source.base_id for source in sources), strict=True)
+        ),
+        engine="tokenizers",
+    )
+    return Plan(job, cut_tasks(sources, config.slice_bytes), tuple(sources), (*left_out, *notes))
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Name each source by what tells it from the others, free of the machine's folders.
+
+    >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"]), short_names(["/data/a.jsonl", "/data/a.jsonl"])
+    (['a/train.jsonl', 'b/train.jsonl'], ['a.jsonl', 'a.jsonl#2'])
+    """
+    if len(set(paths)) == 1 or any(Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths):
+        names = [Path(path).name for path in paths]
+    else:
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        seen[name] += 1
+        names[index] = f"{name}#{seen[name]}" if seen[name] > 1 else name
+    return names
+
+
+def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
+    """Say how rows are read; `chat` when a chat template is in use."""
+    return FormatOptions(
+        columns=config.map,
+        roles=config.map_role,
+        kind=config.kind,
+        chat=chat,
+        template=load_prompt_template(config.prompt_template) if config.prompt_template else ALPACA,
+        need_assistant=config.train_on != "all",
+        formatter=config.formatter,
+    )
+
+
+def plan_inputs(config: PrepareConfig) -> tuple[list[SourcePlan], list[str]]:
+    """Open and read through every input; return their plans and what was left out."""
+    paths, left_out = expand_inputs(config.inputs)
+    sources = [open_source(path, split=config.split, subset=config.subset) for path in paths]
+    return plan_sources(sources, min(PIECE_BYTES, config.slice_bytes)), left_out
+
+
+def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:
+    """Resolve the tokenizer with the chat template in use; return it and what was decided for the user."""
+    base = resolve_tokenizer(config.tokenizer, revision=config.revision)
+    template = choose_template(config.chat_template, base.chat_template, _clone)
+    eos_token = config.eos_token or (template.eos_token if template else None)
+    if config.chat_template is None and eos_token in (None, base.eos_token):
+        return base, list(base.notes)
+    tokenizer = resolve_tokenizer(
+        config.tokenizer,
+        revision=config.revision,
+        chat_template=template.text if template else None,
+        add_tokens=_missing(base, template, eos_token),
+        eos_token=eos_token,
+    )
+    notes = list(tokenizer.notes)
+    if template is not None and config.chat_template is not None:
+        notes.append(f"Chat template: {template.origin}.")
+    if tokenizer.tokens_added:
+        names = ", ".join(token for token, _ in tokenizer.tokens_added)
+        notes.append(f"Added to the tokenizer: {names}; the model's embeddings must grow to {tokenizer.vocab_size} rows.")
+    return tokenizer, notes
+
+
+def _missing(base: ResolvedTokenizer, template: TemplateChoice | None, eos_token: str | None) -> list[str]:
+    wanted = [*(template.tokens if template else ()), *([eos_token] if eos_token else [])]
+    known = {token.content for token in base.added_tokens}
+    return list(dict.fromkeys(token for token in wanted if token not in known))
+
+
+def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
+    other = resolve_tokenizer(name)
+    return other.chat_template, [token.content for token in other.added_tokens], other.eos_token
+
+
+def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[Task, ...]:
+    """Join pieces to tasks by size alone: about sixteen, each of at least a piece and at most `slice_bytes`."""
+    pieces = [Piece(number, piece) for number, source in enumerate(sources) for piece in source.slices]
+    sizes = [_size(sources[piece.source], piece.slice) for piece in pieces]
+    wanted = min(slice_bytes, max(PIECE_BYTES, sum(sizes) // TASKS_WANTED))
+    groups: list[list[Piece]] = []
+    filled = wanted
+    for piece, size in zip(pieces, sizes, strict=True):
+        if filled >= wanted:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += size
+    return tuple(Task(index, tuple(group)) for index, group in enumerate(groups))
+
+
+def _size(source: SourcePlan, piece: Slice) -> int:
+    """Return the size of a piece in bytes; rows of a columnar source count by their share of the file."""
+    if source.source.container in ("parquet", "arrow", "saved", "hub"):
+        return (piece.stop - piece.start) * max(source.raw_bytes, source.records) // max(source.records, 1)
+    return piece.stop - piece.start  # bytes of the decompressed stream
+
+
+def refuse_useless(config: PrepareConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if config.mask_mode != "default" and config.response_template is None:
+        raise UsageError(
+            f"--mask-mode {config.mask_mode} masks by response template, and none is given.", "--response-template '...'"
+        )
+    if config.response_template is not None:
+        check_markers(config.response_template, config.instruction_template)
+    elif config.instruction_template is not None:
+        raise UsageError("--instruction-template without --response-template trains nothing.", "give both.")

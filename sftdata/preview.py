@@ -1,0 +1,194 @@
+"""Look before preparing: a few examples as they would be trained, what the whole would come to, and markers in context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftdata.batches import Int32
+from sftdata.config import PrepareConfig
+from sftdata.encode.engine import char_offsets
+from sftdata.errors import DataError, UsageError
+from sftdata.pack import plan_packs
+from sftdata.pipeline import PreparedPiece, prepare_piece
+from sftdata.plan import Piece, Plan, make_plan
+from sftdata.read.convert import convert_rows
+from sftdata.read.source import Slice, read_slice
+from sftdata.render.resolve import Resolution, resolve_marker
+from sftdata.render.rows import render_rows
+from sftdata.shardset.ledger import Ledger
+from sftdata.stages import Stages
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One example as it would be trained.
+
+    Attributes:
+        origin: file and line.
+        input_ids, labels: int32[T].
+    """
+
+    origin: tuple[str, int]
+    input_ids: Int32
+    labels: Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would give, judged by a sample.
+
+    Attributes:
+        examples: the first few of the sample.
+        ledger: of the sampled rows.
+        rejects: reasons of the sampled rows that would be rejected.
+        share: sampled bytes over all bytes.
+        fill: of packs made from the sample.
+        max_length: tokens per packed row.
+        notes: what was decided.
+        tokenizer_folder: to decode with.
+    """
+
+    examples: list[Example]
+    ledger: Ledger
+    rejects: list[str]
+    share: float
+    fill: float
+    max_length: int
+    notes: tuple[str, ...]
+    tokenizer_folder: Path
+
+    def projected(self, batch_size: int) -> dict[str, int]:
+        """Return estimates for the whole input; exact when all of it was sampled."""
+        tokens = round(self.ledger_tokens / self.share)
+        packs = -(-round(tokens / max(self.fill, 1e-9)) // self.max_length)
+        return {
+            "rows": round(self.ledger.rows_in / self.share),
+            "tokens": tokens,
+            "packed_rows": packs,
+            "bytes_on_disk": packs * self.max_length * 8,
+            "steps_per_epoch": -(-packs // batch_size),
+        }
+
+    @property
+    def ledger_tokens(self) -> int:
+        """Tokens of the sampled examples, after the over-long policy."""
+        return self.ledger.tokens_in - sum(self.ledger.tokens_cut.values()) - self.ledger.tokens_in_dropped_rows
+
+    def lines(self, batch_size: int) -> list[str]:
+        """Return what to show above the examples."""
+        projected = self.projected(batch_size)
+        about = "" if self.share == 1 else "about "
+        return [
+            *self.notes,
+            f"{about}{projected['rows']:,} rows, {projected['tokens']:,} tokens, {projected['packed_rows']:,} packed rows of"
+            f" {self.max_length} ({self.fill:.1%} full), {projected['bytes_on_disk'] / 1e6:,.1f} MB,"
+            f" {projected['steps_per_epoch']:,} steps an epoch at batch size {batch_size}",
+            *(f"would be rejected: {reason}" for reason in self.rejects[:3]),
+        ]
+
+    def to_json(self, batch_size: int) -> dict[str, Any]:
+        """Return plain JSON data."""
+        examples = [
+            {
+                "file": example.origin[0],
+                "line": example.origin[1],
+                "input_ids": example.input_ids.tolist(),
+                "labels": example.labels.tolist(),
+            }
+            for example in self.examples
+        ]
+        return {
+            "notes": list(self.notes),
+            "projected": self.projected(batch_size),
+            "ledger": self.ledger.to_json(),
+            "rejects": self.rejects,
+            "examples": examples,
+        }
+
+
+def preview(config: PrepareConfig, number: int) -> Preview:
+    """Prepare a sample of the rows and show what comes out; nothing is written.
+
+    Args:
+        number: examples to keep.
+
+    Raises:
+        SftError: what would stop `prepare` from starting.
+    """
+    plan = make_plan(config)
+    stages = Stages(plan.job)
+    pieces = [prepare_piece(stages, piece) for piece in sample_pieces(plan)]
+    ledger = Ledger()
+    for piece in pieces:
+        ledger.merge(piece.ledger)
+    lengths = np.concatenate([piece.tokens.lengths for piece in pieces]) if pieces else np.zeros(0, np.int64)
+    packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
+    slots = packs * plan.job.max_length if plan.job.packed else int(lengths.sum())
+    return Preview(
+        examples=[example for piece in pieces for example in _examples(plan, piece)][:: _stride(pieces, number)][:number],
+        ledger=ledger,
+        rejects=[f"{reject.file}:{reject.line}: {reject.reason}" for piece in pieces for reject in piece.rejects],
+        share=_share(plan),
+        fill=float(lengths.sum()) / max(slots, 1),
+        max_length=plan.job.max_length,
+        notes=plan.notes,
+        tokenizer_folder=plan.job.tokenizer.folder,
+    )
+
+
+def sample_pieces(plan: Plan) -> Iterator[Piece]:
+    """Yield small stretches of every source, evenly spaced: all of a small input."""
+    for number, source in enumerate(plan.sources):
+        yield from (Piece(number, piece) for piece in source.samples)
+
+
+def _share(plan: Plan) -> float:
+    def size(pieces: tuple[Slice, ...]) -> int:
+        return sum(piece.stop - piece.start for piece in pieces)
+
+    whole = sum(size(source.slices) for source in plan.sources)
+    return min(1.0, sum(size(source.samples) for source in plan.sources) / whole) if whole else 1.0
+
+
+def _stride(pieces: list[PreparedPiece], number: int) -> int:
+    return max(1, sum(len(piece.tokens) for piece in pieces) // number)
+
+
+def _examples(plan: Plan, piece: PreparedPiece) -> Iterator[Example]:
+    tokens = piece.tokens
+    for index, example_id in enumerate(piece.example_ids.tolist()):
+        span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
+        labels = np.where(tokens.trained[span], tokens.input_ids[span], -100).astype(np.int32)
+        yield Example(plan.locate(example_id), tokens.input_ids[span], labels)
+
+
+def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
+    """Find out which token ids the response and instruction templates have in the texts of up to `rows` rows.
+
+    Raises:
+        UsageError: no template is given, or one is given as ids.
+        DataError: no row can be rendered.
+    """
+    markers = [marker for marker in (config.response_template, config.instruction_template) if marker is not None]
+    if not markers or not all(isinstance(marker, str) for marker in markers):
+        raise UsageError("There is no text to resolve.", "--response-template '### Assistant:'")
+    plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
+    stages = Stages(plan.job)
+    texts: list[str] = []
+    for number, source in enumerate(plan.sources):
+        for piece in source.slices:
+            batch = read_slice(piece, config.max_line_bytes)[0]
+            converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
+            rendered = render_rows(converted.rows, converted.row, stages.renderer)
+            texts += [text for part in (rendered.conversations, rendered.raw) if part is not None for text in part.texts]
+            if len(texts) >= rows:
+                break
+    if not texts:
+        raise DataError("No row could be rendered.", "see `sftdata preview` for the reasons.")
+    return [resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer)) for marker in markers]

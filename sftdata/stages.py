@@ -1,0 +1,108 @@
+"""The loaded stages of a job: what a worker process builds once and every slice goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sftdata.batches import TextBatch, TokenBatch
+from sftdata.encode.engine import Encoder, check_engine, load_encoder
+from sftdata.errors import Fault
+from sftdata.plan import Job
+from sftdata.render.markers import find_id_spans
+from sftdata.render.rows import Renderer
+from sftdata.render.spans import SpanFinder
+from sftdata.render.template import ChatTemplate
+from sftdata.render.trl_masks import trl_0_7_10_mask
+
+GATE_TEXTS = 16
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Renderer, encoder and marker masks of one job."""
+
+    job: Job
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What turns canonical rows into texts."""
+        config, tokenizer = self.job.config, self.job.tokenizer
+        finder = None
+        if tokenizer.chat_template is not None:
+            template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, config.date, config.template_kwargs)
+            control = [token.content for token in tokenizer.added_tokens]
+            finder = SpanFinder(template, tokenizer.stop_tokens, control, config.trust_control_tokens)
+        by_text = isinstance(config.response_template, str) and config.mask_mode == "default"
+        return Renderer(
+            finder=finder,
+            train_on=config.train_on,
+            response=str(config.response_template) if by_text else None,
+            instruction=config.instruction_template if by_text and isinstance(config.instruction_template, str) else None,
+            end_token=config.eos_token or "",
+        )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What turns texts into ids."""
+        return load_encoder(self.job.tokenizer, self.job.engine)
+
+    @cached_property
+    def oracle(self) -> Encoder:
+        """The engine that the fast one is held against."""
+        return load_encoder(self.job.tokenizer, "tokenizers")
+
+    def gate(self, texts: TextBatch | None) -> bool:
+        """Say whether the engine equals the oracle on a sample of these texts."""
+        if texts is None or self.encoder.engine == "tokenizers":
+            return True
+        sample = np.unique(np.linspace(0, len(texts) - 1, GATE_TEXTS).astype(np.int64))
+        return check_engine(self.encoder, self.oracle, [texts.texts[index] for index in sample])
+
+    def mask(self, tokens: TokenBatch) -> tuple[TokenBatch, list[tuple[int, Fault]], dict[str, int]]:
+        """Mask by response template where it is given as ids, or in the way of trl 0.7.10; else leave tokens as they are.
+
+        Returns:
+            tokens, faults (index into the RowBatch, why), and what the old collator would have warned of.
+        """
+        config = self.job.config
+        if config.response_template is None or self.renderer.response is not None:
+            return tokens, [], {}
+        response, instruction = self._ids(config.response_template), self._ids(config.instruction_template)
+        if config.mask_mode == "trl-0.7.10":
+            pad = self.job.pad_id
+            masked = trl_0_7_10_mask(tokens.input_ids, tokens.offsets, response, instruction or None, pad)
+            warned = {
+                "rows_without_response_marker": int(masked.response_warned.sum()),
+                "rows_without_instruction_marker": int(masked.instruction_warned.sum()),
+                "rows_masked_without_warning": int(masked.silently_masked.sum()),
+            }
+            return TokenBatch(tokens.input_ids, masked.trained, tokens.offsets, tokens.row), [], warned
+        found = find_id_spans(tokens.input_ids, tokens.offsets, response, instruction or None)
+        tokens = TokenBatch(tokens.input_ids, found.trained, tokens.offsets, tokens.row)
+        faults = [(int(tokens.row[index]), fault) for index, fault in sorted(found.faults.items())]
+        keep = np.ones(len(tokens), np.bool_)
+        keep[list(found.faults)] = False
+        return tokens.select(keep), faults, {"rows_with_repeated_markers": int(found.repeated.sum())}
+
+    def _ids(self, template: str | Sequence[int] | None) -> list[int]:
+        if template is None:
+            return []
+        if isinstance(template, str):
+            ids: list[int] = self.encoder.encode([template])[0].tolist()
+            return ids
+        return list(template)
+
+
+_loaded: Stages | None = None
+
+
+def load_stages(job: Job) -> Stages:
+    """Return the stages of a job, built once in each process."""
+    global _loaded
+    if _loaded is None or _loaded.job is not job:
+        _loaded = Stages(job)
+    return _loaded
