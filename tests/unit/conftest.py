@@ -45,7 +45,7 @@ def build_set(tmp_path: Path) -> SetBuilder:
             shards.append(write_shard(folder / shard_name(index), rows, max_length if constant else None))
             counts = Ledger(rows_in=len(lengths), rows_kept=len(lengths), tokens_in=sum(lengths))
             counts.count_lengths(tokens.lengths)
-            counts.count_packed(rows, max_length if constant else None, f"part-{index}.jsonl")
+            counts.count_packed(rows, max_length if constant else None, {f"part-{index}.jsonl": first_id})
             ledger.merge(counts)
             sources.append(SourceInfo(name=f"part-{index}.jsonl", bytes=99, xxh3="0" * 32, rows=len(lengths), first_id=first_id))
             first_id += len(lengths)

@@ -123,10 +123,28 @@ def test_labels_decide_what_is_trained_and_padding_is_counted_apart() -> None:
         segment_offsets=np.array([0, 2, 3]),
     )
     ledger = Ledger()
-    ledger.count_packed(rows, 6, "a.jsonl")
+    ledger.count_packed(rows, 6, {"a.jsonl": 0})
     assert (ledger.tokens_trained, ledger.tokens_context, ledger.tokens_padding) == (6, 4, 2)
     assert (ledger.rows_packed, ledger.documents, ledger.max_length) == (2, 2, 6)
     assert ledger.sources == {"a.jsonl": SourceCounts(rows=2, tokens=10, tokens_trained=6)}
+
+
+def test_rows_and_tokens_are_credited_to_the_source_that_holds_their_id() -> None:
+    rows = PackedRows(
+        input_ids=np.arange(12, dtype=np.int32),
+        labels=np.array([-100, 1, 2, -100, 4, 5, -100, -100, -100, -100, 10, -100], np.int32),
+        row_offsets=np.array([0, 6, 12]),
+        seq_lengths=np.array([3, 3, 2, 3, 1], np.int32),
+        example_ids=np.array([4, 9, 4, 7, -1]),  # example 4 was split
+        segment_offsets=np.array([0, 2, 5]),
+    )
+    ledger = Ledger()
+    ledger.count_packed(rows, 6, {"a": 0, "empty": 7, "b": 7, "c": 9})
+    assert ledger.sources == {
+        "a": SourceCounts(rows=1, tokens=5, tokens_trained=2),
+        "b": SourceCounts(rows=1, tokens=3, tokens_trained=1),
+        "c": SourceCounts(rows=1, tokens=3, tokens_trained=2),
+    }
 
 
 @given(st.lists(st.integers(0, 10**9), max_size=50))

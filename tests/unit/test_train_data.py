@@ -1,0 +1,100 @@
+"""Rows and batches: what a model gets is what the set holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sfttrain.data import Collator, Row, TrainingRows
+from sfttrain.order import FILLER
+from tests.train_sets import make_set
+
+from sftdata.shardset.opened import open_set
+
+
+def _row(*lengths: int, start: int = 10) -> Row:
+    ids = np.arange(start, start + sum(lengths), dtype=np.int32)
+    return Row(ids, ids.copy(), np.array(lengths, np.int32))
+
+
+def test_rows_of_several_sets_stand_one_after_the_other(tmp_path: Path) -> None:
+    sets = [open_set(make_set(tmp_path / name, rows=rows, seed=rows)) for name, rows in (("a", 5), ("b", 3))]
+    rows = TrainingRows(sets)
+    assert rows.sizes == [5, 3]
+    assert len(rows) == 8
+    for index in range(8):
+        expected = sets[0][index] if index < 5 else sets[1][index - 5]
+        assert np.array_equal(rows[index].input_ids, expected.input_ids)
+        assert np.array_equal(rows[index].labels, expected.labels)
+
+
+def test_an_unpacked_set_hands_out_every_document_once(tmp_path: Path) -> None:
+    opened = open_set(make_set(tmp_path / "set", rows=9))
+    expected = [document for row in opened for document in row.documents()]
+    rows = TrainingRows([opened], unpack=True)
+    assert len(rows) == len(expected)
+    for found, document in zip((rows[index] for index in range(len(rows))), expected, strict=True):
+        assert np.array_equal(found.input_ids, document.input_ids)
+        assert np.array_equal(found.labels, document.labels)
+        assert found.seq_lengths.tolist() == [len(document.input_ids)]
+
+
+def test_a_filler_row_trains_nothing(tmp_path: Path) -> None:
+    row = TrainingRows([open_set(make_set(tmp_path / "set"))])[FILLER]
+    assert set(row.labels.tolist()) == {-100}
+
+
+def test_a_batch_never_holds_an_attention_mask() -> None:
+    for flatten in (False, True):
+        batch = Collator(flatten)([_row(3, 4), _row(7)])
+        assert "attention_mask" not in batch
+        assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
+
+
+def test_positions_restart_at_every_document() -> None:
+    batch = Collator(flatten=False)([_row(3, 2), _row(5)])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14]] * 2
+
+
+def test_shorter_rows_are_padded_behind_their_last_document() -> None:
+    batch = Collator(flatten=False)([_row(2), _row(4)])
+    assert batch["input_ids"].tolist() == [[10, 11, 0, 0], [10, 11, 12, 13]]
+    assert batch["labels"].tolist() == [[-100, 11, -100, -100], [-100, 11, 12, 13]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_a_flattened_batch_tells_where_documents_end() -> None:
+    batch = Collator(flatten=True)([_row(3, 2), _row(4)])
+    assert batch["input_ids"].shape == (1, 9)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 9]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+
+
+def test_no_document_is_predicted_from_the_one_before() -> None:
+    labels = Collator(flatten=True)([_row(3), _row(2)])["labels"][0].tolist()
+    assert labels == [-100, 11, 12, -100, 11]
+
+
+def test_opening_a_thousand_shards_costs_milliseconds(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", rows=1000, shards=1000, max_length=16)
+    open_set(folder)
+    seconds = min(_seconds_to_open(folder) for _ in range(5))
+    assert seconds < 0.1
+
+
+def _seconds_to_open(folder: Path) -> float:
+    began = time.perf_counter()
+    rows = TrainingRows([open_set(folder)])
+    assert len(rows[999].input_ids) == 16
+    return time.perf_counter() - began
+
+
+def test_rows_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    row = TrainingRows([open_set(make_set(tmp_path / "set"))])[0]
+    assert not row.input_ids.flags.owndata
+    assert not row.input_ids.flags.writeable
