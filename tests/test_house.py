@@ -146,9 +146,9 @@ def imported_names(source: str) -> set[str]:
 
 MEASURE = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 {statement}
-print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]), file=sys.stderr)
+print(json.dumps([time.process_time() - start, sorted(sys.modules)]), file=sys.stderr)
 """
 RUN_HELP = """
 import runpy
@@ -161,7 +161,7 @@ except SystemExit:
 
 
 def cost_of(statement: str) -> tuple[float, set[str]]:
-    """Return (seconds, heavy modules loaded) of a statement in a fresh interpreter; the best time of three."""
+    """Return (CPU seconds, heavy modules loaded) of a statement in a fresh interpreter; the best time of three."""
     seconds, heavy = [], set()
     for _ in range(3):
         result = run(sys.executable, "-c", MEASURE.format(statement=statement))
