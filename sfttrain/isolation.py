@@ -28,7 +28,7 @@ _SIZES = {
     "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "query_pre_attn_scalar": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
-    "num_heads": 8, "state_size": 16, "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
+    "num_heads": 8, "state_size": 16, "sliding_window": 8, "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 

@@ -12,7 +12,11 @@ WEATHER = {
     "function": {
         "name": "get_weather",
         "description": "Look the weather up.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Where."}},
+            "required": ["city"],
+        },
     },
 }
 
@@ -69,7 +73,9 @@ CHATS: dict[str, Chat] = {
         "messages": [ASKS, bot("Let me look.", tool_calls=[call("Oslo")]), result("rain"), bot("It rains.")], "tools": [WEATHER],
     },
     "parallel tool calls": {
-        "messages": [ASKS, bot("", tool_calls=[call("Oslo", 1), call("Rome", 2)]), result("rain", 1), result("sun", 2), bot("Mixed.")],
+        "messages": [
+            ASKS, bot("", tool_calls=[call("Oslo", 1), call("Rome", 2)]), result("rain", 1), result("sun", 2), bot("Mixed."),
+        ],
         "tools": [WEATHER],
     },
     "last turn calls": {"messages": [ASKS, bot("", tool_calls=[call("Oslo")])], "tools": [WEATHER]},

@@ -17,14 +17,13 @@ from unittest import mock
 from transformers.utils import chat_template_utils
 
 Messages = list[dict[str, Any]]
-DATE = datetime.datetime(2025, 1, 1)
 TAG = re.compile(r"<[^<>\s]+>")
 
 
 class _Clock(datetime.datetime):
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
-        return DATE
+        return cls(2025, 1, 1, tzinfo=tz)
 
 
 class Unsure(Exception):
@@ -119,11 +118,13 @@ def _behind(written: str, text: str, origin: int, limit: int) -> int:
     parting = _common(written, region)
     for side in (written, region):
         parting = min([tag.start() for tag in TAG.finditer(side) if tag.start() < parting < tag.end()], default=parting)
-    header = written[parting:].strip()
-    if header and header in region[parting:]:
-        end = region.index(header, parting) + len(header)
-        blank = written[len(written.rstrip()) :]
-        return origin + end + _common(blank, region[end:])
+    # What is left of the prompt, or the last of its tags with all behind them, may stand there after other text.
+    for cut in [0, *(tag.start() for tag in TAG.finditer(written[parting:]))]:
+        header = written[parting + cut :].strip()
+        if header and header in region[parting:]:
+            end = region.index(header, parting) + len(header)
+            blank = written[len(written.rstrip()) :]
+            return origin + end + _common(blank, region[end:])
     return origin + parting
 
 
@@ -163,8 +164,9 @@ def _place(
     if not differing:
         return None
     first, last = differing[0], differing[-1] + 1
-    before = max((_common(_head(piece)[::-1], text[:first][::-1]) for piece in _pieces(messages[index])), default=0)
-    behind = max((_common(_tail(piece), text[last:]) for piece in _pieces(messages[index]) if _same_end(piece, text[:last])), default=0)
+    pieces = _pieces(messages[index])
+    before = max((_common(_head(piece)[::-1], text[:first][::-1]) for piece in pieces), default=0)
+    behind = max((_common(_tail(piece), text[last:]) for piece in pieces if _same_end(piece, text[:last])), default=0)
     return first - before, last + behind
 
 
@@ -183,7 +185,8 @@ def _vary(value: Any) -> Any:
     if isinstance(value, list):
         return [_vary(item) for item in value]
     if isinstance(value, dict):
-        return {key: item if key in ("role", "name", "type", "id", "tool_call_id") else _vary(item) for key, item in value.items()}
+        kept_keys = ("role", "name", "type", "id", "tool_call_id")
+        return {key: item if key in kept_keys else _vary(item) for key, item in value.items()}
     return value
 
 
@@ -191,7 +194,8 @@ def _pieces(message: dict[str, Any]) -> list[str]:
     """Return the texts of a message; reasoning written inside an answer is a text of its own."""
     texts = [message.get("content"), message.get("reasoning_content")]
     texts += [value for call in message.get("tool_calls", []) for value in call["function"]["arguments"].values()]
-    pieces = [piece.strip() for text in texts if isinstance(text, str) for piece in re.split("</?think>", text)]
+    split = [re.split("</?think>", text) if "</think>" in text else [text] for text in texts if isinstance(text, str)]
+    pieces = [piece.strip() for parts in split for piece in parts]
     return [piece for piece in pieces if _vary(piece) != piece]
 
 

@@ -1,0 +1,129 @@
+"""Packed = unpacked: every document has the loss it has alone, and feels nothing of its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sfttrain.attention import VARLEN, register_varlen
+from sfttrain.data import Collator, Row
+from sfttrain.isolation import prove, shrink
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]
+NO_SDPA = {"gemma2"}  # it caps attention logits; transformers refuses
+NO_FLEX = {"gpt2"}  # transformers refuses
+LENGTHS = (13, 5, 21, 9)
+
+
+def _paths(name: str) -> list[str]:
+    return ["eager", *(["sdpa"] if name not in NO_SDPA else [])]
+
+
+@pytest.mark.parametrize(("name", "attention"), [(name, path) for name in FAMILIES for path in _paths(name)])
+def test_every_document_has_the_loss_it_has_alone(name: str, attention: str) -> None:
+    model = _model(name, attention)
+    _assert_losses_equal(model, Collator(flatten=False))
+
+
+@pytest.mark.parametrize(("name", "attention"), [(name, path) for name in FAMILIES for path in _paths(name)])
+def test_changing_a_document_leaves_the_next_bitwise_unchanged(name: str, attention: str) -> None:
+    model = _model(name, attention)
+    documents = _documents()
+    before = _logits(model, documents)
+    documents[0] = (documents[0] + 17) % 90 + 3
+    after = _logits(model, documents)
+    assert not torch.equal(before[: LENGTHS[0]], after[: LENGTHS[0]])
+    assert torch.equal(before[LENGTHS[0] :], after[LENGTHS[0] :])
+
+
+@pytest.mark.slow  # every family compiles its kernels anew
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_FLEX])
+def test_flex_attention_keeps_documents_apart(name: str) -> None:
+    torch._dynamo.reset()
+    _assert_losses_equal(_model(name, "flex_attention"), Collator(flatten=False))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2" and name != "gpt2"])
+def test_varlen_attention_keeps_documents_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel needs a GPU; here a slow one stands in, so what is tested is everything that we hand to it."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _slow_varlen)
+    register_varlen()
+    _assert_losses_equal(_model(name, VARLEN), Collator(flatten=True))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_architectures_with_a_running_state_are_found_to_leak(name: str) -> None:
+    proof = prove(AutoConfig.for_model(name), "eager", False, "cpu", torch.float32)
+    assert not proof.isolated
+    assert proof.leak > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_proof_holds_for_dense_families_at_their_default_size(name: str) -> None:
+    proof = prove(AutoConfig.for_model(name), "eager", False, "cpu", torch.float32)
+    assert proof.isolated
+    assert proof.leak == 0.0
+    assert proof.fuses
+
+
+def _model(name: str, attention: str) -> Any:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model(name)), attn_implementation=attention).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.15)  # far enough from zero for a leak to show
+    model.config.use_cache = False
+    return model
+
+
+def _documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 96, (length,), generator=generator) for length in LENGTHS]
+
+
+def _row(documents: list[Tensor]) -> Row:
+    ids = torch.cat(documents).numpy().astype(np.int32)
+    return Row(ids, ids.copy(), np.array([len(document) for document in documents], np.int32))
+
+
+def _logits(model: Any, documents: list[Tensor], collate: Collator | None = None) -> Tensor:
+    batch = (collate or Collator(flatten=False))([_row(documents)])
+    batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits[0]
+
+
+def _assert_losses_equal(model: Any, collate: Collator) -> None:
+    packed = torch.split(_logits(model, _documents(), collate), list(LENGTHS))
+    for document, logits in zip(_documents(), packed, strict=True):
+        with torch.no_grad():
+            alone = model(input_ids=document[None]).logits[0]  # the model's own defaults: causal, no packing
+        expected = cross_entropy(alone[:-1], document[1:]).item()
+        assert cross_entropy(logits[:-1], document[1:]).item() == pytest.approx(expected, abs=1e-5)
+
+
+def _slow_varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, starts_key: Tensor, longest: int, longest_key: int, *,
+    scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """Attention one document, head and query at a time: [T, H, D]."""
+    assert torch.equal(starts, starts_key)
+    assert longest == longest_key == int(starts.diff().max())
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    output = torch.empty_like(query)
+    group = query.shape[1] // key.shape[1]
+    back = window_size[0]
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        for position in range(start, stop):
+            first = start if back < 0 else max(start, position - back)
+            for head in range(query.shape[1]):
+                keys, values = key[first : position + 1, head // group], value[first : position + 1, head // group]
+                scores = keys @ query[position, head] * (scale or query.shape[-1] ** -0.5)
+                output[position, head] = scores.softmax(0) @ values
+    return output
