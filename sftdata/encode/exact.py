@@ -78,17 +78,21 @@ class ExactEncoder:
         return Located(located.ids, lengths[located.starts], lengths[located.ends])
 
     def _sections(self, text: str, literal: list[tuple[int, int]], at_start: bool, reach: bool) -> Located:
-        own = self._one(self._joint, _masked(text, literal), reach=True)
-        exact = self._one(self._joint, _masked(text, literal), reach=False)
+        found = self._one(self._joint, _masked(text, literal), reach=True)
         parts, position = [], 0
-        for index in np.flatnonzero(np.isin(own.ids, list(self._added))):
-            start, stop = int(own.starts[index]), int(own.ends[index])
+        for index in np.flatnonzero(np.isin(found.ids, list(self._added))).tolist():
+            start, stop = int(found.starts[index]), int(found.ends[index])
             parts.append(self._stretch(text[position:start], position, at_start, reach))
-            place = own if reach else exact
-            parts.append(Located(own.ids[index : index + 1], place.starts[index : index + 1], place.ends[index : index + 1]))
+            parts.append(self._added_token(int(found.ids[index]), text, start, stop, reach))
             position = stop
         parts.append(self._stretch(text[position:], position, at_start, reach))
         return join(parts)
+
+    def _added_token(self, token_id: int, text: str, start: int, stop: int, reach: bool) -> Located:
+        token = Located(np.array([token_id], np.int32), np.array([start]), np.array([stop]))
+        if not reach:
+            self._strip(token.ids, text, token.starts, token.ends)
+        return token
 
     def _stretch(self, text: str, position: int, at_start: bool, reach: bool) -> Located:
         if position == 0 and not at_start:

@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64
+from sftdata.batches import Bool, Int32, Int64, Ragged
 from sftdata.encode.engine import Encoder
 from sftdata.encode.exact import WHITESPACE, Located, join
 
@@ -47,6 +47,10 @@ class Places:
         parts.append(self._rows(done, len(lengths)))
         return Places(join(parts), offsets_of(lengths), self.base)
 
+    def row(self, row: int) -> Located:
+        """Return one row's tokens, positions relative to its text."""
+        return self._rows(row, row + 1).shifted(-int(self.base[row]))
+
     def _rows(self, start: int, stop: int) -> Located:
         part = slice(self.offsets[start], self.offsets[stop])
         return Located(self.tokens.ids[part], self.tokens.starts[part], self.tokens.ends[part])
@@ -59,18 +63,42 @@ def offsets_of(lengths: Int64) -> Int64:
     return offsets
 
 
-def place(encoder: Encoder, texts: list[str], raws: list[bytes], *, reach: bool) -> tuple[Places, Bool]:
-    """Encode texts and place their tokens.
+Ranges = list[tuple[int, int]]
+
+
+def ranges_of(ragged: Ragged, row: int) -> Ranges:
+    """Return one row's ranges as pairs."""
+    return [(start, stop) for start, stop in ragged[row].tolist()]
+
+
+def locate(
+    encoder: Encoder, texts: list[str], raws: list[bytes], literal: Ragged, inside: Bool, *, reach: bool = False
+) -> tuple[Places, int]:
+    """Encode texts and find where every token lies.
 
     Args:
         encoder: the tokenizer.
         texts: str[N].
         raws: the same texts in utf-8.
+        literal: byte ranges whose text is data although it spells a control token.
+        inside: bool[N], texts that go on where another was cut, so that no space is invented before them.
         reach: let added tokens range over the whitespace they swallow.
 
     Returns:
-        the places, and bool[N]: the rows whose places are not to be trusted.
+        the places, and how many texts the reference's own offsets had to place.
     """
+    places, doubted = _place(encoder, texts, raws, reach)
+    if encoder.resolved.layout.prefix != "none":
+        doubted |= inside
+    careful = np.flatnonzero(doubted | (np.diff(literal.offsets) > 0)).tolist()
+    exact = {}
+    for row in careful:
+        exact[row] = encoder.exact.encode(raws[row], ranges_of(literal, row), at_start=not inside[row], reach=reach)
+    return places.with_rows(exact), int(doubted.sum())
+
+
+def _place(encoder: Encoder, texts: list[str], raws: list[bytes], reach: bool) -> tuple[Places, Bool]:
+    """Place tokens by their lengths; return the places and bool[N], the rows where lengths do not tell."""
     base = offsets_of(np.array([len(raw) for raw in raws], np.int64))
     layout = encoder.resolved.layout
     if layout.kind == "none":

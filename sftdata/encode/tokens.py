@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 
 from sftdata.batches import Bool, Int32, Int64, TextBatch, TokenBatch, Tokens
-from sftdata.encode.edges import cut_rows, edges_of, ranges_of, straddled
+from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
-from sftdata.encode.places import Places, offsets_of, place
+from sftdata.encode.places import Places, locate, offsets_of
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault, RowError, UsageError
 
@@ -67,11 +67,8 @@ def encode_batch(
     """
     raws = [text.encode() for text in batch.texts]
     merge = boundary == "merge"
-    places, doubted = place(encoder, batch.texts, raws, reach=merge)
-    has_literal = np.diff(batch.literal.offsets) > 0
-    careful = np.flatnonzero(doubted | has_literal).tolist()
-    exact = {row: encoder.exact.encode(raws[row], ranges_of(batch.literal, row), reach=merge) for row in careful}
-    places = places.with_rows(exact)
+    nothing_cut = np.zeros(len(raws), np.bool_)
+    places, slow = locate(encoder, batch.texts, raws, batch.literal, nothing_cut, reach=merge)
     edges = edges_of(batch.trained, places.base)
     if merge:
         inside = straddled(places, edges, np.zeros_like(encoder.strips_right))
@@ -79,7 +76,7 @@ def encode_batch(
     else:
         places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)
     tokens = TokenBatch(places.tokens.ids, _trained(places, batch, merge), places.offsets, batch.row)
-    counts = EncodeCounts(splits, rows, int(has_literal.sum()), int((doubted & ~has_literal).sum()))
+    counts = EncodeCounts(splits, rows, int((np.diff(batch.literal.offsets) > 0).sum()), slow)
     if not batch.reference_ends:
         return tokens, counts
     return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), counts)
