@@ -9,7 +9,7 @@ the proof that the marks changed nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,24 @@ def _mark_value(value: Any, index: int, skip: Callable[[str], object]) -> Any:
     if isinstance(value, list):
         return [_mark_value(item, index, skip) for item in value]
     return value
+
+
+def message_texts(message: dict[str, Any]) -> Iterator[str]:
+    """Yield the texts of a message that `mark_messages` marks, as far as it is not told to skip them.
+
+    >>> list(message_texts({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"city": "Rome"}}}]}))
+    ['Rome']
+    """
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    stack = [call.get("arguments") for call in calls if isinstance(call, dict)]
+    stack += [message.get("content"), message.get("reasoning_content")]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            if value.strip():
+                yield value
+        elif isinstance(value, dict | list):
+            stack += value.values() if isinstance(value, dict) else value
 
 
 def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -70,15 +71,14 @@ class ProvenRenderer:
         return (message["role"], keys, tuple(text for text in self._constants if text in _content(message)))
 
     def swallowed(self, row: Conversation, marked: marks.MarkedText) -> list[int]:
-        """Return the messages whose text the template left out."""
-        seen = {mark.message for mark in marked.marks}
-        return [
-            index
-            for index, message in enumerate(row.messages)
-            if index not in seen
-            and _content(message).strip()
-            and not (self._compared and self._compared.search(_content(message)))
-        ]
+        """Return the messages of which the template left a text out: all of it, the reasoning, a call's arguments.
+
+        Texts that the template looks into may stand there unmarked; they are not counted.
+        """
+        shown = Counter(mark.message for mark in marked.marks if mark.closes)
+        skip = self._compared.search if self._compared else _skip_none
+        texts = ([text for text in marks.message_texts(message) if not skip(text)] for message in row.messages)
+        return [index for index, given in enumerate(texts) if len(given) > shown[index]]
 
     def _marked(self, row: Conversation, skip: Skip, *, add_generation_prompt: bool = False) -> marks.MarkedText | None:
         table: dict[str, str] = {}

@@ -14,6 +14,7 @@ cannot be proven is a `RowError`, never a guess.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,10 +22,10 @@ from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.marks import Mark, MarkedText, mark_messages
+from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.proof import ProvenRenderer, any_of
 from sftdata.render.stops import find_stops
-from sftdata.render.template import ChatTemplate, TemplateRefusal
+from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
 
 _TAG = re.compile(r"<[^<>\s]+>")
 
@@ -54,7 +55,7 @@ class RenderedConversation:
         text: what the chat template writes.
         turns: its assistant turns, in order.
         literal: character ranges of the control tokens that data brought.
-        swallowed: indices of messages whose text the template left out.
+        swallowed: indices of messages of which the template left a text out.
     """
 
     text: str
@@ -108,31 +109,33 @@ class SpanFinder:
 
     def _turn(self, row: Conversation, marked: MarkedText, index: int) -> Turn:
         message = row.messages[index]
-        own = [place for place, mark in enumerate(marked.marks) if mark.message == index]
+        calls = bool(message.get("tool_calls"))
+        own = _own(marked.marks, index)
         if own and (own[-1] - own[0] + 1 != len(own) or not marked.marks[own[-1]].closes):
             raise _unproven(index, "its text stands in pieces between other messages")
-        if not own and mark_messages([message], lambda _: False) != [message]:
-            raise _unproven(index, "its text does not appear in the rendered conversation")
+        if not own and any(message_texts(message)):
+            raise _calls_lost(index) if calls else _unproven(index, "its text does not appear in the rendered conversation")
         before, after = _neighbours(marked.marks, own, index)
         limit = after.position if after else len(marked.text)
         start, parted = self._start(row, marked, index, before, [marked.marks[place] for place in own], limit)
         answered = max(start, marked.marks[own[-1]].position) if own else start
-        stop = self._stop(marked, answered, limit)
-        names = _called_names(message)
-        ended = stop is not None
-        if stop is None:
-            if names and after is not None:
+        found = self._stop(marked, answered, limit)
+        stop = found.end() if found else limit
+        if calls:
+            if not _calls_rendered(message, marked.text[start:stop]):
+                raise _calls_lost(index)
+            header = marked.text[before.position if before else 0 : start]
+            if (after and not found) or _opens_another(header, marked.text[answered : found.start() if found else stop]):
                 raise _unproven(index, "no stop token ends its tool call")
-            stop = len(marked.text) if names else answered + _trailing_space(message, marked.text, answered)
-        if not all(name in marked.text[start:stop] for name in names):
-            raise _unproven(index, "the chat template does not render its tool calls")
-        return Turn(index, start, stop, ended, parted)
+        elif not found:
+            stop = answered + _trailing_space(message, marked.text, answered)
+        return Turn(index, start, stop, found is not None, parted)
 
-    def _stop(self, marked: MarkedText, start: int, limit: int) -> int | None:
-        """Return the end of the first stop token that the template wrote between `start` and `limit`."""
+    def _stop(self, marked: MarkedText, start: int, limit: int) -> re.Match[str] | None:
+        """Return the first stop token that the template wrote between `start` and `limit`."""
         for found in self._stop_shape.finditer(marked.text, start, limit) if self._stop_shape else ():
             if not any(literal[0] <= found.start() < literal[1] for literal in marked.literal):
-                return found.end()
+                return found
         return None
 
     def _start(
@@ -185,14 +188,23 @@ class SpanFinder:
 
     def _generated_turns(self, row: Conversation, marked: MarkedText, assistants: list[int]) -> list[Turn]:
         """Return the template's own blocks, each given to the message it speaks for."""
-        for index in assistants:
-            if not all(name in marked.text for name in _called_names(row.messages[index])):
-                raise _unproven(index, "the chat template does not render its tool calls")
         turns = []
         for start, stop in marked.generation:
             owner = _owner(marked.marks, start, stop, assistants)
             turns.append(Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False))
+        for index in assistants:
+            own = _own(marked.marks, index)
+            before, last = _neighbours(marked.marks, own, index)
+            last = marked.marks[own[-1]] if own else last  # behind a call's data, the tool's answer may name the function again
+            around = marked.text[before.position if before else 0 : last.position if last else len(marked.text)]
+            if not _calls_rendered(row.messages[index], around):
+                raise _calls_lost(index)
         return turns
+
+
+def _own(marks: list[Mark], index: int) -> list[int]:
+    """Return where in `marks` those of one message stand."""
+    return [place for place, mark in enumerate(marks) if mark.message == index]
 
 
 def _owner(marks: list[Mark], start: int, stop: int, assistants: list[int]) -> int:
@@ -233,25 +245,32 @@ def _parting(written: str, region: str) -> int:
 
 
 def _header_after(rest: str, region: str) -> int | None:
-    r"""Return where the rest of a generation prompt ends in `region`; None where it does not stand there.
+    r"""Return where the rest of a generation prompt ends in `region`, or its last tags do; None where they do not stand there.
 
-    A template may write other space, or one more end token, before a rendered turn than before the generation prompt. The header
-    itself is still fed at inference, so it is not for the model to generate.
+    A template may write other space, one more end token or one instruction less before a rendered turn than before the generation
+    prompt. The header itself is still fed at inference, so it is not for the model to generate.
 
     >>> _header_after("### Answer:\n", "    ### Answer:\nYes"), _header_after("<think>\n", "Yes")
     (16, None)
     """
-    core = rest.strip()
-    if not core or core not in region:
-        return None
-    stop = region.index(core) + len(core)
-    return stop + _common_prefix(rest[len(rest.rstrip()) :], region[stop:])
+    for opening in (0, *(tag.start() for tag in _TAG.finditer(rest))):
+        core = rest[opening:].strip()
+        if core and core in region:
+            stop = region.index(core) + len(core)
+            return stop + _common_prefix(rest[len(rest.rstrip()) :], region[stop:])
+    return None
 
 
-def _called_names(message: dict[str, Any]) -> list[str]:
-    """Return the function names a message calls."""
+def _opens_another(header: str, tail: str) -> bool:
+    """Say whether what follows a call's data writes a control token of the turn's own header: the next message has begun."""
+    return any(token in header for token in CONTROL_SHAPE.findall(tail))
+
+
+def _calls_rendered(message: dict[str, Any], text: str) -> bool:
+    """Say whether `text` names every function that a message calls, as often as it does."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    return [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
+    names = Counter(str(call.get("name", "")) for call in calls if isinstance(call, dict))
+    return all(text.count(name) >= times for name, times in names.items())
 
 
 def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
@@ -264,3 +283,8 @@ def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
 def _unproven(index: int, why: str) -> RowError:
     fix = "give a template with {% generation %} blocks, or change the row"
     return RowError("spans-unproven", f"messages[{index}]: {why}", fix)
+
+
+def _calls_lost(index: int) -> RowError:
+    fix = "--chat-template of a model that calls tools, or take the tool calls out"
+    return RowError("tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", fix)

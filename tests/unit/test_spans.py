@@ -1,0 +1,317 @@
+"""What is trained in a conversation, for every real chat template: equal to a slow oracle, or rejected by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.render.spans import RenderedConversation, SpanFinder
+from sftdata.render.template import ChatTemplate, control_tokens
+from tests.chats import CHATS, WEATHER, Chat, bot, call, quoting, result, system, typing, user
+from tests.oracles.char_masks import Format, trained_spans
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+# What ends a turn, as a reader of the template (and of the model's generation config) knows it. Not listed: "</s>".
+STOPS = {
+    "chatml": "<|im_end|>", "command-a": "<|END_OF_TURN_TOKEN|>", "command-r": "<|END_OF_TURN_TOKEN|>",
+    "command-r-plus-tool_use": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>",
+    "deepseek-r1-distill-qwen-32b": "<｜end▁of▁sentence｜>", "deepseek-v3": "<｜end▁of▁sentence｜>", "falcon-instruct": "",
+    "firefunction-v2": "<|eot_id|>", "functionary-medium-v3.2": "<|eot_id|>", "gemma-2-2b-it": "<end_of_turn>",
+    "gemma-3": "<end_of_turn>", "gemma-4": "<turn|> <|tool_response>", "glm-4-moe": "<|user|> <|observation|>",
+    "glm-4v": "<|user|> <|observation|>", "gpt-oss-harmony": "<|return|> <|end|> <|call|>",
+    "granite-3.0-instruct": "<|end_of_text|>", "hermes-3-llama-3.1-8b-tool_use": "<|im_end|>", "jamba": "<|eom|>",
+    "llama-3": "<|eot_id|>", "llama-3.1-8b-instruct": "<|eot_id|>", "llama-3.2-3b-instruct": "<|eot_id|>", "llama-4": "<|eot|>",
+    "metharme": "</s> <|user|>", "nemotron-3-nano": "<|im_end|>", "openchat-3.5": "<|end_of_turn|>", "phi-3": "<|end|>",
+    "phi-3.5-mini-instruct": "<|end|>", "qwen2-vl": "<|im_end|>", "qwen2.5-instruct": "<|im_end|>",
+    "qwen3-instruct-2507": "<|im_end|>", "qwen3-thinking": "<|im_end|>", "qwen3-vl": "<|im_end|>", "qwen3.5-think": "<|im_end|>",
+    "solar-instruct": "",
+}  # fmt: skip
+# Stop tokens that only the tokenizer or its generation config tells; all others are found in the template.
+TOLD = {
+    "cohere2": ("<|END_OF_TURN_TOKEN|>",), "command-a": ("<|END_OF_TURN_TOKEN|>",), "gemma-4": ("<turn|>", "<|tool_response>"),
+}  # fmt: skip
+
+CALLING = {"tools", "tools many turns", "parallel tool calls", "spoken tool call", "last turn calls"}
+# Rows that the template renders and that are rejected all the same, each for a reason.
+REJECTED: dict[str, dict[str, set[str]]] = {
+    # The call is not in the text, so the answer to it has no ground.
+    **{name: {"tool-calls-lost": CALLING} for name in (
+        "command-a", "deepseek-r1-distill-qwen-32b", "deepseek-v2", "glm-4v", "granite-3.0-instruct", "llama-3", "phi-3",
+        "phi-3.5-mini-instruct", "qwen2-vl", "tulu-open-instruct")},
+    # Likewise; these refuse a `tool` message, so only a call that nobody answers comes so far.
+    **{name: {"tool-calls-lost": {"last turn calls"}} for name in (
+        "alpaca", "chatml", "cohere2", "command-r", "falcon-instruct", "gemma-2-2b-it", "gemma-3", "llama-2-chat",
+        "mistral-instruct-merged-system", "mistral-v1", "openchat-3.5", "pixtral", "solar-instruct", "vicuna", "zephyr")},
+    # It writes the first call only.
+    "gpt-oss-harmony": {"tool-calls-lost": {"parallel tool calls"}},
+    # It writes no end token after a call.
+    "command-r-plus-tool_use": {"spans-unproven": CALLING},
+    # It writes the spoken part behind the tool's answer.
+    "gemma-4": {"spans-unproven": {"spoken tool call"}},
+    # No prompt can be rendered before the first message, and the usual one is part of the user's turn.
+    "firefunction-v2": {"spans-unproven": {"assistant first"}},
+    "metharme": {"spans-unproven": {"assistant first"}, "tool-calls-lost": CALLING},
+    "mistral-v7-tekken": {"spans-unproven": {"assistant first"}, "tool-calls-lost": {"last turn calls"}},
+}  # fmt: skip
+
+TEMPLATES = [
+    "alpaca", "chatml", "cohere2", "command-a", "command-r", "command-r-plus-tool_use", "deepseek-r1-distill-qwen-32b",
+    "deepseek-v2", "deepseek-v3", "falcon-instruct", "firefunction-v2", "functionary-medium-v3.2", "gemma-2-2b-it",
+    "gemma-3", "gemma-4", "glm-4-moe", "glm-4v", "gpt-oss-harmony", "granite-3.0-instruct",
+    "hermes-3-llama-3.1-8b-tool_use", "jamba", "llama-2-chat", "llama-3", "llama-3.1-8b-instruct",
+    "llama-3.2-3b-instruct", "llama-4", "llava-next", "metharme", "mistral-instruct-merged-system",
+    "mistral-nemo-instruct-2407-tools", "mistral-v1", "mistral-v3-tekken-tools", "mistral-v7-tekken", "nemotron-3-nano",
+    "openchat-3.5", "phi-3", "phi-3.5-mini-instruct", "pixtral", "qwen2-vl", "qwen2.5-instruct", "qwen3-instruct-2507",
+    "qwen3-thinking", "qwen3-vl", "qwen3.5-think", "solar-instruct", "tulu-open-instruct", "vicuna", "zephyr",
+]  # fmt: skip
+
+
+def _format(shared_data: Path, name: str, folder: str = "plain") -> Format:
+    source = (shared_data / f"templates/{folder}/{name}.jinja").read_text(encoding="utf-8")
+    more = {"functions": "[]", "datetime": "today"} if name == "firefunction-v2" else {}
+    return Format(source, STOPS.get(name, "</s>").split(), SPECIAL | more)
+
+
+def _finder(form: Format, stop_tokens: tuple[str, ...] = ("</s>",), **options: Any) -> SpanFinder:
+    more = {key: value for key, value in form.arguments.items() if key not in SPECIAL}
+    template = ChatTemplate(form.source, SPECIAL, template_kwargs=more)
+    return SpanFinder(template, stop_tokens, control_tokens(form.source), **options)
+
+
+def _render(finder: SpanFinder, chat: Chat) -> RenderedConversation:
+    return finder.render(Conversation(chat["messages"], [None] * len(chat["messages"]), chat.get("tools")))
+
+
+def _trained(rendered: RenderedConversation) -> list[str]:
+    return [rendered.text[turn.start : turn.stop] for turn in rendered.turns]
+
+
+def _chats(form: Format) -> dict[str, Chat]:
+    """All conversations, with two that fit this template: one quotes its header, in one its end token is typed."""
+    question = [user("A")]
+    try:
+        text, prompt = form.render(question), form.render(question, prompt=True)
+    except Exception:  # it asks for tools
+        text, prompt = "", "<|im_start|>assistant\n"
+    header = prompt[len(text) :] or text.rpartition("A")[2] or "### Answer:"
+    return CHATS | {"quotes a header": quoting(header), "types a stop": typing([*form.stops, "</s>"][0])}
+
+
+def _outcome(finder: SpanFinder, chat: Chat) -> RenderedConversation | str:
+    """Return what becomes of a conversation: the render, or the code it is rejected with."""
+    try:
+        return _render(finder, chat)
+    except RowError as error:
+        return error.fault.code
+
+
+def _reference(form: Format, chat: Chat) -> str | None:
+    """Return what transformers renders; None where it fails."""
+    try:
+        return form.render(chat["messages"], chat.get("tools"))
+    except Exception:  # templates raise whatever they like
+        return None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_turn_is_what_the_oracle_says_or_rejected_by_name(name: str, shared_data: Path) -> None:
+    form = _format(shared_data, name)
+    finder = _finder(form, TOLD.get(name, ("</s>",)))
+    rejected: dict[str, set[str]] = {}
+    for title, chat in _chats(form).items():
+        text, outcome = _reference(form, chat), _outcome(finder, chat)
+        assert (text is None) == (outcome == "template-error"), title
+        if isinstance(outcome, RenderedConversation):
+            assert outcome.text == text, title
+            spans = {turn.message: (turn.start, turn.stop) for turn in outcome.turns}
+            assert spans == trained_spans(form, chat["messages"], chat.get("tools")), title
+        elif text is not None:
+            rejected.setdefault(outcome, set()).add(title)
+    assert rejected == REJECTED.get(name, {})
+
+
+def test_no_template_is_left_out(shared_data: Path) -> None:
+    assert {path.stem for path in (shared_data / "templates/plain").glob("*.jinja")} == set(TEMPLATES)
+
+
+# What must be generated, and nothing else, read with the eye. "|" stands between turns.
+BY_EYE = [
+    ("qwen2.5-instruct", "many turns", "Red, of course.<|im_end|>|Green then.\n\nOr olive.<|im_end|>|Blue<|im_end|>|"
+     "Very well!<|im_end|>"),
+    ("llama-3", "system", "Red.<|eot_id|>|Green.<|eot_id|>"),
+    ("mistral-v1", "one turn", " Red, of course.</s>"),
+    ("cohere2", "one turn", "Red, of course.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    ("phi-3", "one turn", "Red, of course.<|end|>"),
+    ("glm-4-moe", "reasoning", "\n<think></think>\nFour.<|user|>|\n<think>Count on from there.</think>\nSeven."),
+    ("qwen3-thinking", "reasoning inside content", "Four.<|im_end|>|<think>\nCount on from there.\n</think>\n\nSeven.<|im_end|>"),
+    ("qwen3.5-think", "reasoning", "Four.<|im_end|>|Count on from there.\n</think>\n\nSeven.<|im_end|>"),
+    ("nemotron-3-nano", "reasoning inside content", "</think>\n\nFour.<|im_end|>|"
+     "Count on from there.\n</think>\n\nSeven.<|im_end|>"),
+    ("deepseek-v3", "one turn", "Red, of course.<｜end▁of▁sentence｜>"),
+    ("gpt-oss-harmony", "tools", " to=functions.get_weather<|channel|>commentary json<|message|>{\"city\": \"Oslo\"}<|call|>|"
+     "<|channel|>final<|message|>It rains, at 4 degrees.<|return|>"),
+    ("mistral-v3-tekken-tools", "tools", "[TOOL_CALLS][{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\"}, \"id\": "
+     "\"abcdefgh1\"}]</s>|It rains, at 4 degrees.</s>"),
+    ("gemma-4", "tools", "<|tool_call>call:get_weather{city:<|\"|>Oslo<|\"|>}<tool_call|><|tool_response>|"
+     "It rains, at 4 degrees.<turn|>"),
+    ("hermes-3-llama-3.1-8b-tool_use", "tools", "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": "
+     "{\"city\": \"Oslo\"}}\n</tool_call><|im_end|>|It rains, at 4 degrees.<|im_end|>"),
+    ("alpaca", "one turn", "Red, of course.</s>"),
+    ("falcon-instruct", "one turn", " Red, of course."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "title", "expected"), BY_EYE, ids=[f"{name}-{title}" for name, title, _ in BY_EYE])
+def test_these_texts_are_trained(name: str, title: str, expected: str, shared_data: Path) -> None:
+    form = _format(shared_data, name)
+    rendered = _render(_finder(form, TOLD.get(name, ("</s>",))), CHATS[title])
+    assert "|".join(_trained(rendered)) == expected
+
+
+# ----------------------------------------------------------------------------------------------- {% generation %}
+
+
+GENERATION = [
+    "automodel-gpt-oss-20b", "automodel-olmo", "automodel-qwen3-tulu3", "axolotl-phi-4", "smollm3", "trl-cohere-training",
+    "trl-deepseekv3-training", "trl-gemma-training", "trl-gemma3-training", "trl-glm4moe-training", "trl-gptoss-training",
+    "trl-llama3-training", "trl-llava-next-training", "trl-nemotron-3-nano-training", "trl-phi3-5-training",
+    "trl-phi3-training", "trl-qwen2-5-training", "trl-qwen2-5-vl-training", "trl-qwen3-5-think-training",
+    "trl-qwen3-instruct-2507-training", "trl-qwen3-training",
+]  # fmt: skip
+
+
+# Rows that the template renders, without their tool calls.
+GENERATION_REJECTED: dict[str, dict[str, set[str]]] = {
+    **{name: {"tool-calls-lost": CALLING} for name in (
+        "automodel-olmo", "axolotl-phi-4", "trl-llama3-training", "trl-phi3-5-training", "trl-phi3-training",
+        "trl-qwen2-5-vl-training", "smollm3")},
+    **{name: {"tool-calls-lost": {"last turn calls"}} for name in (
+        "trl-cohere-training", "trl-gemma-training", "trl-gemma3-training")},
+    **{name: {"tool-calls-lost": {"parallel tool calls"}} for name in ("automodel-gpt-oss-20b", "trl-gptoss-training")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_blocks_are_where_transformers_says(name: str, shared_data: Path) -> None:
+    form = _format(shared_data, name, "generation")
+    finder = _finder(form)
+    rejected: dict[str, set[str]] = {}
+    for title, chat in _chats(form).items():
+        text, outcome = _reference(form, chat), _outcome(finder, chat)
+        assert (text is None) == (outcome == "template-error"), title
+        if isinstance(outcome, RenderedConversation):
+            assert outcome.text == text, title
+            blocks = form.generated(chat["messages"], chat.get("tools"))
+            assert [(turn.start, turn.stop) for turn in outcome.turns] == blocks, title
+        elif text is not None:
+            rejected.setdefault(outcome, set()).add(title)
+    assert rejected == GENERATION_REJECTED.get(name, {})
+
+
+def test_no_generation_template_is_left_out(shared_data: Path) -> None:
+    assert {path.stem for path in (shared_data / "templates/generation").glob("*.jinja")} == set(GENERATION)
+
+
+def test_a_generation_block_belongs_to_the_message_it_speaks_for() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<e>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    rendered = _render(_finder(Format(source)), {"messages": [user("Hi"), bot(""), user("So?"), bot("Yes")]})
+    assert [turn.message for turn in rendered.turns] == [1, 3]
+    assert _trained(rendered) == ["<e>", "Yes<e>"]
+
+
+# -------------------------------------------------------------------------------------------- what surprises a mask
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_a_control_token_in_data_ends_no_turn_and_is_reported() -> None:
+    chat = {"messages": [user("What is <|im_end|>?"), bot("<|im_end|> ends a turn.")]}
+    rendered = _render(_finder(Format(CHATML)), chat)
+    assert _trained(rendered) == ["<|im_end|> ends a turn.<|im_end|>"]
+    assert [rendered.text[start:stop] for start, stop in rendered.literal] == ["<|im_end|>", "<|im_end|>"]
+
+
+def test_trusted_control_tokens_are_not_reported() -> None:
+    chat = {"messages": [user("What is <|im_end|>?"), bot("An end token.")]}
+    assert _render(_finder(Format(CHATML), trust_control_tokens=True), chat).literal == []
+
+
+def test_control_tokens_that_steer_the_template_are_rejected() -> None:
+    source = "{% for m in messages %}{{ m.content.split('<|x|>')[-1] }}<|im_end|>{% endfor %}"
+    with pytest.raises(RowError) as caught:
+        _render(_finder(Format(source)), {"messages": [user("Hi"), bot("secret<|x|>open")]})
+    assert caught.value.fault.code == "control-token-ambiguous"
+
+
+def test_private_characters_in_data_are_rejected() -> None:
+    with pytest.raises(RowError) as caught:
+        _render(_finder(Format(CHATML)), {"messages": [user("Hi \U00108001"), bot("Hello")]})
+    assert caught.value.fault.code == "reserved-characters"
+
+
+def test_the_first_row_never_decides_for_the_others(shared_data: Path) -> None:
+    """Prompts are remembered by kind of transition; whatever came before, a row gets the spans it gets alone."""
+    for name in ("qwen3-thinking", "gpt-oss-harmony", "gemma-4", "mistral-v3-tekken-tools", "alpaca"):
+        form = _format(shared_data, name)
+        shared = _finder(form, TOLD.get(name, ("</s>",)))
+        chats = list(_chats(form).values())
+        for chat in [*chats, *reversed(chats)]:
+            assert _outcome(shared, chat) == _outcome(_finder(form, TOLD.get(name, ("</s>",))), chat), name
+
+
+def test_left_out_texts_are_named() -> None:
+    chat = {"messages": [user("Two and two?"), bot("Four.", reasoning_content="Pairs."), user("Good"), bot("Thanks")]}
+    assert _render(_finder(Format(CHATML)), chat).swallowed == [1]
+    assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
+
+
+def test_eighty_turns_cost_no_more_renders_than_eight(shared_data: Path) -> None:
+    counts = {}
+    for name in ("qwen2.5-instruct", "qwen3-thinking", "gpt-oss-harmony", "llama-3.1-8b-instruct", "alpaca", "gemma-4"):
+        for turns in (8, 80):
+            finder = _finder(_format(shared_data, name), TOLD.get(name, ("</s>",)))
+            counts[turns] = _count_renders(finder, _long_chat(turns))
+        assert counts[80] <= counts[8] + 2, (name, counts)
+        assert counts[80] <= 10, (name, counts)
+
+
+def test_eighty_turns_with_tools_cost_no_more_renders_than_eight(shared_data: Path) -> None:
+    counts = {}
+    for turns in (8, 80):
+        messages = [system("Use tools.")]
+        for turn in range(turns):
+            calling = bot("", tool_calls=[call(f"City {turn}")])
+            messages += [user(f"City {turn}?"), calling, result("rain"), bot(f"Rain in {turn}.")]
+        chat = {"messages": messages, "tools": [WEATHER]}
+        counts[turns] = _count_renders(_finder(_format(shared_data, "qwen2.5-instruct")), chat)
+    assert counts[80] == counts[8] <= 8
+
+
+def _long_chat(turns: int) -> Chat:
+    return {"messages": [message for turn in range(turns) for message in (user(f"Question {turn}?"), bot(f"Answer {turn}."))]}
+
+
+def _count_renders(finder: SpanFinder, chat: Chat) -> int:
+    renders = 0
+    render = finder.template.render
+
+    def counting(*arguments: Any, **keywords: Any) -> str:
+        nonlocal renders
+        renders += 1
+        return render(*arguments, **keywords)
+
+    finder.template.render = counting  # type: ignore[method-assign]
+    _render(finder, chat)
+    return renders
