@@ -1,0 +1,108 @@
+"""The terminal face of stats and audit: bars that tell their parts by glyph as well as by colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from sftdata.show.escape import visible
+from sftdata.show.stats import LengthBin, Part, SourceShare, Stats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sftdata.show.audit import Finding
+
+_GLYPHS = {
+    "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"), "padding": ("░", "bright_black"),
+    "lost": ("╱", "yellow"), "bad": ("╳", "red"),
+}  # fmt: skip
+_BAR = 40
+
+
+def print_stats(stats: Stats, title: str, console: Console) -> None:
+    """Print the numbers of a set.
+
+    Args:
+        console: of `sftdata.show.terminal.make_console`.
+    """
+    length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
+    console.print(Text.assemble((visible(title), "bold"), (f"   digest {stats.digest[:12]}", "bright_black")))
+    console.print(
+        f"{stats.rows_packed:,} packed rows {length}, {stats.documents:,} documents, {stats.shards:,} shards;"
+        f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained"
+    )
+    for name, parts in (("rows in", stats.rows), ("tokens in", stats.tokens), ("token slots", stats.slots)):
+        console.print()
+        for line in _flow(name, parts):
+            console.print(line, soft_wrap=True)
+    for heading, lines in (
+        ("lengths, in tokens before any cut", _histogram(stats.lengths, stats.max_length)),
+        ("sources", _sources(stats.sources)),
+        ("counted", (Text(f"  {name.replace('_', ' '):<32}{count:>12,}") for name, count in stats.counters.items())),
+        ("decided", (Text(f"  {visible(note)}") for note in stats.notes)),
+    ):
+        found = list(lines)
+        if found:
+            console.print(Text.assemble("\n", (heading, "bold")))
+            for line in found:
+                console.print(line, soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print what an audit found, defects first."""
+    for finding in findings:
+        share = f" ({finding.share:.1%})" if finding.share is not None else ""
+        head = (finding.severity, "red bold" if finding.severity == "defect" else "blue bold")
+        line = Text.assemble(head, " ", (finding.code, "bold"), f"  {finding.count:,} {finding.of}{share}: {finding.message}")
+        console.print(line, soft_wrap=True)
+        if finding.examples:
+            console.print(Text(f"       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True)
+        console.print(Text(f"       mend  {finding.fix}"), soft_wrap=True)
+
+
+def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:
+    whole = sum(part.count for part in parts)
+    yield Text.assemble((f"{name:<12}{whole:>14,}  ", "bold"), _bar(parts, whole))
+    for part in parts:
+        glyph, style = _GLYPHS[part.kind]
+        yield Text.assemble("  ", (glyph, style), f" {visible(part.name):<22}{part.count:>14,}  {part.count / max(whole, 1):>6.1%}")
+
+
+def _bar(parts: Sequence[Part], whole: int) -> Text:
+    """Draw the parts; one that is there has at least one cell."""
+    bar, filled, done = Text(), 0, 0
+    for part in parts:
+        done += part.count
+        cells = max(round(done / max(whole, 1) * _BAR) - filled, 1 if part.count else 0)
+        filled += cells
+        bar.append(_GLYPHS[part.kind][0] * cells, _GLYPHS[part.kind][1])
+    return bar
+
+
+def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Text]:
+    """Draw one bar for each doubling, and the line where rows are cut."""
+    octaves: dict[int, int] = {}
+    for found in bins:
+        low = 1 << (found.start.bit_length() - 1) if found.start else 0
+        octaves[low] = octaves.get(low, 0) + found.examples
+    most = max(octaves.values(), default=1)
+    for low, count in octaves.items():
+        high = max(2 * low - 1, low)
+        over = max_length is not None and low >= max_length
+        cells = max(round(count / most * _BAR), 1 if count else 0)
+        yield Text.assemble(f"  {low:>9,} – {high:<9,}  ", ("█" * cells, "yellow" if over else "green"), f" {count:,}")
+        if max_length is not None and low < max_length <= high + 1:
+            yield Text(f"  ── max_length {max_length:,} {'─' * 30}", "yellow")
+
+
+def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
+    whole = max(sum(source.tokens for source in sources), 1)
+    width = min(max((len(source.name) for source in sources), default=0), 44)
+    for source in sources:
+        parts = (Part("", "trained", source.tokens_trained), Part("", "context", source.tokens - source.tokens_trained))
+        share, trained = source.tokens / whole, source.tokens_trained / max(source.tokens, 1)
+        counts = f"{source.rows:>11,} rows {source.tokens:>14,} tokens {share:>6.1%} of the set, {trained:>6.1%} trained  "
+        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens))

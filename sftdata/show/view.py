@@ -1,0 +1,152 @@
+"""What is trained, as one value: the text of each token with the label that is stored for it. Faces: terminal.py, html.py.
+
+Everything here comes from ids and labels; nothing is rendered or masked a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sftdata.batches import Int32, Int64
+from sftdata.show.vocabulary import Vocabulary
+
+NOT_TRAINED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The fewest tokens that are whole characters, all trained or none.
+
+    Attributes:
+        text: as the data has it, not escaped for any face.
+        ids: token ids.
+        trained: their labels are their ids.
+        special: an added token, such as `<|im_end|>`, and not text that spells one.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentView:
+    """A stretch of one example.
+
+    Attributes:
+        origin: file and line; empty where unknown.
+        example_id: the input row, -1 where it has no number yet.
+        start: position of its first token in the packed row.
+        pieces: in order.
+    """
+
+    origin: str
+    example_id: int
+    start: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(len(piece.ids) for piece in self.pieces)
+
+    @property
+    def tokens_trained(self) -> int:
+        """Tokens with a label."""
+        return sum(len(piece.ids) for piece in self.pieces if piece.trained)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        ids = [token_id for piece in self.pieces for token_id in piece.ids]
+        labels = [token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids]
+        pieces = [
+            {"text": piece.text, "ids": list(piece.ids), "trained": piece.trained, "special": piece.special} for piece in self.pieces
+        ]
+        place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
+        return place | {"input_ids": ids, "labels": labels, "pieces": pieces}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One or more documents to look at.
+
+    Attributes:
+        title: what they are, as `row 7 of shards`.
+        documents: in the order of the packed row.
+        padding: tokens of padding after them.
+    """
+
+    title: str
+    documents: tuple[DocumentView, ...]
+    padding: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        documents = [document.to_json() for document in self.documents]
+        return {"title": self.title, "documents": documents, "padding": self.padding}
+
+
+def view_row(
+    row: tuple[Int32, Int32, Int32, Int64], vocabulary: Vocabulary, origin: Callable[[int], tuple[str, int]], title: str = ""
+) -> View:
+    """Lay the text over a packed row.
+
+    Args:
+        row: input_ids and labels, int32[T]; seq_lengths, int32[S]; example ids, int64[S], -1 for padding.
+        vocabulary: of the tokenizer that made the ids.
+        origin: gives file and line of an example id.
+    """
+    input_ids, labels, seq_lengths, example_ids = row
+    documents, start, padding = [], 0, 0
+    for length, example_id in zip(seq_lengths.tolist(), example_ids.tolist(), strict=True):
+        stop = start + length
+        if example_id < 0:
+            padding += length
+        else:
+            pieces = tuple(_pieces(input_ids[start:stop], labels[start:stop], vocabulary))
+            documents.append(DocumentView(":".join(map(str, origin(example_id))), example_id, start, pieces))
+        start = stop
+    return View(title, tuple(documents), padding)
+
+
+def view_example(input_ids: Int32, labels: Int32, vocabulary: Vocabulary, origin: str = "") -> DocumentView:
+    """Lay the text over one example that is in no shard yet."""
+    return DocumentView(origin, -1, 0, tuple(_pieces(input_ids, labels, vocabulary)))
+
+
+def _pieces(input_ids: Int32, labels: Int32, vocabulary: Vocabulary) -> Iterator[Piece]:
+    """Cut a document where labels change, then at whole characters."""
+    trained = labels != NOT_TRAINED
+    edges = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:])).tolist() if len(trained) else []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        yield from _stretch(input_ids[start:stop].tolist(), bool(trained[start]), vocabulary)
+
+
+def _stretch(ids: Sequence[int], trained: bool, vocabulary: Vocabulary) -> Iterator[Piece]:
+    first, held = 0, b""
+    for index, token_id in enumerate(ids):
+        special = vocabulary.is_visible_token(token_id)
+        if special and held:
+            yield Piece(held.decode(errors="backslashreplace"), tuple(ids[first:index]), trained, False)
+            first, held = index, b""
+        held += vocabulary.bytes_of(token_id)
+        # Bytes that cannot become a character, however many follow, are spelled out rather than held forever.
+        if not _is_open(held):
+            yield Piece(held.decode(errors="backslashreplace"), tuple(ids[first : index + 1]), trained, special)
+            first, held = index + 1, b""
+    if first < len(ids):
+        yield Piece(held.decode(errors="backslashreplace"), tuple(ids[first:]), trained, False)
+
+
+def _is_open(raw: bytes) -> bool:
+    """Say whether bytes end inside a character that more bytes would complete."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
