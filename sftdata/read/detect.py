@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sftdata.errors import UsageError
-from sftdata.read.formats import FORMATS, LINE, rename
+from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.near_misses import NEAR_MISSES, VISION, NearMiss
 from sftdata.read.slices import SourcePlan, Unreadable
 from sftdata.read.source import read_slice
@@ -109,11 +109,14 @@ def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: M
         fix = unreadable[0].fault.fix if unreadable else "give a file that holds rows."
         raise UsageError(f"{where}: no row could be read{first}.", fix)
     _check_columns(where, columns, rows)
-    candidates = [FORMATS[format]] if format else list(FORMATS.values())
     verdicts = _Verdicts()
+    possible: dict[tuple[str, ...], list[Format]] = {}  # most rows have the same columns
     for row in rows:
         renamed = rename(row, columns)
-        found = [(entry.name, tuple(names.items())) for entry in candidates for names in entry.readings(renamed, columns)]
+        keys = tuple(renamed)
+        if keys not in possible:
+            possible[keys] = [entry for entry in FORMATS.values() if format in (None, entry.name) and entry.is_possible(keys)]
+        found = [(entry.name, tuple(names.items())) for entry in possible[keys] for names in entry.readings(renamed, columns)]
         verdicts.add(renamed, tuple(found))
     counts = verdicts.counts()
     winner, matched = next(iter(counts.items()))
@@ -142,12 +145,12 @@ def _settle(
     for readings, rows in verdicts.readings.items():
         if name_of(readings) == winner:
             found.update(dict.fromkeys(readings[0][1], rows))
+    order = [column.name for column in FORMATS[winner].columns]
+    shown = sorted(found.items(), key=lambda item: (order.index(item[0][0]), -item[1], item[0][1]))
     columns: dict[str, str] = {}
-    for (canonical, actual), _ in sorted(found.items(), key=lambda item: (-item[1], item[0])):
+    for (canonical, actual), _ in shown:
         columns.setdefault(canonical, actual)
     sampled, total = sum(counts.values()), sum(plan.records for plan in plans)
-    order = [column.name for column in FORMATS[winner].columns]
-    shown = sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
     where = ", ".join(f"{actual or 'a line'} in {rows}" for (_, actual), rows in shown)
     evidence = [f"{winner} ({FORMATS[winner].about}): {counts[winner]} of {sampled} sampled rows, of {total} records: {where}."]
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)

@@ -6,7 +6,7 @@ To add a format, add one entry to FORMATS: its columns with their spellings, a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -52,9 +52,13 @@ class Format:
         present = [name for name in wanted if name in row]
         return [name for name in present if row[name] is not None] or present[:1]
 
+    def is_possible(self, keys: Collection[str]) -> bool:
+        """Return whether rows with these keys can have this format: every required column is there."""
+        return all(any(name in keys for name in column.spellings) for column in self.columns if column.required)
+
     def readings(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
         """Return every way to find this format's columns in a row; more than one is an ambiguity."""
-        if not all(any(name in row for name in column.spellings) for column in self.columns if column.required):
+        if not self.is_possible(row):
             return []
         choices = {column.name: self.spelling(column, row, pinned) for column in self.columns}
         required = [column.name for column in self.columns if column.required and choices[column.name]]
@@ -121,6 +125,11 @@ def _texts(*columns: str) -> Callable[[Fields], bool]:
         return all(fields.get(column) is None or isinstance(fields.get(column), str) for column in columns)
 
     return fits
+
+
+def _fits_text(fields: Fields) -> bool:
+    """A lone message of a conversation has a content too, but beside a role."""
+    return _texts("text")(fields) and not (fields.names["text"] == "content" and "role" in fields.row)
 
 
 def _fits_alpaca(fields: Fields) -> bool:
@@ -228,7 +237,7 @@ FORMATS: dict[str, Format] = {
             "query-response", "query and response",
             (Column("question", ("query",)), _answer("response"), *_BESIDE), _texts("question", "answer"), read_instruction,
         ),
-        Format("text", "running text", (Column("text", ("text", "content")),), _texts("text"), _convert_text),
+        Format("text", "running text", (Column("text", ("text", "content")),), _fits_text, _convert_text),
         Format("lines", "plain text, one document a line", (Column("text", (LINE,)),), _texts("text"), _convert_text),
         Format(
             "tokens", "input_ids, with labels, completion_mask or assistant_masks",
