@@ -188,7 +188,9 @@ def _place(merged: dict[str, Any], key: str, value: Any, own: bool = True) -> No
 
 
 def _coerced(value: Any, annotation: str) -> Any:
-    """Read `1e-5`, which YAML takes for text, as the number it is where a number is wanted."""
+    """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false."""
+    if isinstance(value, bool) and "bool" not in annotation:
+        return "yes" if value else "no"
     if isinstance(value, str) and "float" in annotation:
         try:
             return float(value)

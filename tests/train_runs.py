@@ -29,13 +29,14 @@ def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0) -> 
     return folder
 
 
-def train_in_process(sets: Path | list[Path], model: Path, output: Path, training: dict[str, Any], **settings: Any) -> Any:
+def train_in_process(sets: Path | list[Path], model: Path | None, output: Path, training: dict[str, Any], **settings: Any) -> Any:
     """Train here and return the trainer."""
     from sfttrain.config import read_settings
     from sfttrain.run import train
 
     folders = tuple(sets) if isinstance(sets, list) else (sets,)
-    return train(read_settings(None, [], {"sets": folders, "model": str(model), "output": output, "training": training, **settings}))
+    named = {"model": str(model)} if model else {}
+    return train(read_settings(None, [], {"sets": folders, "output": output, "training": training, **named, **settings}))
 
 
 def start(arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.Popen[str]:

@@ -233,6 +233,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "preferred conversations": ({"chosen": TURNS, "rejected": TURNS}, "preference pairs", "--map messages=chosen"),
     "single messages": ({"role": "user", "content": "Q"}, "one message of a conversation", "messages"),
     "pictures": ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]}, "pictures", "--formatter"),
+    "rows inside an object": ({"version": 1, "data": [{"prompt": "P", "completion": "C"}]}, "under 'data'", "jq -c '.data[]'"),
     "nothing known": ({"foo": 1, "bar": "x"}, "no known row format fits: 9 of 9 sampled rows have the columns bar, foo", "--map"),
 }
 

@@ -460,6 +460,14 @@ def test_utf16_is_refused_with_the_command_that_converts_it(encoding: str, tmp_p
     assert (len(rows), bad) == (9, [])
 
 
+def test_lines_that_end_in_cr_alone_are_refused_with_the_command_that_converts_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\ra,b\rc,d\r")
+    with pytest.raises(UsageError, match="lines end in CR alone") as caught:
+        open_source(str(tmp_path / "a.csv"))
+    subprocess.run(caught.value.fix, shell=True, cwd=tmp_path, check=True)
+    assert len(read_all(tmp_path / "lines.txt")[0]) == 2
+
+
 FOREIGN = {"zip": b"PK\x03\x04rest", "pickle": b"\x80\x04\x95rest", "binary": bytes(200) + bytes(range(256)) * 9}
 
 

@@ -1,0 +1,78 @@
+"""However a global batch is split over micro-batches and ranks, loss and gradient are the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train_runs import Fleet, tiny_llama
+from tests.train_sets import make_set
+
+SPLITS = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks x4": (1, 4, 2)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same steps in four splits; the last global batch of 21 rows holds fillers."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shards = make_set(folder / "set", rows=21, trained=0.4)
+    model, fleet = tiny_llama(folder / "model"), Fleet()
+    for name, (batch, accumulation, ranks) in SPLITS.items():
+        settings = {
+            "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 6, "optim": "sgd",
+            "learning_rate": 0.1, "max_grad_norm": 0, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant",
+        }  # fmt: skip
+        overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        arguments = ["run", str(shards), "--model", str(model), "-o", str(folder / name), *overrides]
+        log = folder / f"log {name}"
+        assert fleet.finish(arguments, ranks, log) == [0] * ranks, log.read_text()
+    return {name: folder / name for name in SPLITS}
+
+
+@pytest.mark.parametrize("split", list(SPLITS)[1:])
+def test_losses_and_gradient_norms_agree(runs: dict[str, Path], split: str) -> None:
+    for mine, first in zip(_log(runs[split]), _log(runs["8x1"]), strict=True):
+        assert mine["loss"] == pytest.approx(first["loss"], abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-6)
+        assert mine["mean_token_accuracy"] == first["mean_token_accuracy"]
+
+
+@pytest.mark.parametrize("split", list(SPLITS)[1:])
+def test_six_plain_gradient_steps_lead_to_the_same_weights(runs: dict[str, Path], split: str) -> None:
+    first, mine = (load_file(runs[name] / "model.safetensors") for name in ("8x1", split))
+    assert first.keys() == mine.keys()
+    for name in first:
+        torch.testing.assert_close(mine[name], first[name], atol=1e-6, rtol=0)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(runs: dict[str, Path]) -> None:
+    """Step 1 counted the slow way: every document alone, full logits, one sum, one division."""
+    from transformers import AutoModelForCausalLM
+
+    from sftdata.shardset.opened import open_set
+    from sfttrain.order import Order
+
+    folder = runs["8x1"].parent
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    opened = open_set(folder / "set")
+    total = count = 0.0
+    for row in Order([21], [1.0], seed=42, batch_size=8).rows(0)[:8].tolist():
+        for document in opened[row].documents():
+            ids, labels = (torch.from_numpy(part.astype("int64")) for part in (document.input_ids, document.labels))
+            with torch.no_grad():
+                chances = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            for position in range(1, len(ids)):
+                if labels[position] != -100:
+                    total -= chances[position - 1, labels[position]].item()
+                    count += 1
+    for split in SPLITS:
+        assert math.isclose(_log(runs[split])[0]["loss"], total / count, abs_tol=1e-5)
+
+
+def _log(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]

@@ -1,0 +1,85 @@
+"""A checkpoint is complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from sfttrain import checkpoint
+
+from sftdata.errors import UsageError
+
+RUN = {"sets": ["a"], "global_batch": 8}
+
+
+def _checkpoint(output: Path, step: int, sealed: bool = True) -> Path:
+    folder = output / f"checkpoint-{step}"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * step)
+    (folder / "inner" / "rng").write_bytes(b"state")
+    if sealed:
+        checkpoint.seal(folder, step, RUN)
+    return folder
+
+
+def test_the_newest_sealed_checkpoint_is_taken(tmp_path: Path) -> None:
+    for step in (5, 100, 20):
+        _checkpoint(tmp_path, step)
+    found = checkpoint.newest_complete(tmp_path)
+    assert found is not None
+    assert found[0].name == "checkpoint-100"
+    assert (found[1].step, found[1].run) == (100, RUN)
+
+
+def test_one_without_a_seal_does_not_count(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 5)
+    _checkpoint(tmp_path, 10, sealed=False)
+    found = checkpoint.newest_complete(tmp_path)
+    assert found is not None
+    assert found[1].step == 5
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest_complete(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in ("model.safetensors", "inner/rng") for damage in ("flip", "truncate", "remove")]
+    + [(checkpoint.SEAL, "truncate"), (checkpoint.SEAL, "remove")],
+)
+def test_any_damage_sends_the_run_to_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
+    _checkpoint(tmp_path, 5)
+    path = _checkpoint(tmp_path, 10) / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    found = checkpoint.newest_complete(tmp_path)
+    assert found is not None
+    assert found[1].step == 5
+
+
+def test_unsealed_newer_folders_are_removed_by_name(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 5)
+    _checkpoint(tmp_path, 10, sealed=False)
+    assert checkpoint.remove_after(tmp_path, 5) == ["checkpoint-10"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_changed_run_is_refused_with_both_values(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"global_batch was 8, is 16.*Fix: .*--overwrite"):
+        checkpoint.check_unchanged(RUN, RUN | {"global_batch": 16}, tmp_path)
+    checkpoint.check_unchanged(RUN, dict(RUN), tmp_path)
+
+
+def test_too_little_room_is_said_before_the_start(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UsageError, match=r"GB free; a checkpoint .* needs .*Fix: free some space"):
+        checkpoint.require_space(tmp_path, free * 2)
+    checkpoint.require_space(tmp_path, 1)
