@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sftdata.shardset.manifest import Manifest
-    from sftdata.shardset.opened import ShardSet
+    from sftdata.show.shown import ShownSet
 
 __all__ = ["open", "prepare"]
 
@@ -36,12 +36,12 @@ def prepare(inputs: str | Path | Sequence[str | Path], *, tokenizer: str, output
     return run(make_config(inputs=inputs, tokenizer=str(tokenizer), output=output, **settings))
 
 
-def open(folder: str | Path) -> ShardSet:
+def open(folder: str | Path) -> ShownSet:
     """Open a finished set for reading; nothing but its manifest is read yet.
 
     Raises:
         sftdata.errors.SftError: there is no set, or it is damaged.
     """
-    from sftdata.shardset.opened import open_set
+    from sftdata.show.shown import open_shown
 
-    return open_set(Path(folder))
+    return open_shown(folder)

@@ -82,7 +82,7 @@ class PrepareConfig(BaseModel):
     @field_validator("inputs", mode="before")
     @classmethod
     def _one_input_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, (str, Path)) else tuple(str(item) for item in value)
+        return (str(value),) if isinstance(value, (str, Path)) else tuple(str(item) for item in value)
 
     def content(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""

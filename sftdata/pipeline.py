@@ -175,7 +175,7 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": len(rows) for name in converted.unused}
-    rejects = make_rejects(piece.slice.source.path, rows, unreadable, faults)
+    rejects = make_rejects(list(job.sources)[piece.source], rows, unreadable, faults)
     return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, equal)
 
 
@@ -269,18 +269,19 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     Raises:
         DataError: more rows rejected than `max_rejects` allows, or no trained token at all.
     """
-    rejected = sum(ledger.rows_rejected.values())
+    rejected, worst = sum(ledger.rows_rejected.values()), Counter(ledger.rows_rejected).most_common(3)
     share = config.max_rejects.removesuffix("%")
     allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
-    worst = ", ".join(f"{count} {code}" for code, count in Counter(ledger.rows_rejected).most_common(3))
-    rejects = build.folder / REJECTS_NAME
+    said = ", ".join(f"{count} {code}" for code, count in worst)
     if rejected > allowed:
+        example = build.first_reject(worst[0][0])
         raise DataError(
-            f"{rejected} of {ledger.rows_in} rows rejected ({worst}); --max-rejects allows {config.max_rejects}.",
-            f"see {rejects} for each row's reason and fix; or raise --max-rejects.",
+            f"{rejected} of {ledger.rows_in} rows rejected ({said}); --max-rejects allows {config.max_rejects}."
+            f" {example.file}:{example.line}: {example.reason.rstrip('.')}.",
+            f"{example.fix.rstrip('.')}. All are in {build.folder / REJECTS_NAME}.",
         )
     if not ledger.tokens_trained:
-        lost = ", ".join(f"{count} {reason}" for reason, count in Counter(ledger.rows_dropped).most_common(3)) or worst
+        lost = ", ".join(f"{count} {reason}" for reason, count in Counter(ledger.rows_dropped).most_common(3)) or said
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.", "see `sftdata preview`."
         )

@@ -28,6 +28,7 @@ from sftdata.render.markers import check_markers
 from sftdata.render.template import TemplateChoice, choose_template
 from sftdata.shardset.manifest import Manifest
 
+CHATS = ("messages", "sharegpt", "xtuner")
 PIECE_BYTES = 1 << 20
 TASKS_WANTED = 16
 
@@ -112,6 +113,9 @@ class Plan:
             "formats": list(self.job.formats),
             "tokenizer_sha256": self.job.tokenizer.sha256,
             "chat_template_text": self.job.tokenizer.chat_template,
+            "prompt_template_text": Path(self.job.config.prompt_template).read_text("utf-8")
+            if self.job.config.prompt_template
+            else None,
         }
 
     def difference(self, manifest: Manifest) -> list[str]:
@@ -134,12 +138,17 @@ def make_plan(config: PrepareConfig) -> Plan:
     tokenizer, notes = choose_tokenizer(config)
     sources, left_out = plan_inputs(config)
     found = [detect([source], format=config.format, columns=config.map) for source in sources if source.records]
+    for source, detection in zip((source for source in sources if source.records), found, strict=True):
+        notes.append(f"{source.source.path}: {detection.format}, {detection.matched} of {detection.sampled} sampled rows.")
+        if detection.format in CHATS and tokenizer.chat_template is None and config.formatter is None:
+            raise UsageError(
+                f"{source.source.path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
+                "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
+            )
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
-    for source, detection in zip((source for source in sources if source.records), found, strict=True):
-        notes.append(f"{source.source.path}: {detection.format}, {detection.matched} of {detection.sampled} sampled rows.")
     formats = iter(detection.format for detection in found)
     job = Job(
         config=config,

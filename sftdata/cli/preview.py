@@ -24,7 +24,9 @@ def preview(
     """
     from sftdata.cli.talk import print_json
     from sftdata.preview import preview as run
-    from sftdata.show.view import print_examples
+    from sftdata.show.terminal import print_examples
+    from sftdata.show.view import view_example
+    from sftdata.show.vocabulary import read_vocabulary
 
     seen = run(config, number)
     if as_json:
@@ -32,4 +34,10 @@ def preview(
         return
     for line in seen.lines(batch_size):
         typer.echo(line)
-    print_examples(seen.examples, seen.tokenizer_folder)
+    vocabulary = read_vocabulary(seen.tokenizer_folder)
+    print_examples(
+        [
+            view_example(example.input_ids, example.labels, vocabulary, ":".join(map(str, example.origin)))
+            for example in seen.examples
+        ]
+    )

@@ -26,7 +26,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "config"]
+        own = [
+            parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "config"
+        ]
 
         @functools.wraps(command)
         def run(inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: Any) -> None:

@@ -10,7 +10,9 @@ import typer
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")],
-    sha256: Annotated[bool, typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower.")] = False,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check every byte of a set against its manifest, and count its ledger again from the shards.
@@ -35,4 +37,6 @@ def verify(
             f" digest {report.digest[:12]}"
         )
     if not report.ok:
-        raise IntegrityError(f"{folder}: {len(report.problems)} problems, listed above.", "restore the files or prepare the set again.")
+        raise IntegrityError(
+            f"{folder}: {len(report.problems)} problems, listed above.", "restore the files or prepare the set again."
+        )

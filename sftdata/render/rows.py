@@ -101,7 +101,10 @@ class _Columns:
         if renderer.response is not None:
             marked = find_spans(text, renderer.response, renderer.instruction)
             counts["rows_with_repeated_markers"] += marked.repeated
-            spans, closed = marked.spans, marked.closed
+            size = len(text.encode())
+            # An answer left empty at the end still has its end token to be generated.
+            ending = [(size, size)] if marked.closed and (not marked.spans or marked.spans[-1][1] < size) else []
+            spans, closed = marked.spans + ending, marked.closed
         else:
             ranges = [(trained, len(text))] if isinstance(trained, int) else trained
             spans, closed = byte_ranges(text, [pair for pair in ranges if pair[0] < pair[1]]), True

@@ -26,7 +26,7 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.shardset.atomic import FileDigest, digest_file, sync_folder, write_atomic
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
-from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.shardset.rejects import REJECTS_NAME, Reject
 from sftdata.shardset.shards import ShardInfo
 
 _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
@@ -146,6 +146,11 @@ class Build:
         """Join the slices' rejects, in order, to the set's rejects.jsonl."""
         parts = [self._rejects(index).read_bytes() for index in slices]
         return write_atomic(self.folder / REJECTS_NAME, lambda sink: [sink.write(part) for part in parts])
+
+    def first_reject(self, code: str) -> Reject:
+        """Return the first row rejected for this reason, to show; `write_rejects` came before."""
+        with open(self.folder / REJECTS_NAME, "rb") as lines:
+            return next(reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code)
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
         """Add the tokenizer's files, write the manifest, and put the set in its place with one rename."""
