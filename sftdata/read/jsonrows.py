@@ -16,7 +16,7 @@ _POSITION = re.compile(r"\(byte (\d+)\)")
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}", re.DOTALL
 )
-_MEND = "mend the row in rejects.jsonl and feed that file in again."
+_MEND = "mend the row, here or in rejects.jsonl, and feed it in again."
 
 ENVELOPE = frozenset({"file", "line", "byte_offset", "code", "reason", "fix", "row"})
 UNPARSED = frozenset({"invalid-json", "invalid-utf8", "not-an-object", "too-deep", "lone-surrogate", "line-too-long"})

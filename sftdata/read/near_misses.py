@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftdata.read.convert import MEDIA_COLUMNS, has_media
+from sftdata.read.formats import FORMATS
 from sftdata.read.instructions import is_messages
 from sftdata.read.parts import MEDIA
 from sftdata.read.prompts import ANSWERS, QUESTIONS
@@ -94,6 +95,20 @@ def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
     return reason, "add the answers; without them there is nothing to train on."
 
 
+def _wrapping(row: RowDict) -> str | None:
+    """Return the column that holds a list of training rows."""
+    for name, value in row.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and any(entry.readings(first, {}) for entry in FORMATS.values()):
+            return name
+    return None
+
+
+def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
+    column = _wrapping(rows[0])
+    return f"the rows are inside one object, under {column!r}", f"take them out, as with jq -c '.{column}[]' FILE > rows.jsonl."
+
+
 VISION = NearMiss("vision", _is_vision, _explain_vision)
 NEAR_MISSES = {
     entry.name: entry
@@ -101,6 +116,7 @@ NEAR_MISSES = {
         NearMiss("several answers", _is_several_answers, _explain_several_answers),
         NearMiss("preference pairs", _is_preference, _explain_preference),
         NearMiss("lone messages", _is_lone_message, _explain_lone_message),
+        NearMiss("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
         NearMiss("prompts without answers", _is_unanswered, _explain_unanswered),
     )
 }
