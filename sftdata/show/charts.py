@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from sftdata.show.escape import visible
 from sftdata.show.stats import LengthBin, Part
 
-CHARTS_CSS = """
-.bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; gap: 1px; background: var(--rail); }
-.bar.thin { height: 10px; border-radius: 5px; }
-.bar i { min-width: 2px; }
-.trained, .kept { background: var(--trained); fill: var(--trained); } .context { background: var(--context); fill: var(--context); }
-.padding { background: var(--padding); fill: var(--padding); } .lost { background: var(--lost); fill: var(--lost); }
-.bad { background: var(--bad); fill: var(--bad); }
-.ribbons { display: block; width: 100%; height: 34px; } .ribbons path { opacity: .22; }
-.flow-name { display: flex; justify-content: space-between; font-size: 13px; margin: 6px 0 5px; }
-.flow-name b { font-size: 14px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 8px 0 0; font-size: 13px; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
-.legend span { color: var(--soft); }
-.histogram { position: relative; margin: 34px 0 26px; border-bottom: 1px solid var(--line); }
-.histogram .bins { display: flex; align-items: flex-end; height: 190px; gap: 1px; }
-.histogram .bins i { flex: 1 1 0; min-width: 0; border-radius: 2px 2px 0 0; } .histogram .bins i.trained { opacity: .85; }
-.histogram .tick { position: absolute; top: 100%; font-size: 11.5px; color: var(--soft); padding-top: 5px; transform: translateX(-50%); }
-.histogram .tick:before { content: ""; position: absolute; left: 50%; top: 0; height: 4px; border-left: 1px solid var(--soft); }
-.histogram .limit { position: absolute; top: -22px; bottom: 0; border-left: 2px dashed var(--lost); }
-.histogram .limit b { position: absolute; top: -4px; left: 7px; font-size: 12px; color: var(--lost); white-space: nowrap; }
-.histogram .limit.left b { left: auto; right: 7px; }
-"""
 _MOST_TICKS = 8
 
 
@@ -43,17 +21,18 @@ def stacked_bar(parts: Sequence[Part], *, thin: bool = False) -> str:
         if part.count
     )
     label = ", ".join(f"{_safe(part.name)} {part.count / whole:.1%}" for part in parts)
-    return f'<div class="bar{" thin" if thin else ""}" role="img" aria-label="{label}">{cells}</div>'
+    size = "bar thin" if thin else "bar"
+    return f'<div class="{size}" role="img" aria-label="{label}">{cells}</div>'
 
 
-def legend(parts: Sequence[Part]) -> str:
+def legend(title: str, parts: Sequence[Part]) -> str:
     """Return the names, counts and shares of the parts of a bar."""
     whole = max(sum(part.count for part in parts), 1)
     items = (
         f'<li><i class="{part.kind}"></i>{_safe(part.name)} <b>{part.count:,}</b> <span>{part.count / whole:.1%}</span></li>'
         for part in parts
     )
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return f'<div><h3>{title}</h3><ul class="legend">{"".join(items)}</ul></div>'
 
 
 def ribbons(pairs: Sequence[tuple[str, tuple[float, float], tuple[float, float]]]) -> str:
@@ -74,7 +53,7 @@ def spread(parts: Sequence[Part]) -> list[tuple[float, float]]:
     """
     whole = max(sum(part.count for part in parts), 1)
     ends = [count / whole for count in accumulate((part.count for part in parts), initial=0)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def histogram(bins: Sequence[LengthBin], max_length: int | None) -> str:
@@ -84,14 +63,14 @@ def histogram(bins: Sequence[LengthBin], max_length: int | None) -> str:
     bins = _up_to(bins, max_length or 0)
     most = max(found.examples for found in bins) or 1
     bars = "".join(
-        f'<i class="{"lost" if max_length and found.start >= max_length else "trained"}" style="height:{found.examples / most:.2%}"'
+        f'<i class="{_side(found, max_length)}" style="height:{found.examples / most:.2%}"'
         f' title="{_range(found)} tokens: {found.examples:,} examples"></i>'
         for found in bins
     )
     whole = sum(found.examples for found in bins)
     label = f"{whole:,} examples of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
-    line = _limit(bins, max_length) if max_length else ""
-    return f'<div class="histogram" role="img" aria-label="{label}"><div class="bins">{bars}</div>{"".join(_ticks(bins))}{line}</div>'
+    marks = "".join(_ticks(bins)) + (_limit(bins, max_length) if max_length else "")
+    return f'<div class="histogram" role="img" aria-label="{label}"><div class="bins">{bars}</div>{marks}</div>'
 
 
 def _ribbon(kind: str, upper: tuple[float, float], lower: tuple[float, float]) -> str:
@@ -123,6 +102,10 @@ def _ticks(bins: Sequence[LengthBin]) -> Iterator[str]:
     powers = [index for index, found in enumerate(bins) if found.start and found.start & (found.start - 1) == 0]
     for index in powers[:: max(1, -(-len(powers) // _MOST_TICKS))]:
         yield f'<span class="tick" style="left:{index / len(bins):.3%}">{bins[index].start:,}</span>'
+
+
+def _side(found: LengthBin, max_length: int | None) -> str:
+    return "lost" if max_length and found.start >= max_length else "trained"
 
 
 def _range(found: LengthBin) -> str:

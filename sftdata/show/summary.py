@@ -13,7 +13,7 @@ from sftdata.show.stats import LengthBin, Part, SourceShare, Stats
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sftdata.show.audit import Finding
+    from sftdata.show.findings import Finding
 
 _GLYPHS = {
     "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"), "padding": ("░", "bright_black"),
@@ -29,10 +29,12 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
         console: of `sftdata.show.terminal.make_console`.
     """
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
+    shards = "1 shard" if stats.shards == 1 else f"{stats.shards:,} shards"
     console.print(Text.assemble((visible(title), "bold"), (f"   digest {stats.digest[:12]}", "bright_black")))
     console.print(
-        f"{stats.rows_packed:,} packed rows {length}, {stats.documents:,} documents, {stats.shards:,} shards;"
-        f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained"
+        f"{stats.rows_packed:,} packed rows {length}, {stats.documents:,} documents, {shards};"
+        f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",
+        soft_wrap=True,
     )
     for name, parts in (("rows in", stats.rows), ("tokens in", stats.tokens), ("token slots", stats.slots)):
         console.print()
@@ -54,9 +56,8 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print what an audit found, defects first."""
     for finding in findings:
-        share = f" ({finding.share:.1%})" if finding.share is not None else ""
         head = (finding.severity, "red bold" if finding.severity == "defect" else "blue bold")
-        line = Text.assemble(head, " ", (finding.code, "bold"), f"  {finding.count:,} {finding.of}{share}: {finding.message}")
+        line = Text.assemble(head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}")
         console.print(line, soft_wrap=True)
         if finding.examples:
             console.print(Text(f"       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True)
@@ -67,8 +68,8 @@ def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:
     whole = sum(part.count for part in parts)
     yield Text.assemble((f"{name:<12}{whole:>14,}  ", "bold"), _bar(parts, whole))
     for part in parts:
-        glyph, style = _GLYPHS[part.kind]
-        yield Text.assemble("  ", (glyph, style), f" {visible(part.name):<22}{part.count:>14,}  {part.count / max(whole, 1):>6.1%}")
+        share = part.count / max(whole, 1)
+        yield Text.assemble("  ", _GLYPHS[part.kind], f" {visible(part.name):<22}{part.count:>14,}  {share:>6.1%}")
 
 
 def _bar(parts: Sequence[Part], whole: int) -> Text:

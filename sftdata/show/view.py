@@ -6,7 +6,8 @@ Everything here comes from ids and labels; nothing is rendered or masked a secon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,7 @@ class DocumentView:
         """Return plain JSON data."""
         ids = [token_id for piece in self.pieces for token_id in piece.ids]
         labels = [token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids]
-        pieces = [
-            {"text": piece.text, "ids": list(piece.ids), "trained": piece.trained, "special": piece.special} for piece in self.pieces
-        ]
+        pieces = [asdict(piece) for piece in self.pieces]
         place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
         return place | {"input_ids": ids, "labels": labels, "pieces": pieces}
 
@@ -123,7 +122,7 @@ def _pieces(input_ids: Int32, labels: Int32, vocabulary: Vocabulary) -> Iterator
     """Cut a document where labels change, then at whole characters."""
     trained = labels != NOT_TRAINED
     edges = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:])).tolist() if len(trained) else []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield from _stretch(input_ids[start:stop].tolist(), bool(trained[start]), vocabulary)
 
 

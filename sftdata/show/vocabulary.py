@@ -33,7 +33,7 @@ class _TokenizerFile(msgspec.Struct):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for: printable Latin-1 as itself, the rest shifted."""
+    """Return the byte that each character of a byte-level vocabulary stands for: printable Latin-1 itself, the rest shifted."""
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = [byte for byte in range(256) if byte not in itself]
     return {chr(byte): byte for byte in itself} | {chr(256 + index): byte for index, byte in enumerate(shifted)}

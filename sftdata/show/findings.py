@@ -1,0 +1,143 @@
+"""What the audit can find: one entry a code, with its sentence and what mends it. docs/audit.md has a paragraph for each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+Severity = Literal["defect", "note"]
+
+
+class Kind(NamedTuple):
+    """A kind of finding. `message` and `fix` may hold {slots}.
+
+    Attributes:
+        severity: a defect makes the model learn something else than meant; a note is harmless here, but worth knowing.
+        of: what is counted, in the singular.
+    """
+
+    severity: Severity
+    of: str
+    message: str
+    fix: str
+
+
+KINDS: dict[str, Kind] = {
+    # ---- seen in labels and ids
+    "nothing-trained": Kind(
+        "defect", "example", "no token of the example is trained", "another --train-on, or leave the rows out"
+    ),
+    "answer-cut": Kind(
+        "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
+        "a larger --max-length, or --overlong drop or split",
+    ),
+    "turn-end-not-a-stop": Kind(
+        "defect", "example", "the answer ends in {token}, and generation stops at {stops}", "--eos-token '{token}'"
+    ),
+    "no-trained-end": Kind(
+        "defect", "example", "the last answer never ends in a stop token, so that the model does not learn to stop",
+        "--eos-token, or a --chat-template that ends turns",
+    ),
+    "double-bos": Kind(
+        "defect", "example", "the example begins with {token} twice", "take it out of the data, or of the chat template"
+    ),
+    "missing-bos": Kind(
+        "defect", "example", "the example does not begin with {token}, as the others or the chat template do",
+        "one --chat-template for all rows",
+    ),
+    "empty-answer": Kind(
+        "defect", "example", "an answer holds nothing but its end", "leave the rows out, or switch the turn off: \"train\": false"
+    ),
+    "control-token-in-answer": Kind(
+        "defect", "example", "an answer holds a stop token or BOS before its end, which came with the data",
+        "clean the rows, and leave out --trust-control-tokens",
+    ),
+    "duplicate-prompt": Kind(
+        "note", "example", "the prompt was there before, in another example", "deduplicate the input where it is not meant"
+    ),
+    # ---- what tokenizer, chat template and generation config disagree on
+    "eos-not-in-generation-config": Kind(
+        "note", "tokenizer", "the tokenizer ends with {token}, generation_config stops at {stops}",
+        "--eos-token '{first}', or mend generation_config.json",
+    ),
+    "pad-is-eos": Kind(
+        "note", "tokenizer", "{token} is both pad and end token; harmless here, as labels never derive from the pad id",
+        "nothing, unless another trainer masks by pad id",
+    ),
+    "tokens-added": Kind(
+        "note", "token", "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
+        "train without --lora, add embed_tokens and lm_head to its target, or choose a --chat-template of known tokens",
+    ),
+    # ---- what `prepare` counted and no shard can tell
+    "message-swallowed": Kind(
+        "defect", "message", "the chat template leaves the text of a message out (a system message, most often)",
+        "another --chat-template, or put the text into the first user message",
+    ),
+    "prompt-parted": Kind(
+        "note", "row", "the generation prompt goes on otherwise than the rendered turn (it opens <think>, say);"
+        " the answer is trained from where they part", "a --chat-template whose turns begin as its generation prompt does",
+    ),
+    "control-token-in-data": Kind(
+        "note", "row", "a message spells a control token; it is encoded as text", "nothing; --trust-control-tokens lets it count"
+    ),
+    "repeated-marker": Kind(
+        "note", "row", "several response markers without an instruction template: only the last answer is trained",
+        "--instruction-template",
+    ),
+    "masked-as-trl": Kind(
+        "defect", "row", "trl 0.7.10 masks the row otherwise than meant, without a warning", "--mask-mode default"
+    ),
+}  # fmt: skip
+
+COUNTED = {
+    "messages_swallowed": "message-swallowed",
+    "rows_parted": "prompt-parted",
+    "rows_with_control_tokens": "control-token-in-data",
+    "rows_with_repeated_markers": "repeated-marker",
+    "rows_masked_without_warning": "masked-as-trl",
+}
+"""Counters of the ledger that are findings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that the audit found.
+
+    Attributes:
+        code: key of `KINDS`.
+        severity: defect or note.
+        message: what was found, in one sentence.
+        fix: what mends it.
+        count: how many.
+        of: what is counted, in the singular.
+        share: count over all of these in the set; None where there is no whole.
+        examples: up to three, as file:line.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    fix: str
+    count: int
+    of: str
+    share: float | None = None
+    examples: tuple[str, ...] = ()
+
+    @property
+    def amount(self) -> str:
+        """How many, in words."""
+        share = f" ({self.share:.1%})" if self.share is not None else ""
+        return f"{self.count:,} {self.of}{'' if self.count == 1 else 's'}{share}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self) | {"examples": list(self.examples)}
+
+
+def make_finding(code: str, count: int, whole: int | None = None, examples: tuple[str, ...] = (), **slots: str) -> Finding:
+    """Fill in the sentences of a kind; `whole` is what `count` is a share of."""
+    kind = KINDS[code]
+    share = count / whole if whole else None
+    return Finding(
+        code, kind.severity, kind.message.format(**slots), kind.fix.format(**slots), count, kind.of, share, examples
+    )
