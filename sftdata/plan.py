@@ -137,23 +137,19 @@ def make_plan(config: PrepareConfig) -> Plan:
     refuse_useless(config)
     tokenizer, notes = choose_tokenizer(config)
     sources, left_out = plan_inputs(config)
-    found = [detect([source], format=config.format, columns=config.map) for source in sources if source.records]
-    for source, detection in zip((source for source in sources if source.records), found, strict=True):
-        notes.append(f"{source.source.path}: {detection.format}, {detection.matched} of {detection.sampled} sampled rows.")
-        if detection.format in CHATS and tokenizer.chat_template is None and config.formatter is None:
-            raise UsageError(
-                f"{source.source.path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
-                "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
-            )
+    formats: list[str] = []
+    for source in sources:
+        name, note = decide_format(config, source, tokenizer)
+        formats.append(name)
+        notes += [*source.notes, *note]
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
-    formats = iter(detection.format for detection in found)
     job = Job(
         config=config,
         tokenizer=tokenizer,
-        formats=tuple(next(formats) if source.records else "text" for source in sources),
+        formats=tuple(formats),
         options=format_options(config, chat=tokenizer.chat_template is not None),
         sources=dict(
             zip(short_names([source.source.path for source in sources]), (source.base_id for source in sources), strict=True)
@@ -161,6 +157,24 @@ def make_plan(config: PrepareConfig) -> Plan:
         engine="tokenizers",
     )
     return Plan(job, cut_tasks(sources, config.slice_bytes), tuple(sources), (*left_out, *notes))
+
+
+def decide_format(config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer) -> tuple[str, list[str]]:
+    """Return the row format of one source and how that was found; several inputs may differ.
+
+    Raises:
+        UsageError: the format is not clear, or needs a chat template that the tokenizer lacks.
+    """
+    path = source.source.path
+    if config.formatter is not None or not source.records:
+        return config.format or "text", []  # the formatter says what each row is
+    found = detect([source], format=config.format, columns=config.map)
+    if found.format in CHATS and tokenizer.chat_template is None:
+        raise UsageError(
+            f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
+            "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
+        )
+    return found.format, [f"{path}: {found.format}, {found.matched} of {found.sampled} sampled rows."]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
