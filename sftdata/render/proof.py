@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from sftdata.batches import Conversation
@@ -14,6 +15,7 @@ from sftdata.render import marks
 from sftdata.render.template import ChatTemplate, TemplateRefusal
 
 Skip = Callable[[str], object]
+_START = marks.Mark(0, -1, closes=True)
 
 
 class ProvenRenderer:
@@ -32,12 +34,13 @@ class ProvenRenderer:
         # What the template can tell contents apart by; single words are roles and keys, compared with other things.
         self._constants = tuple(text for text in template.constants if not text.isidentifier())
         self._compared = any_of(self._constants)
+        self._skips: tuple[Skip, ...] = (_skip_none, self._compared.search) if self._compared else (_skip_none,)
 
     def render(self, row: Conversation) -> tuple[marks.MarkedText, Conversation]:
         """Render a row; return the marked text and the row as the template read it.
 
-        Texts that hold a string the template looks for stay unmarked in the second attempt. In the third and fourth, reasoning
-        written inside the content is handed over as `reasoning_content`, which is what such templates make of it.
+        Where the template cuts an answer at `</think>`, its reasoning is handed over as `reasoning_content`, which is what such
+        templates make of it. Where marks change what the template finds, texts that hold a string it looks for stay unmarked.
 
         Raises:
             RowError: the template refuses the row, or marking changes what it renders.
@@ -54,16 +57,33 @@ class ProvenRenderer:
         if marks.RESERVED.search(text):
             raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
         apart = _reasoning_apart(row)
-        for attempt in (row, apart) if apart is not None else (row,):
-            for skip in (_skip_none, self._compared.search) if self._compared else (_skip_none,):
-                marked = self._marked(attempt, skip)
-                if marked is not None and marked.text == text:
+        for skip in self._skips:
+            proven = None
+            for attempt in (row,) if apart is None else (row, apart):
+                marked = self._marked(attempt, text, skip)
+                if marked is not None and _all_whole(marked.marks):
                     return marked, attempt
+                proven = proven or (marked and (marked, attempt))
+            if proven:
+                return proven
         raise self._unproven(text)
 
     def prompt(self, row: Conversation, index: int) -> marks.MarkedText | None:
-        """Render what inference feeds before message `index`; None where the template refuses."""
-        return self._marked(replace(row, messages=row.messages[:index]), _skip_none, add_generation_prompt=True)
+        """Render what inference feeds before message `index`; None where the template refuses.
+
+        Raises:
+            RowError: marking changes what it renders.
+        """
+        before = replace(row, messages=row.messages[:index])
+        try:
+            text = self.template.render(before.messages, row.tools, row.template_kwargs, add_generation_prompt=True)
+        except TemplateRefusal:
+            return None
+        for skip in self._skips:
+            marked = self._marked(before, text, skip, add_generation_prompt=True)
+            if marked is not None:
+                return marked
+        raise self._unproven(text)
 
     def shape(self, message: dict[str, Any]) -> tuple[Any, ...]:
         """Describe a message by all that a template can tell it apart by, other than what it copies out."""
@@ -76,11 +96,14 @@ class ProvenRenderer:
         Texts that the template looks into may stand there unmarked; they are not counted.
         """
         shown = Counter(mark.message for mark in marked.marks if mark.closes)
-        skip = self._compared.search if self._compared else _skip_none
+        skip = self._skips[-1]
         texts = ([text for text in marks.message_texts(message) if not skip(text)] for message in row.messages)
         return [index for index, given in enumerate(texts) if len(given) > shown[index]]
 
-    def _marked(self, row: Conversation, skip: Skip, *, add_generation_prompt: bool = False) -> marks.MarkedText | None:
+    def _marked(
+        self, row: Conversation, text: str, skip: Skip, *, add_generation_prompt: bool = False
+    ) -> marks.MarkedText | None:
+        """Render with marks; None where that says something else than `text`."""
         table: dict[str, str] = {}
         messages, tools = marks.mark_messages(row.messages, skip), row.tools
         if self._tokens is not None:
@@ -92,7 +115,8 @@ class ProvenRenderer:
             )
         except TemplateRefusal:
             return None
-        return marks.take_out(rendered, table)
+        marked = marks.take_out(rendered, table)
+        return marked if marked.text == text else None
 
     def _unproven(self, text: str) -> RowError:
         if self._tokens is not None and self._tokens.search(text):
@@ -112,6 +136,11 @@ def any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
     """Compile a pattern that finds any of the strings, the longest first; None for no strings."""
     ordered = sorted(set(strings), key=lambda string: (-len(string), string))
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _all_whole(found: list[marks.Mark]) -> bool:
+    """Say whether every text that ends in a render also begins in it."""
+    return all(before.message == mark.message for before, mark in pairwise([_START, *found]) if mark.closes)
 
 
 def _skip_none(_: str) -> bool:

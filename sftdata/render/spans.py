@@ -113,8 +113,7 @@ class SpanFinder:
         own = _own(marked.marks, index)
         if own and (own[-1] - own[0] + 1 != len(own) or not marked.marks[own[-1]].closes):
             raise _unproven(index, "its text stands in pieces between other messages")
-        if not own and any(message_texts(message)):
-            raise _calls_lost(index) if calls else _unproven(index, "its text does not appear in the rendered conversation")
+        _refuse_lost(message, own, index)
         before, after = _neighbours(marked.marks, own, index)
         limit = after.position if after else len(marked.text)
         start, parted = self._start(row, marked, index, before, [marked.marks[place] for place in own], limit)
@@ -154,7 +153,8 @@ class SpanFinder:
         if marked.text.startswith(written, origin, own[-1].position if own else limit):
             return origin + len(written), False
         parting = _parting(written, lead)
-        header = _header_after(written[parting:], lead[parting:])
+        # A text that lost its beginning lies in `lead` itself: nothing to search there.
+        header = None if own and own[0].closes else _header_after(written[parting:], lead[parting:])
         stopped = self._stop_shape is not None and self._stop_shape.match(lead[parting:].lstrip())
         if header is None and not own and not stopped and written[parting:].strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
@@ -194,6 +194,7 @@ class SpanFinder:
             turns.append(Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False))
         for index in assistants:
             own = _own(marked.marks, index)
+            _refuse_lost(row.messages[index], own, index)
             before, last = _neighbours(marked.marks, own, index)
             last = marked.marks[own[-1]] if own else last  # behind a call's data, the tool's answer may name the function again
             around = marked.text[before.position if before else 0 : last.position if last else len(marked.text)]
@@ -283,6 +284,12 @@ def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
 def _unproven(index: int, why: str) -> RowError:
     fix = "give a template with {% generation %} blocks, or change the row"
     return RowError("spans-unproven", f"messages[{index}]: {why}", fix)
+
+
+def _refuse_lost(message: dict[str, Any], own: list[int], index: int) -> None:
+    if not own and any(message_texts(message)):
+        lost = "its text does not appear in the rendered conversation"
+        raise _calls_lost(index) if message.get("tool_calls") else _unproven(index, lost)
 
 
 def _calls_lost(index: int) -> RowError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -24,6 +25,11 @@ class _Clock(datetime.datetime):
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
         return cls(2025, 1, 1, tzinfo=tz)
+
+
+def fixed_clock() -> AbstractContextManager[object]:
+    """Let it be 2025-01-01 for every template that transformers renders."""
+    return mock.patch.object(chat_template_utils, "datetime", _Clock)
 
 
 class Unsure(Exception):
@@ -41,7 +47,7 @@ class Format:
     def render(self, messages: Messages, tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
         """Render as `apply_chat_template(tokenize=False)` does, on 2025-01-01."""
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        with mock.patch.object(chat_template_utils, "datetime", _Clock):
+        with fixed_clock():
             texts, _ = chat_template_utils.render_jinja_template(
                 [messages], tools=tools, chat_template=self.source, add_generation_prompt=prompt, **self.arguments
             )
@@ -50,7 +56,7 @@ class Format:
     def generated(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[tuple[int, int]]:
         """Return transformers' own character ranges of the `{% generation %}` blocks."""
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        with mock.patch.object(chat_template_utils, "datetime", _Clock):
+        with fixed_clock():
             _, ranges = chat_template_utils.render_jinja_template(
                 [messages], tools=tools, chat_template=self.source, return_assistant_tokens_mask=True, **self.arguments
             )
