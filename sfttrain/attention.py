@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
         if obstacle:
             raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
         return requested, "asked for"
-    passed_over = []
+    passed_over: list[str] = []
     for name in _BY_SPEED.get(device, ("sdpa",)):
         obstacle = _obstacle(name, config, device, dtype)
         if not obstacle:
@@ -127,21 +127,22 @@ def varlen_forward(
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
-        sdpa = AttentionInterface()["sdpa"]
-        return sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+        sdpa: Any = AttentionInterface()["sdpa"]
+        output, _ = sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
+        return output, None
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"varlen attention knows no {', '.join(unknown)}")
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
-    flat = [states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value)]
+    q, k, v = (states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value))
     longest = kwargs["max_length_q"]
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     from torch.nn.attention import varlen
 
     output = varlen.varlen_attn(
-        *flat, lengths, lengths, longest, longest, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
+        q, k, v, lengths, lengths, longest, longest, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return output.unsqueeze(0).to(query.dtype), None
+    return cast(Tensor, output).unsqueeze(0).to(query.dtype), None
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False
 )
 
-Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets; or name them in the settings file.", show_default=False)]
+Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
@@ -26,7 +26,7 @@ MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps."
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Lora = Annotated[str | None, typer.Option(help="Low-rank adapters, as r=16,alpha=32,target=all-linear.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 or int8, for the frozen base under --lora.")]
-Eval = Annotated[list[str] | None, typer.Option(help="Evaluation set, as NAME=FOLDER or FOLDER.")]
+Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER or FOLDER.")]
 Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto takes the fastest.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
@@ -37,7 +37,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def run(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
     init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    quantize: Quantize = None, evaluate: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER.")] = None,
+    quantize: Quantize = None, evaluate: Eval = None,
     attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`. The same command resumes a broken run."""
@@ -50,7 +50,7 @@ def run(
 def config(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
     init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    quantize: Quantize = None, evaluate: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER.")] = None,
+    quantize: Quantize = None, evaluate: Eval = None,
     attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""

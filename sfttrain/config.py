@@ -36,7 +36,7 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int = Field(16, gt=0, description="Rank.")
-    alpha: float = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
+    alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target: str = Field("all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj.")
 
@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
     init_from_config: Path | None = Field(None, description="config.json of a model to train from scratch.")
     revision: str | None = Field(None, description="Revision of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype of the weights; auto: float32, and bfloat16 for the frozen base under LoRA on a GPU that has it."
+        "auto", description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that has it."
     )
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="Quantize the frozen base; needs lora and bitsandbytes.")
@@ -64,7 +64,7 @@ class TrainConfig(BaseModel):
 
     # ---- how
     attention: str = Field("auto", description="auto, or one implementation by name.")
-    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked where it is proven equal.")
+    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked, where proven equal.")
     packing: Literal["auto", "require", "unpack"] = Field(
         "auto", description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks."
     )
@@ -134,8 +134,8 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"Setting {where!r}: {message}; found {first.get('input')!r:.200}.", "see `sfttrain run --help`.") from None
+        found = f"{first['msg'].removeprefix('Value error, ')}; found {first.get('input')!r:.200}"
+        raise UsageError(f"Setting {where!r}: {found}.", "see `sfttrain run --help`.") from None
 
 
 def training_fields() -> dict[str, str]:

@@ -108,5 +108,6 @@ def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> s
         lines.append(f"| {opened.folder.name} | {len(opened):,} | {manifest.ledger.tokens_trained:,} | `{manifest.digest}` |")
     lines += ["", f"{trainer.state.global_step:,} steps, {trainer.state.num_input_tokens_seen:,} tokens seen."]
     if history:
-        lines.append(f"Loss {history[0]['loss']:.4f} (step {history[0]['step']}) to {history[-1]['loss']:.4f} (step {history[-1]['step']}).")
+        first, last = history[0], history[-1]
+        lines.append(f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']}).")
     return "\n".join([*lines, "", f"Settings: `{SETTINGS_NAME}`. Every logged step: `train_log.jsonl`.", ""])

@@ -28,7 +28,8 @@ _SIZES = {
     "shared_expert_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "query_pre_attn_scalar": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
-    "num_heads": 8, "state_size": 16, "sliding_window": 8, "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
+    "num_heads": 8, "state_size": 16, "sliding_window": 8,
+    "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -60,7 +61,7 @@ class Proof:
         return self.loss_difference is not None and self.loss_difference <= self.tolerance / 10
 
 
-def prove(config: Any, attention: str, flatten: bool, device: str, compute: torch.dtype, trust_remote_code: bool = False) -> Proof:
+def prove(config: Any, attention: str, flatten: bool, device: str, compute: torch.dtype, trusted: bool = False) -> Proof:
     """Build the architecture at tiny size and try it.
 
     Args:
@@ -68,9 +69,10 @@ def prove(config: Any, attention: str, flatten: bool, device: str, compute: torc
         attention: implementation to try.
         flatten: whether it takes one flattened row.
         compute: dtype of the matrix products in training.
+        trusted: whether code from the model's repository may run.
     """
     with _own_randomness():
-        model = _tiny_model(config, attention, trust_remote_code).to(device)
+        model = _tiny_model(config, attention, trusted).to(device)
         documents = [torch.randint(3, _VOCABULARY, (length,)) for length in _LENGTHS]
         other = [torch.randint(3, _VOCABULARY, documents[0].shape), *documents[1:]]
         collate = Collator(flatten)

@@ -1,6 +1,6 @@
 """Cross entropy on supervised positions only, a chunk of positions at a time: full logits never exist.
 
-    hidden states ── supervised positions ── chunk ── head ── loss and gradient at once ── sum / num_items_in_batch
+hidden states ── supervised positions ── chunk ── head ── loss and gradient at once ── sum / num_items_in_batch
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once
@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of token losses; the gradients are made beside the loss, while a chunk of logits is still at hand."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, dtype: torch.dtype, grad: bool
     ) -> tuple[Tensor, Tensor]:
         want_hidden, want_weight, want_bias = (grad and need for need in ctx.needs_input_grad[:3])
@@ -80,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         scaled = [
             None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
@@ -163,7 +163,8 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: Head, engine: str = "c
             rows.to(dtype), head.weight.to(dtype), targets, linear_bias=bias, reduction="sum", options=options
         )
         return loss.float(), torch.tensor(-1, device=hidden.device), supervised
-    loss, correct = _ChunkedCrossEntropy.apply(rows, head.weight, head.bias, targets, head, dtype, torch.is_grad_enabled())
+    cross_entropy: Any = _ChunkedCrossEntropy.apply
+    loss, correct = cross_entropy(rows, head.weight, head.bias, targets, head, dtype, torch.is_grad_enabled())
     return loss, correct, supervised
 
 

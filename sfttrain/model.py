@@ -88,7 +88,8 @@ def add_adapters(model: Any, lora: LoraSettings, activation_checkpointing: bool)
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
-        raise UsageError(f"lora target {lora.target!r}: {error}", "name modules of this model, or use target=all-linear.") from None
+        fix = "name modules of this model, or use target=all-linear."
+        raise UsageError(f"lora target {lora.target!r}: {error}", fix) from None
 
 
 def _quantization(kind: str | None) -> Any:
@@ -112,7 +113,7 @@ def _refuse_pickle(folder: Path) -> None:
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     found = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
-    fix = "convert it to safetensors where you trust it, with save_pretrained." if pickles else "name a folder with model.safetensors."
+    fix = "if you trust it, convert it with save_pretrained." if pickles else "name a folder with model.safetensors."
     raise UsageError(f"{folder}: found {found}; expected safetensors.", fix)
 
 

@@ -89,9 +89,7 @@ def _share(size: int, weight: float) -> int:
     return round(size * weight)
 
 
-def _passes(
-    size: int, weight: float, epoch: int, fresh: np.random.Generator, fixed: np.random.Generator, shuffle: bool
-) -> Int64:
+def _passes(size: int, weight: float, epoch: int, fresh: np.random.Generator, fixed: np.random.Generator, shuffle: bool) -> Int64:
     """Rows of one set in one epoch: whole passes, then a window that moves on through a fixed permutation each epoch."""
     whole, part = divmod(_share(size, weight), max(size, 1))
     passes = [np.arange(size, dtype=np.int64) for _ in range(whole)]

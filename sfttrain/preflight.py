@@ -53,9 +53,8 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
             path = plain_file(opened.folder, info)
             found = digest_file(path, sha256=False).xxh3
             if found != info.xxh3:
-                raise IntegrityError(
-                    f"{path}: damaged: its xxh3 is {found}, the manifest says {info.xxh3}.", "restore the file or prepare the set again."
-                )
+                damage = f"{path}: damaged: its xxh3 is {found}, the manifest says {info.xxh3}."
+                raise IntegrityError(damage, "restore the file or prepare the set again.")
         if not opened.manifest.ledger.tokens_trained:
             raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
 
@@ -84,19 +83,22 @@ def _falls_back(config: TrainConfig, model_config: Any, proof: Proof) -> bool:
     if proof.isolated:
         return False
     if config.packing == "require":
-        raise UsageError(f"packing=require: {_leak_text(model_config, '', proof)}.", "set packing=auto to train documents one by one.")
+        leak = _leak_text(model_config, "", proof)
+        raise UsageError(f"packing=require: {leak}.", "set packing=auto to train documents one by one.")
     return True
 
 
 def _leak_text(model_config: Any, attention: str, proof: Proof) -> str:
     where = f" with {attention}" if attention else ""
-    return f"{model_config.model_type}{where} leaks between packed documents (logits move by {max(proof.difference, proof.leak):.1e})"
+    by = max(proof.difference, proof.leak)
+    return f"{model_config.model_type}{where} leaks between packed documents (logits move by {by:.1e})"
 
 
 def _without_proof(config: TrainConfig, attention: str, error: Exception, say: Say) -> Plan:
     reason = str(error).split("\n")[0] or type(error).__name__
     if config.packing == "require":
-        raise UsageError(f"packing=require: it could not be tried on this architecture ({reason}).", "set packing=auto.") from error
+        message = f"packing=require: it could not be tried on this architecture ({reason})."
+        raise UsageError(message, "set packing=auto.") from error
     say(f"packing: could not be tried on this architecture ({reason}); every document is trained in a row of its own")
     return Plan(attention, False, True, None)
 
@@ -128,8 +130,9 @@ def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
         if tokenizer.vocab_size <= rows:
             continue
         if tokenizer.vocab_size - rows > len(_added_ids(opened, rows)):
+            found = f"its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids"
             raise UsageError(
-                f"{opened.folder}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; the model has embeddings for {rows}.",
+                f"{opened.folder}: {found}; the model has embeddings for {rows}.",
                 "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
             )
         wanted = max(wanted, tokenizer.vocab_size)
@@ -155,7 +158,7 @@ def checkpoint_bytes(model: Any) -> int:
     """Bytes of one checkpoint: the weights that are saved, and two Adam moments per trained weight."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    return 3 * trained + (0 if hasattr(model, "peft_config") else frozen)
+    return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
 
 
 def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager[Any]) -> float:
@@ -176,7 +179,7 @@ def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager
         reason = str(error).split(". ")[0]
         raise UsageError(
             f"One forward and backward does not fit: {reason}.",
-            "set activation_checkpointing=true, a smaller per_device_train_batch_size, --lora, or prepare with a smaller --max-length.",
+            "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length.",
         ) from None
     finally:
         model.zero_grad(set_to_none=True)
@@ -192,7 +195,8 @@ def describe_memory(model: Any) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    text = f"{total:,} parameters, {trained:,} trained; weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
+    text = f"{total:,} parameters, {trained:,} trained; "
+    text += f"weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e9
         text += f"; trial step peaked at {peak:.2f} of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"

@@ -1,6 +1,6 @@
 """One training run, from a checked configuration to a model on disk: read me first.
 
-    open sets -> verify -> choose attention -> prove packing and loss -> load model -> resume or begin -> train -> export
+open sets -> verify -> choose attention -> prove packing and loss -> load model -> resume or begin -> train -> export
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from sfttrain.progress import LOG_NAME, Progress, TrainLog
 from sfttrain.trainer import SftTrainer
 
 
-def train(config: TrainConfig) -> SftTrainer:
+def train(config: TrainConfig, **extras: Any) -> SftTrainer:
     """Run a configuration to its end, resuming what an earlier, broken run left.
+
+    Args:
+        config: what to train on what, and how.
+        extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `optimizers`, ...
 
     Raises:
         SftError: what is wrong, and the fix; before the first step where it can be known then.
@@ -63,7 +67,8 @@ def train(config: TrainConfig) -> SftTrainer:
         train_dataset=rows,
         eval_dataset={name: TrainingRows([opened], plan.unpack) for name, opened in evaluation.items()} or None,
         data_collator=Collator(plan.flatten),
-        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress()],
+        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress(), *extras.pop("callbacks", ())],
+        **extras,
     )
     steps = _total_steps(args, order)
     if resumed is None:
@@ -190,16 +195,17 @@ def _check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) 
     args = trainer.args
     if args.save_strategy != "no" and args.process_index == 0:
         kept = args.save_total_limit or 2
-        checkpoint.require_space(Path(args.output_dir), (min(kept, 2) + 1) * preflight.checkpoint_bytes(trainer.model))
+        checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * preflight.checkpoint_bytes(trainer.model))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("trial step: left out, since the model is not sharded yet")
         return
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in next(iter(trainer.order))])
+    batch = next(iter(trainer.get_train_dataloader()))
     batch = trainer._prepare_inputs(batch)
     cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
     seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * args.gradient_accumulation_steps
     say(f"memory: {preflight.describe_memory(trainer.model)}")
-    say(f"plan: {steps:,} steps of {trainer.order.global_batch} rows; about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step")
+    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from one cold step"
+    say(f"plan: {steps:,} steps of {trainer.order.global_batch} rows; {about}")
 
 
 def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:

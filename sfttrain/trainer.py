@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from sfttrain import checkpoint
+from sfttrain.data import TrainingRows
 from sfttrain.loss import LossOutput
 from sfttrain.order import Order
 
@@ -38,7 +39,7 @@ class SftTrainer(Trainer):
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,
+            cast(TrainingRows, self.train_dataset),
             batch_sampler=self.order,
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -99,7 +100,7 @@ class SftTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint as transformers does, then seal it once every rank is done."""
-        folder = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"{checkpoint.PREFIX}{self.state.global_step}"
         self._fold_tokens()
         try:
             super()._save_checkpoint(model, trial)
@@ -118,4 +119,3 @@ class _EpochOfOrder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._order.set_epoch(int(state.epoch or 0))
-

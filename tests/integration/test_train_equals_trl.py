@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.train_runs import tiny_llama, train_in_process
 from tests.train_sets import make_set
 
@@ -18,8 +19,13 @@ STEPS = 20
 def test_twenty_steps_equal_trl(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set", rows=64)
     model = tiny_llama(tmp_path / "model")
-    settings = {"learning_rate": 1e-3, "max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
-    settings |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "gradient_accumulation_steps": 2}
+    settings = {"learning_rate": 1e-3, "max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 2}
+    settings |= {
+        "max_grad_norm": 1.0,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "gradient_accumulation_steps": 2,
+    }
     theirs = _train_with_trl(shards, model, tmp_path / "trl", settings)
     train_in_process(shards, model, tmp_path / "ours", settings)
     ours = [json.loads(line) for line in (tmp_path / "ours/train_log.jsonl").read_text().splitlines()]

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sfttrain.attention import VARLEN, register_varlen
-from sfttrain.data import Collator, Row
-from sfttrain.isolation import prove, shrink
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sfttrain.attention import VARLEN, register_varlen
+from sfttrain.data import Collator, Row
+from sfttrain.isolation import prove, shrink
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]
 NO_SDPA = {"gemma2"}  # it caps attention logits; transformers refuses

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.train_runs import Fleet, tiny_llama
 from tests.train_sets import make_set
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.train_runs import Fleet, tiny_llama
 from tests.train_sets import make_set
 

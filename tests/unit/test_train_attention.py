@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from sfttrain.attention import choose_attention, register_varlen, varlen_forward
 from transformers import AutoConfig
 
 from sftdata.errors import UsageError
+from sfttrain.attention import choose_attention, register_varlen, varlen_forward
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,9 @@ def _install(monkeypatch: pytest.MonkeyPatch, packages: set[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", find)
 
 
-def _choose(family: str, requested: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[str, str]:
+def _choose(
+    family: str, requested: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> tuple[str, str]:
     return choose_attention(requested, AutoConfig.for_model(family, **changes), device, dtype)
 
 

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sfttrain import checkpoint
 
 from sftdata.errors import UsageError
+from sfttrain import checkpoint
 
 RUN = {"sets": ["a"], "global_batch": 8}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from sftdata.shardset.opened import open_set
 from sfttrain.data import Collator, Row, TrainingRows
 from sfttrain.order import FILLER
 from tests.train_sets import make_set
-
-from sftdata.shardset.opened import open_set
 
 
 def _row(*lengths: int, start: int = 10) -> Row:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sfttrain import loss as loss_module
-from sfttrain.loss import Head, LossOutput, fuse_loss, supervised_loss
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from sfttrain import loss as loss_module
+from sfttrain.loss import Head, LossOutput, fuse_loss, supervised_loss
 
 VOCABULARY, WIDTH = 211, 24
 

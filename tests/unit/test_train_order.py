@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from sfttrain.order import FILLER, Order
 
 SHAPES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
@@ -23,10 +24,8 @@ def _steps(sizes: list[int], shape: tuple[int, int, int], epoch: int = 0, seed: 
     batches = [list(order) for order in orders]
     assert len({len(part) for part in batches}) == 1
     assert {len(part) for part in batches} == {len(order) for order in orders}
-    steps = []
-    for first in range(0, len(batches[0]), accumulation):
-        steps.append([row for micro in range(first, first + accumulation) for part in batches for row in part[micro]])
-    return steps
+    firsts = range(0, len(batches[0]), accumulation)
+    return [[row for micro in range(first, first + accumulation) for part in batches for row in part[micro]] for first in firsts]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
