@@ -67,14 +67,14 @@ def _resolve(request: dict[str, Any], target: Path) -> None:
 def _load(request: dict[str, Any], notes: list[str]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    name, revision = request["name"], request["revision"]
+    source = request["source"]
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except ValueError as error:
             if "trust_remote_code" not in str(error) and "custom code" not in str(error):
                 raise
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
             notes.append(
                 "The tokenizer asks to run its own Python code, which is never done; its tokenizer.json is used as it is."
             )

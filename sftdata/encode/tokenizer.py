@@ -127,8 +127,6 @@ def resolve_tokenizer(
     source = _source_folder(name, revision)
     _refuse_without_fast_files(name, source)
     request = {
-        "name": name if source != Path(name).expanduser() else str(source),
-        "revision": revision,
         "source": str(source),
         "add_tokens": list(add_tokens),
         "chat_template": chat_template,

@@ -167,12 +167,12 @@ def encode_tokens_rows(
     ids, trained, kept, faults = [], [], [], []
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
-            own, labels = _checked(item, resolved)
+            own, own_trained = _checked(item, resolved)
         except RowError as error:
             faults.append((index, error.fault))
             continue
         ids.append(own)
-        trained.append(labels != IGNORED)
+        trained.append(own_trained)
         kept.append(index)
     batch = TokenBatch(
         np.concatenate([np.zeros(0, np.int32), *ids]),
