@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _measure(contender: str, folder: Path, steps: int) -> dict[str, float]:
             moments.append(time.perf_counter())
 
     model = {"sfttrain": _ours, "trl": _trl, "bare": _bare}[contender](folder, steps, Clock())
-    seconds = statistics.median(later - earlier for earlier, later in zip(moments[4:], moments[5:], strict=False))
+    seconds = statistics.median(later - earlier for earlier, later in pairwise(moments[4:]))
     weights = sum(weight.numel() for weight in model.parameters())  # tied: the table counts once, as the head
     return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated(), "weights": weights}
 

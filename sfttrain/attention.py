@@ -119,17 +119,19 @@ def varlen_forward(
         key, value: float[1, H_kv, T, D].
         scaling: factor on the scores; None for 1 / sqrt(D).
         sliding_window: how many tokens back, itself included.
-        kwargs: `cu_seq_lens_q` int32[N + 1] and `max_length_q` from the collator. Without them (generation, say) the
-            call goes to sdpa, which needs no lengths.
+        kwargs: `cu_seq_lens_q` int32[N + 1] and `max_length_q` from the collator.
 
     Returns:
         float[1, T, H, D] and no weights.
+
+    Raises:
+        NotImplementedError: without lengths, or asked for what it would have to ignore.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
-        sdpa: Any = AttentionInterface()["sdpa"]
-        output, _ = sdpa(module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs)
-        return output, None
+        raise NotImplementedError(
+            "varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate"
+        )
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"varlen attention knows no {', '.join(unknown)}")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from sftdata.errors import UsageError
-from sfttrain.attention import choose_attention, register_varlen, varlen_forward
+from sfttrain.attention import choose_attention, varlen_forward
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +81,10 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         _choose("llama", "fast")
 
 
-def test_varlen_without_lengths_is_causal_attention() -> None:
-    register_varlen()
-    module = torch.nn.Module()
-    module.is_causal = True
-    module.num_key_value_groups = 1
-    query, key, value = torch.randn(3, 1, 2, 6, 8).unbind()
-    output, _ = varlen_forward(module, query, key, value, None)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(output.transpose(1, 2), expected)
+def test_varlen_without_lengths_refuses_rather_than_mixes_documents() -> None:
+    states = torch.randn(1, 2, 6, 8)
+    with pytest.raises(NotImplementedError, match="needs document lengths"):
+        varlen_forward(torch.nn.Module(), states, states, states, None)
 
 
 def test_varlen_refuses_what_it_would_ignore() -> None:
