@@ -64,11 +64,14 @@ class _Look:
         open_ended = trained & ~documents.ends
         cut = open_ended & documents.cut & self._at_limit() & bool(self.shards.manifest.ledger.tokens_cut)
         yield from self._found("answer-cut", cut)
+        split = open_ended & ~cut & (self.stretches > 1)
+        yield from self._found("answer-split", split)
+        rest = open_ended & ~cut & ~split
         control = np.isin(documents.last, list(vocabulary.added))
-        other = open_ended & ~cut & control
+        other = rest & control
         stops = ", ".join(map(self._name, sorted(vocabulary.stop_ids))) or "nothing"
         yield from self._found("turn-end-not-a-stop", other, token=self._most_common(documents.last[other]), stops=stops)
-        yield from self._found("no-trained-end", open_ended & ~cut & ~control)
+        yield from self._found("no-trained-end", rest & ~control)
 
     def starts(self) -> Iterator[Finding]:
         """Yield examples with too many or too few BOS."""
@@ -85,7 +88,7 @@ class _Look:
 
     def contents(self) -> Iterator[Finding]:
         """Yield answers that hold nothing or too much, and prompts that come again."""
-        yield from self._found("empty-answer", self.documents.empty)
+        yield from self._found("empty-answer", self.documents.empty & (self.stretches == 1))
         everything = self.shards.manifest.settings.get("train_on") == "all"
         if not (everything and self.shards.manifest.ledger.counters.get("turns")):
             yield from self._found("control-token-in-answer", self.documents.control)

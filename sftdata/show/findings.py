@@ -31,6 +31,10 @@ KINDS: dict[str, Kind] = {
         "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
         "a larger --max-length, or --overlong drop or split",
     ),
+    "answer-split": Kind(
+        "defect", "example", "the example is spread over several rows, and its stop token begins one, where it is not trained",
+        "--packing bfd with a --max-length that holds the example",
+    ),
     "turn-end-not-a-stop": Kind(
         "defect", "example", "the answer ends in {token}, and generation stops at {stops}", "--eos-token '{token}'"
     ),
@@ -138,6 +142,4 @@ def make_finding(code: str, count: int, whole: int | None = None, examples: tupl
     """Fill in the sentences of a kind; `whole` is what `count` is a share of."""
     kind = KINDS[code]
     share = count / whole if whole else None
-    return Finding(
-        code, kind.severity, kind.message.format(**slots), kind.fix.format(**slots), count, kind.of, share, examples
-    )
+    return Finding(code, kind.severity, kind.message.format(**slots), kind.fix.format(**slots), count, kind.of, share, examples)

@@ -24,7 +24,6 @@ _FRAME = """<!doctype html>
 """
 
 
-
 def make_page(title: str, body: str, *styles: str) -> str:
     """Return a whole page.
 

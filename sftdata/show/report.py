@@ -20,7 +20,6 @@ from sftdata.show.view import DocumentView, View
 EXAMPLES, LOOKED_INTO, MOST_SOURCES = 3, 12, 40
 
 
-
 def make_report(shards: ShownSet) -> str:
     """Return the report on a set as one self-contained page: no network, no script."""
     stats, manifest = measure(shards.manifest), shards.manifest
@@ -110,7 +109,7 @@ def _reach(found: Reach, examples: int, max_length: int | None) -> str:
     kind = "lost" if max_length and found.tokens >= max_length else "context"
     parts = (Part("as long", kind, found.examples), Part("shorter", "padding", examples - found.examples))
     return (
-        f'<tr><td>{found.tokens:,} tokens</td><td class="n">{found.examples:,}</td>'
+        f'<tr><td class="k">{found.tokens:,} tokens</td><td class="n">{found.examples:,}</td>'
         f'<td class="n">{found.examples / examples:.1%}</td><td class="chart">{stacked_bar(parts, thin=True)}</td></tr>'
     )
 

@@ -90,13 +90,18 @@ def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Te
         low = 1 << (found.start.bit_length() - 1) if found.start else 0
         octaves[low] = octaves.get(low, 0) + found.examples
     most = max(octaves.values(), default=1)
+    limit = Text(f"  ── max_length {max_length:,} {'─' * 30}", "yellow") if max_length and octaves else None
     for low, count in octaves.items():
-        high = max(2 * low - 1, low)
         over = max_length is not None and low >= max_length
+        if over and limit:
+            yield limit
+            limit = None
         cells = max(round(count / most * _BAR), 1 if count else 0)
-        yield Text.assemble(f"  {low:>9,} – {high:<9,}  ", ("█" * cells, "yellow" if over else "green"), f" {count:,}")
-        if max_length is not None and low < max_length <= high + 1:
-            yield Text(f"  ── max_length {max_length:,} {'─' * 30}", "yellow")
+        yield Text.assemble(
+            f"  {low:>9,} – {max(2 * low - 1, low):<9,}  ", ("█" * cells, "yellow" if over else "green"), f" {count:,}"
+        )
+    if limit:
+        yield limit
 
 
 def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:

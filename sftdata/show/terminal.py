@@ -75,17 +75,17 @@ def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[in
     """Yield (position of its first token, whether it trains anything, text) for each line of a document."""
     position, line, trains, begins = document.start, Text(), False, document.start
     for piece in document.pieces:
-        parts = visible(piece.text).split("\n")
-        for part in parts[:-1]:
-            line.append_text(_styled(part, piece, styled)).append_text(_styled(NEWLINE, piece, styled))
-            yield begins, trains or piece.trained, _joined(line)
-            line, trains, begins = Text(), False, position + len(piece.ids)
-        if parts[-1]:
-            line.append_text(_styled(parts[-1], piece, styled))
-            trains |= piece.trained
-        if ids:
-            line.append(f"‹{' '.join(map(str, piece.ids))}›", QUIET)
         position += len(piece.ids)
+        parts = visible(piece.text).splitlines(keepends=True)
+        for index, part in enumerate(parts):
+            text = part.removesuffix("\n")
+            line.append_text(_styled(text, piece, styled)).append_text(_styled(NEWLINE * (text != part), piece, styled))
+            trains |= piece.trained
+            if ids and index == len(parts) - 1:
+                line.append(f"‹{' '.join(map(str, piece.ids))}›", QUIET)
+            if text != part:
+                yield begins, trains, _joined(line)
+                line, trains, begins = Text(), False, position
     if line:
         yield begins, trains, _joined(line)
 
