@@ -27,6 +27,7 @@ from sftdata.render.rows import Renderer, render_rows
 from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests.chats import CHATS, Chat
+from tests.encoders import CACHE
 from tests.oracles.char_masks import Format, fixed_clock, trained_spans
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -55,8 +56,10 @@ def _source(name: str) -> str:
 def _encoder(folder: Path) -> Encoder:
     """Load a tokenizer that knows the control tokens of all templates."""
     tokens = dict.fromkeys(token for path in sorted(FOLDER.glob("*.jinja")) for token in control_tokens(path.read_text("utf-8")))
-    eos = {"eos_token": "<|endoftext|>"} if folder.name == "gpt2" else {}
-    return load_encoder(resolve_tokenizer(str(folder), add_tokens=list(tokens), **eos), "tokenizers")
+    eos_token = "<|endoftext|>" if folder.name == "gpt2" else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFTDATA_CACHE", str(CACHE))
+        return load_encoder(resolve_tokenizer(str(folder), add_tokens=list(tokens), eos_token=eos_token), "tokenizers")
 
 
 @cache
