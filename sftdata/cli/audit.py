@@ -10,6 +10,9 @@ import typer
 
 def audit(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="Evaluation set that shares no prompts.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there is a defect.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -21,7 +24,7 @@ def audit(
     from sftdata.errors import DataError
     from sftdata.show.audit import audit as run
 
-    findings = run(folder)
+    findings = run(folder, against)
     defects = [finding for finding in findings if finding.severity == "defect"]
     if as_json:
         print_json({"folder": str(folder), "clean": not defects, "findings": [finding.to_json() for finding in findings]})

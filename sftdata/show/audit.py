@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import Bool, Int32, Int64
+from sftdata.errors import UsageError
 from sftdata.shardset.ledger import Ledger
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.escape import visible
@@ -19,28 +20,37 @@ from sftdata.show.vocabulary import generation_stops
 EXAMPLES = 3
 
 
-def audit(folder: str | Path) -> list[Finding]:
+def audit(folder: str | Path, against: str | Path | None = None) -> list[Finding]:
     """Look through a set for supervision that its user did not mean: labels, ids, tokenizer and what `prepare` counted.
+
+    Args:
+        folder: a finished set.
+        against: another, for evaluation, whose prompts should not be in the first.
 
     Returns:
         findings, defects first; the same set always gives the same ones.
 
     Raises:
-        UsageError: the folder is not a finished set, or has no tokenizer.
-        IntegrityError: the set is damaged.
+        UsageError: a folder is not a finished set, has no tokenizer, or the two have different ones.
+        IntegrityError: a set is damaged.
     """
-    return audit_set(open_shown(folder))
+    return audit_set(open_shown(folder), None if against is None else open_shown(against))
 
 
-def audit_set(shards: ShownSet) -> list[Finding]:
+def audit_set(shards: ShownSet, against: ShownSet | None = None) -> list[Finding]:
     """Audit a set that is open already."""
-    reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
-    parts = [reader.read(batch) for batch in shards.batches()]
     found = [*_disagreements(shards), *_counted(shards.manifest.ledger)]
-    if parts:
-        look = _Look(shards, *Documents.join(parts).by_example())
+    if len(shards):
+        look = _look_at(shards)
         found = [*look.endings(), *look.starts(), *look.contents(), *found]
+        if against is not None and len(against):
+            found += look.leaks(_look_at(against))
     return sorted(found, key=lambda finding: finding.severity)
+
+
+def _look_at(shards: ShownSet) -> _Look:
+    reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
+    return _Look(shards, *Documents.join(map(reader.read, shards.batches())).by_example())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,10 +110,28 @@ class _Look:
         found: Bool = self.documents.length == (limit or -1)
         return found
 
+    def leaks(self, other: _Look) -> Iterator[Finding]:
+        """Yield prompts that another set has too.
+
+        Raises:
+            UsageError: the sets have different tokenizers, so that their ids cannot be compared.
+        """
+        if self.shards.manifest.tokenizer.sha256 != other.shards.manifest.tokenizer.sha256:
+            found = f"{other.shards.folder}: made with another tokenizer than {self.shards.folder}; ids cannot be compared."
+            raise UsageError(found, "prepare both with the same tokenizer.")
+        prompts = other.documents.prompt[other._has_prompt()]
+        again = self._has_prompt() & np.isin(self.documents.prompt, prompts)
+        yield from self._found("prompt-in-other-set", again, other=visible(str(other.shards.folder)))
+
+    def _has_prompt(self) -> Bool:
+        """bool[E]: examples that lie whole in one place and have a prompt of more than a BOS."""
+        found: Bool = (self.stretches == 1) & (self.documents.prompt_length > 1) & (self.documents.trained > 0)
+        return found
+
     def _repeated(self) -> Bool:
-        """bool[E]: examples whose prompt, of more than a BOS, an earlier example has too."""
+        """bool[E]: examples whose prompt an earlier example has too."""
         documents = self.documents
-        asked = np.flatnonzero((self.stretches == 1) & (documents.prompt_length > 1) & (documents.trained > 0))
+        asked = np.flatnonzero(self._has_prompt())
         _, first = np.unique(documents.prompt[asked], return_index=True)
         again = np.zeros(len(documents), np.bool_)
         again[asked] = True

@@ -1,4 +1,4 @@
-"""What the audit can find: one entry a code, with its sentence and what mends it. docs/audit.md has a paragraph for each."""
+"""What the audit can find: one entry a code, with its sentence and what mends it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ KINDS: dict[str, Kind] = {
     ),
     "duplicate-prompt": Kind(
         "note", "example", "the prompt was there before, in another example", "deduplicate the input where it is not meant"
+    ),
+    "prompt-in-other-set": Kind(
+        "defect", "example", "the prompt is also in {other}, so that one tells of the other",
+        "take it out of one of the two before preparing",
     ),
     # ---- what tokenizer, chat template and generation config disagree on
     "eos-not-in-generation-config": Kind(

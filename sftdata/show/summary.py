@@ -66,18 +66,18 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
 
 def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:
     whole = sum(part.count for part in parts)
-    yield Text.assemble((f"{name:<12}{whole:>14,}  ", "bold"), _bar(parts, whole))
+    yield Text.assemble((f"{name:<20}{whole:>14,}  ", "bold"), _bar(parts, whole))
     for part in parts:
         share = part.count / max(whole, 1)
-        yield Text.assemble("  ", _GLYPHS[part.kind], f" {visible(part.name):<22}{part.count:>14,}  {share:>6.1%}")
+        yield Text.assemble("  ", _GLYPHS[part.kind], f" {visible(part.name):<30}{part.count:>14,}  {share:>6.1%}")
 
 
-def _bar(parts: Sequence[Part], whole: int) -> Text:
+def _bar(parts: Sequence[Part], whole: int, length: int = _BAR) -> Text:
     """Draw the parts; one that is there has at least one cell."""
     bar, filled, done = Text(), 0, 0
     for part in parts:
         done += part.count
-        cells = max(round(done / max(whole, 1) * _BAR) - filled, 1 if part.count else 0)
+        cells = max(round(done / max(whole, 1) * length) - filled, 1 if part.count else 0)
         filled += cells
         bar.append(_GLYPHS[part.kind][0] * cells, _GLYPHS[part.kind][1])
     return bar
@@ -110,5 +110,5 @@ def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
     for source in sources:
         parts = (Part("", "trained", source.tokens_trained), Part("", "context", source.tokens - source.tokens_trained))
         share, trained = source.tokens / whole, source.tokens_trained / max(source.tokens, 1)
-        counts = f"{source.rows:>11,} rows {source.tokens:>14,} tokens {share:>6.1%} of the set, {trained:>6.1%} trained  "
-        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens))
+        counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {share:>6.1%}, trained {trained:>6.1%} "
+        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens, _BAR // 2))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import sftdata
 from sftdata.batches import PackedRows
+from sftdata.errors import UsageError
 from sftdata.show.audit import audit
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, KINDS, Finding
@@ -177,10 +178,27 @@ def test_defects_come_before_notes(tmp_path: Path) -> None:
     assert set(severities) == {"defect", "note"}
 
 
+def test_prompts_that_the_evaluation_set_has_too_are_found(tmp_path: Path) -> None:
+    train = write_set(tmp_path / "train", CLEAN)
+    leaking = write_set(
+        tmp_path / "eval", [CHAT.format("What is 5?", "Unlike."), CHAT.format("What is 99?", "New.")], max_length=80
+    )
+    (finding,) = audit(train, leaking)
+    assert (finding.code, finding.examples) == ("prompt-in-other-set", ("data.jsonl:6",))
+    assert not audit(train, write_set(tmp_path / "apart", [CHAT.format("What is 99?", "New.")]))
+
+
+def test_sets_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
+    train = write_set(tmp_path / "train", CLEAN)
+    with pytest.raises(UsageError, match="made with another tokenizer"):
+        audit(train, write_set(tmp_path / "eval", CLEAN, sha256="b" * 64))
+
+
 def test_every_kind_of_finding_can_be_found_by_these_tests() -> None:
     elsewhere = {
         "answer-cut",
         "answer-split",
+        "prompt-in-other-set",
         "double-bos",
         "missing-bos",
         "pad-is-eos",
