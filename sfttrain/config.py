@@ -20,7 +20,6 @@ from sftdata.errors import UsageError
 TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,  # a packed row is a batch of its own
     "per_device_eval_batch_size": 1,
-    "learning_rate": 2e-5,
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
     "save_total_limit": 2,  # one complete checkpoint stays while the next is written
@@ -103,6 +102,11 @@ class TrainConfig(BaseModel):
         if self.quantize and self.lora is None:
             raise ValueError("quantize freezes the model, so it needs lora")
         return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate when none is set: weights from nothing bear more than adapters, adapters more than trained weights."""
+        return 1e-3 if self.init_from_config else 2e-4 if self.lora else 2e-5
 
     @property
     def set_weights(self) -> tuple[float, ...]:

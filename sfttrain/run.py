@@ -91,6 +91,7 @@ def training_arguments(config: TrainConfig) -> Any:
     from transformers import TrainingArguments
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **config.training}
+    settings.setdefault("learning_rate", config.learning_rate)
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # else ranks without a GPU find no backend
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
