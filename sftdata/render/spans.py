@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.proof import ProvenRenderer, any_of
+from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook
 from sftdata.render.stops import find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
 
@@ -87,6 +88,8 @@ class SpanFinder:
         self._stop_shape = any_of(self.stops)
         self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
         self._prompts: dict[Any, str | None] = {}
+        self._book = RecipeBook(template, () if trust_control_tokens else control_tokens)
+        self._recipes: dict[tuple[str, ...], tuple[Recipe, list[Turn]] | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Render one conversation and find every assistant turn in it.
@@ -94,6 +97,33 @@ class SpanFinder:
         Raises:
             RowError: the template refuses the row, or its spans cannot be proven.
         """
+        shape = self._book.shape(row)
+        known = self._recipe(shape) if shape is not None else None
+        if known is not None:
+            recipe, turns = known
+            contents = [message["content"] for message in row.messages]
+            if self._book.admits(recipe, contents):
+                text, spans = recipe.fill(contents)
+                filled = [replace(turn, start=start, stop=stop) for turn, (start, stop) in zip(turns, spans, strict=True)]
+                return RenderedConversation(text, filled, [], [])
+        return self._render(row)[0]
+
+    def _recipe(self, shape: tuple[str, ...]) -> tuple[Recipe, list[Turn]] | None:
+        """Return the recipe of a shape with its turns, learnt from a made-up row when the shape comes first; None without."""
+        if shape not in self._recipes:
+            if len(self._recipes) >= MAX_RECIPES:
+                return None
+            row = Conversation([{"role": role, "content": f"Text {number}."} for number, role in enumerate(shape)], [])
+            try:
+                rendered, marked = self._render(row)
+            except RowError:
+                self._recipes[shape] = None
+                return None
+            recipe = self._book.learn(row, marked, [(turn.start, turn.stop) for turn in rendered.turns])
+            self._recipes[shape] = (recipe, rendered.turns) if recipe is not None and not rendered.swallowed else None
+        return self._recipes[shape]
+
+    def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:
         marked, row = self._renderer.render(row)
         assistants = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
         if self.template.has_generation:
@@ -103,7 +133,7 @@ class SpanFinder:
         for earlier, later in pairwise(turns):
             if later.start < earlier.stop:
                 raise _unproven(later.message, "its span overlaps the turn before it")
-        return RenderedConversation(marked.text, turns, marked.literal, self._renderer.swallowed(row, marked))
+        return RenderedConversation(marked.text, turns, marked.literal, self._renderer.swallowed(row, marked)), marked
 
     # --------------------------------------------------------------------------------- derived turns
 

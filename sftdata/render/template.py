@@ -140,10 +140,11 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.text = text
+        self.date = date
         self.special_tokens = dict(special_tokens or {})
         self.template_kwargs = dict(template_kwargs or {})
         self.has_generation = re.search(r"\{%-?\+?\s*generation\s*[-+]?%\}", text) is not None
-        environment = _environment(date)
+        environment = make_environment(date)
         try:
             self._compiled = environment.from_string(text)
             self.constants = _compared_constants(environment.parse(text))
@@ -172,13 +173,7 @@ class ChatTemplate:
         Raises:
             TemplateRefusal: the template raised.
         """
-        arguments = {**self.special_tokens, **self.template_kwargs, **(template_kwargs or {})}
-        arguments |= {
-            "messages": [_normal_message(message) for message in messages],
-            "tools": tools,
-            "documents": arguments.get("documents"),
-            "add_generation_prompt": add_generation_prompt,
-        }
+        arguments = self.arguments(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)
         try:
             text = "".join(_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments))))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -188,6 +183,23 @@ class ChatTemplate:
         if self.has_generation and not keep_marks:
             text = text.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "")
         return text
+
+    def arguments(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> dict[str, Any]:
+        """Return all the names that the template sees."""
+        arguments = {**self.special_tokens, **self.template_kwargs, **(template_kwargs or {})}
+        return arguments | {
+            "messages": [_normal_message(message) for message in messages],
+            "tools": tools,
+            "documents": arguments.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
 
 
 def _normal_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,10 +278,11 @@ def _raise(message: str) -> None:
 
 
 @cache
-def _environment(date: str) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+def make_environment(
+    date: str, kind: type[ImmutableSandboxedEnvironment] = ImmutableSandboxedEnvironment
+) -> ImmutableSandboxedEnvironment:
+    """Return the environment that templates run in, on a day (ISO date) that `strftime_now` formats."""
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     clock = datetime.datetime.fromisoformat(date)
     environment.filters["tojson"] = _to_json
     environment.globals |= {

@@ -1,0 +1,89 @@
+"""A recipe gives what rendering gives, or is not used."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.render.recipes import RecipeBook
+from sftdata.render.spans import RenderedConversation, SpanFinder
+from sftdata.render.template import ChatTemplate, control_tokens
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TEXTS = [
+    "Hello", " Hello", "Hello\n", "\tHé llo\n\n", "a\nb", " ", "", "日本語", "x < y", "<think>\nr\n</think>\n\nanswer", "</think>",
+    "say <|im_end|> or </s>", "<tool_response>x</tool_response>", "/no_think", "<|channel|>final<|message|>", "\r\n", "\U0010a000",
+    "{'type': 'text'}", "'quoted' \"double\"", "[INST] x [/INST]", "a" * 3000, "\x1ftrim me\x1f", "\u3000wide\u3000",
+]  # fmt: skip
+SHAPES = [
+    ("user", "assistant"),
+    ("system", "user", "assistant"),
+    ("user", "assistant", "user", "assistant"),
+    ("user", "assistant", "assistant"),
+]
+
+
+def outcome(finder: SpanFinder, row: Conversation, *, slow: bool) -> RenderedConversation | str:
+    try:
+        return finder._render(row)[0] if slow else finder.render(row)
+    except RowError as error:
+        return error.fault.code
+
+
+def finder_of(text: str) -> SpanFinder:
+    return SpanFinder(ChatTemplate(text, SPECIAL), ["</s>"], (*control_tokens(text), "<s>", "</s>"))
+
+
+def test_recipes_equal_rendering_on_every_template_shape_and_text(shared_data: Path) -> None:
+    learnt = 0
+    for path in sorted((shared_data / "templates").glob("*/*.jinja")):
+        finder = finder_of(path.read_text())
+        for shape in SHAPES:
+            for user, assistant in [
+                *product(TEXTS[:6], TEXTS[:6]),
+                *zip(TEXTS, reversed(TEXTS), strict=True),
+                *zip(TEXTS, TEXTS, strict=True),
+            ]:
+                said = {"system": "Be brief.", "user": user, "assistant": assistant}
+                row = Conversation([{"role": role, "content": said[role]} for role in shape], [None] * len(shape))
+                assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True), (path.name, shape, user, assistant)
+        learnt += any(recipe is not None for recipe in finder._recipes.values())
+    assert learnt >= 55  # of 69; the others ask their texts what no condition can stand for
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ c | length }}", "{{ c[0] }}", "{{ c[:3] }}", "{{ c | upper }}", "{{ c | tojson }}", "{{ c.split() | first }}",
+        "{% for letter in c %}{{ letter }}{% endfor %}", "{{ (c ~ 'x') | length }}", "{{ c | replace('e', 'E') }}{{ c }}",
+        "{% if c > 'm' %}{{ c }}{% endif %}", "{{ 'yes' if c | lower == 'text' else c }}", "{{ '%s' % c }}", "{{ c | trim('T') }}",
+        "{{ ('a' + c) | trim }}", "{{ {c: 1}[c] }}{{ c }}", "{{ c.title() }}", "{{ c | urlencode }}", "{{ c | reverse }}",
+        "{% set d %}{{ c }}!{% endset %}{{ d | length }}", "{% macro f(x) %}{{ x }}.{% endmacro %}{{ f(c) | length }}{{ c }}",
+        "{{ c.encode() }}", "{{ c | e }}", "{{ c.format(1) }}", "{{ c | int }}", "{{ c.isdigit() }}{{ c }}", "{{ c * 2 }}",
+        "{{ c is sequence }}{{ c }}", "{{ c | pprint }}", "{{ [c, c] | join('-') | length }}", "{{ 'x-'.join([c]) | upper }}",
+        "{{ {'a': [c]} | tojson }}", "{{ c | safe }}", "{{ c | float }}", "{{ 'a%sb' | format(c) | length }}", "{{ c | wordcount }}",
+        "{{ 'axb'.replace('x', c) | length }}", "{{ c | escape | length }}", "{{ c in ['Text 0.', '12'] }}", "{{ c | string | length }}",
+    ],
+)  # fmt: skip
+def test_a_template_that_looks_into_texts_gets_no_recipe_or_a_true_one(body: str) -> None:
+    text = f"{{% for m in messages %}}{{% set c = m['content'] %}}<|{{{{ m['role'] }}}}|>{body}{{{{ c }}}}</s>{{% endfor %}}"
+    finder = finder_of(text)
+    for content in ("Text 0.", "eee", "m", "TtT", " x ", "12", "{}", "ab" * 9, 'a < b & "c"', "a\nb", "é"):
+        row = Conversation([{"role": "user", "content": content}, {"role": "assistant", "content": content}], [None, None])
+        assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True)
+
+
+def test_rows_that_need_care_are_not_filled_in() -> None:
+    template = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}", SPECIAL)
+    book = RecipeBook(template, ["</s>", "<|user|>"])
+    finder = SpanFinder(template, ["</s>"], ["</s>", "<|user|>"])
+    found = finder._recipe(("user", "assistant"))
+    assert found is not None
+    recipe = found[0]
+    assert book.admits(recipe, ["a", "b < c"])
+    assert not any(book.admits(recipe, ["a", text]) for text in ("", " ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000"))
+    assert book.shape(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
