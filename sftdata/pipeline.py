@@ -59,14 +59,20 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
         say(note)
     changed = plan.difference(old) if old is not None else []
     if old is not None and not changed:
+        Build(config.output).sweep()
         say(f"{config.output} is up to date: same data, same settings.")
         return old
     if changed and not config.overwrite:
         found = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
         raise UsageError(found, "choose another -o, or replace the set with --overwrite.")
-    plan, why = with_engine(plan)
-    say(f"Engine: {plan.job.engine}, {why}.")
     with Build(config.output).locked() as build:
+        sealed = build.sealed()
+        if sealed is not None and not plan.difference(sealed):
+            build.put_in_place()
+            say(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
+            return sealed
+        plan, why = with_engine(plan)
+        say(f"Engine: {plan.job.engine}, {why}.")
         done = build.start(plan.identity(), overwrite=config.overwrite)
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,15 +19,21 @@ from sftdata.errors import SftError, UsageError
 
 TEMPORARY_SUFFIX = ".tmp"
 _READ_BYTES = 1 << 20
-_FIXES = {
-    errno.ENOSPC: "free some space, then run the same command again; what is finished is kept.",
-    errno.EDQUOT: "raise the quota or free some space, then run the same command again; what is finished is kept.",
-    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes, then run the same command again.",
+# What the command asked for and cannot have: exit code 2. Any other failure is the machine's, which may pass: exit code 1.
+_REFUSALS = {
     errno.EROFS: "choose an output folder on a disk that can be written.",
     errno.EACCES: "choose an output folder that you may write to.",
     errno.EPERM: "choose an output folder that you may write to.",
     errno.ENOENT: "create the folder first.",
+    errno.ENOTDIR: "choose an output folder whose path holds no file.",
+    errno.ENAMETOOLONG: "choose a shorter name for the output folder.",
 }
+_FIXES = {
+    errno.ENOSPC: "free some space, then run the same command again; what is finished is kept.",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command again; what is finished is kept.",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes, then run the same command again.",
+}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: see renameat2(2)
 
 
 class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,20 +96,52 @@ def write_atomic(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
         Size and digests of what was written, taken on the way to the disk.
 
     Raises:
-        UsageError: the disk is full, or the folder cannot be written; nothing stands at `path` but what stood there before.
+        SftError: the disk is full or broken (a UsageError where the folder cannot be written); nothing stands at `path` but what
+            stood there before.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    try:
-        digest = _write_synced(temporary, writer)
-        os.replace(temporary, path)
+    with explained(path):
+        try:
+            digest = _write_synced(temporary, writer)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what counts
+                temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _explain(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return digest
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing `path` into one line that names it and the way out.
+
+    Raises:
+        UsageError: the command asked for what cannot be had: no such folder, no permission.
+        SftError: the machine failed: no space left, a broken disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+        what = f"{path}: cannot be written: {error.strerror or error} ({errno.errorcode.get(code, 'unknown error')})."
+        if code in _REFUSALS:
+            raise UsageError(what, _REFUSALS[code]) from error
+        fix = _FIXES.get(code, "check the disk, then run the same command again; what is finished is kept.")
+        raise SftError(what, fix) from error
+
+
+def swap_folders(one: Path, other: Path) -> None:
+    """Exchange two folders in one step: neither name is ever without its folder.
+
+    Raises:
+        OSError: the system or its file system cannot do this (ENOSYS, EINVAL), or refuses.
+    """
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def sync_folder(folder: Path) -> None:
@@ -134,9 +175,3 @@ def _write_synced(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
     finally:
         os.close(descriptor)
     return file.digest()
-
-
-def _explain(path: Path, error: OSError) -> SftError:
-    name = errno.errorcode.get(error.errno or 0, "unknown error")
-    fix = _FIXES.get(error.errno or 0, "check the disk, then run the same command again; what is finished is kept.")
-    return UsageError(f"{path}: cannot be written: {error.strerror or error} ({name}).", fix)

@@ -7,29 +7,33 @@
       slices/00000.rejects.jsonl
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
-A reader looks at DIR alone, so it sees the old set, no set, or the new set.
+A reader looks at DIR alone, so it sees the old set, no set, or the new set. Where a set is replaced, the two folders change
+names in one step; a system without that step moves the old one to `DIR.partial.replaced` first, and a run that is stopped
+there is carried to its end by the next.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset.atomic import FileDigest, digest_file, sync_folder, write_atomic
+from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.shardset.atomic import FileDigest, digest_file, explained, swap_folders, sync_folder, write_atomic
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
 from sftdata.shardset.rejects import REJECTS_NAME, Reject
 from sftdata.shardset.shards import ShardInfo
 
 _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
+_NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 
 
 class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,11 +77,13 @@ class Build:
     Attributes:
         output: where the finished set will stand.
         folder: where it is built.
+        replaced: where an old set stands aside until it is removed.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = partial_folder(output)
+        self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
 
     @contextmanager
     def locked(self) -> Iterator[Build]:
@@ -86,19 +92,14 @@ class Build:
         Raises:
             UsageError: another process builds here, or the folder cannot be made.
         """
-        try:
-            (self.folder / _SLICES).mkdir(parents=True, exist_ok=True)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder, os.O_RDONLY)
-        except OSError as error:
-            raise UsageError(f"{self.folder}: {error.strerror}.", "choose an output folder that can be written.") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise UsageError(
-                f"{self.folder}: another `sftdata prepare` is building this set.", "wait for it, or choose another -o."
-            ) from None
-        try:
+            if not _take(lock, self.folder):
+                raise UsageError(
+                    f"{self.folder}: another `sftdata prepare` is building this set.", "wait for it, or choose another -o."
+                )
             yield self
         finally:
             os.close(lock)
@@ -113,28 +114,53 @@ class Build:
             UsageError: an unfinished set of another plan stands here.
         """
         path = self.folder / _PLAN
-        if path.exists():
-            before = _read_json(path)
-            changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
-            if changed and not overwrite:
-                differences = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed)
-                raise UsageError(
-                    f"{self.folder}: an unfinished set made with other settings ({differences}).",
-                    "run with the settings it was begun with, or start anew with --overwrite.",
-                )
-            if changed:
-                self.clear()
-        if not path.exists():
+        before = self._begun()
+        changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)) if before else []
+        if changed and not overwrite:
+            differences = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed)
+            raise UsageError(
+                f"{self.folder}: an unfinished set made with other settings ({differences}).",
+                "run with the settings it was begun with, or start anew with --overwrite.",
+            )
+        if changed or not path.exists():
             self.clear()
             write_atomic(path, lambda sink: sink.write(msgspec.json.encode(plan, order="sorted")))
+        with explained(self.folder):
+            (self.folder / _SLICES).mkdir(exist_ok=True)
         done = [_read_result(found) for found in sorted((self.folder / _SLICES).glob("[0-9]*[0-9].json"))]
         return {result.index: result for result in done if all(_stands(self.folder, shard) for shard in result.shards)}
 
+    def _begun(self) -> dict[str, Any]:
+        """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
+        if (self.folder / _PLAN).exists():
+            return _read_json(self.folder / _PLAN)
+        sealed = self.sealed()
+        return {key: value for key, value in sealed.settings.items() if key not in ("inputs", "tokenizer")} if sealed else {}
+
+    def sealed(self) -> Manifest | None:
+        """Return the manifest of a set that is finished but for its place, as a run leaves it that is stopped at the very end."""
+        if not (self.folder / MANIFEST_NAME).exists():
+            return None
+        with suppress(IntegrityError):
+            return read_manifest(self.folder)
+        return None
+
+    def sweep(self) -> None:
+        """Remove what a run leaves that is stopped after its set was put in place; another run's work stays."""
+        if not self.folder.exists() and not self.replaced.exists():
+            return
+        with suppress(SftError, OSError), self.locked():
+            if not (self.folder / _PLAN).exists():
+                shutil.rmtree(self.folder)
+            shutil.rmtree(self.replaced, ignore_errors=True)
+
     def clear(self) -> None:
-        """Remove everything built so far."""
-        for entry in self.folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        (self.folder / _SLICES).mkdir()
+        """Remove everything built so far, the plan first: what is left after a kill is worth nothing."""
+        with explained(self.folder):
+            (self.folder / _PLAN).unlink(missing_ok=True)
+            for entry in self.folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            (self.folder / _SLICES).mkdir()
 
     def commit(self, result: SliceResult, rejects: bytes) -> None:
         """Record a finished slice, its shards already in place; `rejects` are its lines of rejects.jsonl."""
@@ -144,7 +170,8 @@ class Build:
 
     def write_rejects(self, slices: Iterable[int]) -> FileDigest:
         """Join the slices' rejects, in order, to the set's rejects.jsonl."""
-        parts = [self._rejects(index).read_bytes() for index in slices]
+        with explained(self.folder / REJECTS_NAME):
+            parts = [self._rejects(index).read_bytes() for index in slices]
         return write_atomic(self.folder / REJECTS_NAME, lambda sink: [sink.write(part) for part in parts])
 
     def first_reject(self, code: str) -> Reject:
@@ -154,30 +181,73 @@ class Build:
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
         """Add the tokenizer's files, write the manifest, and put the set in its place with one rename."""
-        shutil.copytree(tokenizer, self.folder / _TOKENIZER, dirs_exist_ok=True)
-        names = [REJECTS_NAME, *(f"{_TOKENIZER}/{path.name}" for path in sorted((self.folder / _TOKENIZER).iterdir()))]
-        files = []
-        for name in names:
-            digest = digest_file(self.folder / name)
-            files.append(SetFile(name=name, bytes=digest.bytes, xxh3=digest.xxh3, sha256=digest.sha256))
+        with explained(self.folder / _TOKENIZER):
+            files = [self._describe(REJECTS_NAME), *self._copy(tokenizer)]
+            for folder in sorted({(self.folder / file.name).parent.parent for file in files[1:]}):
+                sync_folder(folder)
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
         self.put_in_place()
         return sealed
 
+    def _describe(self, name: str) -> SetFile:
+        digest = digest_file(self.folder / name)
+        return SetFile(name=name, bytes=digest.bytes, xxh3=digest.xxh3, sha256=digest.sha256)
+
+    def _copy(self, tokenizer: Path) -> Iterator[SetFile]:
+        for path in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
+            copy = self.folder / _TOKENIZER / path.relative_to(tokenizer)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(path, copy)
+            yield self._describe(copy.relative_to(self.folder).as_posix())
+
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set; a finished run that was stopped before this does only this."""
-        shutil.rmtree(self.folder / _SLICES, ignore_errors=True)
-        (self.folder / _PLAN).unlink(missing_ok=True)
-        old = self.output.with_name(self.output.name + ".old")
-        if self.output.exists() and any(self.output.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.output, old)
-        os.rename(self.folder, self.output)
-        sync_folder(self.output.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with explained(self.output):
+            if (self.folder / _SLICES).exists():
+                shutil.rmtree(self.folder / _SLICES)
+            (self.folder / _PLAN).unlink(missing_ok=True)
+            sync_folder(self.folder)
+            if self.output.exists() and any(self.output.iterdir()):
+                self._replace()
+            else:
+                os.rename(self.folder, self.output)
+                sync_folder(self.output.parent)
+            shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _replace(self) -> None:
+        """Let the folder and the old set change places, and put the old one aside."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+        try:
+            swap_folders(self.folder, self.output)
+        except OSError as error:
+            if error.errno not in _NO_SWAP:
+                raise
+            os.rename(self.output, self.replaced)
+            os.rename(self.folder, self.output)
+            sync_folder(self.output.parent)
+        else:
+            sync_folder(self.output.parent)  # the old set must not be lost before its successor is safe
+            os.rename(self.folder, self.replaced)
 
     def _rejects(self, index: int) -> Path:
         return self.folder / _SLICES / f"{index:05d}.rejects.jsonl"
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    write_atomic(target, lambda sink: sink.write(content))
+
+
+def _take(lock: int, folder: Path) -> bool:
+    """Lock an open folder; False when another process has it, or has just renamed it to its place."""
+    try:
+        with explained(folder):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(lock), folder.stat())
+    except SftError as error:
+        if isinstance(error.__cause__, BlockingIOError | FileNotFoundError):
+            return False
+        raise
 
 
 def _stands(folder: Path, shard: ShardInfo) -> bool:

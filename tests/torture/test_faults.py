@@ -1,0 +1,140 @@
+"""A disk that fails at any operation: one line that names the path and the way out, and a resume to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sftdata.errors import SftError, UsageError
+from sftdata.shardset.build import Build
+from sftdata.shardset.manifest import read_manifest
+from tests.torture.conftest import Unbroken
+from tests.torture.faults import Fault, Tap
+from tests.torture.runs import Command, content, look, prepare, write_chats
+
+
+def operations(small: Unbroken, place: Path) -> int:
+    with Tap(str(place), record=True).installed() as tap:
+        prepare(small.data, place / "counted" / "set")
+    shutil.rmtree(place / "counted")
+    return tap.count
+
+
+def sweep(small: Unbroken, place: Path, action: str, step: int = 1) -> int:
+    """Let the n-th operation fail, for every n; return how many runs failed."""
+    failed = 0
+    for nth in range(1, operations(small, place) + 1, step):
+        output = place / str(nth) / "set"
+        with Tap(str(place), Fault(action, nth)).installed() as tap:
+            try:
+                prepare(small.data, output)
+            except SftError as error:
+                failed += 1
+                assert error.exit_code == (2 if action == "EACCES" else 1)
+                assert str(output.parent) in str(error)
+                assert f"({action})" in str(error)
+                assert " Fix: " in str(error)
+                assert look(output) in (None, small.digest)
+        assert tap.fired
+        prepare(small.data, output)
+        assert content(output) == small.files, f"{action} at operation {nth}"
+        assert sorted(os.listdir(output.parent)) == ["set"]
+        shutil.rmtree(output.parent)
+    return failed
+
+
+@pytest.mark.parametrize(("action", "step"), [("ENOSPC", 4), ("EIO", 11), ("EACCES", 11)])
+def test_a_disk_that_fails_is_one_line_and_the_next_run_goes_on(small: Unbroken, place: Path, action: str, step: int) -> None:
+    assert sweep(small, place, action, step) > 60 // step
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("action", ["ENOSPC", "EIO", "EACCES"])
+def test_a_disk_may_fail_at_every_operation(small: Unbroken, place: Path, action: str) -> None:
+    assert sweep(small, place, action) > 60
+
+
+def test_a_full_disk_is_one_line_of_the_command_and_exit_code_1(small: Unbroken, place: Path) -> None:
+    code, said = Command(small.data, place / "set", 1, Fault("ENOSPC", name="fsync", path="*.arrow.tmp")).finish()
+    assert code == 1
+    line = said.splitlines()[-1]
+    assert line.startswith(f"{place}/set.partial/shard-00000.arrow: cannot be written: No space left on device (ENOSPC).")
+    assert "free some space, then run the same command again" in line
+    assert "Traceback" not in said
+
+
+def test_a_folder_that_may_not_be_written_is_one_line_and_exit_code_2(small: Unbroken, place: Path) -> None:
+    code, said = Command(small.data, place / "no" / "set", 1, Fault("EROFS", name="mkdir")).finish()
+    assert code == 2
+    assert said.splitlines()[-1].startswith(
+        f"{place}/no/set.partial: cannot be written: Read-only file system (EROFS). Fix: choose"
+    )
+
+
+def test_a_killed_worker_is_one_line_and_the_next_run_goes_on(small: Unbroken, place: Path) -> None:
+    output = place / "set"
+    data = write_chats(place / "chats.jsonl", 400)
+    code, said = Command(data, output, 2, Fault("kill", name="replace", path="*/shard-00001.arrow")).finish()
+    assert code == 1
+    line = said.splitlines()[-1]
+    assert line.startswith("A worker process was killed")
+    assert "--workers 1" in line
+    assert "Traceback" not in said
+    assert look(output) is None
+    assert Command(data, output, 2).finish()[0] == 0
+    assert Command(data, place / "whole" / "set", 1).finish()[0] == 0
+    assert content(output) == content(place / "whole" / "set")
+
+
+def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_disturbed(small: Unbroken, place: Path) -> None:
+    with Build(place / "set").locked(), pytest.raises(UsageError, match="another `sftdata prepare` is building this set"):
+        prepare(small.data, place / "set")
+    prepare(small.data, place / "set")
+    assert content(place / "set") == small.files
+
+
+def test_a_folder_that_was_renamed_before_it_could_be_locked_is_not_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Build(place / "set")
+    real = os.open
+
+    def open_late(path: Path, *rest: int) -> int:
+        descriptor = real(path, *rest)
+        build.folder.rename(place / "set")  # its builder finishes just now
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    with pytest.raises(UsageError, match="another"), build.locked():
+        pass
+    assert os.listdir(place) == ["set"]
+
+
+def test_a_finished_set_outlives_a_failed_overwrite(small: Unbroken, place: Path) -> None:
+    output = place / "set"
+    prepare(small.data, output)
+    with Tap(str(place), Fault("ENOSPC", name="fsync", path="*manifest.json.tmp")).installed(), pytest.raises(SftError):
+        prepare(small.data, output, max_length=32, overwrite=True)
+    assert content(output) == small.files
+    prepare(small.data, output, max_length=32, overwrite=True)
+    assert read_manifest(output).max_length == 32
+    assert os.listdir(place) == ["set"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_a_set_is_replaced_where_folders_cannot_be_swapped(
+    small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    prepare(small.data, place / "set", max_length=32)
+    monkeypatch.setattr("sftdata.shardset.build.swap_folders", refuse)
+    with Tap(str(place), Fault("EIO", name="rename", path=f"{place}/set")).installed(), pytest.raises(SftError):
+        prepare(small.data, place / "set", overwrite=True)
+    assert look(place / "set") is None  # between the two renames; the finished set waits
+    prepare(small.data, place / "set")
+    assert content(place / "set") == small.files
+    assert os.listdir(place) == ["set"]
