@@ -66,6 +66,8 @@ def _read_message(message: Any, where: str, options: FormatOptions) -> Turn:
     if not isinstance(message, dict):
         what = f"{where} is {kind_of(message)}; expected an object with role and content."
         raise RowError("not-a-message", what, "write each message as an object.")
+    if message.keys() == _PLAIN_KEYS and type(message["content"]) is str and message["role"] in ROLES and not options.roles:
+        return message, None  # as nearly all messages are: nothing to rewrite
     spelling = message.get("role", message.get("from"))
     role = _read_role(spelling, where, options.roles)
     content = message.get("content", message.get("value"))
@@ -89,6 +91,7 @@ def _read_message(message: Any, where: str, options: FormatOptions) -> Turn:
     return {"role": role, **({} if content is None else {"content": content}), **rest}, _read_switch(message, where)
 
 
+_PLAIN_KEYS = {"role", "content"}
 _OWN_KEYS = frozenset({"role", "content", "from", "value", *SWITCHES})
 
 

@@ -9,6 +9,7 @@ white space where it was trimmed. A row that meets them is put together from the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,8 +75,8 @@ class RecipeBook:
     def __init__(self, template: ChatTemplate, control_tokens: Iterable[str] = ()) -> None:
         tokens = [token for token in control_tokens if token.strip()]
         self._template = template
-        self._tokens = any_of(tokens)
-        self._first = tuple({token[0] for token in tokens})
+        self._tokens = any_of(tokens) or re.compile("(?!)")
+        self._first = tuple(sorted({token[0] for token in tokens}))  # most texts hold no such character: a quick way out
         self._watched = watch(template.text, template.date)
 
     @staticmethod
@@ -91,16 +92,16 @@ class RecipeBook:
     def admits(self, recipe: Recipe, contents: list[str]) -> bool:
         """Say whether a recipe holds for these contents."""
         for content in contents:
-            if not content or content.isspace():
-                return False
-            if recipe.trimmed and (content[0].isspace() or content[-1].isspace()):
+            if not content or content.isspace() or (recipe.trimmed and (content[0].isspace() or content[-1].isspace())):
                 return False
             if not content.isascii() and RESERVED.search(content):
                 return False
-            if any(text in content for text in recipe.absent):
-                return False
-            if self._tokens is not None and any(first in content for first in self._first) and self._tokens.search(content):
-                return False
+            for text in recipe.absent:
+                if text in content:
+                    return False
+            for first in self._first:
+                if first in content and self._tokens.search(content):
+                    return False
         return True
 
     def learn(self, row: Conversation, marked: MarkedText, spans: list[tuple[int, int]]) -> Recipe | None:

@@ -148,8 +148,9 @@ def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -
 
 def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Turn]:
     """Pick the turns that policy and the messages' own switches train."""
-    last = max((turn.message for turn in turns), default=-1)
-    first = last if train_on == "last-assistant" else row.prompt_messages
+    first = row.prompt_messages
+    if train_on == "last-assistant":
+        first = max((turn.message for turn in turns), default=0)
     return [turn for turn in turns if row.trained[turn.message] or (row.trained[turn.message] is None and turn.message >= first)]
 
 
@@ -171,6 +172,8 @@ def byte_ranges(text: str, ranges: Ranges) -> Ranges:
 
 
 def _has_surrogate(text: str) -> bool:
+    if text.isascii():
+        return False
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -104,7 +104,7 @@ class SpanFinder:
             contents = [message["content"] for message in row.messages]
             if self._book.admits(recipe, contents):
                 text, spans = recipe.fill(contents)
-                filled = [replace(turn, start=start, stop=stop) for turn, (start, stop) in zip(turns, spans, strict=True)]
+                filled = [Turn(turn.message, *span, turn.ended, turn.parted) for turn, span in zip(turns, spans, strict=True)]
                 return RenderedConversation(text, filled, [], [])
         return self._render(row)[0]
 
