@@ -76,7 +76,7 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
                 start = 0 if renderer.train_on == "all" else len(item.prompt)
                 raw.add(index, item.prompt + item.completion, start, renderer, counts)
             elif isinstance(item, Text):
-                raw.add(index, item.text, 0, renderer, counts)
+                raw.add(index, item.text, [(0, len(item.text))], renderer, counts)
         except RowError as error:
             faults.append((index, error.fault))
     return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, counts)
@@ -106,8 +106,9 @@ class _Columns:
             ending = [(size, size)] if marked.closed and (not marked.spans or marked.spans[-1][1] < size) else []
             spans, closed = marked.spans + ending, marked.closed
         else:
-            ranges = [(trained, len(text))] if isinstance(trained, int) else trained
-            spans, closed = byte_ranges(text, [pair for pair in ranges if pair[0] < pair[1]]), True
+            # An empty completion still has its end token to be generated.
+            ranges = [(trained, len(text))] if isinstance(trained, int) else [pair for pair in trained if pair[0] < pair[1]]
+            spans, closed = byte_ranges(text, ranges), True
         self.texts.append(text)
         self.trained.append(spans)
         self.literal.append(byte_ranges(text, literal or []))

@@ -277,6 +277,16 @@ def test_left_out_texts_are_named() -> None:
     assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
 
 
+def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_out(shared_data: Path) -> None:
+    area = {"type": "function", "function": {"name": "area", "arguments": {"radius": 1.5}}}
+    calling = {"role": "assistant", "reasoning_content": "A circle.", "tool_calls": [area]}
+    rendered = _render(_finder(_format(shared_data, "qwen2.5-instruct")), {"messages": [user("Radius 1.5"), calling]})
+    assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
+        '<tool_call>\n{"name": "area", "arguments": {"radius": 1.5}}\n</tool_call><|im_end|>'
+    ]
+    assert rendered.swallowed == [1]
+
+
 def test_eighty_turns_cost_no_more_renders_than_eight(shared_data: Path) -> None:
     counts = {}
     for name in ("qwen2.5-instruct", "qwen3-thinking", "gpt-oss-harmony", "llama-3.1-8b-instruct", "alpaca", "gemma-4"):
