@@ -211,7 +211,7 @@ class Build:
                 self._replace()
             else:
                 os.rename(self.folder, self.output)
-                sync_folder(self.output.parent)
+            sync_folder(self.output.parent)
             shutil.rmtree(self.replaced, ignore_errors=True)
 
     def _replace(self) -> None:
@@ -224,7 +224,6 @@ class Build:
                 raise
             os.rename(self.output, self.replaced)
             os.rename(self.folder, self.output)
-            sync_folder(self.output.parent)
         else:
             sync_folder(self.output.parent)  # the old set must not be lost before its successor is safe
             os.rename(self.folder, self.replaced)

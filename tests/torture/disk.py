@@ -43,29 +43,30 @@ class Disk:
         path, *more = operation.paths
         match operation.name:
             case "open":
-                folder, name = self._parent(path)
-                file = folder.names.get(name)
-                if isinstance(file, File):
-                    file.data = b""
-                else:
-                    self._change((folder, name, File()))
+                self._open(path)
             case "write":
                 file = self._at(path)
                 assert isinstance(file, File)
                 file.data += operation.data
             case "fsync":
                 self._sync(self._at(path))
-            case "mkdir":
-                if not self._exists(path):  # what is recorded may have failed
-                    self._change((*self._parent(path), Folder()))
-            case "unlink" | "rmdir":
-                if self._exists(path):
-                    self._change((*self._parent(path), None))
+            case "mkdir" if not self._exists(path):  # what is recorded may have failed
+                self._change((*self._parent(path), Folder()))
+            case "unlink" | "rmdir" if self._exists(path):
+                self._change((*self._parent(path), None))
             case "replace" | "rename":
                 self._change((*self._parent(path), None), (*self._parent(more[0]), self._at(path)))
             case "swap":
                 one, other = self._at(path), self._at(more[0])
                 self._change((*self._parent(path), other), (*self._parent(more[0]), one))
+
+    def _open(self, path: str) -> None:
+        folder, name = self._parent(path)
+        file = folder.names.get(name)
+        if isinstance(file, File):
+            file.data = b""
+        else:
+            self._change((folder, name, File()))
 
     def _change(self, *steps: tuple[Folder, str, File | Folder | None]) -> None:
         """Change names, all or none of them; they are safe when one of the folders is synced."""

@@ -1,6 +1,6 @@
 """Watch, break or end a process at any of its writes: patches `os`, so that the code under test knows nothing of it.
 
-Only operations beneath one folder count: `open` for writing, `write`, `fsync`, `replace`, `rename`, `swap`, `mkdir`, `unlink`, `rmdir`.
+Only operations beneath one folder count: `open` for writing, `write`, `fsync`, `replace`, `rename`, `mkdir`, `unlink`, `rmdir`.
 """
 
 from __future__ import annotations

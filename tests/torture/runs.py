@@ -22,7 +22,7 @@ from tests.torture.faults import Fault, Tap
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
-WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars look on and say nothing at all".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bright", "stars", "look", "on")
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "sftdata.stages", "tokenizers", "pyarrow", "jinja2"])
 
