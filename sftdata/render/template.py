@@ -1,8 +1,8 @@
 """Chat templates: choose, compile, hash and render them, with the text of transformers' own renderer.
 
 The environment is transformers' (`render_jinja_template`) but for three things: `strftime_now` yields the run's date, never
-today's; `{% generation %}` blocks come out between two marks, so that spans are read off the text itself; and a render is
-bounded in size, because the sandbox stops escapes but not cost.
+today's; `{% generation %}` blocks come out between two marks, so that spans are read off the text itself; and a render has a
+budget (budget.py), because the sandbox stops escapes but not cost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -27,9 +27,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from sftdata.errors import UsageError
+from sftdata.render.budget import BoundedEnvironment, join_bounded
 
 GENERATION_OPEN, GENERATION_CLOSE = "\U0010fff0", "\U0010fff1"
-MAX_RENDERED_CHARS = 256 << 20
 
 # Template text that looks like a control token; a tokenizer that lacks it would spell it out in pieces.
 CONTROL_SHAPE = re.compile(r"<\|[^\s<>|\"]+\|?>|<[^\s<>|/\"]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_[a-z]+>")
@@ -144,7 +144,7 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens or {})
         self.template_kwargs = dict(template_kwargs or {})
         self.has_generation = re.search(r"\{%-?\+?\s*generation\s*[-+]?%\}", text) is not None
-        environment = make_environment(date)
+        environment = make_environment(date, BoundedEnvironment)
         try:
             self._compiled = environment.from_string(text)
             self.constants = _compared_constants(environment.parse(text))
@@ -175,7 +175,7 @@ class ChatTemplate:
         """
         arguments = self.arguments(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)
         try:
-            text = "".join(_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments))))
+            text = join_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments)))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from None
         except (MemoryError, OverflowError, RecursionError, ZeroDivisionError) as error:
@@ -209,15 +209,6 @@ def _normal_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is not None:
         normal = {"thinking": reasoning, **normal, "reasoning_content": reasoning}
     return normal
-
-
-def _bounded(pieces: Iterator[str]) -> Iterator[str]:
-    total = 0
-    for piece in pieces:
-        total += len(piece)
-        if total > MAX_RENDERED_CHARS:
-            raise TemplateRefusal(f"rendered more than {MAX_RENDERED_CHARS >> 20} million characters")
-        yield piece
 
 
 # --------------------------------------------------------------------------------------- environment
@@ -270,6 +261,8 @@ def _refuse_underscore(name: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
+    if isinstance(indent, int) and indent > 100:
+        raise jinja2.exceptions.SecurityError("tojson with an indent above 100")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
