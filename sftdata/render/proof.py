@@ -12,6 +12,7 @@ from typing import Any
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render import marks
+from sftdata.render.refusals import explain_refusal
 from sftdata.render.template import ChatTemplate, TemplateRefusal
 
 Skip = Callable[[str], object]
@@ -52,8 +53,7 @@ class ProvenRenderer:
         try:
             text = self.template.render(row.messages, row.tools, row.template_kwargs)
         except TemplateRefusal as refusal:
-            reason = f"the chat template refuses the row: {refusal}"
-            raise RowError("template-error", reason, _refusal_fix(str(refusal))) from None
+            raise explain_refusal(self.template, row, refusal) from None
         if marks.RESERVED.search(text):
             raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
         apart = _reasoning_apart(row)
@@ -165,11 +165,3 @@ def _without_thinking(message: dict[str, Any]) -> dict[str, Any]:
     head, _, answer = content.rpartition("</think>")
     reasoning = head.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
     return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning}
-
-
-def _refusal_fix(reason: str) -> str:
-    if "alternate" in reason:
-        return "merge consecutive messages of one role, or choose a template that allows them (--chat-template)"
-    if "system" in reason.lower():
-        return "move the system text into the first user message, or choose a template that knows it (--chat-template)"
-    return "change the row to what the template accepts, or choose another (--chat-template)"

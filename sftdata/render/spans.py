@@ -25,6 +25,7 @@ from sftdata.errors import RowError
 from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.proof import ProvenRenderer, any_of
 from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook
+from sftdata.render.refusals import CALLS_FIX
 from sftdata.render.stops import find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
 
@@ -323,5 +324,4 @@ def _refuse_lost(message: dict[str, Any], own: list[int], index: int) -> None:
 
 
 def _calls_lost(index: int) -> RowError:
-    fix = "--chat-template of a model that calls tools, or take the tool calls out"
-    return RowError("tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", fix)
+    return RowError("tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", CALLS_FIX)
