@@ -48,7 +48,7 @@ class RenderedRows:
         raw: text and completion rows; None when there are none.
         faults: (index into the RowBatch, why).
         counts: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
-            `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`.
+            `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`.
     """
 
     conversations: TextBatch | None
@@ -137,6 +137,7 @@ def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -
     counts["turns_without_stop"] += sum(not turn.ended for turn in turns)
     counts["rows_parted"] += any(turn.parted for turn in turns)
     counts["messages_swallowed"] += len(rendered.swallowed)
+    counts["rows_without_their_tools"] += bool(row.tools) and not _shows_tools(row, text, renderer.finder)
     counts["rows_with_control_tokens"] += bool(rendered.literal)
     if renderer.end_token and turns and not turns[-1].ended:
         text = text[: turns[-1].stop] + renderer.end_token
@@ -145,6 +146,13 @@ def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -
     if renderer.train_on == "all":
         return text, [(0, len(text))], rendered.literal
     return text, [(turn.start, turn.stop) for turn in _chosen(row, turns, renderer.train_on)], rendered.literal
+
+
+def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:
+    """Say whether a rendered text names every tool that the row offers; a call alone is not an offer."""
+    tools = [tool.get("function", tool) for tool in row.tools or ()]
+    names = [str(tool.get("name", "")) for tool in tools if isinstance(tool, dict)]
+    return finder.template.takes_tools and all(name in text for name in names)
 
 
 def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Turn]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.runtime import Macro
@@ -147,7 +148,9 @@ class ChatTemplate:
         environment = make_environment(date, BoundedEnvironment)
         try:
             self._compiled = environment.from_string(text)
-            self.constants = _compared_constants(environment.parse(text))
+            tree = environment.parse(text)
+            self.constants = _compared_constants(tree)
+            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"Chat template, line {error.lineno}: {error.message}.", "mend the template.") from None
 

@@ -81,6 +81,10 @@ KINDS: dict[str, Kind] = {
         "defect", "message", "the chat template leaves the text of a message out (a system message, most often)",
         "another --chat-template, or put the text into the first user message",
     ),
+    "tools-left-out": Kind(
+        "defect", "row", "the chat template does not tell the model which tools it may call",
+        "--chat-template of a model that calls tools",
+    ),
     "prompt-parted": Kind(
         "note", "row", "the generation prompt goes on otherwise than the rendered turn (it opens <think>, say);"
         " the answer is trained from where they part", "a --chat-template whose turns begin as its generation prompt does",
@@ -99,6 +103,7 @@ KINDS: dict[str, Kind] = {
 
 COUNTED = {
     "messages_swallowed": "message-swallowed",
+    "rows_without_their_tools": "tools-left-out",
     "rows_parted": "prompt-parted",
     "rows_with_control_tokens": "control-token-in-data",
     "rows_with_repeated_markers": "repeated-marker",
