@@ -39,6 +39,13 @@ from sftdata.stages import Stages, load_stages
 
 GATE_SAMPLES, GATE_ROWS = 4, 16
 
+# What mends a set that has lost all rows for one reason.
+UNTRAINED_FIXES = {
+    "nothing-trained": "--train-on all, or switch turns on in the data (weight, train).",
+    "over-long": "--overlong truncate, or a larger --max-length.",
+    "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
+}
+
 Progress = Callable[[SliceResult, int], None]
 
 
@@ -281,13 +288,16 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     said = ", ".join(f"{count} {code}" for code, count in worst)
     if rejected > allowed:
         example = build.first_reject(worst[0][0])
+        without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
             f"{rejected} of {ledger.rows_in} rows rejected ({said}); --max-rejects allows {config.max_rejects}."
             f" {example.file}:{example.line}: {example.reason.rstrip('.')}.",
-            f"{example.fix.rstrip('.')}. All are in {build.folder / REJECTS_NAME}.",
+            f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
         )
     if not ledger.tokens_trained:
-        lost = ", ".join(f"{count} {reason}" for reason, count in Counter(ledger.rows_dropped).most_common(3)) or said
+        dropped = Counter(ledger.rows_dropped).most_common(3)
+        lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or said
         raise DataError(
-            f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.", "see `sftdata preview`."
+            f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
+            UNTRAINED_FIXES[dropped[0][0]] if dropped else "see `sftdata preview`.",
         )
