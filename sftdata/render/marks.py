@@ -39,12 +39,14 @@ class MarkedText:
         marks: ends of the messages' texts, in the order they stand in `text`.
         generation: (start, stop) of each `{% generation %}` block, characters.
         literal: (start, stop) of each control token that data brought, characters.
+        places: message -> where in `marks` its own stand.
     """
 
     text: str
     marks: list[Mark]
     generation: list[tuple[int, int]]
     literal: list[tuple[int, int]]
+    places: dict[int, list[int]]
 
 
 def mark_text(text: str, message: int) -> str:
@@ -149,6 +151,7 @@ def take_out(marked: str, table: dict[str, str]) -> MarkedText:
     marks: list[Mark] = []
     literal: list[tuple[int, int]] = []
     generation: list[tuple[int, int]] = []
+    places: dict[int, list[int]] = {}
     opened = position = 0
     for index, piece in enumerate(_SPLIT.split(marked)):
         if index % 2 == 0:
@@ -165,5 +168,6 @@ def take_out(marked: str, table: dict[str, str]) -> MarkedText:
             position += len(table[piece])
         else:
             number = ord(piece) - _FIRST_MARK
+            places.setdefault(number // 2, []).append(len(marks))
             marks.append(Mark(position, number // 2, number % 2 == 1))
-    return MarkedText("".join(pieces), marks, generation, literal)
+    return MarkedText("".join(pieces), marks, generation, literal, places)

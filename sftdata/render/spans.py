@@ -14,22 +14,23 @@ cannot be proven is a `RowError`, never a guess.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
+from operator import attrgetter
 from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render.marks import Mark, MarkedText, message_texts
+from sftdata.render.parting import common_prefix, find_parting, header_after
 from sftdata.render.proof import ProvenRenderer, any_of
 from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook
 from sftdata.render.refusals import CALLS_FIX
 from sftdata.render.stops import find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
-
-_TAG = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class SpanFinder:
     def _turn(self, row: Conversation, marked: MarkedText, index: int) -> Turn:
         message = row.messages[index]
         calls = bool(message.get("tool_calls"))
-        own = _own(marked.marks, index)
+        own = marked.places.get(index, [])
         if own and (own[-1] - own[0] + 1 != len(own) or not marked.marks[own[-1]].closes):
             raise _unproven(index, "its text stands in pieces between other messages")
         _refuse_lost(message, own, index)
@@ -183,9 +184,9 @@ class SpanFinder:
             origin, lead = origin + opening, lead[opening:]
         if marked.text.startswith(written, origin, own[-1].position if own else limit):
             return origin + len(written), False
-        parting = _parting(written, lead)
+        parting = find_parting(written, lead)
         # A text that lost its beginning lies in `lead` itself: nothing to search there.
-        header = None if own and own[0].closes else _header_after(written[parting:], lead[parting:])
+        header = None if own and own[0].closes else header_after(written[parting:], lead[parting:])
         stopped = self._stop_shape is not None and self._stop_shape.match(lead[parting:].lstrip())
         if header is None and not own and not stopped and written[parting:].strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
@@ -224,7 +225,7 @@ class SpanFinder:
             owner = _owner(marked.marks, start, stop, assistants)
             turns.append(Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False))
         for index in assistants:
-            own = _own(marked.marks, index)
+            own = marked.places.get(index, [])
             _refuse_lost(row.messages[index], own, index)
             before, last = _neighbours(marked.marks, own, index)
             last = marked.marks[own[-1]] if own else last  # behind a call's data, the tool's answer may name the function again
@@ -234,17 +235,15 @@ class SpanFinder:
         return turns
 
 
-def _own(marks: list[Mark], index: int) -> list[int]:
-    """Return where in `marks` those of one message stand."""
-    return [place for place, mark in enumerate(marks) if mark.message == index]
-
-
 def _owner(marks: list[Mark], start: int, stop: int, assistants: list[int]) -> int:
     """Return the assistant message whose data stands in a block; for an empty block, the next one after the data before it."""
-    inside = [mark.message for mark in marks if start <= mark.position <= stop and mark.message in assistants]
-    if inside:
-        return inside[0]
-    earlier = max((mark.message for mark in marks if mark.position < start), default=-1)
+    first = bisect_left(marks, start, key=attrgetter("position"))
+    for mark in islice(marks, first, None):
+        if mark.position > stop:
+            break
+        if mark.message in assistants:
+            return mark.message
+    earlier = max((mark.message for mark in marks[:first]), default=-1)
     return next((index for index in assistants if index > earlier), assistants[-1] if assistants else 0)
 
 
@@ -255,42 +254,6 @@ def _neighbours(marks: list[Mark], own: list[int], index: int) -> tuple[Mark | N
     earlier = [mark for mark in marks if mark.message < index]
     later = [mark for mark in marks if mark.message > index]
     return (earlier[-1] if earlier else None), (later[0] if later else None)
-
-
-def _common_prefix(one: str, two: str) -> int:
-    """Return the length of the common prefix, characters."""
-    return next((at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-
-
-def _parting(written: str, region: str) -> int:
-    """Return where `written` and `region` part ways, never inside a tag of either.
-
-    >>> _parting("<|assistant|><think>", "<|assistant|><tool_call>")
-    13
-    """
-    at = _common_prefix(written, region)
-    for text in (written, region):
-        for tag in _TAG.finditer(text):
-            if tag.start() < at < tag.end():
-                at = tag.start()
-    return at
-
-
-def _header_after(rest: str, region: str) -> int | None:
-    r"""Return where the rest of a generation prompt ends in `region`, or its last tags do; None where they do not stand there.
-
-    A template may write other space, one more end token or one instruction less before a rendered turn than before the generation
-    prompt. The header itself is still fed at inference, so it is not for the model to generate.
-
-    >>> _header_after("### Answer:\n", "    ### Answer:\nYes"), _header_after("<think>\n", "Yes")
-    (16, None)
-    """
-    for opening in (0, *(tag.start() for tag in _TAG.finditer(rest))):
-        core = rest[opening:].strip()
-        if core and core in region:
-            stop = region.index(core) + len(core)
-            return stop + _common_prefix(rest[len(rest.rstrip()) :], region[stop:])
-    return None
 
 
 def _opens_another(header: str, tail: str) -> bool:
@@ -309,7 +272,7 @@ def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
     """Return how much of the white space that ends a message's content stands at `at`."""
     content = message.get("content")
     space = content[len(content.rstrip()) :] if isinstance(content, str) and content.strip() else ""
-    return _common_prefix(space, text[at:])
+    return common_prefix(space, text[at:])
 
 
 def _unproven(index: int, why: str) -> RowError:
