@@ -180,7 +180,8 @@ def _refuse(where: str, winner: str, share: str, verdicts: _Verdicts, format: st
         wanted = ", ".join(" or ".join(column.spellings) for column in FORMATS[format].columns if column.required)
         return UsageError(f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format.")
     what = f"{where}: no known row format fits: {found}."
-    return UsageError(what, "name columns with --map (as --map prompt=COLUMN), or convert rows with --formatter module:function.")
+    fix = "name columns, as --map prompt=COLUMN --map completion=COLUMN, or convert rows with --formatter module:function."
+    return UsageError(what, fix)
 
 
 def _settling_flags(readings: tuple[Reading, ...]) -> list[str]:

@@ -90,9 +90,11 @@ def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
     others = Counter(name for row in rows for name, value in row.items() if isinstance(value, str) and name != question)
     likely = sorted((name for name in others if name not in _LABELS), key=lambda name: (-others[name], name))
     reason = f"the column {question!r} asks, but there is no answer column ({', '.join(ANSWERS)})"
-    if likely and isinstance(rows[0].get(question), str):
+    if not isinstance(rows[0].get(question), str):
+        return reason, 'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.'
+    if likely:
         return reason, f"if {likely[0]!r} is the answer: --map answer={likely[0]}."
-    return reason, "add the answers; without them there is nothing to train on."
+    return reason, "add an answer to each row; without one there is nothing to train on."
 
 
 def _wrapping(row: RowDict) -> str | None:

@@ -227,7 +227,8 @@ def test_two_readings_are_refused_with_the_flags_that_choose(kind: str, tmp_path
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "several answers": ({"prompt": "P", "completions": ["a", "b"]}, "'completions' is a list of answers", "--formatter"),
-    "prompts alone": ({"prompt": "P"}, "the column 'prompt' asks, but there is no answer column", "add the answers"),
+    "prompts alone": ({"prompt": "P"}, "the column 'prompt' asks, but there is no answer column", "add an answer"),
+    "prompts as messages": ({"question": [[{"role": "user", "content": "Q"}]], "id": "a"}, "no answer column", "--formatter"),
     "an answer under another name": ({"question": "Q", "solution": "A", "id": "1"}, "no answer column", "--map answer=solution"),
     "preference pairs": ({"prompt": "P", "chosen": "a", "rejected": "b"}, "preference pairs", "--map completion=chosen"),
     "preferred conversations": ({"chosen": TURNS, "rejected": TURNS}, "preference pairs", "--map messages=chosen"),
