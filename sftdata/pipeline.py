@@ -37,7 +37,7 @@ from sftdata.shardset.rejects import REJECTS_NAME, Reject, encode_reject
 from sftdata.shardset.shards import shard_name, write_shard
 from sftdata.stages import Stages, load_stages
 
-GATE_SAMPLES, GATE_ROWS = 4, 16
+WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
@@ -94,17 +94,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
 
 
 def with_engine(plan: Plan) -> tuple[Plan, str]:
-    """Choose the tokenizer engine on a sample of the user's own texts; return the plan with it, and why."""
-    texts: list[str] = []
-    stages = Stages(plan.job)
-    for number, source in enumerate(plan.sources):
-        for piece in source.samples[:: max(1, len(source.samples) // GATE_SAMPLES)]:
-            converted = convert_rows(
-                read_slice(piece, plan.job.config.max_line_bytes)[0], plan.job.formats[number], plan.job.options
-            )
-            rendered = render_rows(converted.rows[:GATE_ROWS], converted.row[:GATE_ROWS], stages.renderer)
-            texts += [text for batch in (rendered.conversations, rendered.raw) if batch is not None for text in batch.texts]
-    engine, why = choose_engine(plan.job.tokenizer, plan.job.config.engine, texts)
+    """Choose the tokenizer engine; return the plan with it, and why. Each slice checks it again on its own texts."""
+    engine, why = choose_engine(plan.job.tokenizer, plan.job.config.engine, worth_it=plan.size >= WORTH_A_FAST_ENGINE)
     return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
@@ -128,8 +119,8 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     stages = load_stages(job)
     build = Build(job.config.output)
     ledger, rejects, examples, ids, equal = Ledger(), [], [], [], True
-    for piece in task.pieces:
-        done = prepare_piece(stages, piece)
+    for number, piece in enumerate(task.pieces):
+        done = prepare_piece(stages, piece, gate=number == 0)
         ledger.merge(done.ledger)
         rejects += done.rejects
         examples.append(done.tokens)
@@ -165,12 +156,16 @@ class PreparedPiece:
     engine_equal: bool
 
 
-def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
-    """Read, convert, render, encode, mask and cut the rows of one piece."""
+def prepare_piece(stages: Stages, piece: Piece, *, gate: bool = False) -> PreparedPiece:
+    """Read, convert, render, encode, mask and cut the rows of one piece.
+
+    Args:
+        gate: hold the engine against the oracle on a sample of the texts.
+    """
     job, config = stages.job, stages.job.config
     rows, unreadable = read_slice(piece.slice, config.max_line_bytes)
     converted = convert_rows(rows, job.formats[piece.source], job.options)
-    tokens, faults, counts, equal = tokenize(stages, converted)
+    tokens, faults, counts, equal = tokenize(stages, converted, gate=gate)
     tokens, marker_faults, warned = stages.mask(tokens)
     faults = [*converted.faults, *faults, *marker_faults]
     kept, cut = cut_length(job, piece, rows, tokens)
@@ -206,7 +201,9 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
-def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tuple[int, Fault]], Counter[str], bool]:
+def tokenize(
+    stages: Stages, converted: Converted, *, gate: bool
+) -> tuple[TokenBatch, list[tuple[int, Fault]], Counter[str], bool]:
     """Render and encode canonical rows.
 
     Returns:
@@ -224,7 +221,7 @@ def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tup
             batch, encoded = encode_batch(part, stages.encoder, boundary=stages.job.config.boundary)
             parts.append(batch)
             counts.update(asdict(encoded))
-    equal = stages.gate(rendered.conversations) and stages.gate(rendered.raw)
+    equal = not gate or (stages.gate(rendered.conversations) and stages.gate(rendered.raw))
     return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], counts, equal
 
 

@@ -101,6 +101,11 @@ class Plan:
     sources: tuple[SourcePlan, ...]
     notes: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the input, decompressed."""
+        return sum(_size(self.sources[piece.source], piece.slice) for task in self.tasks for piece in task.pieces)
+
     def locate(self, example_id: int) -> tuple[str, int]:
         """Return the path and the 1-based line (record, element) of an example."""
         return self.sources[bisect_right(self.sources, example_id, key=lambda source: source.base_id) - 1].locate(example_id)

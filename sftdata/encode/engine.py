@@ -5,11 +5,14 @@ An engine turns texts into ids and nothing else: no BOS or EOS, no truncation, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from itertools import chain
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from sftdata.batches import Bool, Int32, Int64
@@ -118,27 +121,58 @@ def _offsets(lengths: list[int]) -> Int64:
 
 
 def choose_engine(
-    resolved: ResolvedTokenizer, requested: Literal["auto", "gigatoken", "tokenizers"], sample_texts: Sequence[str]
+    resolved: ResolvedTokenizer,
+    requested: Literal["auto", "gigatoken", "tokenizers"],
+    sample_texts: Sequence[str] = (),
+    *,
+    worth_it: bool = True,
 ) -> tuple[Engine, str]:
     """Choose the engine of a run and say why: gigatoken only where it equals the oracle on hard texts and on the sample.
+
+    The verdict on the hard texts is kept beside the resolved tokenizer, for this version of gigatoken and tokenizers.
+
+    Args:
+        worth_it: False for an input so small that loading a second engine costs more than it saves.
 
     Raises:
         UsageError: gigatoken was asked for by name and cannot serve.
     """
-    if requested == "tokenizers":
-        return "tokenizers", "asked for"
+    if requested == "tokenizers" or (requested == "auto" and not worth_it):
+        return "tokenizers", "asked for" if requested == "tokenizers" else "the input is small"
+    refusal = _verdict(resolved)
+    if not refusal and sample_texts:
+        equal = check_engine(load_encoder(resolved, "gigatoken"), load_encoder(resolved, "tokenizers"), sample_texts)
+        refusal = "" if equal else "gigatoken gives other ids on this data"
+    if not refusal:
+        return "gigatoken", "equal to tokenizers on the hard texts; a sample of each slice is checked too"
+    if requested == "gigatoken":
+        raise UsageError(f"Tokenizer {resolved.name!r}: {refusal}.", "--engine auto")
+    return "tokenizers", refusal
+
+
+def _verdict(resolved: ResolvedTokenizer) -> str:
+    """Return why gigatoken cannot serve a tokenizer, "" where it can; computed once for each version of both."""
+    versions = "-".join(version(name) for name in ("gigatoken", "tokenizers"))
+    path = resolved.folder.parent / f"gate-{versions}.json"
+    try:
+        kept: str = msgspec.json.decode(path.read_bytes(), type=str)
+        return kept
+    except (OSError, msgspec.MsgspecError):
+        refusal = _judge(resolved)
+    # Several runs may judge at once; each rename is whole, and all say the same.
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_bytes(msgspec.json.encode(refusal))
+    os.replace(draft, path)
+    return refusal
+
+
+def _judge(resolved: ResolvedTokenizer) -> str:
     try:
         encoder = load_encoder(resolved, "gigatoken")
     except UsageError as error:
-        if requested == "gigatoken":
-            raise
-        return "tokenizers", error.message
-    texts = [*hard_texts(resolved), *sample_texts]
-    if check_engine(encoder, load_encoder(resolved, "tokenizers"), texts):
-        return "gigatoken", f"equal to tokenizers on {len(texts)} texts"
-    if requested == "gigatoken":
-        raise UsageError(f"gigatoken gives other ids than tokenizers for {resolved.name!r}.", "--engine auto")
-    return "tokenizers", f"gigatoken gives other ids on {len(texts)} texts"
+        return error.message.rstrip(".")
+    equal = check_engine(encoder, load_encoder(resolved, "tokenizers"), hard_texts(resolved))
+    return "" if equal else "gigatoken gives other ids on hard texts"
 
 
 def hard_texts(resolved: ResolvedTokenizer) -> list[str]:

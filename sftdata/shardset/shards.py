@@ -161,7 +161,7 @@ def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.Rec
     segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
     row_offsets = _rebased(rows.row_offsets, first, last)
     segment_offsets = _rebased(rows.segment_offsets, first, last)
-    columns = (
+    columns: tuple[tuple[Int32 | Int64, Int32], ...] = (
         (rows.input_ids[tokens], row_offsets),
         (rows.labels[tokens], row_offsets),
         (rows.seq_lengths[segments], segment_offsets),
@@ -169,11 +169,11 @@ def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.Rec
     )
     arrays = []
     for field, (values, offsets) in zip(schema, columns, strict=True):
-        flat = pa.array(values)
+        flat = _as_arrow(values)
         if pa.types.is_fixed_size_list(field.type):
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
         else:
-            arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+            arrays.append(pa.ListArray.from_arrays(_as_arrow(offsets), flat, type=field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -186,7 +186,7 @@ def _rebased(offsets: Int64, first: int, last: int) -> Int32:
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
-    input_ids, labels, seq_lengths, example_ids = (column.flatten().to_numpy(zero_copy_only=True) for column in batch.columns)
+    input_ids, labels, seq_lengths, example_ids = (_as_numpy(column.flatten()) for column in batch.columns)
     offsets = {name: _list_offsets(batch[name]) for name in (COLUMNS if max_length is None else COLUMNS[2:])}
     for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids")):
         if name in offsets and not np.array_equal(offsets[name], offsets[twin]):
@@ -196,6 +196,25 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
 
 
 def _list_offsets(column: pa.ListArray) -> Int64:
-    offsets: Int64 = column.offsets.to_numpy().astype(np.int64)
+    offsets: Int64 = _as_numpy(column.offsets).astype(np.int64)
     offsets -= offsets[0]
     return offsets
+
+
+# pyarrow's own ways to and from numpy import pandas where it is installed, which takes longer than most runs.
+
+
+def _as_arrow(values: Int32 | Int64) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(
+        pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))]
+    )
+
+
+def _as_numpy(values: pa.Array) -> Any:
+    """Return a read-only view of an array of integers without nulls."""
+    dtype = np.dtype(f"i{values.type.bit_width // 8}")
+    return np.frombuffer(
+        values.buffers()[1] or b"", dtype, len(values) if values.buffers()[1] else 0, values.offset * dtype.itemsize
+    )
