@@ -62,11 +62,13 @@ def sniff(path: str) -> Source:
             return Source(path, "empty", compression)
         return Source(path, "text", compression, body)
     container = _json_container(text)
-    if container:
+    if container == "json":
         return Source(path, container, compression, body)
     if text.data.count(b"\r") > 1 and b"\n" not in text.data:
         fix = f"tr '\\r' '\\n' < {PurePosixPath(path).name} > lines.txt"
         raise UsageError(f"{path}: lines end in CR alone, expected LF.", fix)
+    if container:
+        return Source(path, container, compression, body)
     for delimiter in DELIMITERS:
         columns, header_bytes = _table_header(path, text, delimiter)
         if columns:

@@ -20,7 +20,8 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.read.slices import Compression, Source
 
 BLOCK_BYTES = 1 << 20
-COMPRESSED_BLOCK_BYTES = 32 << 10  # times gzip's greatest ratio (1032) this still fits in memory
+COMPRESSED_BLOCK_BYTES = 32 << 10
+ZSTD_FEED_BYTES = 512  # zstd has no bound on what comes out; four bytes may give 128 KiB, so these give 16 MiB at most
 
 MAGIC: tuple[tuple[bytes, Compression], ...] = (
     (rb"\x1f\x8b", "gzip"),
@@ -69,10 +70,6 @@ class Decompressor(Protocol):
     eof: bool
     unused_data: bytes
 
-    def decompress(self, data: bytes, /) -> bytes:
-        """Return what comes out for `data`."""
-        ...
-
 
 def _zstd() -> Any:
     import zstandard
@@ -80,11 +77,36 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    "gzip": lambda: zlib.decompressobj(wbits=31),
-    "xz": lzma.LZMADecompressor,
-    "bz2": bz2.BZ2Decompressor,
-    "zstd": _zstd,
+def _drain_zlib(decoder: Any, data: bytes) -> Iterator[bytes]:
+    out = b""
+    while data or len(out) == BLOCK_BYTES:
+        out = decoder.decompress(data, BLOCK_BYTES)
+        data = decoder.unconsumed_tail
+        yield out
+
+
+def _drain_asking(decoder: Any, data: bytes) -> Iterator[bytes]:
+    yield decoder.decompress(data, BLOCK_BYTES)
+    while not decoder.eof and not decoder.needs_input:
+        yield decoder.decompress(b"", BLOCK_BYTES)
+
+
+def _drain_zstd(decoder: Any, data: bytes) -> Iterator[bytes]:
+    yield decoder.decompress(data)
+
+
+def _in_pieces(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    for block in blocks:
+        for start in range(0, len(block), size):
+            yield block[start : start + size]
+
+
+# How each starts, and how it gives what a block holds piece by piece: a small file may hold any amount of zeros.
+DECOMPRESSORS: dict[str, tuple[Callable[[], Any], Callable[[Any, bytes], Iterator[bytes]]]] = {
+    "gzip": (lambda: zlib.decompressobj(wbits=31), _drain_zlib),
+    "xz": (lzma.LZMADecompressor, _drain_asking),
+    "bz2": (bz2.BZ2Decompressor, _drain_asking),
+    "zstd": (_zstd, _drain_zstd),
 }
 
 
@@ -98,7 +120,9 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
     if compression == "none":
         yield from blocks
         return
-    start = DECOMPRESSORS[compression]
+    start, drain = DECOMPRESSORS[compression]
+    if compression == "zstd":
+        blocks = _in_pieces(blocks, ZSTD_FEED_BYTES)
     decoder: Decompressor = start()
     fed = False
     for block in blocks:
@@ -108,11 +132,9 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
                 if not block:
                     break
                 decoder, fed = start(), False
-            out = decoder.decompress(block)
+            yield from filter(None, drain(decoder, block))
             fed = True
             block = decoder.unused_data if decoder.eof else b""
-            if out:
-                yield out
     if fed and not decoder.eof:
         raise EOFError("the stream ends in the middle")
 
