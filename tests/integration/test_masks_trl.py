@@ -19,6 +19,7 @@ from datasets import IterableDataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from docs.masks_table import PAGE, page
 from sftdata.batches import Conversation
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
@@ -147,3 +148,7 @@ def test_plain_templates_train_what_the_oracle_says(pair: str, shared_data: Path
         trained = tokenizer.decode([label for label in labels if label >= 0])
         assert trained == "".join(text[slice(*span)] for span in spans.values()), title
     assert len(labelled) >= 10 or pair in IMAGE_MODELS
+
+
+def test_the_page_that_compares_us_with_trl_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()

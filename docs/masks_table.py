@@ -1,0 +1,93 @@
+"""Write docs/masks.md: what TRL trains with its training templates and what we train with the plain ones, pair by pair.
+
+Usage: python docs/masks_table.py (needs the `dev` extra; the templates are those of the installed trl).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.render.spans import SpanFinder
+from sftdata.render.template import ChatTemplate, control_tokens
+
+PAGE = Path(__file__).with_name("masks.md")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TOLD = {"cohere2": ["<|END_OF_TURN_TOKEN|>"], "diffusion_gemma": ["<turn|>", "<|tool_response>"]}
+CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Red."},
+    {"role": "user", "content": "Another?"},
+    {"role": "assistant", "content": "Green."},
+]
+HEAD = """# Our masks and TRL's, template by template
+
+Made by `python docs/masks_table.py` from the template pairs of trl {version}; `tests/integration/test_masks_trl.py` repeats it.
+
+With a training template and `--boundary merge`, ids and labels are TRL's own, label for label, for all {count} pairs on every
+conversation that both accept. One kind of row differs: where a `{{% generation %}}` block ends in a character of several tokens,
+transformers trains the first of them only, and we train all.
+
+With the plain template, which TRL cannot mask, we train what inference asks the model for: what comes after the generation
+prompt, up to and with the token that stops generation. The table shows a chat of two turns (`Red.`, then `Green.`) and what
+TRL's training template trains **besides**.
+
+- *Before the answer*: text that the generation prompt writes at inference. Training it is harmless to the answer and wasted:
+  the model never writes it. Where the prompt opens `<think>`, the opening is fed and not generated.
+- *After the answer*: text behind the stop token. Generation has ended there; the newline is written by the template, before the
+  next header.
+- *Other text*: TRL's training template writes something that the model's own does not (empty thinking in earlier turns, an end
+  token after the last answer), so that prompts stay prefixes. We keep the text of the model's own template.
+
+| template | TRL also trains before | TRL also trains after | text |
+|---|---|---|---|
+"""
+
+
+def trained(source: str, told: list[str] | None) -> tuple[str, list[str]] | str:
+    """Return the rendered chat and what is trained of each answer, or why it is rejected."""
+    finder = SpanFinder(ChatTemplate(source, SPECIAL), told or ["</s>"], control_tokens(source))
+    try:
+        rendered = finder.render(Conversation(CHAT, [None] * len(CHAT)))
+    except RowError as error:
+        return error.fault.reason
+    turns: dict[int, str] = {}
+    for turn in rendered.turns:
+        turns[turn.message] = turns.get(turn.message, "") + rendered.text[turn.start : turn.stop]
+    return rendered.text, list(turns.values())
+
+
+def line(pair: str) -> str:
+    """Return one line of the table."""
+    plain, training = ((FOLDER / f"{name}.jinja").read_text("utf-8") for name in (pair, f"{pair}_training"))
+    ours, theirs = trained(plain, TOLD.get(pair)), trained(training, TOLD.get(pair))
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return f"| {pair} | — | — | takes lists of parts only; text messages are rejected |"
+    before, after = [], []
+    for own, other in zip(ours[1], theirs[1], strict=True):
+        at = other.find(own)
+        before.append(other[:at] if at >= 0 else other)
+        after.append(other[at + len(own) :] if at >= 0 else "")
+    text = "the same" if ours[0] == theirs[0] else "other text"
+    return f"| {pair} | {cell(before)} | {cell(after)} | {text} |"
+
+
+def cell(texts: list[str]) -> str:
+    """Write the differing texts of both turns as code."""
+    shown = [repr(text)[1:-1].replace("|", "\\|") for text in dict.fromkeys(texts) if text]
+    return ", ".join(f"`{text}`" for text in shown) or "nothing"
+
+
+def page() -> str:
+    """Return the page."""
+    pairs = sorted(path.stem.removesuffix("_training") for path in FOLDER.glob("*_training.jinja"))
+    return HEAD.format(version=trl.__version__, count=len(pairs)) + "\n".join(map(line, pairs)) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
