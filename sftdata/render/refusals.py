@@ -18,7 +18,7 @@ from sftdata.render.template import ChatTemplate, TemplateRefusal
 Message = dict[str, Any]
 
 CALLS_FIX = (
-    "--chat-template with a tokenizer or a file whose template writes tool calls (as --chat-template Qwen/Qwen2.5-0.5B-Instruct),"
+    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls),"
     " or take them out"
 )
 # Built-in templates that put a system message where the models of a family have learnt to see it.
