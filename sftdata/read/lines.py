@@ -63,7 +63,7 @@ def split_lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes, in
         if length <= limit:
             parts.append(rest)
         elif len(parts) != 1 or len(parts[0]) != SHOWN_BYTES:
-            parts = [b"".join([*parts, rest])[:SHOWN_BYTES]]
+            parts = [b"".join(part[:SHOWN_BYTES] for part in (*parts, rest))[:SHOWN_BYTES]]
     if length:
         yield b"".join(parts), length
 
