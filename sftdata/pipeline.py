@@ -23,10 +23,10 @@ from sftdata.config import PrepareConfig
 from sftdata.encode.engine import choose_engine
 from sftdata.encode.length import LengthCounts, OverlongError, limit_length
 from sftdata.encode.tokens import encode_batch, encode_tokens_rows
-from sftdata.engine.local import map_tasks, usable_cores
+from sftdata.engine.local import Workers, usable_cores
 from sftdata.errors import DataError, Fault, UsageError
 from sftdata.pack import gather, plan_packs
-from sftdata.plan import Job, Piece, Plan, Task, make_plan
+from sftdata.plan import Job, Piece, Plan, Task, input_bytes, make_plan
 from sftdata.read.convert import Converted, convert_rows
 from sftdata.read.source import Unreadable, read_slice
 from sftdata.render.rows import render_rows
@@ -61,9 +61,23 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
         SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
     """
     old = finished_set(config.output)
-    plan = make_plan(config)
-    for note in plan.notes:
-        say(note)
+    ready = None if old is not None or input_bytes(config) < WORTH_A_FAST_ENGINE else __name__
+    with Workers(config.workers or usable_cores(), warm=ready) as workers:
+        plan = make_plan(config)
+        for note in plan.notes:
+            say(note)
+        return build_set(config, plan, old, workers, progress, say)
+
+
+def build_set(
+    config: PrepareConfig,
+    plan: Plan,
+    old: Manifest | None,
+    workers: Workers,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> Manifest:
+    """Build what was planned, unless it stands already or only waits to be put in its place."""
     changed = plan.difference(old) if old is not None else []
     if old is not None and not changed:
         Build(config.output).sweep()
@@ -83,13 +97,13 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
         done = build.start(plan.identity(), overwrite=config.overwrite)
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
-        results = run_slices(plan, done, progress)
+        results = run_slices(plan, done, workers, progress)
         if any(result.engine_mismatch for result in results):
             say(f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers.")
             build.clear()
             plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
             build.start(plan.identity(), overwrite=True)
-            results = run_slices(plan, {}, progress)
+            results = run_slices(plan, {}, workers, progress)
         return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
@@ -99,15 +113,11 @@ def with_engine(plan: Plan) -> tuple[Plan, str]:
     return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
-def run_slices(plan: Plan, done: dict[int, SliceResult], progress: Progress | None) -> list[SliceResult]:
-    """Prepare the slices that are not done; return all results in order.
-
-    Raises:
-        DataError: more rows are rejected than `max_rejects` allows; what was done stays for a resume.
-    """
+def run_slices(plan: Plan, done: dict[int, SliceResult], workers: Workers, progress: Progress | None) -> list[SliceResult]:
+    """Prepare the slices that are not done; return all results in order."""
     results = dict(done)
     todo = [task for task in plan.tasks if task.index not in done]
-    for result in map_tasks(prepare_slice, plan.job, todo, plan.job.config.workers or usable_cores()):
+    for result in workers.map(prepare_slice, plan.job, todo):
         results[result.index] = result
         if progress:
             progress(result, len(plan.tasks))

@@ -103,6 +103,6 @@ _loaded: Stages | None = None
 def load_stages(job: Job) -> Stages:
     """Return the stages of a job, built once in each process."""
     global _loaded
-    if _loaded is None or _loaded.job is not job:
+    if _loaded is None or _loaded.job != job:
         _loaded = Stages(job)
     return _loaded

@@ -64,7 +64,7 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> C
 
 def has_media(row: dict[str, Any]) -> bool:
     """Return True for a row with a picture, sound or film in a column of its own."""
-    return any(row[name] for name in MEDIA_COLUMNS & row.keys())
+    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
 
 
 class _Converter:
