@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftdata.render.template import GENERATION_CLOSE, GENERATION_OPEN
+from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN
 
 _FIRST_MARK, _FIRST_PLACEHOLDER = 0x108000, 0x10E000
 MAX_MESSAGES = (_FIRST_PLACEHOLDER - _FIRST_MARK) // 2

@@ -17,7 +17,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from sftdata.render.template import make_environment
+from sftdata.render.environment import make_environment
 
 
 class Asked(BaseException):

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sftdata.batches import Conversation
+from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN
 from sftdata.render.marks import RESERVED, MarkedText
 from sftdata.render.opaque import Asked, Conditions, Opaque, watch
 from sftdata.render.proof import any_of
-from sftdata.render.template import GENERATION_CLOSE, GENERATION_OPEN, ChatTemplate
+from sftdata.render.template import ChatTemplate
 
 MAX_RECIPES = 4096
 _PLAIN = {"role", "content"}
