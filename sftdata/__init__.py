@@ -31,7 +31,7 @@ def prepare(inputs: str | Path | Sequence[str | Path], *, tokenizer: str, output
         sftdata.errors.SftError: in one line, what stopped it and what to do.
     """
     from sftdata.config import make_config
-    from sftdata.pipeline import prepare as run
+    from sftdata.run import prepare as run
 
     return run(make_config(inputs=inputs, tokenizer=str(tokenizer), output=output, **settings))
 

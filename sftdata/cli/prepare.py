@@ -26,7 +26,7 @@ def prepare(
     Example: sftdata prepare chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -o shards --max-length 2048
     """
     from sftdata.cli.talk import Talk, print_json
-    from sftdata.pipeline import prepare as run
+    from sftdata.run import prepare as run
 
     with Talk() as talk:
         manifest = run(config, talk.progress, talk.say)
