@@ -40,7 +40,8 @@ bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md
 	@for script in $(filter-out benchmarks/gpu_%, $(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-docs: $(STAMP) ## Run every command and snippet of README.md and docs/
+docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/
+	$(BIN)/python docs/make_reference.py
 	$(BIN)/python -m pytest tests/test_docs.py
 
 notebooks: $(STAMP) ## Execute the notebooks

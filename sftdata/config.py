@@ -107,6 +107,6 @@ def make_config(**settings: Any) -> PrepareConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UsageError(
-            f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", "see `sftdata prepare --help`."
-        ) from None
+        near = difflib.get_close_matches(str(first.get("input")), first["msg"].split("'")[1::2], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see `sftdata prepare --help`."
+        raise UsageError(f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", hint) from None

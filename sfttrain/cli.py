@@ -13,8 +13,9 @@ import typer
 from sftdata.errors import SftError, UsageError
 
 app = typer.Typer(
-    help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False
-)
+    help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)  # fmt: skip
 
 Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]

@@ -8,6 +8,7 @@ A ```bash or ```python block has only to succeed. The blocks of a page share one
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
 import os
 import re
@@ -107,6 +108,16 @@ def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     linked = {(ROOT / "docs" / link["target"]).resolve() for link in LINK.finditer(index)}
     assert linked >= {page for page in PAGES if page.name != "index.md"}
+
+
+def test_pages_told_by_the_code_are_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_reference)
+    stale = [path.name for path, text in make_reference.pages().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run `make docs`"
 
 
 def test_the_demo_ends_with_a_model_whose_loss_fell(reader: Path) -> None:

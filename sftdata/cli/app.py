@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import getdoc
+
 import typer
 
 from sftdata.cli.audit import audit
+from sftdata.cli.config import check, schema
 from sftdata.cli.detect import detect
+from sftdata.cli.env import env
+from sftdata.cli.explain import explain
+from sftdata.cli.init import init
 from sftdata.cli.inspect import inspect
 from sftdata.cli.prepare import prepare
 from sftdata.cli.preview import preview
@@ -13,19 +20,35 @@ from sftdata.cli.resolve import resolve
 from sftdata.cli.stats import stats
 from sftdata.cli.verify import verify
 
-SETTINGS = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+SETTINGS = {"no_args_is_help": True, "context_settings": CONTEXT}
+LOOK = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+
+COMMANDS = (init, prepare, detect, preview, resolve, audit, inspect, stats, verify, explain, env)
+NEED_NOTHING = (explain, env)
 
 
 def build_app() -> typer.Typer:
     """Put the commands together."""
-    app = typer.Typer(
-        name="sftdata",
-        help="Turn SFT data into verified constant-length shards.",
-        add_completion=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        **SETTINGS,  # type: ignore[arg-type]
-    )
-    for command in (prepare, detect, preview, resolve, audit, inspect, stats, verify):
-        app.command(**SETTINGS)(command)  # type: ignore[arg-type]
+    about = "Turn SFT data into verified constant-length shards.\n\nExample: sftdata preview chats.jsonl -t TOKENIZER"
+    app = typer.Typer(name="sftdata", help=with_example(about), add_completion=True, **LOOK, **SETTINGS)  # type: ignore[arg-type]
+    for command in COMMANDS:
+        _add(app, command, no_args_is_help=command not in NEED_NOTHING)
+    config = typer.Typer(name="config", help="Look at settings: their schema, or what a file comes to.", **LOOK, **SETTINGS)  # type: ignore[arg-type]
+    _add(config, schema, no_args_is_help=False)
+    _add(config, check)
+    app.add_typer(config)
     return app
+
+
+def with_example(text: str) -> str:
+    """Set the examples of a docstring apart, before the options, on lines that are not wrapped."""
+    about, _, examples = text.partition("\n\nExample: ")
+    lines = [f"  {line.removeprefix('Example: ').strip()}" for line in examples.splitlines() if line.strip()]
+    return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines, "", about]) if lines else about
+
+
+def _add(app: typer.Typer, command: Callable[..., None], *, no_args_is_help: bool = True) -> None:
+    settings = SETTINGS | {"no_args_is_help": no_args_is_help}
+    text = getdoc(command) or ""
+    app.command(help=with_example(text), short_help=text.partition("\n\n")[0], **settings)(command)  # type: ignore[arg-type]

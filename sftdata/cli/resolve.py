@@ -34,7 +34,8 @@ def resolve(
         return
     for resolution in found:
         typer.echo(
-            f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows, {resolution.occurrences:,} times"
+            f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows,"
+            f" {resolution.occurrences:,} times"
         )
         typer.echo(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
         for sequence in resolution.sequences:

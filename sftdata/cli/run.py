@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,8 +25,8 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except SftError as error:
         return _fail(str(error), error.exit_code, debug)
     except TyperException as error:
-        text = " ".join(error.format_message().split())
-        return _fail(f"{text} Fix: see `{name} {_command(arguments)}--help`.", 2, debug)
+        text, fix = explain_usage(" ".join(error.format_message().split()))
+        return _fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2, debug)
     except (KeyboardInterrupt, Abort):
         return _fail("Interrupted; what is finished is kept. Run the same command to go on.", 130, debug)
     except BrokenPipeError:
@@ -45,5 +47,30 @@ def _fail(line: str, code: int, debug: bool) -> int:
     return code
 
 
-def _command(arguments: Sequence[str]) -> str:
-    return f"{arguments[0]} " if arguments and not arguments[0].startswith("-") else ""
+# What the parser says of a wrong command, option or choice; the wrong word and the words it knows are quoted or dashed.
+_WRONG = (
+    re.compile(r"(?P<text>No such command '(?P<wrong>[^']*)'\.) Did you mean (?P<known>.+)\?"),
+    re.compile(r"(?P<text>No such option: (?P<wrong>\S+)) \((?:Possible options: |Did you mean )(?P<known>.+)\)"),
+    re.compile(r"(?P<text>.*'(?P<wrong>[^']*)' is not one of (?P<known>.+))"),
+)
+
+
+def explain_usage(text: str) -> tuple[str, str]:
+    """Return what the parser said, and the word it may have meant; "" where none is near.
+
+    >>> explain_usage("No such command 'prepar'. Did you mean 'prepare'?")
+    ("No such command 'prepar'.", "did you mean 'prepare'?")
+    """
+    text = text.replace("Value error, ", "")
+    for pattern in _WRONG:
+        if found := pattern.fullmatch(text):
+            known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", found["known"])
+            near = difflib.get_close_matches(found["wrong"], known, n=1)
+            return found["text"].rstrip(".") + ".", f"did you mean {near[0]!r}?" if near else ""
+    return text, ""
+
+
+def _command(app: typer.Typer, arguments: Sequence[str]) -> str:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {group.typer_instance.info.name or "" for group in app.registered_groups if group.typer_instance}
+    return f"{arguments[0]} " if arguments and arguments[0] in known else ""

@@ -1,0 +1,89 @@
+"""Write the pages that are told by the code: docs/cli.md, docs/errors.md and the table of docs/formats.md. Run by `make docs`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import sftdata.cli
+import sfttrain.cli
+from sftdata.explain import read_codes
+from sftdata.read.formats import FORMATS, LINE
+
+DOCS = Path(__file__).resolve().parent
+COMMANDS = re.compile(r"^  (?P<name>[a-z]+)  +\S", re.MULTILINE)
+TABLE = re.compile(r"(?<=<!-- table: formats, by docs/make_reference.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def help_of(package: str, *command: str) -> str:
+    """Return what `--help` of a command prints on 100 columns."""
+    main = sfttrain.cli.main if package == "sfttrain" else sftdata.cli.main
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}), contextlib.redirect_stdout(printed):
+        main([*command, "--help"])
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip() + "\n"
+
+
+def commands(*command: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield a command with its help, then all commands under it."""
+    text = help_of(*command)
+    yield command, text
+    for found in COMMANDS.finditer(text.partition("\nCommands:\n")[2]):
+        yield from commands(*command, found["name"])
+
+
+def cli_page() -> str:
+    """Return docs/cli.md."""
+    parts = [
+        "# The command line\n",
+        "What `--help` prints, written by `make docs`. Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 internal\n"
+        "error, 2 wrong usage, 3 the data cannot make a set, 4 bytes that do not match their manifest, 130 interrupted.\n"
+        "`--debug` anywhere shows the traceback of an error.\n",
+    ]
+    for package in ("sftdata", "sfttrain"):
+        for command, text in commands(package):
+            parts.append(f"{'#' * min(len(command) + 1, 3)} {' '.join(command)}\n\n```text\n{text}```\n")
+    return "\n".join(parts)
+
+
+def errors_page() -> str:
+    """Return docs/errors.md."""
+    text = (DOCS.parent / "sftdata/codes.md").read_text("utf-8")
+    return (
+        "# Codes\n\n"
+        f"Each of the {len(read_codes())} codes that a reject, the ledger or an audit may name.\n"
+        "`sftdata explain CODE` prints its paragraph. This page is written by `make docs` from `sftdata/codes.md`.\n\n"
+        f"{re.sub('^### (.+)$', lambda found: f'### `{found[1]}`', text, flags=re.MULTILINE)}"
+    )
+
+
+def formats_table() -> str:
+    """Return the table of row formats."""
+    lines = ["| format | what it is | columns it needs (or their other names) | columns it also takes |", "|---|---|---|---|"]
+    for entry in FORMATS.values():
+        needed = ", ".join(
+            " or ".join(f"`{name}`" for name in column.spellings if name != LINE) or "the line itself"
+            for column in entry.columns
+            if column.required
+        )
+        taken = ", ".join(f"`{column.spellings[0]}`" for column in entry.columns if not column.required)
+        lines.append(f"| `{entry.name}` | {entry.about} | {needed} | {taken or '·'} |")
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Return path -> text of every page, as it should be."""
+    formats = DOCS / "formats.md"
+    table = TABLE.sub(lambda _: formats_table(), formats.read_text("utf-8"))
+    return {DOCS / "cli.md": cli_page(), DOCS / "errors.md": errors_page(), formats: table}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(DOCS.parent)}")

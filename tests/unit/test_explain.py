@@ -1,0 +1,85 @@
+"""Every code that the source can give has its paragraph, and no paragraph stands for a code that is gone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sftdata.encode.length import REASONS, LengthCounts
+from sftdata.encode.tokens import EncodeCounts
+from sftdata.errors import UsageError
+from sftdata.explain import explain, read_codes
+from sftdata.read.parts import MEDIA
+from sftdata.show.findings import COUNTED, KINDS
+
+SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
+COMPUTED = {"MEDIA[kind]": set(MEDIA.values()), "code": set()}  # `code`: RowError hands its argument on to Fault
+
+
+def calls() -> Iterator[tuple[str, ast.expr]]:
+    """Yield (place, first argument) of everything in the source that makes a fault."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Fault", "RowError"):
+                yield f"{path.name}:{node.lineno}", node.args[0] if node.args else node.keywords[0].value
+
+
+def fault_codes() -> set[str]:
+    codes: set[str] = set()
+    for place, argument in calls():
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+            codes.add(argument.value)
+        else:
+            assert ast.unparse(argument) in COMPUTED, f"{place}: name the code itself, so that its paragraph can be checked"
+            codes |= COMPUTED[ast.unparse(argument)]
+    return codes
+
+
+def counters() -> set[str]:
+    """Return the names in `counts["..."]` anywhere, and those of the counting classes."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))]
+    written = {name for source in sources for name in re.findall(r'\bcounts\["(\w+)"\]', source)}
+    return written | {field.name for field in fields(EncodeCounts)} | set(LengthCounts(0, {}, {}, 0, 0).counters) | set(COUNTED)
+
+
+def section(title: str) -> set[str]:
+    return {code for code, (kind, _) in read_codes().items() if kind == title}
+
+
+def test_every_fault_of_the_source_has_its_paragraph() -> None:
+    assert len(fault_codes()) > 40
+    assert section("Rejected rows") == fault_codes()
+
+
+def test_every_finding_of_the_audit_has_its_paragraph() -> None:
+    assert section("Findings of the audit") | {"nothing-trained"} == set(KINDS)
+
+
+def test_every_reason_to_leave_a_row_out_has_its_paragraph() -> None:
+    assert section("Rows that are left out") == {*REASONS, "formatter"}
+
+
+def test_every_counter_has_its_paragraph() -> None:
+    assert section("What is counted") == counters() | {"column_unused"}
+
+
+@pytest.mark.parametrize("code", read_codes())
+def test_a_paragraph_says_something(code: str) -> None:
+    _, paragraph = read_codes()[code]
+    assert paragraph[0].isupper() or paragraph[0] == "`"
+    assert paragraph.endswith(".")
+
+
+def test_codes_are_found_as_the_summary_writes_them() -> None:
+    assert explain("rows cut") == explain("rows_cut")
+    assert explain("column_unused:id") == explain("column unused:id")
+
+
+def test_a_mistyped_code_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'unknown-role'"):
+        explain("unknow-role")
