@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 class LoraSettings(BaseModel):
-    """Low-rank adapters: `r=16,alpha=32,target=all-linear,dropout=0.05`."""
+    """Low-rank adapters: `r=16,alpha=32,target=all-linear,dropout=0.05,rslora=true`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +39,10 @@ class LoraSettings(BaseModel):
     alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target: str = Field("all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
+    rslora: bool = Field(False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks stable.")
+    dora: bool = Field(False, description="Train magnitude and direction of the weights apart.")
+    modules_to_save: str = Field("", description="Modules trained in full beside the adapters, joined by +.")
 
 
 class TrainConfig(BaseModel):
@@ -46,7 +51,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # ---- data
-    sets: tuple[Path, ...] = Field(min_length=1, description="Folders that `sftdata prepare` wrote.")
+    sets: tuple[Path, ...] = Field((), description="Folders that `sftdata prepare` wrote.")
     weights: tuple[float, ...] = Field((), description="Passes over each set in one epoch; default: 1 each.")
     eval: dict[str, Path] = Field(default_factory=dict, description="Evaluation sets by name.")
 
@@ -57,13 +62,17 @@ class TrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that has it."
     )
+    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="More arguments for from_pretrained.")
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
+    adapter: Path | None = Field(None, description="Folder of adapters to go on training.")
+    resize_to_multiple_of: int = Field(1, gt=0, description="Round embeddings up to this when they grow for added tokens.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="Quantize the frozen base; needs lora and bitsandbytes.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
 
     # ---- how
     attention: str = Field("auto", description="auto, or one implementation by name.")
     loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked, where proven equal.")
+    objective: Literal["nll", "dft"] = Field("nll", description="dft weighs each token's loss by its own probability.")
     packing: Literal["auto", "require", "unpack"] = Field(
         "auto", description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks."
     )
@@ -71,6 +80,7 @@ class TrainConfig(BaseModel):
     # ---- where
     output: Path = Field(description="Folder of the run: checkpoints, then the model.")
     overwrite: bool = Field(False, description="Start anew in a folder that holds a run.")
+    push_to_hub: str | None = Field(None, description="Hub repository that gets the finished model, as name/model.")
     training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
 
     @field_validator("lora", mode="before")
@@ -93,20 +103,27 @@ class TrainConfig(BaseModel):
     def _check_together(self) -> TrainConfig:
         if (self.model is None) == (self.init_from_config is None):
             raise ValueError("name either a model or init_from_config")
+        if self.lora and self.adapter:
+            raise ValueError("adapter brings its own shape; leave lora out")
         if self.weights and len(self.weights) != len(self.sets):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights are above 0")
         if self.lora and self.init_from_config:
             raise ValueError("adapters of fresh random weights are of no use; name a model, or leave lora out")
-        if self.quantize and self.lora is None:
-            raise ValueError("quantize freezes the model, so it needs lora")
+        if self.quantize and not self.adapted:
+            raise ValueError("quantize freezes the model, so it needs lora, as --lora r=16")
         return self
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained on a frozen model."""
+        return self.lora is not None or self.adapter is not None
 
     @property
     def learning_rate(self) -> float:
         """The rate when none is set: weights from nothing bear more than adapters, adapters more than trained weights."""
-        return 1e-3 if self.init_from_config else 2e-4 if self.lora else 2e-5
+        return 1e-3 if self.init_from_config else 2e-4 if self.adapted else 2e-5
 
     @property
     def set_weights(self) -> tuple[float, ...]:
@@ -133,6 +150,8 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
                     _place(merged, name, part, own=False)
             else:
                 _place(merged, key, value)
+    if merged.get("adapter") and not merged.get("model"):
+        merged["model"] = adapter_base(Path(merged["adapter"]))
     try:
         return TrainConfig(**merged)
     except ValidationError as error:
@@ -147,6 +166,20 @@ def training_fields() -> dict[str, str]:
     from transformers import TrainingArguments
 
     return {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def adapter_base(folder: Path) -> str:
+    """Return the model that adapters were trained on.
+
+    Raises:
+        UsageError: the folder holds no adapters.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({error})"
+        raise UsageError(f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote.") from None
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

@@ -23,11 +23,12 @@ Batch = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L."""
+    """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L; for evaluation int64[L] sources."""
 
     input_ids: Int32
     labels: Int32
     seq_lengths: Int32
+    source: Int64 | None = None
 
 
 class TrainingRows(Dataset[Row]):
@@ -36,13 +37,16 @@ class TrainingRows(Dataset[Row]):
     Args:
         sets: opened sets.
         unpack: hand out every document alone, for models that packing would leak through.
+        by_source: tell for every token which source it is from; for one set only.
 
     Attributes:
         sizes: rows of each set.
+        sources: names of the sources, where they are told.
     """
 
-    def __init__(self, sets: Sequence[ShardSet], unpack: bool = False) -> None:
+    def __init__(self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False) -> None:
         self._sets = list(sets)
+        self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []
         self._documents = [_documents(opened) for opened in sets] if unpack else None
         self.sizes = [len(part) for part in (self._documents or self._sets)]
         self._ends = list(accumulate(self.sizes))
@@ -57,9 +61,20 @@ class TrainingRows(Dataset[Row]):
         local = index - self._ends[which] + self.sizes[which]
         if self._documents is None:
             packed = self._sets[which][local]
-            return Row(packed.input_ids, packed.labels, packed.seq_lengths)
-        row, segment = self._documents[which][local].tolist()
-        return _document(self._sets[which][row], segment)
+            source = np.repeat(self._source_of(packed.examples), packed.seq_lengths) if self.sources else None
+            return Row(packed.input_ids, packed.labels, packed.seq_lengths, source)
+        index, segment = self._documents[which][local].tolist()
+        packed = self._sets[which][index]
+        row = _document(packed, segment)
+        if not self.sources:
+            return row
+        return row._replace(source=np.repeat(self._source_of(packed.examples[segment : segment + 1]), row.seq_lengths))
+
+    def _source_of(self, examples: Int64) -> Int64:
+        """Number of the source of each example; of empty sources, which share a first id with the next, never."""
+        first = [source.first_id for source in self._sets[0].manifest.sources]
+        found: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
+        return found
 
 
 def _documents(opened: ShardSet) -> Int64:
@@ -102,7 +117,8 @@ def _flattened(rows: Sequence[Row]) -> Batch:
     labels[ends - lengths] = -100  # no document is asked for by the end of the one before
     cumulative = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
     longest = int(lengths.max())
-    return {
+    sources = {"source": torch.from_numpy(np.concatenate(_sources(rows)))[None]} if rows[0].source is not None else {}
+    return sources | {
         "input_ids": torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))[None],
         "labels": torch.from_numpy(labels)[None],
         "position_ids": torch.from_numpy(positions(lengths))[None],
@@ -128,7 +144,13 @@ def _padded(rows: Sequence[Row]) -> Batch:
         position_ids[index] = positions(lengths)
     labels[:, 0] = -100
     columns = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    if rows[0].source is not None:
+        columns["source"] = np.stack([np.pad(part, (0, width - len(part))) for part in _sources(rows)])
     return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _sources(rows: Sequence[Row]) -> list[Int64]:
+    return [np.zeros(len(row.input_ids), np.int64) if row.source is None else row.source for row in rows]
 
 
 def positions(lengths: Int32 | Int64) -> Int64:

@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import yaml
 
 from sftdata.shardset.atomic import sync_folder, write_atomic
 from sftdata.shardset.opened import ShardSet
-from sfttrain.preflight import Say, added_tokens
+from sfttrain.preflight import Say
+from sfttrain.vocabulary import stop_tokens
 
 RUN_NAME = "run.json"
 SETTINGS_NAME = "settings.yaml"
 _PARTIAL = "model.partial"
-_SAMPLE_ROWS = 256
 
 
 def export(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any], run: dict[str, Any], say: Say) -> None:
     """Write the trained model and everything beside it into the run's folder; every rank calls this."""
     output = Path(trainer.args.output_dir)
     partial = output / _PARTIAL
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    _set_stop_tokens(model, sets)
+    _set_stop_tokens(trainer.accelerator.unwrap_model(trainer.model), sets)
     trainer.save_model(str(partial))
     if not trainer.args.should_save:
         return
     (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.yaml says the same
-    tokenizer = sets[0].folder / "tokenizer"
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
-    else:
-        say(f"{sets[0].folder}: no tokenizer folder; the model is written without a tokenizer")
+    for opened in sets[:1]:
+        tokenizer = opened.folder / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+        else:
+            say(f"{opened.folder}: no tokenizer folder; the model is written without a tokenizer")
     (partial / SETTINGS_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
     (partial / "README.md").write_text(_card(trainer, sets, settings), "utf-8")
     for path in sorted(partial.iterdir()):
@@ -52,34 +50,9 @@ def export(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any], run
     sync_folder(output)
 
 
-def stop_tokens(sets: Sequence[ShardSet]) -> list[int]:
-    """Return the ids that end an answer in these sets: EOS, and special tokens on which trained spans end."""
-    found: set[int] = set()
-    for opened in sets:
-        eos, ends = opened.manifest.tokenizer.eos_id, _span_ends(opened)
-        special = added_tokens(opened.folder)
-        found |= {eos} if eos is not None else set()
-        # Without a tokenizer at hand a token must end nearly every span to count as one made for that.
-        share = 0.05 if special else 0.9
-        total = ends.total()
-        found |= {token for token, count in ends.items() if count >= share * total and (not special or token in special)}
-    return sorted(found)
-
-
-def _span_ends(opened: ShardSet) -> Counter[int]:
-    """Count the last tokens of trained spans in rows spread over a set."""
-    counts: Counter[int] = Counter()
-    for index in np.unique(np.linspace(0, len(opened) - 1, min(len(opened), _SAMPLE_ROWS)).astype(np.int64)):
-        row = opened[int(index)]
-        trained = row.labels != -100
-        last = trained & ~np.append(trained[1:], False)
-        counts.update(row.labels[last].tolist())
-    return counts
-
-
 def _set_stop_tokens(model: Any, sets: Sequence[ShardSet]) -> None:
     generation = getattr(model, "generation_config", None)
-    if generation is None:
+    if generation is None or not sets:
         return
     before = generation.eos_token_id
     own = [] if before is None else before if isinstance(before, list) else [before]
@@ -96,11 +69,12 @@ def _set_stop_tokens(model: Any, sets: Sequence[ShardSet]) -> None:
 def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> str:
     base = settings.get("model")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    front = {"library_name": "peft" if settings.get("lora") else "transformers", "pipeline_tag": "text-generation"}
+    adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    front = {"library_name": "peft" if adapted else "transformers", "pipeline_tag": "text-generation"}
     if base and not Path(base).exists():
         front["base_model"] = base
     lines = ["---", yaml.safe_dump(front).strip(), "---", "", f"# {Path(trainer.args.output_dir).name}", ""]
-    kind = "Low-rank adapters for" if settings.get("lora") else "Fine-tuned from"
+    kind = "Low-rank adapters for" if adapted else "Fine-tuned from"
     lines += [f"{kind} `{base}`." if base else f"Trained from scratch by `{settings.get('init_from_config')}`.", ""]
     lines += ["| set | rows | trained tokens | digest |", "|---|---|---|---|"]
     for opened in sets:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,24 @@ class Head:
     softcap: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What training minimises; evaluation always reports the plain negative log likelihood.
+
+    Attributes:
+        dft: weigh each token's loss by the probability the model gives it, as a constant (dynamic fine-tuning).
+        smoothing: share of the target spread evenly over the vocabulary.
+
+    Source: Wu et al. 2025, "On the Generalization of SFT", https://arxiv.org/abs/2508.05629.
+    """
+
+    dft: bool = False
+    smoothing: float = 0.0
+
+
+PLAIN = Objective()
+
+
 @dataclass
 class LossOutput(ModelOutput):
     """Loss of a batch, without logits.
@@ -35,11 +53,13 @@ class LossOutput(ModelOutput):
         loss: float32[], sum over supervised positions divided by `num_items_in_batch`.
         correct: int64[], supervised positions whose most likely token is the label.
         supervised: int64[], supervised positions.
+        token_losses: float32[N], negative log likelihood of each supervised position; None where the engine has none.
     """
 
     loss: Tensor | None = None
     correct: Tensor | None = None
     supervised: Tensor | None = None
+    token_losses: Tensor | None = None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -47,11 +67,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, dtype: torch.dtype, grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        want_hidden, want_weight, want_bias = (grad and need for need in ctx.needs_input_grad[:3])
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        token_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         # Summed in fp32 even under bf16: one rounding at the end instead of one a chunk.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
@@ -62,12 +84,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             inputs = hidden[rows].to(dtype)
-            chunk_loss, chunk_correct, slope = _chunk(inputs, weight_cast, bias, targets[rows], head, want_slope)
-            loss += chunk_loss
-            correct += chunk_correct
-            if slope is None:
+            chunk = _chunk(inputs, weight_cast, bias, targets[rows], head, objective, want_slope)
+            loss += chunk.loss
+            correct += chunk.correct
+            token_losses[rows] = chunk.token_losses
+            if chunk.slope is None:
                 continue
-            slope = slope.to(dtype)
+            slope = chunk.slope.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = slope @ weight_cast
             if grad_weight is not None:
@@ -76,11 +99,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias += slope.sum(0, dtype=torch.float32)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct, token_losses)
+        return loss, correct, token_losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         scaled = [
             None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
@@ -94,10 +117,19 @@ def chunk_rows(device: str, vocabulary: int) -> int:
     return max(1, CHUNK_BYTES.get(device, 64 << 20) // (4 * vocabulary))
 
 
+class _Chunk(NamedTuple):
+    """loss float32[], correct int64[], token_losses float32[N], slope d loss / d (W h + b) float32[N, V]."""
+
+    loss: Tensor
+    correct: Tensor
+    token_losses: Tensor
+    slope: Tensor | None
+
+
 def _chunk(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, want_slope: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss float32[], correct int64[], d loss / d (W h + b) float32[N, V]) in one buffer of logits."""
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective, want_slope: bool
+) -> _Chunk:
+    """Compute one chunk in one buffer of logits."""
     logits = (inputs @ weight.T).float()
     if bias is not None:
         logits += bias
@@ -109,18 +141,26 @@ def _chunk(
         damping = 1 - logits**2 if want_slope else None
         logits *= head.softcap
     at_target = logits.gather(1, targets[:, None])
+    mean = logits.mean(1, keepdim=True) if objective.smoothing else at_target
     top = logits.amax(1, keepdim=True)
     weights = logits.sub_(top).exp_()
     total = weights.sum(1, keepdim=True)
-    loss = (total.log() + top - at_target).sum()
+    log_total = total.log() + top
+    token_losses = log_total - at_target
+    losses = log_total - (1 - objective.smoothing) * at_target - objective.smoothing * mean
+    share = token_losses.neg().exp() if objective.dft else None
+    loss = (losses if share is None else losses * share).sum()
     correct = (at_target >= top).sum()
     if not want_slope:
-        return loss, correct, None
+        return _Chunk(loss, correct, token_losses[:, 0], None)
     slope = weights.div_(total)
-    slope[torch.arange(len(targets), device=targets.device), targets] -= 1
-    if damping is not None:
-        slope *= damping
-    return loss, correct, slope if head.scale == 1.0 else slope.mul_(head.scale)
+    slope[torch.arange(len(targets), device=targets.device), targets] -= 1 - objective.smoothing
+    if objective.smoothing:
+        slope -= objective.smoothing / weight.shape[0]
+    for factor in (share, damping):
+        if factor is not None:
+            slope *= factor
+    return _Chunk(loss, correct, token_losses[:, 0], slope if head.scale == 1.0 else slope.mul_(head.scale))
 
 
 def _add_product(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
@@ -138,37 +178,47 @@ def head_of(model: nn.Module) -> Head:
     against the model's own loss, so an unknown one cannot pass unseen.
     """
     module = cast(Any, model).get_output_embeddings()
+    bias = getattr(module, "bias", None)
+    if bias is None:  # an adapter around the head shows its weight, merged, but not always its bias
+        bias = getattr(getattr(module, "original_module", None), "bias", None)
     config = cast(Any, model).config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    return Head(module.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def supervised_loss(hidden: Tensor, labels: Tensor, head: Head, engine: str = "chunked") -> tuple[Tensor, Tensor, Tensor]:
-    """Return (summed loss float32[], correct int64[], supervised int64[]).
+def supervised_loss(
+    hidden: Tensor, labels: Tensor, head: Head, engine: str = "chunked", objective: Objective = PLAIN
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (summed loss float32[], correct int64[], supervised int64[], token losses float32[N] or None).
 
     Args:
         hidden: float[B, L, D], last hidden states.
         labels: int64[B, L], unshifted: position i is trained to predict label i + 1.
         engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no accuracy: -1).
+        objective: what is minimised; the losses of single tokens stay the plain ones.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     rows, targets = hidden[:, :-1][chosen], targets[chosen]
     supervised = torch.tensor(len(targets), device=hidden.device)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
-    if engine == "torch" and len(targets) and head.scale == 1.0 and head.softcap is None:
+    plain = head.scale == 1.0 and head.softcap is None and objective == PLAIN
+    if engine == "torch" and len(targets) and plain and torch.is_grad_enabled():
         options = nn.LinearCrossEntropyOptions()
         bias = None if head.bias is None else head.bias.to(dtype)
         loss = nn.functional.linear_cross_entropy(
             rows.to(dtype), head.weight.to(dtype), targets, linear_bias=bias, reduction="sum", options=options
         )
-        return loss.float(), torch.tensor(-1, device=hidden.device), supervised
+        return loss.float(), torch.tensor(-1, device=hidden.device), supervised, None
     cross_entropy: Any = _ChunkedCrossEntropy.apply
-    loss, correct = cross_entropy(rows, head.weight, head.bias, targets, head, dtype, torch.is_grad_enabled())
-    return loss, correct, supervised
+    inputs = (rows, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # inside the function this can no longer be asked
+        inputs = (rows.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
+    loss, correct, token_losses = cross_entropy(*inputs, targets, head, objective, dtype)
+    return loss, correct, supervised, token_losses
 
 
-def fuse_loss(model: Any, engine: str = "chunked") -> None:
+def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN) -> None:
     """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls run the model's own forward.
 
     The loss stays inside `forward`, where DDP and FSDP expect every use of a parameter.
@@ -182,9 +232,11 @@ def fuse_loss(model: Any, engine: str = "chunked") -> None:
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return own_forward(labels=labels, **extra, **inputs)
         hidden = self.base_model(**inputs)[0]
-        loss, correct, supervised = supervised_loss(hidden, labels, head_of(self), engine)
+        aim = objective if self.training else PLAIN
+        loss, correct, supervised, token_losses = supervised_loss(hidden, labels, head_of(self), engine, aim)
         items = supervised if num_items_in_batch is None else num_items_in_batch
-        return LossOutput(loss / torch.as_tensor(items, device=loss.device).clamp(min=1), correct, supervised)
+        mean = loss / torch.as_tensor(items, device=loss.device).clamp(min=1)
+        return LossOutput(mean, correct, supervised, token_losses)
 
     model.forward = types.MethodType(forward, model)
     model.accepts_loss_kwargs = True  # the Trainer then hands over num_items_in_batch

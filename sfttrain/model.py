@@ -1,4 +1,4 @@
-"""Load or make the model: dtype, attention, new embeddings, adapters. Never runs code from a repository unasked."""
+"""Load or make the model: dtype, attention, quantization. Never runs code from a repository unasked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain.config import LoraSettings, TrainConfig
+from sfttrain.config import TrainConfig
+from sfttrain.packages import require_package
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +23,7 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     """Return the dtype of the weights: float32 where they are trained, since small updates vanish in 16 bit."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
-    return torch.bfloat16 if config.lora and computes_in_bf16() else torch.float32
+    return torch.bfloat16 if config.adapted and computes_in_bf16() else torch.float32
 
 
 def load_config(config: TrainConfig) -> Any:
@@ -40,8 +41,11 @@ def load_config(config: TrainConfig) -> Any:
         raise _unusable(source, error, config.trust_remote_code) from None
 
 
-def load_model(config: TrainConfig, model_config: Any, attention: str) -> Any:
+def load_model(config: TrainConfig, model_config: Any, attention: str, device: torch.device) -> Any:
     """Return the model with its weights, or with fresh ones under `init_from_config`.
+
+    Args:
+        device: where a quantized base goes, which cannot be moved later; one device per process.
 
     Raises:
         UsageError: no safetensors, or transformers cannot load it.
@@ -55,56 +59,40 @@ def load_model(config: TrainConfig, model_config: Any, attention: str) -> Any:
         )
     source = str(config.model)
     _refuse_pickle(Path(source))
+    arguments = {
+        "config": model_config,
+        "revision": config.revision,
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "use_safetensors": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.quantize is not None:
+        arguments |= {"quantization_config": _quantization(config.quantize), "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            config=model_config,
-            revision=config.revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            quantization_config=_quantization(config.quantize),
-        )
-    except (OSError, ValueError, ImportError) as error:
+        return AutoModelForCausalLM.from_pretrained(source, **(arguments | config.model_init_kwargs))
+    except (OSError, ValueError, ImportError, TypeError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
 
 
-def embedding_rows(model: Any) -> int:
-    """Return how many token ids the model has embeddings for."""
-    return int(model.get_input_embeddings().weight.shape[0])
+def describe_model(model: Any, config: TrainConfig) -> str:
+    """Say what was loaded, with what was defaulted."""
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    revision = f", revision {config.revision}" if config.revision else ""
+    more = "".join(f", {key}={value}" for key, value in config.model_init_kwargs.items())
+    quantized = f", base quantized to {config.quantize}" if config.quantize else ""
+    return f"model: {type(model).__name__} in {' and '.join(dtypes)}{quantized}{revision}{more}"
 
 
-def add_adapters(model: Any, lora: LoraSettings, activation_checkpointing: bool) -> Any:
-    """Freeze the model and add low-rank adapters to it."""
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = lora.target if lora.target == "all-linear" else lora.target.split("+")
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    if activation_checkpointing:
-        model.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        fix = "name modules of this model, or use target=all-linear."
-        raise UsageError(f"lora target {lora.target!r}: {error}", fix) from None
-
-
-def _quantization(kind: str | None) -> Any:
-    if kind is None:
-        return None
-    import importlib.util
-
+def _quantization(kind: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"quantize={kind} needs the package bitsandbytes.", "pip install bitsandbytes.")
+    require_package("bitsandbytes", f"quantize={kind}", "quantize")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if computes_in_bf16() else torch.float32
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
 
 

@@ -19,7 +19,9 @@ from sftdata.shardset.opened import ShardSet, plain_file
 from sfttrain.attention import FLATTENED
 from sfttrain.config import TrainConfig
 from sfttrain.data import Batch
+from sfttrain.hub import check_hub
 from sfttrain.isolation import Proof, prove
+from sfttrain.packages import require_package, require_tracker
 
 Say = Callable[[str], None]
 
@@ -39,6 +41,28 @@ class Plan:
     flatten: bool
     unpack: bool
     loss: str | None
+
+
+def refuse_useless(config: TrainConfig, args: Any, data: Any) -> None:
+    """Refuse what cannot work, before anything is read.
+
+    Raises:
+        UsageError: naming what to set instead.
+    """
+    if not config.sets and data is None:
+        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
+    if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
+        raise UsageError("A stream has no end that is known.", "set max_steps.")
+    if config.loss == "liger" and args.device.type == "cpu":
+        raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
+    if config.objective != "nll" and config.loss in ("plain", "liger"):
+        raise UsageError(f"objective={config.objective} is computed by our loss, not by loss={config.loss}.", "set loss=auto.")
+    if "bnb" in str(args.optim) or "8bit" in str(args.optim):
+        require_package("bitsandbytes", f"optim={args.optim}", "quantize")
+    for name in args.report_to:
+        require_tracker(name)
+    if config.push_to_hub:
+        check_hub(config.push_to_hub)
 
 
 def verify_sets(sets: Sequence[ShardSet]) -> None:
@@ -106,6 +130,9 @@ def _without_proof(config: TrainConfig, attention: str, error: Exception, say: S
 def _loss_engine(config: TrainConfig, model_config: Any, proof: Proof, say: Say) -> str | None:
     if config.loss in ("plain", "liger"):
         return None
+    if not proof.fuses and config.objective != "nll":
+        reason = f"{model_config.model_type} has a head that does more than the chunked loss knows"
+        raise UsageError(f"objective={config.objective}: {reason}.", "set objective=nll.")
     if proof.fuses:
         return "torch" if config.loss == "torch" else "chunked"
     reason = f"{model_config.model_type}: its head does more than the chunked loss knows"

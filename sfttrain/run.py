@@ -5,6 +5,8 @@ open sets -> verify -> choose attention -> prove packing and loss -> load model 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,30 @@ import torch
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain import checkpoint, preflight
-from sfttrain.attention import choose_attention, register_varlen
+from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
+from sfttrain.attention import NAMES, choose_attention, register_varlen
 from sfttrain.config import TrainConfig
+from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import RUN_NAME, export
-from sfttrain.loss import fuse_loss
-from sfttrain.model import add_adapters, computes_in_bf16, embedding_rows, load_config, load_model
+from sfttrain.hub import push
+from sfttrain.loss import Objective, fuse_loss
+from sfttrain.model import computes_in_bf16, describe_model, load_config, load_model
 from sfttrain.order import Order
 from sfttrain.preflight import Plan, Say
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
 from sfttrain.trainer import SftTrainer
+from sfttrain.vocabulary import align_special_tokens, fit_vocabulary
 
 
-def train(config: TrainConfig, **extras: Any) -> SftTrainer:
+def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras: Any) -> SftTrainer:
     """Run a configuration to its end, resuming what an earlier, broken run left.
 
     Args:
         config: what to train on what, and how.
-        extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `optimizers`, ...
+        model: a model object, adapters on it or not; else the one that the configuration names is loaded.
+        data: a dataset of rows with token ids, instead of sets; see `custom.py`.
+        extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `processing_class`, ...
 
     Raises:
         SftError: what is wrong, and the fix; before the first step where it can be known then.
@@ -40,23 +48,24 @@ def train(config: TrainConfig, **extras: Any) -> SftTrainer:
 
     disable_progress_bar()
     args = training_arguments(config)
+    preflight.refuse_useless(config, args, data)
     say = _talk if args.process_index == 0 else _silence
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
     with args.main_process_first(desc="verify"):
         if args.process_index == 0:
             preflight.verify_sets([*sets, *evaluation.values()])
-    model_config = load_config(config)
+    model_config = load_config(config) if model is None else model.config
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     register_varlen()
     device = args.device.type
-    attention, reason = choose_attention(config.attention, model_config, device, compute)
+    attention, reason = choose_attention(_wanted_attention(config, model), model_config, device, compute)
     say(f"attention: {attention} ({reason})")
     plan = preflight.choose_path(config, model_config, attention, device, compute, say)
-    model = _make_model(config, model_config, plan, sets, args, say)
-    rows = TrainingRows(sets, plan.unpack)
-    order = _order(config, rows, args)
-    run = _identity(config, sets, order, plan)
+    rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
+    model, plan = make_model(config, model_config, model, plan, sets, args, say)
+    order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
+    run = _identity(config, sets, order, plan, args)
     resumed = _resume_point(config, args, run, say)
     trainer = SftTrainer(
         order=order,
@@ -65,12 +74,12 @@ def train(config: TrainConfig, **extras: Any) -> SftTrainer:
         model=model,
         args=args,
         train_dataset=rows,
-        eval_dataset={name: TrainingRows([opened], plan.unpack) for name, opened in evaluation.items()} or None,
+        eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(extras.pop("eval_dataset", None)) or None,
         data_collator=Collator(plan.flatten),
         callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress(), *extras.pop("callbacks", ())],
         **extras,
     )
-    steps = _total_steps(args, order)
+    steps = int(args.max_steps) if order is None else _total_steps(args, order)
     if resumed is None:
         _check_fit(trainer, compute, steps, say)
     if resumed is None or resumed[1] < steps:
@@ -79,6 +88,8 @@ def train(config: TrainConfig, **extras: Any) -> SftTrainer:
         _restore(trainer, resumed[0], say)
     export(trainer, sets, effective_settings(config, args), run, say)
     say(f"model: {args.output_dir}")
+    if config.push_to_hub and args.should_save:
+        say(f"pushed: {push(Path(str(args.output_dir)), config.push_to_hub)}")
     return trainer
 
 
@@ -97,6 +108,12 @@ def training_arguments(config: TrainConfig) -> Any:
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
     if config.loss == "liger":
         settings["use_liger_kernel"] = True
+    if settings.get("activation_checkpointing"):
+        # Reentrant checkpoints run a parameter's hooks twice, which DDP refuses.
+        settings["activation_checkpointing_kwargs"] = {
+            "use_reentrant": False,
+            **_given(settings, "activation_checkpointing_kwargs"),
+        }
     if settings.get("save_total_limit") == 1:
         raise UsageError("save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more.")
     try:
@@ -112,26 +129,64 @@ def effective_settings(config: TrainConfig, args: Any) -> dict[str, Any]:
     return own | {"training": {key: value for key, value in args.to_dict().items() if not key.startswith("_")}}
 
 
-def _make_model(config: TrainConfig, model_config: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say) -> Any:
+def make_model(
+    config: TrainConfig, model_config: Any, model: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say
+) -> tuple[Any, Plan]:
+    """Return the model as it is trained, and the plan without the chunked loss where the adapters rule that out."""
     from transformers import set_seed
 
     set_seed(args.seed)
-    model = load_model(config, model_config, plan.attention)
-    grown = preflight.missing_embeddings(sets, embedding_rows(model))
-    if grown:
-        say(f"embeddings: grown from {embedding_rows(model):,} to {grown:,} rows for tokens that the set added")
-        model.resize_token_embeddings(grown)
+    if model is None:
+        model = load_model(config, model_config, plan.attention, args.device)
+        say(describe_model(model, config))
+    elif model.config._attn_implementation != plan.attention:
+        model.set_attn_implementation(plan.attention)
+    checkpointing = bool(args.activation_checkpointing)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unlearnt = fit_vocabulary(inner, sets, config.resize_to_multiple_of, say)
+    align_special_tokens(inner, sets)
     if plan.loss is not None:
-        fuse_loss(model, plan.loss)
+        fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor))
+    if config.quantize is not None:
+        model = prepare_quantized(model, checkpointing)
+    elif checkpointing and (config.adapted or model is not inner):
+        inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
     if config.lora is not None:
-        model = add_adapters(model, config.lora, bool(args.activation_checkpointing))
-    return model
+        model = add_adapters(model, config.lora, unlearnt, say)
+    elif config.adapter is not None:
+        model = continue_adapters(model, config.adapter, str(config.model))
+    if plan.loss is not None and has_adapted_head(inner):
+        say("loss: the model's own, with full logits (adapters on the head)")
+        plan = dataclasses.replace(plan, loss=None)
+    return model, plan
 
 
-def _order(config: TrainConfig, rows: TrainingRows, args: Any) -> Order:
+def _wanted_attention(config: TrainConfig, model: Any) -> str:
+    """A model object keeps the attention it was made with, unless another is asked for."""
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return own if config.attention == "auto" and own in NAMES else config.attention
+
+
+def _evaluation(sets: dict[str, ShardSet], unpack: bool) -> dict[str, Any]:
+    return {name: TrainingRows([opened], unpack, by_source=True) for name, opened in sets.items()}
+
+
+def _as_named(data: Any) -> dict[str, Any]:
+    """Wrap datasets to evaluate on; one alone is called "data"."""
+    if data is None:
+        return {}
+    return {name: custom_rows(rows) for name, rows in (data.items() if isinstance(data, dict) else [("data", data)])}
+
+
+def _given(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    value = settings.get(name) or {}
+    return dict(json.loads(value) if isinstance(value, str) else value)
+
+
+def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: Any) -> Order:
     return Order(
         rows.sizes,
-        config.set_weights,
+        config.set_weights or (1.0,),
         seed=args.seed if args.data_seed is None else args.data_seed,
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -141,7 +196,7 @@ def _order(config: TrainConfig, rows: TrainingRows, args: Any) -> Order:
     )
 
 
-def _identity(config: TrainConfig, sets: list[ShardSet], order: Order, plan: Plan) -> dict[str, Any]:
+def _identity(config: TrainConfig, sets: list[ShardSet], order: Order | None, plan: Plan, args: Any) -> dict[str, Any]:
     """What a resumed run must share with the one before it."""
     return {
         "sets": [opened.manifest.digest for opened in sets],
@@ -150,10 +205,12 @@ def _identity(config: TrainConfig, sets: list[ShardSet], order: Order, plan: Pla
         "chat_template": [opened.manifest.chat_template_sha256 for opened in sets],
         "model": str(config.model or config.init_from_config),
         "lora": config.lora.model_dump() if config.lora else None,
-        "global_batch": order.global_batch,
-        "data_seed": order.seed,
-        "shuffle": order.shuffle,
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "data_seed": order.seed if order else None,
+        "shuffle": order.shuffle if order else False,
+        "rows": order.sizes if order else None,
         "unpack": plan.unpack,
+        **({"adapter": str(config.adapter)} if config.adapter else {}),
     }
 
 
@@ -206,7 +263,7 @@ def _check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) 
     seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * args.gradient_accumulation_steps
     say(f"memory: {preflight.describe_memory(trainer.model)}")
     about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from one cold step"
-    say(f"plan: {steps:,} steps of {trainer.order.global_batch} rows; {about}")
+    say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
 
 
 def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from sfttrain import checkpoint
-from sfttrain.data import TrainingRows
+from sfttrain.custom import custom_rows
+from sfttrain.evaluation import EvalFigures, token_losses_of
 from sfttrain.loss import LossOutput
 from sfttrain.order import Order
 
@@ -21,26 +22,45 @@ class SftTrainer(Trainer):
     """Train on rows of sets.
 
     Args:
-        order: batches of this rank.
+        order: batches of this rank; None for a stream, which has its own.
         run: what a checkpoint remembers of the data, see `checkpoint.Seal.run`.
         fused: whether the model carries the chunked loss.
         arguments: what transformers' Trainer takes.
     """
 
-    def __init__(self, *, order: Order, run: dict[str, Any], fused: bool, **arguments: Any) -> None:
+    def __init__(self, *, order: Order | None, run: dict[str, Any], fused: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.order, self.run, self.fused = order, run, fused
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # tokens, supervised, correct
         self._clock, self._tokens = time.perf_counter(), 0
         self.remove_callback(PrinterCallback)  # standard output is data; progress.py talks
-        self.add_callback(_EpochOfOrder(order))
+        if order is not None:
+            self.add_callback(_EpochOfOrder(order))
+        if fused:
+            self.label_smoother = None  # the chunked loss smooths by itself
+        self._evaluated = EvalFigures([], self.args.device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""
-        workers = self.args.dataloader_num_workers
+        return self._loader(self.train_dataset, self.order)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's share of an evaluation set: every row once, none twice to fill up the last batch."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        rows = rows if hasattr(rows, "sources") else custom_rows(rows)
+        self._evaluated = EvalFigures(rows.sources, self.args.device)
+        rank, ranks = self.args.process_index, self.args.world_size
+        return self._loader(
+            rows, Order([len(rows)], [1.0], seed=0, batch_size=self.args.eval_batch_size, rank=rank, ranks=ranks, shuffle=False)
+        )
+
+    def _loader(self, rows: Any, order: Order | None) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers if order is not None else 0  # two readers of a stream would repeat it
+        batches: dict[str, Any] = {"batch_size": self.args.train_batch_size} if order is None else {"batch_sampler": order}
         return DataLoader(
-            cast(TrainingRows, self.train_dataset),
-            batch_sampler=self.order,
+            rows,
+            **batches,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -62,11 +82,21 @@ class SftTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Evaluate one batch; logits exist only when metrics are computed from them."""
-        if not (self.fused and prediction_loss_only):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
+        source, labels = inputs.pop("source", None), inputs["labels"]
+        extra = {"skip_logits": True} if self.fused and prediction_loss_only else {}
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            outputs = model(**inputs, **extra)
+        losses = token_losses_of(outputs, labels)
+        self._evaluated.add(losses, labels, source)
+        mean = losses.mean() if len(losses) else losses.sum()
+        return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate a set; its loss is the mean over trained tokens, of all and of each source."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)
+        output.metrics.update(self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum")))
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens seen, tokens per second and token accuracy to what is logged in training."""

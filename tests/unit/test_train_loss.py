@@ -46,7 +46,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(scale: float, softcap: 
     wanted = [tensor.grad.clone() for tensor in (hidden, weight, bias)]
     for tensor in (hidden, weight, bias):
         tensor.grad = None
-    found, _, supervised = supervised_loss(hidden, labels, Head(weight, bias, scale, softcap))
+    found, _, supervised, _ = supervised_loss(hidden, labels, Head(weight, bias, scale, softcap))
     (found * 1.0).backward()
     count = int((labels[:, 1:] != -100).sum())
     assert int(supervised) == count
@@ -68,7 +68,7 @@ def test_bfloat16_is_within_its_rounding() -> None:
     hidden, weight, bias, labels = _inputs(torch.bfloat16)
     exact = _plain(hidden.float(), weight.float(), bias.float(), labels, 1.0, None)
     gradient = torch.autograd.grad(exact, weight)[0]
-    found, _, _ = supervised_loss(hidden, labels, Head(weight, bias))
+    found, _, _, _ = supervised_loss(hidden, labels, Head(weight, bias))
     found.backward()
     assert found.item() == pytest.approx(exact.item(), rel=1e-2)
     assert float((weight.grad.float() - gradient.float()).norm() / gradient.float().norm()) < 1e-2
@@ -77,7 +77,7 @@ def test_bfloat16_is_within_its_rounding() -> None:
 def test_autocast_keeps_the_gradient_of_float32_weights_in_float32() -> None:
     hidden, weight, bias, labels = _inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _, _ = supervised_loss(hidden, labels, Head(weight, bias))
+        found, _, _, _ = supervised_loss(hidden, labels, Head(weight, bias))
     found.backward()
     assert weight.grad.dtype == torch.float32
     exact = torch.autograd.grad(_plain(hidden, weight, bias, labels, 1.0, None), weight)[0]
@@ -93,7 +93,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradient() -> None:
     hidden, weight, bias, labels = _inputs()
-    found, correct, supervised = supervised_loss(hidden, torch.full_like(labels, -100), Head(weight, bias))
+    found, correct, supervised, _ = supervised_loss(hidden, torch.full_like(labels, -100), Head(weight, bias))
     found.backward()
     assert (found.item(), int(correct), int(supervised)) == (0.0, 0, 0)
     assert float(weight.grad.abs().sum()) == 0.0
@@ -105,7 +105,7 @@ def test_correct_tokens_are_those_that_argmax_finds() -> None:
     with torch.no_grad():
         best = (hidden @ weight.T + bias).argmax(-1)
         labels[0, 1:] = torch.where(labels[0, 1:] != -100, best[0, :-1], -100)  # half of them right
-        _, correct, _ = supervised_loss(hidden, labels, Head(weight, bias))
+        _, correct, _, _ = supervised_loss(hidden, labels, Head(weight, bias))
     targets = labels[:, 1:]
     assert int(correct) == int(((best[:, :-1] == targets) & (targets != -100)).sum()) > 0
 

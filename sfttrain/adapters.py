@@ -1,0 +1,122 @@
+"""Low-rank adapters: new ones, those of an earlier run, and the embeddings that must be trained beside them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sftdata.errors import UsageError
+from sfttrain.config import LoraSettings, adapter_base
+from sfttrain.preflight import Say
+
+FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
+
+
+def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: Say) -> Any:
+    """Freeze the model and add adapters to it; what the set's tokens need beside them is trained too, and said.
+
+    Args:
+        unlearnt: ids whose embeddings have yet to be learnt.
+
+    Raises:
+        UsageError: a target or a module to save is no module of this model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    saved = _names(lora.modules_to_save)
+    embeddings = _embedding_names(model)
+    beside: dict[str, Any] = {}
+    if unlearnt and not set(saved) & set(embeddings):
+        beside, saved = _train_embeddings(model, embeddings, unlearnt, saved, say)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.target == "all-linear" else _names(lora.target),
+        bias=lora.bias,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=saved or None,
+        ensure_weight_tying=bool(beside or set(saved) & set(embeddings)) and _tied(model),
+        task_type="CAUSAL_LM",
+        **beside,
+    )
+    _quiet()
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        fix = "name modules of this model, or use target=all-linear."
+        raise UsageError(f"lora target {lora.target!r}: {error}", fix) from None
+
+
+def continue_adapters(model: Any, folder: Path, name: str) -> Any:
+    """Load the adapters of an earlier run to train them on.
+
+    Args:
+        name: what the model is called, to compare with the base that the adapters name.
+
+    Raises:
+        UsageError: they belong to another model.
+    """
+    from peft import PeftModel
+
+    base = adapter_base(folder)
+    if base != name and Path(base).resolve() != Path(name).resolve():
+        fix = f"set --model {base}; if that is the same model elsewhere, mend base_model_name_or_path in adapter_config.json."
+        raise UsageError(f"{folder}: these are adapters of {base}; the model is {name}.", fix)
+    _quiet()
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{folder}: these adapters do not fit {name}: {reason:.200}", f"set --model {base}.") from None
+
+
+def has_adapted_head(model: Any) -> bool:
+    """Say whether low-rank updates go into the head, whose weight then does not say all."""
+    return hasattr(model.get_output_embeddings(), "lora_A")
+
+
+def prepare_quantized(model: Any, activation_checkpointing: bool) -> Any:
+    """Make a quantized base ready for adapters: norms in float32, gradients through its inputs."""
+    from peft import prepare_model_for_kbit_training
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for checkpointing by its old name
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
+
+
+def _train_embeddings(
+    model: Any, embeddings: list[str], unlearnt: Sequence[int], saved: list[str], say: Say
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what LoraConfig must be told, and the modules to save."""
+    # Of tied tables only the input side is named: the head follows.
+    tables = embeddings[:1] if _tied(model) else embeddings
+    if len(unlearnt) <= FEW_TOKENS:
+        say(f"embeddings: {len(unlearnt)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens")
+        return {"trainable_token_indices": {table: list(unlearnt) for table in tables}}, saved
+    say(f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(unlearnt)} tokens of the set")
+    return {}, [*saved, *tables]
+
+
+def _embedding_names(model: Any) -> list[str]:
+    """Names of the input and output embeddings, without the path to them."""
+    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [next((name for name, module in model.named_modules() if module is one), "") for one in wanted if one is not None]
+    return [path.rpartition(".")[2] for path in paths]
+
+
+def _tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split("+") if name]
+
+
+def _quiet() -> None:
+    """Leave out peft's word on saving grown embeddings, which is what we want of it."""
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")

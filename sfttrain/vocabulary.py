@@ -1,0 +1,130 @@
+"""Tokens that a set uses and its model does not know: rows that embeddings lack, and rows that were never trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sftdata.shardset.opened import PackedRow, ShardSet
+from sfttrain.preflight import Say, added_tokens, missing_embeddings
+
+_SAMPLE_ROWS = 256
+_NEVER_TRAINED = 1e-3  # of the usual norm of a row
+
+
+def embedding_rows(model: Any) -> int:
+    """Return how many token ids the model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def fit_vocabulary(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say) -> list[int]:
+    """Give every token of the sets an embedding; return the ids that have yet to be learnt.
+
+    Args:
+        multiple: round a grown number of rows up to a multiple of this.
+
+    Raises:
+        UsageError: a set was made with another model's tokenizer.
+    """
+    before = embedding_rows(model)
+    wanted = missing_embeddings(sets, before)
+    unlearnt = unlearnt_tokens(model, sets)
+    if not wanted:
+        return unlearnt
+    rows = -(-wanted // multiple) * multiple
+    say(f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, each the mean of the others")
+    grow_embeddings(model, rows)
+    return sorted({*unlearnt, *range(before, wanted)})
+
+
+def grow_embeddings(model: Any, rows: int) -> None:
+    """Add embedding rows, the same on every machine: each is the mean of the rows there were."""
+    before = embedding_rows(model)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    weights = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    with torch.no_grad():
+        for weight in weights:
+            weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+        if head is not None and getattr(head, "bias", None) is not None:
+            head.bias[before:] = head.bias[:before].float().mean().to(head.bias.dtype)
+
+
+def unlearnt_tokens(model: Any, sets: Sequence[ShardSet]) -> list[int]:
+    """Return control tokens that the sets use and whose rows were never trained: next to zero, or one like another.
+
+    A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would stay noise.
+    """
+    used = sorted({token for opened in sets for token in _control_tokens(opened)})
+    weight = model.get_input_embeddings().weight.detach()
+    used = [token for token in used if token < len(weight)]
+    if not used or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return []
+    rows = weight[used].float()
+    small = rows.norm(dim=1) < _NEVER_TRAINED * weight[:: max(1, len(weight) // 1024)].float().norm(dim=1).median()
+    return [token for token, row, tiny in zip(used, rows, small.tolist(), strict=True) if tiny or _repeated(weight, row)]
+
+
+def align_special_tokens(model: Any, sets: Sequence[ShardSet]) -> None:
+    """Let the model's config name the end, padding and begin tokens of the tokenizer it was trained with."""
+    if not sets:
+        return
+    tokenizer = sets[0].manifest.tokenizer
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for name, token in (("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id)):
+            if config is not None and token is not None:
+                setattr(config, f"{name}_token_id", token)
+
+
+def stop_tokens(sets: Sequence[ShardSet]) -> list[int]:
+    """Return the ids that end an answer in these sets: EOS, and special tokens on which trained spans end."""
+    found: set[int] = set()
+    for opened in sets:
+        eos, ends = opened.manifest.tokenizer.eos_id, _span_ends(opened)
+        special = added_tokens(opened.folder)
+        found |= {eos} if eos is not None else set()
+        # Without a tokenizer at hand a token must end nearly every span to count as one made for that.
+        share = 0.05 if special else 0.9
+        total = ends.total()
+        found |= {token for token, count in ends.items() if count >= share * total and (not special or token in special)}
+    return sorted(found)
+
+
+def _span_ends(opened: ShardSet) -> Counter[int]:
+    """Count the last tokens of trained spans."""
+    counts: Counter[int] = Counter()
+    for row in _sample(opened):
+        trained = row.labels != -100
+        last = trained & ~np.append(trained[1:], False)
+        counts.update(row.labels[last].tolist())
+    return counts
+
+
+def _control_tokens(opened: ShardSet) -> set[int]:
+    """Added tokens that come up in a set."""
+    known = np.array(sorted(added_tokens(opened.folder)), np.int32)
+    found: set[int] = set()
+    for row in _sample(opened):
+        # Padding is never looked at by the model, so its embedding has nothing to learn.
+        real = int(row.seq_lengths[row.examples >= 0].sum())
+        found |= set(np.intersect1d(row.input_ids[:real], known).tolist())
+    return found
+
+
+def _sample(opened: ShardSet) -> Iterator[PackedRow]:
+    """Rows spread over a set."""
+    for index in np.unique(np.linspace(0, len(opened) - 1, min(len(opened), _SAMPLE_ROWS)).astype(np.int64)):
+        yield opened[int(index)]
+
+
+def _repeated(weight: Tensor, row: Tensor) -> bool:
+    """Say whether a row stands in the table more than once."""
+    alike = (weight[:, 0].float() == row[0]).nonzero()[:, 0]
+    return int((weight[alike].float() == row).all(1).sum()) > 1
