@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,7 @@ def run_loop(rows: str, tokenizer: str, output: str) -> None:
     edges = [size * part // WORKERS for part in range(WORKERS + 1)]
     Path(output).mkdir()
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(loop_part, rows, tokenizer, f"{output}/{a}.bin", a, b) for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        jobs = [pool.submit(loop_part, rows, tokenizer, f"{output}/{a}.bin", a, b) for a, b in pairwise(edges)]
         print(sum(job.result() for job in jobs), "tokens")
 
 

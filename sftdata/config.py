@@ -70,7 +70,7 @@ class PrepareConfig(BaseModel):
     max_rejects: str = Field(
         "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
     )
-    slice_bytes: int = Field(32 << 20, gt=0, description="Input bytes per slice; packing does not cross slices.")
+    slice_bytes: int = Field(8 << 20, gt=0, description="Input bytes per slice; packing does not cross slices.")
 
     # ---- how the work is done (never changes a byte of the set)
     workers: int | None = Field(None, gt=0, description="Worker processes; default: one per usable core.")
