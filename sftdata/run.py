@@ -29,6 +29,7 @@ WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
+    "formatter": "let the --formatter function return more rows; None leaves one out.",
     "nothing-trained": "--train-on all, or switch turns on in the data (weight, train).",
     "over-long": "--overlong truncate, or a larger --max-length.",
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
@@ -85,14 +86,15 @@ def build_set(
         done = build.start(plan.identity(), overwrite=config.overwrite)
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
-        results = run_slices(plan, done, workers, progress)
-        if any(result.engine_mismatch for result in results):
-            say(f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers.")
-            build.clear()
-            plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
-            build.start(plan.identity(), overwrite=True)
-            results = run_slices(plan, {}, workers, progress)
-        return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
+        with build.refusable():
+            results = run_slices(plan, done, workers, progress)
+            if any(result.engine_mismatch for result in results):
+                say(f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers.")
+                build.clear()
+                plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
+                build.start(plan.identity(), overwrite=True)
+                results = run_slices(plan, {}, workers, progress)
+            return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
 def with_engine(plan: Plan) -> tuple[Plan, str]:
@@ -167,10 +169,12 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
             f" {example.file}:{example.line}: {example.reason.rstrip('.')}.",
             f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
         )
+    if not ledger.rows_in:
+        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
     if not ledger.tokens_trained:
-        dropped = Counter(ledger.rows_dropped).most_common(3)
+        dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or said
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
-            UNTRAINED_FIXES[dropped[0][0]] if dropped else "see `sftdata preview`.",
+            UNTRAINED_FIXES[dropped[0][0]] if dropped else f"see {build.folder / REJECTS_NAME}.",
         )

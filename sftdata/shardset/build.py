@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.shardset.atomic import FileDigest, digest_file, explained, swap_folders, sync_folder, write_atomic
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
@@ -84,6 +84,7 @@ class Build:
         self.output = output
         self.folder = partial_folder(output)
         self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
+        self._refused = self.folder / _SLICES / "refused"
 
     @contextmanager
     def locked(self) -> Iterator[Build]:
@@ -104,6 +105,17 @@ class Build:
         finally:
             os.close(lock)
 
+    @contextmanager
+    def refusable(self) -> Iterator[None]:
+        """Note when the run is refused: what it did stays for the same settings, and makes way for those that mend it."""
+        self._refused.unlink(missing_ok=True)
+        try:
+            yield
+        except (DataError, UsageError):
+            with suppress(OSError):
+                self._refused.touch()
+            raise
+
     def start(self, plan: dict[str, Any], *, overwrite: bool) -> dict[int, SliceResult]:
         """Begin or resume; return the slices that are done.
 
@@ -111,12 +123,12 @@ class Build:
             plan: all that decides the bytes of the set, as plain JSON data, flat.
 
         Raises:
-            UsageError: an unfinished set of another plan stands here.
+            UsageError: an unfinished set of another plan stands here, which was not refused.
         """
         path = self.folder / _PLAN
         before = self._begun()
         changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)) if before else []
-        if changed and not overwrite:
+        if changed and not overwrite and not self._refused.exists():
             differences = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed)
             raise UsageError(
                 f"{self.folder}: an unfinished set made with other settings ({differences}).",

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import sftdata
+from sftdata.errors import DataError, SftError, UsageError
+from sftdata.shardset.verify import verify
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
@@ -35,3 +40,75 @@ def test_tools_that_a_template_leaves_out_are_counted(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"messages": turns, "tools": [tool]}, {"messages": turns})
     manifest = sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, chat_template="chatml")
     assert manifest.ledger.counters["rows_without_their_tools"] == 1
+
+
+# ------------------------------------------------------------------- refused, mended, and run again in place
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+BOT, OFF = {"role": "bot", "content": "b"}, TURNS[1] | {"weight": 0}
+# rows; settings of the run that is refused; the fix it offers; the settings that follow it
+MENDED: dict[str, tuple[list[Any], dict[str, Any], str, dict[str, Any]]] = {
+    "an unknown role": ([{"messages": [TURNS[0], BOT]}], {}, "--map-role bot=assistant", {"map_role": {"bot": "assistant"}}),
+    "too many rejects": ([{"messages": TURNS}, {"messages": []}], {}, "--max-rejects 1", {"max_rejects": "1"}),
+    "no answer": ([{"messages": TURNS[:1]}], {}, "--train-on all", {"train_on": "all"}),
+    "a turn switched off": ([{"messages": [TURNS[0], OFF]}], {}, "--train-on all", {"train_on": "all"}),
+    "cut before the answer": ([{"messages": TURNS}], {"max_length": 3}, "a larger --max-length", {"max_length": 64}),
+    "longer than allowed": (
+        [{"messages": TURNS}],
+        {"max_length": 11, "overlong": "error"},
+        "--overlong truncate",
+        {"max_length": 11},
+    ),
+    "dropped as too long": (
+        [{"messages": TURNS}],
+        {"max_length": 11, "overlong": "drop"},
+        "--overlong truncate",
+        {"max_length": 11},
+    ),
+    "another marker": (
+        [{"text": "Q: a A: b"}],
+        {"response_template": "A :"},
+        "--response-template A:",
+        {"response_template": "A:"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_the_fix_of_a_refused_run_works_where_the_run_was_refused(tmp_path: Path, case: str) -> None:
+    rows, settings, fix, mended = MENDED[case]
+    inputs, output = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "set"
+    with pytest.raises(DataError) as refused:
+        sftdata.prepare(inputs, tokenizer=TOKENIZER, output=output, workers=1, **settings)
+    assert fix in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not output.exists()
+    sftdata.prepare(inputs, tokenizer=TOKENIZER, output=output, workers=1, **mended)
+    assert verify(output).problems == []
+
+
+@pytest.mark.parametrize("content", ["", "  \n\n", "[]"], ids=["empty", "blank", "empty array"])
+def test_an_input_without_rows_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(SftError, match=r"rows\.jsonl: no rows\. Fix: give a file that holds rows\.") as refused:
+        sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1)
+    assert refused.value.exit_code == DataError.exit_code
+
+
+def test_an_unfinished_set_that_was_not_refused_is_kept_from_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sftdata.run.conclude", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(UsageError, match="an unfinished set made with other settings"):
+            sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1, train_on="all")
+    sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1)
