@@ -85,7 +85,8 @@ def prepare_quantized(model: Any, activation_checkpointing: bool) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks for checkpointing by its old name
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=activation_checkpointing)
+        prepare: Any = prepare_model_for_kbit_training
+        return prepare(model, use_gradient_checkpointing=activation_checkpointing)
 
 
 def _train_embeddings(

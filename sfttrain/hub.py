@@ -9,18 +9,15 @@ from sftdata.errors import UsageError
 
 
 def check_hub(repository: str) -> None:
-    """Refuse before the run what could only fail after it.
+    """Refuse now what could only fail once the run is done.
 
     Raises:
         UsageError: the name is no repository, the machine is told to stay offline, or nobody is logged in.
     """
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UsageError(f"push_to_hub={repository}: {str(error).split('.')[0]}.", "name it as user/model.") from None
+    if repository.count("/") != 1:
+        raise UsageError(f"push_to_hub={repository}: is no repository of the Hub.", "name it as user/model.")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UsageError(f"push_to_hub={repository}: HF_HUB_OFFLINE is set.", "unset it, or leave push_to_hub out.")
     if get_token() is None:

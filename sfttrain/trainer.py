@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class SftTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's share of an evaluation set: every row once, none twice to fill up the last batch."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = cast(dict[str, Any], self.eval_dataset)[rows]
         rows = rows if hasattr(rows, "sources") else custom_rows(rows)
         self._evaluated = EvalFigures(rows.sources, self.args.device)
         rank, ranks = self.args.process_index, self.args.world_size
@@ -92,9 +93,13 @@ class SftTrainer(Trainer):
         mean = losses.mean() if len(losses) else losses.sum()
         return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
 
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
         """Evaluate a set; its loss is the mean over trained tokens, of all and of each source."""
-        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **named)
+        loop: Any = super().evaluation_loop
+        output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         output.metrics.update(self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum")))
         return output
 

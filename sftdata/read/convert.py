@@ -141,7 +141,8 @@ class _Converter:
         if formatted is None or isinstance(formatted, dict | Conversation | Completion | Text | Tokens):
             return formatted
         what = f"{self.options.formatter} returned {kind_of(formatted)}; expected a string, a dict, a list of messages or None."
-        raise RowError("formatter-output", what, "return one example for each row.")
+        fix = "return one example for each row; mark a function of columns with @sftdata.batched."
+        raise RowError("formatter-output", what, fix)
 
     def _recognise(self, row: dict[str, Any]) -> Format:
         readings = [entry for entry in FORMATS.values() for _ in entry.readings(row, {})]

@@ -1,0 +1,149 @@
+"""Constant-length rows from an endless or a finite iterable of rows, without files: bounded buffers, no lost tails.
+
+rows ── buffer ── (shuffle) ── canonical ── render ── encode ── one stream of tokens ── cut every max_length
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import Int32, RowBatch, TokenBatch
+from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
+from sftdata.encode.engine import choose_engine
+from sftdata.encode.length import limit_length
+from sftdata.errors import DataError, UsageError
+from sftdata.pack import gather, plan_packs
+from sftdata.pipeline import tokenize
+from sftdata.plan import Job, choose_tokenizer, decide_format, format_options, refuse_useless
+from sftdata.read.convert import convert_rows
+from sftdata.read.source import open_source, plan_sources
+from sftdata.stages import Stages
+
+BUFFER_ROWS = 1024
+
+StreamedRow = dict[str, Int32]
+
+
+class Stream(Iterable[StreamedRow]):
+    """Rows of exactly `max_length` tokens; iterating again starts again.
+
+    Args:
+        rows: the input, as dicts or strings; read in buffers, never whole.
+        config: as for `prepare`; inputs and output are not used, and packing is one cut stream.
+        buffer_rows: rows read, and shuffled, at a time.
+        infinite: begin again at the end of the input, for ever.
+        shuffle: mix the rows inside each buffer, anew in each pass.
+        seed: of the shuffling.
+
+    Attributes:
+        rejected: rows that could not be used, by the code of their fault; dropped ones, by their reason.
+    """
+
+    def __init__(
+        self, rows: Iterable[Any], config: PrepareConfig, *,
+        buffer_rows: int = BUFFER_ROWS, infinite: bool = False, shuffle: bool = False, seed: int = 0,
+    ) -> None:  # fmt: skip
+        refuse_useless(config)
+        if infinite and iter(rows) is rows:
+            raise UsageError("infinite=True reads the input again and again, and an iterator is gone after once.", "give a list.")
+        self._rows, self._config, self._buffer_rows = rows, config, buffer_rows
+        self._infinite, self._shuffle, self._seed = infinite, shuffle, seed
+        self.rejected: Counter[str] = Counter()
+        self._stages: Stages | None = None
+
+    def __iter__(self) -> Iterator[StreamedRow]:
+        """Yield int32[max_length] `input_ids` and `labels`, int32[S] `seq_lengths`.
+
+        Raises:
+            DataError: a whole buffer holds nothing to train on.
+        """
+        carried = TokenBatch.join([])
+        for number, buffer in enumerate(self._buffers()):
+            stages = self._stages = self._stages or self._load(buffer)
+            tokens = TokenBatch.join([carried, self._tokens(stages, buffer, number)])
+            whole = len(tokens.input_ids) // stages.job.max_length * stages.job.max_length
+            yield from _cut(_slice(tokens, 0, whole), stages.job)
+            carried = _slice(tokens, whole, len(tokens.input_ids))
+        if len(carried) and self._stages:
+            yield from _cut(carried, self._stages.job)
+        if self.rejected:
+            found = ", ".join(f"{count} {code}" for code, count in self.rejected.most_common())
+            warnings.warn(f"rows left out of the stream: {found}", stacklevel=2)
+
+    def _buffers(self) -> Iterator[list[Any]]:
+        turn = 0
+        while True:
+            source, shuffled = iter(self._rows), np.random.default_rng([self._seed, turn])
+            empty = True
+            while buffer := list(islice(source, self._buffer_rows)):
+                empty = False
+                order = shuffled.permutation(len(buffer)) if self._shuffle else range(len(buffer))
+                yield [buffer[index] for index in order]
+            if not self._infinite or empty:
+                return
+            turn += 1
+
+    def _load(self, sample: list[Any]) -> Stages:
+        """Decide format and tokenizer, as `prepare` does, from the first buffer."""
+        config = self._config
+        tokenizer, _ = choose_tokenizer(config)
+        max_length = config.max_length or min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+        config = config.model_copy(update={"max_length": max_length, "packing": "wrapped"})
+        name = config.format or "text"
+        if config.formatter is None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "stream.jsonl"
+                path.write_bytes(b"\n".join(map(_as_line, sample)) + b"\n")
+                name, _ = decide_format(config, plan_sources([open_source(str(path))], 1 << 30)[0], tokenizer)
+        options = format_options(config, chat=tokenizer.chat_template is not None)
+        engine, _ = choose_engine(tokenizer, config.engine, worth_it=False)
+        return Stages(Job(config, tokenizer, (name,), options, {"stream": 0}, engine))
+
+    def _tokens(self, stages: Stages, buffer: list[Any], number: int) -> TokenBatch:
+        ids = np.arange(len(buffer), dtype=np.int64)
+        batch = RowBatch([row if isinstance(row, str) else dict(row) for row in buffer], ids, ids + 1, np.full_like(ids, -1))
+        converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
+        tokens, faults, _, _ = tokenize(stages, converted, gate=False)
+        tokens, unmarked, _ = stages.mask(tokens)
+        tokens, cut = limit_length(tokens, None, "truncate", packed=True)
+        faults = [*converted.faults, *faults, *unmarked]
+        self.rejected.update(fault.code for _, fault in faults)
+        self.rejected.update({reason: count for reason, count in cut.rows_dropped.items() if count})
+        if not len(tokens) and len(converted.filtered) < len(buffer):
+            reason = f" The first: {faults[0][1].reason.rstrip('.')}." if faults else ""
+            fix = faults[0][1].fix if faults else "check the mask, as `sftdata preview` shows it."
+            raise DataError(f"Nothing to train on in {len(buffer)} rows of the stream (buffer {number}).{reason}", fix)
+        return tokens
+
+
+def _as_line(row: Any) -> bytes:
+    return msgspec.json.encode({"text": row} if isinstance(row, str) else row)
+
+
+def _slice(tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
+    """Return a stretch of the tokens, as examples of their own."""
+    inside = tokens.offsets[(tokens.offsets > start) & (tokens.offsets < stop)]
+    offsets = np.concatenate([[start], inside, [stop]]) if stop > start else np.array([start])
+    rows = np.zeros(len(offsets) - 1, np.int64)
+    return TokenBatch(tokens.input_ids[start:stop], tokens.trained[start:stop], offsets - start, rows)
+
+
+def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
+    """Yield the packed rows of a stretch; the last one is filled up where it is short."""
+    if not len(tokens):
+        return
+    packs = plan_packs(tokens.lengths, job.max_length, "wrapped")
+    rows = gather(tokens, np.zeros(len(tokens), np.int64), packs, job.max_length, job.pad_id)
+    for index in range(len(rows)):
+        part = slice(rows.row_offsets[index], rows.row_offsets[index + 1])
+        segments = slice(rows.segment_offsets[index], rows.segment_offsets[index + 1])
+        yield {"input_ids": rows.input_ids[part], "labels": rows.labels[part], "seq_lengths": rows.seq_lengths[segments]}
