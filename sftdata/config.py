@@ -108,5 +108,11 @@ def make_config(**settings: Any) -> PrepareConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         near = difflib.get_close_matches(str(first.get("input")), first["msg"].split("'")[1::2], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see `sftdata prepare --help`."
+        hint = f"did you mean {near[0]!r}?" if near else _meaning(where)
         raise UsageError(f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", hint) from None
+
+
+def _meaning(setting: str) -> str:
+    """Return what a setting is, which says what it may be."""
+    field = PrepareConfig.model_fields.get(setting)
+    return f"expected: {field.description}" if field and field.description else "see `sftdata prepare --help`."

@@ -119,7 +119,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         number: examples to keep.
 
     Raises:
-        SftError: what would stop `prepare` from starting.
+        SftError: what would stop `prepare` from starting, or there are no rows.
     """
     plan = make_plan(config)
     stages = Stages(plan.job)
@@ -127,6 +127,8 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     ledger = Ledger()
     for piece in pieces:
         ledger.merge(piece.ledger)
+    if not ledger.rows_in:
+        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
     lengths = np.concatenate([piece.tokens.lengths for piece in pieces]) if pieces else np.zeros(0, np.int64)
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.max_length if plan.job.packed else int(lengths.sum())
@@ -177,7 +179,7 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
     """
     markers = [marker for marker in (config.response_template, config.instruction_template) if marker is not None]
     if not markers or not all(isinstance(marker, str) for marker in markers):
-        raise UsageError("There is no text to resolve.", "--response-template '### Assistant:'")
+        raise UsageError("No marker is given as text, so there is nothing to resolve.", "--response-template '### Assistant:'")
     plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
     stages = Stages(plan.job)
     texts: list[str] = []

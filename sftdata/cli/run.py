@@ -67,7 +67,7 @@ def explain_usage(text: str) -> tuple[str, str]:
             known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", found["known"])
             near = difflib.get_close_matches(found["wrong"], known, n=1)
             return found["text"].rstrip(".") + ".", f"did you mean {near[0]!r}?" if near else ""
-    return text, ""
+    return text.rstrip(".") + ".", ""
 
 
 def _command(app: typer.Typer, arguments: Sequence[str]) -> str:

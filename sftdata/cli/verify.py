@@ -38,5 +38,6 @@ def verify(
         )
     if not report.ok:
         raise IntegrityError(
-            f"{folder}: {len(report.problems)} problems, listed above.", "restore the files or prepare the set again."
+            f"{folder}: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}, listed above.",
+            "restore the files or prepare the set again.",
         )

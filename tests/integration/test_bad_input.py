@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import sftdata
+from sftdata.cli.app import build_app
+from sftdata.cli.run import run_app
 from sftdata.errors import DataError, SftError, UsageError
 from sftdata.shardset.verify import verify
 
@@ -112,3 +114,56 @@ def test_an_unfinished_set_that_was_not_refused_is_kept_from_other_settings(
         with pytest.raises(UsageError, match="an unfinished set made with other settings"):
             sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1, train_on="all")
     sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1)
+
+
+# ---------------------------------------------------------------------------------------- said on the command line
+
+SAID: dict[str, tuple[list[str], int, str]] = {
+    "a preview of nothing": (["preview", "empty.jsonl"], 3, "empty.jsonl: no rows. Fix: give a file that holds rows."),
+    "no marker": (
+        ["resolve", "rows.jsonl"],
+        2,
+        "No marker is given as text, so there is nothing to resolve. Fix: --response-template",
+    ),
+    "a limit in words": (
+        ["preview", "rows.jsonl", "--set", "max_rejects=many"],
+        2,
+        "Fix: expected: Rejected rows tolerated: a share",
+    ),
+    "a length in words": (["preview", "rows.jsonl", "--max-length", "abc"], 2, "as an integer. Fix: "),
+    "no tokenizer": (
+        ["preview", "rows.jsonl", "-t", "nowhere/"],
+        2,
+        "Tokenizer folder 'nowhere/' does not exist. Fix: check the path",
+    ),
+    "an unknown format": (["preview", "rows.jsonl", "--format", "alpca"], 2, "no such format. Fix: did you mean 'alpaca'?"),
+    "a missing file": (["preview", "row.jsonl"], 2, "row.jsonl: no such file or folder. Fix: did you mean rows.jsonl?"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_refusal_is_one_line_on_stderr(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, code, line = SAID[case]
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
+    write_rows(tmp_path / "empty.jsonl")
+    tokenizer = [] if "-t" in arguments else ["-t", TOKENIZER]
+    assert run_app(build_app(), "sftdata", [*arguments, *tokenizer]) == code
+    said = capsys.readouterr()
+    assert line in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_sentencepiece_tokenizer_and_one_without_a_chat_template_are_refused_with_the_way_out(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
+    with pytest.raises(UsageError, match=r"holds tokenizer\.model but no tokenizer\.json\. Fix: convert it once: "):
+        sftdata.prepare(path, tokenizer=str(shared_data / "tokenizers" / "yi-chat-spm-only"), output=tmp_path / "set")
+    gpt2: dict[str, Any] = {"tokenizer": str(shared_data / "tokenizers" / "gpt2"), "output": tmp_path / "set", "workers": 1}
+    with pytest.raises(UsageError, match=r"gpt2 has no chat template\. Fix: --chat-template chatml "):
+        sftdata.prepare(path, **gpt2)
+    assert sftdata.prepare(path, **gpt2, chat_template="chatml").ledger.rows_kept == 1
