@@ -151,8 +151,8 @@ def run_trl(rows: str, tokenizer: str, output: str) -> None:
     )
     data = datasets.load_dataset("json", data_files=rows, split="train", cache_dir=output + "-cache")
     arguments = SFTConfig(
-        output_dir=output, max_length=MAX_LENGTH, packing=True, packing_strategy="bfd", assistant_only_loss=True, dataset_num_proc=WORKERS,
-        report_to="none", use_cpu=True, bf16=False,
+        output_dir=output, max_length=MAX_LENGTH, packing=True, packing_strategy="bfd", assistant_only_loss=True,
+        dataset_num_proc=WORKERS, report_to="none", use_cpu=True, bf16=False,
     )  # fmt: skip
     started = time.perf_counter()
     trainer = SFTTrainer(model=Qwen2ForCausalLM(config), args=arguments, train_dataset=data, processing_class=processing)

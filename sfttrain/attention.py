@@ -125,16 +125,16 @@ def varlen_forward(
         float[1, T, H, D] and no weights.
 
     Raises:
-        NotImplementedError: without lengths, or asked for what it would have to ignore.
+        ValueError: without lengths, or asked for what it would have to ignore.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
-        raise NotImplementedError(
+        raise ValueError(
             "varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate"
         )
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"varlen attention knows no {', '.join(unknown)}")
+        raise ValueError(f"varlen attention knows no {', '.join(unknown)}")
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
     q, k, v = (states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value))
     longest = kwargs["max_length_q"]

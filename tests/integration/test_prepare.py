@@ -21,7 +21,7 @@ from sftdata.shardset.verify import verify
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
-WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars look on and say nothing at all".split()
+WORDS = ("quick brown fox jumps over a lazy dog", "seven bright stars look on", "and say nothing", "at all", "while it rains")
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,11 @@ def folder_digest(folder: Path) -> dict[str, bytes]:
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sftdata", *map(str, arguments)], capture_output=True, text=True, env=os.environ | environment, check=False
+        [sys.executable, "-m", "sftdata", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
     )
 
 
@@ -81,13 +85,18 @@ def test_every_row_of_a_set_leads_back_to_its_line(tmp_path: Path, chats: Path) 
 def test_labels_are_the_answers_and_their_end_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    rows = [{"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]} for n in range(5)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
+        for n in range(5)
+    ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     said = [
-        tokenizer.decode(document.labels[document.labels != -100]) for row in sftdata.open(tmp_path / "set") for document in row.documents()
+        tokenizer.decode(document.labels[document.labels != -100])
+        for row in sftdata.open(tmp_path / "set")
+        for document in row.documents()
     ]
     assert sorted(said) == [f"answer {n}{tokenizer.eos_token}" for n in range(5)]
 
@@ -95,7 +104,9 @@ def test_labels_are_the_answers_and_their_end_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
 @pytest.mark.parametrize("overlong", ["truncate", "truncate-left", "drop", "split"])
 def test_rows_and_tokens_are_conserved_under_every_policy(tmp_path: Path, chats: Path, packing: str, overlong: str) -> None:
-    manifest = sftdata.prepare(chats, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=200, packing=packing, overlong=overlong)
+    manifest = sftdata.prepare(
+        chats, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=200, packing=packing, overlong=overlong
+    )
     manifest.ledger.check()
     assert verify(tmp_path / "set").problems == []
     assert manifest.ledger.rows_in == 4000
@@ -156,7 +167,11 @@ def test_a_run_with_nothing_trainable_fails(tmp_path: Path) -> None:
 def test_workers_hash_seeds_locale_and_clock_do_not_change_a_byte(tmp_path: Path, chats: Path) -> None:
     reference = None
     for number, (workers, environment) in enumerate(
-        [(1, {"PYTHONHASHSEED": "1"}), (2, {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "Asia/Tokyo"}), (4, {"TZ": "America/Lima"})]
+        [
+            (1, {"PYTHONHASHSEED": "1"}),
+            (2, {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "Asia/Tokyo"}),
+            (4, {"TZ": "America/Lima"}),
+        ]
     ):
         folder = tmp_path / str(number) / "set"
         folder.parent.mkdir()

@@ -15,8 +15,10 @@ from sftdata.render.template import ChatTemplate, control_tokens
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXTS = [
-    "Hello", " Hello", "Hello\n", "\tHé llo\n\n", "a\nb", " ", "", "日本語", "x < y", "<think>\nr\n</think>\n\nanswer", "</think>",
-    "say <|im_end|> or </s>", "<tool_response>x</tool_response>", "/no_think", "<|channel|>final<|message|>", "\r\n", "\U0010a000",
+    "Hello", " Hello", "Hello\n", "\tHé llo\n\n", "a\nb", " ", "", "日本語", "x < y", "<think>\nr\n</think>\n\nanswer",
+    "</think>",
+    "say <|im_end|> or </s>", "<tool_response>x</tool_response>", "/no_think", "<|channel|>final<|message|>", "\r\n",
+    "\U0010a000",
     "{'type': 'text'}", "'quoted' \"double\"", "[INST] x [/INST]", "a" * 3000, "\x1ftrim me\x1f", "\u3000wide\u3000",
 ]  # fmt: skip
 SHAPES = [
@@ -60,13 +62,16 @@ def test_recipes_equal_rendering_on_every_template_shape_and_text(shared_data: P
     [
         "{{ c | length }}", "{{ c[0] }}", "{{ c[:3] }}", "{{ c | upper }}", "{{ c | tojson }}", "{{ c.split() | first }}",
         "{% for letter in c %}{{ letter }}{% endfor %}", "{{ (c ~ 'x') | length }}", "{{ c | replace('e', 'E') }}{{ c }}",
-        "{% if c > 'm' %}{{ c }}{% endif %}", "{{ 'yes' if c | lower == 'text' else c }}", "{{ '%s' % c }}", "{{ c | trim('T') }}",
+        "{% if c > 'm' %}{{ c }}{% endif %}", "{{ 'yes' if c | lower == 'text' else c }}", "{{ '%s' % c }}",
+        "{{ c | trim('T') }}",
         "{{ ('a' + c) | trim }}", "{{ {c: 1}[c] }}{{ c }}", "{{ c.title() }}", "{{ c | urlencode }}", "{{ c | reverse }}",
-        "{% set d %}{{ c }}!{% endset %}{{ d | length }}", "{% macro f(x) %}{{ x }}.{% endmacro %}{{ f(c) | length }}{{ c }}",
+        "{% set d %}{{ c }}!{% endset %}{{ d | length }}",
+        "{% macro f(x) %}{{ x }}.{% endmacro %}{{ f(c) | length }}{{ c }}",
         "{{ c.encode() }}", "{{ c | e }}", "{{ c.format(1) }}", "{{ c | int }}", "{{ c.isdigit() }}{{ c }}", "{{ c * 2 }}",
         "{{ c is sequence }}{{ c }}", "{{ c | pprint }}", "{{ [c, c] | join('-') | length }}", "{{ 'x-'.join([c]) | upper }}",
-        "{{ {'a': [c]} | tojson }}", "{{ c | safe }}", "{{ c | float }}", "{{ 'a%sb' | format(c) | length }}", "{{ c | wordcount }}",
-        "{{ 'axb'.replace('x', c) | length }}", "{{ c | escape | length }}", "{{ c in ['Text 0.', '12'] }}", "{{ c | string | length }}",
+        "{{ {'a': [c]} | tojson }}", "{{ c | safe }}", "{{ c | float }}", "{{ 'a%sb' | format(c) | length }}",
+        "{{ c | wordcount }}", "{{ 'axb'.replace('x', c) | length }}", "{{ c | escape | length }}", "{{ c in ['Text 0.', '12'] }}",
+        "{{ c | string | length }}",
     ],
 )  # fmt: skip
 def test_a_template_that_looks_into_texts_gets_no_recipe_or_a_true_one(body: str) -> None:
