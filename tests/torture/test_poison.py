@@ -214,7 +214,7 @@ def test_a_bomb_of_one_endless_line_is_one_reject_within_the_line_cap(place: Pat
     baseline, _ = peak_of(place / "small", place / "one")
     peak, rejected = peak_of(bomb, place / "two", max_line_bytes=16 << 20)
     assert rejected == 1
-    print(peak,baseline)
+    print(peak, baseline)
     assert peak - baseline < 16 + 64
     (reject,) = rejects(place / "two")
     assert (reject["line"], reject["code"]) == (6, "line-too-long")
