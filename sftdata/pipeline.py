@@ -98,7 +98,7 @@ def prepare_piece(stages: Stages, piece: Piece, *, gate: bool = False) -> Prepar
         counters=dict(counts + Counter(warned) + Counter(cut.counters)),
     )
     ledger.count_lengths(tokens.lengths)
-    ledger.counters |= {f"column_unused:{name}": len(rows) for name in converted.unused}
+    ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
     rejects = make_rejects(list(job.sources)[piece.source], rows, unreadable, faults)
     return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, equal)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +27,14 @@ class Converted:
         row: int64[N], index of each in the batch.
         faults: (index in the batch, why) of the rows that cannot be used.
         filtered: int64[M], indices of the rows for which the user's formatter returned None.
-        unused: columns that some row has and its format does not read, sorted.
+        unused: columns that the format does not read, sorted, and how many rows have each.
     """
 
     rows: list[Row]
     row: Int64
     faults: list[tuple[int, Fault]]
     filtered: Int64
-    unused: tuple[str, ...]
+    unused: dict[str, int]
 
 
 def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> Converted:
@@ -58,8 +59,7 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> C
         else:
             rows.append(canonical)
             kept.append(index)
-    unused = tuple(sorted(convert.unused))
-    return Converted(rows, np.array(kept, np.int64), faults, np.array(filtered, np.int64), unused)
+    return Converted(rows, np.array(kept, np.int64), faults, np.array(filtered, np.int64), convert.unused())
 
 
 def has_media(row: dict[str, Any]) -> bool:
@@ -76,8 +76,9 @@ class _Converter:
         self.formatter = load_formatter(options.formatter) if options.formatter else None
         if self.format is None and self.formatter is None:
             raise UsageError(f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}.")
-        self.unused: set[str] = set()
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
+        self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
+        self._unused: Counter[str] = Counter()  # of the other rows
 
     def __call__(self, row: Any) -> Row | None:
         """Return the canonical row, or None when the user's formatter leaves the row out."""
@@ -90,6 +91,13 @@ class _Converter:
             return formatted
         chosen = self._recognise(formatted)
         return self._convert(chosen, formatted, chosen.locate(formatted, {}))
+
+    def unused(self) -> dict[str, int]:
+        """Return how many rows have each column that was not read."""
+        counts = self._unused.copy()
+        for keys, rows in self._rows.items():
+            counts.update(dict.fromkeys(set(keys) - set(self._names[keys].values()), rows))
+        return dict(sorted(counts.items()))
 
     def _convert(self, chosen: Format, row: dict[str, Any], names: dict[str, str]) -> Row:
         if has_media(row):
@@ -106,15 +114,18 @@ class _Converter:
         keys = tuple(row)
         names = self._names.get(keys)
         if names is not None:
+            self._rows[keys] += 1
             return names
         try:
             names = chosen.locate(row, self.options.columns)
         except RowError:
             self._refuse_stranger(row)
             raise
-        self.unused.update(row.keys() - set(names.values()))
         if all(sum(name in row for name in column.spellings) < 2 for column in chosen.columns):
             self._names[keys] = names
+            self._rows[keys] += 1
+        else:
+            self._unused.update(row.keys() - set(names.values()))
         return names
 
     def _refuse_stranger(self, row: dict[str, Any]) -> None:
@@ -147,7 +158,7 @@ class _Converter:
     def _recognise(self, row: dict[str, Any]) -> Format:
         readings = [entry for entry in FORMATS.values() for _ in entry.readings(row, {})]
         if len(readings) == 1:
-            self.unused.update(row.keys() - set(readings[0].locate(row, {}).values()))
+            self._unused.update(row.keys() - set(readings[0].locate(row, {}).values()))
             return readings[0]
         names = " and ".join(dict.fromkeys(entry.name for entry in readings)) or "no format"
         what = f"{self.options.formatter} returned the columns {', '.join(sorted(map(str, row)))}, which read as {names}."

@@ -165,7 +165,7 @@ def test_the_fix_of_a_refusal_works(shared_data: Path) -> None:
     assert detect_file(gorilla, columns=columns).format == "question-answer"
     (piece,) = plan_source(open_source(str(gorilla)), 0, 1 << 30).slices
     converted = convert_rows(read_slice(piece)[0], "question-answer", FormatOptions(columns=columns))
-    assert (len(converted.rows), converted.faults, converted.unused) == (112, [], ("function",))
+    assert (len(converted.rows), converted.faults, converted.unused) == (112, [], {"function": 112})
 
 
 def test_every_row_of_a_real_file_is_converted_but_the_known_bad_ones(shared_data: Path) -> None:

@@ -336,10 +336,10 @@ def test_a_null_column_yields_to_the_other_spelling() -> None:
     assert talk({"instruction": "Q", "output": None, "response": "A"}, "alpaca").messages == TURN
 
 
-def test_columns_that_nothing_reads_are_named_once() -> None:
+def test_columns_that_nothing_reads_are_named_with_the_rows_that_have_them() -> None:
     rows = [{"text": "a", "url": "u"}, {"text": "b", "meta": {}, "url": "u"}, {"text": "c"}]
     found = convert_rows(batch_of(*rows), "text", CHAT)
-    assert found.unused == ("meta", "url")
+    assert found.unused == {"meta": 1, "url": 2}
     assert found.row.tolist() == [0, 1, 2]
 
 
