@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sftdata.shardset.manifest import Manifest
     from sftdata.show.shown import ShownSet
-    from sftdata.stream import Stream
+    from sftdata.streaming import Stream
 
 __all__ = ["batched", "open", "prepare", "stream"]
 
@@ -66,7 +66,7 @@ def stream(
     """
     from sftdata.config import make_config
     from sftdata.read.formatter import name_formatter
-    from sftdata.stream import BUFFER_ROWS, Stream
+    from sftdata.streaming import BUFFER_ROWS, Stream
 
     name, _ = name_formatter(formatter)
     buffer_rows = settings.pop("buffer_rows", BUFFER_ROWS)

@@ -39,7 +39,7 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: S
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=saved or None,
-        ensure_weight_tying=bool(beside or set(saved) & set(embeddings)) and _tied(model),
+        ensure_weight_tying=bool(set(saved) & set(embeddings)) and _tied(model),  # single rows are tied anyway
         task_type="CAUSAL_LM",
         **beside,
     )

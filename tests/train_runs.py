@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[1]
 OUR_WARNINGS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft still asks by the old name
 
 
-def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0) -> Path:
-    """Write a Llama of 30,000 weights."""
+def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0, tied: bool = False, **more: Any) -> Path:
+    """Write a Llama of 30,000 weights; `more` are fields of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout, tie_word_embeddings=tied,
+        bos_token_id=None, eos_token_id=2, **more,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
