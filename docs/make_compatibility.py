@@ -52,7 +52,7 @@ class Outcome:
         refusals: the messages on the way.
         fixes: the settings that each of them offered, and the next run had.
         format: row format as detected.
-        rows, kept, rejected, dropped: of the ledger.
+        rows, kept, cut, rejected, dropped: rows, of the ledger.
         trained: share of the tokens.
         problems: what `verify` found, or the last refusal.
     """
@@ -64,6 +64,7 @@ class Outcome:
     format: str = ""
     rows: int = 0
     kept: int = 0
+    cut: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     trained: float = 0.0
@@ -102,7 +103,7 @@ def run(data: Path, path: Path, tokenizer: str) -> Outcome:
             outcome.problems = verify(output).problems
         ledger = manifest.ledger
         outcome.format = "by formatter" if "formatter" in outcome.settings else ", ".join(manifest.settings["formats"])
-        outcome.rows, outcome.kept = ledger.rows_in, ledger.rows_kept
+        outcome.rows, outcome.kept, outcome.cut = ledger.rows_in, ledger.rows_kept, ledger.counters.get("rows_cut", 0)
         outcome.rejected, outcome.dropped = dict(ledger.rows_rejected), dict(ledger.rows_dropped)
         outcome.trained = ledger.tokens_trained / ledger.tokens
         return outcome
@@ -137,10 +138,13 @@ INTRODUCTION = """\
 What `sftdata prepare FILE -t TOKENIZER -o DIR` makes of real data files as they lie in public repositories, with nothing set.
 `docs/make_compatibility.py` writes this page; a test holds it against the folder of data.
 
-A cell says how many rows are kept, and the share of their tokens that is trained. A number in brackets leads to a refusal, below,
-that was met on the way: the run was repeated with the first flag that the message offers, and the cell says what came then.
-`verify` passes every set. gpt2 has no chat template: instructions go through the Alpaca prompt template there. Rows that are not
-kept are in the last table. `max_length` is the default, 1024 tokens.
+A cell says how many rows are kept, the share of their tokens that is trained, and how many rows are cut at `max_length`, which is
+the default, 1024 tokens. A number in brackets leads to a refusal, below, that was met on the way: the run was repeated with the
+first flag that the message offers, and the cell says what came then. `verify` passes every set. Rows that are not kept are in the
+last table.
+
+gpt2 has no chat template: instructions go through the Alpaca prompt template there. The Hub id that messages give as example is
+taken from the data folder, and `make_compatibility:answer` gives the questions of a benchmark the answers that they lack.
 """
 
 
@@ -180,7 +184,13 @@ def cell(outcome: Outcome, notes: dict[str, int]) -> str:
     if outcome.problems:
         return f"**FAILS** {escape(outcome.problems[0])}"
     marks = "".join(f" [{notes[refusal]}]" for refusal in outcome.refusals)
-    return f"{outcome.kept:,} · {outcome.trained:.0%}{marks}"
+    return result(outcome) + marks
+
+
+def result(outcome: Outcome) -> str:
+    """Say what a set came to."""
+    cut = f" · {outcome.cut:,} cut" if outcome.cut else ""
+    return f"{outcome.kept:,} · {outcome.trained:.0%}{cut}"
 
 
 def taken(message: str, outcomes: list[Outcome]) -> str:
