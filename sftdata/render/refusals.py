@@ -18,8 +18,7 @@ from sftdata.render.template import ChatTemplate, TemplateRefusal
 Message = dict[str, Any]
 
 CALLS_FIX = (
-    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls),"
-    " or take them out"
+    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls), or take them out"
 )
 # Built-in templates that put a system message where the models of a family have learnt to see it.
 _FAMILIES = (("<start_of_turn>", "gemma"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"))
