@@ -174,7 +174,7 @@ class _Watched(ImmutableSandboxedEnvironment):
     """Chat templates' environment with every way around an opaque text guarded."""
 
     code_generator_class = _Generator
-    concat = staticmethod(_concat)  # type: ignore[assignment]
+    concat = staticmethod(_concat)
     intercepted_binops = frozenset({"%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -230,7 +230,7 @@ def watch(text: str, date: str) -> Template:
     return _environment(date).from_string(text)
 
 
-def _guard(function: Callable[..., Any], *, direct: bool, inside: bool) -> Callable[..., Any]:
+def _guard(function: Any, *, direct: bool, inside: bool) -> Callable[..., Any]:
     @functools.wraps(function)  # keeps the marks by which Jinja passes the environment
     def guarded(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
