@@ -42,7 +42,7 @@ def test_changing_a_document_leaves_the_next_bitwise_unchanged(name: str, attent
     assert torch.equal(before[LENGTHS[0] :], after[LENGTHS[0] :])
 
 
-@pytest.mark.slow  # every family compiles its kernels anew
+@pytest.mark.torture  # every family compiles its kernels anew
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_FLEX])
 def test_flex_attention_keeps_documents_apart(name: str) -> None:

@@ -30,7 +30,7 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path: Path, fle
     assert kills == 2
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_twenty_kills_change_no_bit(tmp_path: Path, fleet: Fleet, kind: str, ranks: int) -> None:
