@@ -79,14 +79,12 @@ def has_adapted_head(model: Any) -> bool:
     return hasattr(model.get_output_embeddings(), "lora_A")
 
 
-def prepare_quantized(model: Any, activation_checkpointing: bool) -> Any:
-    """Make a quantized base ready for adapters: norms in float32, gradients through its inputs."""
+def prepare_quantized(model: Any) -> Any:
+    """Make a quantized base ready for adapters: everything frozen, norms and embeddings in float32."""
     from peft import prepare_model_for_kbit_training
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks for checkpointing by its old name
-        prepare: Any = prepare_model_for_kbit_training
-        return prepare(model, use_gradient_checkpointing=activation_checkpointing)
+    prepare: Any = prepare_model_for_kbit_training
+    return prepare(model, use_gradient_checkpointing=False)  # the trainer sees to that
 
 
 def _train_embeddings(

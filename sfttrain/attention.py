@@ -129,9 +129,7 @@ def varlen_forward(
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
-        raise ValueError(
-            "varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate"
-        )
+        raise ValueError("varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate")
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"varlen attention knows no {', '.join(unknown)}")

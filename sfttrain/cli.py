@@ -26,6 +26,11 @@ InitFromConfig = Annotated[Path | None, typer.Option(help="config.json of a mode
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Lora = Annotated[str | None, typer.Option(help="Low-rank adapters, as r=16,alpha=32,target=all-linear.")]
+Adapter = Annotated[Path | None, typer.Option(help="Folder of adapters to go on training.")]
+Neftune = Annotated[float | None, typer.Option(help="Noise on the embeddings while training; 5 is usual.")]
+Liger = Annotated[bool, typer.Option("--liger", help="Liger's kernels (GPU).")]
+ReportTo = Annotated[str | None, typer.Option(help="Trackers by name, joined by commas: tensorboard,wandb,mlflow,trackio.")]
+PushToHub = Annotated[str | None, typer.Option(help="Hub repository that gets the finished model, as user/model.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 or int8, for the frozen base under --lora.")]
 Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER or FOLDER.")]
 Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto takes the fastest.")]
@@ -33,13 +38,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a fo
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+_OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
+
 
 @app.command()
 def run(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
     init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    quantize: Quantize = None, evaluate: Eval = None,
-    attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
+    adapter: Adapter = None, quantize: Quantize = None, evaluate: Eval = None, neftune_alpha: Neftune = None,
+    liger: Liger = False, report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
+    overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`. The same command resumes a broken run."""
     from sfttrain.run import train
@@ -51,8 +59,9 @@ def run(
 def config(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
     init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    quantize: Quantize = None, evaluate: Eval = None,
-    attention: Attention = None, overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
+    adapter: Adapter = None, quantize: Quantize = None, evaluate: Eval = None, neftune_alpha: Neftune = None,
+    liger: Liger = False, report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
+    overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""
     import yaml
@@ -61,6 +70,42 @@ def config(
 
     settings = _settings(locals())
     print(yaml.safe_dump(effective_settings(settings, training_arguments(settings)), sort_keys=False), end="")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of adapters.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base; default: the one that the adapters name.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write base and adapters as one model, and compare its logits with theirs."""
+    from sfttrain.merge import merge as run_merge
+
+    run_merge(adapter, output, model, lambda text: print(text, file=sys.stderr))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantized model.")],
+    calibration: Annotated[Path, typer.Option("--set", help="Set whose rows calibrate.")],
+    gptq: Annotated[str, typer.Option(help="Bits, and how many weights share a scale: bits=4,group_size=128.")] = "bits=4",
+    debug: Debug = False,
+) -> None:
+    """Quantize a finished model by GPTQ (needs GPTQModel and a GPU)."""
+    from sfttrain.gptq import quantize
+
+    try:
+        settings = {"bits": 4, "group_size": 128} | {
+            key: int(value) for key, _, value in (p.partition("=") for p in gptq.split(","))
+        }
+        bits, group_size = settings.pop("bits"), settings.pop("group_size")
+    except ValueError:
+        settings = {gptq: 0}
+    if settings:
+        raise UsageError(f"--gptq {gptq!r}: expected bits=4,group_size=128.")
+    quantize(model, calibration, output, bits, group_size, lambda text: print(text, file=sys.stderr))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _settings(flags: dict[str, Any]) -> Any:
     from sfttrain.config import read_settings
 
-    training = {"max_steps": flags["max_steps"], "num_train_epochs": flags["epochs"]}
+    training = {
+        "max_steps": flags["max_steps"],
+        "num_train_epochs": flags["epochs"],
+        "neftune_noise_alpha": flags["neftune_alpha"],
+        "report_to": flags["report_to"].split(",") if flags["report_to"] else None,
+    }
     return read_settings(
         flags["config"],
         flags["override"] or [],
@@ -90,7 +140,8 @@ def _settings(flags: dict[str, Any]) -> Any:
             "overwrite": flags["overwrite"] or None,
             "trust_remote_code": flags["trust_remote_code"] or None,
             "training": {key: value for key, value in training.items() if value is not None},
-            **{name: flags[name] for name in ("model", "output", "init_from_config", "lora", "quantize", "attention")},
+            "loss": "liger" if flags["liger"] else None,
+            **{name: flags[name] for name in _OWN},
         },
     )
 

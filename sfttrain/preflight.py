@@ -57,6 +57,9 @@ def refuse_useless(config: TrainConfig, args: Any, data: Any) -> None:
         raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
     if config.objective != "nll" and config.loss in ("plain", "liger"):
         raise UsageError(f"objective={config.objective} is computed by our loss, not by loss={config.loss}.", "set loss=auto.")
+    offload = isinstance(args.activation_checkpointing_kwargs, dict) and args.activation_checkpointing_kwargs.get("offload")
+    if offload and args.device.type == "cpu":
+        raise UsageError("activation_checkpointing_kwargs.offload: activations lie in host memory already.", "leave it out.")
     if "bnb" in str(args.optim) or "8bit" in str(args.optim):
         require_package("bitsandbytes", f"optim={args.optim}", "quantize")
     for name in args.report_to:

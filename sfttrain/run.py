@@ -148,8 +148,8 @@ def make_model(
     if plan.loss is not None:
         fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor))
     if config.quantize is not None:
-        model = prepare_quantized(model, checkpointing)
-    elif checkpointing and (config.adapted or model is not inner):
+        model = prepare_quantized(model)
+    if checkpointing and (config.adapted or model is not inner):
         inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
     if config.lora is not None:
         model = add_adapters(model, config.lora, unlearnt, say)

@@ -20,11 +20,12 @@ def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0, tie
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout, tie_word_embeddings=tied,
-        bos_token_id=None, eos_token_id=2, **more,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "attention_dropout": dropout, "tie_word_embeddings": tied,
+        "bos_token_id": None, "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**(shape | more))
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

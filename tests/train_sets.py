@@ -17,7 +17,7 @@ EOS = 2
 
 def make_set(
     folder: Path, *, rows: int = 32, max_length: int = 48, vocabulary: int = 128, packed: bool = True, shards: int = 2,
-    trained: float = 0.75, seed: int = 0, tokens_added: int = 0,
+    trained: float = 0.75, seed: int = 0, tokens_added: int = 0, sources: int = 1,
 ) -> Path:  # fmt: skip
     """Write a set whose documents count upwards from a random start, so that a model can learn it."""
     folder.mkdir(parents=True)
@@ -35,7 +35,10 @@ def make_set(
             name="counting", sha256="0" * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None,
             tokens_added=tuple(f"<added-{n}>" for n in range(tokens_added)),
         ),
-        sources=(SourceInfo(name="drawn", bytes=None, xxh3=str(seed), rows=example, first_id=0),),
+        sources=tuple(
+            SourceInfo(name=f"drawn{n or ''}", bytes=None, xxh3=str(seed), rows=len(part), first_id=int(part[0]))
+            for n, part in enumerate(np.array_split(np.arange(example), sources))
+        ),
         ledger=ledger,
         shards=tuple(infos),
     )  # fmt: skip

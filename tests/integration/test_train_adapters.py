@@ -11,6 +11,7 @@ import torch
 
 import sfttrain
 from sftdata.errors import UsageError
+from sfttrain import cli
 from sfttrain.merge import merge
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
@@ -166,7 +167,8 @@ def test_a_peft_model_object_is_trained_as_it_is(shards: Path, adapter: Path, mo
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=True)
     trainer = sfttrain.train(shards, model=adapted, output=tmp_path / "out", **QUICK)
     assert trainer.model is adapted
-    assert any(not torch.equal(a, b) for a, b in zip(_lora_weights(adapter).values(), _lora_weights(tmp_path / "out").values()))
+    before, after = _lora_weights(adapter), _lora_weights(tmp_path / "out")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.feature("continue an adapter")
@@ -200,6 +202,15 @@ def test_a_merged_model_answers_as_the_adapted_one(
 def test_a_merge_into_a_folder_with_something_in_it_is_refused(adapter: Path) -> None:
     with pytest.raises(UsageError, match="is not empty"):
         merge(adapter, adapter)
+
+
+@pytest.mark.feature("export: merge")
+def test_the_command_merges_and_says_how_near_the_logits_are(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["merge", str(adapter), "-o", str(tmp_path / "merged")]) == 0
+    assert "its logits differ from the adapted model's by" in capsys.readouterr().err
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def _lora_weights(folder: Path) -> dict[str, torch.Tensor]:

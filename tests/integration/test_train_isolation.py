@@ -25,6 +25,7 @@ def _paths(name: str) -> list[str]:
     return ["eager", *(["sdpa"] if name not in NO_SDPA else [])]
 
 
+@pytest.mark.feature("attention")
 @pytest.mark.parametrize(("name", "attention"), [(name, path) for name in FAMILIES for path in _paths(name)])
 def test_every_document_has_the_loss_it_has_alone(name: str, attention: str) -> None:
     model = _model(name, attention)

@@ -31,9 +31,8 @@ def _seq2seq() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=1024, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, decoder_start_token_id=0, dropout_rate=0.0)
-    )
+    shape = {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "d_kv": 16, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=1024, decoder_start_token_id=0, **shape))
 
 
 def _ids(text: str) -> list[int]:

@@ -35,6 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in SPLITS}
 
 
+@pytest.mark.feature("several GPUs")
 @pytest.mark.parametrize("split", list(SPLITS)[1:])
 def test_losses_and_gradient_norms_agree(runs: dict[str, Path], split: str) -> None:
     for mine, first in zip(_log(runs[split]), _log(runs["8x1"]), strict=True):

@@ -49,6 +49,7 @@ def test_a_gpu_takes_pytorch_s_own_varlen_when_nothing_is_installed() -> None:
     assert "flash_attn_interface is not installed" in reason
 
 
+@pytest.mark.feature("attention")
 def test_an_installed_flash_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, {"flash_attn"})
     assert _choose("qwen2")[0] == "flash_attention_2"
@@ -70,6 +71,7 @@ def test_capped_logits_keep_varlen_and_sdpa_out() -> None:
     assert _choose("gemma2")[0] == "flex_attention"
 
 
+@pytest.mark.feature("attention")
 @pytest.mark.parametrize("requested", ["varlen", "flash_attention_2"])
 def test_asking_for_what_cannot_be_is_an_error_with_a_fix(requested: str) -> None:
     with pytest.raises(UsageError, match="needs CUDA.*Fix: set attention=auto"):

@@ -1,0 +1,99 @@
+"""Write docs/features.md: what the trainer does, a line a row, with the tests that prove it.
+
+A test says which row it proves: `@pytest.mark.feature("LoRA")`. A row without a test here that needs no GPU is not written.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "features.md"
+
+ROWS = {
+    "model": "A path or Hub id, an object, `model_init_kwargs`, or a config for fresh weights; what was defaulted is said.",
+    "LoRA": "`--lora r=16,alpha=32,dropout=0.05,target=all-linear,bias=none,rslora=true,dora=true,modules_to_save=...`. Tokens"
+    " that the set added, or that the base never learnt, are trained by themselves: single rows for a few, tables for many.",
+    "continue an adapter": "`--adapter DIR`, or a PeftModel object; an adapter of another base is refused.",
+    "8-bit, 4-bit base": "`--quantize nf4` or `int8` under LoRA, by bitsandbytes, one device per process.",
+    "chat format": "Embeddings grow for added tokens (`resize_to_multiple_of`), each new row the mean; eos, pad, bos follow.",
+    "attention": "flash_attention_3 and 2, torch varlen, flex, sdpa, eager; the choice is proven and its reason said.",
+    "NEFTune": "`--neftune-alpha 5`: noise while training, the embedding as it was after.",
+    "Liger": "`--liger`: Liger's kernels, on a GPU.",
+    "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",
+    "memory": "`activation_checkpointing`, offloading, `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
+    "evaluation": "Sets by name, packed or not, `compute_metrics`, `preprocess_logits_for_metrics`, loss per source.",
+    "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; on supervised positions, a chunk of logits at a time.",
+    "custom data": "Any dataset, stream or list of rows with `input_ids` and labels, `completion_mask` or `assistant_masks`.",
+    "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function` or `@sftdata.batched`; it always decides.",
+    "constant-length stream": "`sftdata.stream(rows)`: bounded buffers, `infinite`, `shuffle`, end tokens between, no lost tails.",
+    "iterative training": "`sfttrain.IterativeTrainer(model).step(...)`: ids or texts, causal and sequence-to-sequence models.",
+    "several GPUs": "torchrun or accelerate launch; ranks prepare no data, and a changed number of ranks sees the same batches.",
+    "export: merge": "`sfttrain merge DIR -o OUT`: adapters into their base, reloaded, logits compared, tied heads tied.",
+    "export: GPTQ": "`sfttrain export DIR -o OUT --set SHARDS --gptq bits=4,group_size=128`, with GPTQModel, on a GPU.",
+    "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",
+    "trackers": "`--report-to tensorboard,wandb,mlflow,trackio`; none by default.",
+    "wrong combinations": "One line with the fix, before anything is read.",
+    "recipes": "`examples/recipes/*.yaml`, each of them run.",
+}
+
+
+class Proof(NamedTuple):
+    """A test, and whether it needs a GPU."""
+
+    place: str
+    name: str
+    gpu: bool
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """Return the page as the tests say it."""
+    proofs: dict[str, list[Proof]] = {row: [] for row in ROWS}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for row, proof in read_proofs(path):
+            proofs[row].append(proof)
+    lines = ["# What the trainer does", "", "Written by `docs/make_features.py` from the tests that prove each line.", ""]
+    lines += ["| | what works | proven by |", "|---|---|---|"]
+    lines += [f"| {row} | {text} | {_cell(proofs[row])} |" for row, text in ROWS.items()]
+    return "\n".join([*lines, ""])
+
+
+def read_proofs(path: Path) -> list[tuple[str, Proof]]:
+    """Return (row, test) for every mark in a file.
+
+    Raises:
+        KeyError: a mark names no row.
+    """
+    found = []
+    for node in ast.parse(path.read_text("utf-8")).body:
+        marks = [mark for mark in getattr(node, "decorator_list", []) if ast.unparse(mark).startswith("pytest.mark.")]
+        rows = [mark.args[0].value for mark in marks if ast.unparse(mark).startswith("pytest.mark.feature(")]
+        gpu = any(ast.unparse(mark) == "pytest.mark.gpu" for mark in marks)
+        for row in rows:
+            if row not in ROWS:
+                raise KeyError(f"{path}: {row!r} is no row of docs/make_features.py")
+            found.append((row, Proof(str(path.relative_to(ROOT)), node.name, gpu)))
+    return found
+
+
+def _cell(proofs: list[Proof]) -> str:
+    if not proofs:
+        return "no test"
+    named = [f"[{_words(proof.name)}](../{proof.place})" + (" (GPU: not run here)" if proof.gpu else "") for proof in proofs]
+    return "; ".join(named)
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("test_").replace("_", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

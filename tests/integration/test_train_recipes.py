@@ -1,0 +1,84 @@
+"""Every recipe in examples/ is run, on a tiny model and for two steps; only names of folders, model and length are changed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sfttrain import cli
+from tests.train_runs import OUR_WARNINGS, tiny_llama
+from tests.train_sets import make_set
+
+pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sets that the recipes name, and a model."""
+    folder = tmp_path_factory.mktemp("recipes")
+    make_set(folder / "shards", rows=16)
+    make_set(folder / "held", rows=4, seed=5)
+    tiny_llama(folder / "model", hidden_size=64, intermediate_size=128)
+    (folder / "examples").symlink_to(EXAMPLES)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.feature("recipes")
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs(
+    recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    settings = yaml.safe_load(recipe.read_text("utf-8"))
+    changed = ["--set", "model=model"] if "model" in settings else []
+    if "eval_steps" in settings:
+        changed += ["--set", "eval_steps=1", "--set", "save_steps=1"]
+    code = cli.main(["run", "-c", str(recipe), "--max-steps", "2", *changed])
+    assert code == 0, capsys.readouterr().err
+    assert (workplace / settings["output"] / "run.json").is_file()
+
+
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_an_accelerate_file_is_one_that_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == 8
+    assert str(config.distributed_type).rpartition(".")[2] in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+
+
+@pytest.mark.feature("memory")
+def test_two_ranks_train_under_fsdp2(workplace: Path) -> None:
+    import os
+    import subprocess
+
+    from safetensors.torch import load_file
+
+    from tests.train_runs import ROOT, _free_port, train_in_process
+
+    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text("utf-8"))
+    settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    (workplace / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workplace / "fsdp2.yaml"),
+        "--main_process_port", str(_free_port()), "-m", "sfttrain", "run", str(workplace / "shards"),
+        "--model", str(workplace / "model"), "-o", str(workplace / "out/fsdp2"),
+        *[word for key, value in training.items() for word in ("--set", f"{key}={value}")],
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone = {**training, "per_device_train_batch_size": 4}
+    train_in_process(workplace / "shards", workplace / "model", workplace / "out/alone", alone)
+    sharded, whole = (load_file(workplace / f"out/{name}/model.safetensors") for name in ("fsdp2", "alone"))
+    assert sharded.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert (sharded[name] - weight).abs().max() < 1e-4, name  # two steps move weights by 2e-2
