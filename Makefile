@@ -24,8 +24,8 @@ install: $(STAMP) ## Make the virtual environment with everything in it
 demo: $(STAMP) ## Prepare three small files, look at the mask, train a tiny model (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
-test: $(STAMP) ## Run every test that needs neither a GPU nor the network
-	$(PYTEST)
+test: $(STAMP) ## Run every test that needs neither a GPU nor the network, and the notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=300
 
 lint: $(STAMP) ## Check style and import rules
 	$(BIN)/ruff check .

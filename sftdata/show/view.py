@@ -84,6 +84,11 @@ class View:
     documents: tuple[DocumentView, ...]
     padding: int = 0
 
+    def _repr_html_(self) -> str:
+        from sftdata.show.html import notebook_html
+
+        return notebook_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         documents = [document.to_json() for document in self.documents]

@@ -1,0 +1,101 @@
+"""Take the pictures of docs/images: the terminal, the report and a notebook. Needs Chromium, and the notebooks extra."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nbclient
+import nbformat
+from rich.console import Console
+
+import sftdata
+from sftdata.show.page import write_page
+from sftdata.show.report import make_report
+from sftdata.show.terminal import print_view
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs/images"
+EXAMPLE = 3
+COLUMNS = 108
+
+
+def prepare(folder: Path) -> Path:
+    """Build the set that the pictures show."""
+    names = ("conversations.jsonl", "instructions.json", "completions.jsonl", "text.txt")
+    inputs, chats = [f"examples/{name}" for name in names], folder / "chats"
+    with contextlib.chdir(ROOT):  # so that the pictures show no path of one machine
+        sftdata.prepare(inputs, tokenizer="examples/tokenizer", output=chats, max_length=192)
+    return chats
+
+
+def terminal_svg(folder: Path) -> str:
+    """Return what `sftdata inspect` shows on a terminal; no fonts from elsewhere, so that nothing is fetched to see it."""
+    shards = sftdata.open(folder)
+    style = {"force_terminal": True, "color_system": "truecolor", "highlight": False, "markup": False}
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), **style)
+    view = shards.view_example(EXAMPLE)
+    print_view(type(view)("", view.documents), console)
+    svg = console.export_svg(title=f"sftdata inspect chats --example {EXAMPLE}", unique_id="inspect")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    return svg.replace("Fira Code", "ui-monospace, DejaVu Sans Mono, Menlo")
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook with its outputs as a page, after running it."""
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    parts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = re.sub(r"^#+ (.*)$", r"<h2>\1</h2>", html.escape(cell.source), flags=re.MULTILINE)
+            parts.append(f"<div>{heading}</div>")
+            continue
+        parts.append(f"<pre class=code>{html.escape(cell.source)}</pre>")
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "text/html" in data:
+                parts.append(f"<div class=out>{data['text/html']}</div>")
+            elif "image/png" in data:
+                parts.append(f"<img src='data:image/png;base64,{data['image/png'].strip()}'>")
+            elif "text/plain" in data:
+                parts.append(f"<pre class=out>{html.escape(data['text/plain'])}</pre>")
+    style = (
+        "body{font:15px system-ui,sans-serif;max-width:860px;margin:24px auto;color:#222;background:#fff}"
+        ".code{background:#f6f8fa;padding:10px;border-radius:6px;font-size:12px;overflow:hidden}"
+        ".out{margin:8px 0 20px;font-size:13px}"
+    )
+    return f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(parts)}"
+
+
+def photograph(page: Path, picture: Path, width: int, height: int) -> None:
+    """Take a screenshot of a page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise SystemExit("Chromium is not installed; the SVG is written, the screenshots are not.")
+    shot = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
+    subprocess.run([*shot, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120, capture_output=True)
+
+
+def main() -> None:
+    """Write docs/images."""
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chats = prepare(folder)
+        (IMAGES / "inspect.svg").write_text(terminal_svg(chats), encoding="utf-8")
+        report, notebook = folder / "report.html", folder / "notebook.html"
+        write_page(report, make_report(sftdata.open(chats)))
+        photograph(report, IMAGES / "report.png", 1000, 1500)
+        notebook.write_text(notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8")
+        photograph(notebook, IMAGES / "notebook.png", 920, 1960)
+
+
+if __name__ == "__main__":
+    main()
