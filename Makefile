@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types check bench docs notebooks clean
+.PHONY: help install demo test lint types check torture fuzz bench docs notebooks clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -35,6 +35,13 @@ types: $(STAMP) ## Check types (mypy --strict)
 	$(BIN)/mypy
 
 check: lint types test ## Check everything a change must pass
+
+torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest (about 20 minutes)
+	$(PYTEST) -m torture tests/torture
+
+MINUTES := 10
+fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
+	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md by hand, dated
 	@for script in $(filter-out benchmarks/gpu_%, $(wildcard benchmarks/*.py)); do \

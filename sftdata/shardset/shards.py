@@ -128,7 +128,7 @@ def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
             batch.validate(full=True)
             if any(column.null_count or column.flatten().null_count for column in batch.columns):
                 raise IntegrityError(f"{path}: holds nulls; a shard has none.")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
         raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again.") from error
     return batches
 

@@ -98,6 +98,8 @@ class Tap:
                 return real(*args, **kwargs)
             data = bytes(args[1]) if name == "write" and self.record else b""
             operation = Operation(name, _paths(name, args, kwargs), data)
+            if name == "unlink" and not os.path.lexists(operation.paths[0]):
+                return real(*args, **kwargs)  # what is not there cannot be removed: nothing happens
             return self.pass_through(operation, lambda: real(*args, **kwargs))
 
         return patched

@@ -120,6 +120,14 @@ def test_other_columns_other_lengths_nulls_and_unequal_lists_are_refused(tmp_pat
             read_shard(path, None)
 
 
+def test_column_names_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.arrow"
+    write_shard(path, packed(5), 64)
+    path.write_bytes(path.read_bytes().replace(b"labels", b"\xef\xaebels"))
+    with pytest.raises(IntegrityError, match="not a readable Arrow IPC file"):
+        read_shard(path, 64)
+
+
 def test_reading_damaged_bytes_never_crashes(tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.arrow"
     write_shard(path, packed(20), 64)
