@@ -103,7 +103,7 @@ def _refuse_foreign(path: str, data: bytes) -> None:
         if data.startswith(magic):
             raise UsageError(f"{path}: this is {what}, not rows.", fix)
     sample = data[:4096]
-    if sample.count(0) > len(sample) // 4 and (sample[0] == 0) != (sample[1:2] == b"\0"):
+    if len(sample) > 1 and sample.count(0) > len(sample) // 4 and (sample[0] == 0) != (sample[1] == 0):
         _refuse_utf16(path, "LE" if sample[1] == 0 else "BE")
     if sample.count(0) > len(sample) // 20:
         raise UsageError(f"{path}: this is an unknown binary file.", "give JSON lines, JSON, CSV, text, Parquet or Arrow.")

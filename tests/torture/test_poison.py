@@ -129,7 +129,7 @@ FILES = {
     "zip": (b"PK\x03\x04" + bytes(100), "zip"),
     "pickle": (b"\x80\x04\x95" + bytes(100), "pickle"),
     "zeros": (bytes(5000), "binary"),
-    "one NUL": (b"\0", "UTF-16"),
+    "one NUL": (b"\0", "binary"),
     "noise": (bytes(range(256)) * 20, "invalid-utf8"),
     "gzip cut short": (gzip.compress(LINES * 500, mtime=0)[:-20], "damaged"),
     "zstd with a broken byte": (zstandard.compress(LINES * 500)[:30] + b"\xff" * 30, "damaged"),
