@@ -33,6 +33,9 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         # Whoever read stdout has seen enough; Python must not complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what no stage foresaw: the machine's fault, not ours
+        what = f"{error.filename or 'This machine'}: {error.strerror or error}."
+        return _fail(f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1, debug)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"Internal error: {type(error).__name__}: {error} ({where.name}, line {where.lineno}).".split())

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from sftdata.errors import IntegrityError, UsageError
+from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.read.slices import Compression, Source
 
 BLOCK_BYTES = 1 << 20
@@ -140,9 +140,27 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
 
 
 def raw_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield the rest of a file in blocks."""
-    while block := stream.read(size):
+    """Yield the rest of a file in blocks.
+
+    Raises:
+        SftError: the disk or the connection fails.
+    """
+    while block := read_block(stream, size):
         yield block
+
+
+def read_block(stream: BinaryIO, size: int) -> bytes:
+    """Read from a file.
+
+    Raises:
+        SftError: the disk or the connection fails.
+    """
+    try:
+        return stream.read(size)
+    except OSError as error:
+        name = getattr(stream, "name", None) or getattr(stream, "path", "the input")
+        what = f"{name}: cannot be read: {error.strerror or error}."
+        raise SftError(what, "check the disk or the connection, then run the same command again.") from error
 
 
 @dataclass(slots=True)
@@ -172,6 +190,8 @@ def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
         for block in decompress(blocks, source.compression):
             done += len(block)
             yield block
+    except SftError:
+        raise
     except Exception as error:  # zlib, lzma, bz2 and zstandard each raise their own
         if source.compression == "none":
             raise
@@ -228,7 +248,7 @@ def read_range(source: Source, start: int, stop: int) -> Iterator[bytes]:
         return
     with open_raw(source.path) as stream:
         stream.seek(start)
-        while start < stop and (block := stream.read(min(BLOCK_BYTES, stop - start))):
+        while start < stop and (block := read_block(stream, min(BLOCK_BYTES, stop - start))):
             start += len(block)
             yield block
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import io
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from sftdata.cli.run import run_app
 from sftdata.errors import SftError, UsageError
 from sftdata.shardset.build import Build
 from sftdata.shardset.manifest import read_manifest
@@ -95,6 +98,52 @@ def test_a_killed_worker_is_one_line_and_the_next_run_goes_on(small: Unbroken, p
     assert Command(data, output, 2).finish()[0] == 0
     assert Command(data, place / "whole" / "set", 1).finish()[0] == 0
     assert content(output) == content(place / "whole" / "set")
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+def test_an_input_that_cannot_be_read_is_one_line(
+    small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    data = place / "chats.jsonl"
+    data.write_bytes(small.data.read_bytes() if compression == "none" else gzip.compress(small.data.read_bytes()))
+
+    class Broken(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("sftdata.read.streams.open", lambda path, mode: Broken(io.FileIO(path)), raising=False)
+    with pytest.raises(SftError, match=rf"{data}: cannot be read: Input/output error. Fix: check the disk") as caught:
+        prepare(data, place / "set")
+    assert caught.value.exit_code == 1
+
+
+def test_an_error_that_no_stage_foresaw_is_one_line(small: Unbroken, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.jsonl")
+
+    assert run_app(app, "sftdata", []) == 1
+    assert capsys.readouterr().err.startswith("a.jsonl: Too many open files. Fix: ")
+
+
+def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place: Path) -> None:
+    tokenizer = place / "tokenizer"
+    (tokenizer / "additional_chat_templates").mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    manifest = prepare(small.data, place / "set")
+    with Build(place / "other").locked() as build:
+        (build.folder / "rejects.jsonl").write_bytes(b"")
+        for shard in manifest.shards:
+            (build.folder / shard.name).write_bytes((place / "set" / shard.name).read_bytes())
+        build.finish(manifest, tokenizer)
+    names = [file.name for file in read_manifest(place / "other").files]
+    assert names == ["rejects.jsonl", "tokenizer/additional_chat_templates/tool_use.jinja", "tokenizer/tokenizer.json"]
+    assert look(place / "other") == read_manifest(place / "other").digest
 
 
 def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_disturbed(small: Unbroken, place: Path) -> None:
