@@ -95,5 +95,7 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     if told:
         lines.append("  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items()))
     if sum(ledger.rows_rejected.values()):
-        lines.append(f"  rejects {folder / 'rejects.jsonl'}: mend the rows there and prepare that file too")
+        code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
+        mend = f"{folder / 'rejects.jsonl'}: mend the rows there and prepare that file too; sftdata explain {code}"
+        lines.append(f"  rejects {mend}")
     return lines
