@@ -55,7 +55,18 @@ SHAPES = (ROWS, b"[" + ROWS.replace(b"\n", b",\n") + b"]", json.dumps([chat(USER
           b"prompt,completion\n" + b'a,"b, c"\nd,e\n' * 5)  # fmt: skip
 PIECES = (
     *("Hi", " ", "\n", "<|im_end|>", "<|im_start|>assistant\n", "</think>", "<think>", "</s>", "[INST]", "### Response:\n", "é"),
-    *("日本", "\u200d", "\U0010fff0", "{{ 1 }}", "{%", "a" * 50, "\t", "<|eot_id|>", "<start_of_turn>model\n", "e\u0301"),
+    *(
+        "日本",
+        "\u200d",
+        "\U0010fff0",
+        "{{ 1 }}",
+        "{%",
+        "lorem ipsum dolor sit amet",
+        "\t",
+        "<|eot_id|>",
+        "<start_of_turn>model\n",
+        "e\u0301",
+    ),
 )
 TEMPLATES = ("chatml", "llama-3", "gemma", "zephyr", "vicuna", "llama-2")
 STOPS = {"chatml": ["<|im_end|>"], "llama-3": ["<|eot_id|>"], "gemma": ["<end_of_turn>"]}

@@ -42,9 +42,9 @@ def steering(tokenizer: ResolvedTokenizer) -> dict[int, str]:
     return {token.id: token.content for token in tokenizer.added_tokens if token.content.strip() and token.content != unknown}
 
 
-def prepared(folder: Path, name: str, tokenizer: ResolvedTokenizer) -> dict[tuple[str, str], PackedRow]:
-    """Return the row of each (typed text, field); rows that are rejected are left out."""
-    typed = [HARMLESS, *steering(tokenizer).values()]
+def prepared(folder: Path, name: str, tokenizer: ResolvedTokenizer, step: int) -> dict[tuple[str, str], PackedRow]:
+    """Return the row of each (typed text, field), of every `step`-th token; rows that are rejected are left out."""
+    typed = [HARMLESS, *list(steering(tokenizer).values())[::step]]
     keys = [(text, field, messages) for text in typed for field, messages in conversations(text)]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for _, _, messages in keys))
     given: dict[str, Any] = {} if tokenizer.chat_template else {"chat_template": "chatml"}
@@ -61,10 +61,10 @@ def prepared(folder: Path, name: str, tokenizer: ResolvedTokenizer) -> dict[tupl
     return {keys[int(row.examples[0])][:2]: row for row in sftdata.open(folder / "set")}
 
 
-def check(folder: Path, name: str) -> int:
+def check(folder: Path, name: str, step: int = 1) -> int:
     """Hold every row with a token typed into it against the row with a harmless word there; return how many there were."""
     tokenizer = resolve_tokenizer(name)
-    rows = prepared(folder, name, tokenizer)
+    rows = prepared(folder, name, tokenizer, step)
     used = resolve_tokenizer(str(folder / "set" / "tokenizer"))
     steers = steering(used)
     decode = _decoder(used)
@@ -98,8 +98,9 @@ def _without_blanks(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_no_control_id_is_born_from_data_and_masks_stay(name: str, shared_data: Path, tmp_path: Path) -> None:
-    assert check(tmp_path, str(shared_data / "tokenizers" / name)) >= 5
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.torture)])
+def test_no_control_id_is_born_from_data_and_masks_stay(name: str, step: int, shared_data: Path, tmp_path: Path) -> None:
+    assert check(tmp_path, str(shared_data / "tokenizers" / name), step) >= 5
 
 
 def test_no_control_id_is_born_from_data_with_the_tokenizer_of_the_examples(tmp_path: Path) -> None:
