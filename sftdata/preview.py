@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ import numpy as np
 from sftdata.batches import Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import char_offsets
+from sftdata.engine.local import usable_cores
 from sftdata.errors import DataError, UsageError
 from sftdata.pack import plan_packs
 from sftdata.pipeline import PreparedPiece, prepare_piece
@@ -48,6 +51,9 @@ class Preview:
         ledger: of the sampled rows.
         rejects: reasons of the sampled rows that would be rejected.
         share: sampled bytes over all bytes.
+        records: rows of the whole input.
+        seconds: what the sample took, by the reference engine in one process.
+        workers: processes that `prepare` would use.
         fill: of packs made from the sample.
         max_length: tokens per packed row.
         notes: what was decided.
@@ -58,6 +64,9 @@ class Preview:
     ledger: Ledger
     rejects: list[str]
     share: float
+    records: int
+    seconds: float
+    workers: int
     fill: float
     max_length: int
     notes: tuple[str, ...]
@@ -68,11 +77,12 @@ class Preview:
         tokens = round(self.ledger_tokens / self.share)
         packs = -(-round(tokens / max(self.fill, 1e-9)) // self.max_length)
         return {
-            "rows": round(self.ledger.rows_in / self.share),
+            "rows": self.ledger.rows_in if self.share == 1 else self.records,
             "tokens": tokens,
             "packed_rows": packs,
             "bytes_on_disk": packs * self.max_length * 8,
             "steps_per_epoch": -(-packs // batch_size),
+            "seconds_at_most": math.ceil(self.seconds / self.share / self.workers),
         }
 
     @property
@@ -86,9 +96,10 @@ class Preview:
         about = "" if self.share == 1 else "about "
         return [
             *self.notes,
-            f"{about}{projected['rows']:,} rows, {projected['tokens']:,} tokens, {projected['packed_rows']:,} packed rows of"
+            f"{projected['rows']:,} rows, {about}{projected['tokens']:,} tokens, {projected['packed_rows']:,} packed rows of"
             f" {self.max_length} ({self.fill:.1%} full), {projected['bytes_on_disk'] / 1e6:,.1f} MB,"
-            f" {projected['steps_per_epoch']:,} steps an epoch at batch size {batch_size}",
+            f" {projected['steps_per_epoch']:,} steps an epoch at batch size {batch_size},"
+            f" prepared in at most {projected['seconds_at_most']:,} s",
             *(f"would be rejected: {reason}" for reason in self.rejects[:3]),
         ]
 
@@ -123,7 +134,9 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     """
     plan = make_plan(config)
     stages = Stages(plan.job)
+    began = time.monotonic()
     pieces = [prepare_piece(stages, piece) for piece in sample_pieces(plan)]
+    seconds = time.monotonic() - began
     ledger = Ledger()
     for piece in pieces:
         ledger.merge(piece.ledger)
@@ -137,6 +150,9 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         ledger=ledger,
         rejects=[f"{reject.file}:{reject.line}: {reject.reason}" for piece in pieces for reject in piece.rejects],
         share=_share(plan),
+        records=sum(source.records for source in plan.sources),
+        seconds=seconds,
+        workers=config.workers or usable_cores(),
         fill=float(lengths.sum()) / max(slots, 1),
         max_length=plan.job.max_length,
         notes=plan.notes,
