@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="sfttrain", standalone_mode=False)
+        if code == 130:  # Typer catches Ctrl-C itself, and says nothing
+            raise KeyboardInterrupt
         return int(code or 0)
     except Exception as error:
         return _explain(error, debug)

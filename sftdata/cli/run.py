@@ -14,6 +14,8 @@ from typer.exceptions import Abort, TyperException
 
 from sftdata.errors import SftError
 
+INTERRUPTED = 130
+
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Run `app`; `--debug` anywhere shows the traceback as well."""
@@ -21,6 +23,8 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(args=arguments, prog_name=name, standalone_mode=False)
+        if code == INTERRUPTED:  # Typer catches Ctrl-C itself, and says nothing
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except SftError as error:
         return _fail(str(error), error.exit_code, debug)
@@ -28,7 +32,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         text, fix = explain_usage(" ".join(error.format_message().split()))
         return _fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2, debug)
     except (KeyboardInterrupt, Abort):
-        return _fail("Interrupted; what is finished is kept. Run the same command to go on.", 130, debug)
+        return _fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED, debug)
     except BrokenPipeError:
         # Whoever read stdout has seen enough; Python must not complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import sfttrain.cli
 from sftdata.cli import main
 from sftdata.config import PrepareConfig
 
@@ -169,3 +172,34 @@ def test_env_names_versions_and_no_paths(capsys: pytest.CaptureFixture[str], mon
     assert "hf_secret" not in text
     assert str(Path.home()) not in text
     assert f"python                  {found['python']}" in told(capsys, "env")
+
+
+# ------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    line = json.dumps({"text": "The heron stands in the shallow water, and the gate creaks. " * 8}) + "\n"
+    Path("big.jsonl").write_text(line * 40_000, encoding="utf-8")
+    settings = ["-o", "set", "--max-length", "256", "--set", "slice_bytes=200000", "--workers", "2"]
+    command = [sys.executable, "-m", "sftdata", "prepare", "big.jsonl", "-t", TOKENIZER, *settings]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while running.poll() is None and not any(tmp_path.rglob("shard-*.arrow")):
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == "Interrupted; what is finished is kept. Run the same command to go on."
+    assert "Traceback" not in said
+    assert not Path("set/manifest.json").exists()
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert re.search(r"Resuming: [1-9]\d*/\d+ slices complete; settings match\.", resumed.stderr)
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfttrain.run.train", interrupted)
+    config = str(ROOT / "examples/tiny-model/config.json")
+    assert sfttrain.cli.main(["run", "set", "--init-from-config", config, "-o", "out"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
