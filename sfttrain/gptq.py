@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,11 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
         raise UsageError(f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}.")
     if (model / "adapter_config.json").is_file():
         raise UsageError(f"{model}: holds adapters; GPTQ takes a whole model.", f"sfttrain merge {model} -o {model}-merged")
-    require_package("gptqmodel", "export --gptq", "")
-    from gptqmodel import GPTQModel, QuantizeConfig
-
+    require_package("gptqmodel", "export --gptq")
+    package: Any = importlib.import_module("gptqmodel")  # had apart: it is built against the torch of the machine
     rows = calibration_rows(open_set(calibration), CALIBRATION_ROWS)
     say(f"gptq: {bits} bits in groups of {group_size}, calibrated on {len(rows)} documents of {calibration}")
-    quantized = GPTQModel.load(str(model), QuantizeConfig(bits=bits, group_size=group_size))
+    quantized = package.GPTQModel.load(str(model), package.QuantizeConfig(bits=bits, group_size=group_size))
     quantized.quantize(rows, batch_size=1)
     quantized.save(str(output))
     say(f"gptq: {output}; compare its evaluation loss with the original's before using it, and try group_size=32 if it is worse")
