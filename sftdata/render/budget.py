@@ -1,6 +1,6 @@
 """A budget for templates: jinja's sandbox keeps a template from reaching the machine, not from wasting it.
 
-Every pass of a loop and every call takes a step; long values take more, and what could make a huge one is measured before it is
+Every pass of a loop takes a step, every call some; long values take more, and what could make a huge one is measured before it is
 made. Steps, not seconds: a row is refused on every machine or on none.
 """
 
@@ -21,6 +21,7 @@ from jinja2.visitor import NodeTransformer
 MAX_CHARS = 128 << 20  # of a render, or of one value in it: twice the longest line, and within 512 MB with its copies
 MAX_STEPS = 1_000_000  # eighty turns with tools take some thousands
 _CHARS_PER_STEP = 16384
+_STEPS_PER_CALL = 8  # a call takes that many times as long as a pass of a loop
 _MAX_INTEGER = 1_000_000  # given to a function, filter or format: a width, an indent, a count
 _MAX_BITS = 4096
 _WIDE = re.compile(r"\d{7}|%[^%\w]*\*")  # in a format string
@@ -84,7 +85,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and args:
             _foresee(name, owner, args)
-        _spend()
+        _spend(steps=_STEPS_PER_CALL)
         return _charged(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -121,8 +122,8 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=getattr(node, "lineno", 1))
 
 
-def _spend(size: int = 0) -> None:
-    _left.steps -= 1 + size // _CHARS_PER_STEP
+def _spend(size: int = 0, steps: int = 1) -> None:
+    _left.steps -= steps + size // _CHARS_PER_STEP
     if _left.steps < 0 or size > MAX_CHARS:
         raise SecurityError("the template works or writes without end")
 

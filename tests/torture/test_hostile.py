@@ -114,7 +114,7 @@ def test_no_bomb_takes_seconds_or_512_megabytes() -> None:
     assert done.returncode == 0, done.stderr
     megabytes, seconds = json.loads(done.stdout)
     assert megabytes < 512
-    assert seconds < 10  # under 5 on a machine that has nothing else to do
+    assert seconds < 5
 
 
 # -------------------------------------------------------------------------------------------------- on the machine
