@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once; products of few rows are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(cast(Tensor, bias), dtype=torch.float32) if want_bias else None
         want_slope = want_hidden or want_weight or want_bias
         weight_cast = weight.to(dtype)
-        step = chunk_rows(hidden.device.type, weight.shape[0])
-        for start in range(0, len(targets), step):
+        step = chunk_rows(hidden.device.type, weight.shape[0], len(targets))
+        buffer = torch.empty(step, weight.shape[0], dtype=dtype, device=hidden.device)  # fresh memory costs more than the sums
+        for start in range(0, len(targets), max(step, 1)):
             rows = slice(start, start + step)
             inputs = hidden[rows].to(dtype)
-            chunk = _chunk(inputs, weight_cast, bias, targets[rows], head, objective, want_slope)
+            logits = torch.mm(inputs, weight_cast.T, out=buffer[: len(inputs)]).float()
+            chunk = _chunk(logits, bias, targets[rows], head, objective, want_slope)
             loss += chunk.loss
             correct += chunk.correct
             token_losses[rows] = chunk.token_losses
@@ -112,9 +114,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def chunk_rows(device: str, vocabulary: int) -> int:
-    """Return how many positions share one chunk of logits."""
-    return max(1, CHUNK_BYTES.get(device, 64 << 20) // (4 * vocabulary))
+def chunk_rows(device: str, vocabulary: int, positions: int) -> int:
+    """Return how many positions share one chunk of logits; all chunks are about as large."""
+    most = max(1, CHUNK_BYTES.get(device, 64 << 20) // (4 * vocabulary))
+    chunks = max(1, -(-positions // most))
+    return -(-positions // chunks)
 
 
 class _Chunk(NamedTuple):
@@ -126,11 +130,8 @@ class _Chunk(NamedTuple):
     slope: Tensor | None
 
 
-def _chunk(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective, want_slope: bool
-) -> _Chunk:
-    """Compute one chunk in one buffer of logits."""
-    logits = (inputs @ weight.T).float()
+def _chunk(logits: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective, want_slope: bool) -> _Chunk:
+    """Compute one chunk from `W h`, float32[N, V], in whose place the slope is written."""
     if bias is not None:
         logits += bias
     if head.scale != 1.0:
@@ -156,7 +157,7 @@ def _chunk(
     slope = weights.div_(total)
     slope[torch.arange(len(targets), device=targets.device), targets] -= 1 - objective.smoothing
     if objective.smoothing:
-        slope -= objective.smoothing / weight.shape[0]
+        slope -= objective.smoothing / logits.shape[1]
     for factor in (share, damping):
         if factor is not None:
             slope *= factor

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.shardset.atomic import digest_file
@@ -189,6 +190,12 @@ def checkpoint_bytes(model: Any) -> int:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
+
+
+def first_row(batch: Batch) -> tuple[int, Batch]:
+    """Return how many rows a batch has, and its first one as a batch."""
+    rows = len(batch["input_ids"])
+    return rows, {name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value for name, value in batch.items()}
 
 
 def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager[Any]) -> float:

@@ -257,12 +257,14 @@ def _check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) 
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("trial step: left out, since the model is not sharded yet")
         return
-    batch = next(iter(trainer.get_train_dataloader()))
-    batch = trainer._prepare_inputs(batch)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    rows = 1
+    if args.device.type == "cpu":  # where memory is not what a step can lack, one row tells as much as the batch
+        rows, batch = preflight.first_row(batch)
     cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
-    seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * args.gradient_accumulation_steps
+    seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * rows * args.gradient_accumulation_steps
     say(f"memory: {preflight.describe_memory(trainer.model)}")
-    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from one cold step"
+    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
     say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
 
 
