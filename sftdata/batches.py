@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -42,10 +43,10 @@ class RowBatch:
 
 
 # ----------------------------------------------------------------------------------------- canonical
+# One object a row: structs, which are made several times faster than dataclasses.
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(msgspec.Struct, frozen=True):
     """Messages as `apply_chat_template` takes them, with what the row says about training them.
 
     Attributes:
@@ -60,27 +61,24 @@ class Conversation:
     messages: list[dict[str, Any]]
     trained: list[bool | None]
     tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: dict[str, Any] = {}
     prompt_messages: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(msgspec.Struct, frozen=True):
     """A prompt and the completion to train, both rendered text, joined without anything between."""
 
     prompt: str
     completion: str
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """Running text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(msgspec.Struct, frozen=True):
     """A row tokenized elsewhere: int ids and labels (-100 where not trained), of equal length."""
 
     input_ids: list[int]

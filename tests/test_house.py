@@ -67,8 +67,12 @@ def test_every_module_says_what_it_is_for() -> None:
 
 def test_nothing_is_left_for_later() -> None:
     words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "raise " + "NotImplemented")))
-    found = [f"{path}:{number}" for path, source in modules(*PACKAGES, "tests", "examples", "benchmarks")
-             for number, line in enumerate(source.splitlines(), 1) if words.search(line)]
+    found = [
+        f"{path}:{number}"
+        for path, source in modules(*PACKAGES, "tests", "examples", "benchmarks")
+        for number, line in enumerate(source.splitlines(), 1)
+        if words.search(line)
+    ]
     assert not found
 
 
@@ -126,8 +130,11 @@ def test_every_outside_import_is_declared() -> None:
         allowed = {canonicalize_name(Requirement(line).name) for line in declared[package]}
         for path, source in modules(package):
             outside = imported_names(source) - set(PACKAGES) - sys.stdlib_module_names
-            undeclared += [f"{path}: {name}" for name in sorted(outside)
-                           if not allowed & {canonicalize_name(dist) for dist in distribution_of.get(name, [name])}]
+            undeclared += [
+                f"{path}: {name}"
+                for name in sorted(outside)
+                if not allowed & {canonicalize_name(dist) for dist in distribution_of.get(name, [name])}
+            ]
     assert not undeclared
 
 
@@ -215,8 +222,11 @@ def test_every_pin_is_exact_and_allowed_by_pyproject() -> None:
 
 
 def test_the_tested_versions_are_the_installed_ones() -> None:
-    other = {name: importlib.metadata.version(name) for name, pin in pins().items()
-             if not pin.specifier.contains(importlib.metadata.version(name))}
+    other = {
+        name: importlib.metadata.version(name)
+        for name, pin in pins().items()
+        if not pin.specifier.contains(importlib.metadata.version(name))
+    }
     assert not other
 
 

@@ -34,19 +34,20 @@ def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions,
     """
     if not turns:
         raise RowError("no-messages", "the conversation is empty.", "remove the row.")
-    if options.need_assistant and not any(message["role"] == "assistant" for message, _ in turns):
-        roles = ", ".join(dict.fromkeys(message["role"] for message, _ in turns))
+    messages, trained = [message for message, _ in turns], [switch for _, switch in turns]
+    if options.need_assistant and "assistant" not in [message["role"] for message in messages]:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         what = f"no assistant message to train on; found only {roles}."
         raise RowError("no-assistant", what, "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.")
+    if len(fields.names) == 1:  # the row has messages and nothing beside them
+        return Conversation(messages, trained, prompt_messages=prompt_messages)
     system = fields.optional_text("system")
     if system:
-        first = turns[0][0]
-        if first["role"] not in ("system", "developer"):
-            turns = [({"role": "system", "content": system}, None), *turns]
+        if messages[0]["role"] not in ("system", "developer"):
+            messages, trained = [{"role": "system", "content": system}, *messages], [None, *trained]
             prompt_messages += prompt_messages > 0
-        elif first.get("content") != system:
+        elif messages[0].get("content") != system:
             raise RowError("two-system-texts", "the system column and the first message differ.", "keep one of them.")
-    messages, trained = [message for message, _ in turns], [switch for _, switch in turns]
     return Conversation(messages, trained, read_tools(fields.get("tools")), _read_arguments(fields), prompt_messages)
 
 
@@ -59,15 +60,24 @@ def read_messages(value: Any, column: str, options: FormatOptions) -> list[Turn]
     value = from_json(value)
     if not isinstance(value, list):
         raise RowError("no-messages", f"{column} is {kind_of(value)}; expected an array of messages.", "write one per turn.")
-    return [_read_message(message, f"{column}[{index}]", options) for index, message in enumerate(value)]
+    mapped = bool(options.roles)
+    return [
+        # Nearly all messages are plain: there is nothing to rewrite, and no place to name.
+        (message, None) if not mapped and _is_plain(message) else _read_message(message, f"{column}[{index}]", options)
+        for index, message in enumerate(value)
+    ]
+
+
+def _is_plain(message: Any) -> bool:
+    return (
+        type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str and message["role"] in ROLES
+    )
 
 
 def _read_message(message: Any, where: str, options: FormatOptions) -> Turn:
     if not isinstance(message, dict):
         what = f"{where} is {kind_of(message)}; expected an object with role and content."
         raise RowError("not-a-message", what, "write each message as an object.")
-    if message.keys() == _PLAIN_KEYS and type(message["content"]) is str and message["role"] in ROLES and not options.roles:
-        return message, None  # as nearly all messages are: nothing to rewrite
     spelling = message.get("role", message.get("from"))
     role = _read_role(spelling, where, options.roles)
     content = message.get("content", message.get("value"))

@@ -42,8 +42,7 @@ class FormatOptions:
         return self.kind == "conversation" or (self.kind == "auto" and self.chat)
 
 
-@dataclass(frozen=True, slots=True)
-class Fields:
+class Fields(msgspec.Struct, frozen=True):
     """One row; `names` maps each canonical column that the row has to its own name."""
 
     row: dict[str, Any]

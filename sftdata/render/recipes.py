@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 from sftdata.batches import Conversation
 from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN
@@ -21,47 +22,57 @@ from sftdata.render.proof import any_of
 from sftdata.render.template import ChatTemplate
 
 MAX_RECIPES = 4096
+_RESERVED_BYTE = "\U00108000".encode()[:1]  # every reserved character begins with it, and few others
 _PLAIN = {"role", "content"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A position in a filled-in recipe: `offset` characters into literal number `literal`."""
+class Turn:
+    """What the model generates for one assistant message; characters of the rendered text, half-open.
 
-    literal: int
-    offset: int
+    Attributes:
+        message: its index.
+        ended: the span ends in a stop token.
+        parted: the final text does not begin with the generation prompt; the span starts where they part.
+    """
+
+    message: int
+    start: int
+    stop: int
+    ended: bool
+    parted: bool
 
 
-@dataclass(frozen=True, slots=True)
+# A position in a filled-in recipe: how many contents, and how many characters of literals, stand before it.
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
     """Literals and the messages whose content stands between them.
 
     Attributes:
         literals: one more than slots.
         slots: message number behind each literal but the last.
-        spans: start and stop of each turn, in the order of the turns that were learnt.
+        turns: of the row that taught it.
+        spans: places where each turn starts and stops.
         absent: strings that no content may hold.
         trimmed: no content may have outer white space.
     """
 
     literals: tuple[str, ...]
     slots: tuple[int, ...]
+    turns: tuple[Turn, ...]
     spans: tuple[tuple[Place, Place], ...]
     absent: tuple[str, ...]
     trimmed: bool
 
     def fill(self, contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text, and the (start, stop) characters of each turn."""
-        pieces: list[str] = []
-        starts, position = [], 0
-        for literal, slot in zip(self.literals, self.slots, strict=False):
-            content = contents[slot]
-            pieces += (literal, content)
-            starts.append(position)
-            position += len(literal) + len(content)
-        starts.append(position)
-        pieces.append(self.literals[-1])
-        spans = [(starts[a.literal] + a.offset, starts[b.literal] + b.offset) for a, b in self.spans]
+        chosen = [contents[slot] for slot in self.slots]
+        pieces = [*chain.from_iterable(zip(self.literals, chosen, strict=False)), self.literals[-1]]
+        before = [0, *accumulate(map(len, chosen))]
+        spans = [(before[one] + start, before[two] + stop) for (one, start), (two, stop) in self.spans]
         return "".join(pieces), spans
 
 
@@ -81,37 +92,41 @@ class RecipeBook:
         self._watched = watch(template.text, template.date)
 
     @staticmethod
-    def shape(row: Conversation) -> tuple[str, ...] | None:
-        """Return the shape of a row that has nothing but roles and contents; None for others."""
+    def contents(row: Conversation) -> list[str] | None:
+        """Return the contents of a row that has nothing but roles and contents; None for others."""
         if row.tools is not None or row.template_kwargs:
             return None
+        found = []
         for message in row.messages:
-            if message.keys() != _PLAIN or type(message["content"]) is not str:
+            if message.keys() != _PLAIN or type(content := message["content"]) is not str:
                 return None
-        return tuple([message["role"] for message in row.messages])
+            found.append(content)
+        return found
 
     def admits(self, recipe: Recipe, contents: list[str]) -> bool:
         """Say whether a recipe holds for these contents."""
         for content in contents:
-            if not content or content.isspace() or (recipe.trimmed and (content[0].isspace() or content[-1].isspace())):
+            inner = content.strip()
+            if not inner or (recipe.trimmed and len(inner) != len(content)):
                 return False
-            if not content.isascii() and RESERVED.search(content):
+        text = "\0".join(contents)  # one search for all
+        if not text.isascii() and _RESERVED_BYTE in text.encode("utf-8", "surrogatepass") and RESERVED.search(text):
+            return False
+        for absent in recipe.absent:
+            if absent in text:
                 return False
-            for text in recipe.absent:
-                if text in content:
-                    return False
-            for first in self._first:
-                if first in content and self._tokens.search(content):
-                    return False
+        for first in self._first:
+            if first in text:
+                return not self._tokens.search(text)
         return True
 
-    def learn(self, row: Conversation, marked: MarkedText, spans: list[tuple[int, int]]) -> Recipe | None:
+    def learn(self, row: Conversation, marked: MarkedText, turns: list[Turn]) -> Recipe | None:
         """Learn the recipe of a row's shape from its proven render; None where the template looks into texts.
 
         Args:
             row: every content without outer white space.
             marked: its render, with where each content opens and closes.
-            spans: (start, stop) characters of its turns.
+            turns: its turns.
         """
         text, marks = marked.text, marked.marks
         contents = [message["content"] for message in row.messages]
@@ -132,12 +147,12 @@ class RecipeBook:
             return None
         edges = [0, *(edge.position for pair in pairs for edge in pair), len(text)]
         literals = tuple(text[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
-        places = [[_place(edges[::2], edges[1::2], position) for position in span] for span in spans]
-        if any(place is None for span in places for place in span):
-            return None
+        spans = [(turn.start, turn.stop) for turn in turns]
+        places = [(_place(literals, edges, start), _place(literals, edges, stop)) for start, stop in spans]
         recipe = Recipe(
             literals,
             tuple(one.message for one, _ in pairs),
+            tuple(turns),
             tuple((start, stop) for start, stop in places if start is not None and stop is not None),
             tuple(sorted(conditions.absent)),
             conditions.trimmed,
@@ -146,8 +161,12 @@ class RecipeBook:
         return recipe if self.admits(recipe, contents) and recipe.fill(contents) == (text, spans) else None
 
 
-def _place(starts: list[int], stops: list[int], position: int) -> Place | None:
-    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        if start <= position <= stop:
-            return Place(number, position - start)
+def _place(literals: tuple[str, ...], edges: list[int], position: int) -> Place | None:
+    """Return a position's place; None inside a content."""
+    before = 0
+    for number, literal in enumerate(literals):
+        start = edges[2 * number]
+        if start <= position <= start + len(literal):
+            return number, before + position - start
+        before += len(literal)
     return None

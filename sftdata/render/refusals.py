@@ -7,9 +7,10 @@ nobody (`'dict object' has no attribute 'content'`, of a tool call).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
+
+from msgspec.structs import replace
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError

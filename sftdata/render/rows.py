@@ -15,10 +15,12 @@ import numpy as np
 from sftdata.batches import Completion, Conversation, Int64, Ragged, Row, Text, TextBatch
 from sftdata.errors import Fault, RowError
 from sftdata.render.markers import find_spans
-from sftdata.render.spans import SpanFinder, Turn
+from sftdata.render.recipes import Recipe, Turn
+from sftdata.render.spans import SpanFinder
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
 Ranges = list[tuple[int, int]]
+_NONE: Ranges = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,13 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
     counts: Counter[str] = Counter()
     faults: list[tuple[int, Fault]] = []
     chats, raw = _Columns(), _Columns()
+    filler = _Filler(renderer)
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
             if isinstance(item, Conversation):
+                if filled := filler.fill(item):
+                    chats.put(index, *filled)
+                    continue
                 text, trained, literal = _conversation(item, renderer, counts)
                 chats.add(index, text, trained, renderer, counts, literal)
             elif isinstance(item, Completion):
@@ -79,7 +85,39 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
                 raw.add(index, item.text, [(0, len(item.text))], renderer, counts)
         except RowError as error:
             faults.append((index, error.fault))
-    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, counts)
+    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, counts + filler.counts())
+
+
+class _Filler:
+    """The short way of most conversations: filled into the recipe of their shape, every turn trained."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        every_turn = renderer.response is None and renderer.train_on not in ("all", "last-assistant")
+        self._finder = renderer.finder if every_turn else None
+        self._mended = bool(renderer.end_token)
+        self._rows: Counter[Recipe] = Counter()
+
+    def fill(self, row: Conversation) -> tuple[str, Ranges] | None:
+        """Return text and trained characters of a row; None for one that must go the long way."""
+        if self._finder is None or row.prompt_messages or row.trained.count(None) != len(row.trained):
+            return None
+        filled = self._finder.fill(row)
+        if filled is None:
+            return None
+        recipe, text, spans = filled
+        if self._mended and recipe.turns and not recipe.turns[-1].ended:
+            return None
+        self._rows[recipe] += 1
+        return text, spans
+
+    def counts(self) -> Counter[str]:
+        """Return what `RenderedRows.counts` says of these rows."""
+        counts: Counter[str] = Counter()
+        for recipe, rows in self._rows.items():
+            counts["turns"] += rows * len(recipe.turns)
+            counts["turns_without_stop"] += rows * sum(not turn.ended for turn in recipe.turns)
+            counts["rows_parted"] += rows * any(turn.parted for turn in recipe.turns)
+        return counts
 
 
 class _Columns:
@@ -96,8 +134,7 @@ class _Columns:
         self, row: int, text: str, trained: Ranges | int, renderer: Renderer, counts: Counter[str], literal: Ranges | None = None
     ) -> None:
         """Add one text that is trained in `trained`, or from that character to its end; markers, where given, decide instead."""
-        if _has_surrogate(text):
-            raise RowError("lone-surrogate", "text holds half a surrogate pair, which utf-8 cannot", "repair the character")
+        _refuse_surrogate(text)
         if renderer.response is not None:
             marked = find_spans(text, renderer.response, renderer.instruction)
             counts["rows_with_repeated_markers"] += marked.repeated
@@ -109,9 +146,19 @@ class _Columns:
             # An empty completion still has its end token to be generated.
             ranges = [(trained, len(text))] if isinstance(trained, int) else [pair for pair in trained if pair[0] < pair[1]]
             spans, closed = byte_ranges(text, ranges), True
+        self._append(row, text, spans, byte_ranges(text, literal or []), closed)
+
+    def put(self, row: int, text: str, trained: Ranges) -> None:
+        """Add one text of a chat template, trained in `trained`, that holds nothing literal."""
+        if not text.isascii():
+            _refuse_surrogate(text)
+            trained = byte_ranges(text, trained)
+        self._append(row, text, trained, _NONE, True)
+
+    def _append(self, row: int, text: str, trained: Ranges, literal: Ranges, closed: bool) -> None:
         self.texts.append(text)
-        self.trained.append(spans)
-        self.literal.append(byte_ranges(text, literal or []))
+        self.trained.append(trained)
+        self.literal.append(literal)
         self.closed.append(closed)
         self.row.append(row)
 
@@ -180,11 +227,9 @@ def byte_ranges(text: str, ranges: Ranges) -> Ranges:
     return [(where[start], where[stop]) for start, stop in ranges]
 
 
-def _has_surrogate(text: str) -> bool:
-    if text.isascii():
-        return False
+def _refuse_surrogate(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        what = "text holds half a surrogate pair, which utf-8 cannot"
+        raise RowError("lone-surrogate", what, "repair the character") from None

@@ -27,27 +27,10 @@ from sftdata.errors import RowError
 from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.parting import common_prefix, find_parting, header_after
 from sftdata.render.proof import ProvenRenderer, any_of
-from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook
+from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook, Turn
 from sftdata.render.refusals import CALLS_FIX
 from sftdata.render.stops import find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What the model generates for one assistant message; characters of the rendered text, half-open.
-
-    Attributes:
-        message: its index.
-        ended: the span ends in a stop token.
-        parted: the final text does not begin with the generation prompt; the span starts where they part.
-    """
-
-    message: int
-    start: int
-    stop: int
-    ended: bool
-    parted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +74,7 @@ class SpanFinder:
         self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
         self._prompts: dict[Any, str | None] = {}
         self._book = RecipeBook(template, () if trust_control_tokens else control_tokens)
-        self._recipes: dict[tuple[str, ...], tuple[Recipe, list[Turn]] | None] = {}
+        self._recipes: dict[tuple[str, ...], Recipe | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Render one conversation and find every assistant turn in it.
@@ -99,19 +82,25 @@ class SpanFinder:
         Raises:
             RowError: the template refuses the row, or its spans cannot be proven.
         """
-        shape = self._book.shape(row)
-        known = self._recipe(shape) if shape is not None else None
-        if known is not None:
-            recipe, turns = known
-            contents = [message["content"] for message in row.messages]
-            if self._book.admits(recipe, contents):
-                text, spans = recipe.fill(contents)
-                filled = [Turn(turn.message, *span, turn.ended, turn.parted) for turn, span in zip(turns, spans, strict=True)]
-                return RenderedConversation(text, filled, [], [])
-        return self._render(row)[0]
+        filled = self.fill(row)
+        if filled is None:
+            return self._render(row)[0]
+        recipe, text, spans = filled
+        turns = [Turn(turn.message, *span, turn.ended, turn.parted) for turn, span in zip(recipe.turns, spans, strict=True)]
+        return RenderedConversation(text, turns, [], [])
 
-    def _recipe(self, shape: tuple[str, ...]) -> tuple[Recipe, list[Turn]] | None:
-        """Return the recipe of a shape with its turns, learnt from a made-up row when the shape comes first; None without."""
+    def fill(self, row: Conversation) -> tuple[Recipe, str, list[tuple[int, int]]] | None:
+        """Render a plain conversation by the recipe of its shape, with the (start, stop) of each turn; None for any other row."""
+        contents = self._book.contents(row)
+        if contents is None:
+            return None
+        recipe = self._recipe(tuple([message["role"] for message in row.messages]))
+        if recipe is None or not self._book.admits(recipe, contents):
+            return None
+        return recipe, *recipe.fill(contents)
+
+    def _recipe(self, shape: tuple[str, ...]) -> Recipe | None:
+        """Return the recipe of a shape, learnt from a made-up row when the shape comes first; None where there is none."""
         if shape not in self._recipes:
             if len(self._recipes) >= MAX_RECIPES:
                 return None
@@ -121,8 +110,7 @@ class SpanFinder:
             except RowError:
                 self._recipes[shape] = None
                 return None
-            recipe = self._book.learn(row, marked, [(turn.start, turn.stop) for turn in rendered.turns])
-            self._recipes[shape] = (recipe, rendered.turns) if recipe is not None and not rendered.swallowed else None
+            self._recipes[shape] = None if rendered.swallowed else self._book.learn(row, marked, rendered.turns)
         return self._recipes[shape]
 
     def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:

@@ -87,9 +87,8 @@ def test_rows_that_need_care_are_not_filled_in() -> None:
     template = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}", SPECIAL)
     book = RecipeBook(template, ["</s>", "<|user|>"])
     finder = SpanFinder(template, ["</s>"], ["</s>", "<|user|>"])
-    found = finder._recipe(("user", "assistant"))
-    assert found is not None
-    recipe = found[0]
+    recipe = finder._recipe(("user", "assistant"))
+    assert recipe is not None
     assert book.admits(recipe, ["a", "b < c"])
     assert not any(book.admits(recipe, ["a", text]) for text in ("", " ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000"))
-    assert book.shape(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
+    assert book.contents(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
