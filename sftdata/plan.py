@@ -221,7 +221,7 @@ def plan_inputs(config: PrepareConfig) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans and what was left out."""
     paths, left_out = expand_inputs(config.inputs)
     sources = [open_source(path, split=config.split, subset=config.subset) for path in paths]
-    return plan_sources(sources, min(PIECE_BYTES, config.slice_bytes)), left_out
+    return plan_sources(sources, min(PIECE_BYTES, config.slice_bytes), config.max_line_bytes), left_out
 
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:

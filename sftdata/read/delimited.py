@@ -13,7 +13,7 @@ from sftdata.batches import RowBatch
 from sftdata.errors import Fault
 from sftdata.read.lines import SHOWN_BYTES, parse_text, split_lines, too_long
 from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
-from sftdata.read.streams import RawCount, read_all, read_range
+from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
 
 RECORD_LIMIT = 16 << 20  # how far to look for the end of a quoted field, bytes
 
@@ -27,7 +27,7 @@ def plan_delimited(source: Source, slice_bytes: int) -> Marks:
     positions: list[int] = []
     records: list[int] = []
     total, wanted = 0, source.body
-    blocks = _skip(read_all(source, count), source.body)
+    blocks = skip_bytes(read_all(source, count), source.body)
     end = source.body
     for offset, _, length, _ in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT):
         if offset >= wanted:
@@ -125,11 +125,3 @@ def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bo
         if quote is None:
             return False
         position, inside = quote.end(), True
-
-
-def _skip(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """Yield what lies after the first `size` bytes."""
-    for block in blocks:
-        if len(block) > size:
-            yield block[size:]
-        size = max(size - len(block), 0)

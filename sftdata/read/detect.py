@@ -131,7 +131,7 @@ def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Unr
     unreadable: list[Unreadable] = []
     for plan in plans:
         for piece in plan.samples:
-            batch, bad = read_slice(piece)
+            batch, bad = read_slice(piece, plan.max_line_bytes)
             rows += [{LINE: row} if isinstance(row, str) else row for row in batch.rows]
             unreadable += bad
     return rows, unreadable

@@ -70,6 +70,7 @@ class SourcePlan:
         xxh3_128: hash of the raw bytes, hex.
         slices: cut by size alone; end to end they are the source.
         samples: up to 32 small stretches, evenly spaced from the first to the last; what detection looks at.
+        max_line_bytes: a longer row is not held.
         notes: what the user should be told about the source, one line each.
     """
 
@@ -80,6 +81,7 @@ class SourcePlan:
     xxh3_128: str
     slices: tuple[Slice, ...]
     samples: tuple[Slice, ...]
+    max_line_bytes: int
     notes: tuple[str, ...] = ()
 
     def locate(self, example_id: int) -> tuple[str, int]:
@@ -145,14 +147,16 @@ class Marks:
         return [grains[i] for i in chosen]
 
 
-def make_plan(source: Source, base_id: int, marks: Marks) -> SourcePlan:
+def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -> SourcePlan:
     """Cut a source at its marks."""
 
     def as_slices(spans: list[tuple[int, int, int]]) -> tuple[Slice, ...]:
         return tuple(Slice(source, start, stop, record, base_id + record, marks.anchors) for start, stop, record in spans)
 
     slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
-    return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, marks.notes)
+    return SourcePlan(
+        source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes
+    )
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ from sftdata.read.sniff import sniff
 from sftdata.read.streams import RawCount, is_url, read_all
 from sftdata.read.tables import plan_table, read_table
 
+LINE_BYTES = 64 << 20
+
 __all__ = [
     "Slice",
     "Source",
@@ -50,12 +52,13 @@ def open_source(path: str, *, split: str = "train", subset: str | None = None) -
     return sniff(path)
 
 
-def plan_source(source: Source, base_id: int, slice_bytes: int) -> SourcePlan:
+def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = LINE_BYTES) -> SourcePlan:
     """Read a source once: hash it, count its records, and cut it into slices by size alone.
 
     Args:
         base_id: example id of its first record.
         slice_bytes: bytes of the decompressed stream (or of the file, for columnar sources) per slice.
+        max_line_bytes: a longer row is not held; the same as for `read_slice`.
 
     Raises:
         IntegrityError: a damaged compressed stream.
@@ -64,27 +67,27 @@ def plan_source(source: Source, base_id: int, slice_bytes: int) -> SourcePlan:
         case "jsonl" | "text":
             marks = plan_lines(source, slice_bytes)
         case "json":
-            marks = plan_array(source, slice_bytes)
+            marks = plan_array(source, slice_bytes, max_line_bytes)
         case "csv":
             marks = plan_delimited(source, slice_bytes)
         case "empty":
             marks = _plan_empty(source, slice_bytes)
         case _:
             marks = plan_table(source, slice_bytes)
-    return make_plan(source, base_id, marks)
+    return make_plan(source, base_id, marks, max_line_bytes)
 
 
-def plan_sources(sources: Sequence[Source], slice_bytes: int) -> list[SourcePlan]:
+def plan_sources(sources: Sequence[Source], slice_bytes: int, max_line_bytes: int = LINE_BYTES) -> list[SourcePlan]:
     """Plan several sources, with example ids that run on from one to the next."""
     plans: list[SourcePlan] = []
     base_id = 0
     for source in sources:
-        plans.append(plan_source(source, base_id, slice_bytes))
+        plans.append(plan_source(source, base_id, slice_bytes, max_line_bytes))
         base_id += plans[-1].records
     return plans
 
 
-def read_slice(piece: Slice, max_line_bytes: int = 64 << 20) -> tuple[RowBatch, list[Unreadable]]:
+def read_slice(piece: Slice, max_line_bytes: int = LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
     """Return the rows of a slice, and the rows that could not be parsed.
 
     Raises:

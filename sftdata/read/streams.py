@@ -95,7 +95,8 @@ def _drain_zstd(decoder: Any, data: bytes) -> Iterator[bytes]:
     yield decoder.decompress(data)
 
 
-def _in_pieces(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+def in_pieces(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield the same bytes in blocks of at most `size`."""
     for block in blocks:
         for start in range(0, len(block), size):
             yield block[start : start + size]
@@ -122,7 +123,7 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
         return
     start, drain = DECOMPRESSORS[compression]
     if compression == "zstd":
-        blocks = _in_pieces(blocks, ZSTD_FEED_BYTES)
+        blocks = in_pieces(blocks, ZSTD_FEED_BYTES)
     decoder: Decompressor = start()
     fed = False
     for block in blocks:
@@ -208,6 +209,14 @@ def read_all(source: Source, count: RawCount) -> Iterator[bytes]:
     size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
     with open_raw(source.path) as stream:
         yield from _checked(source, count.watch(raw_blocks(stream, size)))
+
+
+def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield what lies after the first `size` bytes."""
+    for block in blocks:
+        if len(block) > size:
+            yield block[size:]
+        size = max(size - len(block), 0)
 
 
 class _Forward:

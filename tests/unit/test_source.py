@@ -48,7 +48,7 @@ def read_all(path: Path | str, slice_bytes: int = 1 << 20, limit: int = 1 << 20)
     source = open_source(str(path))
     rows: list[Any] = []
     bad: list[Unreadable] = []
-    for piece in plan_source(source, 0, slice_bytes).slices:
+    for piece in plan_source(source, 0, slice_bytes, limit).slices:
         batch, unreadable = read_slice(piece, limit)
         rows += batch.rows
         bad += unreadable
@@ -359,6 +359,38 @@ def test_a_line_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Path) ->
     assert (len(rows), [one.line for one in bad]) == (2, [2])
 
 
+ENDLESS = {
+    "array": (b"[%s, %s, %s]", b'{"text": ["x", %s1]}', b'{"a": [1, "it says ]} and \\\\\\" for some time"]}, '),
+    "array, indented": (b"[\n  %s,\n  %s,\n  %s\n]\n", b'{"text":\n "%s"}', b"\\\\ it says ]}, { for some time"),
+    "objects, indented": (b"%s\n%s\n%s\n", b'{\n "text": "%s"\n}', b"\\n[[[[[[[[[[[[[[[["),
+    "array of texts": (b"[%s, %s, %s]", b'"%s"', b"{{{{{{{{"),
+    "array of numbers": (b"[%s, %s, %s]", b"%s", b"12345678"),
+    "array of deep arrays": (b"[%s, %s, %s]", b"[%s 1]", b"[[[[]]]],"),
+}
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("shape", ENDLESS)
+def test_an_element_too_long_is_never_held_in_memory(shape: str, compression: str, tmp_path: Path) -> None:
+    around, element, inside = ENDLESS[shape]
+    good = b'{\n "text": "good"\n}'
+    endless = element % (inside * (8_000_000 // len(inside)))
+    data = around % (good, endless, good)
+    (tmp_path / "a").write_bytes(COMPRESS[compression](data))
+    start, length = data.index(endless), len(endless)
+    del endless, data
+    tracemalloc.start()
+    rows, bad, container = read_all(tmp_path / "a", limit=1 << 17)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert container == "json"
+    assert rows == [{"text": "good"}] * 2
+    assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 2, start)]
+    assert f"takes {length} bytes" in bad[0].fault.reason
+    assert len(bad[0].raw) <= 1000
+    assert peak < 7 << 20
+
+
 BAD_CSV = {
     "a field too many": (b"a,b,c", "wrong-field-count"),
     "a field too few": (b"a", "wrong-field-count"),
@@ -414,6 +446,41 @@ def test_a_damaged_array_keeps_its_good_elements(kind: str, slice_bytes: int, tm
     assert rows == [json.loads(text) for text in (A, B, C)]
     assert len(bad) == faults
     assert all(one.raw.encode() in data for one in bad)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_an_element_too_long_in_a_damaged_array_leaves_the_others(kind: str, tmp_path: Path) -> None:
+    data, faults = DAMAGED[kind]
+    endless = elements('{"id": "%s"}' % ("it says ]} " * 9000), before="", after=", ")
+    (tmp_path / "a.json").write_bytes(data[:1] + endless + data[1:])
+    for slice_bytes in (1, 1 << 20):
+        rows, bad, _ = read_all(tmp_path / "a.json", slice_bytes, limit=1000)
+        assert rows == [json.loads(text) for text in (A, B, C)]
+        assert [one.fault.code for one in bad].count("line-too-long") == 1
+        assert len(bad) == faults + 1
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+@pytest.mark.parametrize("kind", [*DAMAGED, *(shape for shape in TEXTS if "array" in shape)])
+def test_elements_do_not_depend_on_how_the_stream_comes(
+    kind: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DAMAGED[kind][0] if kind in DAMAGED else TEXTS[kind][0]
+    (tmp_path / "a.json").write_bytes(data)
+    whole = read_all(tmp_path / "a.json", 50, limit=70)
+    for module in ("streams", "elements"):
+        monkeypatch.setattr(f"sftdata.read.{module}.BLOCK_BYTES", block)
+    assert read_all(tmp_path / "a.json", 50, limit=70) == whole
+
+
+@pytest.mark.parametrize("text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"])
+def test_an_element_that_a_block_cuts_is_never_taken_for_damage(text: str) -> None:
+    from sftdata.read.elements import Elements
+
+    for cut in range(1, len(text.encode())):
+        parts = iter([b"[ " + text.encode()[:cut], text.encode()[cut:] + b" , 1]"])
+        first, second = Elements(parts, 0, 1000, None, whole=True, strict=True)
+        assert (first.text, second.text) == (text.encode(), b"1")
 
 
 def test_an_array_without_its_end_is_noted(tmp_path: Path) -> None:
