@@ -49,7 +49,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
     Raises:
         SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
     """
-    old = finished_set(config.output)
+    old = finished_set(config.output, overwrite=config.overwrite)
     ready = None if old is not None or input_bytes(config) < WORTH_A_FAST_ENGINE else prepare_slice.__module__
     with Workers(config.workers or usable_cores(), warm=ready) as workers:
         plan = make_plan(config)

@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,20 @@ class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
     engine_mismatch: bool = False
 
 
-def finished_set(folder: Path) -> Manifest | None:
-    """Return the manifest of a finished set at `folder`, None where there is none.
+def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
+    """Return the manifest of a finished set at `folder`; None where there is none, or a damaged one that may be overwritten.
 
     Raises:
         UsageError: the folder holds other things, or cannot be replaced by a rename.
+        IntegrityError: the manifest is damaged, and may not be overwritten.
     """
     if (folder / MANIFEST_NAME).exists():
-        return read_manifest(folder)
+        try:
+            return read_manifest(folder)
+        except IntegrityError as error:
+            if overwrite:
+                return None
+            raise IntegrityError(error.message, "replace the set with --overwrite, or choose another -o.") from None
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -124,7 +131,17 @@ class Build:
 
         Raises:
             UsageError: an unfinished set of another plan stands here, which was not refused.
+            IntegrityError: what stands here is damaged, and may not be overwritten.
         """
+        try:
+            return self._resume(plan, overwrite)
+        except IntegrityError:
+            if not overwrite:
+                raise
+            self.clear()
+            return self._resume(plan, overwrite)
+
+    def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, SliceResult]:
         path = self.folder / _PLAN
         before = self._begun()
         changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)) if before else []
@@ -209,7 +226,8 @@ class Build:
         for path in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
             copy = self.folder / _TOKENIZER / path.relative_to(tokenizer)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(path, copy)
+            with open(path, "rb") as original:
+                write_atomic(copy, partial(shutil.copyfileobj, original))
             yield self._describe(copy.relative_to(self.folder).as_posix())
 
     def put_in_place(self) -> None:
@@ -244,11 +262,6 @@ class Build:
         return self.folder / _SLICES / f"{index:05d}.rejects.jsonl"
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    content = source.read_bytes()
-    write_atomic(target, lambda sink: sink.write(content))
-
-
 def _take(lock: int, folder: Path) -> bool:
     """Lock an open folder; False when another process has it, or has just renamed it to its place."""
     try:
@@ -271,14 +284,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except msgspec.MsgspecError as error:
-        raise IntegrityError(f"{path}: damaged: {error}.", f"remove {path.parent} and prepare again.") from None
+        raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 
 def _read_result(path: Path) -> SliceResult:
     try:
         return msgspec.convert(_read_json(path), SliceResult, str_keys=True)
     except msgspec.ValidationError as error:
-        raise IntegrityError(f"{path}: damaged: {error}.", f"remove {path.parent.parent} and prepare again.") from None
+        raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sftdata.cli.run import run_app
-from sftdata.errors import SftError, UsageError
+from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.shardset.build import Build
 from sftdata.shardset.manifest import read_manifest
 from tests.torture.conftest import Unbroken
@@ -177,6 +177,43 @@ def test_a_finished_set_outlives_a_failed_overwrite(small: Unbroken, place: Path
     prepare(small.data, output, max_length=32, overwrite=True)
     assert read_manifest(output).max_length == 32
     assert os.listdir(place) == ["set"]
+
+
+DAMAGE = {
+    "empty": b"",
+    "cut": b'{"format_version": 1, "checksum"',
+    "changed": b'{"format_version": 1, "shards": []}',
+    "noise": b"\xff\0",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_manifest_is_named_and_overwritten_on_demand_alone(small: Unbroken, place: Path, kind: str) -> None:
+    output = place / "set"
+    prepare(small.data, output)
+    (output / "manifest.json").write_bytes(DAMAGE[kind])
+    found = content(output)
+    code, said = Command(small.data, output, 1).finish()
+    assert code == 4
+    assert said.splitlines()[-1].startswith(f"{output}/manifest.json: not a manifest")
+    assert said.splitlines()[-1].endswith("Fix: replace the set with --overwrite, or choose another -o.")
+    assert content(output) == found
+    prepare(small.data, output, overwrite=True)
+    assert content(output) == small.files
+    assert os.listdir(place) == ["set"]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "slices/00001.json"])
+def test_a_damaged_record_of_an_unfinished_run_is_named_and_overwritten_on_demand_alone(
+    small: Unbroken, place: Path, name: str
+) -> None:
+    with Tap(str(place), Fault("EIO", name="fsync", path="*manifest.json.tmp")).installed(), pytest.raises(SftError):
+        prepare(small.data, place / "set")
+    (place / "set.partial" / name).write_bytes(b'{"index": ')
+    with pytest.raises(IntegrityError, match=rf"{place}/set.partial/{name}: damaged: .* Fix: start anew with --overwrite."):
+        prepare(small.data, place / "set")
+    prepare(small.data, place / "set", overwrite=True)
+    assert content(place / "set") == small.files
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
