@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sftdata.errors import DataError, IntegrityError, UsageError
-from sftdata.shardset.atomic import digest_file
-from sftdata.shardset.opened import ShardSet, plain_file
+from sftdata.shardset.opened import ShardSet
+from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.shardset.verify import damaged_files, foreign_shards
 from sfttrain.attention import FLATTENED
 from sfttrain.config import TrainConfig
 from sfttrain.data import Batch
@@ -70,19 +72,17 @@ def refuse_useless(config: TrainConfig, args: Any, data: Any) -> None:
 
 
 def verify_sets(sets: Sequence[ShardSet]) -> None:
-    """Read every shard once and compare it with its manifest.
+    """Read every file that training uses once and compare it with its manifest; rejects.jsonl may be under repair.
 
     Raises:
-        IntegrityError: a shard is missing or its bytes differ.
+        IntegrityError: a file is missing or its bytes differ, or the folder holds a shard that is none of the set's.
         DataError: there is nothing to train on.
     """
     for opened in sets:
-        for info in opened.manifest.shards:
-            path = plain_file(opened.folder, info)
-            found = digest_file(path, sha256=False).xxh3
-            if found != info.xxh3:
-                damage = f"{path}: damaged: its xxh3 is {found}, the manifest says {info.xxh3}."
-                raise IntegrityError(damage, "restore the file or prepare the set again.")
+        found = damaged_files(opened.folder, opened.manifest)
+        damage = (problem for info, problem in found if problem and info.name != REJECTS_NAME)
+        for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
+            raise IntegrityError(problem)
         if not opened.manifest.ledger.tokens_trained:
             raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
 

@@ -72,10 +72,7 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     manifest = read_manifest(folder)
     report = VerifyReport(folder, digest=manifest.digest)
     count = _Recount(manifest)
-    files: list[ShardInfo | SetFile] = [*manifest.shards, *manifest.files]
-    names = {info.xxh3: info.name for info in files}
-    for info in files:
-        problem = _damage(folder, info, names, sha256)
+    for info, problem in damaged_files(folder, manifest, sha256=sha256):
         report.files += 1
         if problem:
             report.problems.append(problem)
@@ -86,8 +83,16 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     report.rows = count.ledger.rows_packed
     if not report.problems:
         report.problems += count.compare(folder)
-    report.problems += _foreign(folder, manifest)
+    report.problems += foreign_shards(folder, manifest)
     return report
+
+
+def damaged_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> Iterator[tuple[ShardInfo | SetFile, str]]:
+    """Read every file of a set; yield it with what is wrong with its bytes, one line, empty when nothing is."""
+    files: list[ShardInfo | SetFile] = [*manifest.shards, *manifest.files]
+    names = {info.xxh3: info.name for info in files}
+    for info in files:
+        yield info, _damage(folder, info, names, sha256)
 
 
 def _damage(folder: Path, info: ShardInfo | SetFile, names: dict[str, str], sha256: bool) -> str:
@@ -147,7 +152,7 @@ def _differs(path: Path, name: str, said: int, found: int) -> str:
     return f"{path}: {name} is {found} when counted; the manifest says {said}. Fix: prepare the set again."
 
 
-def _foreign(folder: Path, manifest: Manifest) -> Iterator[str]:
+def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Name the shards that other readers would take for part of the set, since they read every `.arrow` file."""
     listed = {info.name: info for info in manifest.shards}
     sizes = {info.bytes for info in manifest.shards}
