@@ -19,7 +19,7 @@ SETTINGS = (
 @with_settings(*SETTINGS)
 def prepare(
     config: PrepareConfig,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and the audit as JSON.")] = False,
 ) -> None:
     """Build a set of shards.
 
@@ -31,6 +31,8 @@ def prepare(
     with Talk() as talk:
         manifest = run(config, talk.progress, talk.say)
     if as_json:
-        print_json(manifest.to_json())
+        from sftdata.show.audit import glance
+
+        print_json(manifest.to_json() | {"audit": glance(config.output, manifest).to_json()})
     else:
         talk.summary(manifest, config.output)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from sftdata.shardset.build import SliceResult
 from sftdata.shardset.manifest import Manifest
+
+if TYPE_CHECKING:
+    from sftdata.show.findings import Finding
 
 PLAIN_SECONDS = 10.0
 
@@ -72,9 +76,30 @@ class Talk:
         self._bar.update(self._task, completed=self._done, description=line)
 
     def summary(self, manifest: Manifest, folder: Path) -> None:
-        """Say what became of every row and token."""
+        """Say what became of every row and token, and what was found in a set that has just been made."""
         for line in summary_lines(manifest, folder):
             self.say(line)
+        if not self._done:
+            self.say(f"  audit   `sftdata audit {folder}` looks for supervision that nobody meant")
+            return
+        from sftdata.show.audit import glance
+        from sftdata.show.summary import print_findings
+        from sftdata.show.terminal import make_console
+
+        seen = glance(folder, manifest)
+        found = "; ".join(counted(seen.findings)) or "nothing found"
+        part = seen.looked < seen.documents
+        rest = f" in {seen.looked:,} of {seen.documents:,} documents; `sftdata audit {folder}` reads all" if part else ""
+        self.say(f"  audit   {found}{rest}")
+        print_findings(seen.findings, make_console(sys.stderr), indent="    ")
+
+
+def counted(findings: list[Finding]) -> Iterator[str]:
+    """Yield how many kinds of defects and of notes there are."""
+    for severity in ("defect", "note"):
+        kinds = sum(finding.severity == severity for finding in findings)
+        if kinds:
+            yield f"{kinds} kind{'' if kinds == 1 else 's'} of {severity}s"
 
 
 def summary_lines(manifest: Manifest, folder: Path) -> list[str]:

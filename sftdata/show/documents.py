@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from sftdata.batches import Bool, Int32, Int64, PackedRows
 from sftdata.show.view import NOT_TRAINED
@@ -72,7 +73,7 @@ class Documents:
 
 
 class DocumentReader:
-    """Turn packed rows into `Documents`.
+    """Turn packed rows into `Documents`. Only trained tokens are looked at one by one; prompts are hashed whole.
 
     Args:
         vocabulary: of the set; its stop tokens end answers.
@@ -83,87 +84,82 @@ class DocumentReader:
         self._vocabulary = vocabulary
         self._control = np.array(sorted({*vocabulary.stop_ids, *([] if bos_id is None else [bos_id])}), np.int32)
         self._stops = np.array(sorted(vocabulary.stop_ids), np.int32)
-        self._blank: dict[int, bool] = {}
+        self._blank = np.zeros(0, np.int8)  # by id: 0 not asked yet, 1 whitespace, 2 more than that
 
     def read(self, rows: PackedRows) -> Documents:
         """Return the documents of packed rows, padding left out."""
         ids, edges = rows.input_ids, np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
         real = np.flatnonzero(rows.example_ids >= 0)
         start, stop = edges[:-1][real], edges[1:][real]
-        trained = rows.labels != NOT_TRAINED
-        runs = _Runs.find(trained, edges)
-        stops = np.isin(ids, self._stops) & trained
-        blank = self._is_blank(ids, trained)
-        significant = np.maximum.accumulate(np.where(trained & ~blank, np.arange(len(ids)), -1))
-        last = np.where(significant[runs.last] >= runs.first, significant[runs.last], -1)
+        place = np.flatnonzero(rows.labels != NOT_TRAINED)
+        trained = ids[place]
+        runs = _Runs.find(place, edges)
+        stops, blank = np.isin(trained, self._stops), self._is_blank(trained)
+        significant = np.maximum.accumulate(np.where(blank, -1, np.arange(len(trained))))
+        last = np.where(significant[runs.stop - 1] >= runs.start, significant[runs.stop - 1], -1)
         run_ends = (last >= 0) & stops[last]
-        substance, control = _sums(trained & ~blank & ~stops), _sums(np.isin(ids, self._control) & trained)
+        substance, control = _sums(~blank & ~stops), _sums(np.isin(trained, self._control))
         # The first token of a text may be its BOS: it stands where it should.
-        inside = control[runs.last + 1] - control[np.clip(edges[runs.document] + 1, runs.first, runs.last + 1)] - run_ends
-        total = _sums(trained)
-        final, has = runs.last_of(real)
-        ends = has & run_ends[final]
-        before = runs.first[runs.first_of(real)] - start
-        prompt_length = np.where(has, before, stop - start)
+        inside = control[runs.stop] - control[runs.start + (place[runs.start] == edges[runs.document])] - run_ends
+        first, final = np.searchsorted(runs.document, real), np.searchsorted(runs.document, real, side="right") - 1
+        has = final >= first
+        ends, ending, before = np.zeros((3, len(real)), np.int64)
+        ends[has] = run_ends[final[has]]
+        ending[has], ending[~has] = last[final[has]], -1
+        before[has], before[~has] = place[runs.start[first[has]]] - start[has], (stop - start)[~has]
+        begins, finishes = np.searchsorted(place, start), np.searchsorted(place, stop)
+        at_end = rows.labels[stop - 1] != NOT_TRAINED
+        known = np.append(trained, np.int32(-1))  # index -1: none
         return Documents(
             example_id=rows.example_ids[real],
             length=stop - start,
-            trained=total[stop] - total[start],
+            trained=finishes - begins,
             first=ids[start],
             second=np.where(stop - start > 1, ids[np.minimum(start + 1, len(ids) - 1)], -1).astype(np.int32),
-            last=np.where(has & (last[final] >= 0), ids[last[final]], -1).astype(np.int32),
-            ends=ends,
-            cut=trained[stop - 1] & ~ends,
-            empty=_any_run(runs, substance[runs.last + 1] == substance[runs.first], len(rows.seq_lengths))[real],
+            last=known[ending],
+            ends=ends.astype(np.bool_),
+            cut=at_end & (ends == 0),
+            empty=_any_run(runs, substance[runs.stop] == substance[runs.start], len(rows.seq_lengths))[real],
             control=_any_run(runs, inside > 0, len(rows.seq_lengths))[real],
-            prompt=_hashes(ids, start, prompt_length),
-            prompt_length=prompt_length,
+            prompt=_hashes(ids, start, before),
+            prompt_length=before,
         )
 
-    def _is_blank(self, ids: Int32, trained: Bool) -> Bool:
-        """bool[T]: trained tokens that are whitespace."""
-        seen = np.unique(ids[trained])
-        for token_id in seen.tolist():
-            if token_id not in self._blank:
-                self._blank[token_id] = not self._vocabulary.text_of([token_id]).strip()
-        blank = np.array([token_id for token_id in seen.tolist() if self._blank[token_id]], np.int32)
-        return np.isin(ids, blank) & trained
+    def _is_blank(self, trained: Int32) -> Bool:
+        """bool[K]: tokens that are whitespace."""
+        new = int(trained.max(initial=-1)) + 1 - len(self._blank)
+        self._blank = np.append(self._blank, np.zeros(max(new, 0), np.int8))
+        for token_id in np.unique(trained[self._blank[trained] == 0]).tolist():
+            self._blank[token_id] = 1 if self._vocabulary.is_blank(token_id) else 2
+        blank: Bool = self._blank[trained] == 1
+        return blank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Runs:
-    """Runs of trained tokens that do not cross documents: int64[R] first and last position, and the segment they lie in.
+    """Runs of trained tokens that do not cross documents.
 
-    One run of no tokens after all segments closes the list, so that there is always one to point at.
+    Attributes:
+        start, stop: int64[R], half-open, counted in trained tokens.
+        document: int64[R], the segment that a run lies in.
     """
 
-    first: Int64
-    last: Int64
+    start: Int64
+    stop: Int64
     document: Int64
 
     @classmethod
-    def find(cls, trained: Bool, edges: Int64) -> _Runs:
-        begins, stops = trained.copy(), trained.copy()
-        begins[1:] &= ~trained[:-1]
-        stops[:-1] &= ~trained[1:]
-        begins[edges[:-1]] |= trained[edges[:-1]]
-        stops[edges[1:] - 1] |= trained[edges[1:] - 1]
-        first, last = np.append(np.flatnonzero(begins), edges[-1]), np.append(np.flatnonzero(stops), edges[-1] - 1)
-        return cls(first, last, np.searchsorted(edges, first, side="right") - 1)
-
-    def first_of(self, documents: Int64) -> Int64:
-        """Return the index of the first run of each document; meaningless where it has none."""
-        return np.searchsorted(self.document, documents)
-
-    def last_of(self, documents: Int64) -> tuple[Int64, Bool]:
-        """Return the index of the last run of each document, and whether it has one."""
-        index = np.maximum(np.searchsorted(self.document, documents, side="right") - 1, 0)
-        has: Bool = self.document[index] == documents
-        return index, has
+    def find(cls, place: Int64, edges: Int64) -> _Runs:
+        """Cut `place`, int64[K], positions of the trained tokens, where one is left out or a segment begins."""
+        begins = np.ones(len(place), np.bool_)
+        begins[1:] = np.diff(place) > 1
+        begins[np.searchsorted(place, edges[:-1][edges[:-1] <= place[-1]]) if len(place) else []] = True
+        start = np.flatnonzero(begins)
+        return cls(start, np.append(start[1:], len(place))[: len(start)], np.searchsorted(edges, place[start], side="right") - 1)
 
 
 def _any_run(runs: _Runs, holds: Bool, documents: int) -> Bool:
-    found = np.zeros(documents + 1, np.bool_)
+    found = np.zeros(documents, np.bool_)
     found[runs.document[holds]] = True
     return found
 
@@ -173,19 +169,7 @@ def _sums(flags: Bool) -> Int64:
 
 
 def _hashes(ids: Int32, start: Int64, length: Int64) -> UInt64:
-    """Hash stretches of ids: a sum of mixed ids, each times a weight of its place. Sums wrap, which differences undo."""
-    offsets = np.append(0, np.cumsum(length))
-    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], length)
-    taken = ids[place + np.repeat(start, length)]
-    mixed = _mix(taken.astype(np.uint64)) * (_mix(place.astype(np.uint64)) | np.uint64(1))
-    sums = np.append(np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64))
-    hashes: UInt64 = sums[offsets[1:]] - sums[offsets[:-1]] + _mix(length.astype(np.uint64))
-    return hashes
-
-
-def _mix(values: UInt64) -> UInt64:
-    """Spread 64-bit values. Source: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """Hash stretches of ids."""
+    raw, width = np.ascontiguousarray(ids).data.cast("B"), ids.itemsize
+    spans = zip((start * width).tolist(), ((start + length) * width).tolist(), strict=True)
+    return np.array([xxhash.xxh3_64_intdigest(raw[first:last]) for first, last in spans], np.uint64)

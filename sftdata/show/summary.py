@@ -53,15 +53,15 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
                 console.print(line, soft_wrap=True)
 
 
-def print_findings(findings: Sequence[Finding], console: Console) -> None:
+def print_findings(findings: Sequence[Finding], console: Console, indent: str = "") -> None:
     """Print what an audit found, defects first."""
     for finding in findings:
         head = (finding.severity, "red bold" if finding.severity == "defect" else "blue bold")
-        line = Text.assemble(head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}")
+        line = Text.assemble(indent, head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}")
         console.print(line, soft_wrap=True)
         if finding.examples:
-            console.print(Text(f"       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True)
-        console.print(Text(f"       mend  {finding.fix}"), soft_wrap=True)
+            console.print(Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True)
+        console.print(Text(f"{indent}       mend  {finding.fix}"), soft_wrap=True)
 
 
 def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:

@@ -82,6 +82,13 @@ class Vocabulary:
         r"""Return the text of some ids; bytes that are no utf-8 are spelled `\xe2`."""
         return b"".join(map(self.bytes_of, token_ids)).decode(errors="backslashreplace")
 
+    def is_blank(self, token_id: int) -> bool:
+        """Say whether an id adds nothing but whitespace."""
+        last = self.pieces.get(token_id, "")[-1:]
+        if last.isascii() and last.isalnum() and token_id not in self.added:  # most are words: no need to spell them
+            return False
+        return not self.text_of([token_id]).strip()
+
     def is_visible_token(self, token_id: int) -> bool:
         """Say whether an id is an added token that should be seen as one; runs of added whitespace are text."""
         return bool(self.added.get(token_id, "").strip())

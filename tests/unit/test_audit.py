@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import sftdata
 from sftdata.batches import PackedRows
 from sftdata.errors import UsageError
-from sftdata.show.audit import audit
+from sftdata.shardset.manifest import read_manifest
+from sftdata.show.audit import audit, glance
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, KINDS, Finding
 from sftdata.show.vocabulary import Vocabulary, read_vocabulary
@@ -165,6 +166,26 @@ def test_the_example_corpus_is_clean_however_it_is_packed(tmp_path: Path, packin
     inputs = [EXAMPLES / name for name in ("conversations.jsonl", "instructions.json", "completions.jsonl", "text.txt")]
     sftdata.prepare(inputs, tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=256, packing=packing, workers=1)
     assert not audit(tmp_path / "set")
+
+
+def test_a_glance_at_all_shards_finds_what_the_audit_finds(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [*CLEAN, *SEEDED.values()])
+    seen = glance(folder, read_manifest(folder))
+    assert (seen.findings, seen.looked) == (audit(folder), seen.documents)
+
+
+def test_a_glance_looks_at_whole_shards_and_says_how_much_it_saw(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"Question {i}?", "completion": "" if i % 2 else "Yes."}) for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    made = sftdata.prepare(
+        tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=64, slice_bytes=4096, workers=1
+    )
+    assert len(made.shards) > 2
+    seen = glance(tmp_path / "set", made, tokens=made.ledger.tokens // 3)
+    assert 0 < seen.looked < seen.documents == 400
+    (empty,) = (finding for finding in seen.findings if finding.code == "empty-answer")
+    assert empty.share == pytest.approx(empty.count / seen.looked)
+    assert empty.count == pytest.approx(seen.looked / 2, abs=4)
 
 
 def test_the_same_set_gives_the_same_findings(tmp_path: Path) -> None:
