@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.torture.faults import Fault, Tap
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
+SMALL = ("--max-length", "64", "--max-rejects", "50%", "--set", "slice_bytes=20000")
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bright", "stars", "look", "on")
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "sftdata.stages", "tokenizers", "pyarrow", "jinja2"])
@@ -72,8 +74,10 @@ def _run_forked(given: dict[str, Any], fault: Fault) -> None:
 class Command:
     """`sftdata prepare` as a command of its own process group, workers included, with a fault or without."""
 
-    def __init__(self, data: Path, output: Path, workers: int, fault: Fault | None = None, **more: str) -> None:
-        flags = ["--max-length", "64", "--max-rejects", "50%", "--workers", str(workers), "--set", "slice_bytes=20000"]
+    def __init__(
+        self, data: Path, output: Path, workers: int, fault: Fault | None = None, flags: Sequence[str] = SMALL, **more: str
+    ) -> None:
+        flags = [*flags, "--workers", str(workers)]
         path = os.pathsep.join([str(Path(__file__).parent / "inject"), str(ROOT)])
         environment = os.environ | {"PYTHONPATH": path} | more
         if fault:

@@ -75,10 +75,19 @@ def is_named(folder: Path, name: str) -> None:
         assert "\n" not in line
 
 
+def same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
 def with_file(folder: Path, name: str, raw: bytes) -> None:
     """Check a set in which one file holds other bytes."""
     path = folder / name
     sound = path.read_bytes()
+    if name == MANIFEST and same_json(raw, sound):
+        return  # a line end at the end of the file is no part of it
     path.write_bytes(raw)
     is_named(folder, name)
     path.write_bytes(sound)
@@ -93,15 +102,7 @@ def test_every_flipped_bit_of_any_file_is_named_and_refused(set_folder: Path, fl
         name = str(rng.choice(sorted(files)))
         changed = bytearray(files[name])
         changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
-        if name != MANIFEST or not same_json(bytes(changed), files[name]):
-            with_file(set_folder, name, bytes(changed))
-
-
-def same_json(one: bytes, other: bytes) -> bool:
-    try:
-        return bool(json.loads(one) == json.loads(other))
-    except ValueError:
-        return False
+        with_file(set_folder, name, bytes(changed))
 
 
 @pytest.mark.parametrize("cuts", [20, pytest.param(200, marks=pytest.mark.torture)])
