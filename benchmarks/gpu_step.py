@@ -141,12 +141,12 @@ def _bare(folder: Path, steps: int, clock: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sftdata.shardset.opened import open_set
-    from sfttrain.attention import FLATTENED, choose_attention, register_varlen
+    from sfttrain.attention import FLATTENED, choose_attention, register_attention
     from sfttrain.data import Collator, TrainingRows
     from sfttrain.loss import fuse_loss
 
-    register_varlen()
-    attention, _ = choose_attention("auto", AutoConfig.from_pretrained(folder / "model"), "cuda", torch.bfloat16)
+    register_attention()
+    attention = choose_attention("auto", AutoConfig.from_pretrained(folder / "model"), "cuda", torch.bfloat16).name
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention).cuda()
     model.config.use_cache = False
     model.activation_checkpointing_enable()

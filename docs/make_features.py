@@ -18,9 +18,11 @@ ROWS = {
     "LoRA": "`--lora r=16,alpha=32,dropout=0.05,target=all-linear,bias=none,rslora=true,dora=true,modules_to_save=...`. Tokens"
     " that the set added, or that the base never learnt, are trained by themselves: single rows for a few, tables for many.",
     "continue an adapter": "`--adapter DIR`, or a PeftModel object; an adapter of another base is refused.",
-    "8-bit, 4-bit base": "`--quantize nf4` or `int8` under LoRA, by bitsandbytes, one device per process.",
+    "8-bit, 4-bit base": "`--quantize nf4` or `int8` by bitsandbytes, `torchao-int8` by torchao, or a quantized object; under"
+    " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only.",
     "chat format": "Embeddings grow for added tokens (`resize_to_multiple_of`), each new row the mean; eos, pad, bos follow.",
-    "attention": "flash_attention_3 and 2, torch varlen, flex, sdpa, eager; the choice is proven and its reason said.",
+    "attention": "flash_attention_3 and 2, torch varlen, flex, sdpa, eager; `sdpa:flash`, `efficient`, `math` or `cudnn` forces"
+    " a kernel. The choice is proven; a table says of each why it was or was not taken.",
     "NEFTune": "`--neftune-alpha 5`: noise while training, the embedding as it was after.",
     "Liger": "`--liger`: Liger's kernels, on a GPU.",
     "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",

@@ -6,23 +6,39 @@
 | `varlen` | cumulative lengths; PyTorch's own FlashAttention | CUDA, 16 bit |
 | `flex_attention` | block mask from position ids | CUDA |
 | `sdpa`, `eager` | dense mask from position ids | nothing |
+| `sdpa:flash`, `sdpa:efficient`, `sdpa:math`, `sdpa:cudnn` | as `sdpa`, by this kernel of PyTorch or none | the kernel |
+
+A forced kernel that takes no mask (`sdpa:flash` on a GPU) trains every document in a row of its own; `varlen` is the same
+FlashAttention on packed rows.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, cast
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from sftdata.errors import UsageError
 
 VARLEN = "varlen"
 FLATTENED = frozenset({VARLEN, "flash_attention_2", "flash_attention_3"})  # want one row of documents and their lengths
-NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, "flash_attention_2", "flash_attention_3")
-_BY_SPEED = {"cuda": ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa")}
+FORCED = {
+    "sdpa:flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa:efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa:math": SDPBackend.MATH,
+    "sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, "flash_attention_2", "flash_attention_3", *FORCED)
+_BY_SPEED = ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa", "eager")
 _SUPPORT = {
     "sdpa": "_supports_sdpa",
     "flex_attention": "_supports_flex_attn",
@@ -33,13 +49,35 @@ _SUPPORT = {
 _PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
-def register_varlen() -> None:
-    """Make `attn_implementation="varlen"` known to transformers; no mask is built for it."""
+class Choice(NamedTuple):
+    """The attention that training uses.
+
+    Attributes:
+        name: one of `NAMES`.
+        reason: why this one.
+        table: a line for each implementation, fastest first: chosen, usable, or what stands against it.
+    """
+
+    name: str
+    reason: str
+    table: str
+
+
+def register_attention() -> None:
+    """Make `varlen`, for which no mask is built, and the forced kernels of sdpa known to transformers."""
     AttentionInterface.register(VARLEN, varlen_forward)
+    for name, kernel in FORCED.items():
+        AttentionInterface.register(registered_name(name), partial(_forced_forward, kernel))
+        AttentionMaskInterface.register(registered_name(name), sdpa_mask)
 
 
-def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """Return (implementation, reason).
+def registered_name(attention: str) -> str:
+    """Return what transformers is told: it takes any name with "flash" in it for a FlashAttention of its own."""
+    return attention.replace("flash", "fa") if attention in FORCED else attention
+
+
+def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype) -> Choice:
+    """Choose an implementation.
 
     Args:
         requested: one of `NAMES`; `auto` takes the fastest that this model, device and dtype allow.
@@ -52,26 +90,36 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
     """
     if requested not in NAMES:
         raise UsageError(f"Unknown attention {requested!r}; expected one of {', '.join(NAMES)}.")
-    if requested != "auto":
-        obstacle = _obstacle(requested, config, device, dtype)
-        if obstacle:
-            raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
-        return requested, "asked for"
-    passed_over: list[str] = []
-    for name in _BY_SPEED.get(device, ("sdpa",)):
-        obstacle = _obstacle(name, config, device, dtype)
-        if not obstacle:
-            return name, "; ".join([f"the fastest usable on {device}", *passed_over])
-        passed_over.append(f"{name}: {obstacle}")
-    return "eager", "; ".join(passed_over)
+    obstacles = {name: _obstacle(name, config, device, dtype) for name in _BY_SPEED}
+    if requested == "auto":
+        # Compiled block masks pay off on a GPU only.
+        usable = [name for name in _BY_SPEED if not obstacles[name] and (device == "cuda" or name != "flex_attention")]
+        return Choice(usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]))
+    obstacle = obstacles.get(requested) or _obstacle(requested, config, device, dtype)
+    if obstacle:
+        raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
+    return Choice(requested, "asked for", _table(obstacles, requested))
+
+
+def _table(obstacles: dict[str, str], chosen: str) -> str:
+    verdicts = {name: obstacle or "usable" for name, obstacle in obstacles.items()} | {chosen: "chosen"}
+    width = max(map(len, verdicts))
+    return "\n".join(f"  {name:{width}}  {verdict}" for name, verdict in verdicts.items())
+
+
+def takes_no_mask(attention: str, config: Any, device: str, dtype: torch.dtype) -> bool:
+    """Say whether a forced kernel cannot keep the documents of a packed row apart."""
+    return attention in FORCED and bool(_kernel_obstacle(attention, config, device, dtype, masked=True))
 
 
 def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
     """Say what stands against an implementation, or return an empty string."""
     if name == "eager":
         return ""
-    if not getattr(_model_class(config), _SUPPORT[name], True):
+    if not getattr(_model_class(config), _SUPPORT[name.partition(":")[0]], True):
         return f"{config.model_type} does not support it"
+    if name in FORCED:
+        return _kernel_obstacle(name, config, device, dtype, masked=False)
     if name in ("sdpa", "flex_attention"):
         return ""
     if device != "cuda":
@@ -91,8 +139,36 @@ def _varlen_obstacle(config: Any, dtype: torch.dtype) -> str:
         return "it has no attention dropout"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps attention logits"
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = _head_width(config)
     return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
+
+
+def _kernel_obstacle(name: str, config: Any, device: str, dtype: torch.dtype, masked: bool) -> str:
+    """Try a kernel on eight tokens, shaped like this model's."""
+    text = config.get_text_config()
+    heads, width = text.num_attention_heads, _head_width(text)
+    groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    module = cast(Any, torch.nn.Module())
+    module.num_key_value_groups, module.is_causal = groups, True
+    query, key = (torch.zeros(1, n, 8, width, dtype=dtype, device=device) for n in (heads, heads // groups))
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device).tril() if masked else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each kernel that it did not take
+            _forced_forward(FORCED[name], module, query, key, key, mask)
+    except RuntimeError:
+        return f"PyTorch has no such kernel for {dtype} on {device}"
+    return ""
+
+
+def _forced_forward(kernel: SDPBackend, *inputs: Any, **options: Any) -> tuple[Tensor, None]:
+    with sdpa_kernel(kernel):
+        forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+        return forward(*inputs, **options)
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _model_class(config: Any) -> Any:

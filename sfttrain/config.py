@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from sftdata.errors import UsageError
 
@@ -28,6 +28,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,  # every parameter takes part in every step
 }
+# Older names of the same thing, as scripts still have them.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+_OURS = {"attn_implementation": "attention", "torch_dtype": "dtype", "dtype": "dtype", "revision": "revision"}
 
 
 class LoraSettings(BaseModel):
@@ -66,11 +72,13 @@ class TrainConfig(BaseModel):
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
     adapter: Path | None = Field(None, description="Folder of adapters to go on training.")
     resize_to_multiple_of: int = Field(1, gt=0, description="Round embeddings up to this when they grow for added tokens.")
-    quantize: Literal["nf4", "int8"] | None = Field(None, description="Quantize the frozen base; needs lora and bitsandbytes.")
+    quantize: Literal["nf4", "int8", "torchao-int8"] | None = Field(
+        None, description="Quantize the frozen base; needs lora, and bitsandbytes or torchao."
+    )
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
 
     # ---- how
-    attention: str = Field("auto", description="auto, or one implementation by name.")
+    attention: str = Field("auto", description="auto, or one implementation by name; sdpa:flash forces a kernel of sdpa.")
     loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked, where proven equal.")
     objective: Literal["nll", "dft"] = Field("nll", description="dft weighs each token's loss by its own probability.")
     packing: Literal["auto", "require", "unpack"] = Field(
@@ -93,6 +101,30 @@ class TrainConfig(BaseModel):
         if bad:
             raise ValueError(f"expected key=value pairs such as r=16,alpha=32, found {bad[0]!r}")
         return {key.strip(): text.strip() for key, _, text in pairs}
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _known_quantization(cls, value: Any) -> Any:
+        if value == "torchao-int4":
+            raise ValueError("transformers trains on torchao's 8-bit weights only; for 4 bits set nf4")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Take from model_init_kwargs what is a setting of its own, so that it is said and checked as one."""
+        given = dict(settings.get("model_init_kwargs") or {})
+        lifted = {
+            ours: str(given.pop(name)).removeprefix("torch.") for name, ours in _OURS.items() if given.get(name) is not None
+        }
+        for name, value in lifted.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"model_init_kwargs says {name}={value}, and {name} is {settings[name]}; set one of them")
+        return {**settings, **lifted, "model_init_kwargs": given} if given or lifted else settings
+
+    @field_serializer("model_init_kwargs", when_used="json")
+    def _plain(self, value: dict[str, Any]) -> dict[str, Any]:
+        return {key: one if isinstance(one, bool | int | float | str | dict | None) else str(one) for key, one in value.items()}
 
     @field_validator("sets", mode="before")
     @classmethod
@@ -156,9 +188,9 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         return TrainConfig(**merged)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        found = f"{first['msg'].removeprefix('Value error, ')}; found {first.get('input')!r:.200}"
-        raise UsageError(f"Setting {where!r}: {found}.", "see `sfttrain run --help`.") from None
+        where, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        found = f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
+        raise UsageError(f"{found}.", "see `sfttrain run --help`.") from None
 
 
 def training_fields() -> dict[str, str]:
@@ -215,22 +247,24 @@ def _place(merged: dict[str, Any], key: str, value: Any, own: bool = True) -> No
     if own and key in TrainConfig.model_fields:
         merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
         return
-    known = training_fields()
+    known, key = training_fields(), _RENAMED.get(key, key)
     if key in known:
-        merged["training"][key] = _coerced(value, known[key])
+        merged["training"][key] = _coerced(key, value, known[key])
         return
     names = [*TrainConfig.model_fields, *known]
     near = difflib.get_close_matches(key, names, n=1)
     raise UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
 
 
-def _coerced(value: Any, annotation: str) -> Any:
+def _coerced(key: str, value: Any, annotation: str) -> Any:
     """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false."""
     if isinstance(value, bool) and "bool" not in annotation:
         return "yes" if value else "no"
-    if isinstance(value, str) and "float" in annotation:
+    wanted = next((kind for kind in (float, int) if kind.__name__ in annotation), None)
+    if isinstance(value, str) and wanted is not None:
         try:
-            return float(value)
+            return wanted(value)
         except ValueError:
-            return value
+            if "str" not in annotation:
+                raise UsageError(f"Setting {key!r}: expected a number; found {value!r}.", "write it as 2e-5 or 3.") from None
     return value

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfttrain.attention import registered_name
 from sfttrain.data import Batch, Collator, Row
 from sfttrain.loss import fuse_loss
 
@@ -61,7 +62,9 @@ class Proof:
         return self.loss_difference is not None and self.loss_difference <= self.tolerance / 10
 
 
-def prove(config: Any, attention: str, flatten: bool, device: str, compute: torch.dtype, trusted: bool = False) -> Proof:
+def prove(
+    config: Any, attention: str, flatten: bool, device: str, compute: torch.dtype, trusted: bool = False, packed: bool = True
+) -> Proof:
     """Build the architecture at tiny size and try it.
 
     Args:
@@ -70,20 +73,21 @@ def prove(config: Any, attention: str, flatten: bool, device: str, compute: torc
         flatten: whether it takes one flattened row.
         compute: dtype of the matrix products in training.
         trusted: whether code from the model's repository may run.
+        packed: several documents share a row; otherwise only the loss is tried.
     """
     with _own_randomness():
         model = _tiny_model(config, attention, trusted).to(device)
-        documents = [torch.randint(3, _VOCABULARY, (length,)) for length in _LENGTHS]
+        documents = [torch.randint(3, _VOCABULARY, (length,)) for length in (_LENGTHS if packed else _LENGTHS[:1])]
         other = [torch.randint(3, _VOCABULARY, documents[0].shape), *documents[1:]]
         collate = Collator(flatten)
         cast = torch.autocast(device, dtype=compute, enabled=compute != torch.float32)
         with cast, torch.no_grad():
-            packed = _logits(model, collate([_row(documents)]), device)
+            together = _logits(model, collate([_row(documents)]), device)
             changed = _logits(model, collate([_row(other)]), device)
             alone = torch.cat([_logits(model, collate([_row([document])]), device) for document in documents])
         loss_difference = _compare_losses(model, collate([_row(documents)]), device, cast)
-    kept = packed[_LENGTHS[0] :] - changed[_LENGTHS[0] :]
-    return Proof(_largest(packed - alone), _largest(kept), loss_difference, _TOLERANCE[compute])
+    kept = together[_LENGTHS[0] :] - changed[_LENGTHS[0] :]
+    return Proof(_largest(together - alone), _largest(kept), loss_difference, _TOLERANCE[compute])
 
 
 def shrink(config: Any) -> Any:
@@ -129,7 +133,7 @@ def _tiny_model(config: Any, attention: str, trust_remote_code: bool) -> Any:
 
     small = shrink(config)
     model = AutoModelForCausalLM.from_config(
-        small, attn_implementation=attention, dtype=torch.float32, trust_remote_code=trust_remote_code
+        small, attn_implementation=registered_name(attention), dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     model.config.use_cache = False
     return model.eval()
@@ -167,7 +171,7 @@ def _on(batch: Batch, device: str) -> Batch:
 
 
 def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
+    return float(difference.abs().max()) if difference.numel() else 0.0
 
 
 @contextmanager

@@ -74,6 +74,10 @@ def _load(name: str) -> tuple[Any, torch.dtype]:
 
     try:
         config = AutoConfig.from_pretrained(name)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UsageError(
+                f"{name}: is quantized; adapters are added to whole weights.", "name the unquantized base with --model."
+            )
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
     except (OSError, ValueError) as error:

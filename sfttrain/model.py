@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sftdata.errors import UsageError
+from sfttrain.attention import registered_name
 from sfttrain.config import TrainConfig
 from sfttrain.packages import require_package
 
@@ -55,7 +56,7 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
     dtype = weight_dtype(config)
     if config.init_from_config is not None:
         return AutoModelForCausalLM.from_config(
-            model_config, attn_implementation=attention, dtype=dtype, trust_remote_code=config.trust_remote_code
+            model_config, attn_implementation=registered_name(attention), dtype=dtype, trust_remote_code=config.trust_remote_code
         )
     source = str(config.model)
     _refuse_pickle(Path(source))
@@ -63,7 +64,7 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
         "config": model_config,
         "revision": config.revision,
         "dtype": dtype,
-        "attn_implementation": attention,
+        "attn_implementation": registered_name(attention),
         "use_safetensors": True,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -85,8 +86,13 @@ def describe_model(model: Any, config: TrainConfig) -> str:
 
 
 def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
+    if kind == "torchao-int8":
+        require_package("torchao", f"quantize={kind}", "torchao")
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
     require_package("bitsandbytes", f"quantize={kind}", "quantize")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

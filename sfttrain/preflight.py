@@ -19,12 +19,10 @@ from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.shardset.opened import ShardSet
 from sftdata.shardset.rejects import REJECTS_NAME
 from sftdata.shardset.verify import damaged_files, foreign_shards
-from sfttrain.attention import FLATTENED
+from sfttrain.attention import FLATTENED, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.data import Batch
-from sfttrain.hub import check_hub
 from sfttrain.isolation import Proof, prove
-from sfttrain.packages import require_package, require_tracker
 
 Say = Callable[[str], None]
 
@@ -44,31 +42,6 @@ class Plan:
     flatten: bool
     unpack: bool
     loss: str | None
-
-
-def refuse_useless(config: TrainConfig, args: Any, data: Any) -> None:
-    """Refuse what cannot work, before anything is read.
-
-    Raises:
-        UsageError: naming what to set instead.
-    """
-    if not config.sets and data is None:
-        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
-    if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
-        raise UsageError("A stream has no end that is known.", "set max_steps.")
-    if config.loss == "liger" and args.device.type == "cpu":
-        raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
-    if config.objective != "nll" and config.loss in ("plain", "liger"):
-        raise UsageError(f"objective={config.objective} is computed by our loss, not by loss={config.loss}.", "set loss=auto.")
-    offload = isinstance(args.activation_checkpointing_kwargs, dict) and args.activation_checkpointing_kwargs.get("offload")
-    if offload and args.device.type == "cpu":
-        raise UsageError("activation_checkpointing_kwargs.offload: activations lie in host memory already.", "leave it out.")
-    if "bnb" in str(args.optim) or "8bit" in str(args.optim):
-        require_package("bitsandbytes", f"optim={args.optim}", "quantize")
-    for name in args.report_to:
-        require_tracker(name)
-    if config.push_to_hub:
-        check_hub(config.push_to_hub)
 
 
 def verify_sets(sets: Sequence[ShardSet]) -> None:
@@ -94,12 +67,17 @@ def choose_path(config: TrainConfig, model_config: Any, attention: str, device: 
         UsageError: packing would leak and `packing=require`, or the loss asked for is not this model's.
     """
     flatten = attention in FLATTENED
+    maskless = takes_no_mask(attention, model_config, device, compute)
+    if maskless and config.packing == "require":
+        raise UsageError(f"packing=require: {attention} takes no mask.", "set attention=auto, or packing=auto.")
     try:
-        proof = prove(model_config, attention, flatten, device, compute, config.trust_remote_code)
+        proof = prove(model_config, attention, flatten, device, compute, config.trust_remote_code, packed=not maskless)
     except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
         return _without_proof(config, attention, error, say)
-    unpack = config.packing == "unpack" or _falls_back(config, model_config, proof)
-    if unpack and config.packing != "unpack":
+    unpack = config.packing == "unpack" or maskless or _falls_back(config, model_config, proof)
+    if maskless:
+        say(f"packing: {attention} takes no mask; every document is trained in a row of its own")
+    elif unpack and config.packing != "unpack":
         say(f"packing: {_leak_text(model_config, attention, proof)}; every document is trained in a row of its own")
     elif not unpack:
         say(f"packing: proven on a tiny {model_config.model_type}: packed = alone within {proof.difference:.1e} ({attention})")

@@ -5,7 +5,6 @@ open sets -> verify -> choose attention -> prove packing and loss -> load model 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,21 +14,19 @@ import torch
 
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet, open_set
-from sfttrain import checkpoint, preflight
-from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
-from sfttrain.attention import NAMES, choose_attention, register_varlen
+from sfttrain import checkpoint, preflight, refusals
+from sfttrain.assemble import leave_gpus_idle, make_model, wanted_attention
+from sfttrain.attention import choose_attention, register_attention
 from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import RUN_NAME, export
 from sfttrain.hub import push
-from sfttrain.loss import Objective, fuse_loss
-from sfttrain.model import computes_in_bf16, describe_model, load_config, load_model
+from sfttrain.model import computes_in_bf16, load_config
 from sfttrain.order import Order
 from sfttrain.preflight import Plan, Say
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
 from sfttrain.trainer import SftTrainer
-from sfttrain.vocabulary import align_special_tokens, fit_vocabulary
 
 
 def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras: Any) -> SftTrainer:
@@ -48,26 +45,27 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
 
     disable_progress_bar()
     args = training_arguments(config)
-    preflight.refuse_useless(config, args, data)
     say = _talk if args.process_index == 0 else _silence
+    refusals.refuse_useless(config, args, model, data, extras, say)
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
+    everything = [*sets, *evaluation.values()]
+    refusals.refuse_mixed_tokenizers(everything)
     with args.main_process_first(desc="verify"):
         if args.process_index == 0:
-            preflight.verify_sets([*sets, *evaluation.values()])
+            preflight.verify_sets(everything)
     model_config = load_config(config) if model is None else model.config
+    refusals.refuse_architecture(config, model_config, model)
+    refusals.refuse_too_long(everything, model_config, say)
+    leave_gpus_idle(args, say)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    register_varlen()
-    device = args.device.type
-    attention, reason = choose_attention(_wanted_attention(config, model), model_config, device, compute)
-    say(f"attention: {attention} ({reason})")
-    plan = preflight.choose_path(config, model_config, attention, device, compute, say)
+    plan = _choose_path(config, model_config, model, args.device.type, compute, say)
     rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
     model, plan = make_model(config, model_config, model, plan, sets, args, say)
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
     run = _identity(config, sets, order, plan, args)
     resumed = _resume_point(config, args, run, say)
-    trainer = SftTrainer(
+    trainer = _make_trainer(
         order=order,
         run=run,
         fused=plan.loss is not None,
@@ -82,15 +80,23 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     steps = int(args.max_steps) if order is None else _total_steps(args, order)
     if resumed is None:
         _check_fit(trainer, compute, steps, say)
-    if resumed is None or resumed[1] < steps:
-        trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-    else:
+    if resumed is not None and resumed[1] >= steps:
         _restore(trainer, resumed[0], say)
+    else:
+        trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     export(trainer, sets, effective_settings(config, args), run, say)
     say(f"model: {args.output_dir}")
     if config.push_to_hub and args.should_save:
         say(f"pushed: {push(Path(str(args.output_dir)), config.push_to_hub)}")
     return trainer
+
+
+def _choose_path(config: TrainConfig, model_config: Any, model: Any, device: str, compute: torch.dtype, say: Say) -> Plan:
+    """Choose attention, and prove on it what training may use."""
+    register_attention()
+    choice = choose_attention(wanted_attention(config, model), model_config, device, compute)
+    say(f"attention: {choice.name} ({choice.reason})\n{choice.table}")
+    return preflight.choose_path(config, model_config, choice.name, device, compute, say)
 
 
 def training_arguments(config: TrainConfig) -> Any:
@@ -102,6 +108,7 @@ def training_arguments(config: TrainConfig) -> Any:
     from transformers import TrainingArguments
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **config.training}
+    refusals.refuse_missing_launch(settings)
     settings.setdefault("learning_rate", config.learning_rate)
     settings.setdefault("use_cpu", not torch.accelerator.is_available())  # else ranks without a GPU find no backend
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
@@ -129,42 +136,11 @@ def effective_settings(config: TrainConfig, args: Any) -> dict[str, Any]:
     return own | {"training": {key: value for key, value in args.to_dict().items() if not key.startswith("_")}}
 
 
-def make_model(
-    config: TrainConfig, model_config: Any, model: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say
-) -> tuple[Any, Plan]:
-    """Return the model as it is trained, and the plan without the chunked loss where the adapters rule that out."""
-    from transformers import set_seed
-
-    set_seed(args.seed)
-    if model is None:
-        model = load_model(config, model_config, plan.attention, args.device)
-        say(describe_model(model, config))
-    elif model.config._attn_implementation != plan.attention:
-        model.set_attn_implementation(plan.attention)
-    checkpointing = bool(args.activation_checkpointing)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    unlearnt = fit_vocabulary(inner, sets, config.resize_to_multiple_of, say)
-    align_special_tokens(inner, sets)
-    if plan.loss is not None:
-        fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor))
-    if config.quantize is not None:
-        model = prepare_quantized(model)
-    if checkpointing and (config.adapted or model is not inner):
-        inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
-    if config.lora is not None:
-        model = add_adapters(model, config.lora, unlearnt, say)
-    elif config.adapter is not None:
-        model = continue_adapters(model, config.adapter, str(config.model))
-    if plan.loss is not None and has_adapted_head(inner):
-        say("loss: the model's own, with full logits (adapters on the head)")
-        plan = dataclasses.replace(plan, loss=None)
-    return model, plan
-
-
-def _wanted_attention(config: TrainConfig, model: Any) -> str:
-    """A model object keeps the attention it was made with, unless another is asked for."""
-    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return own if config.attention == "auto" and own in NAMES else config.attention
+def _make_trainer(**arguments: Any) -> SftTrainer:
+    try:
+        return SftTrainer(**arguments)
+    except (ValueError, ImportError) as error:  # what transformers finds out only now
+        raise UsageError(f"Training settings: {str(error).strip()}", "see `sfttrain config`.") from None
 
 
 def _evaluation(sets: dict[str, ShardSet], unpack: bool) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
 def test_every_outside_import_is_declared() -> None:
     project, extras = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
     core = project["dependencies"]
-    declared = {"sftdata": core + extras["hub"] + extras["notebooks"], "sfttrain": core + extras["train"]}
+    declared = {"sftdata": core + extras["hub"] + extras["notebooks"], "sfttrain": core + extras["train"] + extras["torchao"]}
     distribution_of = importlib.metadata.packages_distributions()
     undeclared = []
     for package in PACKAGES:

@@ -17,7 +17,7 @@ EOS = 2
 
 def make_set(
     folder: Path, *, rows: int = 32, max_length: int = 48, vocabulary: int = 128, packed: bool = True, shards: int = 2,
-    trained: float = 0.75, seed: int = 0, tokens_added: int = 0, sources: int = 1,
+    trained: float = 0.75, seed: int = 0, tokens_added: int = 0, sources: int = 1, tokenizer: str = "0",
 ) -> Path:  # fmt: skip
     """Write a set whose documents count upwards from a random start, so that a model can learn it."""
     folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def make_set(
     manifest = Manifest(
         settings={"packing": "bfd" if packed else "none", "max_length": max_length},
         tokenizer=TokenizerInfo(
-            name="counting", sha256="0" * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None,
+            name="counting", sha256=tokenizer * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None,
             tokens_added=tuple(f"<added-{n}>" for n in range(tokens_added)),
         ),
         sources=tuple(

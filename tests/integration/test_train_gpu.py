@@ -63,7 +63,7 @@ def test_offloaded_activations_change_no_weight(shards: Path, model: Path, tmp_p
 
 @pytest.mark.gpu
 @pytest.mark.feature("attention")
-@pytest.mark.parametrize("attention", ["varlen", "flex_attention", "sdpa"])
+@pytest.mark.parametrize("attention", ["varlen", "flex_attention", "sdpa", "sdpa:flash", "sdpa:efficient"])
 def test_each_attention_of_the_gpu_trains_with_the_same_loss(shards: Path, model: Path, tmp_path: Path, attention: str) -> None:
     eager = train_in_process(shards, model, tmp_path / "eager", QUICK, attention="eager")
     found = train_in_process(shards, model, tmp_path / attention, QUICK, attention=attention)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sfttrain.attention import VARLEN, register_varlen
+from sfttrain.attention import VARLEN, register_attention
 from sfttrain.data import Collator, Row
 from sfttrain.isolation import prove, shrink
 
@@ -55,7 +55,7 @@ def test_flex_attention_keeps_documents_apart(name: str) -> None:
 def test_varlen_attention_keeps_documents_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel needs a GPU; here a slow one stands in, so what is tested is everything that we hand to it."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _slow_varlen)
-    register_varlen()
+    register_attention()
     _assert_losses_equal(_model(name, VARLEN), Collator(flatten=True), _model(name, "eager"))
 
 

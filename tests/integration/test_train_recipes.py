@@ -9,12 +9,14 @@ import pytest
 import yaml
 
 from sfttrain import cli
-from tests.train_runs import OUR_WARNINGS, tiny_llama
+from sfttrain.config import read_settings
+from tests.train_runs import OUR_WARNINGS, ROOT, _free_port, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+ON_A_GPU = {"liger"}
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +25,52 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     make_set(folder / "shards", rows=16)
     make_set(folder / "held", rows=4, seed=5)
-    tiny_llama(folder / "model", hidden_size=64, intermediate_size=128)
+    model = tiny_llama(folder / "model", hidden_size=64, intermediate_size=128)
+    train_in_process(folder / "shards", model, folder / "out/lora", {"max_steps": 1, "save_strategy": "no"}, lora={"r": 4})
     (folder / "examples").symlink_to(EXAMPLES)
     return folder
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.feature("recipes")
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in ON_A_GPU], ids=lambda path: path.stem)
 def test_a_recipe_runs(
     recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _run(recipe, workplace, monkeypatch, capsys)
+
+
+@pytest.mark.gpu
+@pytest.mark.feature("recipes")
+@pytest.mark.parametrize("name", sorted(ON_A_GPU))
+def test_a_recipe_for_a_gpu_runs(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("liger_kernel")
+    _run(EXAMPLES / "recipes" / f"{name}.yaml", workplace, monkeypatch, capsys)
+
+
+@pytest.mark.feature("recipes")
+@pytest.mark.parametrize("name", sorted(ON_A_GPU))
+def test_the_settings_of_a_recipe_for_a_gpu_are_read(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    recipe = EXAMPLES / "recipes" / f"{name}.yaml"
+    wanted = yaml.safe_load(recipe.read_text("utf-8"))
+    assert read_settings(recipe, [], {}).model_dump(mode="json")["loss"] == wanted["loss"]
+    assert cli.main(["run", "-c", str(recipe), "--set", "model=model"]) == 2
+    assert "its kernels need a GPU" in capsys.readouterr().err
+
+
+def _run(recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run two steps of a recipe."""
     monkeypatch.chdir(workplace)
     settings = yaml.safe_load(recipe.read_text("utf-8"))
     changed = ["--set", "model=model"] if "model" in settings else []
     if "eval_steps" in settings:
         changed += ["--set", "eval_steps=1", "--set", "save_steps=1"]
-    code = cli.main(["run", "-c", str(recipe), "--max-steps", "2", *changed])
+    code = cli.main(["run", "-c", str(recipe), "--overwrite", "--max-steps", "2", *changed])
     assert code == 0, capsys.readouterr().err
     assert (workplace / settings["output"] / "run.json").is_file()
 
@@ -60,8 +91,6 @@ def test_two_ranks_train_under_fsdp2(workplace: Path) -> None:
     import subprocess
 
     from safetensors.torch import load_file
-
-    from tests.train_runs import ROOT, _free_port, train_in_process
 
     settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text("utf-8"))
     settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}

@@ -63,9 +63,14 @@ def test_a_model_object_is_trained_as_the_folder_is(shards: Path, model: Path, t
 def test_arguments_of_from_pretrained_reach_the_model(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = train_in_process(shards, model, tmp_path / "out", QUICK, model_init_kwargs={"attn_implementation": "eager"})
+    arguments = {"attn_implementation": "eager", "torch_dtype": torch.bfloat16, "low_cpu_mem_usage": True}
+    trainer = train_in_process(shards, model, tmp_path / "out", QUICK, model_init_kwargs=arguments)
     assert trainer.model.config._attn_implementation == "eager"
-    assert "model: LlamaForCausalLM in float32, attn_implementation=eager" in capsys.readouterr().err
+    assert trainer.model.dtype == torch.bfloat16
+    said = capsys.readouterr().err
+    assert "attention: eager (asked for)" in said  # and so it is what the proof was run with
+    assert "model: LlamaForCausalLM in bfloat16, low_cpu_mem_usage=True" in said
+    assert "dtype: bfloat16" in (tmp_path / "out" / "settings.yaml").read_text()
 
 
 @pytest.mark.feature("chat format")
@@ -285,48 +290,80 @@ def test_eight_bit_adamw_trains_by_name(shards: Path, model: Path, tmp_path: Pat
 
 
 @pytest.mark.feature("8-bit, 4-bit base")
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_adapters_learn_on_a_quantized_base(shards: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torchao" if kind.startswith("torchao") else "bitsandbytes")
     base = tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
     training = {**QUICK, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1}
     trainer = train_in_process(shards, base, tmp_path / "out", training, quantize=kind, lora={"r": 4})
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
-    assert type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
-    assert layer.weight.dtype in (torch.uint8, torch.int8)
+    stored = layer.weight.qdata if kind == "torchao-int8" else layer.weight
+    assert stored.dtype in (torch.uint8, torch.int8)
+    assert type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao-int8": "Linear"}[kind]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+    lowest = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert lowest.lora_B["default"].weight.abs().max() > 0  # the gradient came through all quantized layers
 
 
-# ------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.feature("8-bit, 4-bit base")
+def test_a_quantized_model_object_gets_its_adapters(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    given = AutoModelForCausalLM.from_pretrained(base, quantization_config=eight, device_map={"": "cpu"})
+    with pytest.raises(UsageError, match="quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"):
+        sfttrain.train(shards, model=given, output=tmp_path / "out", **QUICK)
+    trainer = sfttrain.train(shards, model=given, output=tmp_path / "out", lora="r=4", **QUICK)
+    assert {name.partition("lora")[1] for name, one in trainer.model.named_parameters() if one.requires_grad} == {"lora"}
+    norms = [one for name, one in trainer.model.named_parameters() if "norm" in name]
+    assert {norm.dtype for norm in norms} == {torch.float32}
 
 
-@pytest.mark.feature("export: Hub")
-@pytest.mark.feature("wrong combinations")
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--quantize", "nf4"], "quantize freezes the model, so it needs lora"),
-        (["--liger"], "its kernels need a GPU"),
-        (["--report-to", "trackio"], "report_to=trackio needs the package trackio. Fix: pip install trackio"),
-        (["--push-to-hub", "me/model"], "HF_HUB_OFFLINE is set"),
-        (["--push-to-hub", "model"], "name it as user/model"),
-        (["--set", "objective=dft", "--set", "loss=plain"], "set loss=auto"),
-        (["--set", "activation_checkpointing=true", "--set", "activation_checkpointing_kwargs.offload=true"], "leave it out"),
-        (["--adapter", "nowhere"], "adapter_config.json is missing"),
-        (["--lora", "r=4", "--adapter", "nowhere"], "adapter brings its own shape"),
-        (["--lora", "r=4,target=nothing"], "name modules of this model"),
-        (["--set", "model_init_kwargs.nonsense=1"], "nonsense"),
-    ],
-)
-def test_a_wrong_combination_is_one_line_with_its_fix(
-    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+@pytest.mark.feature("attention")
+@pytest.mark.parametrize("kernel", ["sdpa:flash", "sdpa:math"])
+def test_a_forced_kernel_of_sdpa_is_the_one_that_runs(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
-    code = cli.main(["run", str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--max-steps", "1", *arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert code == 2
-    assert len(lines) == 1
-    assert words in lines[0]
-    assert "Fix:" in lines[0]
+    """The Flash-Attention-1 recipe: `torch.backends.cuda.sdp_kernel(...)` around training."""
+    training = {**QUICK, "logging_steps": 1}
+    free = train_in_process(shards, model, tmp_path / "free", training)
+    allowed, real = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def look(*inputs: Any, **options: Any) -> Any:
+        allowed.add((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    forced = train_in_process(shards, model, tmp_path / "forced", training, attention=kernel)
+    assert allowed == {(kernel == "sdpa:flash", kernel == "sdpa:math")}
+    assert torch.backends.cuda.math_sdp_enabled()  # the process is as it was
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (free, forced)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.feature("attention")
+def test_a_forced_kernel_that_takes_no_mask_is_given_none(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As FlashAttention on a GPU: every document then has a row of its own."""
+    monkeypatch.setattr("sfttrain.preflight.takes_no_mask", lambda *_: True)
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def look(*inputs: Any, **options: Any) -> Any:
+        masks.append(options.get("attn_mask"))
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    trainer = train_in_process(shards, model, tmp_path / "out", QUICK, attention="sdpa:math")
+    assert "sdpa:math takes no mask; every document is trained in a row of its own" in capsys.readouterr().err
+    assert masks
+    assert all(mask is None for mask in masks)
+    assert trainer.fused
+    with pytest.raises(UsageError, match="packing=require: sdpa:math takes no mask"):
+        train_in_process(shards, model, tmp_path / "other", QUICK, attention="sdpa:math", packing="require")
 
 
 @pytest.mark.feature("trackers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from sftdata.errors import UsageError
-from sfttrain.attention import choose_attention, varlen_forward
+from sfttrain.attention import FORCED, Choice, choose_attention, takes_no_mask, varlen_forward
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +33,21 @@ def _install(monkeypatch: pytest.MonkeyPatch, packages: set[str]) -> None:
 
 def _choose(
     family: str, requested: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any
-) -> tuple[str, str]:
+) -> Choice:
     return choose_attention(requested, AutoConfig.for_model(family, **changes), device, dtype)
 
 
 def test_a_cpu_takes_sdpa_and_eager_where_logits_are_capped() -> None:
     assert _choose("llama", device="cpu", dtype=torch.float32)[0] == "sdpa"
-    name, reason = _choose("gemma2", device="cpu", dtype=torch.float32)
-    assert name == "eager"
-    assert "sdpa" in reason
+    choice = _choose("gemma2", device="cpu", dtype=torch.float32)
+    assert choice.name == "eager"
+    assert re.search("sdpa +gemma2 does not support it", choice.table)
 
 
 def test_a_gpu_takes_pytorch_s_own_varlen_when_nothing_is_installed() -> None:
-    name, reason = _choose("qwen2")
-    assert name == "varlen"
-    assert "flash_attn_interface is not installed" in reason
+    choice = _choose("qwen2")
+    assert choice.name == "varlen"
+    assert "flash_attn_interface is not installed" in choice.table
 
 
 @pytest.mark.feature("attention")
@@ -62,13 +63,34 @@ def test_an_installed_flash_attention_comes_first(monkeypatch: pytest.MonkeyPatc
     [({"dtype": torch.float32}, "16 bit"), ({"attention_dropout": 0.1}, "dropout"), ({"head_dim": 20}, "20 wide")],
 )
 def test_varlen_is_passed_over_for_a_reason(changes: dict[str, Any], reason: str) -> None:
-    name, said = _choose("qwen2", **changes)
-    assert name == "flex_attention"
-    assert reason in said
+    choice = _choose("qwen2", **changes)
+    assert choice.name == "flex_attention"
+    assert reason in choice.table
 
 
 def test_capped_logits_keep_varlen_and_sdpa_out() -> None:
     assert _choose("gemma2")[0] == "flex_attention"
+
+
+@pytest.mark.feature("attention")
+def test_a_table_says_of_every_implementation_what_came_of_it() -> None:
+    lines = [line.split(maxsplit=1) for line in _choose("qwen2").table.splitlines()]
+    assert [name for name, _ in lines] == [
+        "flash_attention_3", "flash_attention_2", "varlen", "flex_attention", "sdpa", "eager",
+    ]  # fmt: skip
+    assert [name for name, verdict in lines if verdict == "chosen"] == ["varlen"]
+    assert [name for name, verdict in lines if verdict == "usable"] == ["flex_attention", "sdpa", "eager"]
+
+
+@pytest.mark.feature("attention")
+def test_a_forced_kernel_of_sdpa_is_tried_before_it_is_promised() -> None:
+    for name in FORCED:
+        if name in ("sdpa:flash", "sdpa:math"):
+            assert _choose("llama", name, device="cpu", dtype=torch.float32)[:2] == (name, "asked for")
+            assert not takes_no_mask(name, AutoConfig.for_model("llama"), "cpu", torch.float32)
+        else:
+            with pytest.raises(UsageError, match="PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto"):
+                _choose("llama", name, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.feature("attention")

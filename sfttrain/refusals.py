@@ -1,0 +1,180 @@
+"""What cannot work, refused before the model is loaded: one line each, with what to do instead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sftdata.errors import UsageError
+from sftdata.shardset.opened import ShardSet
+from sfttrain.config import TrainConfig
+from sfttrain.hub import check_hub
+from sfttrain.packages import require_package, require_tracker
+from sfttrain.preflight import Say
+
+# What from_pretrained took once, and where it is set here.
+_MOVED = {
+    "load_in_8bit": "--quantize int8 --lora r=16",
+    "load_in_4bit": "--quantize nf4 --lora r=16",
+    "use_flash_attention_2": "--attention flash_attention_2",
+}
+_LOADING = ("init_from_config", "revision", "dtype", "model_init_kwargs", "quantize", "trust_remote_code")
+
+
+def refuse_useless(config: TrainConfig, args: Any, model: Any, data: Any, extras: Mapping[str, Any], say: Say) -> None:
+    """Refuse settings that cannot work together, before anything is read.
+
+    Args:
+        args: transformers' TrainingArguments.
+        model, data: objects given instead of names, or None.
+        extras: what transformers' Trainer takes as objects.
+
+    Raises:
+        UsageError: naming what to set instead.
+    """
+    if not config.sets and data is None:
+        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
+    if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
+        raise UsageError("A stream has no end that is known.", "set max_steps.")
+    _refuse_loading(config, args)
+    if model is not None:
+        _refuse_object(config, model)
+    _refuse_loss(config, args, extras)
+    _refuse_evaluation(config, args, extras)
+    if config.eval and args.eval_strategy == "no":
+        say(f"evaluation: {' and '.join(config.eval)} is not evaluated while training; set eval_strategy=epoch or steps for that")
+    offload = isinstance(args.activation_checkpointing_kwargs, dict) and args.activation_checkpointing_kwargs.get("offload")
+    if offload and args.device.type == "cpu":
+        raise UsageError("activation_checkpointing_kwargs.offload: activations lie in host memory already.", "leave it out.")
+    if "bnb" in str(args.optim) or "8bit" in str(args.optim):
+        require_package("bitsandbytes", f"optim={args.optim}", "quantize")
+    for name in args.report_to:
+        require_tracker(name)
+    if config.push_to_hub:
+        check_hub(config.push_to_hub)
+
+
+def refuse_missing_launch(settings: Mapping[str, Any]) -> None:
+    """Refuse ways to spread a model over GPUs that lack their package or their launcher.
+
+    Raises:
+        UsageError: naming the command.
+    """
+    by_accelerate = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if settings.get("deepspeed") or by_accelerate:
+        require_package("deepspeed", "DeepSpeed" if by_accelerate else "deepspeed")
+    if settings.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        fix = "accelerate launch --config_file examples/accelerate/fsdp2.yaml -m sfttrain run ..."
+        raise UsageError("fsdp: one process has nothing to shard over.", fix)
+
+
+def refuse_architecture(config: TrainConfig, model_config: Any, model: Any = None) -> None:
+    """Refuse a model that a run cannot train, by its config.
+
+    Args:
+        model: the object, where one was given.
+
+    Raises:
+        UsageError: it answers from an encoder, or its weights are quantized and would all be trained.
+    """
+    name = config.model or config.init_from_config
+    if getattr(model_config, "is_encoder_decoder", False):
+        found = f"{name}: {model_config.model_type} is a sequence-to-sequence model; a run trains causal language models."
+        raise UsageError(found, "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it.")
+    quantized = getattr(model_config, "quantization_config", None) is not None
+    if quantized and config.quantize:
+        raise UsageError(f"{name}: is quantized already; quantize={config.quantize} would do so twice.", "leave quantize out.")
+    if quantized and not config.adapted and not hasattr(model, "peft_config"):
+        raise UsageError(f"{name}: its weights are quantized and cannot be trained.", "train adapters on them, as --lora r=16.")
+
+
+def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose ids mean different tokens.
+
+    Raises:
+        UsageError: naming two of them.
+    """
+    for opened in sets[1:]:
+        one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
+        added = sorted((one.tokens_added, other.tokens_added), key=len)
+        grown = added[0] != added[1] and added[1][: len(added[0])] == added[0]  # one gained tokens for its template
+        alike = grown and one.vocab_size - len(one.tokens_added) == other.vocab_size - len(other.tokens_added)
+        if one.sha256 != other.sha256 and not alike:
+            found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, {opened.folder} with {other.name}"
+            raise UsageError(f"{found}, whose ids are others.", "prepare both with the tokenizer of the model.")
+
+
+def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> None:
+    """Refuse documents that a model has no positions for; of a model that turns its positions on, only say so.
+
+    Raises:
+        UsageError: a document is longer than the table of positions.
+    """
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return
+    for opened in sets:
+        length = opened.manifest.max_length
+        if length is not None and length <= limit:
+            continue
+        longest = max((int(np.max(rows.seq_lengths)) for rows in opened.batches()), default=0)
+        found = f"{opened.folder}: a document has {longest:,} tokens; {text.model_type} was made for {limit:,}"
+        if longest > limit and getattr(text, "rope_parameters", None) is None:
+            raise UsageError(f"{found} and has no positions beyond.", f"prepare with --max-length {limit}.")
+        if longest > limit:
+            say(found)
+
+
+def _refuse_loading(config: TrainConfig, args: Any) -> None:
+    for name, instead in _MOVED.items():
+        if config.model_init_kwargs.get(name):
+            raise UsageError(f"model_init_kwargs.{name}: from_pretrained no longer takes it.", instead)
+    if "device_map" in config.model_init_kwargs and args.world_size > 1:
+        raise UsageError("model_init_kwargs.device_map: each process has a device of its own.", "leave it out.")
+
+
+def _refuse_object(config: TrainConfig, model: Any) -> None:
+    """A model that is at hand is not loaded, so what says how to load it would be ignored."""
+    fields = TrainConfig.model_fields
+    given = [name for name in _LOADING if getattr(config, name) != fields[name].get_default(call_default_factory=True)]
+    if given:
+        found = f"{', '.join(given)}: the model is an object, which is loaded already"
+        raise UsageError(f"{found}.", "load it so, or name the model.")
+    if config.adapted and hasattr(model, "peft_config"):
+        raise UsageError("The model carries adapters already.", "leave lora and adapter out, or give the model without them.")
+
+
+def _refuse_loss(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
+    if config.loss == "liger" and args.device.type == "cpu":
+        raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
+    if config.loss == "liger":
+        require_package("liger_kernel", "loss=liger")
+    if config.objective == "nll":
+        return
+    if config.loss in ("plain", "liger"):
+        raise UsageError(f"objective={config.objective} is computed by our loss, not by loss={config.loss}.", "set loss=auto.")
+    if extras.get("compute_loss_func") is not None:
+        raise UsageError(f"objective={config.objective}: compute_loss_func decides on the loss.", "leave one of them out.")
+
+
+def _refuse_evaluation(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
+    data = extras.get("eval_dataset")
+    names = [*config.eval, *(data if isinstance(data, dict) else ["data"] if data is not None else [])]
+    for rows in data.values() if isinstance(data, dict) else [data]:
+        if rows is not None and not hasattr(rows, "__len__"):
+            raise UsageError(
+                "eval_dataset: a stream has no end that is known.", "give rows with a length, or --eval NAME=FOLDER."
+            )
+    strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
+    if strategy != "no" and not names:
+        raise UsageError(f"eval_strategy={strategy}: there is nothing to evaluate on.", "name a set, as --eval held=FOLDER.")
+    metric = str(args.metric_for_best_model or "").removeprefix("eval_")
+    if not metric or extras.get("compute_metrics") is not None or strategy == "no":
+        return
+    if not any(metric.startswith(f"{name}_loss") for name in names):
+        found = f"metric_for_best_model={args.metric_for_best_model}: evaluation gives no such figure"
+        raise UsageError(f"{found}.", f"set metric_for_best_model=eval_{names[0]}_loss.")
