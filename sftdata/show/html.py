@@ -38,7 +38,10 @@ def _document(document: DocumentView, ids: bool) -> str:
     number = f"example {document.example_id} · " if document.example_id >= 0 else ""
     share = document.tokens_trained / max(document.tokens, 1)
     told = f"{number}{document.tokens:,} tokens · {document.tokens_trained:,} trained ({share:.0%})"
-    body = "".join(_spans(document.pieces, ids))
+    body = "".join(
+        f'<div class="turn"><b>{_safe(role)}</b><div>{"".join(_spans(pieces, ids))}</div></div>'
+        for role, pieces in document.turns()
+    )
     return f'<h4>{_safe(document.origin)}<small>{told}</small></h4><div class="doc">{body}</div>'
 
 

@@ -1,4 +1,4 @@
-"""The terminal face of a view: a gutter with token positions, trained tokens in green and underlined.
+"""The terminal face of a view: a gutter with roles and token positions, trained tokens in green and underlined.
 
 Where nothing can be styled (a pipe, a dumb terminal), trained stretches stand between ⟦ and ⟧. With NO_COLOR the underline stays.
 """
@@ -22,7 +22,7 @@ TRAINED_CONTROL = "bold green underline"
 NEWLINE, SEPARATOR = "↵", "─"
 _OPEN, _CLOSE = "⟦", "⟧"
 _MARKS = str.maketrans({_OPEN: "\\u27e6", _CLOSE: "\\u27e7"})
-_GUTTER = 10
+_GUTTER = 20
 
 
 def make_console(file: TextIO | None = None, width: int | None = None) -> Console:
@@ -58,11 +58,12 @@ def _print_document(document: DocumentView, console: Console, styled: bool, ids:
     counts = f"{document.tokens:,} tokens, {document.tokens_trained:,} trained"
     console.print(_border(" · ".join(filter(None, [visible(document.origin), number, counts])), console))
     room = console.width - _GUTTER if console.is_terminal else None
-    for position, any_trained, line in _lines(document, styled, ids):
+    for role, position, any_trained, line in _lines(document, styled, ids):
         parts = line.wrap(console, max(room, 20), overflow="fold") if room else [line]
         for index, part in enumerate(parts or [line]):
-            gutter = f"{position:>7} " if index == 0 else " " * 8
-            console.print(Text.assemble((gutter, QUIET), ("┃ ", "green") if any_trained else ("│ ", QUIET), part), soft_wrap=True)
+            speaker, place = (role, position) if index == 0 else ("", "")
+            gutter = ((f" {speaker:<9}", "bold"), (f"{place:>7} ", QUIET))
+            console.print(Text.assemble(*gutter, ("┃ ", "green") if any_trained else ("│ ", QUIET), part), soft_wrap=True)
 
 
 def _border(title: str, console: Console) -> Text:
@@ -71,10 +72,18 @@ def _border(title: str, console: Console) -> Text:
     return line.append(SEPARATOR * max(width - line.cell_len, 2), QUIET)
 
 
-def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[int, bool, Text]]:
-    """Yield (position of its first token, whether it trains anything, text) for each line of a document."""
-    position, line, trains, begins = document.start, Text(), False, document.start
-    for piece in document.pieces:
+def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[str, int, bool, Text]]:
+    """Yield (role where a turn begins, position of its first token, whether it trains anything, text) for each line."""
+    position = document.start
+    for role, pieces in document.turns():
+        for number, (begins, trains, line) in enumerate(_turn_lines(pieces, position, styled, ids)):
+            yield "" if number else visible(role), begins, trains, line
+        position += sum(len(piece.ids) for piece in pieces)
+
+
+def _turn_lines(pieces: Sequence[Piece], begins: int, styled: bool, ids: bool) -> Iterator[tuple[int, bool, Text]]:
+    position, line, trains = begins, Text(), False
+    for piece in pieces:
         position += len(piece.ids)
         parts = visible(piece.text).splitlines(keepends=True)
         for index, part in enumerate(parts):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sftdata.batches import Int32, Int64
+from sftdata.show.roles import find_turns
 from sftdata.show.vocabulary import Vocabulary
 
 NOT_TRAINED = -100
@@ -61,11 +62,16 @@ class DocumentView:
         """Tokens with a label."""
         return sum(len(piece.ids) for piece in self.pieces if piece.trained)
 
+    def turns(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+        """Yield who speaks, and the pieces of that turn."""
+        for turn in find_turns(self.pieces):
+            yield turn.role, self.pieces[turn.start : turn.stop]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         ids = [token_id for piece in self.pieces for token_id in piece.ids]
         labels = [token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids]
-        pieces = [asdict(piece) for piece in self.pieces]
+        pieces = [asdict(piece) | {"role": role} for role, turn in self.turns() for piece in turn]
         place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
         return place | {"input_ids": ids, "labels": labels, "pieces": pieces}
 
