@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types check torture fuzz bench docs notebooks clean
+.PHONY: help install demo test lint types check torture soak fuzz bench docs notebooks clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -39,8 +39,13 @@ check: lint types test ## Check everything a change must pass
 torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest (about 20 minutes)
 	$(PYTEST) -m torture tests/torture
 
+GIGABYTES := 4
+soak: $(STAMP) ## Prepare GIGABYTES=4 on this disk, killed on the way (takes six times that space, about ten minutes)
+	$(BIN)/python -m tests.torture.soak $(GIGABYTES)
+
 MINUTES := 10
 fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md by hand, dated

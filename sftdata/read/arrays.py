@@ -107,8 +107,9 @@ def _learn_anchors(source: Source, limit: int) -> tuple[bytes, ...]:
     Learnt from the elements that are whole. What few of them have is not taken: it may come from an object inside a damaged
     element.
     """
-    blocks = _again(source)
-    head = next(blocks, b"")
+    blocks, head = _again(source), b""
+    while len(head) < GRAIN_BYTES and (block := next(blocks, b"")):
+        head += block
     # The first element may itself be damaged: what looks like a key before its first closing brace will do to find the second.
     keys = Counter(_KEY.findall(head[:GRAIN_BYTES].partition(b"}")[0]))
     spaces: Counter[bytes] = Counter()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError, SftError
+from sftdata.read import elements, streams
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
@@ -93,14 +95,16 @@ def edited(sound: bytes, edits: bytes) -> bytes:
 
 
 def rows(data: bytes) -> None:
-    """Reading and detection: slices of any size give the same rows, each row is one row or one fault, and errors are one line."""
+    """Reading and detection: slices and blocks of any size give the same rows, each of them one row or one fault."""
     shape, size, edits = SHAPES[data[0] % 4] if data else ROWS, 1 + sum(data[1:2]) * 7, data[2:]
+    limit = 200 if size % 2 else 1 << 20
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(edited(shape, edits))
         try:
-            whole, bad, records = _read(path, 1 << 20)
-            small, small_bad, _ = _read(path, size)
+            whole, bad, records = _read(path, 1 << 20, limit)
+            with patch.multiple(elements, BLOCK_BYTES=size), patch.multiple(streams, BLOCK_BYTES=size):
+                small, small_bad, _ = _read(path, size, limit)
             assert (whole, bad) == (small, small_bad)
             assert len({place for place, _ in whole + bad}) == len(whole) + len(bad) <= records
             name = detect([plan_source(open_source(str(path)), 0, 1 << 20)]).format
@@ -111,11 +115,11 @@ def rows(data: bytes) -> None:
             close_streams()
 
 
-def _read(path: Path, slice_bytes: int) -> tuple[list[tuple[int, str]], list[tuple[int, str]], int]:
-    plan = plan_source(open_source(str(path)), 0, slice_bytes)
+def _read(path: Path, slice_bytes: int, limit: int) -> tuple[list[tuple[int, str]], list[tuple[int, str]], int]:
+    plan = plan_source(open_source(str(path)), 0, slice_bytes, limit)
     good, bad = [], []
     for piece in plan.slices:
-        batch, unreadable = read_slice(piece, 1 << 20)
+        batch, unreadable = read_slice(piece, limit)
         good += list(zip(batch.example_ids.tolist(), map(repr, batch.rows), strict=True))
         bad += [(row.example_id, row.fault.code) for row in unreadable]
     return good, bad, plan.records

@@ -433,6 +433,7 @@ DAMAGED = {
     "text after the end": (elements(A, B, C, after="] trailing"), 2),
     "two in a row": (elements(A, '{"id": "x, "t"}', '{"id": y}', B, C), 2),
     "the first": (elements('{"id": "x, "t": 1}', A, B, C), 1),
+    "the inside of one is lost": (elements(A, '{"t": [{"k": "x"},: 1}]}', B, C), 1),
 }
 
 
