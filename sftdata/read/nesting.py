@@ -8,6 +8,7 @@ import numpy as np
 
 _CHUNK_BYTES = 128 << 10
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_STRUCTURE = b'"\\{}[]'
 _QUOTE = ord('"')
 # A string must be followed by what JSON allows there: a missing quote is then noticed at the next string, not at the end.
 _TOKEN = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"(?=\s*[:,\]}])|[{}\[\]"]')
@@ -40,6 +41,9 @@ class Nesting:
         if self._word:
             found = re.search(rb'[\s,\[\]{}"]', data)
             return found.start() if found else None
+        if len(data.translate(None, _STRUCTURE)) == len(data):  # the inside of a text, as most of what is endless
+            self._escaped = False
+            return None
         if self._escaped:
             data = b"_" + data[1:]
         if b"\\" in data:
