@@ -44,6 +44,7 @@ class Encoder:
     @cached_property
     def exact(self) -> ExactEncoder:
         """The reference with positions, for rows that need care; loaded when the first such row comes."""
+        self.resolved.check_standing()
         return ExactEncoder(self.resolved)
 
     @cached_property
@@ -78,7 +79,9 @@ def load_encoder(resolved: ResolvedTokenizer, engine: Engine) -> Encoder:
 
     Raises:
         UsageError: gigatoken does not know this kind of tokenizer.
+        SftError: its files are gone.
     """
+    resolved.check_standing()
     return Encoder(resolved, engine, _load_gigatoken(resolved) if engine == "gigatoken" else _load_tokenizers(resolved))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from sftdata.encode.layout import Layout
-from sftdata.errors import UsageError
+from sftdata.errors import SftError, UsageError
 
 CACHE_FORMAT = 1
 FACTS_FILE = "resolved.json"
@@ -95,6 +95,16 @@ class ResolvedTokenizer:
     def lengths_file(self) -> Path:
         """NumPy file: int64[vocab_size], source bytes per token."""
         return self.folder.parent / LENGTHS_FILE
+
+    def check_standing(self) -> None:
+        """Refuse to go on without the files.
+
+        Raises:
+            SftError: the cache was emptied since the tokenizer was resolved.
+        """
+        if not (self.folder / "tokenizer.json").is_file():
+            what = f"{self.folder}: gone; the cache of tokenizers was emptied in mid-run."
+            raise SftError(what, "run the same command again; what is finished is kept.")
 
     @property
     def closing_ids(self) -> tuple[int, ...]:

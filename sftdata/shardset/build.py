@@ -7,9 +7,8 @@
       slices/00000.rejects.jsonl
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
-A reader looks at DIR alone, so it sees the old set, no set, or the new set. Where a set is replaced, the two folders change
-names in one step; a system without that step moves the old one to `DIR.partial.replaced` first, and a run that is stopped
-there is carried to its end by the next.
+A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders change names in one
+step; a system without it moves the old one to `DIR.partial.replaced` first, and a run stopped there is ended by the next.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
     """Return the manifest of a finished set at `folder`; None where there is none, or a damaged one that may be overwritten.
 
     Raises:
-        UsageError: the folder holds other things, or cannot be replaced by a rename.
-        IntegrityError: the manifest is damaged, and may not be overwritten.
+        UsageError, IntegrityError: the folder holds other things or a damaged set, or cannot be replaced by a rename.
     """
     if (folder / MANIFEST_NAME).exists():
         try:
@@ -209,9 +207,11 @@ class Build:
             return next(reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code)
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
-        """Add the tokenizer's files, write the manifest, and put the set in its place with one rename."""
+        """Add the tokenizer's files, the manifest last, and put the set in place; SftError where the tokenizer is gone."""
         with explained(self.folder / _TOKENIZER):
             files = [self._describe(REJECTS_NAME), *self._copy(tokenizer)]
+            if manifest.tokenizer.sha256 not in (file.sha256 for file in files[1:]):
+                raise SftError(f"{tokenizer}: emptied or changed while the set was made.", "run the same command again.")
             for folder in sorted({(self.folder / file.name).parent.parent for file in files[1:]}):
                 sync_folder(folder)
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
+import importlib
 import io
 import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sftdata.cli.run import run_app
+from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.shardset.build import Build
 from sftdata.shardset.manifest import read_manifest
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
-from tests.torture.runs import Command, content, look, prepare, write_chats
+from tests.torture.runs import TOKENIZER, Command, content, look, prepare, write_chats
 
 
 def operations(small: Unbroken, place: Path) -> int:
@@ -136,6 +140,8 @@ def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     manifest = prepare(small.data, place / "set")
+    held = msgspec.structs.replace(manifest.tokenizer, sha256=hashlib.sha256(b"{}").hexdigest())
+    manifest = msgspec.structs.replace(manifest, tokenizer=held)
     with Build(place / "other").locked() as build:
         (build.folder / "rejects.jsonl").write_bytes(b"")
         for shard in manifest.shards:
@@ -144,6 +150,31 @@ def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place
     names = [file.name for file in read_manifest(place / "other").files]
     assert names == ["rejects.jsonl", "tokenizer/additional_chat_templates/tool_use.jinja", "tokenizer/tokenizer.json"]
     assert look(place / "other") == read_manifest(place / "other").digest
+
+
+@pytest.mark.parametrize("before", ["sftdata.pipeline.load_stages", "sftdata.run.conclude"], ids=["slices", "finish"])
+def test_a_tokenizer_that_is_removed_in_mid_run_is_one_line_and_the_next_run_goes_on(
+    small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    entry = resolve_tokenizer(TOKENIZER).folder.parent
+    shutil.copytree(entry, place / "cache" / "tokenizers" / entry.name)
+    module, name = before.rsplit(".", 1)
+    real = getattr(importlib.import_module(module), name)
+
+    def after_loss(*arguments: object) -> object:
+        shutil.rmtree(place / "cache", ignore_errors=True)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("SFTDATA_CACHE", str(place / "cache"))
+        patch.setattr("sftdata.stages._loaded", None)
+        patch.setattr(before, after_loss)
+        with pytest.raises(SftError, match=rf"{place}/cache/.* Fix: run the same command again") as caught:
+            prepare(small.data, place / "set")
+    assert caught.value.exit_code == 1
+    assert not (place / "set").exists()
+    prepare(small.data, place / "set")
+    assert content(place / "set") == small.files
 
 
 def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_disturbed(small: Unbroken, place: Path) -> None:
