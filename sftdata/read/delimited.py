@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from sftdata.read.lines import SHOWN_BYTES, parse_text, split_lines, too_long
 from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
 
-RECORD_LIMIT = 16 << 20  # how far to look for the end of a quoted field, bytes
+RECORD_LIMIT = 16 << 20  # a longer record is not held, bytes
+
+Again = Callable[[int], Iterator[bytes]]
 
 csv.field_size_limit(2**31 - 1)
 
@@ -29,7 +31,7 @@ def plan_delimited(source: Source, slice_bytes: int) -> Marks:
     total, wanted = 0, source.body
     blocks = skip_bytes(read_all(source, count), source.body)
     end = source.body
-    for offset, _, length, _ in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT):
+    for offset, _, length, _ in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT, _again(source)):
         if offset >= wanted:
             positions.append(offset)
             records.append(total)
@@ -45,7 +47,7 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
     found = Gathered(piece)
     source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
     blocks = read_range(source, piece.start, piece.stop)
-    records = records_of(blocks, piece.start, source.delimiter, RECORD_LIMIT)
+    records = records_of(blocks, piece.start, source.delimiter, RECORD_LIMIT, _again(source, piece.stop))
     for record, (offset, text, length, closed) in enumerate(records, piece.first_record):
         row: dict[str, str] | Fault | None
         if length > limit + 1:
@@ -86,28 +88,57 @@ def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
     return dict(zip(source.columns, fields, strict=True))
 
 
-def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int) -> Iterator[tuple[int, bytes, int, bool]]:
-    """Yield (offset, text, bytes, closed) of each record.
+def records_of(
+    blocks: Iterator[bytes], offset: int, delimiter: str, limit: int, again: Again | None = None
+) -> Iterator[tuple[int, bytes, int, bool]]:
+    """Yield (offset, text, bytes, closed) of each record; of one that takes more than `limit` bytes the first line only.
 
-    A quoted field that is not closed within `limit` bytes is one bad record of one line; reading goes on with the next line.
+    A quoted field that is never closed is one bad record of one line; reading goes on with the next line.
+
+    Args:
+        again: opens the stream anew at an offset; without it, a field is not followed beyond `limit` bytes.
     """
     opening = re.compile(rb"(?:^|" + re.escape(delimiter.encode()) + rb')"')
     lines = split_lines(blocks, limit)
     waiting: deque[tuple[bytes, int]] = deque()
-    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
-        text, length = line
-        followers: list[tuple[bytes, int]] = []
+
+    def following() -> tuple[bytes, int] | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while (line := following()) is not None:
+        text, first = line
+        length, followers = first, list[tuple[bytes, int]]()
         open_ = b'"' in text and _leaves_open(text, opening, inside=False)
-        while open_ and length <= limit and (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        while open_ and length <= limit and (line := following()) is not None:
             followers.append(line)
             length += line[1]
             open_ = _leaves_open(line[0], opening, inside=True)
-        if open_:
-            waiting.extendleft(reversed(followers))
-            length -= sum(size for _, size in followers)
+        if open_ and length > limit >= first and again:  # too long to hold; its end is looked for all the same
             followers = []
+            while open_ and (line := following()) is not None:
+                length += line[1]
+                open_ = _leaves_open(line[0], opening, inside=True)
+            lines = split_lines(again(offset + first), limit) if open_ else lines
+        elif open_:
+            waiting.extendleft(reversed(followers))
+        if open_:
+            length, followers = first, []
         yield offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_
         offset += length
+
+
+def _again(source: Source, stop: int | None = None) -> Again:
+    """Return what opens a source anew at an offset, up to where a slice stops."""
+
+    def blocks(start: int) -> Iterator[bytes]:
+        left = None if stop is None else stop - start
+        for block in skip_bytes(read_all(source, RawCount.start()), start):
+            yield block[:left]
+            left = None if left is None else max(left - len(block), 0)
+            if left == 0:
+                return
+
+    return blocks
 
 
 def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bool:

@@ -410,6 +410,29 @@ def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: 
         assert [(one.fault.code, one.line) for one in bad] == [(code, 3)]
 
 
+def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftdata.read.delimited.RECORD_LIMIT", 1000)
+    inside = 'looks,like a row\n"",""\n' * 200
+    (tmp_path / "a.csv").write_text(f'prompt,completion\n1,x\n2,"{inside}"\n3,"z\nz"\n')
+    for slice_bytes in (1, 1 << 20):
+        rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
+        assert [row["prompt"] for row in rows] == ["1", "3"]
+        assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 2, 22)]
+
+
+def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftdata.read.delimited.RECORD_LIMIT", 1000)
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\n1,x\n2,"y\n' + b"3,z\n" * 1000)
+    for slice_bytes in (1, 1 << 20):
+        rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
+        assert len(rows) == 1001
+        assert [(one.fault.code, one.line) for one in bad] == [("invalid-csv", 2)]
+
+
 def elements(*texts: str, before: str = "[", after: str = "]", between: str = ", ") -> bytes:
     return (before + between.join(texts) + after).encode()
 
