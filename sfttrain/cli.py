@@ -73,6 +73,18 @@ def config(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Where to; default: report.html in it.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write what a run logged as one page: loss, gradients, learning rate, speed, evaluation, settings."""
+    from sfttrain.report import write_report
+
+    print(write_report(folder, html))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of adapters.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],

@@ -26,6 +26,7 @@ from sfttrain.model import computes_in_bf16, load_config
 from sfttrain.order import Order
 from sfttrain.preflight import Plan, Say
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
+from sfttrain.report import write_report
 from sfttrain.trainer import SftTrainer
 
 
@@ -85,6 +86,8 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     else:
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     export(trainer, sets, effective_settings(config, args), run, say)
+    if args.should_save:
+        say(f"report: {write_report(Path(str(args.output_dir)))}")
     say(f"model: {args.output_dir}")
     if config.push_to_hub and args.should_save:
         say(f"pushed: {push(Path(str(args.output_dir)), config.push_to_hub)}")

@@ -44,7 +44,8 @@ class ShownSet(ShardSet):
         row = super().__getitem__(index)
         if isinstance(row, list):
             return row
-        return ShownRow(row.input_ids, row.labels, row.seq_lengths, row.examples, self, range(len(self))[index])
+        columns = (row.input_ids, row.labels, row.seq_lengths, row.examples, row.loss_weights)
+        return ShownRow(*columns, self, range(len(self))[index])
 
     def view(self, number: int) -> View:
         """Return row `number` with its text laid over the stored ids and labels.

@@ -63,6 +63,12 @@ def test_a_named_evaluation_set_is_logged_by_its_name(output: Path) -> None:
     assert [line["step"] for line in _log(output) if "eval_held_loss" in line] == [20, 40]
 
 
+def test_the_run_leaves_a_report_of_what_it_logged(output: Path) -> None:
+    page = (output / "report.html").read_text()
+    assert all(told in page for told in ("<h2>Loss</h2>", "held loss", "gradient norm", "<h2>Settings</h2>"))
+    assert "Not finished" not in page
+
+
 def test_the_output_holds_everything_that_inference_needs(output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
