@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 
@@ -52,14 +53,15 @@ class Conversation(msgspec.Struct, frozen=True):
     Attributes:
         messages: dicts of plain JSON data: `role` (system, user, assistant, tool; others pass through to the template),
             `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls`, `name`, `tool_call_id`.
-        trained: a message's own switch, True / False / None (None: the `train_on` policy decides); one per message.
+        trained: a message's own switch, True / False / None (None: the `train_on` policy decides), or its weight, a float above
+            0; one per message.
         tools: JSON schemas of the tools, or None.
         template_kwargs: this row's own template arguments.
         prompt_messages: how many leading messages are prompt only (conversational prompt/completion rows).
     """
 
     messages: list[dict[str, Any]]
-    trained: list[bool | None]
+    trained: list[bool | float | None]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
     prompt_messages: int = 0
@@ -130,6 +132,7 @@ class TextBatch:
         row: int64[N], index into the RowBatch.
         reference_ends: True when BOS/EOS are the tokenizer's to add (raw text); False when the template wrote them.
         closed: bool[N], whether a trained end token (EOS) belongs after the text; only read with `reference_ends`.
+        loss_weights: float32[K], one for each range of `trained`; None where all are 1.
     """
 
     texts: list[str]
@@ -138,6 +141,7 @@ class TextBatch:
     row: Int64
     reference_ends: bool
     closed: Bool
+    loss_weights: Float32 | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -155,12 +159,14 @@ class TokenBatch:
         trained: bool[T].
         offsets: int64[N + 1]; example i is `input_ids[offsets[i]:offsets[i + 1]]`.
         row: int64[N], index into the RowBatch.
+        loss_weights: float32[T], above 0 where trained, 0 elsewhere; None where all are 1.
     """
 
     input_ids: Int32
     trained: Bool
     offsets: Int64
     row: Int64
+    loss_weights: Float32 | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -176,7 +182,7 @@ class TokenBatch:
             return self
         tokens = np.repeat(keep, self.lengths)
         offsets = np.append(0, np.cumsum(self.lengths[keep]))
-        return TokenBatch(self.input_ids[tokens], self.trained[tokens], offsets, self.row[keep])
+        return self.at(tokens, offsets, self.row[keep])
 
     def in_row_order(self) -> TokenBatch:
         """Return the examples in the order of their rows; examples of one row keep theirs."""
@@ -186,7 +192,16 @@ class TokenBatch:
         lengths = self.lengths[order]
         offsets = np.append(0, np.cumsum(lengths))
         source = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][order] - offsets[:-1], lengths)
-        return TokenBatch(self.input_ids[source], self.trained[source], offsets, self.row[order])
+        return self.at(source, offsets, self.row[order])
+
+    def at(self, tokens: Any, offsets: Int64, row: Int64) -> TokenBatch:
+        """Return the tokens that an index, a mask or a slice picks, as examples of their own."""
+        weights = None if self.loss_weights is None else self.loss_weights[tokens]
+        return TokenBatch(self.input_ids[tokens], self.trained[tokens], offsets, row, weights)
+
+    def weights(self) -> Float32:
+        """float32[T], 1 for every trained token where nothing else is said."""
+        return self.trained.astype(np.float32) if self.loss_weights is None else self.loss_weights
 
     @classmethod
     def join(cls, parts: list[TokenBatch]) -> TokenBatch:
@@ -204,6 +219,7 @@ class TokenBatch:
             np.concatenate([part.trained for part in parts]),
             offsets,
             np.concatenate([part.row for part in parts]),
+            np.concatenate([part.weights() for part in parts]) if any(part.loss_weights is not None for part in parts) else None,
         )
 
 
@@ -239,6 +255,7 @@ class PackedRows:
         seq_lengths: int32[S], document lengths row after row, padding as one last segment.
         example_ids: int64[S], input row behind each document, -1 for padding.
         segment_offsets: int64[P + 1], into `seq_lengths` and `example_ids`.
+        loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
     """
 
     input_ids: Int32
@@ -247,6 +264,7 @@ class PackedRows:
     seq_lengths: Int32
     example_ids: Int64
     segment_offsets: Int64
+    loss_weights: Float32 | None = None
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1

@@ -52,6 +52,7 @@ class PrepareConfig(BaseModel):
     )
     instruction_template: str | tuple[int, ...] | None = Field(None, description="Marker before each instruction.")
     mask_mode: Literal["default", "trl-0.7.10"] = Field("default", description="How response templates mask.")
+    loss_weights: bool = Field(False, description="Keep fractional weights of messages, as the column loss_weights.")
     boundary: Literal["split", "merge"] = Field("split", description="Tokens that straddle the edge of a trained span.")
     eos_token: str | None = Field(
         None, description="End token to write after the last trained turn, or instead of the tokenizer's."

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64, PackedRows, PackPlan, TokenBatch
+from sftdata.batches import Bool, Float32, Int32, Int64, PackedRows, PackPlan, TokenBatch
 
 Strategy = Literal["bfd", "wrapped", "none"]
 
@@ -64,8 +64,9 @@ def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> P
 
 
 def gather(
-    tokens: TokenBatch, example_ids: Int64, plan: PackPlan, max_length: int, pad_id: int, constant: bool = True
-) -> PackedRows:
+    tokens: TokenBatch, example_ids: Int64, plan: PackPlan, max_length: int, pad_id: int, constant: bool = True,
+    weighted: bool = False,
+) -> PackedRows:  # fmt: skip
     """Lay the planned documents out as the columns of a shard.
 
     Args:
@@ -76,6 +77,7 @@ def gather(
         pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
         constant: pad every row to `max_length` and train no document's first token, which has nothing before it to be predicted
             from. False (with `none`): rows keep their length and their labels.
+        weighted: lay out what each trained token weighs, too.
     """
     source = tokens.offsets[plan.example] + plan.start
     lengths, ids = plan.stop - plan.start, example_ids[plan.example]
@@ -93,7 +95,8 @@ def gather(
         padding = _positions(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
         input_ids[padding], labels[padding] = pad_id, NOT_TRAINED
         labels[target[:-1]] = NOT_TRAINED
-    return PackedRows(input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets)
+    weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
+    return PackedRows(input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights)
 
 
 # ------------------------------------------------------------------------------------------- planning
@@ -207,6 +210,13 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
         np.take(input_ids, index, out=ids[start:stop], mode="clip")
         labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], NOT_TRAINED)
     return ids, labels
+
+
+def _copy_weights(weights: Float32, source: Int64, target: Int64, labels: Int32) -> Float32:
+    """float32[T], what each token weighs, 0 where it is not trained."""
+    index = _positions(source, np.diff(target))
+    copied: Float32 = np.where(labels != NOT_TRAINED, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0))
+    return copied
 
 
 def _positions(starts: Int64, lengths: Int64) -> Int64:

@@ -44,7 +44,7 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
         equal &= done.engine_equal
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
     packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
-    rows = gather(tokens, example_ids, packs, job.max_length, job.pad_id, constant=job.packed)
+    rows = gather(tokens, example_ids, packs, job.max_length, job.pad_id, constant=job.packed, weighted=job.config.loss_weights)
     length = job.max_length if job.packed else None
     ledger.count_packed(rows, length, job.sources)
     shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()

@@ -209,6 +209,7 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
         template=load_prompt_template(config.prompt_template) if config.prompt_template else ALPACA,
         need_assistant=config.train_on != "all",
         formatter=config.formatter,
+        loss_weights=config.loss_weights,
     )
 
 
@@ -291,6 +292,8 @@ def refuse_useless(config: PrepareConfig) -> None:
         raise UsageError(
             f"--mask-mode {config.mask_mode} masks by response template, and none is given.", "--response-template '...'"
         )
+    if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
+        raise UsageError("--loss-weights weighs turns; --train-on all and --response-template train no turns.", "leave one out.")
     if config.response_template is not None:
         check_markers(config.response_template, config.instruction_template)
     elif config.instruction_template is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Int32, RowBatch, TokenBatch
+from sftdata.batches import Float32, Int32, RowBatch, TokenBatch
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine
 from sftdata.encode.length import limit_length
@@ -30,7 +30,7 @@ from sftdata.stages import Stages
 
 BUFFER_ROWS = 1024
 
-StreamedRow = dict[str, Int32]
+StreamedRow = dict[str, Int32 | Float32]
 
 
 class Stream(Iterable[StreamedRow]):
@@ -134,7 +134,7 @@ def _slice(tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
     inside = tokens.offsets[(tokens.offsets > start) & (tokens.offsets < stop)]
     offsets = np.concatenate([[start], inside, [stop]]) if stop > start else np.array([start])
     rows = np.zeros(len(offsets) - 1, np.int64)
-    return TokenBatch(tokens.input_ids[start:stop], tokens.trained[start:stop], offsets - start, rows)
+    return tokens.at(slice(start, stop), offsets - start, rows)
 
 
 def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
@@ -142,8 +142,15 @@ def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
     if not len(tokens):
         return
     packs = plan_packs(tokens.lengths, job.max_length, "wrapped")
-    rows = gather(tokens, np.zeros(len(tokens), np.int64), packs, job.max_length, job.pad_id)
+    rows = gather(tokens, np.zeros(len(tokens), np.int64), packs, job.max_length, job.pad_id, weighted=job.config.loss_weights)
     for index in range(len(rows)):
         part = slice(rows.row_offsets[index], rows.row_offsets[index + 1])
         segments = slice(rows.segment_offsets[index], rows.segment_offsets[index + 1])
-        yield {"input_ids": rows.input_ids[part], "labels": rows.labels[part], "seq_lengths": rows.seq_lengths[segments]}
+        row: StreamedRow = {
+            "input_ids": rows.input_ids[part],
+            "labels": rows.labels[part],
+            "seq_lengths": rows.seq_lengths[segments],
+        }
+        if rows.loss_weights is not None:
+            row["loss_weights"] = rows.loss_weights[part]
+        yield row

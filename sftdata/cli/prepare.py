@@ -11,8 +11,8 @@ from sftdata.config import PrepareConfig
 
 SETTINGS = (
     "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map", "map_role",
-    "formatter", "kind", "prompt_template", "response_template", "instruction_template", "mask_mode", "boundary", "eos_token",
-    "trust_control_tokens", "date", "split", "subset", "revision", "max_rejects", "workers", "engine", "overwrite",
+    "formatter", "kind", "prompt_template", "response_template", "instruction_template", "mask_mode", "loss_weights", "boundary",
+    "eos_token", "trust_control_tokens", "date", "split", "subset", "revision", "max_rejects", "workers", "engine", "overwrite",
 )  # fmt: skip
 
 

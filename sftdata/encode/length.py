@@ -129,7 +129,7 @@ def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> Tok
     lengths = stop - start
     offsets = offsets_of(lengths)
     source = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return TokenBatch(batch.input_ids[source], batch.trained[source], offsets, batch.row[example])
+    return batch.at(source, offsets, batch.row[example])
 
 
 def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int) -> LengthCounts:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64, TextBatch, TokenBatch, Tokens
+from sftdata.batches import Bool, Float32, Int32, Int64, TextBatch, TokenBatch, Tokens
 from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, locate, offsets_of
@@ -75,15 +75,16 @@ def encode_batch(
         splits, rows = int(inside.sum()), len(np.unique(edges.row[inside]))
     else:
         places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)
-    tokens = TokenBatch(places.tokens.ids, _trained(places, batch, merge), places.offsets, batch.row)
+    trained, weights = _trained(places, batch, merge)
+    tokens = TokenBatch(places.tokens.ids, trained, places.offsets, batch.row, weights)
     counts = EncodeCounts(splits, rows, int((np.diff(batch.literal.offsets) > 0).sum()), slow)
     if not batch.reference_ends:
         return tokens, counts
     return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), counts)
 
 
-def _trained(places: Places, batch: TextBatch, merge: bool) -> Bool:
-    """bool[T]: tokens that start inside a range; with `merge`, all that overlap one."""
+def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
+    """bool[T]: tokens that start inside a range; with `merge`, all that overlap one. With them float32[T], what they weigh."""
     row = np.repeat(np.arange(len(batch)), np.diff(batch.trained.offsets))
     filled = batch.trained.values[:, 1] > batch.trained.values[:, 0]
     row = row[filled]
@@ -93,11 +94,18 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> Bool:
     if merge:
         first = np.minimum(first, np.searchsorted(tokens.ends, span[:, 0], "right"))
     stop = np.searchsorted(tokens.starts, span[:, 1])
+    first = np.clip(first, places.offsets[row], places.offsets[row + 1])
+    stop = np.clip(stop, places.offsets[row], places.offsets[row + 1])
     change = np.zeros(len(tokens.ids) + 1, np.int32)
-    np.add.at(change, np.clip(first, places.offsets[row], places.offsets[row + 1]), 1)
-    np.add.at(change, np.clip(stop, places.offsets[row], places.offsets[row + 1]), -1)
+    np.add.at(change, first, 1)
+    np.add.at(change, stop, -1)
     trained: Bool = np.cumsum(change[:-1]) > 0
-    return trained
+    if batch.loss_weights is None:
+        return trained, None
+    weights, sizes = trained.astype(np.float32), np.maximum(stop - first, 0)
+    index = np.arange(sizes.sum()) + np.repeat(first - offsets_of(sizes)[:-1], sizes)
+    weights[index] = np.repeat(batch.loss_weights[filled], sizes)
+    return trained, weights
 
 
 def _runs_to_end(batch: TextBatch, places: Places) -> Bool:

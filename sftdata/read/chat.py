@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ ALIASES = {
 }
 SWITCHES = ("weight", "loss_weight", "train")
 Message = dict[str, Any]
-Turn = tuple[Message, bool | None]  # a message, and its own switch
+Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or its weight
 
 
 def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0) -> Conversation:
@@ -98,7 +99,9 @@ def _read_message(message: Any, where: str, options: FormatOptions) -> Turn:
         raise RowError("no-content", f"{where} has no content.", 'fill it in ("" for an empty answer), or remove the row.')
     if content is not None and not isinstance(content, str):
         raise RowError("not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string.")
-    return {"role": role, **({} if content is None else {"content": content}), **rest}, _read_switch(message, where)
+    return {"role": role, **({} if content is None else {"content": content}), **rest}, _read_switch(
+        message, where, options.loss_weights
+    )
 
 
 _PLAIN_KEYS = {"role", "content"}
@@ -121,14 +124,29 @@ def _read_role(role: Any, where: str, mapping: Mapping[str, str]) -> str:
     raise RowError("unknown-role", what, f"--map-role {role}={target}")
 
 
-def _read_switch(message: Message, where: str) -> bool | None:
-    """Return a message's own switch; several must all be on."""
+def _read_switch(message: Message, where: str, weighted: bool) -> bool | float | None:
+    """Return a message's own switch; several must all be on. With `weighted`, the product of weights that are no switches."""
     values = [(key, message[key]) for key in SWITCHES if message.get(key) is not None]
-    for key, value in values:
-        if value not in (0, 1):
-            what = f"{where}.{key} is {value!r}; expected 0 or 1, true or false."
-            raise RowError("fractional-weight", what, "round the weight: a message is trained or it is not.")
-    return all(value for _, value in values) if values else None
+    strange = [(key, value) for key, value in values if value not in (0, 1)]
+    for key, value in strange:
+        if not weighted or key == "train" or not _is_weight(value):
+            wanted = "a number from 0 that float32 can hold" if weighted and key != "train" else "0 or 1, true or false"
+            fix = "mend the weight." if weighted else "round the weight, or keep it with --loss-weights."
+            raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
+    if not strange or not all(value for _, value in values):
+        return all(value for _, value in values) if values else None
+    weight = math.prod(float(value) for _, value in strange)
+    if not _is_weight(weight):
+        raise RowError("fractional-weight", f"{where}: its weights multiply to {weight!r}.", "mend the weights.")
+    return weight
+
+
+def _is_weight(value: Any) -> bool:
+    """Say whether float32 holds a number as one above 0 and finite."""
+    return isinstance(value, int | float) and _SMALLEST <= value <= _LARGEST
+
+
+_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # of the normal numbers of float32
 
 
 def _read_calls(value: Any, where: str) -> list[Message]:

@@ -26,6 +26,7 @@ class FormatOptions:
         template: lays out instruction-like rows that do not become conversations.
         need_assistant: False lets a conversation without an assistant message through (everything is trained).
         formatter: `module:function` that turns a row into one of a known format.
+        loss_weights: messages may have weights other than 0 and 1.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class FormatOptions:
     template: PromptTemplate = ALPACA
     need_assistant: bool = True
     formatter: str | None = None
+    loss_weights: bool = False
 
     @property
     def as_conversation(self) -> bool:

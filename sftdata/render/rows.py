@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Int64, Ragged, Row, Text, TextBatch
+from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Text, TextBatch
 from sftdata.errors import Fault, RowError
 from sftdata.render.markers import find_spans
 from sftdata.render.recipes import Recipe, Turn
@@ -76,8 +76,10 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
                 if filled := filler.fill(item):
                     chats.put(index, *filled)
                     continue
-                text, trained, literal = _conversation(item, renderer, counts)
+                text, trained, literal, weights = _conversation(item, renderer, counts)
                 chats.add(index, text, trained, renderer, counts, literal)
+                if weights is not None:
+                    chats.weigh(weights)
             elif isinstance(item, Completion):
                 start = 0 if renderer.train_on == "all" else len(item.prompt)
                 raw.add(index, item.prompt + item.completion, start, renderer, counts)
@@ -129,6 +131,7 @@ class _Columns:
         self.literal: list[Ranges] = []
         self.closed: list[bool] = []
         self.row: list[int] = []
+        self.weights: dict[int, list[float]] = {}  # of the texts whose ranges do not all weigh 1
 
     def add(
         self, row: int, text: str, trained: Ranges | int, renderer: Renderer, counts: Counter[str], literal: Ranges | None = None
@@ -155,6 +158,10 @@ class _Columns:
             trained = byte_ranges(text, trained)
         self._append(row, text, trained, _NONE, True)
 
+    def weigh(self, weights: list[float]) -> None:
+        """Say what the trained ranges of the text just added weigh."""
+        self.weights[len(self.texts) - 1] = weights
+
     def _append(self, row: int, text: str, trained: Ranges, literal: Ranges, closed: bool) -> None:
         self.texts.append(text)
         self.trained.append(trained)
@@ -165,17 +172,26 @@ class _Columns:
     def batch(self, *, reference_ends: bool) -> TextBatch | None:
         if not self.texts:
             return None
+        trained = Ragged.from_lists(self.trained)
         return TextBatch(
             texts=self.texts,
-            trained=Ragged.from_lists(self.trained),
+            trained=trained,
             literal=Ragged.from_lists(self.literal),
             row=np.array(self.row, np.int64),
             reference_ends=reference_ends,
             closed=np.array(self.closed, np.bool_),
+            loss_weights=self._loss_weights(trained) if self.weights else None,
         )
 
+    def _loss_weights(self, trained: Ragged) -> Float32:
+        weights = np.ones(len(trained.values), np.float32)
+        for index, own in self.weights.items():
+            weights[trained.offsets[index] : trained.offsets[index + 1]] = own
+        return weights
 
-def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -> tuple[str, Ranges, Ranges]:
+
+def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -> tuple[str, Ranges, Ranges, list[float] | None]:
+    """Return text, trained and literal characters, and what each trained stretch weighs; None where all weigh 1."""
     if renderer.finder is None:
         raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
     rendered = renderer.finder.render(row)
@@ -191,8 +207,9 @@ def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -
         turns = [*turns[:-1], Turn(turns[-1].message, turns[-1].start, len(text), True, turns[-1].parted)]
         counts["rows_mended_with_eos"] += 1
     if renderer.train_on == "all":
-        return text, [(0, len(text))], rendered.literal
-    return text, [(turn.start, turn.stop) for turn in _chosen(row, turns, renderer.train_on)], rendered.literal
+        return text, [(0, len(text))], rendered.literal, None
+    chosen = [turn for turn in _chosen(row, turns, renderer.train_on) if turn.start < turn.stop]
+    return text, [(turn.start, turn.stop) for turn in chosen], rendered.literal, _weights(row, chosen)
 
 
 def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:
@@ -208,6 +225,11 @@ def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Tur
     if train_on == "last-assistant":
         first = max((turn.message for turn in turns), default=0)
     return [turn for turn in turns if row.trained[turn.message] or (row.trained[turn.message] is None and turn.message >= first)]
+
+
+def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:
+    own = [row.trained[turn.message] for turn in turns]
+    return [float(1 if one is None else one) for one in own] if any(isinstance(one, float) for one in own) else None
 
 
 def byte_ranges(text: str, ranges: Ranges) -> Ranges:

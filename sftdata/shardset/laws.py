@@ -54,10 +54,10 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
     trained = rows.labels[starts[:-1]] != NOT_TRAINED
     yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
-    inside = np.repeat(padding, rows.seq_lengths)
-    yield from _rows(rows.row_offsets, inside & (rows.labels != NOT_TRAINED), "padding is trained")
+    inside = _ranges(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
+    yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != NOT_TRAINED], "padding is trained")
     pad_id = manifest.tokenizer.pad_id
-    yield from _rows(rows.row_offsets, inside & (rows.input_ids != pad_id), f"padding is not the pad id {pad_id}")
+    yield from _rows_of(rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}")
 
 
 def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
@@ -66,12 +66,28 @@ def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]
     other = (rows.labels != NOT_TRAINED) & (rows.labels != rows.input_ids)
     yield from _rows(rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}")
     yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
+    if rows.loss_weights is not None:
+        # A weight that is no number is above nothing, and one without end is not finite.
+        weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)
+        wrong = np.where(rows.labels != NOT_TRAINED, ~weighs, rows.loss_weights != 0)
+        yield from _rows(rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere")
 
 
 def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]:
     """Say in which rows the items lie that are wrong."""
     if wrong.any():
-        yield np.unique(np.searchsorted(offsets, np.flatnonzero(wrong), side="right") - 1), what
+        yield from _rows_of(offsets, np.flatnonzero(wrong), what)
+
+
+def _rows_of(offsets: Int64, wrong: Int64, what: str) -> Iterator[tuple[Int64, str]]:
+    yield from _finding(np.unique(np.searchsorted(offsets, wrong, side="right") - 1), what)
+
+
+def _ranges(starts: Int64, lengths: Int64) -> Int64:
+    """Return every position of some stretches, one after the other."""
+    ends = np.cumsum(lengths)
+    positions: Int64 = np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
+    return positions
 
 
 def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:

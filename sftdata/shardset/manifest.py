@@ -114,6 +114,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Tokens per packed row; None where rows keep their own length."""
         return self.ledger.max_length
 
+    @property
+    def weighted(self) -> bool:
+        """Whether shards say what each trained token weighs."""
+        return bool(self.settings.get("loss_weights"))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftdata.batches import Int32, Int64, PackedRows
+from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.shardset.manifest import Manifest, SetFile, read_manifest
 from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
@@ -42,12 +42,14 @@ class PackedRow:
         labels: int32[T], -100 where not trained.
         seq_lengths: int32[S], lengths of the documents, padding last.
         examples: int64[S], input row behind each document, -1 for padding.
+        loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
     """
 
     input_ids: Int32
     labels: Int32
     seq_lengths: Int32
     examples: Int64
+    loss_weights: Float32 | None
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents in order, without the padding."""
@@ -108,9 +110,9 @@ class ShardSet(Sequence[PackedRow]):
         """Return the set as a memory-mapped Arrow table."""
         import pyarrow as pa
 
-        length = self.manifest.max_length
-        batches = [batch for shard in self.manifest.shards for batch in read_batches(plain_file(self.folder, shard), length)]
-        return pa.Table.from_batches(batches, shard_schema(length))
+        shape = self.manifest.max_length, self.manifest.weighted
+        batches = [batch for shard in self.manifest.shards for batch in read_batches(plain_file(self.folder, shard), *shape)]
+        return pa.Table.from_batches(batches, shard_schema(*shape))
 
     def polars(self) -> pl.DataFrame:
         """Return the set as a polars frame."""
@@ -136,7 +138,7 @@ class ShardSet(Sequence[PackedRow]):
         if index not in self._mapped:
             info = self.manifest.shards[index]
             path = plain_file(self.folder, info)
-            self._mapped[index] = _Mapped(path, info, read_shard(path, self.manifest.max_length))
+            self._mapped[index] = _Mapped(path, info, read_shard(path, self.manifest.max_length, self.manifest.weighted))
         return self._mapped[index]
 
 
@@ -156,7 +158,9 @@ class _Mapped:
         row -= self._ends[index] - len(batch)
         tokens = slice(batch.row_offsets[row], batch.row_offsets[row + 1])
         segments = slice(batch.segment_offsets[row], batch.segment_offsets[row + 1])
-        return PackedRow(batch.input_ids[tokens], batch.labels[tokens], batch.seq_lengths[segments], batch.example_ids[segments])
+        weights = None if batch.loss_weights is None else batch.loss_weights[tokens]
+        ids, labels = batch.input_ids[tokens], batch.labels[tokens]
+        return PackedRow(ids, labels, batch.seq_lengths[segments], batch.example_ids[segments], weights)
 
 
 def open_set(folder: str | Path) -> ShardSet:

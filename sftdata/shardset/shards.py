@@ -5,6 +5,7 @@
 | `input_ids`, `labels` | fixed_size_list<int32>[max_length]; list<int32> where rows keep their own length |
 | `seq_lengths` | list<int32>, document lengths, padding as one last segment |
 | `example_ids` | list<int64>, input row behind each document, -1 for padding |
+| `loss_weights` | as `labels`, of float32: only in a set prepared with weights |
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Int32, Int64, PackedRows
+from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.shardset.atomic import Sink, write_atomic
 from sftdata.shardset.fields import Count, Sha256, ShardName, Xxh3
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
+WEIGHTS = "loss_weights"
 _BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough that its cost is nothing
 _LARGEST_OFFSET = 2**31 - 1
 
@@ -60,13 +62,16 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.arrow"
 
 
-def shard_schema(max_length: int | None) -> pa.Schema:
+def shard_schema(max_length: int | None, weighted: bool = False) -> pa.Schema:
     """Return the schema of a shard; without `max_length` rows keep their own length."""
     import pyarrow as pa
 
     tokens = pa.list_(pa.int32()) if max_length is None else pa.list_(pa.int32(), max_length)
     types = (tokens, tokens, pa.list_(pa.int32()), pa.list_(pa.int64()))
-    return pa.schema(list(zip(COLUMNS, types, strict=True)))
+    columns = list(zip(COLUMNS, types, strict=True))
+    if weighted:
+        columns.append((WEIGHTS, pa.list_(pa.float32()) if max_length is None else pa.list_(pa.float32(), max_length)))
+    return pa.schema(columns)
 
 
 def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardInfo:
@@ -94,20 +99,21 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
     )
 
 
-def read_shard(path: Path, max_length: int | None) -> list[PackedRows]:
+def read_shard(path: Path, max_length: int | None, weighted: bool = False) -> list[PackedRows]:
     """Map a shard and return its record batches as columns; every column is a view of the mapped file.
 
     Args:
         path: an Arrow IPC file of the schema above.
         max_length: tokens per row that the manifest promises; None where rows keep their own length.
+        weighted: whether the manifest promises weights.
 
     Raises:
         IntegrityError: the file is no such shard.
     """
-    return [_columns(path, batch, max_length) for batch in read_batches(path, max_length)]
+    return [_columns(path, batch, max_length) for batch in read_batches(path, max_length, weighted)]
 
 
-def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
+def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> list[pa.RecordBatch]:
     """Map a shard and return its record batches, checked to have the schema of a shard and offsets inside their buffers.
 
     Raises:
@@ -115,7 +121,7 @@ def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
     """
     import pyarrow as pa
 
-    expected = shard_schema(max_length)
+    expected = shard_schema(max_length, weighted)
     try:
         # The views keep the mapping alive; closing gives the file descriptor back, so that 10,000 shards can be open.
         with pa.memory_map(str(path)) as file:
@@ -136,7 +142,7 @@ def read_batches(path: Path, max_length: int | None) -> list[pa.RecordBatch]:
 def _write_ipc(sink: Sink, rows: PackedRows, max_length: int | None) -> None:
     import pyarrow as pa
 
-    schema = shard_schema(max_length)
+    schema = shard_schema(max_length, rows.loss_weights is not None)
     output: Any = sink
     with pa.ipc.new_file(output, schema) as writer:
         for first, last in _batch_edges(rows.row_offsets):
@@ -161,12 +167,14 @@ def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.Rec
     segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
     row_offsets = _rebased(rows.row_offsets, first, last)
     segment_offsets = _rebased(rows.segment_offsets, first, last)
-    columns: tuple[tuple[Int32 | Int64, Int32], ...] = (
+    columns: list[tuple[Int32 | Int64 | Float32, Int32]] = [
         (rows.input_ids[tokens], row_offsets),
         (rows.labels[tokens], row_offsets),
         (rows.seq_lengths[segments], segment_offsets),
         (rows.example_ids[segments], segment_offsets),
-    )
+    ]
+    if rows.loss_weights is not None:
+        columns.append((rows.loss_weights[tokens], row_offsets))
     arrays = []
     for field, (values, offsets) in zip(schema, columns, strict=True):
         flat = _as_arrow(values)
@@ -186,13 +194,14 @@ def _rebased(offsets: Int64, first: int, last: int) -> Int32:
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
-    input_ids, labels, seq_lengths, example_ids = (_as_numpy(column.flatten()) for column in batch.columns)
-    offsets = {name: _list_offsets(batch[name]) for name in (COLUMNS if max_length is None else COLUMNS[2:])}
-    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids")):
-        if name in offsets and not np.array_equal(offsets[name], offsets[twin]):
+    input_ids, labels, seq_lengths, example_ids, *weights = (_as_numpy(column.flatten()) for column in batch.columns)
+    ragged = batch.schema.names if max_length is None else COLUMNS[2:]
+    offsets = {name: _list_offsets(batch[name]) for name in ragged}
+    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
+        if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
             raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
-    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"])
+    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights)
 
 
 def _list_offsets(column: pa.ListArray) -> Int64:
@@ -204,7 +213,7 @@ def _list_offsets(column: pa.ListArray) -> Int64:
 # pyarrow's own ways to and from numpy import pandas where it is installed, which takes longer than most runs.
 
 
-def _as_arrow(values: Int32 | Int64) -> pa.Array:
+def _as_arrow(values: Int32 | Int64 | Float32) -> pa.Array:
     import pyarrow as pa
 
     return pa.Array.from_buffers(
@@ -213,8 +222,8 @@ def _as_arrow(values: Int32 | Int64) -> pa.Array:
 
 
 def _as_numpy(values: pa.Array) -> Any:
-    """Return a read-only view of an array of integers without nulls."""
-    dtype = np.dtype(f"i{values.type.bit_width // 8}")
+    """Return a read-only view of an array of numbers without nulls."""
+    dtype = np.dtype(values.type.to_pandas_dtype())
     return np.frombuffer(
         values.buffers()[1] or b"", dtype, len(values) if values.buffers()[1] else 0, values.offset * dtype.itemsize
     )

@@ -125,7 +125,7 @@ class _Recount:
         """Count one shard; return its problems."""
         length = self.manifest.max_length
         try:
-            batches = read_shard(path, length)
+            batches = read_shard(path, length, self.manifest.weighted)
         except IntegrityError as error:
             return [str(error)]
         problems, shard, first = [], Ledger(), 0
