@@ -86,11 +86,7 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     else:
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
     export(trainer, sets, effective_settings(config, args), run, say)
-    if args.should_save:
-        say(f"report: {write_report(Path(str(args.output_dir)))}")
-    say(f"model: {args.output_dir}")
-    if config.push_to_hub and args.should_save:
-        say(f"pushed: {push(Path(str(args.output_dir)), config.push_to_hub)}")
+    _conclude(config, args, say)
     return trainer
 
 
@@ -100,6 +96,16 @@ def _choose_path(config: TrainConfig, model_config: Any, model: Any, device: str
     choice = choose_attention(wanted_attention(config, model), model_config, device, compute)
     say(f"attention: {choice.name} ({choice.reason})\n{choice.table}")
     return preflight.choose_path(config, model_config, choice.name, device, compute, say)
+
+
+def _conclude(config: TrainConfig, args: Any, say: Say) -> None:
+    """Write the report, and push what the hub shall have."""
+    output = Path(str(args.output_dir))
+    if args.should_save:
+        say(f"report: {write_report(output)}")
+    say(f"model: {output}")
+    if config.push_to_hub and args.should_save:
+        say(f"pushed: {push(output, config.push_to_hub)}")
 
 
 def training_arguments(config: TrainConfig) -> Any:
