@@ -154,9 +154,7 @@ def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -
         return tuple(Slice(source, start, stop, record, base_id + record, marks.anchors) for start, stop, record in spans)
 
     slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
-    return SourcePlan(
-        source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes
-    )
+    return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes)
 
 
 @dataclass(slots=True)
