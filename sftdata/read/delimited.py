@@ -51,7 +51,7 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
     for record, (offset, text, length, closed) in enumerate(records, piece.first_record):
         row: dict[str, str] | Fault | None
         if length > limit + 1:
-            row = too_long(length, limit)
+            row = too_long(length, limit) if limit == max_line_bytes else _too_long_for_csv(length)
         elif not closed:
             row = Fault("invalid-csv", "a quoted field is never closed.", "close it; double a quote that is part of the text.")
         else:
@@ -61,6 +61,11 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
         elif row is not None:
             found.add(row, record, offset)
     return found.finish()
+
+
+def _too_long_for_csv(length: int) -> Fault:
+    what = f"the record takes {length} bytes; a record of a CSV may take {RECORD_LIMIT}."
+    return Fault("line-too-long", what, "split the row, or write it as a line of JSON.")
 
 
 def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:

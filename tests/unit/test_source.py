@@ -420,6 +420,7 @@ def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert [row["prompt"] for row in rows] == ["1", "3"]
         assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 2, 22)]
+        assert bad[0].fault.fix == "split the row, or write it as a line of JSON."
 
 
 def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
