@@ -28,7 +28,8 @@ ROWS = {
     "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",
     "memory": "`activation_checkpointing`, offloading, `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
     "evaluation": "Sets by name, packed or not, `compute_metrics`, `preprocess_logits_for_metrics`, loss per source.",
-    "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; on supervised positions, a chunk of logits at a time.",
+    "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; `--loss-weights` of `prepare` keeps weights of messages: the"
+    " weighted sum over the sum of the weights. On supervised positions, a chunk of logits at a time.",
     "custom data": "Any dataset, stream or list of rows with `input_ids` and labels, `completion_mask` or `assistant_masks`.",
     "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.batched`; it decides.",
     "constant-length stream": "`sftdata.stream(...)`: bounded buffers, `infinite`, `shuffle`, end tokens, no lost tails.",

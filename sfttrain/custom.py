@@ -6,6 +6,8 @@
 | `input_ids` with `completion_mask`, `assistant_masks` or both | where each of them is 1 |
 | `input_ids` | everything |
 
+`loss_weights`, numbers from 0, say what the loss of each token weighs; 0 trains it not.
+
 `seq_lengths`, or `position_ids` that begin again, mark the documents of a packed row.
 """
 
@@ -18,13 +20,14 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from sftdata.batches import Int32
+from sftdata.batches import Float32, Int32
 from sftdata.errors import DataError, UsageError
 from sfttrain.data import Row
 from sfttrain.loss import IGNORE
 from sfttrain.order import FILLER
 
 _MASKS = ("completion_mask", "assistant_masks")
+_WEIGHTS = "loss_weights"
 
 
 class CustomRows(Dataset[Row]):
@@ -33,12 +36,14 @@ class CustomRows(Dataset[Row]):
     Attributes:
         sizes: rows, as the one part of an order.
         sources: empty; only sets know where their rows come from.
+        weighted: whether the first row says what its tokens weigh.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._rows = rows
         self.sizes = [len(rows)]
         self.sources: list[str] = []
+        self.weighted = rows[0].get(_WEIGHTS) is not None
 
     def __len__(self) -> int:
         return self.sizes[0]
@@ -52,6 +57,7 @@ class StreamRows(IterableDataset[Row]):
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], rank: int, ranks: int) -> None:
         self._rows, self._rank, self._ranks = rows, rank, ranks
+        self.weighted = False  # not known before the first row; then each batch says so
 
     def __iter__(self) -> Iterator[Row]:
         for index, row in zip(count(), self._rows, strict=False):
@@ -101,7 +107,23 @@ def make_row(row: Mapping[str, Any], index: int) -> Row:
             raise DataError(f"row {index}: {len(ids)} input_ids, {len(column)} {name}.", "give one value per token.")
     for mask in masks:
         labels[mask == 0] = IGNORE
-    return Row(ids, labels, _lengths(row, ids, index))
+    weights = _loss_weights(row, len(ids), index)
+    if weights is not None:
+        labels[weights == 0] = IGNORE
+    return Row(ids, labels, _lengths(row, ids, index), None, weights)
+
+
+def _loss_weights(row: Mapping[str, Any], count: int, index: int) -> Float32 | None:
+    if row.get(_WEIGHTS) is None:
+        return None
+    try:
+        weights = np.asarray(row[_WEIGHTS], np.float32)
+    except (TypeError, ValueError):
+        raise DataError(f"row {index}: loss_weights is no flat list of numbers.", "give one number per token.") from None
+    if weights.shape != (count,) or not np.all(np.isfinite(weights) & (weights >= 0)):
+        found = f"row {index}: loss_weights are not {count} finite numbers from 0"
+        raise DataError(f"{found}.", "give one such number per token.")
+    return weights
 
 
 def _lengths(row: Mapping[str, Any], ids: Int32, index: int) -> Int32:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sftdata.batches import Int32, Int64
+from sftdata.batches import Float32, Int32, Int64
 from sftdata.shardset.opened import PackedRow, ShardSet
 from sfttrain.order import FILLER
 
@@ -23,12 +23,16 @@ Batch = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L; for evaluation int64[L] sources."""
+    """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
+
+    For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each.
+    """
 
     input_ids: Int32
     labels: Int32
     seq_lengths: Int32
     source: Int64 | None = None
+    loss_weights: Float32 | None = None
 
 
 class TrainingRows(Dataset[Row]):
@@ -42,10 +46,12 @@ class TrainingRows(Dataset[Row]):
     Attributes:
         sizes: rows of each set.
         sources: names of the sources, where they are told.
+        weighted: whether a set says what its tokens weigh.
     """
 
     def __init__(self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False) -> None:
         self._sets = list(sets)
+        self.weighted = any(opened.manifest.weighted for opened in sets)
         self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []
         self._documents = [_documents(opened) for opened in sets] if unpack else None
         self.sizes = [len(part) for part in (self._documents or self._sets)]
@@ -62,7 +68,7 @@ class TrainingRows(Dataset[Row]):
         if self._documents is None:
             packed = self._sets[which][local]
             source = np.repeat(self._source_of(packed.examples), packed.seq_lengths) if self.sources else None
-            return Row(packed.input_ids, packed.labels, packed.seq_lengths, source)
+            return Row(packed.input_ids, packed.labels, packed.seq_lengths, source, packed.loss_weights)
         index, segment = self._documents[which][local].tolist()
         packed = self._sets[which][index]
         row = _document(packed, segment)
@@ -91,7 +97,8 @@ def _documents(opened: ShardSet) -> Int64:
 def _document(row: PackedRow, segment: int) -> Row:
     stop = int(row.seq_lengths[: segment + 1].sum(dtype=np.int64))
     tokens = slice(stop - int(row.seq_lengths[segment]), stop)
-    return Row(row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1])
+    weights = None if row.loss_weights is None else row.loss_weights[tokens]
+    return Row(row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1], None, weights)
 
 
 class Collator:
@@ -106,7 +113,10 @@ class Collator:
         self.flatten = flatten
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Return int64 `input_ids`, `labels`, `position_ids`, and when flattened the `cu_seq_lens` of both sides."""
+        """Return int64 `input_ids`, `labels`, `position_ids`, and when flattened the `cu_seq_lens` of both sides.
+
+        Where a row has weights, float32 `loss_weights` too, in the shape of the labels.
+        """
         return _flattened(rows) if self.flatten else _padded(rows)
 
 
@@ -118,15 +128,20 @@ def _flattened(rows: Sequence[Row]) -> Batch:
     cumulative = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
     longest = int(lengths.max())
     sources = {"source": torch.from_numpy(np.concatenate(_sources(rows)))[None]} if rows[0].source is not None else {}
-    return sources | {
-        "input_ids": torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))[None],
-        "labels": torch.from_numpy(labels)[None],
-        "position_ids": torch.from_numpy(positions(lengths))[None],
-        "cu_seq_lens_q": cumulative,
-        "cu_seq_lens_k": cumulative,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    weights = {"loss_weights": torch.from_numpy(np.concatenate(_weights(rows)))[None]} if _weighted(rows) else {}
+    return (
+        sources
+        | weights
+        | {
+            "input_ids": torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions(lengths))[None],
+            "cu_seq_lens_q": cumulative,
+            "cu_seq_lens_k": cumulative,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    )
 
 
 def _padded(rows: Sequence[Row]) -> Batch:
@@ -143,14 +158,24 @@ def _padded(rows: Sequence[Row]) -> Batch:
         lengths[-1] += width - length
         position_ids[index] = positions(lengths)
     labels[:, 0] = -100
-    columns = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     if rows[0].source is not None:
         columns["source"] = np.stack([np.pad(part, (0, width - len(part))) for part in _sources(rows)])
+    if _weighted(rows):
+        columns["loss_weights"] = np.stack([np.pad(part, (0, width - len(part))) for part in _weights(rows)])
     return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def _sources(rows: Sequence[Row]) -> list[Int64]:
     return [np.zeros(len(row.input_ids), np.int64) if row.source is None else row.source for row in rows]
+
+
+def _weighted(rows: Sequence[Row]) -> bool:
+    return any(row.loss_weights is not None for row in rows)
+
+
+def _weights(rows: Sequence[Row]) -> list[Float32]:
+    return [(row.labels != -100).astype(np.float32) if row.loss_weights is None else row.loss_weights for row in rows]
 
 
 def positions(lengths: Int32 | Int64) -> Int64:

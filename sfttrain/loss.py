@@ -45,12 +45,23 @@ class Objective:
 PLAIN = Objective()
 
 
+class Targets(NamedTuple):
+    """What is predicted at each position: int64[N] ids, and float32[N] what their losses weigh; None for 1 each."""
+
+    ids: Tensor
+    weights: Tensor | None = None
+
+    def at(self, rows: slice) -> Targets:
+        """Return a stretch of the positions."""
+        return Targets(self.ids[rows], None if self.weights is None else self.weights[rows])
+
+
 @dataclass
 class LossOutput(ModelOutput):
     """Loss of a batch, without logits.
 
     Attributes:
-        loss: float32[], sum over supervised positions divided by `num_items_in_batch`.
+        loss: float32[], weighted sum over supervised positions divided by `num_items_in_batch`, the sum of the weights.
         correct: int64[], supervised positions whose most likely token is the label.
         supervised: int64[], supervised positions.
         token_losses: float32[N], negative log likelihood of each supervised position; None where the engine has none.
@@ -67,26 +78,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, head: Head, objective: Objective,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        token_losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        count = len(targets.ids)
+        token_losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         # Summed in fp32 even under bf16: one rounding at the end instead of one a chunk.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         grad_bias = torch.zeros_like(cast(Tensor, bias), dtype=torch.float32) if want_bias else None
         want_slope = want_hidden or want_weight or want_bias
         weight_cast = weight.to(dtype)
-        step = chunk_rows(hidden.device.type, weight.shape[0], len(targets))
+        step = chunk_rows(hidden.device.type, weight.shape[0], count)
         buffer = torch.empty(step, weight.shape[0], dtype=dtype, device=hidden.device)  # fresh memory costs more than the sums
-        for start in range(0, len(targets), max(step, 1)):
+        for start in range(0, count, max(step, 1)):
             rows = slice(start, start + step)
             inputs = hidden[rows].to(dtype)
             logits = torch.mm(inputs, weight_cast.T, out=buffer[: len(inputs)]).float()
-            chunk = _chunk(logits, bias, targets[rows], head, objective, want_slope)
+            chunk = _chunk(logits, bias, targets.at(rows), head, objective, want_slope)
             loss += chunk.loss
             correct += chunk.correct
             token_losses[rows] = chunk.token_losses
@@ -130,7 +142,7 @@ class _Chunk(NamedTuple):
     slope: Tensor | None
 
 
-def _chunk(logits: Tensor, bias: Tensor | None, targets: Tensor, head: Head, objective: Objective, want_slope: bool) -> _Chunk:
+def _chunk(logits: Tensor, bias: Tensor | None, targets: Targets, head: Head, objective: Objective, want_slope: bool) -> _Chunk:
     """Compute one chunk from `W h`, float32[N, V], in whose place the slope is written."""
     if bias is not None:
         logits += bias
@@ -141,7 +153,7 @@ def _chunk(logits: Tensor, bias: Tensor | None, targets: Tensor, head: Head, obj
         logits.div_(head.softcap).tanh_()
         damping = 1 - logits**2 if want_slope else None
         logits *= head.softcap
-    at_target = logits.gather(1, targets[:, None])
+    at_target = logits.gather(1, targets.ids[:, None])
     mean = logits.mean(1, keepdim=True) if objective.smoothing else at_target
     top = logits.amax(1, keepdim=True)
     weights = logits.sub_(top).exp_()
@@ -150,12 +162,14 @@ def _chunk(logits: Tensor, bias: Tensor | None, targets: Tensor, head: Head, obj
     token_losses = log_total - at_target
     losses = log_total - (1 - objective.smoothing) * at_target - objective.smoothing * mean
     share = token_losses.neg().exp() if objective.dft else None
+    if targets.weights is not None:
+        share = targets.weights[:, None] if share is None else share * targets.weights[:, None]
     loss = (losses if share is None else losses * share).sum()
     correct = (at_target >= top).sum()
     if not want_slope:
         return _Chunk(loss, correct, token_losses[:, 0], None)
     slope = weights.div_(total)
-    slope[torch.arange(len(targets), device=targets.device), targets] -= 1 - objective.smoothing
+    slope[torch.arange(len(slope), device=slope.device), targets.ids] -= 1 - objective.smoothing
     if objective.smoothing:
         slope -= objective.smoothing / logits.shape[1]
     for factor in (share, damping):
@@ -188,7 +202,12 @@ def head_of(model: nn.Module) -> Head:
 
 
 def supervised_loss(
-    hidden: Tensor, labels: Tensor, head: Head, engine: str = "chunked", objective: Objective = PLAIN
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    engine: str = "chunked",
+    objective: Objective = PLAIN,
+    loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (summed loss float32[], correct int64[], supervised int64[], token losses float32[N] or None).
 
@@ -197,13 +216,14 @@ def supervised_loss(
         labels: int64[B, L], unshifted: position i is trained to predict label i + 1.
         engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no accuracy: -1).
         objective: what is minimised; the losses of single tokens stay the plain ones.
+        loss_weights: float32[B, L], what the loss of each label weighs in the sum; None for 1 each.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORE
     rows, targets = hidden[:, :-1][chosen], targets[chosen]
     supervised = torch.tensor(len(targets), device=hidden.device)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
-    plain = head.scale == 1.0 and head.softcap is None and objective == PLAIN
+    plain = head.scale == 1.0 and head.softcap is None and objective == PLAIN and loss_weights is None
     if engine == "torch" and len(targets) and plain and torch.is_grad_enabled():
         options = nn.LinearCrossEntropyOptions()
         bias = None if head.bias is None else head.bias.to(dtype)
@@ -215,8 +235,17 @@ def supervised_loss(
     inputs = (rows, head.weight, head.bias)
     if not torch.is_grad_enabled():  # inside the function this can no longer be asked
         inputs = (rows.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
-    loss, correct, token_losses = cross_entropy(*inputs, targets, head, objective, dtype)
+    weights = None if loss_weights is None else loss_weights[:, 1:][chosen]
+    loss, correct, token_losses = cross_entropy(*inputs, Targets(targets, weights), head, objective, dtype)
     return loss, correct, supervised, token_losses
+
+
+def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
+    """Return what the losses of a batch are divided by: the sum of their weights, float64[]; without weights their count."""
+    trained = labels[:, 1:] != IGNORE
+    if loss_weights is None:
+        return trained.sum().double()
+    return loss_weights[:, 1:][trained].double().sum()
 
 
 def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN) -> None:
@@ -227,16 +256,20 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN)
     own_forward = model.forward
 
     def forward(
-        self: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, skip_logits: bool = False, **inputs: Any
-    ) -> Any:
+        self: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, skip_logits: bool = False,
+        loss_weights: Tensor | None = None, **inputs: Any,
+    ) -> Any:  # fmt: skip
         if labels is None or not skip_logits:
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return own_forward(labels=labels, **extra, **inputs)
         hidden = self.base_model(**inputs)[0]
         aim = objective if self.training else PLAIN
-        loss, correct, supervised, token_losses = supervised_loss(hidden, labels, head_of(self), engine, aim)
-        items = supervised if num_items_in_batch is None else num_items_in_batch
-        mean = loss / torch.as_tensor(items, device=loss.device).clamp(min=1)
+        loss, correct, supervised, token_losses = supervised_loss(hidden, labels, head_of(self), engine, aim, loss_weights)
+        items = num_items_in_batch
+        if items is None:
+            items = supervised if loss_weights is None else items_of(labels, loss_weights)
+        items = torch.as_tensor(items, device=loss.device)
+        mean = loss / torch.where(items > 0, items, 1).to(loss.dtype)
         return LossOutput(mean, correct, supervised, token_losses)
 
     model.forward = types.MethodType(forward, model)

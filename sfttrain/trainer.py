@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from sftdata.errors import UsageError
 from sfttrain import checkpoint
 from sfttrain.custom import custom_rows
 from sfttrain.evaluation import EvalFigures, token_losses_of
-from sfttrain.loss import LossOutput
+from sfttrain.loss import LossOutput, items_of
 from sfttrain.order import Order
 
 
@@ -39,6 +40,9 @@ class SftTrainer(Trainer):
         if fused:
             self.label_smoother = None  # the chunked loss smooths by itself
         self._evaluated = EvalFigures([], self.args.device)
+        self._weighted = bool(getattr(self.train_dataset, "weighted", False))
+        if self._weighted:
+            self._require_weighted_loss()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""
@@ -81,10 +85,23 @@ class SftTrainer(Trainer):
             self._count(inputs["input_ids"], outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Return what the losses of a step are divided by: of weighted rows the sum of the weights, else transformers' count."""
+        if not self._weighted and not any("loss_weights" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        self._require_weighted_loss()
+        items = sum(items_of(batch["labels"], batch.get("loss_weights")).to(device) for batch in batch_samples)
+        return self.accelerator.reduce(items, "sum") if self.args.average_tokens_across_devices else items
+
+    def _require_weighted_loss(self) -> None:
+        if not self.fused or self.compute_loss_func is not None:
+            found = "The rows have loss_weights, which neither the model's own loss nor compute_loss_func knows"
+            raise UsageError(f"{found}.", "set loss=auto, or prepare without --loss-weights.")
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Evaluate one batch; logits exist only when metrics are computed from them."""
         inputs = self._prepare_inputs(inputs)
-        source, labels = inputs.pop("source", None), inputs["labels"]
+        source, labels, _ = inputs.pop("source", None), inputs["labels"], inputs.pop("loss_weights", None)
         extra = {"skip_logits": True} if self.fused and prediction_loss_only else {}
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, **extra)

@@ -377,6 +377,33 @@ def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_p
 # --------------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.feature("export: Hub")
+def test_a_finished_model_is_pushed_without_its_checkpoints(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    pushed: dict[str, list[str]] = {}
+
+    class Hub:
+        def create_repo(self, name: str, **_: Any) -> str:
+            return f"https://hub/{name}"
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str, ignore_patterns: list[str]) -> None:
+            names = [str(path.relative_to(folder_path)) for path in sorted(folder_path.rglob("*")) if path.is_file()]
+            pushed[repo_id] = list(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    train_in_process(shards, model, tmp_path / "out", {**QUICK, "save_strategy": "steps"}, push_to_hub="me/model")
+    assert "pushed: https://hub/me/model" in capsys.readouterr().err
+    assert {"model.safetensors", "config.json", "README.md", "run.json"} <= set(pushed["me/model"])
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+    assert not [name for name in pushed["me/model"] if name.startswith("checkpoint-")]
+
+
 @pytest.mark.feature("export: GPTQ")
 @pytest.mark.parametrize(
     ("gptq", "words"),
