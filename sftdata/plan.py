@@ -179,7 +179,8 @@ def decide_format(config: PrepareConfig, source: SourcePlan, tokenizer: Resolved
             f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
             "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
         )
-    return found.format, [f"{path}: {found.format}, {found.matched} of {found.sampled} sampled rows."]
+    read = ", ".join(own if own == name else f"{own or 'the line'} as {name}" for name, own in found.columns.items())
+    return found.format, [f"{path}: {found.format} ({read}), {found.matched} of {found.sampled} sampled rows."]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
