@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from sftdata.render.resolve import Resolution, resolve_marker
 from sftdata.render.rows import render_rows
 from sftdata.shardset.ledger import Ledger
 from sftdata.stages import Stages
+
+PART = 0.25  # of each stretch of a large input
+IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose slices are counted in bytes, not in rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,9 +136,11 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
     plan = make_plan(config)
-    stages = Stages(plan.job)
+    stages, sample = Stages(plan.job), sample_pieces(plan)
+    for first in sample[:1]:
+        prepare_piece(stages, first)  # loads the tokenizer, which takes as long for any input
     began = time.monotonic()
-    pieces = [prepare_piece(stages, piece) for piece in sample_pieces(plan)]
+    pieces = [prepare_piece(stages, taken) for taken in sample]
     seconds = time.monotonic() - began
     ledger = Ledger()
     for piece in pieces:
@@ -149,7 +154,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         examples=[example for piece in pieces for example in _examples(plan, piece)][:: _stride(pieces, number)][:number],
         ledger=ledger,
         rejects=[f"{reject.file}:{reject.line}: {reject.reason}" for piece in pieces for reject in piece.rejects],
-        share=_share(plan),
+        share=_share(plan, sample),
         records=sum(source.records for source in plan.sources),
         seconds=seconds,
         workers=config.workers or usable_cores(),
@@ -160,18 +165,32 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     )
 
 
-def sample_pieces(plan: Plan) -> Iterator[Piece]:
-    """Yield small stretches of every source, evenly spaced: all of a small input."""
-    for number, source in enumerate(plan.sources):
-        yield from (Piece(number, piece) for piece in source.samples)
+def sample_pieces(plan: Plan) -> list[Piece]:
+    """Return small stretches of every source, evenly spaced: all of a small input, the beginning of each of a large one."""
+    found = [Piece(number, piece) for number, source in enumerate(plan.sources) for piece in source.samples]
+    if _share(plan, found) == 1:
+        return found
+    return [replace(piece, slice=_beginning(piece.slice, plan.job.config.max_line_bytes)) for piece in found]
 
 
-def _share(plan: Plan) -> float:
-    def size(pieces: tuple[Slice, ...]) -> int:
+def _beginning(stretch: Slice, max_line_bytes: int) -> Slice:
+    """Return a part of a stretch, cut between rows: many rows of one place tell little more than a few.
+
+    The same part of each, so that no place counts for more than another.
+    """
+    wanted = stretch.start + max(1, round((stretch.stop - stretch.start) * PART))
+    if stretch.source.container in IN_BYTES:
+        starts = read_slice(stretch, max_line_bytes)[0].byte_offsets
+        wanted = next((start for start in starts.tolist() if start >= wanted), stretch.stop)
+    return replace(stretch, stop=wanted)
+
+
+def _share(plan: Plan, sample: list[Piece]) -> float:
+    def size(pieces: Iterable[Slice]) -> int:
         return sum(piece.stop - piece.start for piece in pieces)
 
     whole = sum(size(source.slices) for source in plan.sources)
-    return min(1.0, sum(size(source.samples) for source in plan.sources) / whole) if whole else 1.0
+    return min(1.0, size(piece.slice for piece in sample) / whole) if whole else 1.0
 
 
 def _stride(pieces: list[PreparedPiece], number: int) -> int:

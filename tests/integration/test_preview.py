@@ -58,3 +58,33 @@ def test_a_sample_foretells_a_large_input(tmp_path: Path, capsys: pytest.Capture
         sum(file.stat().st_size for file in (tmp_path / "set").glob("*.arrow")), rel=0.05
     )
     assert projected["seconds_at_most"] > 0
+
+
+def test_a_large_input_is_not_sampled_more_than_a_small_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (json.dumps({"text": "All the same words. " * 10}) + "\n").encode()
+    sampled = []
+    for name, megabytes in (("large", 4), ("larger", 16)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(line * (megabytes * 1_000_000 // len(line)))
+        seen = told(capsys, str(path))
+        sampled.append(seen["ledger"]["tokens_in"])
+        rows = path.read_bytes().count(b"\n")
+        assert seen["projected"]["rows"] == rows
+        assert seen["projected"]["tokens"] == pytest.approx(rows * len(seen["examples"][0]["input_ids"]), rel=0.01)
+    assert sampled[1] == pytest.approx(sampled[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "Why?", "answer": "So."}, "(question, answer)"),
+        ({"prompt": "Why?", "response": "So."}, "(prompt, response as answer)"),
+        ({"text": "So."}, "(text)"),
+    ],
+)
+def test_a_preview_says_which_column_is_read_as_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, str], mapping: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 9)
+    (note,) = (note for note in told(capsys, str(tmp_path / "rows.jsonl"))["notes"] if "sampled rows" in note)
+    assert f" {mapping}, 9 of 9 sampled rows." in note
