@@ -34,21 +34,23 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     """Turn one slice of the input into one shard, and commit it."""
     stages = load_stages(job)
     build = Build(job.config.output)
-    ledger, rejects, examples, ids, equal = Ledger(), [], [], [], True
-    for number, piece in enumerate(task.pieces):
-        done = prepare_piece(stages, piece, gate=number == 0)
+    ledger, rejects, examples, ids = Ledger(), [], [], []
+    texts: list[str] = []
+    for piece in task.pieces:
+        done = prepare_piece(stages, piece)
+        texts = texts or done.texts
         ledger.merge(done.ledger)
         rejects += done.rejects
         examples.append(done.tokens)
         ids.append(done.example_ids)
-        equal &= done.engine_equal
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
     packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
     rows = gather(tokens, example_ids, packs, job.max_length, job.pad_id, constant=job.packed, weighted=job.config.loss_weights)
     length = job.max_length if job.packed else None
     ledger.count_packed(rows, length, job.sources)
     shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()
-    result = SliceResult(index=task.index, shards=shards, ledger=ledger, rejects=len(rejects), engine_mismatch=not equal)
+    sample, digest = stages.sample(texts)
+    result = SliceResult(index=task.index, shards=shards, ledger=ledger, rejects=len(rejects), sample=sample, sample_xxh3=digest)
     build.commit(result, b"".join(map(encode_reject, rejects)))
     return result
 
@@ -62,26 +64,22 @@ class PreparedPiece:
         example_ids: int64[N], global number of each example's row.
         ledger: what became of its rows and tokens, packing aside.
         rejects: in order of their rows.
-        engine_equal: the tokenizer engine equals the oracle on a sample.
+        texts: as rendered.
     """
 
     tokens: TokenBatch
     example_ids: Int64
     ledger: Ledger
     rejects: list[Reject]
-    engine_equal: bool
+    texts: list[str]
 
 
-def prepare_piece(stages: Stages, piece: Piece, *, gate: bool = False) -> PreparedPiece:
-    """Read, convert, render, encode, mask and cut the rows of one piece.
-
-    Args:
-        gate: hold the engine against the oracle on a sample of the texts.
-    """
+def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
+    """Read, convert, render, encode, mask and cut the rows of one piece."""
     job, config = stages.job, stages.job.config
     rows, unreadable = read_slice(piece.slice, config.max_line_bytes)
     converted = convert_rows(rows, job.formats[piece.source], job.options)
-    tokens, faults, counts, equal = tokenize(stages, converted, gate=gate)
+    tokens, faults, counts, texts = tokenize(stages, converted)
     tokens, marker_faults, warned = stages.mask(tokens)
     faults = [*converted.faults, *faults, *marker_faults]
     kept, cut = cut_length(job, piece, rows, tokens)
@@ -100,7 +98,7 @@ def prepare_piece(stages: Stages, piece: Piece, *, gate: bool = False) -> Prepar
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
     rejects = make_rejects(list(job.sources)[piece.source], rows, unreadable, faults)
-    return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, equal)
+    return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, texts)
 
 
 def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tuple[TokenBatch, LengthCounts]:
@@ -117,13 +115,11 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
-def tokenize(
-    stages: Stages, converted: Converted, *, gate: bool
-) -> tuple[TokenBatch, list[tuple[int, Fault]], Counter[str], bool]:
+def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tuple[int, Fault]], Counter[str], list[str]]:
     """Render and encode canonical rows.
 
     Returns:
-        the tokens in the order of their rows, faults, counts, and whether the engine equals the oracle on a sample.
+        the tokens in the order of their rows, faults, counts, and the rendered texts.
     """
     given = np.array([isinstance(row, Tokens) for row in converted.rows], np.bool_)
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
@@ -131,14 +127,14 @@ def tokenize(
     batch, faults = encode_tokens_rows(
         [row for row in converted.rows if isinstance(row, Tokens)], converted.row[given], stages.job.tokenizer
     )
-    parts, counts = [batch], Counter(rendered.counts)
+    parts, counts, encoded_texts = [batch], Counter(rendered.counts), list[str]()
     for part in (rendered.conversations, rendered.raw):
         if part is not None:
             batch, encoded = encode_batch(part, stages.encoder, boundary=stages.job.config.boundary)
             parts.append(batch)
             counts.update(asdict(encoded))
-    equal = not gate or (stages.gate(rendered.conversations) and stages.gate(rendered.raw))
-    return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], counts, equal
+            encoded_texts += part.texts
+    return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], counts, encoded_texts
 
 
 def make_rejects(name: str, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]) -> list[Reject]:

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 
 import msgspec
 
 from sftdata.config import PrepareConfig
-from sftdata.encode.engine import choose_engine
+from sftdata.encode.engine import choose_engine, digest_ids, load_encoder
 from sftdata.engine.local import Workers, usable_cores
 from sftdata.errors import DataError, UsageError
 from sftdata.pipeline import prepare_slice
@@ -24,6 +25,7 @@ from sftdata.shardset.build import Build, SliceResult, finished_set
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.stages import warm_up
 
 WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 
@@ -87,13 +89,13 @@ def build_set(
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
-            results = run_slices(plan, done, workers, progress)
-            if any(result.engine_mismatch for result in results):
+            results, agreed = run_slices(plan, done, workers, progress)
+            if not agreed:
                 say(f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers.")
                 build.clear()
                 plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
                 build.start(plan.identity(), overwrite=True)
-                results = run_slices(plan, {}, workers, progress)
+                results, _ = run_slices(plan, {}, workers, progress)
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
@@ -103,15 +105,22 @@ def with_engine(plan: Plan) -> tuple[Plan, str]:
     return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
-def run_slices(plan: Plan, done: dict[int, SliceResult], workers: Workers, progress: Progress | None) -> list[SliceResult]:
-    """Prepare the slices that are not done; return all results in order."""
-    results = dict(done)
+def run_slices(
+    plan: Plan, done: dict[int, SliceResult], workers: Workers, progress: Progress | None
+) -> tuple[list[SliceResult], bool]:
+    """Prepare the slices that are not done; return all results in order, and whether the engine equals the oracle on samples."""
     todo = [task for task in plan.tasks if task.index not in done]
-    for result in workers.map(prepare_slice, plan.job, todo):
-        results[result.index] = result
-        if progress:
+    coming = workers.map(prepare_slice, plan.job, todo, warm_up)
+    # Loaded here and now, while the workers get ready: one oracle serves all slices.
+    oracle = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
+    results, agreed = {}, True
+    for result in chain(done.values(), coming):
+        if oracle is not None and result.sample:
+            agreed &= digest_ids(oracle, result.sample) == result.sample_xxh3
+        results[result.index] = msgspec.structs.replace(result, sample=(), sample_xxh3="")
+        if progress and result.index not in done:
             progress(result, len(plan.tasks))
-    return [results[task.index] for task in plan.tasks]
+    return [results[task.index] for task in plan.tasks], agreed
 
 
 def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from sftdata.batches import TextBatch, TokenBatch
-from sftdata.encode.engine import Encoder, check_engine, load_encoder
+from sftdata.batches import TokenBatch
+from sftdata.encode.engine import Encoder, digest_ids, load_encoder
 from sftdata.errors import Fault
 from sftdata.plan import Job
 from sftdata.render.markers import find_id_spans
@@ -18,7 +18,8 @@ from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate
 from sftdata.render.trl_masks import trl_0_7_10_mask
 
-GATE_TEXTS = 16
+SAMPLE_TEXTS = 16
+SAMPLE_CHARS = 1 << 16  # of each text
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,16 @@ class Stages:
         """What turns texts into ids."""
         return load_encoder(self.job.tokenizer, self.job.engine)
 
-    @cached_property
-    def oracle(self) -> Encoder:
-        """The engine that the fast one is held against."""
-        return load_encoder(self.job.tokenizer, "tokenizers")
+    def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
+        """Return some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
 
-    def gate(self, texts: TextBatch | None) -> bool:
-        """Say whether the engine equals the oracle on a sample of these texts."""
-        if texts is None or self.encoder.engine == "tokenizers":
-            return True
-        sample = np.unique(np.linspace(0, len(texts) - 1, GATE_TEXTS).astype(np.int64))
-        return check_engine(self.encoder, self.oracle, [texts.texts[index] for index in sample])
+        Whoever waits for the slice holds them against the oracle, which then need not be loaded here.
+        """
+        if not texts or self.encoder.engine == "tokenizers":
+            return (), ""
+        chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLE_TEXTS).astype(np.int64))
+        sample = tuple(texts[index][:SAMPLE_CHARS] for index in chosen)
+        return sample, digest_ids(self.encoder, sample)
 
     def mask(self, tokens: TokenBatch) -> tuple[TokenBatch, list[tuple[int, Fault]], dict[str, int]]:
         """Mask by response template where it is given as ids, or in the way of trl 0.7.10; else leave tokens as they are.
@@ -106,3 +106,11 @@ def load_stages(job: Job) -> Stages:
     if _loaded is None or _loaded.job != job:
         _loaded = Stages(job)
     return _loaded
+
+
+def warm_up(job: Job) -> None:
+    """Load the stages that every slice of a job needs."""
+    stages = load_stages(job)
+    _ = stages.renderer, stages.encoder.strips_right
+    if job.tokenizer.layout.kind != "none":
+        _ = stages.encoder.byte_lengths

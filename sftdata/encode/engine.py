@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from xxhash import xxh3_128
 
 from sftdata.batches import Bool, Int32, Int64
 from sftdata.encode.exact import ExactEncoder
@@ -189,6 +190,14 @@ def check_engine(encoder: Encoder, oracle: Encoder, texts: Sequence[str]) -> boo
     ids, offsets = encoder.encode(texts)
     expected_ids, expected_offsets = oracle.encode(texts)
     return np.array_equal(offsets, expected_offsets) and np.array_equal(ids, expected_ids)
+
+
+def digest_ids(encoder: Encoder, texts: Sequence[str]) -> str:
+    """Return an xxh3-128 of the ids of these texts and of where each begins: equal for two encoders that agree."""
+    ids, offsets = encoder.encode(texts)
+    digest = xxh3_128(ids.tobytes())
+    digest.update(offsets.tobytes())
+    return digest.hexdigest()
 
 
 def char_offsets(resolved: ResolvedTokenizer, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:

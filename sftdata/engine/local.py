@@ -1,6 +1,9 @@
-"""Run slices on the cores of this machine: worker processes started clean, each taking whole slices.
+"""Run slices on the cores of this machine: worker processes that take whole slices, forked from one clean leader.
 
-An engine only maps a pure function over slices. It yields results as they finish; nothing about a set depends on their order.
+    this process ── spawns ──> leader: imports, loads what all slices share ── forks ──> workers
+
+The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is copied; what it loaded
+is in memory once, however many workers there are. Results come back as they finish: nothing about a set depends on their order.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from itertools import islice
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
-from typing import TypeVar
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 from sftdata.errors import SftError
 
@@ -37,68 +43,116 @@ class Workers:
 
     Args:
         number: how many.
-        warm: start them now and let them import `module`, so that they are ready when the plan is.
+        warm: start the leader now and let it import `module`, so that it is ready when the plan is.
     """
 
     def __init__(self, number: int, warm: str | None = None) -> None:
         self._number = number
-        self._pool: ProcessPoolExecutor | None = None
+        self._leader: BaseProcess | None = None
+        self._channel: Connection | None = None
         if warm is not None and number > 1:
-            with _no_main_module():
-                for _ in range(number):
-                    self._started().submit(import_module, warm)
+            self._start(warm)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._channel is not None:
+            self._channel.close()  # tells the leader that nobody waits any more; slices begun are finished
+        if self._leader is not None:
+            self._leader.join()
 
-    def map(self, function: Callable[[Job, Task], Result], job: Job, tasks: Sequence[Task]) -> Iterator[Result]:
-        """Yield `function(job, task)` for every task, in the order they finish.
+    def map(
+        self, function: Callable[[Job, Task], Result], job: Job, tasks: Sequence[Task], load: Callable[[Job], object]
+    ) -> Iterator[Result]:
+        """Begin at once; return an iterator of `function(job, task)` for every task, in the order they finish.
 
         Args:
             function: pure, importable by name.
             job: what all tasks share; small, as it goes with each of them.
+            load: loads what all tasks share, before workers are forked.
 
         Raises:
             SftError: a worker died. Whatever a task raises is passed on; tasks already begun are finished first.
         """
         if min(self._number, len(tasks)) <= 1:
-            yield from (function(job, task) for task in tasks)
-            return
-        queue = iter(tasks)
-        try:
-            with _no_main_module():
-                pool = self._started()
-                # One more than there are workers: none is idle, and a failure leaves little to wait for.
-                waiting = {pool.submit(function, job, task) for task in islice(queue, self._number + 1)}
-                while waiting:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    waiting |= {pool.submit(function, job, task) for task in islice(queue, len(done))}
-                    for future in done:
-                        yield future.result()
-        except BrokenProcessPool:
-            raise SftError(
-                "A worker process was killed, most likely for want of memory; finished slices are kept.",
-                "run the same command again with fewer workers (--workers 1) or a smaller --set slice_bytes.",
-            ) from None
+            return (function(job, task) for task in tasks)
+        channel = self._channel or self._start(None)
+        channel.send((function, job, list(tasks), load))
+        return self._results(channel, len(tasks))
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._number, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        return self._pool
+    def _results(self, channel: Connection, number: int) -> Iterator[Any]:
+        for _ in range(number):
+            try:
+                result, error = channel.recv()
+            except (EOFError, ConnectionError):
+                error = BrokenProcessPool()
+            if isinstance(error, BrokenProcessPool):
+                raise SftError(
+                    "A worker process was killed, most likely for want of memory; finished slices are kept.",
+                    "run the same command again with fewer workers (--workers 1) or a smaller --set slice_bytes.",
+                ) from None
+            if error is not None:
+                raise error
+            yield result
+
+    def _start(self, warm: str | None) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        self._channel, theirs = context.Pipe()
+        self._leader = context.Process(target=_lead, args=(theirs, self._number, warm))
+        with _no_main_module():
+            self._leader.start()
+        theirs.close()
+        return self._channel
+
+
+def _lead(channel: Connection, number: int, warm: str | None) -> None:
+    """Get ready, fork the workers, and hand them the tasks until all are done or nobody waits for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first process decides
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads of its own on import
+    if warm is not None:
+        import_module(warm)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            function, job, tasks, load = channel.recv()
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            error: Exception | None = None
+            try:
+                load(job)
+            except Exception as raised:  # the first process shows it
+                error = raised
+            if error is None:
+                with ProcessPoolExecutor(number, context, initializer=_start_worker) as pool:
+                    _hand_out(channel, pool, number, partial(function, job), tasks)
+            else:
+                channel.send((None, error))
+
+
+def _hand_out(channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]) -> None:
+    queue = iter(tasks)
+    # One more than there are workers: none is idle, and a failure leaves little to wait for.
+    waiting = {pool.submit(function, task) for task in islice(queue, number + 1)}
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                error = future.exception()
+                channel.send((None, error) if error else (future.result(), None))
+                if error:
+                    return
+            waiting |= {pool.submit(function, task) for task in islice(queue, len(done))}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker() -> None:
-    # Ctrl-C goes to the whole group: the parent decides, workers finish the slice they are at.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """End this worker when its parent is killed: nobody would take its results."""
+    """End this process when the one that started it is killed: nobody would take its results."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_handles([parent.sentinel])
@@ -107,7 +161,7 @@ def _leave_with_parent() -> None:
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Keep workers from importing the caller's script, which need not be written for that."""
+    """Keep the leader from importing the caller's script, which need not be written for that."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

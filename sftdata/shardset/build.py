@@ -44,14 +44,16 @@ class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
         shards: its shards, none when it kept no row.
         ledger: what became of its rows and tokens.
         rejects: rows it rejected, also counted in the ledger.
-        engine_mismatch: the fast engine differed from the oracle on a row of this slice; the run must be built anew without it.
+        sample: some of its texts, to hold the fast engine against the oracle; empty where the oracle itself encoded them.
+        sample_xxh3: what the fast engine made of them, see `encode.engine.digest_ids`.
     """
 
     index: int
     shards: tuple[ShardInfo, ...]
     ledger: Ledger
     rejects: int = 0
-    engine_mismatch: bool = False
+    sample: tuple[str, ...] = ()
+    sample_xxh3: str = ""
 
 
 def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:

@@ -1,0 +1,90 @@
+"""Workers are forked from a clean leader that loaded what they share; deaths and failures end in one error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sftdata.engine.local import Workers
+from sftdata.errors import DataError, SftError
+
+LOADED: list[int] = []
+
+
+def load(job: Path) -> None:
+    LOADED.append(os.getpid())
+    threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
+    (job / f"threads-{os.getpid()}").write_text(str(threads))
+
+
+def where(job: Path, task: int) -> tuple[int, int, list[int]]:
+    time.sleep(0.05)
+    return task, os.getpid(), LOADED
+
+
+def fail_on_three(job: Path, task: int) -> int:
+    if task == 3:
+        raise DataError("row three is bad.", "mend it.")
+    return task
+
+
+def die_on_three(job: Path, task: int) -> int:
+    if task == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def refuse(job: Path) -> None:
+    raise DataError("nothing to load.", "bring it.")
+
+
+@pytest.mark.parametrize("warm", [None, "sftdata.pipeline"])
+def test_what_is_shared_is_loaded_once_by_one_thread_and_forked(tmp_path: Path, warm: str | None) -> None:
+    with Workers(2, warm=warm) as workers:
+        found = sorted(workers.map(where, tmp_path, list(range(8)), load))
+    assert [task for task, _, _ in found] == list(range(8))
+    assert len({pid for _, pid, _ in found}) == 2
+    [loaded] = {tuple(loaded) for _, _, loaded in found}
+    assert len(loaded) == 1
+    assert loaded[0] not in {os.getpid(), *(pid for _, pid, _ in found)}
+    [threads] = tmp_path.glob("threads-*")
+    assert threads.read_text() == "1"
+
+
+def test_a_second_map_gets_workers_of_its_own(tmp_path: Path) -> None:
+    with Workers(2) as workers:
+        assert sorted(workers.map(fail_on_three, tmp_path, [0, 1, 2], load)) == [0, 1, 2]
+        assert sorted(workers.map(fail_on_three, tmp_path, [4, 5], load)) == [4, 5]
+
+
+def test_what_a_task_raises_is_passed_on(tmp_path: Path) -> None:
+    with Workers(2) as workers, pytest.raises(DataError, match="row three is bad"):
+        list(workers.map(fail_on_three, tmp_path, list(range(9)), load))
+
+
+def test_what_loading_raises_is_passed_on(tmp_path: Path) -> None:
+    with Workers(2) as workers, pytest.raises(DataError, match="nothing to load"):
+        list(workers.map(fail_on_three, tmp_path, list(range(9)), refuse))
+
+
+def test_a_killed_worker_is_one_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with Workers(2) as workers, pytest.raises(SftError, match="A worker process was killed"):
+        list(workers.map(die_on_three, tmp_path, list(range(9)), load))
+
+
+def test_a_killed_leader_is_the_same_error_and_leaves_no_worker(tmp_path: Path) -> None:
+    with Workers(2) as workers:
+        coming = workers.map(where, tmp_path, list(range(400)), load)
+        pids = {next(coming)[1] for _ in range(8)}
+        assert workers._leader is not None
+        os.kill(workers._leader.pid or 0, signal.SIGKILL)
+        with pytest.raises(SftError, match="A worker process was killed"):
+            list(coming)
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
