@@ -48,9 +48,8 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
-bench: $(STAMP) ## Run the benchmarks; their figures go to benchmarks/RESULTS.md by hand, dated
-	@for script in $(filter-out benchmarks/gpu_%, $(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/all.py
 
 docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/
 	$(BIN)/python docs/make_reference.py

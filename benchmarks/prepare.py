@@ -1,10 +1,10 @@
 """Time preparation: `sftdata prepare`, the same with the oracle engine, a bare reference loop, and TRL, on the same chats.
 
-    python benchmarks/prepare.py [--rounds 3] [--copies 1] [--only ours,oracle,loop,trl,again] [--json]
+    python benchmarks/prepare.py [--rounds 3] [--copies 1] [--only ours,again,steady,oracle,loop,trl] [--json]
 
 Every entry is a whole process, run in turn (A B C A B C ...), so that a machine that slows down slows all of them; the ratios are
-medians of rounds. Rows: the T0 chats of SFTDATA_TEST_DATA (end marker stripped) with its Qwen2.5 tokenizer; without that folder,
-a seeded corpus and the example tokenizer.
+medians of rounds. `steady` is `ours` on five times the rows, held against five times TRL's preparation alone. Rows: the T0 chats
+of SFTDATA_TEST_DATA (end marker stripped) with its Qwen2.5 tokenizer; without that folder, a seeded corpus and the example's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 2048
 WORKERS = 2
+STEADY = 5
 T0 = "datasets/prompt_completion/t0_train.jsonl.gz"
 
 
@@ -34,13 +35,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copies", type=int, default=1, help="how many times the rows are repeated")
-    parser.add_argument("--only", default="ours,oracle,loop,again,trl")
+    parser.add_argument("--only", default="ours,oracle,loop,again,steady,trl")
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         rows, tokenizer = write_rows(work / "chats.jsonl", options.copies)
+        if "steady" in options.only:
+            write_rows(work / "steady.jsonl", STEADY * options.copies)
         times = run(options.only.split(","), options.rounds, work, tokenizer, options.workers)
     result = summarize(times, rows)
     print(json.dumps(result, indent=2) if options.json else table(result))
@@ -85,6 +88,7 @@ def run(names: list[str], rounds: int, work: Path, tokenizer: str, workers: int)
     commands = {
         "ours": [*ours, "-o", str(work / "set")],
         "again": [*ours, "-o", str(work / "set")],
+        "steady": [*ours[:4], str(work / "steady.jsonl"), *ours[5:], "-o", str(work / "steady")],
         "oracle": [*ours, "-o", str(work / "oracle"), "--engine", "tokenizers"],
         "loop": [*itself, "LOOP", rows, tokenizer, str(work / "loop")],
         "trl": [*itself, "TRL", rows, tokenizer, str(work / "trl")],
@@ -98,7 +102,7 @@ def run(names: list[str], rounds: int, work: Path, tokenizer: str, workers: int)
     for _ in range(rounds):
         for name in names:
             if name != "again":
-                for folder in ("set", "oracle", "loop", "trl"):
+                for folder in ("set", "steady", "oracle", "loop", "trl"):
                     if folder == {"ours": "set"}.get(name, name):
                         shutil.rmtree(work / folder, ignore_errors=True)
             started = time.perf_counter()
@@ -118,8 +122,11 @@ def summarize(times: dict[str, list[float]], rows: int) -> dict[str, Any]:
     ratios = {
         f"{name} / ours": round(statistics.median(a / b for a, b in zip(values, times["ours"], strict=False)), 2)
         for name, values in times.items()
-        if name != "ours" and "ours" in times
+        if name not in ("ours", "steady") and "ours" in times
     }
+    if "steady" in times and (alone := times.get("trl preparation alone")):
+        ratio = statistics.median(STEADY * trl / steady for trl, steady in zip(alone, times["steady"], strict=False))
+        ratios["tokens/s, steady / trl preparation alone"] = round(ratio, 2)
     return {"rows": rows, "seconds": {name: round(value, 2) for name, value in medians.items()}, "ratios": ratios}
 
 
