@@ -33,7 +33,7 @@ ReportTo = Annotated[str | None, typer.Option(help="Trackers by name, joined by 
 PushToHub = Annotated[str | None, typer.Option(help="Hub repository that gets the finished model, as user/model.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4, int8 or torchao-int8, for the frozen base under --lora.")]
 Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER or FOLDER.")]
-Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto takes the fastest, sdpa:flash forces a kernel.")]
+Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -35,6 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--model", "./nowhere"], "./nowhere: no such folder. Fix: name a folder or Hub id"),
         (["--quantize", "nf4"], "quantize freezes the model, so it needs lora"),
         (["--quantize", "torchao-int4", "--lora", "r=4"], "for 4 bits set nf4"),
         (["--liger"], "its kernels need a GPU"),
