@@ -146,11 +146,11 @@ class Elements:
             if sure or not self._may_grow:
                 break
             self._more()
-        if stop is None and (sure or not self._ended):  # it nests too deep for msgspec, or goes on beyond the limit
+        if stop is None and (sure or self._held > self._limit):  # it nests too deep for msgspec, or goes on beyond the limit
             return self._search(Nesting(), space)
         if self._strict:
             raise DamagedArrayError
-        while self._held < GRAIN_BYTES and self._may_grow:
+        while self._held < GRAIN_BYTES and not self._ended:
             self._more()
         end = brackets_end(self._window, self._at, min(self._at + GRAIN_BYTES, len(self._window)))
         return self._take(end, space) if end else self._search(None, space)
@@ -163,7 +163,7 @@ class Elements:
             if not (cut and self._may_grow):
                 break
             self._more()
-        if found.end() - found.start() > self._limit or (found.group() == b'"' and not self._ended):
+        if found.end() - found.start() > self._limit or (found.group() == b'"' and self._held > self._limit):
             return self._search(Nesting(), space)
         return self._take(found.end(), space)
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError, SftError
-from sftdata.read import elements, streams
+from sftdata.read import delimited, elements, streams
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
@@ -102,9 +102,10 @@ def rows(data: bytes) -> None:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(edited(shape, edits))
         try:
-            whole, bad, records = _read(path, 1 << 20, limit)
-            with patch.multiple(elements, BLOCK_BYTES=size), patch.multiple(streams, BLOCK_BYTES=size):
-                small, small_bad, _ = _read(path, size, limit)
+            with patch.object(delimited, "RECORD_LIMIT", limit):
+                whole, bad, records = _read(path, 1 << 20, limit)
+                with patch.object(elements, "BLOCK_BYTES", size), patch.object(streams, "BLOCK_BYTES", size):
+                    small, small_bad, _ = _read(path, size, limit)
             assert (whole, bad) == (small, small_bad)
             assert len({place for place, _ in whole + bad}) == len(whole) + len(bad) <= records
             name = detect([plan_source(open_source(str(path)), 0, 1 << 20)]).format
