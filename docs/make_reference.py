@@ -1,8 +1,9 @@
-"""Write the pages that are told by the code: docs/cli.md, docs/errors.md and the table of docs/formats.md. Run by `make docs`."""
+"""Write what is told by the code: docs/cli.md, errors.md, audit.md, and the table of formats.md. `make docs` runs it."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import os
 import re
@@ -14,9 +15,11 @@ import sftdata.cli
 import sfttrain.cli
 from sftdata.explain import read_codes
 from sftdata.read.formats import FORMATS, LINE
+from sftdata.show.findings import KINDS
 
 DOCS = Path(__file__).resolve().parent
 COMMANDS = re.compile(r"^  (?P<name>[a-z]+)  +\S", re.MULTILINE)
+SLOT = re.compile(r"\{(\w+)\}")
 TABLE = re.compile(r"(?<=<!-- table: formats, by docs/make_reference.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -62,6 +65,26 @@ def errors_page() -> str:
     )
 
 
+def audit_page() -> str:
+    """Return docs/audit.md."""
+    lines = [
+        "# The audit\n",
+        "What a set would teach that nobody meant. `sftdata prepare` ends with it (of a large set, evenly spaced shards of about",
+        "8 million tokens in all), `sftdata audit DIR` reads the whole set, `sftdata stats DIR --html FILE` shows it on a page;",
+        "`--against EVALUATION` looks for prompts that two sets share. Each finding comes with its count, its share, up to three",
+        "places as file and line, and what mends it. Nothing is changed.",
+        "`--strict` exits with 3 when there is a defect. A *defect* makes the model learn something else than meant; a *note* is",
+        "harmless here, but worth knowing. This page is written by `make docs` from the table in `sftdata/show/findings.py`.\n",
+        "```bash\nsftdata prepare examples/conversations.jsonl -t examples/tokenizer -o chats --max-length 256\n"
+        "sftdata audit chats --strict\n```\n",
+        "| finding | kind | what was found | what mends it |\n|---|---|---|---|",
+    ]
+    for code, kind in KINDS.items():
+        cells = (SLOT.sub(lambda slot: slot[1].upper(), html.escape(text, quote=False)) for text in (kind.message, kind.fix))
+        lines.append(f"| [`{code}`](errors.md#{code}) | {kind.severity}, counted by {kind.of} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def formats_table() -> str:
     """Return the table of row formats."""
     lines = ["| format | what it is | columns it needs (or their other names) | columns it also takes |", "|---|---|---|---|"]
@@ -80,7 +103,7 @@ def pages() -> dict[Path, str]:
     """Return path -> text of every page, as it should be."""
     formats = DOCS / "formats.md"
     table = TABLE.sub(lambda _: formats_table(), formats.read_text("utf-8"))
-    return {DOCS / "cli.md": cli_page(), DOCS / "errors.md": errors_page(), formats: table}
+    return {DOCS / "cli.md": cli_page(), DOCS / "errors.md": errors_page(), DOCS / "audit.md": audit_page(), formats: table}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The child keeps transformers (and torch, which it would pull in) out of this pro
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -155,8 +156,15 @@ def _source_folder(name: str, revision: str | None) -> Path:
     if folder.is_file():
         raise UsageError(f"Tokenizer {name!r} is a file; expected a folder or a Hub id.", f"-t {folder.parent}")
     if not _looks_like_hub_id(name):
-        raise UsageError(f"Tokenizer folder {name!r} does not exist.", "check the path, or give a Hub id such as org/model.")
+        fix = _nearest(folder) or "check the path, or give a Hub id such as org/model."
+        raise UsageError(f"Tokenizer folder {name!r} does not exist.", fix)
     return _hub_snapshot(name, revision)
+
+
+def _nearest(folder: Path) -> str:
+    """Return the fix for a mistyped folder, empty where no folder beside it is near."""
+    beside = {path.name: path for path in folder.parent.glob("*") if path.is_dir()}
+    return "".join(f"did you mean -t {beside[near]}?" for near in difflib.get_close_matches(folder.name, sorted(beside), n=1))
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -173,7 +181,8 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
         reason = " ".join(str(error).split(". ")[0].split())
         raise UsageError(
             f"Tokenizer {name!r} is neither a folder here nor to be had from the Hub ({type(error).__name__}: {reason}).",
-            "give a folder that holds tokenizer.json, or check the id, the connection and `hf auth login`.",
+            _nearest(Path(name))
+            or "give a folder that holds tokenizer.json, or check the id, the connection and `hf auth login`.",
         ) from None
 
 

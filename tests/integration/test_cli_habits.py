@@ -203,3 +203,13 @@ def test_ctrl_c_in_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     config = str(ROOT / "examples/tiny-model/config.json")
     assert sfttrain.cli.main(["run", "set", "--init-from-config", config, "-o", "out"]) == 130
     assert capsys.readouterr().err == "interrupted; the same command resumes\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizr", "examples/tokeniser", "/{root}/examples/tokenizer2"])
+def test_a_mistyped_tokenizer_folder_is_answered_with_the_near_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = Path("examples/tokenizer" if "/" in name else "tokenizer")
+    wanted.mkdir(parents=True)
+    name = name.replace("/{root}", str(Path.cwd()))
+    fix = told(capsys, "preview", CHATS, "-t", name, code=2).rpartition("Fix: ")[2]
+    near = wanted if not name.startswith("/") else wanted.resolve()
+    assert fix.strip() == f"did you mean -t {near}?"
