@@ -19,7 +19,8 @@ ROWS = {
     " that the set added, or that the base never learnt, are trained by themselves: single rows for a few, tables for many.",
     "continue an adapter": "`--adapter DIR`, or a PeftModel object; an adapter of another base is refused.",
     "8-bit, 4-bit base": "`--quantize nf4` or `int8` by bitsandbytes, `torchao-int8` by torchao, or a quantized object; under"
-    " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only.",
+    " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only; its"
+    " test runs where it is installed.",
     "chat format": "Embeddings grow for added tokens (`resize_to_multiple_of`), each new row the mean; eos, pad, bos follow.",
     "attention": "flash_attention_3 and 2, torch varlen, flex, sdpa, eager; `sdpa:flash`, `efficient`, `math` or `cudnn` forces"
     " a kernel. The choice is proven; a table says of each why it was or was not taken.",
