@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,7 @@ class Plan:
             "formats": list(self.job.formats),
             "tokenizer_sha256": self.job.tokenizer.sha256,
             "chat_template_text": self.job.tokenizer.chat_template,
-            "prompt_template_text": Path(self.job.config.prompt_template).read_text("utf-8")
-            if self.job.config.prompt_template
-            else None,
+            "prompt_template_text": Path(prompt).read_text("utf-8") if (prompt := self.job.config.prompt_template) else None,
         }
 
     def difference(self, manifest: Manifest) -> list[str]:
@@ -133,14 +131,15 @@ class Plan:
 _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
 
 
-def make_plan(config: PrepareConfig) -> Plan:
-    """Read the inputs through once and decide everything.
+def make_plan(config: PrepareConfig, known: Callable[[ResolvedTokenizer], object] = lambda _: None) -> Plan:
+    """Read the inputs through once and decide everything; `known` is told the tokenizer before that, to get ready meanwhile.
 
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
     """
     refuse_useless(config)
     tokenizer, notes = choose_tokenizer(config)
+    known(tokenizer)
     sources, left_out = plan_inputs(config)
     formats: list[str] = []
     for source in sources:

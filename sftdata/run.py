@@ -25,7 +25,7 @@ from sftdata.shardset.build import Build, SliceResult, finished_set
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.shardset.rejects import REJECTS_NAME
-from sftdata.stages import warm_up
+from sftdata.stages import load_engine, load_shared
 
 WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 
@@ -54,7 +54,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
     old = finished_set(config.output, overwrite=config.overwrite)
     ready = None if old is not None or input_bytes(config) < WORTH_A_FAST_ENGINE else prepare_slice.__module__
     with Workers(config.workers or usable_cores(), warm=ready) as workers:
-        plan = make_plan(config)
+        plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)))
         for note in plan.notes:
             say(note)
         return build_set(config, plan, old, workers, progress, say)
@@ -110,7 +110,7 @@ def run_slices(
 ) -> tuple[list[SliceResult], bool]:
     """Prepare the slices that are not done; return all results in order, and whether the engine equals the oracle on samples."""
     todo = [task for task in plan.tasks if task.index not in done]
-    coming = workers.map(prepare_slice, plan.job, todo, warm_up)
+    coming = workers.map(prepare_slice, plan.job, todo, load_shared)
     # Loaded here and now, while the workers get ready: one oracle serves all slices.
     oracle = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
     results, agreed = {}, True

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from sftdata.batches import TokenBatch
-from sftdata.encode.engine import Encoder, digest_ids, load_encoder
+from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
+from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
 from sftdata.plan import Job
 from sftdata.render.markers import find_id_spans
@@ -49,7 +51,7 @@ class Stages:
     @cached_property
     def encoder(self) -> Encoder:
         """What turns texts into ids."""
-        return load_encoder(self.job.tokenizer, self.job.engine)
+        return _encoder(self.job.tokenizer, self.job.engine)
 
     def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
         """Return some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
@@ -108,9 +110,25 @@ def load_stages(job: Job) -> Stages:
     return _loaded
 
 
-def warm_up(job: Job) -> None:
+def load_shared(job: Job) -> None:
     """Load the stages that every slice of a job needs."""
     stages = load_stages(job)
     _ = stages.renderer, stages.encoder.strips_right
     if job.tokenizer.layout.kind != "none":
         _ = stages.encoder.byte_lengths
+
+
+def load_engine(chosen: tuple[ResolvedTokenizer, Literal["auto", "gigatoken", "tokenizers"]]) -> None:
+    """Load the engine that a run with this tokenizer and setting will most likely choose, for `load_shared` to find."""
+    tokenizer, requested = chosen
+    _encoder(tokenizer, choose_engine(tokenizer, requested)[0])
+
+
+_encoders: dict[Engine, Encoder] = {}
+
+
+def _encoder(tokenizer: ResolvedTokenizer, engine: Engine) -> Encoder:
+    """Return an encoder, loaded once; of each engine the last is kept."""
+    if engine not in _encoders or _encoders[engine].resolved != tokenizer:
+        _encoders[engine] = load_encoder(tokenizer, engine)
+    return _encoders[engine]

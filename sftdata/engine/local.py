@@ -78,8 +78,13 @@ class Workers:
         if min(self._number, len(tasks)) <= 1:
             return (function(job, task) for task in tasks)
         channel = self._channel or self._start(None)
-        channel.send((function, job, list(tasks), load))
+        channel.send((load, job, (function, list(tasks))))
         return self._results(channel, len(tasks))
+
+    def begin(self, load: Callable[[Any], object], what: object) -> None:
+        """Let the leader, where one was started, load something that workers will need, and go on at once."""
+        if self._channel is not None:
+            self._channel.send((load, what, None))
 
     def _results(self, channel: Connection, number: int) -> Iterator[Any]:
         for _ in range(number):
@@ -114,18 +119,18 @@ def _lead(channel: Connection, number: int, warm: str | None) -> None:
         import_module(warm)
     with suppress(EOFError, ConnectionError):
         while True:
-            function, job, tasks, load = channel.recv()
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            error: Exception | None = None
+            load, what, work = channel.recv()
             try:
-                load(job)
-            except Exception as raised:  # the first process shows it
-                error = raised
-            if error is None:
+                load(what)
+            except Exception as error:  # for the first process to show; what only began to load fails again
+                if work is not None:
+                    channel.send((None, error))
+                continue
+            if work is not None:
+                function, tasks = work
+                context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
                 with ProcessPoolExecutor(number, context, initializer=_start_worker) as pool:
-                    _hand_out(channel, pool, number, partial(function, job), tasks)
-            else:
-                channel.send((None, error))
+                    _hand_out(channel, pool, number, partial(function, what), tasks)
 
 
 def _hand_out(channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]) -> None:

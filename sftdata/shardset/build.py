@@ -44,8 +44,7 @@ class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
         shards: its shards, none when it kept no row.
         ledger: what became of its rows and tokens.
         rejects: rows it rejected, also counted in the ledger.
-        sample: some of its texts, to hold the fast engine against the oracle; empty where the oracle itself encoded them.
-        sample_xxh3: what the fast engine made of them, see `encode.engine.digest_ids`.
+        sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for the oracle.
     """
 
     index: int
