@@ -147,6 +147,43 @@ def test_what_only_prepare_could_count_is_told(tmp_path: Path, counter: str) -> 
     assert (finding.code, finding.count) == (COUNTED[counter], 4)
 
 
+TURNS = """{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("seeded", "settings", "code", "count"),
+    [
+        ({"messages": [{"role": "system", "content": "Be kind."}]}, {"chat_template": TURNS}, "message-swallowed", 1),
+        ({"tools": [TOOL]}, {"chat_template": TURNS}, "tools-left-out", 1),
+        ({"messages": [{"role": "user", "content": "What is <|im_end|>?"}]}, {}, "control-token-in-data", 1),
+        ({}, {"eos_token": "<|fin|>"}, "tokens-added", 1),
+    ],
+)
+def test_what_prepare_counts_in_seeded_rows_is_told(
+    tmp_path: Path, seeded: dict[str, Any], settings: dict[str, Any], code: str, count: int
+) -> None:
+    said = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."}] for i in range(9)]
+    rows: list[dict[str, Any]] = [{"messages": turns} for turns in said]
+    rows[4] |= seeded
+    rows[4]["messages"] = [*seeded.get("messages", []), *said[4][-1 if "What" in str(seeded) else 0 :]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if "chat_template" in settings:
+        (tmp_path / "template.jinja").write_text(settings["chat_template"])
+        settings = {"chat_template": str(tmp_path / "template.jinja")}
+    sftdata.prepare(
+        tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=128, workers=1, **settings
+    )
+    (finding,) = (finding for finding in audit(tmp_path / "set") if finding.severity == KINDS[code].severity)
+    assert (finding.code, finding.count) == (code, count)
+
+
 def test_training_on_everything_has_control_tokens_by_intent(tmp_path: Path) -> None:
     rows = [f"⟦<|im_start|>user\nHi {i}<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>⟧" for i in range(5)]
     meant = write_set(tmp_path / "meant", rows, settings={"train_on": "all"}, counters={"turns": 5})
