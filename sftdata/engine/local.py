@@ -114,7 +114,9 @@ class Workers:
 def _lead(channel: Connection, number: int, warm: str | None) -> None:
     """Get ready, fork the workers, and hand them the tasks until all are done or nobody waits for them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first process decides
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads of its own on import
+    # Libraries must not start threads before the fork; after it, workers are the threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if warm is not None:
         import_module(warm)
     with suppress(EOFError, ConnectionError):

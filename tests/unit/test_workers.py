@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError, SftError
+from sftdata.stages import load_engine
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LOADED: list[int] = []
 
 
@@ -19,6 +23,11 @@ def load(job: Path) -> None:
     LOADED.append(os.getpid())
     threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
     (job / f"threads-{os.getpid()}").write_text(str(threads))
+
+
+def judge(job: Path) -> None:
+    load_engine((resolve_tokenizer(str(EXAMPLES / "tokenizer")), "auto"))
+    load(job)
 
 
 def where(job: Path, task: int) -> tuple[int, int, list[int]]:
@@ -42,10 +51,14 @@ def refuse(job: Path) -> None:
     raise DataError("nothing to load.", "bring it.")
 
 
-@pytest.mark.parametrize("warm", [None, "sftdata.pipeline"])
-def test_what_is_shared_is_loaded_once_by_one_thread_and_forked(tmp_path: Path, warm: str | None) -> None:
+@pytest.mark.parametrize(("warm", "loading"), [(None, load), ("sftdata.pipeline", load), (None, judge)])
+def test_what_is_shared_is_loaded_once_by_one_thread_and_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: str | None, loading: Callable[[Path], None]
+) -> None:
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path))  # both engines are yet to be held against each other
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     with Workers(2, warm=warm) as workers:
-        found = sorted(workers.map(where, tmp_path, list(range(8)), load))
+        found = sorted(workers.map(where, tmp_path, list(range(8)), loading))
     assert [task for task, _, _ in found] == list(range(8))
     assert len({pid for _, pid, _ in found}) == 2
     [loaded] = {tuple(loaded) for _, _, loaded in found}
