@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sftdata.errors import UsageError
@@ -66,6 +68,22 @@ def _own_loss(plan: Plan, config: TrainConfig, reason: str, say: Say) -> Plan:
 def _zero_stage(args: Any) -> int | None:
     """DeepSpeed's stage, from `deepspeed=...` or from accelerate's file."""
     return getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", None)
+
+
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """Make models whole on every rank, as the sets must be fitted to them; ZeRO-3 takes them apart when training begins."""
+    if _zero_stage(args) != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = known
 
 
 def leave_gpus_idle(args: Any, say: Say) -> None:

@@ -15,7 +15,7 @@ import torch
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain import checkpoint, preflight, refusals
-from sfttrain.assemble import leave_gpus_idle, make_model, wanted_attention
+from sfttrain.assemble import leave_gpus_idle, make_model, wanted_attention, whole_weights
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
@@ -60,9 +60,10 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     refusals.refuse_too_long(everything, model_config, say)
     leave_gpus_idle(args, say)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    plan = _choose_path(config, model_config, model, args.device.type, compute, say)
+    with whole_weights(args):
+        plan = _choose_path(config, model_config, model, args.device.type, compute, say)
+        model, plan = make_model(config, model_config, model, plan, sets, args, say)
     rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
-    model, plan = make_model(config, model_config, model, plan, sets, args, say)
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
     run = _identity(config, sets, order, plan, args)
     resumed = _resume_point(config, args, run, say)

@@ -10,7 +10,7 @@ import pytest
 
 import sfttrain
 from sftdata.errors import UsageError
-from sfttrain import cli
+from sfttrain import assemble, cli
 from sfttrain.assemble import leave_gpus_idle
 from sfttrain.merge import merge
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
@@ -195,6 +195,31 @@ def test_the_older_names_of_activation_checkpoints_are_the_same_setting(shards: 
     assert trainer.args.activation_checkpointing is True
     assert trainer.args.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+
+
+@pytest.mark.feature("memory")
+def test_under_zero3_models_are_made_whole_and_trained_with_their_own_loss(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import deepspeed
+
+    class Settings:
+        def is_zero3(self) -> bool:
+            return True
+
+    settings, seen, load = Settings(), [], assemble.load_model
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
+    monkeypatch.setattr(assemble, "_zero_stage", lambda _: 3)
+
+    def watch(*arguments: Any) -> Any:
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return load(*arguments)
+
+    monkeypatch.setattr(assemble, "load_model", watch)
+    with pytest.raises(UsageError, match="objective=dft needs our loss.*ZeRO-3"):
+        train_in_process(shards, model, tmp_path / "dft", QUICK, objective="dft")
+    assert seen == [False]  # transformers would take the model apart while it loads
+    assert deepspeed.is_deepspeed_zero3_enabled()
 
 
 @pytest.mark.feature("wrong combinations")
