@@ -86,28 +86,32 @@ def test_an_accelerate_file_is_one_that_accelerate_reads(name: str) -> None:
 
 
 @pytest.mark.feature("memory")
-def test_two_ranks_train_under_fsdp2(workplace: Path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_two_ranks_with_parts_of_a_model_train_as_one(workplace: Path, kind: str) -> None:
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
     import os
     import subprocess
 
     from safetensors.torch import load_file
 
-    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text("utf-8"))
+    settings = yaml.safe_load((EXAMPLES / "accelerate" / f"{kind}.yaml").read_text("utf-8"))
     settings |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
-    (workplace / "fsdp2.yaml").write_text(yaml.safe_dump(settings))
+    (workplace / f"{kind}.yaml").write_text(yaml.safe_dump(settings))
     training = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workplace / "fsdp2.yaml"),
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(workplace / f"{kind}.yaml"),
         "--main_process_port", str(_free_port()), "-m", "sfttrain", "run", str(workplace / "shards"),
-        "--model", str(workplace / "model"), "-o", str(workplace / "out/fsdp2"),
+        "--model", str(workplace / "model"), "-o", str(workplace / "out" / kind),
         *[word for key, value in training.items() for word in ("--set", f"{key}={value}")],
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = {**training, "per_device_train_batch_size": 4}
-    train_in_process(workplace / "shards", workplace / "model", workplace / "out/alone", alone)
-    sharded, whole = (load_file(workplace / f"out/{name}/model.safetensors") for name in ("fsdp2", "alone"))
+    train_in_process(workplace / "shards", workplace / "model", workplace / f"out/alone-{kind}", alone)
+    sharded, whole = (load_file(workplace / f"out/{name}/model.safetensors") for name in (kind, f"alone-{kind}"))
     assert sharded.keys() == whole.keys()
     for name, weight in whole.items():
         assert (sharded[name] - weight).abs().max() < 1e-4, name  # two steps move weights by 2e-2
