@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,33 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 Row = Conversation | Completion | Text | Tokens
+
+
+# ------------------------------------------------------------------------------------------- counted
+
+
+EXAMPLES = 3
+
+
+class Tally:
+    """What stages count by name: how many, and the indices of the first three rows of the RowBatch behind each count."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.rows: dict[str, list[int]] = {}
+
+    def count(self, name: str, row: int, number: int = 1) -> None:
+        """Add `number` for a row, which may be none."""
+        if number:
+            self.counts[name] += number
+            rows = self.rows.setdefault(name, [])
+            if len(rows) < EXAMPLES:
+                rows.append(row)
+
+    def count_rows(self, name: str, rows: Int64) -> None:
+        """Add one for each of these rows, int64[K]."""
+        self.counts[name] += len(rows)
+        self.rows[name] = [*self.rows.get(name, []), *rows[:EXAMPLES].tolist()][:EXAMPLES]
 
 
 # -------------------------------------------------------------------------------------------- render

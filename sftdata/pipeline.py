@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from sftdata.batches import Int64, RowBatch, TokenBatch, Tokens
+from sftdata.batches import Int64, RowBatch, Tally, TokenBatch, Tokens
 from sftdata.encode.length import LengthCounts, OverlongError, limit_length
 from sftdata.encode.tokens import encode_batch, encode_tokens_rows
 from sftdata.errors import DataError, Fault
@@ -79,8 +79,8 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     job, config = stages.job, stages.job.config
     rows, unreadable = read_slice(piece.slice, config.max_line_bytes)
     converted = convert_rows(rows, job.formats[piece.source], job.options)
-    tokens, faults, counts, texts = tokenize(stages, converted)
-    tokens, marker_faults, warned = stages.mask(tokens)
+    tokens, faults, tally, texts = tokenize(stages, converted)
+    tokens, marker_faults = stages.mask(tokens, tally)
     faults = [*converted.faults, *faults, *marker_faults]
     kept, cut = cut_length(job, piece, rows, tokens)
 
@@ -93,7 +93,8 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
         tokens_in=len(tokens.input_ids),
         tokens_cut={config.overlong: cut.tokens_cut} if cut.tokens_cut else {},
         tokens_in_dropped_rows=sum(cut.tokens_in_dropped_rows.values()),
-        counters=dict(counts + Counter(warned) + Counter(cut.counters)),
+        counters=dict(tally.counts + Counter(cut.counters)),
+        examples={name: rows.example_ids[indices].tolist() for name, indices in tally.rows.items() if indices},
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
@@ -115,11 +116,11 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
-def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tuple[int, Fault]], Counter[str], list[str]]:
+def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tuple[int, Fault]], Tally, list[str]]:
     """Render and encode canonical rows.
 
     Returns:
-        the tokens in the order of their rows, faults, counts, and the rendered texts.
+        the tokens in the order of their rows, faults, what was counted, and the rendered texts.
     """
     given = np.array([isinstance(row, Tokens) for row in converted.rows], np.bool_)
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
@@ -127,14 +128,14 @@ def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tup
     batch, faults = encode_tokens_rows(
         [row for row in converted.rows if isinstance(row, Tokens)], converted.row[given], stages.job.tokenizer
     )
-    parts, counts, encoded_texts = [batch], Counter(rendered.counts), list[str]()
+    parts, tally, encoded_texts = [batch], rendered.tally, list[str]()
     for part in (rendered.conversations, rendered.raw):
         if part is not None:
             batch, encoded = encode_batch(part, stages.encoder, boundary=stages.job.config.boundary)
             parts.append(batch)
-            counts.update(asdict(encoded))
+            tally.counts.update(asdict(encoded))
             encoded_texts += part.texts
-    return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], counts, encoded_texts
+    return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], tally, encoded_texts
 
 
 def make_rejects(name: str, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]) -> list[Reject]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import TokenBatch
+from sftdata.batches import Tally, TokenBatch
 from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
@@ -64,31 +64,33 @@ class Stages:
         sample = tuple(texts[index][:SAMPLE_CHARS] for index in chosen)
         return sample, digest_ids(self.encoder, sample)
 
-    def mask(self, tokens: TokenBatch) -> tuple[TokenBatch, list[tuple[int, Fault]], dict[str, int]]:
+    def mask(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
         """Mask by response template where it is given as ids, or in the way of trl 0.7.10; else leave tokens as they are.
 
+        Args:
+            tally: where rows are counted of which the old collator would have warned.
+
         Returns:
-            tokens, faults (index into the RowBatch, why), and what the old collator would have warned of.
+            tokens, and faults (index into the RowBatch, why).
         """
         config = self.job.config
         if config.response_template is None or self.renderer.response is not None:
-            return tokens, [], {}
+            return tokens, []
         response, instruction = self._ids(config.response_template), self._ids(config.instruction_template)
         if config.mask_mode == "trl-0.7.10":
             pad = self.job.pad_id
             masked = trl_0_7_10_mask(tokens.input_ids, tokens.offsets, response, instruction or None, pad)
-            warned = {
-                "rows_without_response_marker": int(masked.response_warned.sum()),
-                "rows_without_instruction_marker": int(masked.instruction_warned.sum()),
-                "rows_masked_without_warning": int(masked.silently_masked.sum()),
-            }
-            return TokenBatch(tokens.input_ids, masked.trained, tokens.offsets, tokens.row), [], warned
+            tally.count_rows("rows_without_response_marker", tokens.row[masked.response_warned])
+            tally.count_rows("rows_without_instruction_marker", tokens.row[masked.instruction_warned])
+            tally.count_rows("rows_masked_without_warning", tokens.row[masked.silently_masked])
+            return TokenBatch(tokens.input_ids, masked.trained, tokens.offsets, tokens.row), []
         found = find_id_spans(tokens.input_ids, tokens.offsets, response, instruction or None)
         tokens = TokenBatch(tokens.input_ids, found.trained, tokens.offsets, tokens.row)
+        tally.count_rows("rows_with_repeated_markers", tokens.row[found.repeated])
         faults = [(int(tokens.row[index]), fault) for index, fault in sorted(found.faults.items())]
         keep = np.ones(len(tokens), np.bool_)
         keep[list(found.faults)] = False
-        return tokens.select(keep), faults, {"rows_with_repeated_markers": int(found.repeated.sum())}
+        return tokens.select(keep), faults
 
     def _ids(self, template: str | Sequence[int] | None) -> list[int]:
         if template is None:

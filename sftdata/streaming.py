@@ -112,8 +112,8 @@ class Stream(Iterable[StreamedRow]):
         ids = np.arange(len(buffer), dtype=np.int64)
         batch = RowBatch([row if isinstance(row, str) else dict(row) for row in buffer], ids, ids + 1, np.full_like(ids, -1))
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
-        tokens, faults, _, _ = tokenize(stages, converted)
-        tokens, unmarked, _ = stages.mask(tokens)
+        tokens, faults, tally, _ = tokenize(stages, converted)
+        tokens, unmarked = stages.mask(tokens, tally)
         tokens, cut = limit_length(tokens, None, "truncate", packed=True)
         faults = [*converted.faults, *faults, *unmarked]
         self.rejected.update(fault.code for _, fault in faults)

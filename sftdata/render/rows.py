@@ -5,17 +5,16 @@ What comes out for a row depends only on the row and the settings. A row whose s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Text, TextBatch
+from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Tally, Text, TextBatch
 from sftdata.errors import Fault, RowError
 from sftdata.render.markers import find_spans
-from sftdata.render.recipes import Recipe, Turn
+from sftdata.render.recipes import Turn
 from sftdata.render.spans import SpanFinder
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
@@ -49,14 +48,14 @@ class RenderedRows:
         conversations: rendered by a chat template; None when there are none.
         raw: text and completion rows; None when there are none.
         faults: (index into the RowBatch, why).
-        counts: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
+        tally: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
             `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`.
     """
 
     conversations: TextBatch | None
     raw: TextBatch | None
     faults: list[tuple[int, Fault]]
-    counts: Counter[str]
+    tally: Tally
 
 
 def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> RenderedRows:
@@ -66,40 +65,40 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
         rows: canonical rows.
         row: int64[N], index of each into the RowBatch.
     """
-    counts: Counter[str] = Counter()
+    tally = Tally()
     faults: list[tuple[int, Fault]] = []
     chats, raw = _Columns(), _Columns()
-    filler = _Filler(renderer)
+    filler = _Filler(renderer, tally)
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
             if isinstance(item, Conversation):
-                if filled := filler.fill(item):
+                if filled := filler.fill(item, index):
                     chats.put(index, *filled)
                     continue
-                text, trained, literal, weights = _conversation(item, renderer, counts)
-                chats.add(index, text, trained, renderer, counts, literal)
+                text, trained, literal, weights = _conversation(item, index, renderer, tally)
+                chats.add(index, text, trained, renderer, tally, literal)
                 if weights is not None:
                     chats.weigh(weights)
             elif isinstance(item, Completion):
                 start = 0 if renderer.train_on == "all" else len(item.prompt)
-                raw.add(index, item.prompt + item.completion, start, renderer, counts)
+                raw.add(index, item.prompt + item.completion, start, renderer, tally)
             elif isinstance(item, Text):
-                raw.add(index, item.text, [(0, len(item.text))], renderer, counts)
+                raw.add(index, item.text, [(0, len(item.text))], renderer, tally)
         except RowError as error:
             faults.append((index, error.fault))
-    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, counts + filler.counts())
+    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, tally)
 
 
 class _Filler:
     """The short way of most conversations: filled into the recipe of their shape, every turn trained."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, tally: Tally) -> None:
         every_turn = renderer.response is None and renderer.train_on not in ("all", "last-assistant")
         self._finder = renderer.finder if every_turn else None
         self._mended = bool(renderer.end_token)
-        self._rows: Counter[Recipe] = Counter()
+        self._tally = tally
 
-    def fill(self, row: Conversation) -> tuple[str, Ranges] | None:
+    def fill(self, row: Conversation, index: int) -> tuple[str, Ranges] | None:
         """Return text and trained characters of a row; None for one that must go the long way."""
         if self._finder is None or row.prompt_messages or row.trained.count(None) != len(row.trained):
             return None
@@ -109,17 +108,8 @@ class _Filler:
         recipe, text, spans = filled
         if self._mended and recipe.turns and not recipe.turns[-1].ended:
             return None
-        self._rows[recipe] += 1
+        _count_turns(recipe.turns, index, self._tally)
         return text, spans
-
-    def counts(self) -> Counter[str]:
-        """Return what `RenderedRows.counts` says of these rows."""
-        counts: Counter[str] = Counter()
-        for recipe, rows in self._rows.items():
-            counts["turns"] += rows * len(recipe.turns)
-            counts["turns_without_stop"] += rows * sum(not turn.ended for turn in recipe.turns)
-            counts["rows_parted"] += rows * any(turn.parted for turn in recipe.turns)
-        return counts
 
 
 class _Columns:
@@ -134,13 +124,13 @@ class _Columns:
         self.weights: dict[int, list[float]] = {}  # of the texts whose ranges do not all weigh 1
 
     def add(
-        self, row: int, text: str, trained: Ranges | int, renderer: Renderer, counts: Counter[str], literal: Ranges | None = None
+        self, row: int, text: str, trained: Ranges | int, renderer: Renderer, tally: Tally, literal: Ranges | None = None
     ) -> None:
         """Add one text that is trained in `trained`, or from that character to its end; markers, where given, decide instead."""
         _refuse_surrogate(text)
         if renderer.response is not None:
             marked = find_spans(text, renderer.response, renderer.instruction)
-            counts["rows_with_repeated_markers"] += marked.repeated
+            tally.count("rows_with_repeated_markers", row, marked.repeated)
             size = len(text.encode())
             # An answer left empty at the end still has its end token to be generated.
             ending = [(size, size)] if marked.closed and (not marked.spans or marked.spans[-1][1] < size) else []
@@ -190,26 +180,37 @@ class _Columns:
         return weights
 
 
-def _conversation(row: Conversation, renderer: Renderer, counts: Counter[str]) -> tuple[str, Ranges, Ranges, list[float] | None]:
+def _conversation(
+    row: Conversation, index: int, renderer: Renderer, tally: Tally
+) -> tuple[str, Ranges, Ranges, list[float] | None]:
     """Return text, trained and literal characters, and what each trained stretch weighs; None where all weigh 1."""
     if renderer.finder is None:
         raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns
-    counts["turns"] += len(turns)
-    counts["turns_without_stop"] += sum(not turn.ended for turn in turns)
-    counts["rows_parted"] += any(turn.parted for turn in turns)
-    counts["messages_swallowed"] += len(rendered.swallowed)
-    counts["rows_without_their_tools"] += bool(row.tools) and not _shows_tools(row, text, renderer.finder)
-    counts["rows_with_control_tokens"] += bool(rendered.literal)
+    _count_turns(turns, index, tally)
+    tally.count("messages_swallowed", index, len(rendered.swallowed))
+    tally.count("rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder))
+    tally.count("rows_with_control_tokens", index, bool(rendered.literal))
     if renderer.end_token and turns and not turns[-1].ended:
         text = text[: turns[-1].stop] + renderer.end_token
         turns = [*turns[:-1], Turn(turns[-1].message, turns[-1].start, len(text), True, turns[-1].parted)]
-        counts["rows_mended_with_eos"] += 1
+        tally.count("rows_mended_with_eos", index)
     if renderer.train_on == "all":
         return text, [(0, len(text))], rendered.literal, None
     chosen = [turn for turn in _chosen(row, turns, renderer.train_on) if turn.start < turn.stop]
     return text, [(turn.start, turn.stop) for turn in chosen], rendered.literal, _weights(row, chosen)
+
+
+def _count_turns(turns: Sequence[Turn], row: int, tally: Tally) -> None:
+    tally.counts["turns"] += len(turns)
+    parted = False
+    for turn in turns:
+        if not turn.ended:
+            tally.count("turns_without_stop", row)
+        if turn.parted:
+            parted = True
+    tally.count("rows_parted", row, parted)
 
 
 def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:

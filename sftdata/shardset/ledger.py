@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Bool, Int64, PackedRows
+from sftdata.batches import EXAMPLES, Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.shardset.fields import Count, RowLength
 
@@ -46,6 +46,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         tokens_cut: tokens by over-long policy.
         max_length: tokens per packed row; None while nothing is packed or where rows keep their own length.
         counters: everything else worth a number: `boundary_splits`, `literal_rows`, `rows_without_ending`, ...
+        examples: rows behind a counter, by its name: the ids of the first three.
         lengths: examples by length before any cut, {lower bound of the bin: examples}, see `length_bins`.
         sources: what each source gave.
     """
@@ -65,6 +66,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_length: RowLength | None = None
     tokens_padding: Count = 0
     counters: Counts = {}
+    examples: dict[str, list[Count]] = {}
     lengths: dict[Count, Count] = {}
     sources: dict[str, SourceCounts] = {}
 
@@ -113,7 +115,10 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"ledgers of rows of {self.max_length} and {other.max_length} tokens cannot be merged")
         for name in self.__struct_fields__:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if isinstance(mine, dict):
+            if name == "examples":
+                for counter, ids in theirs.items():
+                    mine[counter] = sorted({*mine.get(counter, ()), *ids})[:EXAMPLES]
+            elif isinstance(mine, dict):
                 _add_sources(mine, theirs) if name == "sources" else _add(mine, theirs)
             elif name != "max_length":
                 setattr(self, name, mine + theirs)

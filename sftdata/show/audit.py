@@ -10,9 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64
+from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
-from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.escape import visible
@@ -20,7 +19,6 @@ from sftdata.show.findings import COUNTED, KINDS, Finding, make_finding
 from sftdata.show.shown import ShownSet, open_shown
 from sftdata.show.vocabulary import generation_stops
 
-EXAMPLES = 3
 GLANCE = 8 << 20  # tokens: a fifth of a second
 
 
@@ -70,7 +68,7 @@ def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
 
 def audit_set(shards: ShownSet, against: ShownSet | None = None) -> list[Finding]:
     """Audit a set that is open already."""
-    found = [*_disagreements(shards), *_counted(shards.manifest.ledger)]
+    found = [*_disagreements(shards), *_counted(shards)]
     if len(shards):
         look = _look_at(shards)
         found = [*look.endings(), *look.starts(), *look.contents(), *found]
@@ -199,9 +197,12 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
         yield make_finding("tokens-added", len(names), names=", ".join(names[:EXAMPLES]) + more)
 
 
-def _counted(ledger: Ledger) -> Iterator[Finding]:
+def _counted(shards: ShownSet) -> Iterator[Finding]:
     """Yield what only `prepare` could see."""
+    ledger, rows = shards.manifest.ledger, sum(source.rows for source in shards.manifest.sources)
     for counter, code in COUNTED.items():
         count = ledger.counters.get(counter, 0)
         if count:
-            yield make_finding(code, count, ledger.rows_in if KINDS[code].of == "row" else None)
+            known = [example for example in ledger.examples.get(counter, ()) if example < rows]
+            places = tuple(":".join(map(str, shards.origin(example))) for example in known)
+            yield make_finding(code, count, ledger.rows_in if KINDS[code].of == "row" else None, places)

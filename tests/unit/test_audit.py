@@ -182,6 +182,7 @@ def test_what_prepare_counts_in_seeded_rows_is_told(
     )
     (finding,) = (finding for finding in audit(tmp_path / "set") if finding.severity == KINDS[code].severity)
     assert (finding.code, finding.count) == (code, count)
+    assert finding.examples == (() if code == "tokens-added" else ("rows.jsonl:5",))
 
 
 def test_training_on_everything_has_control_tokens_by_intent(tmp_path: Path) -> None:
