@@ -70,7 +70,7 @@ def audit_page() -> str:
     lines = [
         "# The audit\n",
         "What a set would teach that nobody meant. `sftdata prepare` ends with it (of a large set, evenly spaced shards of about",
-        "8 million tokens in all), `sftdata audit DIR` reads the whole set, `sftdata stats DIR --html FILE` shows it on a page;",
+        "2 million tokens in all), `sftdata audit DIR` reads the whole set, `sftdata stats DIR --html FILE` shows it on a page;",
         "`--against EVALUATION` looks for prompts that two sets share. Each finding comes with its count, its share, up to three",
         "places as file and line, and what mends it. Nothing is changed.",
         "`--strict` exits with 3 when there is a defect. A *defect* makes the model learn something else than meant; a *note* is",

@@ -1,10 +1,11 @@
 """Recipes: how a chat template lays out conversations of one shape, learnt once and then filled in without rendering.
 
 A template is a program; what it writes may depend on what a message says. So before a shape (the roles of its messages, in
-order) gets a recipe, its template is run on opaque texts: strings that refuse every question but those whose answer can be
-noted down as a condition (`'</think>' in content`, `content | trim`). If the program asks nothing else, then it lays out every
-conversation of that shape alike, as long as the conditions hold: no text holds a string that was looked for, none has outer
-white space where it was trimmed. A row that meets them is put together from the recipe; any other row is rendered.
+order, and which of them are empty) gets a recipe, its template is run on opaque texts: strings that refuse every question but
+those whose answer can be noted down as a condition (`'</think>' in content`, `content | trim`). If the program asks nothing
+else, then it lays out every conversation of that shape alike, as long as the conditions hold: no text holds a string that was
+looked for, none has outer white space where it was trimmed. A row that meets them is put together from the recipe; any other
+row is rendered.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ class RecipeBook:
         return found
 
     def admits(self, recipe: Recipe, contents: list[str]) -> bool:
-        """Say whether a recipe holds for these contents."""
+        """Say whether the recipe of their shape holds for these contents."""
         for content in contents:
             inner = content.strip()
-            if not inner or (recipe.trimmed and len(inner) != len(content)):
+            if len(inner) != len(content) and (recipe.trimmed or not inner):
                 return False
         text = "\0".join(contents)  # one search for all
         if not text.isascii() and _RESERVED_BYTE in text.encode("utf-8", "surrogatepass") and RESERVED.search(text):
@@ -138,7 +139,7 @@ class RecipeBook:
         if any(text[one.position : two.position] != contents[one.message] for one, two in pairs):
             return None
         conditions = Conditions()
-        opaque = [{"role": message["role"], "content": Opaque.of(message["content"], conditions)} for message in row.messages]
+        opaque = [{"role": message["role"], "content": _opaque(message["content"], conditions)} for message in row.messages]
         try:
             watched = "".join(self._watched.root_render_func(self._watched.new_context(self._template.arguments(opaque))))
             if watched.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "") != text:
@@ -159,6 +160,11 @@ class RecipeBook:
         )
         # The row that taught it must be one that it admits: else the conditions are not those of this row.
         return recipe if self.admits(recipe, contents) and recipe.fill(contents) == (text, spans) else None
+
+
+def _opaque(content: str, conditions: Conditions) -> str:
+    """Hide a text; an empty one is part of the shape, and hides nothing."""
+    return Opaque.of(content, conditions) if content else content
 
 
 def _place(literals: tuple[str, ...], edges: list[int], position: int) -> Place | None:

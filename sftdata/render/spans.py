@@ -74,7 +74,7 @@ class SpanFinder:
         self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
         self._prompts: dict[Any, str | None] = {}
         self._book = RecipeBook(template, () if trust_control_tokens else control_tokens)
-        self._recipes: dict[tuple[str, ...], Recipe | None] = {}
+        self._recipes: dict[tuple[tuple[str, ...], tuple[int, ...]], Recipe | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Render one conversation and find every assistant turn in it.
@@ -94,17 +94,20 @@ class SpanFinder:
         contents = self._book.contents(row)
         if contents is None:
             return None
-        recipe = self._recipe(tuple([message["role"] for message in row.messages]))
+        empty = tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
+        recipe = self._recipe(tuple([message["role"] for message in row.messages]), empty)
         if recipe is None or not self._book.admits(recipe, contents):
             return None
         return recipe, *recipe.fill(contents)
 
-    def _recipe(self, shape: tuple[str, ...]) -> Recipe | None:
+    def _recipe(self, roles: tuple[str, ...], empty: tuple[int, ...] = ()) -> Recipe | None:
         """Return the recipe of a shape, learnt from a made-up row when the shape comes first; None where there is none."""
+        shape = roles, empty
         if shape not in self._recipes:
             if len(self._recipes) >= MAX_RECIPES:
                 return None
-            row = Conversation([{"role": role, "content": f"Text {number}."} for number, role in enumerate(shape)], [])
+            texts = ["" if number in empty else f"Text {number}." for number in range(len(roles))]
+            row = Conversation([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], [])
             try:
                 rendered, marked = self._render(row)
             except RowError:

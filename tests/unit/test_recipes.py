@@ -46,7 +46,7 @@ def test_recipes_equal_rendering_on_every_template_shape_and_text(shared_data: P
         finder = finder_of(path.read_text())
         for shape in SHAPES:
             for user, assistant in [
-                *product(TEXTS[:6], TEXTS[:6]),
+                *product(TEXTS[:7], TEXTS[:7]),
                 *zip(TEXTS, reversed(TEXTS), strict=True),
                 *zip(TEXTS, TEXTS, strict=True),
             ]:
@@ -90,5 +90,10 @@ def test_rows_that_need_care_are_not_filled_in() -> None:
     recipe = finder._recipe(("user", "assistant"))
     assert recipe is not None
     assert book.admits(recipe, ["a", "b < c"])
-    assert not any(book.admits(recipe, ["a", text]) for text in ("", " ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000"))
+    assert not any(book.admits(recipe, ["a", text]) for text in (" ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000"))
+    unanswered = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], [None, None])
+    filled = finder.fill(unanswered)
+    assert filled is not None
+    assert filled[0] is finder._recipe(("user", "assistant"), (1,)) is not recipe
+    assert outcome(finder, unanswered, slow=False) == outcome(finder, unanswered, slow=True)
     assert book.contents(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
