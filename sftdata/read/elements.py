@@ -137,7 +137,8 @@ class Elements:
 
     def _element(self, space: bytes) -> Element:
         if self._window[self._at] not in b"{[":
-            return self._scalar(space)
+            # In a damaged array it may be what an element left behind, whose quotes would pair with those of the next.
+            return self._scalar(space) if self._begins is None else self._search(None, space)
         while True:
             with memoryview(self._window) as window, window[self._at : self._at + self._limit + 1] as view:
                 stop, sure = _value_end(view)

@@ -81,7 +81,7 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Return round numbers, evenly spaced, from at most `low` to at least `high`.
 
     >>> nice_ticks(0.3, 2.1), nice_ticks(1, 420, 5)
-    ([0.0, 1.0, 2.0, 3.0], [0.0, 100.0, 200.0, 300.0, 400.0, 500.0])
+    ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0.0, 100.0, 200.0, 300.0, 400.0, 500.0])
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2

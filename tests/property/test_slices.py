@@ -98,6 +98,12 @@ def test_elements_in_slices_are_the_elements_of_the_array(
     assert plan.records == len(array)
 
 
+def test_what_a_damaged_element_leaves_behind_takes_no_neighbour_along() -> None:
+    text = '[\n{prompt": "}", "completion": ""},\n{"prompt": "", "completion": "1"},\n{"prompt": "", "completion": "2"}\n]'
+    _, read = read_in_slices(text.encode(), 1 << 20, "a")
+    assert [row["completion"] for _, row in flatten(read)[0]] == ["1", "2"]
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.lists(rows, min_size=3, max_size=8), st.data(), sizes, st.sampled_from([None, 1]))
 def test_one_byte_lost_inside_an_element_costs_at_most_that_element(
