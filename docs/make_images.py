@@ -1,4 +1,4 @@
-"""Take the pictures of docs/images: the terminal, the report and a notebook. Needs Chromium, and the notebooks extra."""
+"""Take the pictures of docs/images: the terminal, both reports and a notebook. Needs Chromium, and the notebooks extra."""
 
 from __future__ import annotations
 
@@ -74,6 +74,15 @@ def notebook_page(path: Path) -> str:
     return f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(parts)}"
 
 
+def train(chats: Path, output: Path) -> Path:
+    """Train the tiny model on the set and return its report."""
+    settings = ("learning_rate=0.005", "per_device_train_batch_size=4", "logging_steps=2", "eval_strategy=steps", "eval_steps=10")
+    command = ["sfttrain", "run", str(chats), "--eval", f"same={chats}", "--init-from-config", "examples/tiny-model/config.json"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    subprocess.run([*command, "-o", str(output), "--max-steps", "60", *options], check=True, cwd=ROOT)
+    return output / "report.html"
+
+
 def photograph(page: Path, picture: Path, width: int, height: int) -> None:
     """Take a screenshot of a page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
@@ -93,6 +102,7 @@ def main() -> None:
         report, notebook = folder / "report.html", folder / "notebook.html"
         write_page(report, make_report(sftdata.open(chats)))
         photograph(report, IMAGES / "report.png", 1000, 1500)
+        photograph(train(chats, folder / "model"), IMAGES / "training.png", 1000, 1250)
         notebook.write_text(notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8")
         photograph(notebook, IMAGES / "notebook.png", 920, 1960)
 
