@@ -83,8 +83,10 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     >>> nice_ticks(0.3, 2.1), nice_ticks(1, 420, 5)
     ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5], [0.0, 100.0, 200.0, 300.0, 400.0, 500.0])
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-9 * largest or largest < 1e-30:  # a flat line, or nothing that floats can divide
+        room = (largest if largest >= 1e-30 else 1.0) / 2
+        low, high = low - room, high + room
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
