@@ -192,18 +192,15 @@ def detect_rows(folder: Path, rows: list[Any], **options: Any) -> Detection:
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 AMBIGUOUS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two answer columns": (
-        {"instruction": "Q", "output": "A", "response": "B"},
-        ["--map output=output", "--map output=response"],
+        {"instruction": "Q", "output": "A", "response": "B"}, ["--map output=output", "--map output=response"]
     ),
     "two answers to a prompt": ({"prompt": "Q", "completion": "A", "answer": "B"}, ["--map completion=completion"]),
     "text beside instruction": ({"instruction": "Q", "output": "A", "text": "T"}, ["--format alpaca", "--format text"]),
     "messages beside a prompt": (
-        {"messages": TURNS, "prompt": "Q", "completion": "A"},
-        ["--format messages", "--format prompt-completion"],
+        {"messages": TURNS, "prompt": "Q", "completion": "A"}, ["--format messages", "--format prompt-completion"]
     ),
     "input beside context": (
-        {"instruction": "Q", "input": "I", "context": "C", "output": "A"},
-        ["--format alpaca", "--format dolly"],
+        {"instruction": "Q", "input": "I", "context": "C", "output": "A"}, ["--format alpaca", "--format dolly"]
     ),
     "text and content": ({"text": "T", "content": "C"}, ["--map text=text", "--map text=content"]),
     "ids beside text": ({"input_ids": [1], "text": "T"}, ["--format text", "--format tokens"]),
@@ -223,8 +220,7 @@ def test_two_readings_are_refused_with_the_flags_that_choose(kind: str, tmp_path
         assert found.format in str(caught.value)
         converted = convert_rows(
             read_slice(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1000).slices[0])[0],
-            found.format,
-            FormatOptions(columns=chosen.get("columns", {})),
+            found.format, FormatOptions(columns=chosen.get("columns", {})),
         )
         assert len(converted.rows) == 9
 
@@ -261,9 +257,7 @@ def test_most_rows_decide_and_the_others_are_counted(tmp_path: Path) -> None:
     found = detect_rows(tmp_path, rows)
     assert (found.format, found.matched, found.sampled) == ("messages", 20, 26)
     assert dict(found.alternatives) == {
-        "text": 3,
-        "alpaca (instruction, output) or alpaca (instruction, response)": 2,
-        "no known format": 1,
+        "text": 3, "alpaca (instruction, output) or alpaca (instruction, response)": 2, "no known format": 1
     }
     piece = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1 << 20).slices[0]
     faults = [fault.code for _, fault in convert_rows(read_slice(piece)[0], "messages", FormatOptions()).faults]

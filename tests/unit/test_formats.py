@@ -58,26 +58,20 @@ SIMPLE: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "messages as JSON text": ("messages", {"messages": json.dumps(TURN)}, TURN),
     "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, TURN),
     "sharegpt, other names": (
-        "sharegpt",
-        {"conversations": [{"from": "user", "value": "Q"}, {"from": "chatgpt", "value": "A"}]},
-        TURN,
+        "sharegpt", {"conversations": [{"from": "user", "value": "Q"}, {"from": "chatgpt", "value": "A"}]}, TURN
     ),
     "xtuner": ("xtuner", {"conversation": [{"system": "S", "input": "Q", "output": "A"}]}, [*say(("system", "S")), *TURN]),
     "alpaca": ("alpaca", {"instruction": "Q", "input": "", "output": "A"}, TURN),
     "alpaca without input": ("alpaca", {"instruction": "Q", "output": "A"}, TURN),
     "alpaca with null input": ("alpaca", {"instruction": "Q", "input": None, "output": "A"}, TURN),
     "alpaca with an input": (
-        "alpaca",
-        {"instruction": "Q", "input": "I", "output": "A"},
-        say(("user", "Q\nI"), ("assistant", "A")),
+        "alpaca", {"instruction": "Q", "input": "I", "output": "A"}, say(("user", "Q\nI"), ("assistant", "A"))
     ),
     "alpaca with only an input": ("alpaca", {"instruction": "", "input": "Q", "output": "A"}, TURN),
     "alpaca with response": ("alpaca", {"instruction": "Q", "response": "A"}, TURN),
     "alpaca with system": ("alpaca", {"instruction": "Q", "output": "A", "system": "S"}, [*say(("system", "S")), *TURN]),
     "alpaca with history": (
-        "alpaca",
-        {"instruction": "Q", "output": "A", "history": [["q", "a"]]},
-        [*say(("user", "q"), ("assistant", "a")), *TURN],
+        "alpaca", {"instruction": "Q", "output": "A", "history": [["q", "a"]]}, [*say(("user", "q"), ("assistant", "a")), *TURN]
     ),
     "dolly": ("dolly", {"instruction": "Q", "context": "C", "response": "A"}, say(("user", "Q\nC"), ("assistant", "A"))),
     "question-answer": ("question-answer", {"question": "Q", "answer": "A"}, TURN),
@@ -243,9 +237,7 @@ def asked(part: dict[str, Any]) -> dict[str, Any]:
 
 BAD: dict[str, tuple[str, Any, str, str]] = {
     "unknown role": (
-        "messages",
-        {"messages": [TURN[0], {"role": "bot", "content": "A"}]},
-        "unknown-role",
+        "messages", {"messages": [TURN[0], {"role": "bot", "content": "A"}]}, "unknown-role",
         "messages[1].role is 'bot'; expected one of system, developer, user, assistant, tool.",
     ),
     "no role": ("messages", {"messages": [{"content": "A"}]}, "unknown-role", "messages[0].role is null"),
@@ -257,40 +249,24 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
     "no content": ("sharegpt", {"conversations": [{"from": "gpt"}]}, "no-content", "conversations[0]"),
     "content of another kind": ("messages", {"messages": [TURN[0], {"role": "assistant", "content": 3}]}, "not-text", "a number"),
     "an image part": (
-        "messages",
-        {"messages": [asked({"type": "image_url"}), TURN[1]]},
-        "image-part",
-        "messages[0].content[0] is 'image_url'",
+        "messages", {"messages": [asked({"type": "image_url"}), TURN[1]]}, "image-part", "messages[0].content[0] is 'image_url'"
     ),
     "an audio part": ("messages", {"messages": [asked({"type": "input_audio"}), TURN[1]]}, "audio-part", "'input_audio'"),
     "a video part": ("messages", {"messages": [asked({"type": "video"}), TURN[1]]}, "video-part", "'video'"),
     "an unknown part": ("messages", {"messages": [asked({"type": "refusal"}), TURN[1]]}, "unknown-part", "refusal"),
     "parts that would change places": (
         "messages",
-        {
-            "messages": [
-                TURN[0],
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "tool_call", "value": '{"name": "f"}'},
-                        {"type": "text", "text": "after"},
-                    ],
-                },
-            ]
-        },
-        "part-order",
-        "messages[1].content[1]",
+        {"messages": [TURN[0], {"role": "assistant", "content": [
+            {"type": "tool_call", "value": '{"name": "f"}'}, {"type": "text", "text": "after"},
+        ]}]},
+        "part-order", "messages[1].content[1]",
     ),
     "half a weight": ("messages", {"messages": [TURN[0], TURN[1] | {"weight": 0.5}]}, "fractional-weight", "weight is 0.5"),
     "a call without a name": ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "bad-tool-call", "[0]"),
     "a call that is no JSON": ("sharegpt", {"conversations": [{"from": "function_call", "value": "f()"}]}, "bad-tool-call", ""),
     "tools that are not JSON": ("messages", {"messages": TURN, "tools": "f, g"}, "bad-tools", "a string"),
     "template arguments of another kind": (
-        "messages",
-        {"messages": TURN, "chat_template_kwargs": [1]},
-        "bad-template-arguments",
-        "an array",
+        "messages", {"messages": TURN, "chat_template_kwargs": [1]}, "bad-template-arguments", "an array"
     ),
     "null instruction": ("alpaca", {"instruction": None, "output": "A"}, "null-field", "instruction is null"),
     "null output": ("alpaca", {"instruction": "Q", "output": None}, "null-field", "output is null"),
@@ -452,7 +428,7 @@ def test_options_are_small_and_picklable() -> None:
 
 # -------------------------------------------------------------------------------------------- the user's formatter
 
-FORMATTERS = """
+FORMATTERS = '''
 def to_text(row): return row["q"] + row["a"]
 def to_dict(row): return {"prompt": row["q"], "completion": row["a"]}
 def to_messages(row): return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
@@ -467,7 +443,7 @@ def to_row(row):
     from sftdata.batches import Completion
     return Completion(row["q"], row["a"])
 not_a_function = 3
-"""
+'''
 
 
 @pytest.fixture

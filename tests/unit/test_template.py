@@ -169,7 +169,9 @@ UPSTREAM = {
 }  # fmt: skip
 # Their models (Qwen, Zephyr) have no BOS in front of a chat.
 WITHOUT_BOS = {"chatml", "zephyr"}
-STANFORD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+STANFORD = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
