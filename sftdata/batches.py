@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sftdata.ragged import offsets_of, positions_of
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -218,9 +220,7 @@ class TokenBatch:
         if (np.diff(order) > 0).all():
             return self
         lengths = self.lengths[order]
-        offsets = np.append(0, np.cumsum(lengths))
-        source = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][order] - offsets[:-1], lengths)
-        return self.at(source, offsets, self.row[order])
+        return self.at(positions_of(self.offsets[:-1][order], lengths), offsets_of(lengths), self.row[order])
 
     def at(self, tokens: Any, offsets: Int64, row: Int64) -> TokenBatch:
         """Return the tokens that an index, a mask or a slice picks, as examples of their own."""

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from sftdata.batches import Bool, Float32, Int32, Int64, PackedRows, PackPlan, TokenBatch
+from sftdata.ragged import offsets_of, positions_of
 
 Strategy = Literal["bfd", "wrapped", "none"]
 
@@ -83,16 +84,16 @@ def gather(
     lengths, ids = plan.stop - plan.start, example_ids[plan.example]
     segment_offsets = plan.offsets
     if constant:
-        filled = np.diff(_offsets(lengths)[plan.offsets])
+        filled = np.diff(offsets_of(lengths)[plan.offsets])
         short = np.flatnonzero(filled < max_length)
         ends = plan.offsets[1:][short]
         source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, max_length - filled[short])
         ids = np.insert(ids, ends, PADDING_ID)
         segment_offsets = plan.offsets + np.append(0, np.cumsum(filled < max_length))
-    target = _offsets(lengths)
+    target = offsets_of(lengths)
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
     if constant:
-        padding = _positions(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
+        padding = positions_of(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
         input_ids[padding], labels[padding] = pad_id, NOT_TRAINED
         labels[target[:-1]] = NOT_TRAINED
     weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
@@ -103,7 +104,7 @@ def gather(
 
 
 def _cut_stream(lengths: Int64, max_length: int) -> PackPlan:
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     total = int(offsets[-1])
     row_starts = np.arange(0, total, max_length)
     starts = np.sort(np.concatenate([offsets[:-1][lengths > 0], row_starts]))
@@ -206,7 +207,7 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
     edges = np.unique(np.append(np.searchsorted(target, np.arange(0, total, _BLOCK_TOKENS)), len(source)))
     for first, last in pairwise(edges.tolist()):
         start, stop = target[first], target[last]
-        index = _positions(source[first:last], np.diff(target[first : last + 1]))
+        index = positions_of(source[first:last], np.diff(target[first : last + 1]))
         np.take(input_ids, index, out=ids[start:stop], mode="clip")
         labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], NOT_TRAINED)
     return ids, labels
@@ -214,22 +215,6 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
 
 def _copy_weights(weights: Float32, source: Int64, target: Int64, labels: Int32) -> Float32:
     """float32[T], what each token weighs, 0 where it is not trained."""
-    index = _positions(source, np.diff(target))
+    index = positions_of(source, np.diff(target))
     copied: Float32 = np.where(labels != NOT_TRAINED, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0))
     return copied
-
-
-def _positions(starts: Int64, lengths: Int64) -> Int64:
-    """Return start, start + 1, ... of each range, end to end.
-
-    >>> _positions(np.array([5, 20]), np.array([3, 2])).tolist()
-    [5, 6, 7, 20, 21]
-    """
-    offsets = _offsets(lengths)
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-
-
-def _offsets(lengths: Int64) -> Int64:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

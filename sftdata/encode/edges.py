@@ -14,8 +14,9 @@ import numpy as np
 
 from sftdata.batches import Bool, Int64, Ragged
 from sftdata.encode.engine import Encoder
-from sftdata.encode.places import Places, Ranges, locate, offsets_of, ranges_of
+from sftdata.encode.places import Places, Ranges, locate, ranges_of
 from sftdata.encode.prefixes import Prefixes
+from sftdata.ragged import offsets_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

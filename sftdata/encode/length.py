@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from sftdata.batches import Bool, Int64, TokenBatch
-from sftdata.encode.places import offsets_of
 from sftdata.errors import DataError
+from sftdata.ragged import offsets_of, positions_of
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 
@@ -127,9 +127,7 @@ def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> Tok
     if np.array_equal(start, batch.offsets[:-1]) and np.array_equal(stop, batch.offsets[1:]):
         return batch
     lengths = stop - start
-    offsets = offsets_of(lengths)
-    source = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return batch.at(source, offsets, batch.row[example])
+    return batch.at(positions_of(start, lengths), offsets_of(lengths), batch.row[example])
 
 
 def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int) -> LengthCounts:

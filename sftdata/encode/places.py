@@ -16,6 +16,7 @@ import numpy as np
 from sftdata.batches import Bool, Int32, Int64, Ragged
 from sftdata.encode.engine import Encoder
 from sftdata.encode.exact import WHITESPACE, Located, join
+from sftdata.ragged import offsets_of
 
 _SPACES = re.compile(b"(?:" + b"|".join(re.escape(char.encode()) for char in WHITESPACE) + b")*")
 
@@ -54,13 +55,6 @@ class Places:
     def _rows(self, start: int, stop: int) -> Located:
         part = slice(self.offsets[start], self.offsets[stop])
         return Located(self.tokens.ids[part], self.tokens.starts[part], self.tokens.ends[part])
-
-
-def offsets_of(lengths: Int64) -> Int64:
-    """Turn int64[N] lengths into int64[N + 1] offsets."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 Ranges = list[tuple[int, int]]

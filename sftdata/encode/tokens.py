@@ -17,9 +17,10 @@ import numpy as np
 from sftdata.batches import Bool, Float32, Int32, Int64, TextBatch, TokenBatch, Tokens
 from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
-from sftdata.encode.places import Places, locate, offsets_of
+from sftdata.encode.places import Places, locate
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault, RowError, UsageError
+from sftdata.ragged import offsets_of, positions_of
 
 IGNORED = -100
 
@@ -103,8 +104,7 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float
     if batch.loss_weights is None:
         return trained, None
     weights, sizes = trained.astype(np.float32), np.maximum(stop - first, 0)
-    index = np.arange(sizes.sum()) + np.repeat(first - offsets_of(sizes)[:-1], sizes)
-    weights[index] = np.repeat(batch.loss_weights[filled], sizes)
+    weights[positions_of(first, sizes)] = np.repeat(batch.loss_weights[filled], sizes)
     return trained, weights
 
 
@@ -129,7 +129,7 @@ def _with_ends(
     after = np.where(closed & ~ended, len(suffix), 0)
     offsets = offsets_of(tokens.lengths + before + after)
     ids, trained = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
-    target = np.arange(len(tokens.input_ids)) + np.repeat(offsets[:-1] + before - tokens.offsets[:-1], tokens.lengths)
+    target = positions_of(offsets[:-1] + before, tokens.lengths)
     ids[target], trained[target] = tokens.input_ids, tokens.trained
     _write(ids, offsets[:-1][before > 0], prefix)
     tails = offsets[1:][after > 0] - len(suffix)

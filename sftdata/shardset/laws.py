@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sftdata.batches import Bool, Int64, PackedRows
+from sftdata.ragged import positions_of
 from sftdata.shardset.ledger import NOT_TRAINED
 from sftdata.shardset.manifest import Manifest
 
@@ -54,7 +55,7 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
     trained = rows.labels[starts[:-1]] != NOT_TRAINED
     yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
-    inside = _ranges(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
+    inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
     yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != NOT_TRAINED], "padding is trained")
     pad_id = manifest.tokenizer.pad_id
     yield from _rows_of(rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}")
@@ -81,13 +82,6 @@ def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]
 
 def _rows_of(offsets: Int64, wrong: Int64, what: str) -> Iterator[tuple[Int64, str]]:
     yield from _finding(np.unique(np.searchsorted(offsets, wrong, side="right") - 1), what)
-
-
-def _ranges(starts: Int64, lengths: Int64) -> Int64:
-    """Return every position of some stretches, one after the other."""
-    ends = np.cumsum(lengths)
-    positions: Int64 = np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
-    return positions
 
 
 def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:
