@@ -38,12 +38,16 @@ def prepare(
         sftdata.errors.SftError: in one line, what stopped it and what to do.
     """
     from sftdata.config import make_config
+    from sftdata.launch import start_workers
     from sftdata.read.formatter import name_formatter
-    from sftdata.run import prepare as run
 
     name, alone = name_formatter(formatter)
     settings |= {"workers": 1} if alone else {}
-    return run(make_config(inputs=inputs, tokenizer=str(tokenizer), output=output, formatter=name, **settings))
+    config = make_config(inputs=inputs, tokenizer=str(tokenizer), output=output, formatter=name, **settings)
+    with start_workers(config) as workers:
+        from sftdata.run import prepare as run
+
+        return run(config, workers)
 
 
 def stream(

@@ -1,8 +1,6 @@
 """`python -m sftdata`."""
 
-import sys
-
-from sftdata.cli import main
+from sftdata.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -213,11 +213,6 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
     )
 
 
-def input_bytes(config: PrepareConfig) -> int:
-    """Return the size of the local input files, before any of them is read."""
-    return sum(Path(path).stat().st_size for path in expand_inputs(config.inputs)[0] if Path(path).is_file())
-
-
 def plan_inputs(config: PrepareConfig) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans and what was left out."""
     paths, left_out = expand_inputs(config.inputs)

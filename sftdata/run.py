@@ -17,17 +17,16 @@ import msgspec
 
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import choose_engine, digest_ids, load_encoder
-from sftdata.engine.local import Workers, usable_cores
+from sftdata.engine.local import Workers
 from sftdata.errors import DataError, UsageError
+from sftdata.launch import WORTH_A_FAST_ENGINE
 from sftdata.pipeline import prepare_slice
-from sftdata.plan import Plan, input_bytes, make_plan
+from sftdata.plan import Plan, make_plan
 from sftdata.shardset.build import Build, SliceResult, finished_set
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.shardset.rejects import REJECTS_NAME
 from sftdata.stages import load_engine, load_shared
-
-WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
@@ -40,11 +39,14 @@ UNTRAINED_FIXES = {
 Progress = Callable[[SliceResult, int], None]
 
 
-def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None) -> Manifest:
+def prepare(
+    config: PrepareConfig, workers: Workers, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+) -> Manifest:
     """Build a set: plan, prepare every slice that is not done, write the manifest, put the set in its place.
 
     Args:
         config: the settings.
+        workers: of `launch.start_workers`.
         progress: called after each slice with its result and the number of slices.
         say: told, in one sentence each, what was decided for the user.
 
@@ -52,12 +54,10 @@ def prepare(config: PrepareConfig, progress: Progress | None = None, say: Callab
         SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
     """
     old = finished_set(config.output, overwrite=config.overwrite)
-    ready = None if old is not None or input_bytes(config) < WORTH_A_FAST_ENGINE else prepare_slice.__module__
-    with Workers(config.workers or usable_cores(), warm=ready) as workers:
-        plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)))
-        for note in plan.notes:
-            say(note)
-        return build_set(config, plan, old, workers, progress, say)
+    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)))
+    for note in plan.notes:
+        say(note)
+    return build_set(config, plan, old, workers, progress, say)
 
 
 def build_set(

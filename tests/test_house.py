@@ -158,12 +158,8 @@ start = time.process_time()
 print(json.dumps([time.process_time() - start, sorted(sys.modules)]), file=sys.stderr)
 """
 RUN_HELP = """
-import runpy
-sys.argv[1:] = {arguments}
-try:
-    runpy.run_module('{package}', run_name='__main__')
-except SystemExit:
-    pass
+from {package}.cli import main
+main({arguments})
 """
 
 

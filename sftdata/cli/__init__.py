@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -12,3 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sftdata.cli.run import run_app
 
     return run_app(build_app(), "sftdata", sys.argv[1:] if arguments is None else list(arguments))
+
+
+def command() -> NoReturn:
+    """Run the command of this process, and end it at once: taking tokenizers apart again takes longer than many a command."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -25,14 +25,16 @@ def prepare(
 
     Example: sftdata prepare chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -o shards --max-length 2048
     """
-    from sftdata.cli.talk import Talk, print_json
-    from sftdata.run import prepare as run
+    from sftdata.launch import start_workers
 
-    with Talk() as talk:
-        manifest = run(config, talk.progress, talk.say)
-    if as_json:
+    with start_workers(config) as workers:
+        from sftdata.cli.talk import Talk, print_json
+        from sftdata.run import prepare as run
         from sftdata.show.audit import glance
 
-        print_json(manifest.to_json() | {"audit": glance(config.output, manifest).to_json()})
-    else:
-        talk.summary(manifest, config.output)
+        with Talk() as talk:
+            manifest = run(config, workers, talk.progress, talk.say)
+        if as_json:
+            print_json(manifest.to_json() | {"audit": glance(config.output, manifest).to_json()})
+        else:
+            talk.summary(manifest, config.output)

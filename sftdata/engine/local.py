@@ -133,6 +133,7 @@ def _lead(channel: Connection, number: int, warm: str | None) -> None:
                 context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
                 with ProcessPoolExecutor(number, context, initializer=_start_worker) as pool:
                     _hand_out(channel, pool, number, partial(function, what), tasks)
+    os._exit(0)  # nothing is left to do, and taking the engine apart takes time
 
 
 def _hand_out(channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sftdata.errors import UsageError
-from sftdata.read.streams import is_url
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".parquet", ".arrow", ".feather")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
@@ -31,6 +30,11 @@ def expand_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
         found = [name] if is_url(name) else _expand_local(name, notes)
         paths.extend(found)
     return paths, notes
+
+
+def is_url(path: str) -> bool:
+    """Return True for `scheme://...`."""
+    return "://" in path
 
 
 def is_saved_dataset(folder: Path) -> bool:

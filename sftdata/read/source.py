@@ -13,11 +13,11 @@ import numpy as np
 from sftdata.batches import RowBatch
 from sftdata.read.arrays import plan_array, read_array
 from sftdata.read.delimited import plan_delimited, read_delimited
-from sftdata.read.inputs import expand_inputs, is_hub_id, is_saved_dataset
+from sftdata.read.inputs import expand_inputs, is_hub_id, is_saved_dataset, is_url
 from sftdata.read.lines import plan_lines, read_lines
 from sftdata.read.slices import Marks, Slice, Source, SourcePlan, Unreadable, make_plan
 from sftdata.read.sniff import sniff
-from sftdata.read.streams import RawCount, is_url, read_all
+from sftdata.read.streams import RawCount, read_all
 from sftdata.read.tables import plan_table, read_table
 
 LINE_BYTES = 64 << 20

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.read.inputs import is_url
 from sftdata.read.slices import Compression, Source
 
 BLOCK_BYTES = 1 << 20
@@ -34,11 +35,6 @@ MAGIC: tuple[tuple[bytes, Compression], ...] = (
 def compression_of(start: bytes) -> Compression:
     """Recognise a compression by the first bytes of a file."""
     return next((name for magic, name in MAGIC if re.match(magic, start)), "none")
-
-
-def is_url(path: str) -> bool:
-    """Return True for `scheme://...`."""
-    return "://" in path
 
 
 def open_raw(path: str) -> BinaryIO:

@@ -10,8 +10,9 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import UsageError
+from sftdata.read.inputs import is_url
 from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
-from sftdata.read.streams import BLOCK_BYTES, RawCount, is_url, open_raw, raw_blocks
+from sftdata.read.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
 MEDIA = ("Image", "Audio", "Video", "Pdf")

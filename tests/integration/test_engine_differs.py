@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from sftdata import run
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
-from sftdata.run import prepare
+from sftdata.launch import start_workers
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 
 NEEDLE = "the heron that no hard text knows"
@@ -54,6 +55,11 @@ def settings(data: Path, output: Path, chosen: str) -> PrepareConfig:
     return PrepareConfig(
         inputs=(str(data),), tokenizer=TOKENIZER, output=output, max_length=512, workers=1, engine=chosen, chat_template="chatml"
     )
+
+
+def prepare(config: PrepareConfig, progress: run.Progress | None = None, say: Callable[[str], None] = print) -> None:
+    with start_workers(config) as workers:
+        run.prepare(config, workers, progress, say)
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,31 @@
+"""The first thing a run does: start the process that takes longest to get ready, before anything else is imported.
+
+The leader of the workers imports the pipeline and loads the tokenizer's engine while this process imports what it needs itself,
+reads the input through and plans.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sftdata.config import PrepareConfig
+from sftdata.engine.local import Workers, usable_cores
+from sftdata.read.inputs import expand_inputs
+
+WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
+_PIPELINE = "sftdata.pipeline"
+
+
+def start_workers(config: PrepareConfig) -> Workers:
+    """Return the workers of a run; their leader is on its way where there will be much to do.
+
+    Raises:
+        UsageError: an input that is not there.
+    """
+    worth_it = (config.overwrite or not config.output.exists()) and input_bytes(config) >= WORTH_A_FAST_ENGINE
+    return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
+
+
+def input_bytes(config: PrepareConfig) -> int:
+    """Return the size of the local input files, before any of them is read."""
+    return sum(Path(path).stat().st_size for path in expand_inputs(config.inputs)[0] if Path(path).is_file())
