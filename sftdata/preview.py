@@ -25,7 +25,7 @@ from sftdata.read.source import Slice, read_slice
 from sftdata.render.resolve import Resolution, resolve_marker
 from sftdata.render.rows import render_rows
 from sftdata.shardset.ledger import Ledger
-from sftdata.stages import Stages
+from sftdata.stages import Stages, load_shared, load_stages
 
 PART = 0.25  # of each stretch of a large input
 IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose slices are counted in bytes, not in rows
@@ -136,9 +136,8 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
     plan = make_plan(config)
-    stages, sample = Stages(plan.job), sample_pieces(plan)
-    for first in sample[:1]:
-        prepare_piece(stages, first)  # loads the tokenizer, which takes as long for any input
+    load_shared(plan.job)  # takes as long for any input, so it is no part of the seconds
+    stages, sample = load_stages(plan.job), sample_pieces(plan)
     began = time.monotonic()
     pieces = [prepare_piece(stages, taken) for taken in sample]
     seconds = time.monotonic() - began

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sftdata.errors import UsageError
+from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.near_misses import NEAR_MISSES, VISION, NearMiss
 from sftdata.read.slices import SourcePlan, Unreadable
@@ -110,13 +111,14 @@ def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: M
         raise UsageError(f"{where}: no row could be read{first}.", fix)
     _check_columns(where, columns, rows)
     verdicts = _Verdicts()
-    possible: dict[tuple[str, ...], list[Format]] = {}  # most rows have the same columns
+    entries = [entry for entry in FORMATS.values() if format in (None, entry.name)]
+    possible: dict[tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]] = {}  # most rows have the same shape
     for row in rows:
         renamed = rename(row, columns)
-        keys = tuple(renamed)
-        if keys not in possible:
-            possible[keys] = [entry for entry in FORMATS.values() if format in (None, entry.name) and entry.is_possible(keys)]
-        found = [(entry.name, tuple(names.items())) for entry in possible[keys] for names in entry.readings(renamed, columns)]
+        shape = tuple((name, value is None) for name, value in renamed.items())
+        if shape not in possible:
+            possible[shape] = [(entry, names) for entry in entries for names in entry.candidates(renamed, columns)]
+        found = [(entry.name, tuple(names.items())) for entry, names in possible[shape] if entry.fits(Fields(renamed, names))]
         verdicts.add(renamed, tuple(found))
     counts = verdicts.counts()
     winner, matched = next(iter(counts.items()))

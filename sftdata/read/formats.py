@@ -6,7 +6,7 @@ To add a format, add one entry to FORMATS: its columns with their spellings, a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -52,24 +52,19 @@ class Format:
         present = [name for name in wanted if name in row]
         return [name for name in present if row[name] is not None] or present[:1]
 
-    def is_possible(self, keys: Collection[str]) -> bool:
-        """Return whether rows with these keys can have this format: every required column is there."""
-        return all(any(name in keys for name in column.spellings) for column in self.columns if column.required)
-
     def readings(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
         """Return every way to find this format's columns in a row; more than one is an ambiguity."""
-        if not self.is_possible(row):
-            return []
+        return [names for names in self.candidates(row, pinned) if self.fits(Fields(dict(row), names))]
+
+    def candidates(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
+        """Return the readings of a row by its columns alone: by which there are, and which of them are null."""
         choices = {column.name: self.spelling(column, row, pinned) for column in self.columns}
         required = [column.name for column in self.columns if column.required and choices[column.name]]
         if len(required) < sum(column.required for column in self.columns):
             return []
         rest = {name: found[0] for name, found in choices.items() if name not in required and found}
         found = [dict(zip(required, names, strict=True)) | rest for names in product(*(choices[name] for name in required))]
-        return [names for names in found if self._fits(dict(row), names, required)]
-
-    def _fits(self, row: dict[str, Any], names: dict[str, str], required: list[str]) -> bool:
-        return any(row[names[name]] is not None for name in required) and self.fits(Fields(row, names))
+        return [names for names in found if any(row[names[name]] is not None for name in required)]
 
     def locate(self, row: Mapping[str, Any], pinned: Names) -> dict[str, str]:
         """Return where a row has this format's columns.
