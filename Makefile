@@ -49,6 +49,7 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
 bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
+	$(BIN)/python -m compileall -q sftdata sfttrain  # as pip compiles what it installs
 	$(BIN)/python benchmarks/all.py
 
 docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/

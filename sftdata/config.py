@@ -15,6 +15,7 @@ from sftdata.errors import UsageError
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
+DEFAULT_LINE_BYTES = 64 << 20
 
 
 class PrepareConfig(BaseModel):
@@ -36,7 +37,7 @@ class PrepareConfig(BaseModel):
         "auto", description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use."
     )
     prompt_template: str | None = Field(None, description="File with {field} slots for instruction rows without a chat template.")
-    max_line_bytes: int = Field(64 << 20, gt=0, description="A longer line is rejected, bytes.")
+    max_line_bytes: int = Field(DEFAULT_LINE_BYTES, gt=0, description="A longer line is rejected, bytes.")
 
     # ---- what is rendered and trained
     tokenizer: str = Field(description="Folder or Hub id of the tokenizer.")

@@ -125,23 +125,15 @@ def _flattened(rows: Sequence[Row]) -> Batch:
     ends = np.cumsum(lengths, dtype=np.int64)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
     labels[ends - lengths] = -100  # no document is asked for by the end of the one before
-    cumulative = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
-    longest = int(lengths.max())
-    sources = {"source": torch.from_numpy(np.concatenate(_sources(rows)))[None]} if rows[0].source is not None else {}
-    weights = {"loss_weights": torch.from_numpy(np.concatenate(_weights(rows)))[None]} if _weighted(rows) else {}
-    return (
-        sources
-        | weights
-        | {
-            "input_ids": torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))[None],
-            "labels": torch.from_numpy(labels)[None],
-            "position_ids": torch.from_numpy(positions(lengths))[None],
-            "cu_seq_lens_q": cumulative,
-            "cu_seq_lens_k": cumulative,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-    )
+    input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(lengths)}
+    if rows[0].source is not None:
+        columns["source"] = np.concatenate(_sources(rows))
+    if _weighted(rows):
+        columns["loss_weights"] = np.concatenate(_weights(rows))
+    cumulative, longest = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)), int(lengths.max())
+    documents = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": longest, "max_length_k": longest}
+    return {name: torch.from_numpy(column)[None] for name, column in columns.items()} | documents
 
 
 def _padded(rows: Sequence[Row]) -> Batch:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import RowBatch
+from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.read.arrays import plan_array, read_array
 from sftdata.read.delimited import plan_delimited, read_delimited
 from sftdata.read.inputs import expand_inputs, is_hub_id, is_saved_dataset, is_url
@@ -19,8 +20,6 @@ from sftdata.read.slices import Marks, Slice, Source, SourcePlan, Unreadable, ma
 from sftdata.read.sniff import sniff
 from sftdata.read.streams import RawCount, read_all
 from sftdata.read.tables import plan_table, read_table
-
-LINE_BYTES = 64 << 20
 
 __all__ = [
     "Slice",
@@ -52,7 +51,7 @@ def open_source(path: str, *, split: str = "train", subset: str | None = None) -
     return sniff(path)
 
 
-def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = LINE_BYTES) -> SourcePlan:
+def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> SourcePlan:
     """Read a source once: hash it, count its records, and cut it into slices by size alone.
 
     Args:
@@ -77,7 +76,7 @@ def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: 
     return make_plan(source, base_id, marks, max_line_bytes)
 
 
-def plan_sources(sources: Sequence[Source], slice_bytes: int, max_line_bytes: int = LINE_BYTES) -> list[SourcePlan]:
+def plan_sources(sources: Sequence[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> list[SourcePlan]:
     """Plan several sources, with example ids that run on from one to the next."""
     plans: list[SourcePlan] = []
     base_id = 0
@@ -87,7 +86,7 @@ def plan_sources(sources: Sequence[Source], slice_bytes: int, max_line_bytes: in
     return plans
 
 
-def read_slice(piece: Slice, max_line_bytes: int = LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
+def read_slice(piece: Slice, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
     """Return the rows of a slice, and the rows that could not be parsed.
 
     Raises:

@@ -20,16 +20,6 @@ pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 QUICK = {"max_steps": 1, "save_strategy": "no"}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set", rows=12)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
 @pytest.mark.feature("export: Hub")
 @pytest.mark.feature("wrong combinations")
 @pytest.mark.parametrize(

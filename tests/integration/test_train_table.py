@@ -22,16 +22,6 @@ pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 QUICK = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("data") / "set", rows=12)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
-
-
 def _load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
