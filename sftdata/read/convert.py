@@ -87,6 +87,8 @@ class _Converter:
             row = rename({LINE: row} if isinstance(row, str) else row, self.options.columns)
             return self._convert(self.format, row, self._locate(self.format, row))
         formatted = self._format(row)
+        if isinstance(formatted, Conversation) and not self.options.loss_weights:
+            _refuse_weights(formatted)
         if formatted is None or isinstance(formatted, Conversation | Completion | Text | Tokens):
             return formatted
         chosen = self._recognise(formatted)
@@ -163,3 +165,11 @@ class _Converter:
         names = " and ".join(dict.fromkeys(entry.name for entry in readings)) or "no format"
         what = f"{self.options.formatter} returned the columns {', '.join(sorted(map(str, row)))}, which read as {names}."
         raise RowError("formatter-output", what, "return the columns of one format.")
+
+
+def _refuse_weights(row: Conversation) -> None:
+    """Refuse weights of a formatter's own row that would be left out, as those of messages are."""
+    found = [pair for pair in enumerate(row.trained) if isinstance(pair[1], float) and pair[1] not in (0, 1)]
+    for index, weight in found[:1]:
+        what = f"trained[{index}] of the formatter's row is {weight!r}; expected True, False or None."
+        raise RowError("fractional-weight", what, "round the weight, or keep it with --loss-weights.")

@@ -442,6 +442,9 @@ def mutates(row): row.clear(); return "x"
 def to_row(row):
     from sftdata.batches import Completion
     return Completion(row["q"], row["a"])
+def to_weighted(row):
+    from sftdata.batches import Conversation
+    return Conversation(to_messages(row), [None, 0.5])
 not_a_function = 3
 '''
 
@@ -466,6 +469,16 @@ def test_a_formatter_may_return_text_columns_messages_or_a_canonical_row(formatt
     (conversation,) = format_with(f"{formatters}:to_messages").rows
     assert isinstance(conversation, Conversation)
     assert conversation.messages == TURN
+
+
+def test_a_weight_of_a_formatter_is_kept_or_refused(formatters: str) -> None:
+    (fault,) = (fault for _, fault in format_with(f"{formatters}:to_weighted").faults)
+    assert fault.code == "fractional-weight"
+    assert fault.reason == "trained[1] of the formatter's row is 0.5; expected True, False or None."
+    options = FormatOptions(formatter=f"{formatters}:to_weighted", loss_weights=True)
+    (row,) = convert_rows(batch_of({"q": "Q", "a": "A"}), "", options).rows
+    assert isinstance(row, Conversation)
+    assert row.trained == [None, 0.5]
 
 
 def test_a_formatter_that_returns_none_filters_the_row(formatters: str) -> None:

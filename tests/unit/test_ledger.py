@@ -72,8 +72,9 @@ def test_a_leak_is_named_with_its_equation_and_both_sides(leak: dict[str, object
 
 def test_merging_adds_every_count_in_any_order() -> None:
     parts = [
-        Ledger(rows_in=1, rows_rejected={"b": 1}, counters={"boundary_splits": 3}, lengths={7: 1}),
-        Ledger(rows_in=2, rows_rejected={"a": 1, "b": 1}, rows_packed=1, max_length=8, sources={"x": SourceCounts(tokens=5)}),
+        Ledger(rows_in=1, rows_rejected={"b": 1}, counters={"boundary_splits": 3}, examples={"cut": [9, 4]}, lengths={7: 1}),
+        Ledger(rows_in=2, rows_rejected={"a": 1, "b": 1}, rows_packed=1, max_length=8, examples={"cut": [7, 8, 2]}),
+        Ledger(rows_in=1, sources={"x": SourceCounts(tokens=5)}, examples={"cut": [1, 4], "none": []}),
         Ledger(rows_in=3, lengths={5: 2, 7: 1}, sources={"x": SourceCounts(rows=3, tokens=6), "a": SourceCounts()}),
     ]
     texts = set()
@@ -83,10 +84,11 @@ def test_merging_adds_every_count_in_any_order() -> None:
             total.merge(part)
         texts.add(json.dumps(total.to_json()))
     assert len(texts) == 1
-    assert total.rows_in == 6
+    assert total.rows_in == 7
     assert total.rows_rejected == {"a": 1, "b": 2}
     assert total.sources["x"] == SourceCounts(rows=3, tokens=11)
     assert total.max_length == 8
+    assert total.examples == {"cut": [1, 2, 4], "none": []}
     assert parts[0].rows_rejected == {"b": 1}
 
 
