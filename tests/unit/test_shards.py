@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,21 @@ def test_the_columns_are_read_only_views_of_the_mapped_file(tmp_path: Path) -> N
     for column in (batch.input_ids, batch.labels, batch.seq_lengths, batch.example_ids):
         assert not column.flags.owndata
         assert not column.flags.writeable
+
+
+@pytest.mark.parametrize(("strategy", "max_length"), [("bfd", 64), ("none", None)])
+def test_reading_imports_none_of_what_is_slow_to_start(tmp_path: Path, strategy: Strategy, max_length: int | None) -> None:
+    write_shard(tmp_path / "shard-00000.arrow", packed(strategy=strategy), max_length)
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.modules |= {'pyarrow.compute': None, 'pandas': None}\n"
+        "from sftdata.shardset.shards import read_shard\n"
+        f"print(sum(map(len, read_shard(Path('shard-00000.arrow'), {max_length}))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == len(packed(strategy=strategy))
 
 
 def test_the_schema_is_the_one_of_the_contract(tmp_path: Path) -> None:
