@@ -108,19 +108,21 @@ class _Labelled:
     def __init__(self, batch: TokenBatch, packed: bool) -> None:
         self._batch = batch
         self._packed = packed
-        self._before = offsets_of(batch.trained.astype(np.int64))
+        self._trained = np.flatnonzero(batch.trained)
 
     def any(self, start: Int64, stop: Int64) -> Bool:
         """bool[K]: stretches with something to train."""
-        found = self._before[stop] > self._before[np.minimum(start + self._packed, stop)]
-        return np.asarray(found, np.bool_)
+        found: Bool = self._before(stop) > self._before(np.minimum(start + self._packed, stop))
+        return found
 
     def endings_lost(self, example: Int64, start: Int64, stop: Int64) -> int:
         """Count examples whose last trained token lies in none of the stretches."""
-        trained = np.append(np.flatnonzero(self._batch.trained), 0)
-        last = trained[self._before[self._batch.offsets[example + 1]] - 1]
+        last = np.append(self._trained, 0)[self._before(self._batch.offsets[example + 1]) - 1]
         holding = example[(start <= last) & (last < stop)]
         return len(np.unique(example)) - len(np.unique(holding))
+
+    def _before(self, place: Int64) -> Int64:
+        return np.searchsorted(self._trained, place)
 
 
 def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> TokenBatch:

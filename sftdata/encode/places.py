@@ -104,8 +104,10 @@ def _place(encoder: Encoder, texts: list[str], raws: list[bytes], reach: bool) -
     else:
         start = before[offsets]
         doubted = np.diff(start) != np.diff(base)
-        shift = np.repeat(base[:-1] - start[:-1], np.diff(offsets)) if doubted.any() else 0
-        tokens = Located(ids, before[:-1] + shift, before[1:] + shift)
+        tokens = Located(ids, before[:-1], before[1:])
+        if doubted.any():
+            shift = np.repeat(base[:-1] - start[:-1], np.diff(offsets))
+            tokens = Located(ids, before[:-1] + shift, before[1:] + shift)
     return Places(tokens, offsets, base), doubted | _denormal(layout.normal_form, texts)
 
 

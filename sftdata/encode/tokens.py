@@ -97,14 +97,14 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float
     stop = np.searchsorted(tokens.starts, span[:, 1])
     first = np.clip(first, places.offsets[row], places.offsets[row + 1])
     stop = np.clip(stop, places.offsets[row], places.offsets[row + 1])
-    change = np.zeros(len(tokens.ids) + 1, np.int32)
-    np.add.at(change, first, 1)
-    np.add.at(change, stop, -1)
-    trained: Bool = np.cumsum(change[:-1]) > 0
+    sizes = np.maximum(stop - first, 0)
+    inside = positions_of(first, sizes)
+    trained = np.zeros(len(tokens.ids), np.bool_)
+    trained[inside] = True
     if batch.loss_weights is None:
         return trained, None
-    weights, sizes = trained.astype(np.float32), np.maximum(stop - first, 0)
-    weights[positions_of(first, sizes)] = np.repeat(batch.loss_weights[filled], sizes)
+    weights = trained.astype(np.float32)
+    weights[inside] = np.repeat(batch.loss_weights[filled], sizes)
     return trained, weights
 
 
