@@ -25,7 +25,7 @@ compiled: $(STAMP)
 
 install: $(STAMP) ## Make the virtual environment with everything in it
 
-demo: $(STAMP) ## Prepare three small files, look at the mask, train a tiny model (under two minutes)
+demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
 test: compiled ## Run every test that needs neither a GPU nor the network, and the notebooks
