@@ -21,7 +21,7 @@ from sftdata.render.template import ChatTemplate
 from sftdata.render.trl_masks import trl_0_7_10_mask
 
 SAMPLE_TEXTS = 16
-SAMPLE_CHARS = 1 << 16  # of each text
+SAMPLE_CHARS = 1 << 11  # of each text; the window moves from the beginning of the first to the end of the last
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Stages:
         """
         if not texts or self.encoder.engine == "tokenizers":
             return (), ""
-        chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLE_TEXTS).astype(np.int64))
-        sample = tuple(texts[index][:SAMPLE_CHARS] for index in chosen)
+        chosen = np.unique(np.linspace(0, len(texts) - 1, SAMPLE_TEXTS).astype(np.int64)).tolist()
+        windows = np.linspace(0, 1, len(chosen)).tolist()
+        sample = tuple(_window(texts[index], where) for index, where in zip(chosen, windows, strict=True))
         return sample, digest_ids(self.encoder, sample)
 
     def mask(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
@@ -99,6 +100,12 @@ class Stages:
             ids: list[int] = self.encoder.encode([template])[0].tolist()
             return ids
         return list(template)
+
+
+def _window(text: str, where: float) -> str:
+    """Return `SAMPLE_CHARS` characters of a text; `where` is 0 for the first, 1 for the last of them."""
+    start = int(where * max(len(text) - SAMPLE_CHARS, 0))
+    return text[start : start + SAMPLE_CHARS]
 
 
 _loaded: Stages | None = None

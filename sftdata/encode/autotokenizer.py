@@ -112,9 +112,7 @@ def _choose_eos(tokenizer: Any, wanted: str | None, notes: list[str]) -> None:
 def _save(tokenizer: Any, folder: Path, source: Path) -> None:
     """Write a folder that any transformers 4 or 5 reads back with the same ids."""
     tokenizer.save_pretrained(folder)
-    # Without its indentation the file is half as large, and read in four fifths of the time, at every start of every process.
-    whole = folder / "tokenizer.json"
-    whole.write_bytes(msgspec.json.encode(msgspec.json.decode(whole.read_bytes())))
+    _compact(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ORIGIN_KEYS}
@@ -125,6 +123,20 @@ def _save(tokenizer: Any, folder: Path, source: Path) -> None:
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     _assert_same_ids(tokenizer, folder)
+
+
+def _compact(path: Path) -> None:
+    """Write tokenizer.json without indentation, and merges as "a b": half as large, and tokenizers before 0.20 can read it."""
+    from tokenizers import Tokenizer
+
+    whole = path.read_text(encoding="utf-8")
+    spec = msgspec.json.decode(whole)
+    merges = spec["model"].get("merges") or []
+    if all(isinstance(pair, list) and not any(" " in part for part in pair) for pair in merges):
+        spec["model"] |= {"merges": [" ".join(pair) for pair in merges]} if merges else {}
+    path.write_bytes(msgspec.json.encode(spec))
+    if Tokenizer.from_file(str(path)).to_str() != Tokenizer.from_str(whole).to_str():
+        raise RuntimeError(f"{path} reads back as another tokenizer")
 
 
 def _assert_same_ids(tokenizer: Any, folder: Path) -> None:

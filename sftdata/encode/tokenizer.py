@@ -27,7 +27,7 @@ import msgspec
 from sftdata.encode.layout import Layout
 from sftdata.errors import SftError, UsageError
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 FACTS_FILE = "resolved.json"
 FOLDER_NAME = "tokenizer"
 LENGTHS_FILE = "byte_lengths.npy"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sftdata import run
+from sftdata import run, stages
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
 from sftdata.launch import start_workers
+from sftdata.stages import SAMPLE_CHARS
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 
 NEEDLE = "the heron that no hard text knows"
@@ -83,6 +84,12 @@ def test_one_wrong_slice_rebuilds_the_set_with_the_oracle(data: Path, tmp_path: 
     assert any(note.startswith("gigatoken gives other ids") for note in said)
     assert stopped == any(note.startswith("Resuming") for note in said)
     assert shards(tmp_path / "right") == shards(tmp_path / "found")
+
+
+def test_samples_look_at_the_ends_of_long_texts_too() -> None:
+    text = "a" * 5000 + "b" * 5000
+    assert [stages._window(text, where)[:: SAMPLE_CHARS - 1] for where in (0, 0.5, 1)] == ["aa", "ab", "bb"]
+    assert stages._window("short", 1) == "short"
 
 
 @pytest.mark.usefixtures("_wrong_about_herons")

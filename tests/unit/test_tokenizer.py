@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from sftdata.encode.engine import check_engine, choose_engine, hard_texts, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
@@ -45,6 +46,19 @@ def small(shared_data: Path, tmp_path: Path) -> Path:
     for path in [folder, *folder.iterdir()]:
         path.chmod(0o755)
     return folder
+
+
+@pytest.mark.parametrize(("space", "merge"), [("x", "h x"), (" ", ["h", " "])], ids=["as text", "as pairs, where a token has a space"])
+def test_a_saved_file_is_small_and_older_libraries_read_its_merges(cache: Path, tmp_path: Path, space: str, merge: object) -> None:
+    model = models.BPE({"h": 0, space: 1, f"h{space}": 2, "</s>": 3}, [("h", space)])
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["</s>"])
+    (tmp_path / "own").mkdir()
+    tokenizer.save(str(tmp_path / "own/tokenizer.json"))
+    path = resolve_tokenizer(str(tmp_path / "own")).folder / "tokenizer.json"
+    assert b"\n" not in path.read_bytes()
+    assert json.loads(path.read_bytes())["model"]["merges"] == [merge]
+    assert Tokenizer.from_file(str(path)).encode(f"h{space}").ids == [2]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
