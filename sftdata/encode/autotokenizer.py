@@ -184,7 +184,7 @@ def _places(folder: Path, target: Path) -> dict[str, Any]:
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)  # of a tokenizer without an "a": 0
     return whole[:start], whole[start + len(bare) :]
 
 

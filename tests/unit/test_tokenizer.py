@@ -48,8 +48,8 @@ def small(shared_data: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("space", "merge"), [("x", "h x"), (" ", ["h", " "])], ids=["as text", "as pairs, where a token has a space"])
-def test_a_saved_file_is_small_and_older_libraries_read_its_merges(cache: Path, tmp_path: Path, space: str, merge: object) -> None:
+@pytest.mark.parametrize(("space", "merge"), [("x", "h x"), (" ", ["h", " "])], ids=["text", "pairs"])
+def test_merges_are_saved_as_text_unless_a_token_holds_a_space(cache: Path, tmp_path: Path, space: str, merge: object) -> None:
     model = models.BPE({"h": 0, space: 1, f"h{space}": 2, "</s>": 3}, [("h", space)])
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens(["</s>"])
