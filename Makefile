@@ -7,28 +7,26 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help compiled install demo test lint types check torture soak fuzz bench docs notebooks clean
+.PHONY: help install demo test lint types check torture soak fuzz bench docs notebooks clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
-# torch comes first and alone, so that pip keeps the build it finds for this machine (CPU or CUDA).
+# torch comes first and alone, so that pip keeps the build it finds for this machine (CPU or CUDA). Compiled as pip compiles what
+# it installs: tests and benchmarks start hundreds of processes, and some machines keep no bytecode.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev]'
+	$(BIN)/python -m compileall -q sftdata sfttrain
 	@touch $@
-
-# As pip compiles what it installs: tests and benchmarks start hundreds of processes, and some machines keep no bytecode.
-compiled: $(STAMP)
-	@$(BIN)/python -m compileall -q sftdata sfttrain
 
 install: $(STAMP) ## Make the virtual environment with everything in it
 
 demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
-test: compiled ## Run every test that needs neither a GPU nor the network, and the notebooks
+test: $(STAMP) ## Run every test that needs neither a GPU nor the network, and the notebooks
 	$(PYTEST) --nbmake --nbmake-timeout=300
 
 lint: $(STAMP) ## Check style and import rules
@@ -52,7 +50,7 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz $(MINUTES)
 
-bench: compiled ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
+bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/all.py
 
 docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/
