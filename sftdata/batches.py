@@ -241,6 +241,8 @@ class TokenBatch:
         """
         if not parts:
             return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64))
+        if len(parts) == 1:
+            return parts[0]
         offsets = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
         return cls(
             np.concatenate([part.input_ids for part in parts]),

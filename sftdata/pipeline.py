@@ -44,6 +44,7 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
         examples.append(done.tokens)
         ids.append(done.example_ids)
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
+    examples.clear()  # the most that a slice needs is needed from here on
     packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
     rows = gather(tokens, example_ids, packs, job.max_length, job.pad_id, constant=job.packed, weighted=job.config.loss_weights)
     length = job.max_length if job.packed else None

@@ -191,8 +191,8 @@ def distinct(ids: Int64) -> Int64:
 
 
 def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, int]) -> dict[str, SourceCounts]:
-    starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
-    trained = np.append(0, np.cumsum(rows.labels != NOT_TRAINED, dtype=np.int64))
+    edges = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != NOT_TRAINED), edges))
     ids = rows.example_ids[is_document]
     # An empty source shares its first id with the next one, which is the one that has the example.
     source = np.searchsorted(list(sources.values()), ids, side="right") - 1
@@ -202,7 +202,7 @@ def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, in
         counts[list(sources)[index]] = SourceCounts(
             rows=len(distinct(ids[source == index])),
             tokens=int(rows.seq_lengths[own].sum(dtype=np.int64)),
-            tokens_trained=int((trained[starts[own + 1]] - trained[starts[own]]).sum()),
+            tokens_trained=int(trained[own].sum()),
         )
     return counts
 
