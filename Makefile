@@ -38,8 +38,8 @@ types: $(STAMP) ## Check types (mypy --strict)
 
 check: lint types test ## Check everything a change must pass
 
-torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest (about 20 minutes)
-	$(PYTEST) -m torture tests/torture
+torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest, resumed training (half an hour or more)
+	$(PYTEST) -m torture tests
 
 GIGABYTES := 4
 soak: $(STAMP) ## Prepare GIGABYTES=4 on this disk, killed on the way (takes six times that space, about ten minutes)
