@@ -38,7 +38,7 @@ types: $(STAMP) ## Check types (mypy --strict)
 
 check: lint types test ## Check everything a change must pass
 
-torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest, resumed training (half an hour or more)
+torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest, resumed training (about 25 minutes)
 	$(PYTEST) -m torture tests
 
 GIGABYTES := 4

@@ -211,7 +211,7 @@ class TokenBatch:
         if keep.all():
             return self
         tokens = np.repeat(keep, self.lengths)
-        offsets = np.append(0, np.cumsum(self.lengths[keep]))
+        offsets = offsets_of(self.lengths[keep])
         return self.at(tokens, offsets, self.row[keep])
 
     def in_row_order(self) -> TokenBatch:
@@ -243,7 +243,7 @@ class TokenBatch:
             return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64))
         if len(parts) == 1:
             return parts[0]
-        offsets = np.append(0, np.cumsum(np.concatenate([part.lengths for part in parts])))
+        offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
         return cls(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate([part.trained for part in parts]),

@@ -22,10 +22,10 @@ def start_workers(config: PrepareConfig) -> Workers:
     Raises:
         UsageError: an input that is not there.
     """
-    worth_it = (config.overwrite or not config.output.exists()) and input_bytes(config) >= WORTH_A_FAST_ENGINE
+    worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(config) >= WORTH_A_FAST_ENGINE
     return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
 
 
-def input_bytes(config: PrepareConfig) -> int:
+def _input_bytes(config: PrepareConfig) -> int:
     """Return the size of the local input files, before any of them is read."""
     return sum(Path(path).stat().st_size for path in expand_inputs(config.inputs)[0] if Path(path).is_file())

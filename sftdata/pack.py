@@ -89,7 +89,7 @@ def gather(
         ends = plan.offsets[1:][short]
         source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, max_length - filled[short])
         ids = np.insert(ids, ends, PADDING_ID)
-        segment_offsets = plan.offsets + np.append(0, np.cumsum(filled < max_length))
+        segment_offsets = plan.offsets + offsets_of(filled < max_length)
     target = offsets_of(lengths)
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
     if constant:

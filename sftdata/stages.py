@@ -54,7 +54,7 @@ class Stages:
         return _encoder(self.job.tokenizer, self.job.engine)
 
     def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
-        """Return some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
+        """Return windows of some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
 
         Whoever waits for the slice holds them against the oracle, which then need not be loaded here.
         """

@@ -28,6 +28,7 @@ def prepare(
     from sftdata.launch import start_workers
 
     with start_workers(config) as workers:
+        # Even what only the summary needs: the leader of the workers takes longer to get ready.
         from sftdata.cli.talk import Talk, print_json
         from sftdata.run import prepare as run
         from sftdata.show.audit import glance

@@ -126,14 +126,14 @@ def _save(tokenizer: Any, folder: Path, source: Path) -> None:
 
 
 def _compact(path: Path) -> None:
-    """Write tokenizer.json without indentation, and merges as "a b": half as large, and tokenizers before 0.20 can read it."""
+    """Write tokenizer.json without indentation, and merges as "a b": half as large, and tokenizers 0.19 can read it."""
     from tokenizers import Tokenizer
 
     whole = path.read_text(encoding="utf-8")
     spec = msgspec.json.decode(whole)
-    merges = spec["model"].get("merges") or []
-    if all(isinstance(pair, list) and not any(" " in part for part in pair) for pair in merges):
-        spec["model"] |= {"merges": [" ".join(pair) for pair in merges]} if merges else {}
+    merges = spec["model"].get("merges")
+    if merges and all(isinstance(pair, list) and not any(" " in part for part in pair) for pair in merges):
+        spec["model"]["merges"] = [" ".join(pair) for pair in merges]
     path.write_bytes(msgspec.json.encode(spec))
     if Tokenizer.from_file(str(path)).to_str() != Tokenizer.from_str(whole).to_str():
         raise RuntimeError(f"{path} reads back as another tokenizer")

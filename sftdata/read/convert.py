@@ -169,7 +169,7 @@ class _Converter:
 
 def _refuse_weights(row: Conversation) -> None:
     """Refuse weights of a formatter's own row that would be left out, as those of messages are."""
-    found = [pair for pair in enumerate(row.trained) if isinstance(pair[1], float) and pair[1] not in (0, 1)]
-    for index, weight in found[:1]:
-        what = f"trained[{index}] of the formatter's row is {weight!r}; expected True, False or None."
-        raise RowError("fractional-weight", what, "round the weight, or keep it with --loss-weights.")
+    for index, weight in enumerate(row.trained):
+        if isinstance(weight, float) and weight not in (0, 1):
+            what = f"trained[{index}] of the formatter's row is {weight!r}; expected True, False or None."
+            raise RowError("fractional-weight", what, "round the weight, or keep it with --loss-weights.")

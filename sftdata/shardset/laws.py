@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sftdata.batches import Bool, Int64, PackedRows
-from sftdata.ragged import positions_of
+from sftdata.ragged import offsets_of, positions_of
 from sftdata.shardset.ledger import NOT_TRAINED
 from sftdata.shardset.manifest import Manifest
 
@@ -27,7 +27,7 @@ def broken_laws(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, s
 
 
 def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
-    summed = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    summed = offsets_of(rows.seq_lengths)
     width = np.diff(rows.row_offsets)
     yield from _rows(rows.segment_offsets, rows.seq_lengths < 1, "a document has no tokens")
     yield from _finding(
@@ -52,7 +52,7 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     if manifest.max_length is None:
         yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
         return
-    starts = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    starts = offsets_of(rows.seq_lengths)
     trained = rows.labels[starts[:-1]] != NOT_TRAINED
     yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
     inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))

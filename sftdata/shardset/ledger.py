@@ -10,6 +10,7 @@ import numpy as np
 
 from sftdata.batches import EXAMPLES, Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
+from sftdata.ragged import offsets_of
 from sftdata.shardset.fields import Count, RowLength
 
 NOT_TRAINED = -100
@@ -191,7 +192,7 @@ def distinct(ids: Int64) -> Int64:
 
 
 def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, int]) -> dict[str, SourceCounts]:
-    edges = np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+    edges = offsets_of(rows.seq_lengths)
     trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != NOT_TRAINED), edges))
     ids = rows.example_ids[is_document]
     # An empty source shares its first id with the next one, which is the one that has the example.

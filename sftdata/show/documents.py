@@ -10,6 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from sftdata.batches import Bool, Int32, Int64, PackedRows
+from sftdata.ragged import offsets_of
 from sftdata.show.view import NOT_TRAINED
 from sftdata.show.vocabulary import Vocabulary
 
@@ -88,7 +89,7 @@ class DocumentReader:
 
     def read(self, rows: PackedRows) -> Documents:
         """Return the documents of packed rows, padding left out."""
-        ids, edges = rows.input_ids, np.append(0, np.cumsum(rows.seq_lengths, dtype=np.int64))
+        ids, edges = rows.input_ids, offsets_of(rows.seq_lengths)
         real = np.flatnonzero(rows.example_ids >= 0)
         start, stop = edges[:-1][real], edges[1:][real]
         place = np.flatnonzero(rows.labels != NOT_TRAINED)

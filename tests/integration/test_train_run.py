@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sfttrain import cli
-from tests.train_runs import OUR_WARNINGS, run, tiny_llama, train_in_process
+from tests.train_runs import OUR_WARNINGS, run, train_in_process
 from tests.train_sets import EOS, make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
@@ -21,11 +21,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_set(tmp_path_factory.mktemp("data") / "set", rows=48)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
