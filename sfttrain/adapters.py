@@ -9,7 +9,7 @@ from typing import Any
 
 from sftdata.errors import UsageError
 from sfttrain.config import LoraSettings, adapter_base
-from sfttrain.preflight import Say
+from sfttrain.talk import Say
 
 FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
 

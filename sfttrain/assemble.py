@@ -14,7 +14,8 @@ from sfttrain.attention import NAMES, registered_name
 from sfttrain.config import TrainConfig
 from sfttrain.loss import Objective, fuse_loss
 from sfttrain.model import describe_model, load_model
-from sfttrain.preflight import Plan, Say
+from sfttrain.preflight import Plan
+from sfttrain.talk import Say
 from sfttrain.vocabulary import align_special_tokens, fit_vocabulary
 
 

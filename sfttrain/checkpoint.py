@@ -121,7 +121,7 @@ def explain_failed_write(folder: Path, error: Exception) -> SftError:
     """Turn what a failed write raises into one line."""
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
     reason = str(error).split("\n")[0]
-    return UsageError(
+    return SftError(
         f"{folder}: the checkpoint could not be written ({reason}); {free / 1e9:.2f} GB free.",
         "free some space, then run the same command again: it resumes from the checkpoint before.",
     )

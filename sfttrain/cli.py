@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sftdata.errors import SftError, UsageError
+from sftdata.cli.run import run_app
+from sftdata.errors import UsageError
+from sfttrain.talk import rank
 
 app = typer.Typer(
     help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -36,7 +36,7 @@ Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, 
 Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
 
 _OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
 
@@ -66,7 +66,7 @@ def config(
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""
     import yaml
 
-    from sfttrain.run import effective_settings, training_arguments
+    from sfttrain.training import effective_settings, training_arguments
 
     settings = _settings(locals())
     print(yaml.safe_dump(effective_settings(settings, training_arguments(settings)), sort_keys=False), end="")
@@ -122,18 +122,8 @@ def export(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    try:
-        code = typer.main.get_command(app).main(arguments, prog_name="sfttrain", standalone_mode=False)
-        if code == 130:  # Typer catches Ctrl-C itself, and says nothing
-            raise KeyboardInterrupt
-        return int(code or 0)
-    except Exception as error:
-        return _explain(error, debug)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
+    number = rank()
+    return run_app(app, "sfttrain", sys.argv[1:] if arguments is None else arguments, f"rank {number}: " if number else "")
 
 
 def _settings(flags: dict[str, Any]) -> Any:
@@ -165,23 +155,3 @@ def _named(texts: list[str] | None) -> dict[str, str] | None:
         return None
     pairs = [text.partition("=") for text in texts]
     return {name if folder else Path(name).name: folder or name for name, _, folder in pairs}
-
-
-def _explain(error: Exception, debug: bool) -> int:
-    """Print an error as one line and return its exit code."""
-    # Typer brings its own copy of click or uses the installed one, depending on its version: go by what the error can do.
-    usage = getattr(error, "format_message", None)
-    if debug and usage is None:
-        traceback.print_exception(error)
-    if isinstance(error, typer.Abort):
-        return 130
-    if usage is not None:
-        error = UsageError(usage(), "see `sfttrain --help`.")
-    rank = int(os.environ.get("RANK", "0"))
-    where = f"rank {rank}: " if rank else ""
-    if isinstance(error, SftError):
-        print(f"{where}error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = " ".join(str(error).split())
-    print(f"{where}internal error: {type(error).__name__}: {text:.500} (--debug shows where)", file=sys.stderr)
-    return 1

@@ -178,10 +178,16 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
             if value is None:
                 continue
             if key == "training":
-                for name, part in dict(value).items():
+                if not isinstance(value, dict):
+                    raise UsageError(
+                        f"Setting 'training': expected fields of TrainingArguments; found {value!r:.200}.", "training.seed=1"
+                    )
+                for name, part in value.items():
                     _place(merged, name, part, own=False)
             else:
                 _place(merged, key, value)
+    if not merged.get("output"):
+        raise UsageError("output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`.")
     if merged.get("adapter") and not merged.get("model"):
         merged["model"] = adapter_base(Path(merged["adapter"]))
     try:
@@ -214,6 +220,19 @@ def adapter_base(folder: Path) -> str:
         raise UsageError(f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote.") from None
 
 
+def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of TrainingArguments as it takes them.
+
+    Raises:
+        UsageError: it has no such field, or the value is no number where one is wanted.
+    """
+    known = training_fields()
+    for key in given:
+        if key not in known:
+            raise _unknown(key, [*TrainConfig.model_fields, *known])
+    return {key: _coerced(key, value, known[key]) for key, value in given.items()}
+
+
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -221,7 +240,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML: {error}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: found {type(content).__name__}; expected settings, one `key: value` a line.")
@@ -232,13 +251,18 @@ def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not all(key.strip().split(".")):
             raise UsageError(f"--set {text!r}: expected key=value.")
         *parents, leaf = key.strip().split(".")
         place = settings
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[leaf] = yaml.safe_load(value)
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {text!r}: {parent} is {place!r} already, which has no {leaf}.", "set one of them.")
+        try:
+            place[leaf] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UsageError(f"--set {text!r}: the value is not YAML: {error}.", "quote it, as key='\"text\"'.") from None
     return settings
 
 
@@ -247,13 +271,12 @@ def _place(merged: dict[str, Any], key: str, value: Any, own: bool = True) -> No
     if own and key in TrainConfig.model_fields:
         merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
         return
-    known, key = training_fields(), _RENAMED.get(key, key)
-    if key in known:
-        merged["training"][key] = _coerced(key, value, known[key])
-        return
-    names = [*TrainConfig.model_fields, *known]
-    near = difflib.get_close_matches(key, names, n=1)
-    raise UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
+    merged["training"][_RENAMED.get(key, key)] = value
+
+
+def _unknown(key: str, known: Sequence[str]) -> UsageError:
+    near = difflib.get_close_matches(key, known, n=1)
+    return UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
 
 
 def _coerced(key: str, value: Any, annotation: str) -> Any:

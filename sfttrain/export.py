@@ -13,10 +13,10 @@ import yaml
 
 from sftdata.shardset.atomic import sync_folder, write_atomic
 from sftdata.shardset.opened import ShardSet
-from sfttrain.preflight import Say
+from sfttrain.output import RUN_NAME
+from sfttrain.talk import Say
 from sfttrain.vocabulary import stop_tokens
 
-RUN_NAME = "run.json"
 SETTINGS_NAME = "settings.yaml"
 _PARTIAL = "model.partial"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sftdata.errors import IntegrityError, UsageError
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
-from sfttrain.preflight import Say
+from sfttrain.talk import Say
 from sfttrain.vocabulary import embedding_rows, grow_embeddings
 
 _PROBE_TOKENS = 64

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sftdata.errors import DataError, IntegrityError, UsageError
-from sftdata.shardset.opened import ShardSet
-from sftdata.shardset.rejects import REJECTS_NAME
-from sftdata.shardset.verify import damaged_files, foreign_shards
+from sftdata.errors import DataError, UsageError
 from sfttrain.attention import FLATTENED, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.data import Batch
 from sfttrain.isolation import Proof, prove
-
-Say = Callable[[str], None]
+from sfttrain.talk import Say as Say
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +34,6 @@ class Plan:
     flatten: bool
     unpack: bool
     loss: str | None
-
-
-def verify_sets(sets: Sequence[ShardSet]) -> None:
-    """Read every file that training uses once and compare it with its manifest; rejects.jsonl may be under repair.
-
-    Raises:
-        IntegrityError: a file is missing or its bytes differ, or the folder holds a shard that is none of the set's.
-        DataError: there is nothing to train on.
-    """
-    for opened in sets:
-        found = damaged_files(opened.folder, opened.manifest)
-        damage = (problem for info, problem in found if problem and info.name != REJECTS_NAME)
-        for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
-            raise IntegrityError(problem)
-        if not opened.manifest.ledger.tokens_trained:
-            raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
 
 
 def choose_path(config: TrainConfig, model_config: Any, attention: str, device: str, compute: torch.dtype, say: Say) -> Plan:
@@ -122,45 +98,6 @@ def _loss_engine(config: TrainConfig, model_config: Any, proof: Proof, say: Say)
         raise UsageError(f"loss={config.loss}: {reason}.", "set loss=auto.")
     say(f"loss: the model's own, with full logits ({reason})")
     return None
-
-
-def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
-    """Return to how many rows the embeddings must grow; 0 if they are enough.
-
-    They grow only for tokens that the tokenizer gained after its training: a set made with another model's tokenizer is
-    an error.
-
-    Raises:
-        UsageError: the vocabulary of a set is not this model's.
-    """
-    wanted = 0
-    for opened in sets:
-        tokenizer = opened.manifest.tokenizer
-        if tokenizer.vocab_size <= rows:
-            continue
-        if tokenizer.vocab_size - rows > len(_added_ids(opened, rows)):
-            found = f"its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids"
-            raise UsageError(
-                f"{opened.folder}: {found}; the model has embeddings for {rows}.",
-                "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
-            )
-        wanted = max(wanted, tokenizer.vocab_size)
-    return wanted
-
-
-def _added_ids(opened: ShardSet, rows: int) -> set[int]:
-    """Ids from `rows` on that are known to be added tokens."""
-    tokenizer = opened.manifest.tokenizer
-    new = set(range(tokenizer.vocab_size - len(tokenizer.tokens_added), tokenizer.vocab_size))
-    return {token for token in new | set(added_tokens(opened.folder)) if token >= rows}
-
-
-def added_tokens(folder: Path) -> dict[int, str]:
-    """Return the added tokens of a set's tokenizer by id; empty without a tokenizer folder."""
-    path = folder / "tokenizer" / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    return {entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])}
 
 
 def checkpoint_bytes(model: Any) -> int:

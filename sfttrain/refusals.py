@@ -13,7 +13,7 @@ from sftdata.shardset.opened import ShardSet
 from sfttrain.config import TrainConfig
 from sfttrain.hub import check_hub
 from sfttrain.packages import require_package, require_tracker
-from sfttrain.preflight import Say
+from sfttrain.talk import Say
 
 # What from_pretrained took once, and where it is set here.
 _MOVED = {
@@ -89,22 +89,6 @@ def refuse_architecture(config: TrainConfig, model_config: Any, model: Any = Non
         raise UsageError(f"{name}: is quantized already; quantize={config.quantize} would do so twice.", "leave quantize out.")
     if quantized and not config.adapted and not hasattr(model, "peft_config"):
         raise UsageError(f"{name}: its weights are quantized and cannot be trained.", "train adapters on them, as --lora r=16.")
-
-
-def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
-    """Refuse sets whose ids mean different tokens.
-
-    Raises:
-        UsageError: naming two of them.
-    """
-    for opened in sets[1:]:
-        one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
-        added = sorted((one.tokens_added, other.tokens_added), key=len)
-        grown = added[0] != added[1] and added[1][: len(added[0])] == added[0]  # one gained tokens for its template
-        alike = grown and one.vocab_size - len(one.tokens_added) == other.vocab_size - len(other.tokens_added)
-        if one.sha256 != other.sha256 and not alike:
-            found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, {opened.folder} with {other.name}"
-            raise UsageError(f"{found}, whose ids are others.", "prepare both with the tokenizer of the model.")
 
 
 def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> None:

@@ -19,7 +19,8 @@ from sftdata.errors import UsageError
 from sftdata.show.curves import Curve, key, line_chart, short
 from sftdata.show.escape import visible
 from sftdata.show.page import make_page, write_page
-from sfttrain.export import RUN_NAME, SETTINGS_NAME
+from sfttrain.export import SETTINGS_NAME
+from sfttrain.output import RUN_NAME
 from sfttrain.progress import LOG_NAME
 
 REPORT_NAME = "report.html"

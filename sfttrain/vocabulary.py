@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sftdata.shardset.opened import PackedRow, ShardSet
-from sfttrain.preflight import Say, added_tokens, missing_embeddings
+from sfttrain.sets import added_tokens, missing_embeddings
+from sfttrain.talk import Say
 
 _SAMPLE_ROWS = 256
 _NEVER_TRAINED = 1e-3  # of the usual norm of a row

@@ -72,7 +72,7 @@ class Fleet:
         import multiprocessing
 
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["sfttrain.run", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"])
+        self._context.set_forkserver_preload(["sfttrain.training", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"])
 
     def start(self, arguments: list[str], ranks: int, log: Path) -> list[Any]:
         """Start one process a rank; their standard error goes to `log`."""

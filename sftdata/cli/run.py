@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -17,9 +18,14 @@ from sftdata.errors import SftError
 INTERRUPTED = 130
 
 
-def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
-    """Run `app`; `--debug` anywhere shows the traceback as well."""
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str = "") -> int:
+    """Run `app`; `--debug` anywhere shows the traceback as well.
+
+    Args:
+        prefix: comes before every failure; names the process where there are several.
+    """
     debug = "--debug" in arguments
+    fail = functools.partial(_fail, prefix=prefix, debug=debug)
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(args=arguments, prog_name=name, standalone_mode=False)
@@ -27,30 +33,30 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt
         sys.stdout.flush()
     except SftError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return fail(str(error), error.exit_code)
     except TyperException as error:
         text, fix = explain_usage(" ".join(error.format_message().split()))
-        return _fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2, debug)
+        return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
     except (KeyboardInterrupt, Abort):
-        return _fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED, debug)
+        return fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read stdout has seen enough; Python must not complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # what no stage foresaw: the machine's fault, not ours
         what = f"{error.filename or 'This machine'}: {error.strerror or error}."
-        return _fail(f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1, debug)
+        return fail(f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"Internal error: {type(error).__name__}: {error} ({where.name}, line {where.lineno}).".split())
-        return _fail(f"{text} Fix: run again with --debug and report it.", 1, debug)
+        return fail(f"{text} Fix: run again with --debug and report it.", 1)
     return code if isinstance(code, int) else 0
 
 
-def _fail(line: str, code: int, debug: bool) -> int:
+def _fail(line: str, code: int, *, prefix: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(line, file=sys.stderr)
+    print(prefix + line, file=sys.stderr)
     return code
 
 

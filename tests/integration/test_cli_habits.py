@@ -202,7 +202,7 @@ def test_ctrl_c_in_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr("sfttrain.run.train", interrupted)
     config = str(ROOT / "examples/tiny-model/config.json")
     assert sfttrain.cli.main(["run", "set", "--init-from-config", config, "-o", "out"]) == 130
-    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
+    assert capsys.readouterr().err == "Interrupted; what is finished is kept. Run the same command to go on.\n"
 
 
 @pytest.mark.parametrize("name", ["tokenizr", "examples/tokeniser", "/{root}/examples/tokenizer2"])

@@ -56,7 +56,7 @@ def test_a_wrong_combination_is_one_line_with_its_fix(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     code = cli.main(["run", str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--max-steps", "1", *arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Fix:" in line]
     assert code == 2
     assert len(lines) == 1
     assert words in lines[0]

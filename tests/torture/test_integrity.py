@@ -15,7 +15,7 @@ from sftdata.errors import IntegrityError, SftError
 from sftdata.shardset import shards as shards_module
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.verify import verify
-from sfttrain.preflight import verify_sets
+from sfttrain.sets import verify_sets
 from tests.torture.runs import content, prepare, write_chats
 from tests.train_runs import run, tiny_llama, train_in_process
 
@@ -201,7 +201,7 @@ def test_the_command_ends_with_one_line_and_exit_code_4(set_folder: Path, model:
     name = repeat(set_folder)
     code, _, said = run(["run", str(set_folder), "--model", str(model), "-o", str(place / "out"), "--max-steps", "1"])
     assert code == 4
-    assert said.splitlines()[-1].startswith(f"error: {set_folder / name}: ")
+    assert said.splitlines()[-1].startswith(f"{set_folder / name}: ")
     assert "Traceback" not in said
 
 

@@ -1,0 +1,80 @@
+"""The folder of a run: what it may be, and that one run writes into it at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sftdata.errors import UsageError
+from sftdata.shardset.atomic import explained
+from sftdata.shardset.manifest import MANIFEST_NAME
+from sfttrain.config import TrainConfig
+from sfttrain.talk import rank
+
+RUN_NAME = "run.json"
+_held: set[int] = set()  # open locks; a forked reader of the data must not keep them beyond its run
+_LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
+
+
+def refuse_places(config: TrainConfig, *, given: bool) -> None:
+    """Refuse an output that holds something else than a run, and a model that is not there.
+
+    Args:
+        given: whether the model is an object, which needs no folder.
+
+    Raises:
+        UsageError: naming the place.
+    """
+    output = config.output
+    if (output / MANIFEST_NAME).exists():
+        raise UsageError(f"{output}: holds a set, which training would write into.", "choose another -o.")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is a file; expected a folder for the run.", "choose another -o.")
+    source = str(config.init_from_config or config.model)
+    if not given and source.startswith(_LOOKS_LIKE_A_PATH) and not Path(source).exists():
+        raise UsageError(f"{source}: no such folder.", "name a folder or Hub id of a causal language model.")
+    for name in ("model", "adapter"):
+        place = getattr(config, name)
+        if place is not None and not given and output.exists() and Path(place).resolve() == output.resolve():
+            raise UsageError(f"{output}: is the folder of the {name}, which the run would write over.", "choose another -o.")
+
+
+@contextmanager
+def take(output: Path) -> Iterator[None]:
+    """Hold the folder of a run, made if need be, for this run alone: its main process locks it for all ranks.
+
+    Raises:
+        UsageError: another run has it, or it cannot be made.
+    """
+    if rank() != 0:
+        yield
+        return
+    made = not output.exists()
+    with explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = os.open(output, os.O_RDONLY)
+    _held.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{output}: another `sfttrain run` is writing here.", "wait for it, or choose another -o.") from None
+        yield
+    finally:
+        _held.discard(lock)
+        os.close(lock)
+        if made:
+            with suppress(OSError):  # it holds something
+                output.rmdir()
+
+
+def _let_go() -> None:
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,116 @@
+"""The sets of a run, opened and checked without torch: their bytes, their tokenizers, their vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sftdata.errors import DataError, IntegrityError, UsageError
+from sftdata.shardset.opened import ShardSet, open_set
+from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.shardset.verify import damaged_files, foreign_shards
+from sfttrain.config import TrainConfig
+from sfttrain.talk import rank
+
+
+def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]:
+    """Open the sets to train and to evaluate on; the main process reads every byte of them once.
+
+    Raises:
+        SftError: a set is missing, damaged or empty, or does not fit the others or the model.
+    """
+    sets = [open_set(folder) for folder in config.sets]
+    evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
+    everything = [*sets, *evaluation.values()]
+    refuse_mixed_tokenizers(everything)
+    known = _known_vocabulary(config)
+    if known is not None:
+        missing_embeddings(sets, known)
+    if rank() == 0:
+        verify_sets(everything)
+    return sets, evaluation
+
+
+def verify_sets(sets: Sequence[ShardSet]) -> None:
+    """Read every file that training uses once and compare it with its manifest; rejects.jsonl may be under repair.
+
+    Raises:
+        IntegrityError: a file is missing or its bytes differ, or the folder holds a shard that is none of the set's.
+        DataError: there is nothing to train on.
+    """
+    for opened in sets:
+        found = damaged_files(opened.folder, opened.manifest)
+        damage = (problem for info, problem in found if problem and info.name != REJECTS_NAME)
+        for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
+            raise IntegrityError(problem)
+        if not opened.manifest.ledger.tokens_trained:
+            raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
+
+
+def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
+    """Refuse sets whose ids mean different tokens.
+
+    Raises:
+        UsageError: naming two of them.
+    """
+    for opened in sets[1:]:
+        one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
+        added = sorted((one.tokens_added, other.tokens_added), key=len)
+        grown = added[0] != added[1] and added[1][: len(added[0])] == added[0]  # one gained tokens for its template
+        alike = grown and one.vocab_size - len(one.tokens_added) == other.vocab_size - len(other.tokens_added)
+        if one.sha256 != other.sha256 and not alike:
+            found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, {opened.folder} with {other.name}"
+            raise UsageError(f"{found}, whose ids are others.", "prepare both with the tokenizer of the model.")
+
+
+def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
+    """Return to how many rows the embeddings must grow; 0 if they are enough.
+
+    They grow only for tokens that the tokenizer gained after its training: a set made with another model's tokenizer is
+    an error.
+
+    Raises:
+        UsageError: the vocabulary of a set is not this model's.
+    """
+    wanted = 0
+    for opened in sets:
+        tokenizer = opened.manifest.tokenizer
+        if tokenizer.vocab_size <= rows:
+            continue
+        if tokenizer.vocab_size - rows > len(_added_ids(opened, rows)):
+            found = f"its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids"
+            raise UsageError(
+                f"{opened.folder}: {found}; the model has embeddings for {rows}.",
+                "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
+            )
+        wanted = max(wanted, tokenizer.vocab_size)
+    return wanted
+
+
+def _added_ids(opened: ShardSet, rows: int) -> set[int]:
+    """Ids from `rows` on that are known to be added tokens."""
+    tokenizer = opened.manifest.tokenizer
+    new = set(range(tokenizer.vocab_size - len(tokenizer.tokens_added), tokenizer.vocab_size))
+    return {token for token in new | set(added_tokens(opened.folder)) if token >= rows}
+
+
+def added_tokens(folder: Path) -> dict[int, str]:
+    """Return the added tokens of a set's tokenizer by id; empty without a tokenizer folder."""
+    path = folder / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    return {entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])}
+
+
+def _known_vocabulary(config: TrainConfig) -> int | None:
+    """Return how many tokens the config of a model on this machine has; None where loading it must tell."""
+    place = config.init_from_config or Path(config.model or "")
+    try:
+        found: Any = json.loads((place / "config.json" if place.is_dir() else place).read_text("utf-8"))
+        size = found.get("vocab_size", found.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
