@@ -6,16 +6,22 @@ Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sftdata import other_tools
 from sftdata.errors import UsageError
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_LINE_BYTES = 64 << 20
+MOST_TOKENS = (1 << 31) - 1  # of one row: Arrow counts them in int32
+MOST_BYTES = 1 << 40
+MOST_WORKERS = 4096
 
 
 class PrepareConfig(BaseModel):
@@ -37,7 +43,7 @@ class PrepareConfig(BaseModel):
         "auto", description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use."
     )
     prompt_template: str | None = Field(None, description="File with {field} slots for instruction rows without a chat template.")
-    max_line_bytes: int = Field(DEFAULT_LINE_BYTES, gt=0, description="A longer line is rejected, bytes.")
+    max_line_bytes: int = Field(DEFAULT_LINE_BYTES, gt=0, le=MOST_BYTES, description="A longer line is rejected, bytes.")
 
     # ---- what is rendered and trained
     tokenizer: str = Field(description="Folder or Hub id of the tokenizer.")
@@ -62,7 +68,9 @@ class PrepareConfig(BaseModel):
 
     # ---- how it is cut, packed and stored
     output: Path = Field(description="Folder of the set.")
-    max_length: int | None = Field(None, gt=0, description="Tokens per packed row; default min(model_max_length, 1024).")
+    max_length: int | None = Field(
+        None, gt=0, le=MOST_TOKENS, description="Tokens per packed row; default min(model_max_length, 1024)."
+    )
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = Field(
         "truncate", description="Rows longer than max_length."
     )
@@ -72,10 +80,10 @@ class PrepareConfig(BaseModel):
     max_rejects: str = Field(
         "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
     )
-    slice_bytes: int = Field(8 << 20, gt=0, description="Input bytes per slice; packing does not cross slices.")
+    slice_bytes: int = Field(8 << 20, gt=0, le=MOST_BYTES, description="Input bytes per slice; packing does not cross slices.")
 
     # ---- how the work is done (never changes a byte of the set)
-    workers: int | None = Field(None, gt=0, description="Worker processes; default: one per usable core.")
+    workers: int | None = Field(None, gt=0, le=MOST_WORKERS, description="Worker processes; default: one per usable core.")
     engine: Literal["auto", "gigatoken", "tokenizers"] = Field(
         "auto", description="Tokenizer engine; auto takes the fast one where it is proven equal."
     )
@@ -85,6 +93,25 @@ class PrepareConfig(BaseModel):
     @classmethod
     def _one_input_is_a_list(cls, value: Any) -> Any:
         return (str(value),) if isinstance(value, (str, Path)) else tuple(str(item) for item in value)
+
+    @field_validator("max_rejects", "date", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Take back what YAML made of `5` and `2025-01-01`."""
+        return str(value) if type(value) in (int, float, date) else value
+
+    @field_validator("max_rejects")
+    @classmethod
+    def _at_most_all(cls, value: str) -> str:
+        if value.endswith("%") and float(value[:-1]) > 100:
+            raise ValueError("a share is at most 100%")
+        return value
+
+    @field_validator("date")
+    @classmethod
+    def _in_the_calendar(cls, value: str) -> str:
+        date.fromisoformat(value)
+        return value
 
     def content(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""
@@ -98,12 +125,16 @@ def make_config(**settings: Any) -> PrepareConfig:
     Raises:
         UsageError: an unknown key or a value outside its range.
     """
-    known = set(PrepareConfig.model_fields)
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}."
-            raise UsageError(f"Unknown setting {key!r}.", hint)
+    return check_settings(settings, {})
+
+
+def check_settings(settings: Mapping[str, Any], places: Mapping[str, str]) -> PrepareConfig:
+    """Validate settings of which some are known by the place where they were set, such as `sft.yaml:5`.
+
+    Raises:
+        UsageError: an unknown key or a value outside its range, with its place.
+    """
+    refuse_unknown(settings, places)
     try:
         return PrepareConfig(**settings)
     except ValidationError as error:
@@ -111,10 +142,34 @@ def make_config(**settings: Any) -> PrepareConfig:
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         near = difflib.get_close_matches(str(first.get("input")), first["msg"].split("'")[1::2], n=1)
         hint = f"did you mean {near[0]!r}?" if near else _meaning(where)
-        raise UsageError(f"Setting {where!r}: found {first.get('input')!r}; {first['msg']}.", hint) from None
+        found = f"setting {where!r}: found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
+        raise UsageError(_at(where.partition(".")[0], places, found), hint) from None
+
+
+def refuse_unknown(settings: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """Refuse a setting that there is not.
+
+    Raises:
+        UsageError: with its place, and what it may have meant.
+    """
+    for key in settings:
+        if key not in PrepareConfig.model_fields:
+            raise UsageError(_at(key, places, f"unknown setting {key!r}."), _known(key))
+
+
+def _at(key: str, places: Mapping[str, str], found: str) -> str:
+    return f"{places[key]}: {found}" if key in places else found[0].upper() + found[1:]
+
+
+def _known(key: str) -> str:
+    """Return what an unknown setting may have meant: ours of the same meaning, or of nearly the same name."""
+    known = set(PrepareConfig.model_fields)
+    near = difflib.get_close_matches(key, known, n=1)
+    meant = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}."
+    return other_tools.answer(key, "sftdata") or meant
 
 
 def _meaning(setting: str) -> str:
     """Return what a setting is, which says what it may be."""
-    field = PrepareConfig.model_fields.get(setting)
+    field = PrepareConfig.model_fields.get(setting.partition(".")[0])
     return f"expected: {field.description}" if field and field.description else "see `sftdata prepare --help`."

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import Abort, TyperException
 
+from sftdata import other_tools
 from sftdata.errors import SftError
 
 INTERRUPTED = 130
@@ -66,6 +67,7 @@ _WRONG = (
     re.compile(r"(?P<text>No such option: (?P<wrong>\S+)) \((?:Possible options: |Did you mean )(?P<known>.+)\)"),
     re.compile(r"(?P<text>.*'(?P<wrong>[^']*)' is not one of (?P<known>.+))"),
 )
+_OPTION = re.compile(r"No such option: (--[\w-]+)")
 
 
 def explain_usage(text: str) -> tuple[str, str]:
@@ -75,6 +77,9 @@ def explain_usage(text: str) -> tuple[str, str]:
     ("No such command 'prepar'.", "did you mean 'prepare'?")
     """
     text = text.replace("Value error, ", "")
+    option = _OPTION.match(text)
+    if option and (elsewhere := other_tools.answer(option[1], "sftdata")):
+        return f"{option[0]}.", elsewhere
     for pattern in _WRONG:
         if found := pattern.fullmatch(text):
             known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", found["known"])

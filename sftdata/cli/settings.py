@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 import typer
 
-from sftdata.config import PrepareConfig, make_config
+from sftdata.config import PrepareConfig, check_settings, refuse_unknown
 from sftdata.errors import UsageError
+from sftdata.yaml_settings import assign, read_settings_file
 
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
@@ -68,48 +69,25 @@ def load_config(inputs: list[str], config_file: Path | None, sets: list[str], fl
         UsageError: a setting is unknown or wrong, or the file cannot be read.
     """
     settings: dict[str, Any] = {}
+    places: dict[str, str] = {}
     if len(inputs) == 1 and inputs[0].endswith(_YAML):
-        settings |= _read_yaml(Path(inputs[0]))
+        settings, places = read_settings_file(Path(inputs[0]))
     elif inputs:
         settings["inputs"] = inputs
     if config_file is not None:
-        settings = _read_yaml(config_file) | settings
+        from_file, its_places = read_settings_file(config_file)
+        settings, places = from_file | settings, its_places | places
     for text in sets:
-        _assign(settings, text)
-    settings |= {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+        key = assign(settings, text)
+        places[key] = f"--set {key}"
+    given = {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+    settings |= given
+    places = {key: place for key, place in places.items() if key not in given}
+    refuse_unknown(settings, places)
     for name, flag in (("inputs", "INPUT"), ("tokenizer", "-t"), ("output", "-o")):
         if name not in settings:
             raise UsageError(f"{name} is not given.", f"name it with {flag}, or in the YAML file as `{name}:`.")
-    return make_config(**settings)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.", "check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}.", "mend the file.") from None
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"{path}: found {type(data).__name__}; expected settings as `key: value`.", "see `sftdata prepare --help`."
-        )
-    return {str(key).replace("-", "_"): value for key, value in data.items()}
-
-
-def _assign(settings: dict[str, Any], text: str) -> None:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--set {text}: expected KEY=VALUE.", "--set max_length=2048")
-    *parents, last = key.strip().replace("-", "_").split(".")
-    at = settings
-    for parent in parents:
-        at = at.setdefault(parent, {})
-    at[last] = yaml.safe_load(value)
+    return check_settings(settings, places)
 
 
 def _option(name: str) -> inspect.Parameter:
