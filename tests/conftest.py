@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where the real data lies, and offline habits."""
+"""Fixtures shared by all tests: where the real data and the tokenizers made here lie, and offline habits."""
 
 from __future__ import annotations
 
@@ -18,3 +18,20 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("SFTDATA_TEST_DATA does not name the folder of real tokenizers, templates and datasets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `shared_data`, of tokenizers that the tests build themselves."""
+    from tests.made_tokenizers import write_tokenizers
+
+    folder = tmp_path_factory.mktemp("made")
+    write_tokenizers(folder)
+    return folder
+
+
+@pytest.fixture
+def home(request: pytest.FixtureRequest) -> Path:
+    """The folder that holds the tokenizer which the test's `name` names; skips where it is a real one that is not there."""
+    made = request.node.callspec.params["name"].startswith("made-")
+    return request.getfixturevalue("made_data" if made else "shared_data")

@@ -1,8 +1,8 @@
 """Cut texts where a token would straddle the edge of a trained span, so that the ids before it are those of inference.
 
-At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ from that in three
-ways: a token reaches over the edge; an added token swallows whitespace that the span starts with; or the words before the
-edge are found differently because of what follows (`prefixes.py`). Each cuts the text there.
+At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ from that in four
+ways: a token reaches over the edge; an added token swallows whitespace that the span starts with, or whitespace before the span;
+or the words before the edge are found differently because of what follows (`prefixes.py`). Each cuts the text there.
 """
 
 from __future__ import annotations
@@ -42,18 +42,29 @@ def edges_of(spans: Ragged, base: Int64) -> Edges:
     return Edges(position, np.repeat(row, 2), np.tile(np.array([True, False]), len(row)))
 
 
-def straddled(places: Places, edges: Edges, strips_right: Bool) -> Bool:
-    """bool[E]: edges inside a token, and openings inside whitespace that the added token before them swallows."""
-    tokens = places.tokens
-    if not len(tokens.ids):
-        return np.zeros(len(edges.row), np.bool_)
-    token = np.searchsorted(tokens.ends, edges.position, "right")
-    start = np.append(tokens.starts, places.base[-1])[token]
-    before = token - 1
-    swallows = (before >= places.offsets[edges.row]) & strips_right[tokens.ids[before]]
-    gap_end = np.minimum(start, places.base[edges.row + 1])
-    bad: Bool = (start < edges.position) | (edges.opens & swallows & (edges.position < gap_end))
+def straddled(places: Places, edges: Edges) -> Bool:
+    """bool[E]: edges inside a token."""
+    start = np.append(places.tokens.starts, places.base[-1])[_token_at(places, edges)]
+    bad: Bool = start < edges.position
     return bad
+
+
+def _swallowed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
+    """bool[E]: openings inside or behind whitespace that an added token swallows, as no token would at inference."""
+    tokens, token = places.tokens, _token_at(places, edges)
+    ids, first, stop = np.append(tokens.ids, 0), places.offsets[edges.row], places.offsets[edges.row + 1]
+    before = token - 1
+    by_last = (before >= first) & encoder.strips_right[ids[before]]
+    by_next = (token < stop) & encoder.strips_left[ids[token]]
+    gap_start = np.where(before >= first, np.append(tokens.ends, 0)[before], places.base[edges.row])
+    gap_stop = np.where(token < stop, np.append(tokens.starts, 0)[token], places.base[edges.row + 1])
+    swallowed: Bool = edges.opens & np.where(by_last, edges.position < gap_stop, by_next & (gap_start < edges.position))
+    return swallowed
+
+
+def _token_at(places: Places, edges: Edges) -> Int64:
+    """int64[E], the token that an edge lies in or before."""
+    return np.searchsorted(places.tokens.ends, edges.position, "right")
 
 
 def cut_rows(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged) -> tuple[Places, int, int]:
@@ -80,7 +91,7 @@ def cut_rows(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], 
 
 def _bad(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged, cut: Bool) -> Bool:
     """bool[E]: edges to cut at; at those marked by `cut` the text has been cut already."""
-    bad = straddled(places, edges, encoder.strips_right)
+    bad = straddled(places, edges) | _swallowed(places, edges, encoder)
     if encoder.resolved.layout.looks_ahead:
         asked = np.flatnonzero(edges.opens & ~bad & ~cut)
         bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(edges.position[asked], edges.row[asked])

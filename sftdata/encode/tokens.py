@@ -72,7 +72,7 @@ def encode_batch(
     places, slow = locate(encoder, batch.texts, raws, batch.literal, nothing_cut, reach=merge)
     edges = edges_of(batch.trained, places.base)
     if merge:
-        inside = straddled(places, edges, np.zeros_like(encoder.strips_right))
+        inside = straddled(places, edges)
         splits, rows = int(inside.sum()), len(np.unique(edges.row[inside]))
     else:
         places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)

@@ -16,6 +16,7 @@ from sftdata.encode.engine import check_engine, choose_engine, hard_texts, load_
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import UsageError
 from tests.encoders import NO_GIGATOKEN, TOKENIZERS, encoder, resolved
+from tests.made_tokenizers import MADE
 
 TEXTS = [
     "Hi there", "  two  spaces\n\n\tx\r\n", "<s>[INST] x [/INST] y</s>[INST] q", "e\u0301 日本 👩‍👩‍👧 \x00", "",
@@ -39,13 +40,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def small(shared_data: Path, tmp_path: Path) -> Path:
-    """A writable copy of the smallest real tokenizer."""
-    folder = tmp_path / "small"
-    shutil.copytree(shared_data / "tokenizers" / "torchtitan-test", folder)
-    for path in [folder, *folder.iterdir()]:
-        path.chmod(0o755)
-    return folder
+def small(made_data: Path, tmp_path: Path) -> Path:
+    """A tokenizer to write into."""
+    return shutil.copytree(made_data / "tokenizers" / "made-bytes", tmp_path / "small")
 
 
 @pytest.mark.parametrize(("space", "merge"), [("x", "h x"), (" ", ["h", " "])], ids=["text", "pairs"])
@@ -62,9 +59,9 @@ def test_merges_are_saved_as_text_unless_a_token_holds_a_space(cache: Path, tmp_
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_ids_equal_the_reference_tokenizer_and_so_do_those_of_the_saved_folder(shared_data: Path, name: str) -> None:
-    known = resolved(shared_data, name)
-    source, saved = automatic(shared_data / "tokenizers" / name), automatic(known.folder)
+def test_ids_equal_the_reference_tokenizer_and_so_do_those_of_the_saved_folder(home: Path, name: str) -> None:
+    known = resolved(home, name)
+    source, saved = automatic(home / "tokenizers" / name), automatic(known.folder)
     ids, offsets = load_encoder(known, "tokenizers").encode(TEXTS)
     for index, text in enumerate(TEXTS):
         bare = source(text, add_special_tokens=False)["input_ids"]
@@ -76,22 +73,22 @@ def test_ids_equal_the_reference_tokenizer_and_so_do_those_of_the_saved_folder(s
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_saved_folder_knows_nothing_of_where_it_came_from(shared_data: Path, name: str) -> None:
-    folder = resolved(shared_data, name).folder
+def test_a_saved_folder_knows_nothing_of_where_it_came_from(home: Path, name: str) -> None:
+    folder = resolved(home, name).folder
     config = (folder / "tokenizer_config.json").read_text()
-    assert str(shared_data) not in config
+    assert str(home) not in config
     assert not {"auto_map", "is_local", "local_files_only"} & json.loads(config).keys()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_gate_takes_gigatoken_exactly_where_it_loads(shared_data: Path, name: str) -> None:
-    engine, reason = choose_engine(resolved(shared_data, name), "auto", TEXTS)
+def test_gate_takes_gigatoken_exactly_where_it_loads(home: Path, name: str) -> None:
+    engine, reason = choose_engine(resolved(home, name), "auto", TEXTS)
     assert engine == ("tokenizers" if name in NO_GIGATOKEN else "gigatoken")
     assert ("cannot read" in reason) == (name in NO_GIGATOKEN)
 
 
-def test_gate_sees_one_wrong_id(shared_data: Path) -> None:
-    known = resolved(shared_data, "minimind")
+def test_gate_sees_one_wrong_id(made_data: Path) -> None:
+    known = resolved(made_data, "made-bytes")
     right, wrong = load_encoder(known, "tokenizers"), load_encoder(known, "tokenizers")
     encode = wrong.encode
 
@@ -104,9 +101,10 @@ def test_gate_sees_one_wrong_id(shared_data: Path) -> None:
     assert not check_engine(right, wrong, hard_texts(known))
 
 
-def test_gigatoken_by_name_is_refused_where_it_cannot_serve(shared_data: Path) -> None:
+@pytest.mark.parametrize("name", ["t5-small", "made-unigram"])
+def test_gigatoken_by_name_is_refused_where_it_cannot_serve(home: Path, name: str) -> None:
     with pytest.raises(UsageError, match="gigatoken cannot read .* Fix: --engine auto"):
-        choose_engine(resolved(shared_data, "t5-small"), "gigatoken", [])
+        choose_engine(resolved(home, name), "gigatoken", [])
 
 
 def test_facts_of_real_tokenizers(shared_data: Path) -> None:
@@ -132,17 +130,18 @@ def test_remote_code_is_never_run_and_the_replacement_is_said(shared_data: Path)
     assert "is never done" in resolved(shared_data, "minicpm3-4b").notes[0]
 
 
-def test_a_resolved_tokenizer_is_small_and_picklable(shared_data: Path) -> None:
-    known = resolved(shared_data, "llama-3.2-instruct")
+@pytest.mark.parametrize("name", ["llama-3.2-instruct", "made-strips"])
+def test_a_resolved_tokenizer_is_small_and_picklable(home: Path, name: str) -> None:
+    known = resolved(home, name)
     data = pickle.dumps(known)
     assert pickle.loads(data) == known
     assert len(data) < 50_000
 
 
-def test_resolving_imports_neither_torch_nor_transformers_here(shared_data: Path, tmp_path: Path) -> None:
+def test_resolving_imports_neither_torch_nor_transformers_here(made_data: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from sftdata.encode.tokenizer import resolve_tokenizer as r; "
-        f"r({str(shared_data / 'tokenizers' / 'torchtitan-test')!r}); "
+        f"r({str(made_data / 'tokenizers' / 'made-bytes')!r}); "
         "assert not {'torch', 'transformers', 'huggingface_hub', 'gigatoken'} & sys.modules.keys()"
     )
     env = {**os.environ, "SFTDATA_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -165,10 +164,11 @@ def test_tokens_end_token_and_template_can_be_given(small: Path, cache: Path) ->
     known = resolve_tokenizer(
         str(small), add_tokens=["<|new|>", "<|im_start|>"], chat_template="{{ eos_token }}", eos_token="<|new|>"
     )
-    assert known.tokens_added == (("<|new|>", 2020),)
-    assert (known.eos_id, known.vocab_size, known.chat_template) == (2020, 2021, "{{ eos_token }}")
+    new = resolve_tokenizer(str(small)).vocab_size
+    assert known.tokens_added == (("<|new|>", new),)
+    assert (known.eos_id, known.vocab_size, known.chat_template) == (new, new + 1, "{{ eos_token }}")
     ids, _ = load_encoder(known, "tokenizers").encode(["a<|new|>"])
-    assert ids.tolist()[-1] == 2020
+    assert ids.tolist()[-1] == new
     saved = automatic(known.folder)
     assert (saved.eos_token, saved.chat_template, saved("a<|new|>")["input_ids"]) == ("<|new|>", "{{ eos_token }}", ids.tolist())
 
@@ -182,7 +182,7 @@ def test_a_hub_id_goes_through_the_hub_cache(small: Path, tmp_path: Path) -> Non
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "SFTDATA_CACHE": str(tmp_path / "c")}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
-    assert done.stdout.split() == ["org/tiny", "<|end_of_text|>"], done.stderr
+    assert done.stdout.split() == ["org/tiny", "<|im_end|>"], done.stderr
 
 
 def refused(name: str, **settings: str) -> str:
@@ -214,8 +214,9 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(small: Path, cache: Path, t
     assert "does not load" in refused(str(small))
 
 
-def test_both_engines_give_the_same_arrays(shared_data: Path) -> None:
-    fast, oracle = encoder(shared_data, "minimind"), encoder(shared_data, "minimind", "tokenizers")
+@pytest.mark.parametrize("name", ["minimind", *MADE])
+def test_both_engines_give_the_same_arrays(home: Path, name: str) -> None:
+    fast, oracle = encoder(home, name), encoder(home, name, "tokenizers")
     for texts in ([], [""], TEXTS):
         (ids, offsets), (expected_ids, expected_offsets) = fast.encode(texts), oracle.encode(texts)
         assert ids.dtype == expected_ids.dtype == np.int32
