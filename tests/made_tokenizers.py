@@ -15,8 +15,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 TEXT = (
     "Answer one two three onetwothree Hi hello world Human Assistant Question user assistant system tool think Red of course "
-    "Good day yes no say or tell me about prompt there and ok test Don't not in is it It you You Yes Text Name colour Green Blue Speak "
-    "briefly weather rain Oslo get_weather def return 12345 ## ### \n\n \t\t \n\t .\n a.b e\u0301 caf\u00e9 日本 ends turn token"
+    "Good day yes no say or tell me about prompt there and ok test Don't not in is it It you You Yes Text Name colour Green "
+    "Blue Speak briefly weather rain Oslo get_weather def return 12345 ## ### \n\n \t\t \n\t .\n a.b e\u0301 caf\u00e9 日本 "
+    "ends turn token"
 )
 WORDS = TEXT.split(" ")
 SPACE = "\u2581"  # as SentencePiece writes it
