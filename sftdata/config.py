@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sftdata import other_tools
 from sftdata.errors import UsageError
+from sftdata.places import local_output
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
@@ -112,6 +113,11 @@ class PrepareConfig(BaseModel):
     def _in_the_calendar(cls, value: str) -> str:
         date.fromisoformat(value)
         return value
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_local(cls, value: Path) -> Path:
+        return local_output(value)
 
     def content(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""

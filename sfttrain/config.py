@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from sftdata.errors import UsageError
+from sftdata.places import local_output
 
 # What we set otherwise than transformers does; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -90,6 +91,11 @@ class TrainConfig(BaseModel):
     overwrite: bool = Field(False, description="Start anew in a folder that holds a run.")
     push_to_hub: str | None = Field(None, description="Hub repository that gets the finished model, as name/model.")
     training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_local(cls, value: Path) -> Path:
+        return local_output(value)
 
     @field_validator("lora", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sftdata.errors import UsageError
+from sftdata.places import local_output
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain.packages import require_package
 from sfttrain.preflight import Say
@@ -28,6 +29,7 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
     Raises:
         UsageError: a setting GPTQ does not know, adapters that are not merged, or GPTQModel is missing.
     """
+    local_output(output)
     if bits not in BITS or group_size not in GROUP_SIZES:
         raise UsageError(f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}.")
     if (model / "adapter_config.json").is_file():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.places import local_output
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
 from sfttrain.talk import Say
@@ -36,7 +37,7 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
         UsageError: the output exists, or the adapters do not fit.
         IntegrityError: the saved model does not answer as the adapted one.
     """
-    if output.exists() and any(output.iterdir()):
+    if local_output(output).exists() and any(output.iterdir()):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
     name = model or adapter_base(folder)
     base, dtype = _load(name)

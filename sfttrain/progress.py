@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sftdata.outlet import unguarded, visible
 from sftdata.shardset.atomic import write_atomic
 
 LOG_NAME = "train_log.jsonl"
@@ -52,7 +53,8 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            shape = {"total": state.max_steps, "initial": state.global_step, "unit": "step", "dynamic_ncols": True}
+            self._bar = tqdm(file=unguarded(sys.stderr), **shape)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Remember the newest figures."""
@@ -79,7 +81,7 @@ class Progress(TrainerCallback):
 
     def _write(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(visible(text), file=unguarded(sys.stderr))
         else:
             print(text, file=sys.stderr, flush=True)
 

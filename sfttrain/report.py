@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from sftdata.errors import UsageError
+from sftdata.outlet import visible
 from sftdata.show.curves import Curve, key, line_chart, short
-from sftdata.show.escape import visible
 from sftdata.show.page import make_page, write_page
 from sfttrain.export import SETTINGS_NAME
 from sfttrain.output import RUN_NAME

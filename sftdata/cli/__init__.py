@@ -22,7 +22,7 @@ def command() -> NoReturn:
     # Every process of a run would look through all that is installed for plugins of pydantic: 0.03 s each.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     code = main()
-    with suppress(OSError):  # a full disk behind stdout was told of already
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed from the start
+        with suppress(OSError):  # a full disk behind stdout was told of already
+            stream.flush()
     os._exit(code)

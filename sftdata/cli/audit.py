@@ -20,7 +20,7 @@ def audit(
 
     Example: sftdata audit shards --strict
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.errors import DataError
     from sftdata.show.audit import audit as run
 
@@ -34,7 +34,7 @@ def audit(
 
         print_findings(findings, make_console())
     else:
-        typer.echo(f"{folder}: nothing found.")
+        print_line(f"{folder}: nothing found.")
     if strict and defects:
         names = ", ".join(finding.code for finding in defects)
         raise DataError(f"{folder}: {len(defects)} kinds of defects ({names}).", "see above, or audit without --strict.")

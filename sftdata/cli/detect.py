@@ -19,7 +19,7 @@ def detect(
 
     Example: sftdata detect chats.jsonl
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.plan import plan_inputs
     from sftdata.read.detect import detect as run
 
@@ -28,6 +28,6 @@ def detect(
     if as_json:
         print_json(found.to_json() | {"left_out": left_out})
         return
-    typer.echo(found.format)
+    print_line(found.format)
     for line in (*found.evidence, *left_out):
-        typer.echo(f"  {line}")
+        print_line(f"  {line}")

@@ -12,7 +12,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print everything a
 
     Example: sftdata env --json
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.environment import describe_environment
 
     found = describe_environment()
@@ -21,7 +21,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print everything a
         return
     for name, value in found.items():
         if not isinstance(value, dict):
-            typer.echo(f"{name:<24}{value}")
+            print_line(f"{name:<24}{value}")
             continue
         for key, part in value.items():
-            typer.echo(f"{name + ' ' + key:<40}{part if part is not None else 'not installed'}")
+            print_line(f"{name + ' ' + key:<40}{part if part is not None else 'not installed'}")

@@ -25,7 +25,7 @@ def explain(
 
     Example: sftdata explain spans-unproven
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.explain import explain as run
     from sftdata.explain import read_codes
 
@@ -37,9 +37,9 @@ def explain(
             print_json({"code": found, "kind": codes[found][0], "text": codes[found][1]})
         else:
             width = min(shutil.get_terminal_size().columns, 100)
-            typer.echo(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
+            print(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
     elif as_json:
         print_json({name: {"kind": kind, "text": text} for name, (kind, text) in codes.items()})
     else:
         for name, (kind, _) in codes.items():
-            typer.echo(f"{name:<30}{kind.lower()}")
+            print_line(f"{name:<30}{kind.lower()}")

@@ -22,9 +22,13 @@ def init(
 
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
     """
+    from sftdata.cli.talk import print_line
     from sftdata.errors import UsageError
+    from sftdata.places import local_output
     from sftdata.settings_file import settings_yaml
 
+    local_output(file, "-f")
+    local_output(output)
     if file != "-" and Path(file).exists():
         raise UsageError(f"{file}: is there already.", "name another file with -f, or - to print.")
     text = settings_yaml(config.model_copy(update={"output": output}))
@@ -32,4 +36,4 @@ def init(
         typer.echo(text, nl=False)
     else:
         Path(file).write_text(text, "utf-8")
-        typer.echo(f"Wrote {file}. Look at it, then: sftdata prepare {file}", err=True)
+        print_line(f"Wrote {file}. Look at it, then: sftdata prepare {file}", err=True)

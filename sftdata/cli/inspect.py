@@ -22,7 +22,7 @@ def inspect(
 
     Example: sftdata inspect shards --row 3
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.show.shown import open_shown
 
     shards = open_shown(folder)
@@ -32,7 +32,7 @@ def inspect(
         from sftdata.show.page import write_page
 
         write_page(html, view_page(view, ids=ids))
-        typer.echo(f"Wrote {html}.", err=True)
+        print_line(f"Wrote {html}.", err=True)
     elif as_json:
         print_json(view.to_json())
     else:

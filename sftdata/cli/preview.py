@@ -22,7 +22,7 @@ def preview(
 
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.preview import preview as run
     from sftdata.show.terminal import print_examples
     from sftdata.show.view import view_example
@@ -33,7 +33,7 @@ def preview(
         print_json(seen.to_json(batch_size))
         return
     for line in seen.lines(batch_size):
-        typer.echo(line)
+        print_line(line)
     vocabulary = read_vocabulary(seen.tokenizer_folder)
     print_examples(
         [

@@ -25,7 +25,7 @@ def resolve(
     """
     from dataclasses import asdict
 
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.preview import resolve_markers
 
     found = resolve_markers(config, rows)
@@ -33,13 +33,13 @@ def resolve(
         print_json([asdict(resolution) for resolution in found])
         return
     for resolution in found:
-        typer.echo(
+        print_line(
             f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows,"
             f" {resolution.occurrences:,} times"
         )
-        typer.echo(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
+        print_line(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
         for sequence in resolution.sequences:
             inside = " (shares a token with its neighbour)" if sequence.starts_inside or sequence.ends_inside else ""
-            typer.echo(
+            print_line(
                 f"  {list(sequence.ids)}: {sequence.count:,} times{inside}, as in {sequence.before!r} _ {sequence.after!r}"
             )

@@ -8,26 +8,31 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 from typer.exceptions import Abort, TyperException
 
 from sftdata import other_tools
 from sftdata.errors import SftError
+from sftdata.outlet import StoppedError, guarded, one_line, stoppable
 
 INTERRUPTED = 130
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str = "") -> int:
-    """Run `app`; `--debug` anywhere shows the traceback as well.
+    """Run `app`; `--debug` anywhere shows the traceback as well. What reaches the terminal on the way is escaped.
 
     Args:
         prefix: comes before every failure; names the process where there are several.
     """
     debug = "--debug" in arguments
     fail = functools.partial(_fail, prefix=prefix, debug=debug)
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    with guarded(), stoppable():
+        return _run(app, name, [argument for argument in arguments if argument != "--debug"], fail)
+
+
+def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[str, int], int]) -> int:
     try:
         code = app(args=arguments, prog_name=name, standalone_mode=False)
         if code == INTERRUPTED:  # Typer catches Ctrl-C itself, and says nothing
@@ -40,10 +45,15 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str =
         return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
     except (KeyboardInterrupt, Abort):
         return fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED)
+    except StoppedError as stop:
+        return fail(f"Stopped by {stop.name}; what is finished is kept. Run the same command to go on.", stop.exit_code)
     except BrokenPipeError:
         # Whoever read stdout has seen enough; Python must not complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        found = one_line(f"Out of memory: {error}".rstrip(": ").rstrip("."))
+        return fail(f"{found}. Fix: lower --max-length, --workers or slice_bytes, or free memory.", 1)
     except OSError as error:  # what no stage foresaw: the machine's fault, not ours
         what = f"{error.filename or 'This machine'}: {error.strerror or error}."
         return fail(f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1)
@@ -57,7 +67,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str =
 def _fail(line: str, code: int, *, prefix: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(prefix + line, file=sys.stderr)
+    print(prefix + one_line(line), file=sys.stderr)
     return code
 
 

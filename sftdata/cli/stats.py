@@ -19,7 +19,7 @@ def stats(
 
     Example: sftdata stats shards --html report.html
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.show.shown import open_shown
     from sftdata.show.stats import measure, stats_json
 
@@ -29,7 +29,7 @@ def stats(
         from sftdata.show.report import make_report
 
         write_page(html, make_report(shards))
-        typer.echo(f"Wrote {html}.", err=True)
+        print_line(f"Wrote {html}.", err=True)
     elif as_json:
         print_json(stats_json(shards.manifest))
     else:

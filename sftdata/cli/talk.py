@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sftdata.outlet import json_visible, one_line, unguarded
 from sftdata.shardset.build import SliceResult
 from sftdata.shardset.manifest import Manifest
 
@@ -22,7 +23,13 @@ PLAIN_SECONDS = 10.0
 
 def print_json(data: Any) -> None:
     """Print data to stdout as indented JSON."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(data), indent=2).decode() + "\n")
+    text = msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+    sys.stdout.write(json_visible(text) + "\n")
+
+
+def print_line(text: str, *, err: bool = False) -> None:
+    """Print one line to stdout, or to stderr; what would break or redraw it is spelled out."""
+    print(one_line(text), file=sys.stderr if err else sys.stdout)
 
 
 class Talk:
@@ -42,7 +49,8 @@ class Talk:
 
     def say(self, sentence: str) -> None:
         """Print one sentence."""
-        print(sentence, file=sys.stderr, flush=True)
+        print_line(sentence, err=True)
+        sys.stderr.flush()
 
     def progress(self, result: SliceResult, slices: int) -> None:
         """Count one finished slice of `slices`."""
@@ -70,7 +78,7 @@ class Talk:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, console=Console(file=unguarded(sys.stderr)), transient=True)
             self._task = self._bar.add_task("", total=slices)
             self._bar.start()
         self._bar.update(self._task, completed=self._done, description=line)

@@ -19,7 +19,7 @@ def verify(
 
     Example: sftdata verify shards
     """
-    from sftdata.cli.talk import print_json
+    from sftdata.cli.talk import print_json, print_line
     from sftdata.errors import IntegrityError
     from sftdata.shardset.verify import verify as run
 
@@ -29,10 +29,10 @@ def verify(
         print_json(told | {"files": report.files, "bytes": report.bytes, "rows": report.rows})
     else:
         for problem in report.problems:
-            typer.echo(problem)
+            print_line(problem)
         digests = "xxh3-128 and sha256" if sha256 else "xxh3-128"
         found = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
-        typer.echo(
+        print_line(
             f"{folder}: {found}: {report.files} files, {report.bytes:,} bytes by {digests}; {report.rows:,} rows counted again;"
             f" digest {report.digest[:12]}"
         )

@@ -12,9 +12,9 @@ import numpy as np
 
 from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
+from sftdata.outlet import visible
 from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
-from sftdata.show.escape import visible
 from sftdata.show.findings import COUNTED, KINDS, Finding, make_finding
 from sftdata.show.shown import ShownSet, open_shown
 from sftdata.show.vocabulary import generation_stops

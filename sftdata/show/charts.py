@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import accumulate, pairwise
 
-from sftdata.show.escape import visible
+from sftdata.outlet import visible
 from sftdata.show.stats import LengthBin, Part
 
 _MOST_TICKS = 8

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
-from sftdata.show.escape import visible
+from sftdata.outlet import visible
 
 _MOST_POINTS = 500
 _SMOOTHED = 60  # points from which on a noisy curve is shown faint, with its mean drawn over it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from sftdata.show.escape import visible
+from sftdata.outlet import visible
 from sftdata.show.page import make_page, read_style
 from sftdata.show.view import DocumentView, Piece, View
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sftdata.errors import UsageError
+from sftdata.places import local_output
 
 # The policy holds even where escaping should ever fail: nothing is fetched, nothing runs.
 _FRAME = """<!doctype html>
@@ -44,8 +45,9 @@ def write_page(path: Path, text: str) -> None:
     """Write a page.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: the file cannot be written, or is no local one.
     """
+    local_output(path, "--html")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from sftdata.outlet import visible
 from sftdata.shardset.manifest import Manifest
 from sftdata.show.audit import audit_set
 from sftdata.show.charts import histogram, legend, ribbons, spread, stacked_bar
-from sftdata.show.escape import visible
 from sftdata.show.findings import Finding
 from sftdata.show.html import view_fragment
 from sftdata.show.page import make_page, read_style

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from sftdata.show.escape import visible
+from sftdata.outlet import visible
 from sftdata.show.stats import LengthBin, Part, SourceShare, Stats
 
 if TYPE_CHECKING:

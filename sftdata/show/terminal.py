@@ -5,13 +5,15 @@ Where nothing can be styled (a pipe, a dumb terminal), trained stretches stand b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
-from sftdata.show.escape import visible
+from sftdata.outlet import unguarded, visible
 from sftdata.show.view import DocumentView, Piece, View
 
 if TYPE_CHECKING:
@@ -25,9 +27,19 @@ _MARKS = str.maketrans({_OPEN: "\\u27e6", _CLOSE: "\\u27e7"})
 _GUTTER = 20
 
 
+class SafeConsole(Console):
+    """A console that styles what it prints, and escapes it: rich itself lets most control characters of the data through."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of anything that is printed, their text made visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
 def make_console(file: TextIO | None = None, width: int | None = None) -> Console:
     """Return a console for data: no markup, no emoji names, no highlighting of what looks like numbers."""
-    return Console(file=file, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+    file = unguarded(sys.stdout if file is None else file)
+    return SafeConsole(file=file, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
 
 
 def print_view(view: View, console: Console | None = None, *, ids: bool = False) -> None:

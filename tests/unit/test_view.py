@@ -16,7 +16,7 @@ from rich.console import Console
 
 import sftdata
 from sftdata.errors import UsageError
-from sftdata.show.escape import visible
+from sftdata.outlet import visible
 from sftdata.show.html import view_fragment, view_page
 from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
