@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sftdata import other_tools
 from sftdata.errors import UsageError
-from sftdata.places import local_output
+from sftdata.paths import local_output
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from sftdata.errors import UsageError
-from sftdata.places import local_output
+from sftdata.paths import local_output
 
 # What we set otherwise than transformers does; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {

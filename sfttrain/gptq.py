@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sftdata.errors import UsageError
-from sftdata.places import local_output
+from sftdata.paths import local_output
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain.packages import require_package
 from sfttrain.preflight import Say

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.places import local_output
+from sftdata.paths import local_output
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
 from sfttrain.talk import Say

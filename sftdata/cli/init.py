@@ -24,7 +24,7 @@ def init(
     """
     from sftdata.cli.talk import print_line
     from sftdata.errors import UsageError
-    from sftdata.places import local_output
+    from sftdata.paths import local_output
     from sftdata.settings_file import settings_yaml
 
     local_output(file, "-f")

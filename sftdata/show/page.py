@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sftdata.errors import UsageError
-from sftdata.places import local_output
+from sftdata.paths import local_output
 
 # The policy holds even where escaping should ever fail: nothing is fetched, nothing runs.
 _FRAME = """<!doctype html>
