@@ -33,7 +33,7 @@ class RowBatch:
     Attributes:
         rows: one JSON object each (`str` for a line of plain text).
         example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and line.
-        lines: int64[N], 1-based line (or record, or element) in the source file.
+        lines: int64[N], 1-based line where the row starts; its number in the source where that is not read by lines.
         byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte position.
     """
 

@@ -21,7 +21,7 @@ from sftdata.errors import DataError, Fault
 from sftdata.pack import gather, plan_packs
 from sftdata.plan import Job, Piece, Task
 from sftdata.read.convert import Converted, convert_rows
-from sftdata.read.source import Unreadable, read_slice
+from sftdata.read.source import Slice, Unreadable, read_slice
 from sftdata.render.rows import render_rows
 from sftdata.shardset.build import Build, SliceResult
 from sftdata.shardset.ledger import Ledger
@@ -99,7 +99,7 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
-    rejects = make_rejects(list(job.sources)[piece.source], rows, unreadable, faults)
+    rejects = make_rejects(stages.names[piece.source], piece.slice, rows, unreadable, faults)
     return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, texts)
 
 
@@ -113,7 +113,7 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
     try:
         return limit_length(tokens, limit, job.config.overlong, packed=job.packed)
     except OverlongError as error:
-        where = f"{piece.slice.source.path}:{rows.lines[error.row]}"
+        where = piece.slice.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
@@ -139,12 +139,25 @@ def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tup
     return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], tally, encoded_texts
 
 
-def make_rejects(name: str, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]) -> list[Reject]:
-    """Return the rejects of a piece in the order of their lines; a formatter's rows come as they were read."""
-    rejects = [(row.line, row.byte_offset, row.fault, row.raw) for row in unreadable] + [
-        (int(rows.lines[index]), int(rows.byte_offsets[index]), fault, rows.rows[index]) for index, fault in faults
+def make_rejects(
+    name: str, piece: Slice, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]
+) -> list[Reject]:
+    """Return the rejects of a piece in the order of their rows; a formatter's rows come as they were read."""
+    rejects = [(row.example_id, row.line, row.byte_offset, row.fault, row.raw) for row in unreadable] + [
+        (int(rows.example_ids[index]), int(rows.lines[index]), int(rows.byte_offsets[index]), fault, rows.rows[index])
+        for index, fault in faults
     ]
+    by_lines = piece.source.unit in ("line", "record")
     return [
-        Reject(file=name, line=line, byte_offset=offset, code=fault.code, reason=fault.reason, fix=fault.fix, row=row)
-        for line, offset, fault, row in sorted(rejects, key=lambda reject: reject[:2])
+        Reject(
+            file=name,
+            line=line if by_lines else None,
+            record=piece.record_of(example_id),
+            byte_offset=offset,
+            code=fault.code,
+            reason=fault.reason,
+            fix=fault.fix,
+            row=row,
+        )
+        for example_id, line, offset, fault, row in sorted(rejects, key=lambda reject: reject[0])
     ]

@@ -20,6 +20,7 @@ from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import Engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import UsageError
+from sftdata.places import Unit
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.prompts import ALPACA, load_prompt_template
@@ -106,9 +107,10 @@ class Plan:
         """Bytes of the input, decompressed."""
         return sum(_size(self.sources[piece.source], piece.slice) for task in self.tasks for piece in task.pieces)
 
-    def locate(self, example_id: int) -> tuple[str, int]:
-        """Return the path and the 1-based line (record, element) of an example."""
-        return self.sources[bisect_right(self.sources, example_id, key=lambda source: source.base_id) - 1].locate(example_id)
+    def locate(self, example_id: int) -> tuple[str, int, Unit]:
+        """Return the path, the 1-based number of an example's row in it, and what is numbered."""
+        source = self.sources[bisect_right(self.sources, example_id, key=lambda source: source.base_id) - 1]
+        return *source.locate(example_id), source.source.unit
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the bytes of the set, flat: a resume with another identity is refused."""
@@ -191,7 +193,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
     if len(set(paths)) == 1 or any(Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths):
         names = [Path(path).name for path in paths]
     else:
-        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+        common = os.path.commonpath(paths)  # once: it reads all paths
+        names = [os.path.relpath(path, common) for path in paths]
     seen: Counter[str] = Counter()
     for index, name in enumerate(names):
         seen[name] += 1

@@ -19,6 +19,7 @@ from sftdata.engine.local import usable_cores
 from sftdata.errors import DataError, UsageError
 from sftdata.pack import plan_packs
 from sftdata.pipeline import PreparedPiece, prepare_piece
+from sftdata.places import Unit, place
 from sftdata.plan import Piece, Plan, make_plan
 from sftdata.read.convert import convert_rows
 from sftdata.read.source import Slice, read_slice
@@ -36,13 +37,22 @@ class Example:
     """One example as it would be trained.
 
     Attributes:
-        origin: file and line.
+        file: where its row stands.
+        record: 1-based number of the row there.
+        unit: what is numbered so.
         input_ids, labels: int32[T].
     """
 
-    origin: tuple[str, int]
+    file: str
+    record: int
+    unit: Unit
     input_ids: Int32
     labels: Int32
+
+    @property
+    def place(self) -> str:
+        """Where its row stands, in words."""
+        return place(self.file, self.record, self.unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +120,9 @@ class Preview:
         """Return plain JSON data."""
         examples = [
             {
-                "file": example.origin[0],
-                "line": example.origin[1],
+                "file": example.file,
+                "line": example.record if example.unit == "line" else None,
+                "record": example.record,
                 "input_ids": example.input_ids.tolist(),
                 "labels": example.labels.tolist(),
             }
@@ -152,7 +163,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     return Preview(
         examples=[example for piece in pieces for example in _examples(plan, piece)][:: _stride(pieces, number)][:number],
         ledger=ledger,
-        rejects=[f"{reject.file}:{reject.line}: {reject.reason}" for piece in pieces for reject in piece.rejects],
+        rejects=[f"{reject.place}: {reject.reason}" for piece in pieces for reject in piece.rejects],
         share=_share(plan, sample),
         records=sum(source.records for source in plan.sources),
         seconds=seconds,
@@ -201,7 +212,7 @@ def _examples(plan: Plan, piece: PreparedPiece) -> Iterator[Example]:
     for index, example_id in enumerate(piece.example_ids.tolist()):
         span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
         labels = np.where(tokens.trained[span], tokens.input_ids[span], -100).astype(np.int32)
-        yield Example(plan.locate(example_id), tokens.input_ids[span], labels)
+        yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)
 
 
 def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:

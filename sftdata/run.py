@@ -150,7 +150,14 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         ),
         chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
         sources=tuple(
-            SourceInfo(name=name, bytes=source.raw_bytes, xxh3=source.xxh3_128, rows=source.records, first_id=source.base_id)
+            SourceInfo(
+                name=name,
+                bytes=source.raw_bytes,
+                xxh3=source.xxh3_128,
+                rows=source.records,
+                first_id=source.base_id,
+                unit=source.source.unit,
+            )
             for name, source in zip(plan.job.sources, plan.sources, strict=True)
         ),
         ledger=ledger,
@@ -175,7 +182,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
         without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
             f"{rejected} of {ledger.rows_in} rows rejected ({said}); --max-rejects allows {config.max_rejects}."
-            f" {example.file}:{example.line}: {example.reason.rstrip('.')}.",
+            f" {example.place}: {example.reason.rstrip('.')}.",
             f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
         )
     if not ledger.rows_in:

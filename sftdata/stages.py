@@ -49,6 +49,11 @@ class Stages:
         )
 
     @cached_property
+    def names(self) -> list[str]:
+        """Names of the sources, in the order of their numbers."""
+        return list(self.job.sources)
+
+    @cached_property
     def encoder(self) -> Encoder:
         """What turns texts into ids."""
         return _encoder(self.job.tokenizer, self.job.engine)

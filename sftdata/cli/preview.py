@@ -35,9 +35,4 @@ def preview(
     for line in seen.lines(batch_size):
         print_line(line)
     vocabulary = read_vocabulary(seen.tokenizer_folder)
-    print_examples(
-        [
-            view_example(example.input_ids, example.labels, vocabulary, ":".join(map(str, example.origin)))
-            for example in seen.examples
-        ]
-    )
+    print_examples([view_example(example.input_ids, example.labels, vocabulary, example.place) for example in seen.examples])

@@ -6,6 +6,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,24 +23,44 @@ Again = Callable[[int], Iterator[bytes]]
 csv.field_size_limit(2**31 - 1)
 
 
+class Record(NamedTuple):
+    """One record of a table.
+
+    Attributes:
+        offset, length: where it starts, and its bytes, the line break at its end included.
+        text: without that line break; of a record that is too long the first line only.
+        closed: no quoted field of it is left open.
+        lines: lines that it takes.
+    """
+
+    offset: int
+    text: bytes
+    length: int
+    closed: bool
+    lines: int
+
+
 def plan_delimited(source: Source, slice_bytes: int) -> Marks:
     """Count the records of a CSV and note where some of them start."""
     count = RawCount.start()
     grain = min(slice_bytes, GRAIN_BYTES)
     positions: list[int] = []
     records: list[int] = []
-    total, wanted = 0, source.body
+    lines: list[int] = []
+    total, wanted, line = 0, source.body, source.body_line
     blocks = skip_bytes(read_all(source, count), source.body)
     end = source.body
-    for offset, _, length, _ in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT, _again(source)):
-        if offset >= wanted:
-            positions.append(offset)
+    for record in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT, _again(source)):
+        if record.offset >= wanted:
+            positions.append(record.offset)
             records.append(total)
-            wanted = source.body + ((offset - source.body) // grain + 1) * grain
+            lines.append(line)
+            wanted = source.body + ((record.offset - source.body) // grain + 1) * grain
         total += 1
-        end = offset + length
-    digest = count.hasher.hexdigest()
-    return Marks(np.array(positions, np.int64), np.array(records, np.int64), end, total, slice_bytes, count.size, digest)
+        line += record.lines
+        end = record.offset + record.length
+    starts, numbers, texts = (np.array(found, np.int64) for found in (positions, records, lines))
+    return Marks(starts, numbers, end, total, slice_bytes, count.size, count.hasher.hexdigest(), lines=texts)
 
 
 def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
@@ -48,7 +69,8 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
     source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
     blocks = read_range(source, piece.start, piece.stop)
     records = records_of(blocks, piece.start, source.delimiter, RECORD_LIMIT, _again(source, piece.stop))
-    for record, (offset, text, length, closed) in enumerate(records, piece.first_record):
+    line = piece.first_line
+    for record, (offset, text, length, closed, lines) in enumerate(records, piece.first_record):
         row: dict[str, str] | Fault | None
         if length > limit + 1:
             row = too_long(length, limit) if limit == max_line_bytes else _too_long_for_csv(length)
@@ -57,25 +79,16 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
         else:
             row = _parse(text, source)
         if isinstance(row, Fault):
-            found.reject(row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset)
+            found.reject(row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset, line)
         elif row is not None:
-            found.add(row, record, offset)
+            found.add(row, record, offset, line)
+        line += lines
     return found.finish()
 
 
 def _too_long_for_csv(length: int) -> Fault:
     what = f"the record takes {length} bytes; a record of a CSV may take {RECORD_LIMIT}."
     return Fault("line-too-long", what, "split the row, or write it as a line of JSON.")
-
-
-def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:
-    """Return the column names, or nothing when the line is not a header."""
-    try:
-        fields = next(csv.reader([line.decode("utf-8").rstrip("\r\n")], delimiter=delimiter, strict=True), [])
-    except (csv.Error, UnicodeDecodeError):
-        return ()
-    named = all(re.fullmatch(r"[^\W\d][\w .:/-]{0,63}", name) for name in fields)
-    return tuple(fields) if named and len(set(fields)) == len(fields) else ()
 
 
 def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
@@ -93,10 +106,8 @@ def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
     return dict(zip(source.columns, fields, strict=True))
 
 
-def records_of(
-    blocks: Iterator[bytes], offset: int, delimiter: str, limit: int, again: Again | None = None
-) -> Iterator[tuple[int, bytes, int, bool]]:
-    """Yield (offset, text, bytes, closed) of each record; of one that takes more than `limit` bytes the first line only.
+def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int, again: Again | None = None) -> Iterator[Record]:
+    """Yield each record; of one that takes more than `limit` bytes the first line only.
 
     A quoted field that is never closed is one bad record of one line; reading goes on with the next line.
 
@@ -112,23 +123,25 @@ def records_of(
 
     while (line := following()) is not None:
         text, first = line
-        length, followers = first, list[tuple[bytes, int]]()
+        length, lines_taken, followers = first, 1, list[tuple[bytes, int]]()
         open_ = b'"' in text and _leaves_open(text, opening, inside=False)
         while open_ and length <= limit and (line := following()) is not None:
             followers.append(line)
             length += line[1]
+            lines_taken += 1
             open_ = _leaves_open(line[0], opening, inside=True)
         if open_ and length > limit >= first and again:  # too long to hold; its end is looked for all the same
             followers = []
             while open_ and (line := following()) is not None:
                 length += line[1]
+                lines_taken += 1
                 open_ = _leaves_open(line[0], opening, inside=True)
             lines = split_lines(again(offset + first), limit) if open_ else lines
         elif open_:
             waiting.extendleft(reversed(followers))
         if open_:
-            length, followers = first, []
-        yield offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_
+            length, lines_taken, followers = first, 1, []
+        yield Record(offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_, lines_taken)
         offset += length
 
 

@@ -87,11 +87,14 @@ def _expand_folder(folder: Path, notes: list[str]) -> list[str]:
     return paths
 
 
+def plain_name(path: str) -> str:
+    """Return a path or URL in lower case, without the suffix of its compression and what follows the name in a URL."""
+    name = (re.split(r"[?#]", path)[0] if is_url(path) else path).lower()
+    return next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
+
+
 def _named_as_data(name: str) -> bool:
-    name = name.lower()
-    for suffix in COMPRESSED_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name.endswith(DATA_SUFFIXES)
+    return plain_name(name).endswith(DATA_SUFFIXES)
 
 
 def _nearest(path: Path) -> str:

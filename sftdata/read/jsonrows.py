@@ -18,7 +18,8 @@ _LONE_SURROGATE = re.compile(
 )
 _MEND = "mend the row, here or in rejects.jsonl, and feed it in again."
 
-ENVELOPE = frozenset({"file", "line", "byte_offset", "code", "reason", "fix", "row"})
+ENVELOPE = frozenset({"file", "line", "record", "byte_offset", "code", "reason", "fix", "row"})
+_OLD_ENVELOPE = ENVELOPE - {"record"}  # of sets made before records were numbered apart from lines
 UNPARSED = frozenset({"invalid-json", "invalid-utf8", "not-an-object", "too-deep", "lone-surrogate", "line-too-long"})
 
 
@@ -41,7 +42,7 @@ def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
     # Counting brackets is far cheaper than walking every row, and a row with few of them cannot be deep.
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
         return _too_deep()
-    return unwrap(row) if "byte_offset" in row and row.keys() == ENVELOPE else row
+    return unwrap(row) if "byte_offset" in row and row.keys() in (ENVELOPE, _OLD_ENVELOPE) else row
 
 
 def unwrap(envelope: dict[str, Any]) -> dict[str, Any] | str | Fault:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sftdata.batches import Int64, RowBatch
 from sftdata.errors import Fault
+from sftdata.places import UNITS, Unit, place
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
@@ -27,6 +28,7 @@ class Source:
     Attributes:
         path: local path, URL, or Hub dataset id.
         body: byte where the rows begin, after a byte order mark and the header of a CSV.
+        body_line: 1-based line where they begin.
         delimiter, columns: of a CSV.
         split, subset: of a saved or Hub dataset.
     """
@@ -35,10 +37,16 @@ class Source:
     container: Container
     compression: Compression = "none"
     body: int = 0
+    body_line: int = 1
     delimiter: str = ","
     columns: tuple[str, ...] = ()
     split: str = "train"
     subset: str | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What its records are."""
+        return UNITS.get(self.container, "line")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,7 @@ class Slice:
     Attributes:
         first_record: 0-based line, element or record at `start`.
         first_id: example id of that record.
+        first_line: of a CSV: 1-based line at `start`.
         anchors: of a damaged array: how its elements begin, as white space and first key.
     """
 
@@ -57,6 +66,16 @@ class Slice:
     first_record: int
     first_id: int
     anchors: tuple[bytes, ...] = ()
+    first_line: int = 0
+
+    def record_of(self, example_id: int) -> int:
+        """Return the 1-based number of a row in its source."""
+        return example_id - self.first_id + self.first_record + 1
+
+    def place(self, example_id: int, line: int) -> str:
+        """Return where a row stands, in words; `line` as in a `RowBatch`."""
+        unit = self.source.unit
+        return place(self.source.path, self.record_of(example_id), unit, line if unit == "record" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +113,8 @@ class Unreadable:
     """A row that could not be parsed: the body of one line in `rejects.jsonl`.
 
     Attributes:
-        line: 1-based line, element or record; byte_offset: where it starts in the decompressed source.
+        line: 1-based line where it starts; its number where rows are not lines.
+        byte_offset: where it starts in the decompressed source.
         raw: its text, shortened when longer than the line limit; invalid bytes as backslash escapes.
     """
 
@@ -115,6 +135,7 @@ class Marks:
         step: distance between borders that a slice should span, in that unit.
         raw_bytes, xxh3_128: of the raw file.
         anchors, notes: for the slices and the plan.
+        lines: of a CSV: int64[K], 1-based line of each border.
     """
 
     positions: Int64
@@ -126,12 +147,14 @@ class Marks:
     xxh3_128: str
     anchors: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
+    lines: Int64 | None = None
 
-    def cut(self, chosen: Int64) -> list[tuple[int, int, int]]:
-        """Return (start, stop, first record) from each chosen border to the next chosen one."""
+    def cut(self, chosen: Int64) -> list[tuple[int, int, int, int]]:
+        """Return (start, stop, first record, first line) from each chosen border to the next chosen one."""
         starts = self.positions[chosen]
         stops = np.append(starts, self.end)[1:]
-        return [(int(a), int(b), int(r)) for a, b, r in zip(starts, stops, self.records[chosen], strict=True)]
+        lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
+        return list(zip(starts.tolist(), stops.tolist(), self.records[chosen].tolist(), lines.tolist(), strict=True))
 
     def slice_borders(self) -> Int64:
         """Return the index of the first border at or after every multiple of `step`."""
@@ -140,7 +163,7 @@ class Marks:
         wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
         return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
 
-    def sampled(self) -> list[tuple[int, int, int]]:
+    def sampled(self) -> list[tuple[int, int, int, int]]:
         """Return evenly spaced stretches from one border to the next, the first and the last included."""
         grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
         chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
@@ -150,8 +173,10 @@ class Marks:
 def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -> SourcePlan:
     """Cut a source at its marks."""
 
-    def as_slices(spans: list[tuple[int, int, int]]) -> tuple[Slice, ...]:
-        return tuple(Slice(source, start, stop, record, base_id + record, marks.anchors) for start, stop, record in spans)
+    def as_slices(spans: list[tuple[int, int, int, int]]) -> tuple[Slice, ...]:
+        return tuple(
+            Slice(source, start, stop, record, base_id + record, marks.anchors, line) for start, stop, record, line in spans
+        )
 
     slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
     return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes)
@@ -164,23 +189,26 @@ class Gathered:
     piece: Slice
     rows: list[Any] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
 
-    def add(self, row: Any, record: int, offset: int) -> None:
-        """Add a row."""
+    def add(self, row: Any, record: int, offset: int, line: int | None = None) -> None:
+        """Add a row; `line` where that is not the number of the record."""
         self.rows.append(row)
         self.records.append(record)
+        self.lines.append(record + 1 if line is None else line)
         self.offsets.append(offset)
 
-    def reject(self, fault: Fault, raw: bytes, record: int, offset: int) -> None:
+    def reject(self, fault: Fault, raw: bytes, record: int, offset: int, line: int | None = None) -> None:
         """Add a row that could not be parsed."""
         example_id = self.piece.first_id + record - self.piece.first_record
         text = raw.decode("utf-8", "backslashreplace")
-        self.unreadable.append(Unreadable(example_id, record + 1, offset, fault, text))
+        self.unreadable.append(Unreadable(example_id, record + 1 if line is None else line, offset, fault, text))
 
     def finish(self) -> tuple[RowBatch, list[Unreadable]]:
         """Return the columns."""
         records = np.array(self.records, np.int64)
         ids = records + (self.piece.first_id - self.piece.first_record)
-        return RowBatch(self.rows, ids, records + 1, np.array(self.offsets, np.int64)), self.unreadable
+        lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))
+        return RowBatch(self.rows, ids, lines, offsets), self.unreadable

@@ -1,34 +1,35 @@
 """Recognise compression and container from the first bytes of a file, not from its name.
 
-The name is asked in one case only, which no content can settle: a table of comma-separated words, or lines of prose with commas.
+The name is asked in one case only, which no content can settle: a table of comma-separated words, or lines of prose with commas
+(headers.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 
 from sftdata.errors import UsageError
-from sftdata.read.delimited import parse_header, records_of
+from sftdata.read.headers import find_header
 from sftdata.read.slices import Container, Source
 from sftdata.read.streams import RawCount, compression_of, read_all
 
 HEAD_BYTES = 256 << 10
 BOM = b"\xef\xbb\xbf"
-DELIMITERS = ("\t", ",", ";")
-COMMON_COLUMNS = {
-    *("messages", "conversations", "conversation", "prompt", "completion", "response", "answer", "output"),
-    *("question", "query", "instruction", "input", "context", "text", "content"),
-}
+_AS_CSV = "save it as CSV (UTF-8), and give that file."
 FOREIGN = (
     (b"PK\x03\x04", "a zip archive", "unpack it first."),
+    (b"\xd0\xcf\x11\xe0", "an old Office file", _AS_CSV),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it first."),
     (b"%PDF", "a PDF", "extract its text first."),
     (b"\x80\x04", "a Python pickle, which can run code when opened", "save the rows as JSON lines."),
     (b"SQLite format 3", "an SQLite database", "export the rows as JSON lines or CSV."),
+)
+IN_A_ZIP = (
+    (b"xl/", "a spreadsheet", _AS_CSV),
+    (b"opendocument.spreadsheet", "a spreadsheet", _AS_CSV),
+    (b"word/", "a Word document", "save its text as .txt, one document a line."),
 )
 
 
@@ -69,10 +70,8 @@ def sniff(path: str) -> Source:
         raise UsageError(f"{path}: lines end in CR alone, expected LF.", fix)
     if container:
         return Source(path, container, compression, body)
-    for delimiter in DELIMITERS:
-        columns, header_bytes = _table_header(path, text, delimiter)
-        if columns:
-            return Source(path, "csv", compression, body + header_bytes, delimiter, columns)
+    if header := find_header(path, text.data):
+        return Source(path, "csv", compression, body + header.length, header.lines + 1, header.delimiter, header.columns)
     return Source(path, "text", compression, body)
 
 
@@ -99,6 +98,9 @@ def _refuse_foreign(path: str, data: bytes) -> None:
     for start, order in ((b"\xff\xfe", "LE"), (b"\xfe\xff", "BE")):
         if data.startswith(start):
             _refuse_utf16(path, order)
+    for inside, what, fix in IN_A_ZIP:
+        if data.startswith(b"PK\x03\x04") and inside in data:
+            raise UsageError(f"{path}: this is {what}, not rows.", fix)
     for magic, what, fix in FOREIGN:
         if data.startswith(magic):
             raise UsageError(f"{path}: this is {what}, not rows.", fix)
@@ -129,23 +131,3 @@ def _json_container(head: Head) -> Container | None:
     if re.match(rb'\{\s*["}]', start):
         return "jsonl" if len(lines) == 1 else "json"
     return None
-
-
-def _table_header(path: str, head: Head, delimiter: str) -> tuple[tuple[str, ...], int]:
-    """Return the columns and the bytes of the header, if the head reads as a table."""
-    first = head.data.split(b"\n", 1)[0]
-    columns = parse_header(first, delimiter)
-    named_so = any(suffix in (".csv", ".tsv") for suffix in PurePosixPath(path.lower()).suffixes)
-    known = len(COMMON_COLUMNS.intersection(columns))
-    if not columns or not (named_so or (known and len(columns) > 1)) or (len(columns) == 1 and delimiter != ","):
-        return (), 0
-    body = len(first) + 1
-    width = len(columns) - 1
-    records = islice(records_of(_once(head.data[body:]), 0, delimiter, HEAD_BYTES), 20)
-    texts = [text for _, text, _, closed in records if closed and text.strip()]
-    fitting = sum(text.count(delimiter.encode()) >= width for text in texts)
-    return (columns, body) if fitting * 2 >= len(texts) else ((), 0)
-
-
-def _once(block: bytes) -> Iterator[bytes]:
-    yield block

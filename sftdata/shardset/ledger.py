@@ -197,10 +197,10 @@ def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, in
     ids = rows.example_ids[is_document]
     # An empty source shares its first id with the next one, which is the one that has the example.
     source = np.searchsorted(list(sources.values()), ids, side="right") - 1
-    counts = {}
+    names, counts = list(sources), {}
     for index in distinct(source).tolist():
         own = np.flatnonzero(is_document)[source == index]
-        counts[list(sources)[index]] = SourceCounts(
+        counts[names[index]] = SourceCounts(
             rows=len(distinct(ids[source == index])),
             tokens=int(rows.seq_lengths[own].sum(dtype=np.int64)),
             tokens_trained=int(trained[own].sum()),

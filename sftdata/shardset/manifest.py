@@ -16,6 +16,7 @@ import xxhash
 from msgspec import Meta
 
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.places import Unit
 from sftdata.shardset.atomic import write_atomic
 from sftdata.shardset.fields import Count, PlainPath, Sha256, TokenId, Xxh3
 from sftdata.shardset.ledger import Ledger
@@ -52,7 +53,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tokens_added: tuple[str, ...] = ()
 
 
-class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One input file.
 
     Attributes:
@@ -61,6 +62,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         xxh3: hash of the stored bytes, or the fingerprint of a dataset.
         rows: how many ids the source takes; a line that holds no row takes one too.
         first_id: id of its first line or record, so that `line = id - first_id + 1`.
+        unit: what is numbered so; not part of the digest.
     """
 
     name: str
@@ -68,6 +70,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     xxh3: str
     rows: Count
     first_id: Count
+    unit: Unit = "line"
 
 
 class SetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +207,7 @@ def _not_a_set(folder: Path) -> UsageError:
 def _digest(manifest: Manifest) -> str:
     content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
     content["settings"] = {key: value for key, value in content["settings"].items() if key not in _PLACES + _MANNER}
+    content["sources"] = [{key: value for key, value in source.items() if key != "unit"} for source in content["sources"]]
     content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 

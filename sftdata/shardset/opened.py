@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError
-from sftdata.shardset.manifest import Manifest, SetFile, read_manifest
+from sftdata.places import place
+from sftdata.shardset.manifest import Manifest, SetFile, SourceInfo, read_manifest
 from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
 
 if TYPE_CHECKING:
@@ -121,18 +122,30 @@ class ShardSet(Sequence[PackedRow]):
         return pl.DataFrame(self.arrow())
 
     def origin(self, example_id: int) -> tuple[str, int]:
-        """Return the source and the 1-based line, or record, that an example comes from.
+        """Return the source and the 1-based line (record, element, row) that an example comes from.
 
         Raises:
             KeyError: no source holds that example.
         """
+        source = self._source(example_id)
+        return source.name, example_id - source.first_id + 1
+
+    def place(self, example_id: int) -> str:
+        """Return the same in words.
+
+        Raises:
+            KeyError: no source holds that example.
+        """
+        return place(*self.origin(example_id), self._source(example_id).unit)
+
+    def _source(self, example_id: int) -> SourceInfo:
         sources = self.manifest.sources
         index = bisect_right(sources, example_id, key=lambda source: source.first_id) - 1
         while index >= 0 and not sources[index].rows:  # an empty file shares its first id with the next one
             index -= 1
         if index < 0 or example_id >= sources[index].first_id + sources[index].rows:
             raise KeyError(f"no source of {self.folder} holds example {example_id}")
-        return sources[index].name, example_id - sources[index].first_id + 1
+        return sources[index]
 
     def _shard(self, index: int) -> _Mapped:
         if index not in self._mapped:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from sftdata.places import place
 from sftdata.shardset.atomic import FileDigest, write_atomic
 
 REJECTS_NAME = "rejects.jsonl"
@@ -19,7 +20,8 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         file: name of the source.
-        line: 1-based line, or record, in it.
+        line: 1-based line where it starts; None in a file that is not read by lines.
+        record: its number in the file, from 1: of the line, the record of a CSV, the element of an array, the row of a table.
         byte_offset: where the row starts in the decompressed source; -1 where rows have no byte position.
         code: stable kebab-case name of the fault.
         reason: what was found and expected.
@@ -28,19 +30,27 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     file: str
-    line: int
+    line: int | None
+    record: int
     byte_offset: int
     code: str
     reason: str
     fix: str
     row: Any
 
+    @property
+    def place(self) -> str:
+        """Where the row stands, in words."""
+        if self.line is None:  # only the rows of a table have no byte position
+            return place(self.file, self.record, "row" if self.byte_offset < 0 else "element")
+        return place(self.file, self.record, "line" if self.line == self.record else "record", self.line)
+
 
 def encode_reject(reject: Reject) -> bytes:
     r"""Return a reject as one JSON line; what UTF-8 cannot hold (half a surrogate pair) is kept as an escape.
 
-    >>> encode_reject(Reject(file="a.jsonl", line=3, byte_offset=90, code="not-json", reason="r", fix="f", row="{"))
-    b'{"file":"a.jsonl","line":3,"byte_offset":90,"code":"not-json","reason":"r","fix":"f","row":"{"}\n'
+    >>> encode_reject(Reject(file="a.csv", line=3, record=2, byte_offset=90, code="invalid-csv", reason="r", fix="f", row='"'))
+    b'{"file":"a.csv","line":3,"record":2,"byte_offset":90,"code":"invalid-csv","reason":"r","fix":"f","row":"\\""}\n'
     """
     try:
         line = msgspec.json.encode(reject)

@@ -170,7 +170,7 @@ class _Look:
     def _found(self, code: str, where: Bool, **slots: str) -> Iterator[Finding]:
         ids = self.documents.example_id[where]
         if len(ids):
-            places = tuple(":".join(map(str, self.shards.origin(example))) for example in ids[:EXAMPLES].tolist())
+            places = tuple(map(self.shards.place, ids[:EXAMPLES].tolist()))
             yield make_finding(code, len(ids), len(self.documents), places, **slots)
 
     def _name(self, token_id: int) -> str:
@@ -204,5 +204,5 @@ def _counted(shards: ShownSet) -> Iterator[Finding]:
         count = ledger.counters.get(counter, 0)
         if count:
             known = [example for example in ledger.examples.get(counter, ()) if example < rows]
-            places = tuple(":".join(map(str, shards.origin(example))) for example in known)
+            places = tuple(map(shards.place, known))
             yield make_finding(code, count, ledger.rows_in if KINDS[code].of == "row" else None, places)

@@ -57,7 +57,7 @@ class ShownSet(ShardSet):
             raise UsageError(f"{self.folder}: row {number}; the set has rows 0 to {len(self) - 1}.", "--row with one of these.")
         row = super().__getitem__(number)
         columns = (row.input_ids, row.labels, row.seq_lengths, row.examples)
-        return view_row(columns, self.vocabulary, self.origin, f"row {range(len(self))[number]} of {self.folder}")
+        return view_row(columns, self.vocabulary, self.place, f"row {range(len(self))[number]} of {self.folder}")
 
     def view_example(self, example_id: int) -> View:
         """Return all stretches of one example, from whichever rows they lie in.
@@ -89,15 +89,15 @@ class ShownSet(ShardSet):
 
     def _why_absent(self, example_id: int) -> tuple[str, str]:
         try:
-            file, line = self.origin(example_id)
+            origin, where = self.origin(example_id), self.place(example_id)
         except KeyError:
             last = max((source.first_id + source.rows for source in self.manifest.sources), default=0) - 1
             return f"{self.folder}: example {example_id}; its sources hold examples 0 to {last}.", "--example with one of these."
-        reject = next((found for found in self._rejects() if (found.file, found.line) == (file, line)), None)
+        reject = next((found for found in self._rejects() if (found.file, found.record) == origin), None)
         if reject is not None:
-            return f"{file}:{line}: rejected ({reject.code}): {reject.reason}.", reject.fix
+            return f"{where}: rejected ({reject.code}): {reject.reason}.", reject.fix
         dropped = ", ".join(sorted(self.manifest.ledger.rows_dropped | self.manifest.ledger.rows_filtered)) or "blank"
-        return f"{file}:{line}: read, but not in the set ({dropped}).", "`sftdata stats` counts the rows that were left out."
+        return f"{where}: read, but not in the set ({dropped}).", "`sftdata stats` counts the rows that were left out."
 
     def _rejects(self) -> list[Reject]:
         path = self.folder / REJECTS_NAME

@@ -41,7 +41,7 @@ class DocumentView:
     """A stretch of one example.
 
     Attributes:
-        origin: file and line; empty where unknown.
+        origin: file and line, or row; empty where unknown.
         example_id: the input row, -1 where it has no number yet.
         start: position of its first token in the packed row.
         pieces: in order.
@@ -102,14 +102,14 @@ class View:
 
 
 def view_row(
-    row: tuple[Int32, Int32, Int32, Int64], vocabulary: Vocabulary, origin: Callable[[int], tuple[str, int]], title: str = ""
+    row: tuple[Int32, Int32, Int32, Int64], vocabulary: Vocabulary, place: Callable[[int], str], title: str = ""
 ) -> View:
     """Lay the text over a packed row.
 
     Args:
         row: input_ids and labels, int32[T]; seq_lengths, int32[S]; example ids, int64[S], -1 for padding.
         vocabulary: of the tokenizer that made the ids.
-        origin: gives file and line of an example id.
+        place: gives the place of an example id, in words.
     """
     input_ids, labels, seq_lengths, example_ids = row
     documents, start, padding = [], 0, 0
@@ -119,7 +119,7 @@ def view_row(
             padding += length
         else:
             pieces = tuple(_pieces(input_ids[start:stop], labels[start:stop], vocabulary))
-            documents.append(DocumentView(":".join(map(str, origin(example_id))), example_id, start, pieces))
+            documents.append(DocumentView(place(example_id), example_id, start, pieces))
         start = stop
     return View(title, tuple(documents), padding)
 

@@ -278,7 +278,7 @@ def test_a_set_behind_a_linked_folder_opens(build_set: Build, tmp_path: Path) ->
 
 
 def reject(row: object) -> Reject:
-    return Reject(file="a.jsonl", line=3, byte_offset=90, code="bad-role", reason="r", fix="f", row=row)
+    return Reject(file="a.jsonl", line=3, record=2, byte_offset=90, code="bad-role", reason="r", fix="f", row=row)
 
 
 def test_rejects_are_json_lines_in_the_order_given(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_rejects_are_json_lines_in_the_order_given(tmp_path: Path) -> None:
     assert digest.bytes == len(raw)
     lines = [json.loads(line) for line in raw.splitlines()]
     assert [line["row"] for line in lines] == [{"b": 1, "a": "é"}, "not json {"]
-    assert list(lines[0]) == ["file", "line", "byte_offset", "code", "reason", "fix", "row"]
+    assert list(lines[0]) == ["file", "line", "record", "byte_offset", "code", "reason", "fix", "row"]
 
 
 @pytest.mark.parametrize("row", ["half \ud800 pair", {"x": "\udfff"}, 10**40, -1e300, {"deep": [[[{}]]]}])

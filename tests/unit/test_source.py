@@ -117,7 +117,7 @@ def test_prose_with_commas_is_text_unless_it_is_named_as_a_table(tmp_path: Path)
     (tmp_path / "a.txt").write_text(prose)
     (tmp_path / "a.csv").write_text(prose)
     assert read_all(tmp_path / "a.txt")[0] == ["Hello, world", "Good, evening"]
-    assert read_all(tmp_path / "a.csv")[2] == "text"  # " world" with its blank is no column name
+    assert read_all(tmp_path / "a.csv")[2] == "csv"  # a file that is named so is a table, whatever its header holds
     (tmp_path / "b.csv").write_text("greeting,whom\nHello,world\n")
     assert read_all(tmp_path / "b.csv")[0] == [{"greeting": "Hello", "whom": "world"}]
 
@@ -407,7 +407,7 @@ def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: 
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert [row["prompt"] for row in rows] == ["1", "2", "3", "4"]
-        assert [(one.fault.code, one.line) for one in bad] == [(code, 3)]
+        assert [(one.fault.code, one.line) for one in bad] == [(code, 5)]
 
 
 def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
@@ -419,7 +419,7 @@ def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert [row["prompt"] for row in rows] == ["1", "3"]
-        assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 2, 22)]
+        assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 3, 22)]
         assert bad[0].fault.fix == "split the row, or write it as a line of JSON."
 
 
@@ -431,7 +431,7 @@ def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert len(rows) == 1001
-        assert [(one.fault.code, one.line) for one in bad] == [("invalid-csv", 2)]
+        assert [(one.fault.code, one.line) for one in bad] == [("invalid-csv", 3)]
 
 
 def elements(*texts: str, before: str = "[", after: str = "]", between: str = ", ") -> bytes:
