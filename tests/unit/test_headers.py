@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
 from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.streams import close_streams
 
 NAMES = ("question", "answer", "Notes (ü), 2", "id")
 DELIMITERS = {".csv": ",;|\t", ".tsv": ",;|\t"}
@@ -70,6 +71,7 @@ def test_a_named_table_is_read_with_the_true_line_of_every_record(
         for row, line, example in zip(batch.rows, batch.lines.tolist(), batch.example_ids.tolist(), strict=True):
             read = {name: value for name, value in row.items() if not name.startswith("Unnamed: ")}
             found.append((read, line, piece.record_of(example)))
+    close_streams()
     assert found == wanted
 
 
