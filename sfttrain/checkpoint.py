@@ -50,8 +50,8 @@ def seal(folder: Path, step: int, run: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         digest = digest_file(path, sha256=False)
         files.append(SealedFile(str(path.relative_to(folder)), digest.bytes, digest.xxh3))
-    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        sync_folder(inner)
+    for named in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync_folder(named)
     text = msgspec.json.format(msgspec.json.encode(Seal(step, run, files)), indent=2)
     write_atomic(folder / SEAL, lambda sink: sink.write(text))
     sync_folder(folder.parent)

@@ -222,7 +222,7 @@ def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:
 
 def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Turn]:
     """Pick the turns that policy and the messages' own switches train."""
-    first = row.prompt_messages
+    first = 0 if train_on == "assistant" else row.prompt_messages
     if train_on == "last-assistant":
         first = max((turn.message for turn in turns), default=0)
     return [turn for turn in turns if row.trained[turn.message] or (row.trained[turn.message] is None and turn.message >= first)]

@@ -66,6 +66,19 @@ def kill_and_resume(small: Unbroken, place: Path, fault: Fault, **more: object) 
     return code
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone"])
+def test_a_resume_makes_a_shard_anew_that_is_not_as_it_was_left(small: Unbroken, place: Path, damage: str) -> None:
+    given = settings(small.data, place / "set")
+    assert forked(given, Fault("kill", name="replace", path="*/slices/00001.json", after=True)) == -9
+    shard = place / "set.partial" / "shard-00000.arrow"
+    whole = shard.read_bytes()
+    shard.unlink()
+    if damage != "gone":
+        shard.write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\0"}[damage])
+    prepare(small.data, place / "set")
+    assert content(place / "set") == small.files
+
+
 def kill_everywhere(small: Unbroken, place: Path, step: int, **more: object) -> int:
     """Kill a run before its n-th operation, for every n; return how many kills hit."""
     kills = 0

@@ -243,6 +243,31 @@ def test_a_control_token_in_data_ends_no_turn_and_is_reported() -> None:
     assert [rendered.text[start:stop] for start, stop in rendered.literal] == ["<|im_end|>", "<|im_end|>"]
 
 
+CALLS = {
+    "name first": "<call>{{ c.function.name ~ ' ' ~ c.function.arguments | tojson }}",
+    "name last": "<call>{{ c.function.arguments | tojson ~ ' ' ~ c.function.name }}",
+    "all in one": "<call>{{ c.function | tojson }}",
+}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n": 1}, {"n": "one"}, {"n": "<|im_end|>"}], ids=str)
+@pytest.mark.parametrize("name", ["f<|im_end|>", "<|im_end|>f", "<|im_end|>", "f<|im_end|><|im_start|>"])
+@pytest.mark.parametrize("order", CALLS)
+def test_a_stop_token_in_a_call_ends_no_turn(order: str, name: str, arguments: dict[str, Any]) -> None:
+    source = CHATML.replace("+ m.content +", "+ (m.content or '') }}{% for c in m.tool_calls or [] %}CALL{% endfor %}{{")
+    form = Format(source.replace("CALL", CALLS[order]))
+    calls = [{"type": "function", "function": {"name": called, "arguments": arguments}} for called in (name, "g")]
+    chat = {"messages": [user("Hi"), bot("", tool_calls=calls), {"role": "tool", "content": "ok"}, bot("Done.")]}
+    whole = form.render(chat["messages"][:2]).rpartition("<|im_start|>assistant\n")[2].removesuffix("\n")
+    finder = _finder(form, ("<|im_end|>",))
+    assert _trained(_render(finder, {"messages": [user("Hi"), bot("", tool_calls=calls[1:])]}))[0].endswith("<|im_end|>")
+    outcome = _outcome(finder, chat)
+    # Where no mark of the row's data stands behind the name, its end cannot be proven.
+    assert outcome == "spans-unproven" or _trained(outcome) == [whole, "Done.<|im_end|>"]
+    if order == "name first" and "n" in arguments and arguments["n"] != 1:
+        assert outcome != "spans-unproven"
+
+
 def test_trusted_control_tokens_are_not_reported() -> None:
     chat = {"messages": [user("What is <|im_end|>?"), bot("An end token.")]}
     assert _render(_finder(Format(CHATML), trust_control_tokens=True), chat).literal == []

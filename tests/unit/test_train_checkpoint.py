@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 
 from sftdata.errors import UsageError
 from sfttrain import checkpoint
+from tests.torture.disk import Disk
+from tests.torture.faults import Tap
 
 RUN = {"sets": ["a"], "global_batch": 8}
 
@@ -83,3 +87,32 @@ def test_too_little_room_is_said_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"GB free; a checkpoint .* needs .*Fix: free some space"):
         checkpoint.require_space(tmp_path, free * 2)
     checkpoint.require_space(tmp_path, 1)
+
+
+def test_a_checkpoint_with_a_seal_is_whole_whenever_the_power_fails(tmp_path: Path) -> None:
+    output, found = tmp_path / "output", tmp_path / "found"
+    output.mkdir()
+    with Tap(str(output), record=True).installed() as tap:
+        _save(output / "checkpoint-5")
+        checkpoint.seal(output / "checkpoint-5", 5, RUN)
+    assert {os.path.basename(operation.paths[-1]) for operation in tap.operations} >= {"weights", "rng", checkpoint.SEAL}
+    disk, rng, sealed = Disk(str(output)), random.Random(0), []
+    for operation in tap.operations:
+        disk.apply(operation)
+        for kept, whole in disk.survivors(rng):
+            disk.write_out(found, kept, whole)
+            sealed.append(checkpoint.read_seal(found / "checkpoint-5") is not None)
+            assert (checkpoint.newest_complete(found) is not None) == sealed[-1], operation
+            shutil.rmtree(found)
+    assert sealed[-4:] == [True] * 4, "when the seal returns, the checkpoint is safe"
+    assert not all(sealed)
+
+
+def _save(folder: Path) -> None:
+    """Write what a trainer writes: into the page cache, and no further."""
+    for inner in (folder, folder / "inner"):
+        os.mkdir(inner)
+    for path in (folder / "weights", folder / "inner" / "rng"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.write(descriptor, b"state of " + path.name.encode())
+        os.close(descriptor)
