@@ -148,8 +148,10 @@ def check_settings(settings: Mapping[str, Any], places: Mapping[str, str]) -> Pr
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         near = difflib.get_close_matches(str(first.get("input")), first["msg"].split("'")[1::2], n=1)
         hint = f"did you mean {near[0]!r}?" if near else _meaning(where)
-        found = f"setting {where!r}: found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
-        raise UsageError(_at(where.partition(".")[0], places, found), hint) from None
+        found = f"found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
+        place = places.get(where.partition(".")[0], "")
+        name = place if place.startswith("--") else f"{place}: setting {where!r}" if place else f"Setting {where!r}"
+        raise UsageError(f"{name}: {found}", hint) from None
 
 
 def refuse_unknown(settings: Mapping[str, Any], places: Mapping[str, str]) -> None:
@@ -160,11 +162,8 @@ def refuse_unknown(settings: Mapping[str, Any], places: Mapping[str, str]) -> No
     """
     for key in settings:
         if key not in PrepareConfig.model_fields:
-            raise UsageError(_at(key, places, f"unknown setting {key!r}."), _known(key))
-
-
-def _at(key: str, places: Mapping[str, str], found: str) -> str:
-    return f"{places[key]}: {found}" if key in places else found[0].upper() + found[1:]
+            found = f"{places[key]}: unknown" if key in places else "Unknown"
+            raise UsageError(f"{found} setting {key!r}.", _known(key))
 
 
 def _known(key: str) -> str:

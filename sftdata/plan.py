@@ -213,6 +213,7 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
         need_assistant=config.train_on != "all",
         formatter=config.formatter,
         loss_weights=config.loss_weights,
+        labels_judge=config.format is None,
     )
 
 

@@ -82,7 +82,7 @@ def load_config(inputs: list[str], config_file: Path | None, sets: list[str], fl
         places[key] = f"--set {key}"
     given = {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
     settings |= given
-    places = {key: place for key, place in places.items() if key not in given}
+    places |= {name: "--" + name.replace("_", "-") for name in given}
     refuse_unknown(settings, places)
     for name, flag in (("inputs", "INPUT"), ("tokenizer", "-t"), ("output", "-o")):
         if name not in settings:

@@ -14,6 +14,7 @@ from sftdata.read.fields import Fields, FormatOptions, kind_of
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.formatter import load_formatter
 from sftdata.read.instructions import is_messages
+from sftdata.read.preferences import UNJUDGED, unwanted_answer
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
@@ -106,6 +107,9 @@ class _Converter:
             found = sorted(name for name in MEDIA_COLUMNS & row.keys() if row[name])
             what = f"the row has {', '.join(found)}; only text can be prepared."
             raise RowError("media-row", what, "leave out rows with media.")
+        if self.options.labels_judge and chosen.name not in UNJUDGED and (column := unwanted_answer(row)):
+            what = f"{column} is false, which marks an answer that is not wanted (KTO)."
+            raise RowError("unwanted-answer", what, f"leave the row out, or name the format where {column} means something else.")
         try:
             return chosen.convert(Fields(row, names), self.options)
         except RowError:
@@ -123,7 +127,7 @@ class _Converter:
         except RowError:
             self._refuse_stranger(row)
             raise
-        if all(sum(name in row for name in column.spellings) < 2 for column in chosen.columns):
+        if all(len(column.found(row, {})) < 2 for column in chosen.columns):
             self._names[keys] = names
             self._rows[keys] += 1
         else:

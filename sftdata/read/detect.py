@@ -14,7 +14,9 @@ from typing import Any
 from sftdata.errors import UsageError
 from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
-from sftdata.read.near_misses import NEAR_MISSES, VISION, NearMiss
+from sftdata.read.near_misses import NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
+from sftdata.read.odd_values import explain_odd_value
+from sftdata.read.preferences import UNJUDGED, is_unanswered_preference
 from sftdata.read.slices import SourcePlan, Unreadable
 from sftdata.read.source import read_slice
 
@@ -58,10 +60,14 @@ class _Verdicts:
     misses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     strangers: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], readings: tuple[Reading, ...]) -> None:
-        """Judge one row by its readings, or by what it lacks."""
+    def add(self, row: dict[str, Any], readings: tuple[Reading, ...], *, named: bool) -> None:
+        """Judge one row by its readings, or by what it lacks; `named`: the user says which format it has."""
         if VISION.fits(row):
             self.misses.setdefault(VISION.name, []).append(row)
+        elif not named and readings and UNWANTED.fits(row) and UNJUDGED.isdisjoint(name for name, _ in readings):
+            self.misses.setdefault(UNWANTED.name, []).append(row)
+        elif not named and is_unanswered_preference(row):
+            self.misses.setdefault(PREFERENCE.name, []).append(row)
         elif readings:
             self.readings[readings] = self.readings.get(readings, 0) + 1
         elif miss := next((miss for miss in NEAR_MISSES.values() if miss.fits(row)), None):
@@ -119,11 +125,13 @@ def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: M
         if shape not in possible:
             possible[shape] = [(entry, names) for entry in entries for names in entry.candidates(renamed, columns)]
         found = [(entry.name, tuple(names.items())) for entry, names in possible[shape] if entry.fits(Fields(renamed, names))]
-        verdicts.add(renamed, tuple(found))
+        verdicts.add(renamed, tuple(found), named=format is not None)
     counts = verdicts.counts()
-    winner, matched = next(iter(counts.items()))
+    # One answer that is not wanted says what the column means, however few of them are in the sample.
+    winner = UNWANTED.name if UNWANTED.name in counts else next(iter(counts))
     if winner not in FORMATS:
-        raise _refuse(where, winner, f"{matched} of {len(rows)} sampled rows", verdicts, format)
+        share = f"{counts[winner]} of {len(rows)} sampled rows"
+        raise _refuse(where, winner, share, verdicts, format, columns)
     return _settle(winner, counts, verdicts, plans, unreadable)
 
 
@@ -164,9 +172,11 @@ def _settle(
     return Detection(winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources)
 
 
-def _refuse(where: str, winner: str, share: str, verdicts: _Verdicts, format: str | None) -> UsageError:
+def _refuse(
+    where: str, winner: str, share: str, verdicts: _Verdicts, format: str | None, columns: Mapping[str, str]
+) -> UsageError:
     """Return the error that says why the rows cannot be used and which flag settles it."""
-    misses: dict[str, NearMiss] = NEAR_MISSES | {VISION.name: VISION}
+    misses: dict[str, NearMiss] = NEAR_MISSES | {VISION.name: VISION, UNWANTED.name: UNWANTED}
     ambiguous = next((readings for readings in verdicts.readings if name_of(readings) == winner), None)
     if ambiguous:
         what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
@@ -175,6 +185,8 @@ def _refuse(where: str, winner: str, share: str, verdicts: _Verdicts, format: st
         reason, fix = misses[winner].explain(verdicts.misses[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
     rows = [row for group in (verdicts.strangers, *verdicts.misses.values()) for row in group]
+    if odd := explain_odd_value(rows, [FORMATS[format]] if format else FORMATS.values(), columns):
+        return UsageError(f"{where}: {share}: {odd[0]}.", odd[1])
     counts = Counter(name for row in rows for name in row)
     names = sorted(counts, key=lambda name: (-counts[name], name))
     found = f"{share} have the columns {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
@@ -182,7 +194,7 @@ def _refuse(where: str, winner: str, share: str, verdicts: _Verdicts, format: st
         wanted = ", ".join(" or ".join(column.spellings) for column in FORMATS[format].columns if column.required)
         return UsageError(f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format.")
     what = f"{where}: no known row format fits: {found}."
-    fix = "name columns, as --map prompt=COLUMN --map completion=COLUMN, or convert rows with --formatter module:function."
+    fix = "name columns, as --map question=COLUMN --map answer=COLUMN, or convert rows with --formatter module:function."
     return UsageError(what, fix)
 
 

@@ -27,6 +27,7 @@ class FormatOptions:
         need_assistant: False lets a conversation without an assistant message through (everything is trained).
         formatter: `module:function` that turns a row into one of a known format.
         loss_weights: messages may have weights other than 0 and 1.
+        labels_judge: a label that is false says that the answer is not wanted.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class FormatOptions:
     need_assistant: bool = True
     formatter: str | None = None
     loss_weights: bool = False
+    labels_judge: bool = True
 
     @property
     def as_conversation(self) -> bool:

@@ -30,6 +30,11 @@ class Column:
     spellings: tuple[str, ...]
     required: bool = True
 
+    def found(self, row: Mapping[str, Any], pinned: Names) -> list[str]:
+        """Return the names under which a row has this column: as they are spelt here, else in any case (`Answer`)."""
+        wanted = [name for name in self.spellings if name in pinned] or self.spellings
+        return [name for name in wanted if name in row] or [name for name in row if name.lower() in wanted]
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -48,8 +53,7 @@ class Format:
 
     def spelling(self, column: Column, row: Mapping[str, Any], pinned: Names) -> list[str]:
         """Return the names under which a row has this column; null ones only when there is no other."""
-        wanted = [name for name in column.spellings if name in pinned] or list(column.spellings)
-        present = [name for name in wanted if name in row]
+        present = column.found(row, pinned)
         return [name for name in present if row[name] is not None] or present[:1]
 
     def readings(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
@@ -124,11 +128,13 @@ def _texts(*columns: str) -> Callable[[Fields], bool]:
 
 def _fits_text(fields: Fields) -> bool:
     """A lone message of a conversation has a content too, but beside a role."""
-    return _texts("text")(fields) and not (fields.names["text"] == "content" and "role" in fields.row)
+    return _texts("text")(fields) and not (fields.names["text"].lower() == "content" and {"role", "Role"} & fields.row.keys())
 
 
 def _fits_alpaca(fields: Fields) -> bool:
-    return _texts("question", "answer")(fields) and not ("context" in fields.row and "input" not in fields.row)
+    if not _texts("question", "answer")(fields):
+        return False
+    return "input" in fields.names or "context" not in map(str.lower, fields.row)
 
 
 def _fits_prompt(fields: Fields) -> bool:

@@ -24,7 +24,7 @@ UNPARSED = frozenset({"invalid-json", "invalid-utf8", "not-an-object", "too-deep
 
 
 def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
-    """Parse one JSON object; unwrap a line of `rejects.jsonl` to the row inside.
+    """Parse one JSON object; unwrap a line of `rejects.jsonl` to the row inside. A bare list of messages is a conversation.
 
     >>> parse_row(b'{"text": "hi"}')
     {'text': 'hi'}
@@ -37,12 +37,18 @@ def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
         return _too_deep()
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _explain(line, error)
+    if type(row) is list and _is_conversation(row):
+        row = {"messages": row}
     if type(row) is not dict:
         return Fault("not-an-object", f"expected a JSON object, found {_kind(row)}.", 'write it as an object: {"text": ...}.')
     # Counting brackets is far cheaper than walking every row, and a row with few of them cannot be deep.
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
         return _too_deep()
     return unwrap(row) if "byte_offset" in row and row.keys() in (ENVELOPE, _OLD_ENVELOPE) else row
+
+
+def _is_conversation(row: list[Any]) -> bool:
+    return bool(row) and all(type(message) is dict and ("role" in message or "from" in message) for message in row)
 
 
 def unwrap(envelope: dict[str, Any]) -> dict[str, Any] | str | Fault:

@@ -10,12 +10,13 @@ from typing import Any
 from sftdata.read.convert import MEDIA_COLUMNS, has_media
 from sftdata.read.formats import FORMATS
 from sftdata.read.instructions import is_messages
+from sftdata.read.odd_values import as_text, by_formatter, shape
 from sftdata.read.parts import MEDIA
+from sftdata.read.preferences import UNJUDGED, explain_preference, explain_unwanted, is_preference, unwanted_answer
 from sftdata.read.prompts import ANSWERS, QUESTIONS
 
 RowDict = dict[str, Any]
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt", "completion")
-_LABELS = {"id", "idx", "index", "source", "category", "type", "split", "lang", "language"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,8 @@ def _is_several_answers(row: RowDict) -> bool:
 def _explain_several_answers(rows: Sequence[RowDict]) -> tuple[str, str]:
     return (
         "'completions' is a list of answers; a training row has one completion",
-        "pick one answer for each row with --formatter module:function.",
+        by_formatter('{"prompt": row["prompt"], "completion": row["completions"][0]}'),
     )
-
-
-def _is_preference(row: RowDict) -> bool:
-    return row.get("chosen") is not None and row.get("rejected") is not None
-
-
-def _explain_preference(rows: Sequence[RowDict]) -> tuple[str, str]:
-    column = "messages" if is_messages(rows[0]["chosen"]) else "completion"
-    return "the rows are preference pairs (chosen, rejected)", f"train on the chosen answers with --map {column}=chosen."
 
 
 def _is_lone_message(row: RowDict) -> bool:
@@ -87,36 +79,58 @@ def _is_unanswered(row: RowDict) -> bool:
 
 def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
     question = next(name for name in QUESTIONS if any(row.get(name) is not None for row in rows))
-    others = Counter(name for row in rows for name, value in row.items() if isinstance(value, str) and name != question)
-    likely = sorted((name for name in others if name not in _LABELS), key=lambda name: (-others[name], name))
     reason = f"the column {question!r} asks, but there is no answer column ({', '.join(ANSWERS)})"
     if not isinstance(rows[0].get(question), str):
         return reason, 'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.'
-    if likely:
+    others = Counter(name for row in rows for name, value in row.items() if value is not None and name != question)
+    likely = sorted((name for name in others if _names_an_answer(name)), key=lambda name: (-others[name], name))
+    if not likely:
+        return reason, "name the column that holds the answer, as --map answer=COLUMN, or add an answer to each row."
+    value = next(row[likely[0]] for row in rows if row.get(likely[0]) is not None)
+    if isinstance(value, str):
         return reason, f"if {likely[0]!r} is the answer: --map answer={likely[0]}."
-    return reason, "add an answer to each row; without one there is nothing to train on."
+    answer = as_text(value, likely[0])
+    given = '"context": row["context"], ' if isinstance(rows[0].get("context"), str) else ""
+    made = by_formatter(f'{{"instruction": row["{question}"], {given}"response": {answer}}}')
+    return f"{reason}; {likely[0]!r} is {shape(value)}", made
 
 
-def _wrapping(row: RowDict) -> str | None:
-    """Return the column that holds a list of training rows."""
+def _names_an_answer(column: str) -> bool:
+    """Say whether a column is called as an answer may be: a context, a title or a rationale is none."""
+    return any(word in column.lower() for word in (*ANSWERS, "solution", "target", "reply", "chosen"))
+
+
+def _wrapping(row: RowDict) -> tuple[str, bool] | None:
+    """Return the column that holds a training row, or a list of them, and whether it is a list."""
     for name, value in row.items():
-        first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, dict) and any(entry.readings(first, {}) for entry in FORMATS.values()):
-            return name
+        if name in _CHAT_COLUMNS:  # what it holds is meant as messages
+            continue
+        several = isinstance(value, list)
+        first = value[0] if several and value else value
+        # A text inside an object is more often a remark than a row.
+        if isinstance(first, dict) and any(
+            entry.readings(first, {}) for entry in FORMATS.values() if several or entry.name not in UNJUDGED
+        ):
+            return name, several
     return None
 
 
 def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
-    column = _wrapping(rows[0])
-    return f"the rows are inside one object, under {column!r}", f"take them out, as with jq -c '.{column}[]' FILE > rows.jsonl."
+    column, several = _wrapping(rows[0]) or ("", False)
+    if several:
+        fix = f"take them out, as with jq -c '.{column}[]' FILE > rows.jsonl."
+        return f"the rows are inside one object, under {column!r}", fix
+    return f"each row is inside an object, under {column!r}", by_formatter(f'row["{column}"]')
 
 
 VISION = NearMiss("vision", _is_vision, _explain_vision)
+UNWANTED = NearMiss("answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted)
+PREFERENCE = NearMiss("preference pairs", is_preference, explain_preference)
 NEAR_MISSES = {
     entry.name: entry
     for entry in (
         NearMiss("several answers", _is_several_answers, _explain_several_answers),
-        NearMiss("preference pairs", _is_preference, _explain_preference),
+        PREFERENCE,
         NearMiss("lone messages", _is_lone_message, _explain_lone_message),
         NearMiss("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
         NearMiss("prompts without answers", _is_unanswered, _explain_unanswered),

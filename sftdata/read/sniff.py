@@ -124,7 +124,8 @@ def _json_container(head: Head) -> Container | None:
     lines = [line for line in lines if line]
     start = head.data.lstrip()
     shaped = sum(line.startswith(b"{") and line.endswith(b"}") for line in lines)
-    if shaped * 2 >= len(lines):
+    listed = sum(re.fullmatch(rb"\[\s*\{.*\}\s*\]", line) is not None for line in lines)  # each line a list of messages
+    if shaped * 2 >= len(lines) or (len(lines) > 1 and listed * 2 >= len(lines)):
         return "jsonl"
     if re.match(rb"\[\s*[\[{\]\"]", start):
         return "json"
