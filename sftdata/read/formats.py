@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from sftdata.batches import Row, Text, Tokens
+from sftdata.batches import Row, Text
 from sftdata.errors import RowError
 from sftdata.read.chat import read_conversation, read_messages, read_xtuner
-from sftdata.read.fields import Fields, FormatOptions, from_json, kind_of
+from sftdata.read.fields import Fields, FormatOptions, from_json
 from sftdata.read.instructions import is_messages, read_instruction, read_prompt_completion
 from sftdata.read.prompts import ANSWERS
+from sftdata.read.token_rows import BESIDE_IDS, convert_tokens, fits_tokens
 
 Names = Mapping[str, str]  # canonical column -> column in the data
 LINE = ""  # the one column of a row that is a line of plain text
@@ -141,11 +142,6 @@ def _fits_prompt(fields: Fields) -> bool:
     return all(value is None or isinstance(value, str) or is_messages(value) for value in map(fields.get, ("prompt", "answer")))
 
 
-def _fits_tokens(fields: Fields) -> bool:
-    ids = fields.get("input_ids")
-    return isinstance(ids, list) and set(map(type, ids)) == {int}
-
-
 # ------------------------------------------------------------------------------------------------------ conversion
 
 
@@ -163,28 +159,6 @@ def _convert_text(fields: Fields, options: FormatOptions) -> Row:
     if not text.strip():
         raise RowError("empty-text", f"{fields.names['text'] or 'the line'} is empty.", "remove the row.")
     return Text(text)
-
-
-def _convert_tokens(fields: Fields, options: FormatOptions) -> Row:
-    ids = _integers(fields, "input_ids")
-    if not ids or min(ids) < 0:
-        raise RowError("bad-tokens", "input_ids is empty or holds negative ids.", "remove the row.")
-    labels = ids if fields.get("labels") is None else _integers(fields, "labels")
-    for mask in ("completion_mask", "assistant_masks"):
-        if fields.get(mask) is not None:
-            kept = _integers(fields, mask)
-            labels = [label if keep else -100 for label, keep in zip(labels, kept, strict=True)]
-    return Tokens(ids, list(labels))
-
-
-def _integers(fields: Fields, column: str) -> list[int]:
-    values = fields.get(column)
-    if not isinstance(values, list) or set(map(type, values)) - {int, bool}:
-        raise RowError("bad-tokens", f"{column} is {kind_of(values)}, not a list of integers.", "write it as a list of integers.")
-    if len(values) != len(fields.get("input_ids")):
-        what = f"{column} has {len(values)} entries, input_ids has {len(fields.get('input_ids'))}."
-        raise RowError("bad-tokens", what, "make them equally long.")
-    return values
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -241,9 +215,8 @@ FORMATS: dict[str, Format] = {
         Format("text", "running text", (Column("text", ("text", "content")),), _fits_text, _convert_text),
         Format("lines", "plain text, one document a line", (Column("text", (LINE,)),), _texts("text"), _convert_text),
         Format(
-            "tokens", "input_ids, with labels, completion_mask or assistant_masks",
-            (Column("input_ids", ("input_ids",)), *_optional("labels", "completion_mask", "assistant_masks")),
-            _fits_tokens, _convert_tokens,
+            "tokens", "input_ids, with labels or a mask of what is trained",
+            (Column("input_ids", ("input_ids",)), *_optional(*BESIDE_IDS)), fits_tokens, convert_tokens,
         ),
     )
 }
