@@ -22,16 +22,18 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like `shared_data`, of tokenizers that the tests build themselves."""
+    """A folder like `shared_data`, of tokenizers and chat templates that the tests make themselves."""
+    from tests.made_templates import write_templates
     from tests.made_tokenizers import write_tokenizers
 
     folder = tmp_path_factory.mktemp("made")
     write_tokenizers(folder)
+    write_templates(folder)
     return folder
 
 
 @pytest.fixture
 def home(request: pytest.FixtureRequest) -> Path:
-    """The folder that holds the tokenizer which the test's `name` names; skips where it is a real one that is not there."""
-    made = request.node.callspec.params["name"].startswith("made-")
+    """The folder of the tokenizer or template that the test's `name` names; skips where it is a real one that is not there."""
+    made = request.node.callspec.params["name"].startswith("made")
     return request.getfixturevalue("made_data" if made else "shared_data")

@@ -15,11 +15,11 @@ from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from tests.made_tokenizers import MADE
 
-REAL = (
+TOKENIZERS = (
     "gpt-neox-20b", "gpt2", "llama-3.2-instruct", "minicpm3-4b", "minimind", "mistral-7b-instruct", "phi-3-mini",
     "qwen2.5-instruct", "qwen3", "t5-small", "torchtitan-test",
 )  # fmt: skip
-TOKENIZERS = (*REAL, *MADE)
+EVERY = (*TOKENIZERS, *MADE)  # the real ones and those made here
 NO_GIGATOKEN = ("t5-small", "torchtitan-test", "made-unigram")
 
 _code = b"".join(Path(str(module.__file__)).read_bytes() for module in (autotokenizer, layout, tokenizer))

@@ -14,7 +14,7 @@ import pytest
 
 from sftdata.batches import Ragged, TextBatch, TokenBatch
 from sftdata.encode.tokens import EncodeCounts, encode_batch
-from tests.encoders import TOKENIZERS, encoder, reference, resolved
+from tests.encoders import EVERY, encoder, reference, resolved
 
 ROWS = 150
 LOSSY = "torchtitan-test"  # drops what its alphabet lacks, so its own offsets are wrong
@@ -72,7 +72,7 @@ def row_of(batch: TokenBatch, index: int) -> tuple[list[int], list[bool]]:
     return batch.input_ids[own].tolist(), batch.trained[own].tolist()
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_ids_before_a_span_are_those_of_inference_and_nothing_before_it_is_trained(home: Path, name: str) -> None:
     rows = list(cases(home, name, 1))
     batch, _ = encoded(home, name, rows, "split")
@@ -87,7 +87,7 @@ def test_ids_before_a_span_are_those_of_inference_and_nothing_before_it_is_train
         assert not any(trained[: len(prompt)])
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in (LOSSY, "t5-small", "made-unigram")])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in (LOSSY, "t5-small", "made-unigram")])
 def test_trained_tokens_spell_the_spans_and_all_tokens_the_text(home: Path, name: str) -> None:
     tokenizer = reference(home, name)
     spelling = {token.id: token.content for token in resolved(home, name).added_tokens}
@@ -117,7 +117,7 @@ def bare(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", text).replace("▁", "").split())
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_merge_keeps_the_joint_ids_and_trains_what_the_reference_maps_to_the_span(home: Path, name: str) -> None:
     tokenizer = reference(home, name)
     rows = list(cases(home, name, 3))

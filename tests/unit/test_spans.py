@@ -11,6 +11,7 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render.spans import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
+from tests import made_templates
 from tests.chats import CHATS, WEATHER, Chat, bot, call, quoting, result, system, typing, user
 from tests.oracles.char_masks import Format, trained_spans
 
@@ -30,6 +31,8 @@ STOPS = {
     "phi-3.5-mini-instruct": "<|end|>", "qwen2-vl": "<|im_end|>", "qwen2.5-instruct": "<|im_end|>",
     "qwen3-instruct-2507": "<|im_end|>", "qwen3-thinking": "<|im_end|>", "qwen3-vl": "<|im_end|>", "qwen3.5-think": "<|im_end|>",
     "solar-instruct": "",
+    "made-chatml": "<|im_end|>", "made-phi": "<|end|>", "made-tools": "<|im_end|>", "made-thinking": "<|im_end|>",
+    "made-next-header": "<|user|>", "made-channels": "<|return|> <|end|>", "made-headers": "<|eot_id|>", "made-no-end": "",
 }  # fmt: skip
 # Stop tokens that only the tokenizer or its generation config tells; all others are found in the template.
 TOLD = {
@@ -42,11 +45,13 @@ REJECTED: dict[str, dict[str, set[str]]] = {
     # The call is not in the text, so the answer to it has no ground.
     **{name: {"tool-calls-lost": CALLING} for name in (
         "command-a", "deepseek-r1-distill-qwen-32b", "deepseek-v2", "glm-4v", "granite-3.0-instruct", "llama-3", "phi-3",
-        "phi-3.5-mini-instruct", "qwen2-vl", "tulu-open-instruct")},
+        "phi-3.5-mini-instruct", "qwen2-vl", "tulu-open-instruct", "made-chatml", "made-mistral", "made-phi", "made-deepseek",
+        "made-thinking", "made-next-header", "made-channels", "made-headers", "made-no-end")},
     # Likewise; these refuse a `tool` message, so only a call that nobody answers comes so far.
     **{name: {"tool-calls-lost": {"last turn calls"}} for name in (
         "alpaca", "chatml", "cohere2", "command-r", "falcon-instruct", "gemma-2-2b-it", "gemma-3", "llama-2-chat",
-        "mistral-instruct-merged-system", "mistral-v1", "openchat-3.5", "pixtral", "solar-instruct", "vicuna", "zephyr")},
+        "mistral-instruct-merged-system", "mistral-v1", "openchat-3.5", "pixtral", "solar-instruct", "vicuna", "zephyr",
+        "made-words")},
     # It writes the first call only.
     "gpt-oss-harmony": {"tool-calls-lost": {"parallel tool calls"}},
     # It writes no end token after a call.
@@ -71,8 +76,8 @@ TEMPLATES = [
 ]  # fmt: skip
 
 
-def _format(shared_data: Path, name: str, folder: str = "plain") -> Format:
-    source = (shared_data / f"templates/{folder}/{name}.jinja").read_text(encoding="utf-8")
+def _format(data: Path, name: str, folder: str = "plain") -> Format:
+    source = (data / f"templates/{folder}/{name}.jinja").read_text(encoding="utf-8")
     more = {"functions": "[]", "datetime": "today"} if name == "firefunction-v2" else {}
     return Format(source, STOPS.get(name, "</s>").split(), SPECIAL | more)
 
@@ -118,9 +123,9 @@ def _reference(form: Format, chat: Chat) -> str | None:
         return None
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_every_turn_is_what_the_oracle_says_or_rejected_by_name(name: str, shared_data: Path) -> None:
-    form = _format(shared_data, name)
+@pytest.mark.parametrize("name", [*TEMPLATES, *made_templates.PLAIN])
+def test_every_turn_is_what_the_oracle_says_or_rejected_by_name(name: str, home: Path) -> None:
+    form = _format(home, name)
     finder = _finder(form, TOLD.get(name, ("</s>",)))
     rejected: dict[str, set[str]] = {}
     for title, chat in _chats(form).items():
@@ -163,12 +168,26 @@ BY_EYE = [
      "{\"city\": \"Oslo\"}}\n</tool_call><|im_end|>|It rains, at 4 degrees.<|im_end|>"),
     ("alpaca", "one turn", "Red, of course.</s>"),
     ("falcon-instruct", "one turn", " Red, of course."),
+    ("made-chatml", "many turns", "Red, of course.<|im_end|>|Green then.\n\nOr olive.<|im_end|>|Blue<|im_end|>|"
+     "Very well!<|im_end|>"),
+    ("made-mistral", "one turn", " Red, of course.</s>"),
+    ("made-deepseek", "system", "Red.</s>|Green.</s>"),
+    ("made-thinking", "reasoning", "Four.<|im_end|>|Count on from there.\n</think>\n\nSeven.<|im_end|>"),
+    ("made-thinking", "reasoning inside content", "Four.<|im_end|>|Count on from there.\n</think>\n\nSeven.<|im_end|>"),
+    ("made-thinking", "one turn", "\n</think>\n\nRed, of course.<|im_end|>"),
+    ("made-next-header", "system", "Red.<|user|>|Green."),
+    ("made-channels", "system", "<|channel|>final<|message|>Red.<|end|>|<|channel|>final<|message|>Green.<|return|>"),
+    ("made-headers", "blank answer", "<|eot_id|>|You are welcome.<|eot_id|>"),
+    ("made-words", "one turn", "Red, of course.</s>"),
+    ("made-no-end", "one turn", " Red, of course."),
+    ("made-tools", "tools", "<tool_call>{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\"}}</tool_call><|im_end|>|"
+     "It rains, at 4 degrees.<|im_end|>"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "title", "expected"), BY_EYE, ids=[f"{name}-{title}" for name, title, _ in BY_EYE])
-def test_these_texts_are_trained(name: str, title: str, expected: str, shared_data: Path) -> None:
-    form = _format(shared_data, name)
+def test_these_texts_are_trained(name: str, title: str, expected: str, home: Path) -> None:
+    form = _format(home, name)
     rendered = _render(_finder(form, TOLD.get(name, ("</s>",))), CHATS[title])
     assert "|".join(_trained(rendered)) == expected
 
@@ -196,9 +215,9 @@ GENERATION_REJECTED: dict[str, dict[str, set[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GENERATION)
-def test_generation_blocks_are_where_transformers_says(name: str, shared_data: Path) -> None:
-    form = _format(shared_data, name, "generation")
+@pytest.mark.parametrize("name", [*GENERATION, *made_templates.GENERATION])
+def test_generation_blocks_are_where_transformers_says(name: str, home: Path) -> None:
+    form = _format(home, name, "generation")
     finder = _finder(form)
     rejected: dict[str, set[str]] = {}
     for title, chat in _chats(form).items():
@@ -286,14 +305,16 @@ def test_private_characters_in_data_are_rejected() -> None:
     assert caught.value.fault.code == "reserved-characters"
 
 
-def test_the_first_row_never_decides_for_the_others(shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["qwen3-thinking", "gpt-oss-harmony", "gemma-4", "mistral-v3-tekken-tools", "alpaca", *made_templates.PLAIN]
+)
+def test_the_first_row_never_decides_for_the_others(name: str, home: Path) -> None:
     """Prompts are remembered by kind of transition; whatever came before, a row gets the spans it gets alone."""
-    for name in ("qwen3-thinking", "gpt-oss-harmony", "gemma-4", "mistral-v3-tekken-tools", "alpaca"):
-        form = _format(shared_data, name)
-        shared = _finder(form, TOLD.get(name, ("</s>",)))
-        chats = list(_chats(form).values())
-        for chat in [*chats, *reversed(chats)]:
-            assert _outcome(shared, chat) == _outcome(_finder(form, TOLD.get(name, ("</s>",))), chat), name
+    form = _format(home, name)
+    shared = _finder(form, TOLD.get(name, ("</s>",)))
+    chats = list(_chats(form).values())
+    for chat in [*chats, *reversed(chats)]:
+        assert _outcome(shared, chat) == _outcome(_finder(form, TOLD.get(name, ("</s>",))), chat)
 
 
 def test_left_out_texts_are_named() -> None:
@@ -302,27 +323,35 @@ def test_left_out_texts_are_named() -> None:
     assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
 
 
-def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_out(shared_data: Path) -> None:
+@pytest.mark.parametrize(("name", "break_"), [("qwen2.5-instruct", "\n"), ("made-tools", "")])
+def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_out(name: str, break_: str, home: Path) -> None:
     area = {"type": "function", "function": {"name": "area", "arguments": {"radius": 1.5}}}
     calling = {"role": "assistant", "reasoning_content": "A circle.", "tool_calls": [area]}
-    rendered = _render(_finder(_format(shared_data, "qwen2.5-instruct")), {"messages": [user("Radius 1.5"), calling]})
+    rendered = _render(_finder(_format(home, name)), {"messages": [user("Radius 1.5"), calling]})
     assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
-        '<tool_call>\n{"name": "area", "arguments": {"radius": 1.5}}\n</tool_call><|im_end|>'
+        f'<tool_call>{break_}{{"name": "area", "arguments": {{"radius": 1.5}}}}{break_}</tool_call><|im_end|>'
     ]
     assert rendered.swallowed == [1]
 
 
-def test_eighty_turns_cost_no_more_renders_than_eight(shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen2.5-instruct", "qwen3-thinking", "gpt-oss-harmony", "llama-3.1-8b-instruct", "alpaca", "gemma-4"),
+        *made_templates.PLAIN,
+    ],
+)
+def test_eighty_turns_cost_no_more_renders_than_eight(name: str, home: Path) -> None:
     counts = {}
-    for name in ("qwen2.5-instruct", "qwen3-thinking", "gpt-oss-harmony", "llama-3.1-8b-instruct", "alpaca", "gemma-4"):
-        for turns in (8, 80):
-            finder = _finder(_format(shared_data, name), TOLD.get(name, ("</s>",)))
-            counts[turns] = _count_renders(finder, _long_chat(turns))
-        assert counts[80] <= counts[8] + 2, (name, counts)
-        assert counts[80] <= 10, (name, counts)
+    for turns in (8, 80):
+        finder = _finder(_format(home, name), TOLD.get(name, ("</s>",)))
+        counts[turns] = _count_renders(finder, _long_chat(turns))
+    assert counts[80] <= counts[8] + 2, counts
+    assert counts[80] <= 10, counts
 
 
-def test_eighty_turns_with_tools_cost_no_more_renders_than_eight(shared_data: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2.5-instruct", "made-tools"])
+def test_eighty_turns_with_tools_cost_no_more_renders_than_eight(name: str, home: Path) -> None:
     counts = {}
     for turns in (8, 80):
         messages = [system("Use tools.")]
@@ -330,7 +359,7 @@ def test_eighty_turns_with_tools_cost_no_more_renders_than_eight(shared_data: Pa
             calling = bot("", tool_calls=[call(f"City {turn}")])
             messages += [user(f"City {turn}?"), calling, result("rain"), bot(f"Rain in {turn}.")]
         chat = {"messages": messages, "tools": [WEATHER]}
-        counts[turns] = _count_renders(_finder(_format(shared_data, "qwen2.5-instruct")), chat)
+        counts[turns] = _count_renders(_finder(_format(home, name)), chat)
     assert counts[80] == counts[8] <= 8
 
 

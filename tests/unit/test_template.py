@@ -21,10 +21,11 @@ def _templates(folder: Path) -> list[Path]:
     return sorted((folder / "templates").rglob("*.jinja"))
 
 
+@pytest.mark.parametrize(("name", "count"), [("made", 12), ("real", 69)])
 @pytest.mark.parametrize("part", range(4))
-def test_every_template_renders_every_conversation_as_transformers_does(part: int, shared_data: Path) -> None:
-    paths = _templates(shared_data)
-    assert len(paths) == 69
+def test_every_template_renders_every_conversation_as_transformers_does(part: int, name: str, count: int, home: Path) -> None:
+    paths = _templates(home)
+    assert len(paths) == count
     for path in paths[part::4]:
         more: dict[str, Any] = {"functions": "[]", "datetime": "today"} if path.stem == "firefunction-v2" else {}
         form = Format(path.read_text(encoding="utf-8"), arguments=SPECIAL | more)

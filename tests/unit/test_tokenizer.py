@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from sftdata.encode.engine import check_engine, choose_engine, hard_texts, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import UsageError
-from tests.encoders import NO_GIGATOKEN, TOKENIZERS, encoder, resolved
+from tests.encoders import EVERY, NO_GIGATOKEN, encoder, resolved
 from tests.made_tokenizers import MADE
 
 TEXTS = [
@@ -58,7 +58,7 @@ def test_merges_are_saved_as_text_unless_a_token_holds_a_space(cache: Path, tmp_
     assert Tokenizer.from_file(str(path)).encode(f"h{space}").ids == [2]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_ids_equal_the_reference_tokenizer_and_so_do_those_of_the_saved_folder(home: Path, name: str) -> None:
     known = resolved(home, name)
     source, saved = automatic(home / "tokenizers" / name), automatic(known.folder)
@@ -72,7 +72,7 @@ def test_ids_equal_the_reference_tokenizer_and_so_do_those_of_the_saved_folder(h
     assert known.chat_template == source.chat_template == saved.chat_template
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_saved_folder_knows_nothing_of_where_it_came_from(home: Path, name: str) -> None:
     folder = resolved(home, name).folder
     config = (folder / "tokenizer_config.json").read_text()
@@ -80,7 +80,7 @@ def test_a_saved_folder_knows_nothing_of_where_it_came_from(home: Path, name: st
     assert not {"auto_map", "is_local", "local_files_only"} & json.loads(config).keys()
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_gate_takes_gigatoken_exactly_where_it_loads(home: Path, name: str) -> None:
     engine, reason = choose_engine(resolved(home, name), "auto", TEXTS)
     assert engine == ("tokenizers" if name in NO_GIGATOKEN else "gigatoken")

@@ -9,7 +9,7 @@ import pytest
 from sftdata.batches import Ragged, TextBatch, TokenBatch, Tokens
 from sftdata.encode.tokens import EncodeCounts, encode_batch, encode_tokens_rows
 from sftdata.errors import UsageError
-from tests.encoders import NO_GIGATOKEN, TOKENIZERS, encoder, reference, resolved
+from tests.encoders import EVERY, NO_GIGATOKEN, encoder, reference, resolved
 from tests.made_tokenizers import MADE
 
 Marked = tuple[str, list[tuple[int, int]], list[tuple[int, int]]]
@@ -144,7 +144,7 @@ def test_normalized_text_is_placed_exactly_and_counted_as_slow(home: Path, name:
     assert done.counts.slow_rows == 1
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "torchtitan-test"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "torchtitan-test"])
 def test_control_tokens_in_data_are_text_and_the_templates_own_are_not(home: Path, name: str) -> None:
     tokenizer = reference(home, name)
     control = [token for token in resolved(home, name).added_tokens if token.content.strip()]
@@ -235,7 +235,7 @@ def test_an_empty_batch_is_encoded_to_nothing(home: Path, name: str) -> None:
             assert (len(batch), batch.offsets.tolist(), counts) == (0, [0], EncodeCounts())
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in NO_GIGATOKEN])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in NO_GIGATOKEN])
 def test_engines_give_the_same_batch(home: Path, name: str) -> None:
     texts = ["Q: a \n⟦e\u0301 b⟧ c", "⟦▁x⟧", "Answer: ⟦yes ⟪<s>⟫</s>⟧ <|end|> \n⟦<|im_end|>⟧", "", "日⟦本⟧👩‍👩‍👧"]
     batches = [encode_batch(batch_of(*texts, raw=True), encoder(home, name, engine)) for engine in ("gigatoken", "tokenizers")]
