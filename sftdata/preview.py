@@ -170,7 +170,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         workers=config.workers or usable_cores(),
         fill=float(lengths.sum()) / max(slots, 1),
         max_length=plan.job.max_length,
-        notes=plan.notes,
+        notes=(*plan.notes, *(stages.token_notes() if ledger.counters.get("turns") else ())),
         tokenizer_folder=plan.job.tokenizer.folder,
     )
 

@@ -26,7 +26,7 @@ from sftdata.shardset.build import Build, SliceResult, finished_set
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.shardset.rejects import REJECTS_NAME
-from sftdata.stages import load_engine, load_shared
+from sftdata.stages import load_engine, load_shared, load_stages
 
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
@@ -162,7 +162,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
-        notes=plan.notes,
+        notes=(*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ())),
         software={name: version(name) for name in ("sftdata", "tokenizers", "pyarrow")},
     )
 

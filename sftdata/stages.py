@@ -14,6 +14,7 @@ from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, lo
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
 from sftdata.plan import Job
+from sftdata.render.guards import describe_tokens
 from sftdata.render.markers import find_id_spans
 from sftdata.render.rows import Renderer
 from sftdata.render.spans import SpanFinder
@@ -37,8 +38,7 @@ class Stages:
         finder = None
         if tokenizer.chat_template is not None:
             template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, config.date, config.template_kwargs)
-            control = [token.content for token in tokenizer.added_tokens]
-            finder = SpanFinder(template, tokenizer.stop_tokens, control, config.trust_control_tokens)
+            finder = SpanFinder(template, tokenizer.stop_tokens, *tokenizer.by_mark, config.trust_control_tokens)
         by_text = isinstance(config.response_template, str) and config.mask_mode == "default"
         return Renderer(
             finder=finder,
@@ -57,6 +57,12 @@ class Stages:
     def encoder(self) -> Encoder:
         """What turns texts into ids."""
         return _encoder(self.job.tokenizer, self.job.engine)
+
+    def token_notes(self) -> list[str]:
+        """Say which added tokens stay text when a message spells them, and which count; nothing without a chat template."""
+        finder = self.renderer.finder
+        added = [token.content for token in self.job.tokenizer.added_tokens]
+        return [] if finder is None else describe_tokens(finder.guarded, added)
 
     def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
         """Return windows of some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.

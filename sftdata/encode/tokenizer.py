@@ -108,6 +108,13 @@ class ResolvedTokenizer:
             raise SftError(what, "run the same command again; what is finished is kept.")
 
     @property
+    def by_mark(self) -> tuple[list[str], list[str]]:
+        """The added tokens that are marked `special: true` or have a name (`bos_token`), and the others."""
+        named = set(self.special_tokens.values())
+        special = [token.content for token in self.added_tokens if token.special or token.content in named]
+        return special, [token.content for token in self.added_tokens if token.content not in {*special}]
+
+    @property
     def closing_ids(self) -> tuple[int, ...]:
         """What ends a raw text: the reference's own suffix where it holds EOS, else EOS; empty without an EOS token."""
         if self.eos_id is None or self.eos_id in self.suffix_ids:

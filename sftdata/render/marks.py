@@ -115,19 +115,22 @@ def message_texts(message: dict[str, Any]) -> Iterator[str]:
             stack += value.values() if isinstance(value, dict) else value
 
 
-def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str]) -> Any:
-    r"""Replace every control token in strings (keys too) by a placeholder, growing `table` (placeholder -> token).
+def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
+    r"""Replace every token in strings (keys too) by a placeholder, growing `table` (placeholder -> token); leave those of `keep`.
 
     >>> table = {}
     >>> substitute_tokens({"a": "<s>x<s>"}, re.compile("<s>"), table) == {"a": "\U0010e000x\U0010e000"}, list(table.values())
     (True, ['<s>'])
     """
     if isinstance(value, str):
-        return tokens.sub(lambda match: _placeholder(match[0], table), value)
+        return tokens.sub(lambda match: match[0] if match[0] in keep else _placeholder(match[0], table), value)
     if isinstance(value, dict):
-        return {substitute_tokens(key, tokens, table): substitute_tokens(item, tokens, table) for key, item in value.items()}
+        return {
+            substitute_tokens(key, tokens, table, keep): substitute_tokens(item, tokens, table, keep)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [substitute_tokens(item, tokens, table) for item in value]
+        return [substitute_tokens(item, tokens, table, keep) for item in value]
     return value
 
 

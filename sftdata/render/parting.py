@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _TAG = re.compile(r"<[^<>\s]+>")
 
 
-def common_prefix(one: str, two: str) -> int:
-    """Return the length of the common prefix, characters."""
+def common_prefix(one: Sequence[str], two: Sequence[str]) -> int:
+    """Return the length of the common prefix: characters of texts, items of lists."""
     return next((at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 

@@ -25,14 +25,17 @@ class ProvenRenderer:
 
     Args:
         template: the chat template.
-        control_tokens: strings that are control tokens when the template writes them and data when a message does;
+        guarded: tokens that are control tokens when the template writes them and text when a message does (guards.py);
             none to trust them in messages too.
+        plain: tokens that count in messages too. A guarded token inside a longer one of these does not.
     """
 
-    def __init__(self, template: ChatTemplate, control_tokens: Iterable[str] = ()) -> None:
+    def __init__(self, template: ChatTemplate, guarded: Iterable[str] = (), plain: Iterable[str] = ()) -> None:
         self.template = template
         # Whitespace tokens (Gemma's newlines, GPT-NeoX's indents) are how ordinary text is written, not control.
-        self._tokens = any_of(token for token in control_tokens if token.strip())
+        guarded = [token for token in guarded if token.strip()]
+        self._plain = frozenset(plain).difference(guarded)
+        self._tokens = any_of([*guarded, *self._plain]) if guarded else None
         # What the template can tell contents apart by; single words are roles and keys, compared with other things.
         self._constants = tuple(text for text in template.constants if not text.isidentifier())
         self._compared = any_of(self._constants)
@@ -67,7 +70,7 @@ class ProvenRenderer:
                 proven = proven or (marked and (marked, attempt))
             if proven:
                 return proven
-        raise self._unproven(text)
+        raise self._unproven(row)
 
     def prompt(self, row: Conversation, index: int) -> marks.MarkedText | None:
         """Render what inference feeds before message `index`; None where the template refuses.
@@ -84,7 +87,7 @@ class ProvenRenderer:
             marked = self._marked(before, text, skip, add_generation_prompt=True)
             if marked is not None:
                 return marked
-        raise self._unproven(text)
+        raise self._unproven(row)
 
     def shape(self, message: dict[str, Any]) -> tuple[Any, ...]:
         """Describe a message by all that a template can tell it apart by, other than what it copies out."""
@@ -108,8 +111,8 @@ class ProvenRenderer:
         table: dict[str, str] = {}
         messages, tools = marks.mark_messages(row.messages, skip), row.tools
         if self._tokens is not None:
-            messages = marks.substitute_tokens(messages, self._tokens, table)
-            tools = marks.substitute_tokens(tools, self._tokens, table)
+            messages = marks.substitute_tokens(messages, self._tokens, table, self._plain)
+            tools = marks.substitute_tokens(tools, self._tokens, table, self._plain)
         try:
             rendered = self.template.render(
                 messages, tools, row.template_kwargs, add_generation_prompt=add_generation_prompt, keep_marks=True
@@ -119,8 +122,11 @@ class ProvenRenderer:
         marked = marks.take_out(rendered, table)
         return marked if marked.text == text else None
 
-    def _unproven(self, text: str) -> RowError:
-        if self._tokens is not None and self._tokens.search(text):
+    def _unproven(self, row: Conversation) -> RowError:
+        typed: dict[str, str] = {}
+        if self._tokens is not None:
+            marks.substitute_tokens([row.messages, row.tools], self._tokens, typed, self._plain)
+        if typed:
             return RowError(
                 "control-token-ambiguous",
                 "control tokens inside the data steer the chat template, so its own cannot be told from them",

@@ -24,6 +24,7 @@ from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.render.guards import guarded_tokens
 from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.parting import common_prefix, find_parting, header_after
 from sftdata.render.proof import ProvenRenderer, any_of
@@ -56,8 +57,12 @@ class SpanFinder:
     Args:
         template: the chat template.
         stop_tokens: strings that end generation (EOS and the generation config's).
-        control_tokens: the tokenizer's added tokens, as strings.
+        control_tokens: the tokenizer's added tokens that are marked `special: true`, as strings.
+        plain_tokens: its other added tokens; those that open or end a turn are guarded like control tokens (guards.py).
         trust_control_tokens: let control tokens inside data count as such.
+
+    Attributes:
+        guarded: tokens that are encoded as text where data spells them.
     """
 
     def __init__(
@@ -65,15 +70,17 @@ class SpanFinder:
         template: ChatTemplate,
         stop_tokens: Sequence[str] = (),
         control_tokens: Iterable[str] = (),
+        plain_tokens: Iterable[str] = (),
         trust_control_tokens: bool = False,
     ) -> None:
-        control_tokens = tuple(control_tokens)
+        control_tokens, plain_tokens = tuple(control_tokens), tuple(plain_tokens)
         self.template = template
-        self.stops = find_stops(template, stop_tokens, control_tokens)
+        self.stops = find_stops(template, stop_tokens, (*control_tokens, *plain_tokens))
+        self.guarded = () if trust_control_tokens else guarded_tokens(template, control_tokens, plain_tokens, self.stops)
         self._stop_shape = any_of(self.stops)
-        self._renderer = ProvenRenderer(template, () if trust_control_tokens else control_tokens)
+        self._renderer = ProvenRenderer(template, self.guarded, plain_tokens)
         self._prompts: dict[Any, str | None] = {}
-        self._book = RecipeBook(template, () if trust_control_tokens else control_tokens)
+        self._book = RecipeBook(template, self.guarded)
         self._recipes: dict[tuple[tuple[str, ...], tuple[int, ...]], Recipe | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:

@@ -4,48 +4,74 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from sftdata.render import marks
-from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
-
-_USER: dict[str, Any] = {"role": "user", "content": "A"}
-_ANSWER: dict[str, Any] = {"role": "assistant", "content": "B"}
-_CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"x": "y"}}}
-_CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-_RESULT: dict[str, Any] = {"role": "tool", "content": "C", "name": "f", "tool_call_id": "abcdefghi"}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}}
+from sftdata.render.parting import common_prefix
+from sftdata.render.probes import ANSWER, CALLS, RESULT, SYSTEM, USER, Message, frames
+from sftdata.render.template import CONTROL_SHAPE, ChatTemplate
 
 
 def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]) -> tuple[str, ...]:
     """Return the strings that end a turn of `template`.
 
-    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn (Command R7B writes
-    `<|END_RESPONSE|>` before it). Where it does not, the first control token does, whether another turn follows or not (GLM-4:
-    the next header's `<|user|>`). After a tool call the brackets of the call itself are passed over, and a token that
+    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it does not, the model
+    must write the whole run of control tokens that follows (Command R7B: `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`), as far as it
+    stands before the header of the next message, and the last of them ends the turn. Without such a run the first token of
+    that header does (GLM-4: `<|user|>`). After a tool call the brackets of the call itself are passed over, and a token that
     stands before it too only opens the next message.
     """
     known = [*control_tokens, *stop_tokens]
     shape = re.compile("|".join([*sorted(map(re.escape, known), key=lambda token: (-len(token), token)), CONTROL_SHAPE.pattern]))
+    opening = _first_token(template, shape)
     stops = list(stop_tokens)
-    for messages in ([_USER, _ANSWER], [_USER, _ANSWER, _USER, _ANSWER]):
+    for messages in ([USER, ANSWER], [USER, ANSWER, USER, ANSWER]):
         _, after = _around_second(template, messages)
-        stops += [] if any(stop in after for stop in stops) else [found[0] for found in [shape.search(after)] if found]
-    for messages in ([_USER, _CALLING], [_USER, _CALLING, _RESULT]):
-        before, after = _around_second(template, messages)
-        found = None if any(stop in after for stop in stops) else CONTROL_SHAPE.search(after)
-        stops += [found[0]] if found and found[0] not in before else []
+        stops += [] if any(stop in after for stop in stops) else _last_of_run(template, messages, after, shape, opening)
+    for call in CALLS:
+        for messages in ([USER, call], [USER, call, RESULT]):
+            before, after = _around_second(template, messages)
+            run = [] if any(stop in after for stop in stops) else _last_of_run(template, messages, after, CONTROL_SHAPE, opening)
+            stops += [stop for stop in run if stop not in before]
     return tuple(stop for stop in dict.fromkeys(stops) if stop.strip())
 
 
-def _around_second(template: ChatTemplate, messages: list[dict[str, Any]]) -> tuple[str, str]:
+def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
     """Return the text before the data of the second message and the text from there to the next data; "" where refused."""
-    for tools in (None, [_TOOL]):
-        try:
-            marked = marks.take_out(template.render(marks.mark_messages(messages, lambda _: False), tools), {})
-        except TemplateRefusal:
-            continue
-        own = [mark.position for mark in marked.marks if mark.message == 1]
-        later = [mark.position for mark in marked.marks if mark.message > 1]
-        return (marked.text[: own[0]], marked.text[own[-1] : later[0] if later else len(marked.text)]) if own else ("", "")
-    return "", ""
+    found = frames(template, messages)
+    before = "".join(frame.text for frame in found if frame.before < 1)
+    after = next((frame.text for frame in found if frame.before == 1), "")
+    return before, after
+
+
+def _last_of_run(
+    template: ChatTemplate, messages: list[Message], after: str, shape: re.Pattern[str], opening: str | None
+) -> list[str]:
+    """Return the last of the control tokens that stand side by side behind the second message, the next header left out."""
+    run = _run(after, shape)
+    alone = _run(_around_second(template, messages[:2])[1], shape)
+    own = run[: common_prefix(run, alone) or None]
+    if opening in own[1:]:
+        own = own[: own.index(opening, 1)]
+    return own[-1:]
+
+
+def _run(text: str, shape: re.Pattern[str]) -> list[str]:
+    """Return the first control token of a text and those that follow it side by side."""
+    found: list[str] = []
+    at = -1
+    for match in shape.finditer(text):
+        if found and match.start() != at:
+            break
+        found.append(match[0])
+        at = match.end()
+    return found
+
+
+def _first_token(template: ChatTemplate, shape: re.Pattern[str]) -> str | None:
+    """Return the control token that opens a conversation, behind its BOS."""
+    bos = template.special_tokens.get("bos_token")
+    for messages in ([SYSTEM, USER], [USER]):
+        found = frames(template, messages)
+        tokens = [match[0] for match in shape.finditer(found[0].text) if match[0] != bos] if found else []
+        if tokens:
+            return tokens[0]
+    return None

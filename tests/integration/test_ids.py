@@ -62,7 +62,7 @@ def _tools(shared_data: Path, name: str) -> tuple[SpanFinder, Encoder, Any]:
     facts = resolved(shared_data, name)
     assert facts.chat_template is not None
     template = ChatTemplate(facts.chat_template, facts.special_tokens)
-    finder = SpanFinder(template, facts.stop_tokens, [token.content for token in facts.added_tokens])
+    finder = SpanFinder(template, facts.stop_tokens, *facts.by_mark)
     reference = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
     return finder, load_encoder(facts, "gigatoken"), reference
 

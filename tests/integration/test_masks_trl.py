@@ -80,9 +80,8 @@ def _rows(chats: dict[str, Chat]) -> list[Conversation]:
 
 def _finder(source: str, encoder: Encoder, told: list[str] | None = None, *, trust: bool = False) -> SpanFinder:
     resolved = encoder.resolved
-    added = [token.content for token in resolved.added_tokens]
     template = ChatTemplate(source, resolved.special_tokens)
-    return SpanFinder(template, told or resolved.stop_tokens, added, trust_control_tokens=trust)
+    return SpanFinder(template, told or resolved.stop_tokens, *resolved.by_mark, trust_control_tokens=trust)
 
 
 def _ours(finder: SpanFinder, encoder: Encoder, chats: dict[str, Chat], boundary: Any) -> dict[str, tuple[list[int], list[int]]]:

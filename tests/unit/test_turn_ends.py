@@ -1,0 +1,98 @@
+"""Where a turn ends: behind all that the model writes before it hands over, whatever the template calls it.
+
+The templates are made: each says what it writes behind an answer, behind a call and before each role, so that the right end is
+known from how it was made.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+
+from sftdata.batches import Conversation
+from sftdata.render.spans import SpanFinder
+from sftdata.render.template import ChatTemplate, control_tokens
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}}
+ASK = {"role": "user", "content": "Rain?"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "4 mm"}
+ANSWER = {"role": "assistant", "content": "It rains."}
+
+
+class Style(NamedTuple):
+    """What a template writes: behind an answer and behind a call (both belong to the turn), and before a message of each role."""
+
+    answer: str
+    call: str
+    header: str  # holds %s for the role
+    gap: str = ""
+
+
+STYLES = {
+    "one token": Style("<|end|>", "<|end|>", "<|start|>%s<|message|>"),
+    "one token and a newline": Style("<|end|>", "<|end|>", "<|start|>%s\n", "\n"),
+    "another token behind calls": Style("<|end|>", "<|call|>", "<|start|>%s<|message|>"),
+    "a run behind calls": Style("<|im_end|>", "<|/tc|><|calls|>", "<|im_start|>%s\n", "\n"),
+    "a run behind calls, headers side by side": Style("<|im_end|>", "<|/tc|><|calls|>", "<|im_start|>%s<|sep|>"),
+    "a run behind answers": Style("<|/answer|><|end|>", "<|/tc|><|end|>", "<|turn|>%s<|sep|>"),
+    "three tokens": Style("<|/a|><|/b|><|/c|>", "<|/x|><|/y|><|/z|>", "<|%s|>"),
+    "brackets that are no tokens": Style("<|end|>", "</call></calls><|hand|>", "<|%s|>\n", "\n"),
+    "bars on one side": Style("<turn|>", "<call|><|wait>", "<|turn>%s\n", "\n"),
+}
+CHATS = {
+    "an answer alone": [ASK, ANSWER],
+    "a call alone": [ASK, CALLING],
+    "a call, its result, an answer": [ASK, CALLING, RESULT, ANSWER],
+    "calls in the middle and at the end": [ASK, ANSWER, ASK, CALLING, RESULT, ANSWER, ASK, CALLING],
+    "two calls in a row": [ASK, CALLING, RESULT, CALLING, RESULT, ANSWER, ASK, ANSWER],
+}
+
+
+def template(style: Style) -> str:
+    header = style.header.replace("%s", "' + m.role + '").replace("\n", "\\n")
+    prompt = style.header.replace("%s", "assistant").replace("\n", "\\n")
+    call = "{{ '<|tc|>' + c.function.name + (c.function.arguments | tojson) }}"
+    return (
+        f"{{% for m in messages %}}{{{{ '{header}' + m.content }}}}"
+        f"{{% if m.tool_calls %}}{{% for c in m.tool_calls %}}{call}{{% endfor %}}{style.call}"
+        f"{{% elif m.role == 'assistant' %}}{style.answer}{{% else %}}<|over|>{{% endif %}}{{{{ {style.gap!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% endif %}}"
+    )
+
+
+def trained(style: Style, messages: list[dict[str, Any]], told: tuple[str, ...] = ()) -> list[str]:
+    source = template(style)
+    finder = SpanFinder(ChatTemplate(source), told, control_tokens(source))
+    rendered = finder.render(Conversation(messages, [None] * len(messages)))
+    assert all(turn.ended for turn in rendered.turns)
+    return [rendered.text[turn.start : turn.stop] for turn in rendered.turns]
+
+
+@pytest.mark.parametrize(("name", "title"), list(product(STYLES, CHATS)))
+def test_a_turn_ends_behind_all_that_the_model_writes(name: str, title: str) -> None:
+    style, messages = STYLES[name], CHATS[title]
+    ends = {"": 'look{"city": "Oslo"}' + style.call, "It rains.": "It rains." + style.answer}
+    expected = [ends[m["content"]] for m in messages if m["role"] == "assistant"]
+    found = [text.removeprefix("<|tc|>") for text in trained(style, messages)]
+    assert found == expected
+    # A tokenizer that names the end of answers changes nothing about calls.
+    last = "<" + style.answer.rpartition("<")[2]
+    assert [text.removeprefix("<|tc|>") for text in trained(style, messages, (last,))] == expected
+
+
+NEXT_HEADER = """{% for m in messages %}{{ '<|' + (m.role if m.role != 'tool' else 'observation') + '|>\n' + m.content }}
+{%- for c in m.tool_calls or [] %}<call>{{ c.function.name + (c.function.arguments | tojson) }}</call>{% endfor %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
+def test_without_an_end_of_its_own_a_turn_ends_in_the_first_token_of_the_next_header() -> None:
+    finder = SpanFinder(ChatTemplate(NEXT_HEADER), ("<|endoftext|>",), ("<|user|>", "<|assistant|>", "<|observation|>"))
+    messages = CHATS["a call, its result, an answer"] + [ASK, ANSWER]
+    rendered = finder.render(Conversation(messages, [None] * len(messages)))
+    assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
+        '<call>look{"city": "Oslo"}</call><|observation|>', "It rains.<|user|>", "It rains.",
+    ]  # fmt: skip
+    assert [turn.ended for turn in rendered.turns] == [True, True, False]
