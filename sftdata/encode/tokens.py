@@ -81,7 +81,8 @@ def encode_batch(
     counts = EncodeCounts(splits, rows, int((np.diff(batch.literal.offsets) > 0).sum()), slow)
     if not batch.reference_ends:
         return tokens, counts
-    return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), counts)
+    blank = _blank_behind_end(tokens, batch, encoder.resolved)
+    return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), blank, counts)
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
@@ -115,8 +116,22 @@ def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
     return reaches
 
 
+def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTokenizer) -> Int64:
+    """int64[N]: tokens of white space behind an EOS that the text itself ends in, as chat templates write; none is trained."""
+    blank = np.zeros(len(batch), np.int64)
+    for index, text in enumerate(batch.texts):
+        if not text[-1:].isspace() or not batch.closed[index] or not text.rstrip().endswith(resolved.eos_token or text):
+            continue
+        start, stop = tokens.offsets[index : index + 2].tolist()
+        ends = np.flatnonzero(tokens.input_ids[start:stop] == resolved.eos_id)
+        if len(ends):
+            blank[index] = stop - start - 1 - ends[-1]
+            tokens.trained[stop - blank[index] : stop] = False
+    return blank
+
+
 def _with_ends(
-    tokens: TokenBatch, encoder: Encoder, closed: Bool, runs_to_end: Bool, counts: EncodeCounts
+    tokens: TokenBatch, encoder: Encoder, closed: Bool, runs_to_end: Bool, blank: Int64, counts: EncodeCounts
 ) -> tuple[TokenBatch, EncodeCounts]:
     """Write BOS before and EOS after, as the reference does but never where the text has it already."""
     resolved = encoder.resolved
@@ -124,7 +139,7 @@ def _with_ends(
     if closed.any() and not len(suffix):
         raise UsageError(f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed.", "--eos-token TOKEN")
     opened = _begins_with(tokens, prefix)
-    ended = closed & _ends_with(tokens, suffix)
+    ended = closed & (_ends_with(tokens, suffix) | (blank > 0))
     before = np.where(opened, 0, len(prefix))
     after = np.where(closed & ~ended, len(suffix), 0)
     offsets = offsets_of(tokens.lengths + before + after)

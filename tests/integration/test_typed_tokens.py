@@ -31,9 +31,10 @@ from tests.encoders import TOKENIZERS
 pytestmark = pytest.mark.slow
 
 CHATML = {"<|im_start|>", "<|im_end|>"}
-TURNS = {
+TURNS: dict[str, set[str]] = {
     "llama-3.2-instruct": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
     "mistral-7b-instruct": {"</s>"},
+    "torchtitan-test": set(),
     "phi-3-mini": {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
     "deepseek-like": {"<｜User｜>", "<｜Assistant｜>", "<｜outputs▁begin｜>", "<｜outputs▁end｜>", "<｜end▁of▁sentence｜>"},
 }
@@ -41,8 +42,8 @@ HARMLESS = "zqxj"
 
 DEEPSEEK_TOKENS = (
     "<｜User｜>", "<｜Assistant｜>", "<｜calls▁begin｜>", "<｜call▁begin｜>", "<｜sep｜>", "<｜call▁end｜>",
-    "<｜calls▁end｜>", "<｜outputs▁begin｜>", "<｜output▁begin｜>", "<｜output▁end｜>", "<｜outputs▁end｜>", "<think>", "</think>",
-    "<｜place▁holder▁1｜>",
+    "<｜calls▁end｜>", "<｜outputs▁begin｜>", "<｜output▁begin｜>", "<｜output▁end｜>", "<｜outputs▁end｜>", "<think>",
+    "</think>", "<｜place▁holder▁1｜>",
 )  # fmt: skip
 DEEPSEEK_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}
 {%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}

@@ -205,6 +205,24 @@ def test_an_end_is_trained_only_where_a_span_reaches_it(home: Path, name: str, e
     assert [trained[-1] for trained in done.trained] == [True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("blank", ["\n", " ", "\n\n", " \t\n"])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("gpt2", "<|endoftext|>"), ("qwen2.5-instruct", "<|im_end|>"), ("mistral-7b-instruct", "</s>"), ("t5-small", "</s>"),
+     ("made-bytes", "<|im_end|>"), ("made-unigram", "</s>")],
+)  # fmt: skip
+def test_a_text_that_a_template_closed_gets_no_second_end_and_trains_nothing_behind_it(
+    home: Path, name: str, end: str, blank: str
+) -> None:
+    texts = [f"Hi ⟦ hello{end}{blank}⟧", f"⟦Hi{end}{blank}hello{end}{blank}⟧", f"⟦Hi{end}{blank}hello{blank}⟧"]
+    result = Result(home, name, *texts, raw=True)
+    number = result.reference.token_to_id(end)
+    assert (result.counts.eos_found, result.counts.eos_added) == (2, 1)
+    for row, times in enumerate((1, 2, 2)):
+        assert result.ids[row].count(number) == times
+        assert result.trained_pieces(row)[-1] == end
+
+
 @pytest.mark.parametrize("name", ["t5-small", "made-unigram"])
 def test_a_text_left_open_gets_no_end(home: Path, name: str) -> None:
     assert Result(home, name, "⟦Hi⟧", raw=True).pieces() == ["▁Hi", "</s>"]
