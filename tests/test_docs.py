@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANGS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
@@ -76,7 +78,8 @@ def run(snippet: Snippet, folder: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
     command = ["bash", "-euo", "pipefail", "-c"] if snippet.language == "bash" else [sys.executable, "-c"]
-    return subprocess.run([*command, snippet.code], cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+    command.append(snippet.code)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -18,6 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.waiting import HANGS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sftdata", "sfttrain")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -33,7 +35,7 @@ def modules(*packages: str) -> Iterator[tuple[Path, str]]:
 
 
 def run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 # ------------------------------------------------------------------------------------------------ size and names
@@ -152,10 +154,15 @@ def imported_names(source: str) -> set[str]:
 # ------------------------------------------------------------------------------------------------------ lightness
 
 MEASURE = """
-import json, sys, time
-start = time.process_time()
+import json, sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += 1
+sys.setprofile(count)
 {statement}
-print(json.dumps([time.process_time() - start, sorted(sys.modules)]), file=sys.stderr)
+sys.setprofile(None)
+print(json.dumps([calls, sorted(sys.modules)]), file=sys.stderr)
 """
 RUN_HELP = """
 from {package}.cli import main
@@ -163,16 +170,12 @@ main({arguments})
 """
 
 
-def cost_of(statement: str) -> tuple[float, set[str]]:
-    """Return (CPU seconds, heavy modules loaded) of a statement in a fresh interpreter; the best time of three."""
-    seconds, heavy = [], set()
-    for _ in range(3):
-        result = run(sys.executable, "-c", MEASURE.format(statement=statement))
-        assert result.returncode == 0, result.stderr
-        taken, loaded = json.loads(result.stderr.splitlines()[-1])
-        seconds.append(taken)
-        heavy |= HEAVY & set(loaded)
-    return min(seconds), heavy
+def cost_of(statement: str) -> tuple[int, set[str]]:
+    """Return (calls and returns of functions, heavy modules loaded) of a statement in a fresh interpreter."""
+    result = run(sys.executable, "-c", MEASURE.format(statement=statement))
+    assert result.returncode == 0, result.stderr
+    calls, loaded = json.loads(result.stderr.splitlines()[-1])
+    return calls, HEAVY & set(loaded)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +189,9 @@ def cost_of(statement: str) -> tuple[float, set[str]]:
     ids=["import sftdata", "sftdata --help", "sftdata prepare --help", "sfttrain --help"],
 )
 def test_starting_is_light(statement: str) -> None:
-    seconds, heavy = cost_of(statement)
+    calls, heavy = cost_of(statement)
     assert not heavy
-    if seconds > 0.3:  # a busy machine takes longer for the libraries beneath as well
-        assert seconds <= 2.5 * cost_of("import typer, pydantic; pydantic.BaseModel")[0]
+    assert calls <= 3 * cost_of("import typer, pydantic; pydantic.BaseModel")[0], "of the libraries beneath"
 
 
 # ------------------------------------------------------------------------------------------------------ packaging

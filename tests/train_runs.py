@@ -6,11 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.waiting import HANGS
+
+_TAKEN: set[int] = set()  # by runs of this process
 ROOT = Path(__file__).parents[1]
 OUR_WARNINGS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft still asks by the old name
 
@@ -55,14 +59,19 @@ def start(arguments: list[str], ranks: int = 1, **environment: str) -> subproces
 def run(arguments: list[str], ranks: int = 1, **environment: str) -> tuple[int, str, str]:
     """Run `sfttrain` to its end; return exit code, standard output and standard error."""
     process = start(arguments, ranks, **environment)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=HANGS)
     return process.returncode, stdout, stderr
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port below those that systems hand out: nothing else takes it before the run does."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        if port not in _TAKEN:
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                _TAKEN.add(port)
+                return port
+    raise RuntimeError("no free port")
 
 
 class Fleet:
@@ -88,7 +97,7 @@ class Fleet:
         """Run to the end; return the exit codes."""
         processes = self.start(arguments, ranks, log)
         for process in processes:
-            process.join(120)
+            process.join(HANGS)
         return [process.exitcode for process in processes]
 
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import yaml
 import sfttrain.cli
 from sftdata.cli import main
 from sftdata.config import PrepareConfig
+from tests.torture.runs import slices_done
+from tests.waiting import HANGS, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CHATS, TOKENIZER = str(ROOT / "examples/conversations.jsonl"), str(ROOT / "examples/tokenizer")
@@ -96,7 +97,8 @@ def test_help_of_an_unknown_command_is_not_proposed(capsys: pytest.CaptureFixtur
 def completed(line: str) -> set[str]:
     """Return what bash would offer for the last word of a line."""
     env = os.environ | {"_SFTDATA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-    result = subprocess.run([sys.executable, "-m", "sftdata"], env=env, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-m", "sftdata"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
     return set(result.stdout.split())
 
 
@@ -110,7 +112,7 @@ def test_the_shell_completes_commands_options_and_codes() -> None:
 def test_completion_can_be_shown_for_the_shell() -> None:
     env = os.environ | {"SHELL": "/bin/bash", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "sftdata", "--show-completion", "bash"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
     assert "_SFTDATA_COMPLETE=complete_bash" in result.stdout
 
 
@@ -183,15 +185,14 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
     settings = ["-o", "set", "--max-length", "256", "--set", "slice_bytes=200000", "--workers", "2", "--engine", "tokenizers"]
     command = [sys.executable, "-m", "sftdata", "prepare", "big.jsonl", "-t", TOKENIZER, *settings]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while running.poll() is None and not any(tmp_path.rglob("shard-*.arrow")):
-        time.sleep(0.02)
+    wait_until(lambda: slices_done(Path("set")) or running.poll() is not None)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=HANGS)
     assert running.returncode == 130
     assert said.splitlines()[-1] == "Interrupted; what is finished is kept. Run the same command to go on."
     assert "Traceback" not in said
     assert not Path("set/manifest.json").exists()
-    resumed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert re.search(r"Resuming: [1-9]\d*/\d+ slices complete; settings match\.", resumed.stderr)
 
 

@@ -13,6 +13,7 @@ import pytest
 import sftdata
 from sftdata.errors import DataError
 from tests.shown_sets import CHAT, TOKENIZER, write_set
+from tests.waiting import HANGS
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +22,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
 

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import HANGS
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
 def build_tokenizer(folder: Path, hash_seed: str) -> None:
     env = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": hash_seed}
-    subprocess.run([sys.executable, str(EXAMPLES / "build_tokenizer.py"), str(folder)], check=True, env=env, timeout=60)
+    subprocess.run([sys.executable, str(EXAMPLES / "build_tokenizer.py"), str(folder)], check=True, env=env, timeout=HANGS)
 
 
 def test_the_committed_tokenizer_is_what_its_script_builds(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sftdata.show.report import make_report
 from sftdata.show.shown import open_shown
 from sfttrain.report import make_report as make_training_report
 from tests.shown_sets import CHAT, write_set
+from tests.waiting import HANGS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
@@ -84,7 +85,7 @@ def test_pages_fit_a_phone_are_readable_and_say_nothing_on_the_console(tmp_path:
              "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
              f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
              "--dump-dom", (tmp_path / "measure.html").as_uri()],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=HANGS, check=True,
         )  # fmt: skip
         assert not re.findall(r".*CONSOLE.*", done.stderr), name
         body = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)

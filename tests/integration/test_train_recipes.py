@@ -12,6 +12,7 @@ from sfttrain import cli
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, ROOT, _free_port, tiny_llama, train_in_process
 from tests.train_sets import make_set
+from tests.waiting import HANGS
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -107,7 +108,7 @@ def test_two_ranks_with_parts_of_a_model_train_as_one(workplace: Path, kind: str
     ]  # fmt: skip
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = {**training, "per_device_train_batch_size": 4}
     train_in_process(workplace / "shards", workplace / "model", workplace / f"out/alone-{kind}", alone)

@@ -52,26 +52,34 @@ def _torture(folder: Path, fleet: Fleet, kind: str, ranks: int, kills: int) -> t
         attempt += 1
         output = folder / f"broken-{attempt}"
         while killed < kills and not (output / "run.json").exists():
-            if _start_and_kill(fleet.start(_arguments(shards, model, output, kind), ranks, log), output, chance):
+            processes = fleet.start(_arguments(shards, model, output, kind), ranks, log)
+            if _start_and_kill(processes, output, chance, in_save=killed % 4 == 3):
                 killed += 1
-                saves_cut += any(not (part / "complete.json").exists() for part in output.glob("checkpoint-*"))
+                saves_cut += _saving(output)
         assert fleet.finish(_arguments(shards, model, output, kind), ranks, log) == [0] * ranks, log.read_text()
         _assert_same(unbroken, output, kind)
     return killed, saves_cut
 
 
-def _start_and_kill(processes: list[Any], output: Path, chance: random.Random) -> bool:
-    """Kill at a random moment some steps on; False if the run was done before."""
+def _start_and_kill(processes: list[Any], output: Path, chance: random.Random, in_save: bool) -> bool:
+    """Kill some steps on, at a random moment or while a checkpoint is written; False if the run was done before."""
     target, wait = _lines(output) + chance.randint(0, 7), chance.uniform(0, 0.06)
     while any(process.is_alive() for process in processes) and _lines(output) < target:
         time.sleep(0.002)
-    time.sleep(wait)
+    while in_save and any(process.is_alive() for process in processes) and not _saving(output):
+        pass
+    time.sleep(0 if in_save else wait)
     alive = [process for process in processes if process.is_alive()]
     for process in chance.sample(alive, len(alive)):
         os.kill(process.pid, signal.SIGKILL)
     for process in processes:
         process.join()
     return bool(alive)
+
+
+def _saving(output: Path) -> bool:
+    """Say whether there is a checkpoint that has no seal yet."""
+    return any(not (part / "complete.json").exists() for part in output.glob("checkpoint-*"))
 
 
 def _lines(output: Path) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 
 import sftdata
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset.manifest import read_manifest
+from sftdata.shardset.manifest import partial_folder, read_manifest
 from sftdata.shardset.verify import verify
 from tests.torture.faults import Fault, Tap
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
@@ -61,7 +62,7 @@ def forked(given: dict[str, Any], fault: Fault) -> int:
     """Run `prepare` in a child that is forked warm; return its exit code, negative when a signal ended it."""
     child = _forks.Process(target=_run_forked, args=(given, fault))
     child.start()
-    child.join(60)
+    child.join(HANGS)
     assert child.exitcode is not None, "the run hangs"
     return child.exitcode
 
@@ -95,7 +96,7 @@ class Command:
         with suppress(ProcessLookupError):  # it has just ended
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def finish(self, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, timeout: float = HANGS) -> tuple[int, str]:
         """Return the exit code and what was said."""
         _, said = self.process.communicate(timeout=timeout)
         return self.process.returncode, said
@@ -117,10 +118,15 @@ def look(folder: Path) -> str | None:
     return manifest.digest
 
 
-def watch(command: Command, folder: Path, until: float) -> set[str | None]:
-    """Poll a folder as a reader would until the command ends or the time is up; return what was found."""
+def watch(command: Command, folder: Path, done: int) -> set[str | None]:
+    """Poll a folder as a reader would until the command ends or has finished so many slices; return what was found."""
     found = {look(folder)}
-    while command.process.poll() is None and time.monotonic() < until:
+    while command.process.poll() is None and slices_done(folder) < done:
         found.add(look(folder))
-        time.sleep(0.005)
+        time.sleep(0.002)
     return found
+
+
+def slices_done(output: Path) -> int:
+    """Return how many slices of an unfinished set are recorded as finished."""
+    return len(list(partial_folder(output).glob("slices/[0-9]*[0-9].json")))

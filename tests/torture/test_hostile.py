@@ -15,6 +15,7 @@ from sftdata.errors import UsageError
 from sftdata.render.template import ChatTemplate, TemplateRefusal
 from tests.torture.runs import ROOT, TOKENIZER, settings, write_chats
 from tests.unit.test_template import BOMBS, ESCAPES
+from tests.waiting import pace
 
 HELLO = [{"role": "user", "content": "Hello"}]
 # What a render may give instead of a refusal: nothing, or text that holds no secret.
@@ -95,26 +96,34 @@ def test_there_are_thirty_escapes_and_ten_bombs() -> None:
     assert len(BOMBS) >= 10
 
 
-def test_no_bomb_takes_seconds_or_512_megabytes() -> None:
+def test_no_bomb_takes_long_or_512_megabytes() -> None:
     script = (
         "import json, re, sys, time\n"
+        "from tests.waiting import pace\n"
         "from sftdata.render.template import ChatTemplate, TemplateRefusal\n"
         "def status(key): return int(re.search(key + r':\\s*(\\d+)', open('/proc/self/status').read())[1]) >> 10\n"
-        "before, slowest = status('VmRSS'), 0\n"
+        "before, slowest, unit = status('VmRSS'), 0, pace()\n"
         "for source in json.load(sys.stdin):\n"
         "    begun = time.process_time()\n"
         "    try:\n"
         "        ChatTemplate(source).render([{'role': 'user', 'content': 'Hello'}])\n"
         "        raise SystemExit(source)\n"
         "    except TemplateRefusal:\n"
-        "        slowest = max(slowest, time.process_time() - begun)\n"
+        "        slowest = max(slowest, (time.process_time() - begun) / unit)\n"
         "print(json.dumps([status('VmHWM') - before, slowest]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(BOMBS), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(BOMBS),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
-    megabytes, seconds = json.loads(done.stdout)
+    megabytes, additions = json.loads(done.stdout)
     assert megabytes < 512
-    assert seconds < 5
+    assert additions < 12, "times ten million additions"
 
 
 # -------------------------------------------------------------------------------------------------- on the machine
@@ -198,4 +207,4 @@ def test_a_template_in_a_run_that_never_ends_is_a_reject(place: Path) -> None:
     begun = time.process_time()
     with pytest.raises(DataError, match="template"):
         sftdata.prepare(**settings(data, place / "set", chat_template=str(place / "bomb.jinja")))
-    assert time.process_time() - begun < 30
+    assert time.process_time() - begun < 80 * pace()

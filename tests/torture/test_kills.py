@@ -12,7 +12,7 @@ import pytest
 
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
-from tests.torture.runs import Command, content, forked, look, prepare, settings, watch, write_chats
+from tests.torture.runs import Command, content, forked, look, prepare, settings, slices_done, watch, write_chats
 
 # The places where the commit protocol takes a step, each killed just before and just after.
 FAILPOINTS = [
@@ -94,7 +94,8 @@ def kill_at_random(chats: Path, unbroken: dict[str, bytes], place: Path, workers
     rng, finished, output, accepted = random.Random(seed), 0, place / "set", set()
     for _ in range(kills):
         command = Command(chats, output, workers)
-        accepted |= watch(command, output, time.monotonic() + rng.uniform(0.3, 4.0))
+        accepted |= watch(command, output, slices_done(output) + rng.randint(0, 4))
+        time.sleep(rng.uniform(0, 0.1))  # to hit any place between two slices
         command.kill()
         command.process.communicate()
         if look(output) is not None:

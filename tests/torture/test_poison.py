@@ -20,6 +20,7 @@ import sftdata
 from sftdata.errors import SftError
 from tests.poison import ANSWER, USER, cases, chat, dumped
 from tests.torture.runs import prepare, settings
+from tests.waiting import HANGS
 
 GOOD = dumped(chat(USER, ANSWER))
 CASES = cases()
@@ -193,7 +194,7 @@ def peak_of(data: Path, output: Path, **more: Any) -> tuple[int, int]:
     )
     given = settings(data, output, **more) | {"inputs": str(data), "output": str(output), "slice_bytes": 32 << 20}
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peak, rejected = map(int, done.stdout.split())

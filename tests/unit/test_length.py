@@ -84,7 +84,7 @@ def test_no_limit_leaves_everything_but_what_trains_nothing() -> None:
     assert counts.rows_dropped == {"nothing-trained": 1}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.text("abAB", max_size=13), max_size=6), st.integers(1, 6), st.sampled_from(POLICIES), st.booleans())
 def test_every_token_and_every_row_is_accounted_for(examples: list[str], limit: int, policy: str, packed: bool) -> None:
     result, counts = limit_length(batch_of(*examples), limit, policy, packed=packed)  # type: ignore[arg-type]

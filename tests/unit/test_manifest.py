@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sftdata.shardset.manifest import Manifest, SourceInfo, read_manifest, seal,
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.rejects import Reject, encode_reject, write_rejects
 from sftdata.shardset.shards import ShardInfo
+from tests.waiting import steps
 
 Build = Callable[..., Manifest]
 
@@ -239,7 +239,7 @@ def test_a_set_travels_to_another_process_without_its_maps(build_set: Build, tmp
     assert repr(opened).startswith("<ShardSet ")
 
 
-def test_opening_a_thousand_shards_costs_milliseconds(build_set: Build, tmp_path: Path) -> None:
+def test_opening_a_thousand_shards_touches_none_and_takes_few_steps(build_set: Build, tmp_path: Path) -> None:
     sealed = build_set([[31] * 10])
     one, ledger = sealed.shards[0], sealed.ledger
     for name in ("rows_in", "rows_kept", "rows_packed", "documents"):
@@ -248,9 +248,9 @@ def test_opening_a_thousand_shards_costs_milliseconds(build_set: Build, tmp_path
         setattr(ledger, name, getattr(ledger, name) * 1000)
     shards: list[ShardInfo] = [msgspec.structs.replace(one, name=f"shard-{i:05d}.arrow") for i in range(1000)]
     write_manifest(tmp_path / "set", msgspec.structs.replace(sealed, shards=tuple(shards)))
-    start = time.process_time()
+    (tmp_path / "set" / "shard-00000.arrow").unlink()
     assert len(open_set(tmp_path / "set")) == 10_000
-    assert time.process_time() - start < 0.1
+    assert steps(lambda: open_set(tmp_path / "set")) < 20_000
 
 
 def test_a_shard_that_is_missing_cut_or_linked_is_refused_when_it_is_read(build_set: Build, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 
 from sftdata.batches import PackedRows, TokenBatch
 from sftdata.pack import gather, plan_packs
+from tests.waiting import steps
 
 
 def tokens_of(examples: list[list[int]], trained: list[list[bool]] | None = None) -> TokenBatch:
@@ -189,12 +190,10 @@ def test_the_plan_of_known_lengths_never_changes() -> None:
     assert [plan.example[a:b].tolist() for a, b in pairwise(plan.offsets)] == [[3, 5], [0, 6, 7], [1, 2], [4, 8]]
 
 
-def test_a_million_lengths_are_planned_in_two_seconds_on_one_core() -> None:
+def test_planning_a_million_lengths_takes_few_steps_more_than_a_hundred_thousand() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(5, 1, 1_000_000).astype(np.int64), 1, 2048)
-    start = time.process_time()
-    plan = plan_packs(lengths, 2048)
-    assert time.process_time() - start < 2
-    assert len(plan.example) == 1_000_000
+    few, many = (steps(partial(plan_packs, lengths[:number], 2048)) for number in (100_000, 1_000_000))
+    assert many < 1.5 * few < 1_000_000
 
 
 def test_the_search_follows_distinct_lengths_and_not_examples() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError, SftError
 from sftdata.stages import load_engine
+from tests.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LOADED: list[int] = []
@@ -31,8 +31,16 @@ def judge(job: Path) -> None:
 
 
 def where(job: Path, task: int) -> tuple[int, int, list[int]]:
-    time.sleep(0.05)
+    """Tell which process this is, once both of them have a task."""
+    (job / f"worker-{os.getpid()}").touch()
+    wait_until(lambda: len(list(job.glob("worker-*"))) == 2)
     return task, os.getpid(), LOADED
+
+
+def linger(job: Path, task: int) -> tuple[int, int, list[int]]:
+    """Return from the first eight tasks only."""
+    wait_until(lambda: task < 8)
+    return where(job, task)
 
 
 def fail_on_three(job: Path, task: int) -> int:
@@ -91,13 +99,10 @@ def test_a_killed_worker_is_one_error_that_says_what_to_do(tmp_path: Path) -> No
 
 def test_a_killed_leader_is_the_same_error_and_leaves_no_worker(tmp_path: Path) -> None:
     with Workers(2) as workers:
-        coming = workers.map(where, tmp_path, list(range(400)), load)
+        coming = workers.map(linger, tmp_path, list(range(40)), load)
         pids = {next(coming)[1] for _ in range(8)}
         assert workers._leader is not None
         os.kill(workers._leader.pid or 0, signal.SIGKILL)
         with pytest.raises(SftError, match="A worker process was killed"):
             list(coming)
-    until = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
