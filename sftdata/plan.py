@@ -120,7 +120,7 @@ class Plan:
             "formats": list(self.job.formats),
             "tokenizer_sha256": self.job.tokenizer.sha256,
             "chat_template_text": self.job.tokenizer.chat_template,
-            "prompt_template_text": Path(prompt).read_text("utf-8") if (prompt := self.job.config.prompt_template) else None,
+            "prompt_template_text": self.job.options.template.text,
         }
 
     def difference(self, manifest: Manifest) -> list[str]:

@@ -192,7 +192,7 @@ def _beginning(stretch: Slice, max_line_bytes: int) -> Slice:
     if stretch.source.container in IN_BYTES:
         starts = read_slice(stretch, max_line_bytes)[0].byte_offsets
         wanted = next((start for start in starts.tolist() if start >= wanted), stretch.stop)
-    return replace(stretch, stop=wanted)
+    return replace(stretch, stop=wanted, records=None)
 
 
 def _share(plan: Plan, sample: list[Piece]) -> float:

@@ -134,6 +134,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
     for result in results:
         ledger.merge(result.ledger)
     ledger.check("prepare")
+    blank = sum(source.records for source in plan.sources) - ledger.rows_in
     build.write_rejects(result.index for result in results)
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
@@ -163,6 +164,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
         notes=(*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ())),
+        blank_lines=blank,
         software={name: version(name) for name in ("sftdata", "tokenizers", "pyarrow")},
     )
 

@@ -50,7 +50,8 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> Marks:
         borders, end, total = _borders(found, source.body, grain)
     notes = () if found.closed else (f"{source.path}: the array is never closed by ']'; the file may have been cut short.",)
     positions, records = np.array(borders, np.int64).reshape(-1, 2).T
-    return Marks(positions, records, end, total, slice_bytes, count.size, count.hasher.hexdigest(), anchors, notes)
+    raw = count.size, count.hasher.hexdigest()
+    return Marks(positions, records, end, total, slice_bytes, *raw, anchors, notes, seal=count.blocks.seal())
 
 
 def read_array(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
@@ -70,7 +71,7 @@ def read_array(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unread
 
 def _elements(piece: Slice, limit: int) -> Iterator[Element]:
     """Return the elements of a slice: all at once where they are sound and of usual size."""
-    blocks = read_range(piece.source, piece.start, piece.stop)
+    blocks = read_range(piece)
     if piece.stop - piece.start <= limit:
         text = b"".join(blocks)
         with suppress(msgspec.DecodeError, RecursionError):

@@ -6,6 +6,7 @@ import csv
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,15 +61,15 @@ def plan_delimited(source: Source, slice_bytes: int) -> Marks:
         line += record.lines
         end = record.offset + record.length
     starts, numbers, texts = (np.array(found, np.int64) for found in (positions, records, lines))
-    return Marks(starts, numbers, end, total, slice_bytes, count.size, count.hasher.hexdigest(), lines=texts)
+    raw = count.size, count.hasher.hexdigest()
+    return Marks(starts, numbers, end, total, slice_bytes, *raw, lines=texts, seal=count.blocks.seal())
 
 
 def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
     """Parse the records of a slice into dicts of strings."""
     found = Gathered(piece)
     source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
-    blocks = read_range(source, piece.start, piece.stop)
-    records = records_of(blocks, piece.start, source.delimiter, RECORD_LIMIT, _again(source, piece.stop))
+    records = records_of(read_range(piece), piece.start, source.delimiter, RECORD_LIMIT, partial(read_range, piece))
     line = piece.first_line
     for record, (offset, text, length, closed, lines) in enumerate(records, piece.first_record):
         row: dict[str, str] | Fault | None
@@ -82,6 +83,8 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
             found.reject(row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset, line)
         elif row is not None:
             found.add(row, record, offset, line)
+        else:
+            found.blank += 1
         line += lines
     return found.finish()
 
@@ -145,18 +148,9 @@ def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int,
         offset += length
 
 
-def _again(source: Source, stop: int | None = None) -> Again:
-    """Return what opens a source anew at an offset, up to where a slice stops."""
-
-    def blocks(start: int) -> Iterator[bytes]:
-        left = None if stop is None else stop - start
-        for block in skip_bytes(read_all(source, RawCount.start()), start):
-            yield block[:left]
-            left = None if left is None else max(left - len(block), 0)
-            if left == 0:
-                return
-
-    return blocks
+def _again(source: Source) -> Again:
+    """Return what opens a source anew at an offset."""
+    return lambda start: skip_bytes(read_all(source, RawCount.start()), start)
 
 
 def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bool:

@@ -41,7 +41,8 @@ def plan_lines(source: Source, slice_bytes: int) -> Marks:
         records.pop()
     total = lines + (last != b"\n" and offset > source.body)
     digest = count.hasher.hexdigest()
-    return Marks(np.array(positions, np.int64), np.array(records, np.int64), offset, total, slice_bytes, count.size, digest)
+    starts, numbers = np.array(positions, np.int64), np.array(records, np.int64)
+    return Marks(starts, numbers, offset, total, slice_bytes, count.size, digest, seal=count.blocks.seal())
 
 
 def split_lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
@@ -80,7 +81,7 @@ def read_lines(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unread
     parse = parse_text if piece.source.container == "text" else parse_row
     found = Gathered(piece)
     offset = piece.start
-    blocks = read_range(piece.source, piece.start, piece.stop)
+    blocks = read_range(piece)
     for record, (line, length) in enumerate(split_lines(blocks, max_line_bytes), piece.first_record):
         if length - 1 > max_line_bytes:
             found.reject(too_long(length, max_line_bytes), line[:SHOWN_BYTES], record, offset)
@@ -90,6 +91,8 @@ def read_lines(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unread
                 found.reject(row, line, record, offset)
             else:
                 found.add(row, record, offset)
+        else:
+            found.blank += 1
         offset += length
     return found.finish()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sftdata.errors import RowError, UsageError
@@ -48,11 +48,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The text before the answer, with an input and without one, and the text after the answer."""
+    """The text before the answer, with an input and without one, and the text after the answer; `text` as in the user's file."""
 
     with_input: Layout
     without_input: Layout
     after: Layout
+    text: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> PromptTemplate:
@@ -105,4 +106,4 @@ def load_prompt_template(path: str) -> PromptTemplate:
     template = PromptTemplate.parse(text)
     if not template.slots:
         raise UsageError(f"{path}: no {{field}} slot in the prompt template.", "write slots such as {instruction} and {input}.")
-    return template
+    return replace(template, text=text)

@@ -6,13 +6,14 @@ All are small, frozen and picklable, because slices travel to worker processes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sftdata.batches import Int64, RowBatch
-from sftdata.errors import Fault
+from sftdata.errors import Fault, IntegrityError
 from sftdata.places import UNITS, Unit, place
+from sftdata.read.unchanged import Seal, Stamp, changed
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
@@ -31,6 +32,7 @@ class Source:
         body_line: 1-based line where they begin.
         delimiter, columns: of a CSV.
         split, subset: of a saved or Hub dataset.
+        head: hashes of the blocks that this was recognised from.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Source:
     columns: tuple[str, ...] = ()
     split: str = "train"
     subset: str | None = None
+    head: bytes = b""
 
     @property
     def unit(self) -> Unit:
@@ -58,6 +61,9 @@ class Slice:
         first_id: example id of that record.
         first_line: of a CSV: 1-based line at `start`.
         anchors: of a damaged array: how its elements begin, as white space and first key.
+        records: how many planning counted here, blank lines included; None where it did not.
+        seal: what the bytes must be; None for columnar sources.
+        stamp: what the files of a columnar source must be; None where they are not on this machine.
     """
 
     source: Source
@@ -67,6 +73,9 @@ class Slice:
     first_id: int
     anchors: tuple[bytes, ...] = ()
     first_line: int = 0
+    records: int | None = None
+    seal: Seal | None = None
+    stamp: Stamp | None = None
 
     def record_of(self, example_id: int) -> int:
         """Return the 1-based number of a row in its source."""
@@ -125,6 +134,16 @@ class Unreadable:
     raw: str
 
 
+class Stretch(NamedTuple):
+    """What lies between two borders: `start:stop` as in a `Slice`, number of the first record, how many records, first line."""
+
+    start: int
+    stop: int
+    record: int
+    records: int
+    line: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Marks:
     """Borders between rows, noted while planning: `positions[i]` is where record `records[i]` starts.
@@ -136,6 +155,7 @@ class Marks:
         raw_bytes, xxh3_128: of the raw file.
         anchors, notes: for the slices and the plan.
         lines: of a CSV: int64[K], 1-based line of each border.
+        seal: of the stream; stamp: of the files of a columnar source.
     """
 
     positions: Int64
@@ -148,13 +168,15 @@ class Marks:
     anchors: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
     lines: Int64 | None = None
+    seal: Seal | None = None
+    stamp: Stamp | None = None
 
-    def cut(self, chosen: Int64) -> list[tuple[int, int, int, int]]:
-        """Return (start, stop, first record, first line) from each chosen border to the next chosen one."""
-        starts = self.positions[chosen]
-        stops = np.append(starts, self.end)[1:]
+    def cut(self, chosen: Int64) -> list[Stretch]:
+        """Return the stretches from each chosen border to the next chosen one."""
+        starts, first = self.positions[chosen], self.records[chosen]
+        stops, counts = np.append(starts, self.end)[1:], np.diff(np.append(first, self.total))
         lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
-        return list(zip(starts.tolist(), stops.tolist(), self.records[chosen].tolist(), lines.tolist(), strict=True))
+        return [Stretch(*found) for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)]
 
     def slice_borders(self) -> Int64:
         """Return the index of the first border at or after every multiple of `step`."""
@@ -163,7 +185,7 @@ class Marks:
         wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
         return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
 
-    def sampled(self) -> list[tuple[int, int, int, int]]:
+    def sampled(self) -> list[Stretch]:
         """Return evenly spaced stretches from one border to the next, the first and the last included."""
         grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
         chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
@@ -171,12 +193,23 @@ class Marks:
 
 
 def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -> SourcePlan:
-    """Cut a source at its marks."""
+    """Cut a source at its marks.
 
-    def as_slices(spans: list[tuple[int, int, int, int]]) -> tuple[Slice, ...]:
+    Raises:
+        InputChangedError: it began otherwise when its container was recognised.
+    """
+    whole = marks.seal
+    if whole is not None and not whole.hashes.startswith(source.head):
+        raise changed(source.path)
+
+    def as_slices(stretches: list[Stretch]) -> tuple[Slice, ...]:
         return tuple(
-            Slice(source, start, stop, record, base_id + record, marks.anchors, line) for start, stop, record, line in spans
-        )
+            Slice(
+                source, start, stop, record, base_id + record, marks.anchors, line, count,
+                whole and whole.part(start, stop), marks.stamp,
+            )
+            for start, stop, record, count, line in stretches
+        )  # fmt: skip
 
     slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
     return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes)
@@ -192,6 +225,7 @@ class Gathered:
     lines: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
+    blank: int = 0
 
     def add(self, row: Any, record: int, offset: int, line: int | None = None) -> None:
         """Add a row; `line` where that is not the number of the record."""
@@ -207,7 +241,15 @@ class Gathered:
         self.unreadable.append(Unreadable(example_id, record + 1 if line is None else line, offset, fault, text))
 
     def finish(self) -> tuple[RowBatch, list[Unreadable]]:
-        """Return the columns."""
+        """Return the columns.
+
+        Raises:
+            IntegrityError: planning counted other records in the same bytes.
+        """
+        found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.piece.records
+        if planned not in (None, found):
+            where = f"{self.piece.source.path}: from byte or row {self.piece.start} to {self.piece.stop}"
+            raise IntegrityError(f"{where} planning counted {planned} records, and reading {found}.", "report this file.")
         records = np.array(self.records, np.int64)
         ids = records + (self.piece.first_id - self.piece.first_record)
         lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))

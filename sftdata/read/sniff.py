@@ -7,13 +7,14 @@ The name is asked in one case only, which no content can settle: a table of comm
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from sftdata.errors import UsageError
 from sftdata.read.headers import find_header
-from sftdata.read.slices import Container, Source
+from sftdata.read.slices import Compression, Container, Source
 from sftdata.read.streams import RawCount, compression_of, read_all
+from sftdata.read.unchanged import block_hashes
 
 HEAD_BYTES = 256 << 10
 BOM = b"\xef\xbb\xbf"
@@ -50,6 +51,10 @@ def sniff(path: str) -> Source:
     raw = _head(Source(path, "empty"), 16)
     compression = compression_of(raw.data)
     head = _head(Source(path, "empty", compression), HEAD_BYTES)
+    return replace(_recognise(path, compression, head), head=block_hashes(head.data))
+
+
+def _recognise(path: str, compression: Compression, head: Head) -> Source:
     binary = _binary_container(head.data)
     if binary and compression != "none":
         raise UsageError(f"{path}: a {binary} file inside {compression} cannot be read in ranges.", "decompress it first.")

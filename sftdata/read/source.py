@@ -90,7 +90,7 @@ def read_slice(piece: Slice, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[
     """Return the rows of a slice, and the rows that could not be parsed.
 
     Raises:
-        IntegrityError: a compressed stream was damaged since it was planned.
+        InputChangedError: the source holds other bytes than when it was planned.
     """
     match piece.source.container:
         case "jsonl" | "text":
@@ -109,4 +109,4 @@ def _plan_empty(source: Source, slice_bytes: int) -> Marks:
         pass
     none = np.zeros(0, np.int64)
     notes = (f"{source.path}: the file is empty.",)
-    return Marks(none, none, 0, 0, slice_bytes, count.size, count.hasher.hexdigest(), notes=notes)
+    return Marks(none, none, 0, 0, slice_bytes, count.size, count.hasher.hexdigest(), notes=notes, seal=count.blocks.seal())

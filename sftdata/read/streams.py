@@ -11,14 +11,16 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.read.inputs import is_url
-from sftdata.read.slices import Compression, Source
+from sftdata.read.slices import Compression, Slice, Source
+from sftdata.read.unchanged import BLOCK_BYTES as HASHED_BYTES
+from sftdata.read.unchanged import BlockHashes, changed, unchanged
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
@@ -162,10 +164,11 @@ def read_block(stream: BinaryIO, size: int) -> bytes:
 
 @dataclass(slots=True)
 class RawCount:
-    """Size and xxh3-128 of the raw bytes that have passed through `watch`."""
+    """Size and xxh3-128 of the raw bytes that have passed through `watch`, and the hashes of the blocks they hold unpacked."""
 
     size: int
     hasher: xxhash.xxh3_128
+    blocks: BlockHashes = field(default_factory=BlockHashes)
 
     @classmethod
     def start(cls) -> RawCount:
@@ -204,7 +207,9 @@ def read_all(source: Source, count: RawCount) -> Iterator[bytes]:
     """
     size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
     with open_raw(source.path) as stream:
-        yield from _checked(source, count.watch(raw_blocks(stream, size)))
+        for block in _checked(source, count.watch(raw_blocks(stream, size))):
+            count.blocks.update(block)
+            yield block
 
 
 def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -216,46 +221,72 @@ def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
 
 
 class _Forward:
-    """A decompressed stream that remembers where it stands."""
+    """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers where it stands."""
 
     def __init__(self, source: Source) -> None:
         self.stream = open_raw(source.path)
-        self.blocks = _checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES))
-        self.position = 0
-        self.pending = b""
+        self._blocks = _regrouped(_checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES)))
+        self.number = -1
+        self._last = b""
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield bytes `start:stop`; start must not lie behind the position."""
-        while self.position < stop:
-            if not self.pending:
-                self.pending = next(self.blocks, b"")
-                if not self.pending:
-                    return
-            wanted = start if self.position < start else stop
-            piece = self.pending[: wanted - self.position]
-            self.pending = self.pending[len(piece) :]
-            self.position += len(piece)
-            if self.position > start:
-                yield piece
+    def blocks(self, first: int) -> Iterator[bytes]:
+        """Yield blocks from number `first` on, which must not lie before the last one read."""
+        if first == self.number:
+            yield self._last
+        for block in self._blocks:
+            self.number += 1
+            self._last = block
+            if self.number >= first:
+                yield block
+
+
+def _regrouped(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    waiting = bytearray()
+    for block in blocks:
+        waiting += block
+        start = 0
+        while len(waiting) - start >= HASHED_BYTES:
+            yield bytes(waiting[start : start + HASHED_BYTES])
+            start += HASHED_BYTES
+        del waiting[:start]
+    if waiting:
+        yield bytes(waiting)
 
 
 _last: dict[Source, _Forward] = {}
 
 
-def read_range(source: Source, start: int, stop: int) -> Iterator[bytes]:
-    """Yield bytes `start:stop` of the decompressed stream, in blocks."""
-    if source.compression != "none":
-        forward = _last.get(source)
-        if forward is None or forward.position > start:
-            close_streams()
-            forward = _last[source] = _Forward(source)
-        yield from forward.read(start, stop)
+def read_range(piece: Slice, start: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a slice of the decompressed stream, in blocks.
+
+    Args:
+        start: where to begin; default: where the slice does.
+
+    Raises:
+        InputChangedError: they are not those that were planned.
+    """
+    assert piece.seal is not None
+    start = piece.start if start is None else start
+    if start < piece.stop:
+        blocks = _blocks_from(piece.source, start // HASHED_BYTES)
+        yield from unchanged(piece.source.path, blocks, piece.seal, start, piece.stop)
+
+
+def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
+    """Yield blocks of `HASHED_BYTES` of the decompressed stream from number `first` on."""
+    if source.compression == "none":
+        with open_raw(source.path) as stream:
+            stream.seek(first * HASHED_BYTES)
+            yield from raw_blocks(stream, HASHED_BYTES)
         return
-    with open_raw(source.path) as stream:
-        stream.seek(start)
-        while start < stop and (block := read_block(stream, min(BLOCK_BYTES, stop - start))):
-            start += len(block)
-            yield block
+    forward = _last.get(source)
+    if forward is None or forward.number > first:
+        close_streams()
+        forward = _last[source] = _Forward(source)
+    try:
+        yield from forward.blocks(first)
+    except IntegrityError:  # it was whole when it was planned
+        raise changed(source.path) from None
 
 
 def close_streams() -> None:

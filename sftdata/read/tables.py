@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,33 +13,71 @@ from sftdata.errors import UsageError
 from sftdata.read.inputs import is_url
 from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
+from sftdata.read.unchanged import Stamp, changed, states_of
 
+_ATTEMPTS = 3
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
 MEDIA = ("Image", "Audio", "Video", "Pdf")
 
 
 def plan_table(source: Source, slice_bytes: int) -> Marks:
     """Count rows and cut them in ranges that hold about `slice_bytes` of the raw bytes each."""
+    files = _raw_files(source)
+    local = not is_url(source.path)
+    states = states_of(files) if local else ()
     total, _ = _open(source)
-    count = RawCount.start()
-    for path in _raw_files(source):
-        with open_raw(path) as stream:
-            for _block in count.watch(raw_blocks(stream, BLOCK_BYTES)):
-                pass
+    count = _hashed(files)
+    stamp = Stamp(states, count.hasher.hexdigest()) if local else None
+    if stamp is not None and not stamp.holds():
+        raise changed(source.path)
     rows_per_byte = total / max(count.size, 1)
     step = max(1, int(slice_bytes * rows_per_byte))
     grain = max(1, min(step, int(GRAIN_BYTES * rows_per_byte)))
     positions = np.arange(0, total, grain, dtype=np.int64)
-    return Marks(positions, positions, total, total, step, count.size, count.hasher.hexdigest())
+    return Marks(positions, positions, total, total, step, count.size, count.hasher.hexdigest(), stamp=stamp)
+
+
+def _hashed(files: Sequence[str]) -> RawCount:
+    count = RawCount.start()
+    for path in files:
+        with open_raw(path) as stream:
+            for _block in count.watch(raw_blocks(stream, BLOCK_BYTES)):
+                pass
+    return count
 
 
 def read_table(piece: Slice) -> tuple[RowBatch, list[Unreadable]]:
-    """Return the rows of a slice as dicts; the nulls that Arrow put into structs are left out."""
-    _, read = _open(piece.source)
+    """Return the rows of a slice as dicts; the nulls that Arrow put into structs are left out.
+
+    Raises:
+        InputChangedError: the files hold other bytes than when they were planned.
+    """
     found = Gathered(piece)
-    for record, row in enumerate(read(piece.start, piece.stop), piece.start):
+    for record, row in enumerate(_read_planned(piece), piece.start):
         found.add({key: _without_nulls(value) for key, value in row.items()}, record, -1)
     return found.finish()
+
+
+_stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
+
+
+def _read_planned(piece: Slice) -> list[dict[str, Any]]:
+    """Read rows while the files are, before and after, those that were planned."""
+    if piece.stamp is None:
+        return _open(piece.source)[1](piece.start, piece.stop)
+    for _ in range(_ATTEMPTS):
+        stamp = _stamps.get(piece.stamp, piece.stamp)
+        if stamp.holds():
+            rows = _open(piece.source)[1](piece.start, piece.stop)
+            if stamp.holds():
+                return rows
+        _open.cache_clear()  # what it holds may be mapped from what is gone
+        files = [name for name, _ in stamp.files]
+        again = Stamp(states_of(files), _hashed(files).hasher.hexdigest())
+        if again.xxh3_128 != stamp.xxh3_128:
+            break
+        _stamps[piece.stamp] = again
+    raise changed(piece.source.path)
 
 
 def _without_nulls(value: Any) -> Any:

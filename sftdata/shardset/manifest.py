@@ -7,7 +7,7 @@ count, no engine. `checksum` covers the file itself, to the last note.
 from __future__ import annotations
 
 import hashlib
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of
 # Settings that say where things lie (what lies there is hashed) or how the work is done: they never change a byte of the set.
 _PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
 _MANNER = ("workers", "engine", "overwrite", "max_rejects")
-_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software")
+_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines")
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +97,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         files: the other files of the set.
         notes: what was defaulted or guessed, one sentence each.
         software: versions that made the set.
+        blank_lines: lines of the sources that hold no row: `rows_in + blank_lines` is what the sources hold together. None in
+            sets that were made before this was counted.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
@@ -111,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[SetFile, ...] = ()
     notes: tuple[str, ...] = ()
     software: dict[str, str] = {}
+    blank_lines: Count | None = None
 
     @property
     def max_length(self) -> int | None:
@@ -125,6 +128,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
+        if self.blank_lines is None:
+            del plain["blank_lines"]
         return plain | {"ledger": self.ledger.to_json()}
 
 
@@ -236,7 +241,21 @@ def _check_sums(manifest: Manifest, where: str) -> None:
     for name, counted, summed in sums:
         if counted != summed:
             raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
+    _check_sources(manifest, where)
     names = sorted([shard.name for shard in shards] + [file.name for file in manifest.files])
     for name, following in pairwise(names):
         if name == following:
             raise IntegrityError(f"{where}: {name} is listed twice.")
+
+
+def _check_sources(manifest: Manifest, where: str) -> None:
+    """Assert that the sources share out all ids from 0 on, and hold the rows that came in."""
+    ends = list(accumulate((source.rows for source in manifest.sources), initial=0))
+    for source, first in zip(manifest.sources, ends, strict=False):
+        if source.first_id != first:
+            found = f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
+            raise IntegrityError(f"{where}: {found}.", "prepare the set again.")
+    read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
+    if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
+        counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
+        raise IntegrityError(f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.", "prepare the set again.")

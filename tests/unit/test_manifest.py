@@ -247,7 +247,8 @@ def test_opening_a_thousand_shards_touches_none_and_takes_few_steps(build_set: B
     for name in ("tokens_in", "tokens_trained", "tokens_context", "tokens_padding"):
         setattr(ledger, name, getattr(ledger, name) * 1000)
     shards: list[ShardInfo] = [msgspec.structs.replace(one, name=f"shard-{i:05d}.arrow") for i in range(1000)]
-    write_manifest(tmp_path / "set", msgspec.structs.replace(sealed, shards=tuple(shards)))
+    sources = (msgspec.structs.replace(sealed.sources[0], rows=ledger.rows_in),)
+    write_manifest(tmp_path / "set", msgspec.structs.replace(sealed, shards=tuple(shards), sources=sources))
     (tmp_path / "set" / "shard-00000.arrow").unlink()
     assert len(open_set(tmp_path / "set")) == 10_000
     assert steps(lambda: open_set(tmp_path / "set")) < 20_000
