@@ -32,7 +32,9 @@ class PrepareConfig(BaseModel):
 
     # ---- what is read
     inputs: tuple[str, ...] = Field(min_length=1, description="Files, folders, globs, URLs or Hub dataset ids.")
-    split: str = Field("train", description="Split of a Hub or saved dataset.")
+    split: str | None = Field(
+        None, description="Split of a dataset, or of files named by splits; also parts, as train[:95%] or train+test."
+    )
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     format: str | None = Field(None, description="Row format by name; default: detected.")
     map: dict[str, str] = Field(
@@ -122,7 +124,7 @@ class PrepareConfig(BaseModel):
     def content(self) -> dict[str, Any]:
         """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""
         how = {"output", "workers", "engine", "overwrite", "max_rejects"}
-        return self.model_dump(mode="json", exclude=how)
+        return self.model_dump(mode="json", exclude=how) | {"split": self.split or "train"}
 
 
 def make_config(**settings: Any) -> PrepareConfig:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sftdata.errors import UsageError
 from sftdata.read.delimited import Record, records_of
-from sftdata.read.inputs import plain_name
+from sftdata.read.folders import plain_name
 
 DELIMITERS = ("\t", ",", ";")
 NAMED_DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ",", ";", "|")}

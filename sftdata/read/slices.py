@@ -5,7 +5,7 @@ All are small, frozen and picklable, because slices travel to worker processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Source:
         body: byte where the rows begin, after a byte order mark and the header of a CSV.
         body_line: 1-based line where they begin.
         delimiter, columns: of a CSV.
-        split, subset: of a saved or Hub dataset.
+        split, subset: of a saved or Hub dataset; None where none was chosen.
         head: hashes of the blocks that this was recognised from.
     """
 
@@ -42,7 +42,7 @@ class Source:
     body_line: int = 1
     delimiter: str = ","
     columns: tuple[str, ...] = ()
-    split: str = "train"
+    split: str | None = None
     subset: str | None = None
     head: bytes = b""
 
@@ -60,6 +60,7 @@ class Slice:
         first_record: 0-based line, element or record at `start`.
         first_id: example id of that record.
         first_line: of a CSV: 1-based line at `start`.
+        only: records of the source, half-open, that are read where the slice holds more.
         anchors: of a damaged array: how its elements begin, as white space and first key.
         records: how many planning counted here, blank lines included; None where it did not.
         seal: what the bytes must be; None for columnar sources.
@@ -76,6 +77,7 @@ class Slice:
     records: int | None = None
     seal: Seal | None = None
     stamp: Stamp | None = None
+    only: tuple[int, int] | None = None
 
     def record_of(self, example_id: int) -> int:
         """Return the 1-based number of a row in its source."""
@@ -111,6 +113,14 @@ class SourcePlan:
     samples: tuple[Slice, ...]
     max_line_bytes: int
     notes: tuple[str, ...] = ()
+
+    def moved(self, base_id: int) -> SourcePlan:
+        """Return the plan with other example ids."""
+
+        def pieces(found: tuple[Slice, ...]) -> tuple[Slice, ...]:
+            return tuple(replace(piece, first_id=base_id + piece.first_record) for piece in found)
+
+        return replace(self, base_id=base_id, slices=pieces(self.slices), samples=pieces(self.samples))
 
     def locate(self, example_id: int) -> tuple[str, int]:
         """Return the path and the 1-based line (element, record) of an example of this source."""

@@ -14,7 +14,8 @@ from sftdata.batches import RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.read.arrays import plan_array, read_array
 from sftdata.read.delimited import plan_delimited, read_delimited
-from sftdata.read.inputs import expand_inputs, is_hub_id, is_saved_dataset, is_url
+from sftdata.read.folders import is_saved_dataset
+from sftdata.read.inputs import expand_inputs, is_hub_id, is_url
 from sftdata.read.lines import plan_lines, read_lines
 from sftdata.read.slices import Marks, Slice, Source, SourcePlan, Unreadable, make_plan
 from sftdata.read.sniff import sniff
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-def open_source(path: str, *, split: str = "train", subset: str | None = None) -> Source:
+def open_source(path: str, *, split: str | None = None, subset: str | None = None) -> Source:
     """Recognise the container of one input (as `expand_inputs` returns them) from its content.
 
     Args:
@@ -92,6 +93,11 @@ def read_slice(piece: Slice, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[
     Raises:
         InputChangedError: the source holds other bytes than when it was planned.
     """
+    found = _read_whole(piece, max_line_bytes)
+    return found if piece.only is None else _only(piece, *found)
+
+
+def _read_whole(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
     match piece.source.container:
         case "jsonl" | "text":
             return read_lines(piece, max_line_bytes)
@@ -101,6 +107,16 @@ def read_slice(piece: Slice, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[
             return read_delimited(piece, max_line_bytes)
         case _:
             return read_table(piece)
+
+
+def _only(piece: Slice, batch: RowBatch, unreadable: list[Unreadable]) -> tuple[RowBatch, list[Unreadable]]:
+    """Keep the rows of the records that are meant."""
+    assert piece.only is not None
+    first, stop = (piece.first_id - piece.first_record + record for record in piece.only)
+    keep = np.flatnonzero((batch.example_ids >= first) & (batch.example_ids < stop))
+    rows = [batch.rows[index] for index in keep.tolist()]
+    kept = RowBatch(rows, batch.example_ids[keep], batch.lines[keep], batch.byte_offsets[keep])
+    return kept, [row for row in unreadable if first <= row.example_id < stop]
 
 
 def _plan_empty(source: Source, slice_bytes: int) -> Marks:

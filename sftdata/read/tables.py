@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from sftdata.batches import RowBatch
-from sftdata.errors import UsageError
+from sftdata.errors import Fault, UsageError
+from sftdata.read.arrowtypes import Convert, converters
+from sftdata.read.hub import load_dataset
 from sftdata.read.inputs import is_url
+from sftdata.read.lines import SHOWN_BYTES
 from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 from sftdata.read.unchanged import Stamp, changed, states_of
 
 _ATTEMPTS = 3
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
-MEDIA = ("Image", "Audio", "Video", "Pdf")
+SHARD_COLUMNS = frozenset({"input_ids", "labels", "seq_lengths", "example_ids"})
+
+
+class _Table(NamedTuple):
+    """An open source: how many rows, how to read a range of them, and what makes their values JSON data."""
+
+    rows: int
+    read: Reader
+    converters: dict[str, Convert]
 
 
 def plan_table(source: Source, slice_bytes: int) -> Marks:
@@ -25,7 +37,7 @@ def plan_table(source: Source, slice_bytes: int) -> Marks:
     files = _raw_files(source)
     local = not is_url(source.path)
     states = states_of(files) if local else ()
-    total, _ = _open(source)
+    total = _open(source).rows
     count = _hashed(files)
     stamp = Stamp(states, count.hasher.hexdigest()) if local else None
     if stamp is not None and not stamp.holds():
@@ -47,30 +59,37 @@ def _hashed(files: Sequence[str]) -> RawCount:
 
 
 def read_table(piece: Slice) -> tuple[RowBatch, list[Unreadable]]:
-    """Return the rows of a slice as dicts; the nulls that Arrow put into structs are left out.
+    """Return the rows of a slice as dicts of JSON data.
 
     Raises:
         InputChangedError: the files hold other bytes than when they were planned.
     """
     found = Gathered(piece)
-    for record, row in enumerate(_read_planned(piece), piece.start):
-        found.add({key: _without_nulls(value) for key, value in row.items()}, record, -1)
+    rows, convert = _read_planned(piece)
+    for record, row in enumerate(rows, piece.start):
+        try:
+            found.add(row | {name: to_json(row[name]) for name, to_json in convert.items()}, record, -1)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            fault = Fault("invalid-json", f"a value of the type arrow.json is not JSON: {error}.", "write the column again.")
+            found.reject(fault, repr(row).encode("utf-8", "backslashreplace")[:SHOWN_BYTES], record, -1)
     return found.finish()
 
 
 _stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
 
 
-def _read_planned(piece: Slice) -> list[dict[str, Any]]:
-    """Read rows while the files are, before and after, those that were planned."""
+def _read_planned(piece: Slice) -> tuple[list[dict[str, Any]], dict[str, Convert]]:
+    """Read rows while the files are, before and after, those that were planned; return them with what makes them JSON data."""
     if piece.stamp is None:
-        return _open(piece.source)[1](piece.start, piece.stop)
+        table = _open(piece.source)
+        return table.read(piece.start, piece.stop), table.converters
     for _ in range(_ATTEMPTS):
         stamp = _stamps.get(piece.stamp, piece.stamp)
         if stamp.holds():
-            rows = _open(piece.source)[1](piece.start, piece.stop)
+            table = _open(piece.source)
+            rows = table.read(piece.start, piece.stop)
             if stamp.holds():
-                return rows
+                return rows, table.converters
         _open.cache_clear()  # what it holds may be mapped from what is gone
         files = [name for name, _ in stamp.files]
         again = Stamp(states_of(files), _hashed(files).hasher.hexdigest())
@@ -80,24 +99,12 @@ def _read_planned(piece: Slice) -> list[dict[str, Any]]:
     raise changed(piece.source.path)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop null struct fields at every depth.
-
-    Arrow gives every struct of a column every field that any row has: a null there says only that another row had it.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
 @lru_cache(maxsize=1)
-def _open(source: Source) -> tuple[int, Reader]:
-    """Return the number of rows and a function that reads a range of them; kept open between slices.
+def _open(source: Source) -> _Table:
+    """Open a source; kept open between slices.
 
     Raises:
-        UsageError: the file or dataset cannot be opened.
+        UsageError: the file or dataset cannot be opened, or is a shard of a finished set.
     """
     import pyarrow as pa
 
@@ -108,17 +115,23 @@ def _open(source: Source) -> tuple[int, Reader]:
             return _open_arrow(source)
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{source.path}: damaged {source.container} file ({error}).", "write or fetch the file again.") from None
-    dataset = _load_dataset(source)
-    columns = dataset.column_names
+    dataset = load_dataset(source)
 
     def read(start: int, stop: int) -> list[dict[str, Any]]:
-        batch = dataset[start:stop]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*(batch[name] for name in columns), strict=True)]
+        rows: list[dict[str, Any]] = dataset[start:stop].to_pylist()
+        return rows
 
-    return len(dataset), read
+    return _table(source, len(dataset), read, dataset.features.arrow_schema)
 
 
-def _open_parquet(source: Source) -> tuple[int, Reader]:
+def _table(source: Source, total: int, read: Reader, schema: Any) -> _Table:
+    if SHARD_COLUMNS.issubset(schema.names):
+        what = f"{source.path}: a shard of a finished set; its rows hold several documents each, whose borders would be lost."
+        raise UsageError(what, "prepare the sources of the set, or train on the set itself.")
+    return _Table(total, read, converters(schema))
+
+
+def _open_parquet(source: Source) -> _Table:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(open_raw(source.path) if is_url(source.path) else source.path, memory_map=not is_url(source.path))
@@ -137,10 +150,10 @@ def _open_parquet(source: Source) -> tuple[int, Reader]:
                 rows += row_group(index).slice(first - int(borders[index]), last - first).to_pylist()
         return rows
 
-    return file.metadata.num_rows, read
+    return _table(source, file.metadata.num_rows, read, file.schema_arrow)
 
 
-def _open_arrow(source: Source) -> tuple[int, Reader]:
+def _open_arrow(source: Source) -> _Table:
     import pyarrow as pa
 
     data = pa.PythonFile(open_raw(source.path)) if is_url(source.path) else pa.memory_map(source.path)
@@ -152,37 +165,10 @@ def _open_arrow(source: Source) -> tuple[int, Reader]:
         rows: list[dict[str, Any]] = table.slice(start, stop - start).to_pylist()
         return rows
 
-    return table.num_rows, read
+    return _table(source, table.num_rows, read, table.schema)
 
 
 def _raw_files(source: Source) -> list[str]:
     if source.container in ("parquet", "arrow"):
         return [source.path]
-    return [str(entry["filename"]) for entry in _load_dataset(source).cache_files]
-
-
-def _load_dataset(source: Source) -> Any:
-    """Load a saved or Hub dataset, media columns left undecoded.
-
-    Raises:
-        UsageError: no such dataset or split.
-    """
-    import datasets
-
-    try:
-        if source.container == "saved":
-            loaded = datasets.load_from_disk(source.path)
-        else:
-            loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except Exception as error:  # the Hub client, datasets and the builders each have their own exceptions
-        what = f"{source.path}: cannot be loaded as a dataset ({type(error).__name__}: {str(error)[:300]})."
-        raise UsageError(what, "check the name, --set split=... and --set subset=..., or the connection.") from None
-    if isinstance(loaded, dict):
-        if source.split not in loaded:
-            what = f"{source.path}: no split {source.split!r}; found {', '.join(sorted(loaded))}."
-            raise UsageError(what, "choose one with --set split=NAME.")
-        loaded = loaded[source.split]
-    for name, feature in loaded.features.items():
-        if type(feature).__name__ in MEDIA:
-            loaded = loaded.cast_column(name, type(feature)(decode=False))
-    return loaded.with_format(None)
+    return [str(entry["filename"]) for entry in load_dataset(source).cache_files]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError
+from sftdata.extras import need
 from sftdata.places import place
 from sftdata.shardset.manifest import Manifest, SetFile, SourceInfo, read_manifest
 from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
@@ -117,9 +118,8 @@ class ShardSet(Sequence[PackedRow]):
 
     def polars(self) -> pl.DataFrame:
         """Return the set as a polars frame."""
-        import polars as pl
-
-        return pl.DataFrame(self.arrow())
+        found: pl.DataFrame = need("polars", "notebooks", "a frame was asked for").DataFrame(self.arrow())
+        return found
 
     def origin(self, example_id: int) -> tuple[str, int]:
         """Return the source and the 1-based line (record, element, row) that an example comes from.

@@ -229,5 +229,5 @@ def test_a_bomb_of_one_endless_row_is_one_reject_within_the_line_cap(
     assert rejected == 1
     assert peak - baseline < 16 + 64, (peak, baseline)
     (reject,) = rejects(place / "two")
-    assert (reject["line"], reject["code"]) == (6, "line-too-long")
+    assert (reject["record"], reject["code"]) == (6, "line-too-long")
     assert sftdata.open(place / "two").manifest.ledger.rows_kept == 10

@@ -1,0 +1,76 @@
+"""From what the user named to planned sources: the datasets behind it, the split that is meant, every file read through once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from sftdata.errors import UsageError
+from sftdata.read.inputs import Input, find_inputs, is_hub_id, joined
+from sftdata.read.selection import select_rows
+from sftdata.read.slices import SourcePlan
+from sftdata.read.source import open_source, plan_source, plan_sources
+from sftdata.read.splits import choose_files
+
+Item = TypeVar("Item")
+Say = Callable[[str], None]
+SECONDS = 10.0  # between two lines on how far the work is
+
+
+def plan_inputs(
+    inputs: Sequence[str], split: str | None, subset: str | None, sizes: tuple[int, int], say: Say = lambda _: None
+) -> tuple[list[SourcePlan], list[str]]:
+    """Open and read through every input.
+
+    Args:
+        split: as `--split` has it; None asks for one where there are several.
+        subset: of a Hub dataset.
+        sizes: slice_bytes and max_line_bytes, as for `plan_source`.
+        say: told how far the work is, where that takes long.
+
+    Returns:
+        plans, with ids that run on from one to the next, and what was left out.
+
+    Raises:
+        UsageError: an input cannot be read, or it is not clear which split is meant.
+    """
+    found, notes = find_inputs(inputs)
+    if subset and not any(one.base is None and is_hub_id(one.name) for one in found):
+        raise UsageError(f"--subset {subset}: names a configuration of a Hub dataset, and no input is one.", "leave it out.")
+    groups = joined(found)
+    chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
+    if split is None:
+        paths = [path for one in found for path in one.paths]
+        sources = [open_source(path, subset=subset) for path in told(paths, say, "Opened")]
+        return plan_sources(list(sources), *sizes, progress=lambda items: told(items, say, "Read")), notes
+    plans: list[SourcePlan] = []
+    for one, files in zip(groups, chosen, strict=True):
+        if files is None:
+            plans.append(plan_source(open_source(one.paths[0], split=split, subset=subset), 0, *sizes))
+            continue
+        indices = sorted({index for some in files.splits.values() for index in some})
+        opened = plan_sources([open_source(one.paths[index]) for index in told(indices, say, "Opened")], *sizes)
+        plans += select_rows(one.name, files, dict(zip(indices, opened, strict=True)))
+    return numbered(plans), notes
+
+
+def numbered(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
+    """Return the plans with example ids that run on from one to the next."""
+    found: list[SourcePlan] = []
+    base_id = 0
+    for plan in plans:
+        found.append(plan.moved(base_id))
+        base_id += plan.records
+    return found
+
+
+def told(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -> Iterator[Item]:
+    """Yield the items, and say every few seconds how many of them are done."""
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= seconds:
+            say(f"{done} {number:,} of {len(items):,} inputs.")
+            last = now
+        yield item
