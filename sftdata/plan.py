@@ -6,9 +6,7 @@ in them depends on how many there are.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,12 @@ from sftdata.encode.engine import Engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import UsageError
 from sftdata.places import Unit
+from sftdata.read import planning
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
+from sftdata.read.planning import Say, grouped, short_names, told
 from sftdata.read.prompts import ALPACA, load_prompt_template
-from sftdata.read.source import Slice, SourcePlan, expand_inputs, open_source, plan_sources
+from sftdata.read.source import Slice, SourcePlan
 from sftdata.render.markers import check_markers
 from sftdata.render.template import TemplateChoice, choose_template
 from sftdata.shardset.manifest import Manifest
@@ -133,8 +133,14 @@ class Plan:
 _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
 
 
-def make_plan(config: PrepareConfig, known: Callable[[ResolvedTokenizer], object] = lambda _: None) -> Plan:
-    """Read the inputs through once and decide everything; `known` is told the tokenizer before that, to get ready meanwhile.
+def make_plan(
+    config: PrepareConfig, known: Callable[[ResolvedTokenizer], object] = lambda _: None, say: Say = lambda _: None
+) -> Plan:
+    """Read the inputs through once and decide everything.
+
+    Args:
+        known: is told the tokenizer before that, to get ready meanwhile.
+        say: is told how far the work is, where there are very many files.
 
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
@@ -142,12 +148,14 @@ def make_plan(config: PrepareConfig, known: Callable[[ResolvedTokenizer], object
     refuse_useless(config)
     tokenizer, notes = choose_tokenizer(config)
     known(tokenizer)
-    sources, left_out = plan_inputs(config)
+    sources, left_out = plan_inputs(config, say)
     formats: list[str] = []
-    for source in sources:
+    said: list[tuple[str, list[str]]] = []
+    for source in told(sources, say, "Looked at the rows of"):
         name, note = decide_format(config, source, tokenizer)
         formats.append(name)
-        notes += [*source.notes, *note]
+        said.append((source.source.path, [*source.notes, *note]))
+    notes += grouped(said)
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
@@ -184,24 +192,6 @@ def decide_format(config: PrepareConfig, source: SourcePlan, tokenizer: Resolved
     return found.format, [f"{path}: {found.format} ({read}), {found.matched} of {found.sampled} sampled rows."]
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Name each source by what tells it from the others, free of the machine's folders.
-
-    >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"]), short_names(["/data/a.jsonl", "/data/a.jsonl"])
-    (['a/train.jsonl', 'b/train.jsonl'], ['a.jsonl', 'a.jsonl#2'])
-    """
-    if len(set(paths)) == 1 or any(Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths):
-        names = [Path(path).name for path in paths]
-    else:
-        common = os.path.commonpath(paths)  # once: it reads all paths
-        names = [os.path.relpath(path, common) for path in paths]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(names):
-        seen[name] += 1
-        names[index] = f"{name}#{seen[name]}" if seen[name] > 1 else name
-    return names
-
-
 def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
     """Say how rows are read; `chat` when a chat template is in use."""
     return FormatOptions(
@@ -217,11 +207,10 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
     )
 
 
-def plan_inputs(config: PrepareConfig) -> tuple[list[SourcePlan], list[str]]:
+def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans and what was left out."""
-    paths, left_out = expand_inputs(config.inputs)
-    sources = [open_source(path, split=config.split, subset=config.subset) for path in paths]
-    return plan_sources(sources, min(PIECE_BYTES, config.slice_bytes), config.max_line_bytes), left_out
+    sizes = min(PIECE_BYTES, config.slice_bytes), config.max_line_bytes
+    return planning.plan_inputs(config.inputs, config.split, config.subset, sizes, say)
 
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:

@@ -54,7 +54,7 @@ def prepare(
         SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
     """
     old = finished_set(config.output, overwrite=config.overwrite)
-    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)))
+    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), say)
     for note in plan.notes:
         say(note)
     return build_set(config, plan, old, workers, progress, say)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from sftdata.errors import UsageError
-from sftdata.read.inputs import Input, find_inputs, is_hub_id, joined
+from sftdata.read.inputs import find_inputs, is_hub_id, joined
 from sftdata.read.selection import select_rows
 from sftdata.read.slices import SourcePlan
 from sftdata.read.source import open_source, plan_source, plan_sources
@@ -15,6 +18,7 @@ from sftdata.read.splits import choose_files
 
 Item = TypeVar("Item")
 Say = Callable[[str], None]
+MANY = 20  # files that are still named one by one
 SECONDS = 10.0  # between two lines on how far the work is
 
 
@@ -43,7 +47,7 @@ def plan_inputs(
     if split is None:
         paths = [path for one in found for path in one.paths]
         sources = [open_source(path, subset=subset) for path in told(paths, say, "Opened")]
-        return plan_sources(list(sources), *sizes, progress=lambda items: told(items, say, "Read")), notes
+        return plan_sources(told(sources, say, "Read"), *sizes), notes
     plans: list[SourcePlan] = []
     for one, files in zip(groups, chosen, strict=True):
         if files is None:
@@ -63,6 +67,43 @@ def numbered(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
         found.append(plan.moved(base_id))
         base_id += plan.records
     return found
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Name each source by what tells it from the others, free of the machine's folders.
+
+    >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"]), short_names(["/data/a.jsonl", "/data/a.jsonl"])
+    (['a/train.jsonl', 'b/train.jsonl'], ['a.jsonl', 'a.jsonl#2'])
+    """
+    if len(set(paths)) == 1 or any(Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths):
+        names = [Path(path).name for path in paths]
+    else:
+        common = os.path.commonpath(paths)  # once: it reads all paths
+        names = [os.path.relpath(path, common) for path in paths]
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        seen[name] += 1
+        names[index] = f"{name}#{seen[name]}" if seen[name] > 1 else name
+    return names
+
+
+def grouped(said: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return what was said of each file; what is true of very many files, once, with the names of a few.
+
+    Args:
+        said: path of each file, and the lines about it, which begin with its path.
+    """
+    lines = [(path, line) for path, about in said for line in about]
+    files: dict[str, list[str]] = {}
+    for path, line in lines:
+        files.setdefault(line.removeprefix(path), []).append(path)
+    found: list[str] = []
+    for rest, paths in files.items():
+        if len(paths) > MANY:
+            found.append(f"{paths[0]} and {len(paths) - 1:,} more files{rest}")
+        else:
+            found += [path + rest for path in paths]
+    return found if len(lines) > MANY else [line for _, line in lines]
 
 
 def told(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -> Iterator[Item]:

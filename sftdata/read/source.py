@@ -5,7 +5,7 @@ names ── expand_inputs ──> paths ── open_source ──> Source ─�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: 
     return make_plan(source, base_id, marks, max_line_bytes)
 
 
-def plan_sources(sources: Sequence[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> list[SourcePlan]:
+def plan_sources(sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> list[SourcePlan]:
     """Plan several sources, with example ids that run on from one to the next."""
     plans: list[SourcePlan] = []
     base_id = 0

@@ -1,7 +1,7 @@
 """Splits: which files are train, validation and test, by their names as the Hub reads them, and which rows of them are meant.
 
-The Hub's rules are those of `datasets.data_files`: names as `train_sft-00000-of-00002.parquet`; else folders called by a split; else
-files called so. `--split` takes what `datasets` takes: `train`, `train+test`, `train[:95%]`, `train[10:20]+test`.
+The Hub's rules are those of `datasets.data_files`: names as `train_sft-00000-of-00002.parquet`; else folders called by a split;
+else files called so. `--split` takes what `datasets` takes: `train`, `train+test`, `train[:95%]`, `train[10:20]+test`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ KEYWORDS = {
 _PARTED = "[-._ 0-9]"  # what may stand around a keyword
 _SHARDED = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
 _FILES = {split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)}){_PARTED}.*") for split, words in KEYWORDS.items()}
-_FOLDERS = {
-    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?") for split, words in KEYWORDS.items()
-}
+_FOLDERS = {split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?") for split, words in KEYWORDS.items()}
 _ADDED = re.compile(r"\s*\+\s*")
 _NAME = re.compile(r"\w+(?:\.\w+)*")
 
@@ -114,7 +112,8 @@ def _refuse_several(found: Input, splits: Mapping[str, Sequence[int]]) -> None:
 def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -> UsageError:
     """Return the error that asks for one of several splits; `mixed` where some files are of none."""
     beside = " beside files of no split" if mixed else ""
-    fix = f"choose with --split, as --split {next(iter(splits))}" + (f" or --split {'+'.join(splits)}" if len(splits) > 1 else "")
+    first = next((split for split in splits if split.startswith("train")), next(iter(splits)))
+    fix = f"choose with --split, as --split {first}" + (f" or --split {'+'.join(splits)}" if len(splits) > 1 else "")
     named = f"the splits {', '.join(splits)}" if len(splits) > 1 else f"the split {', '.join(splits)}"
     return UsageError(f"{name}: holds {named}{beside}.", f"{fix}{', or name the files themselves' if mixed else ''}.")
 

@@ -165,8 +165,12 @@ def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(t
         plan = plan_source(source, 0, 200)
         assert source.container == "saved"
         assert [row for piece in plan.slices for row in read_slice(piece)[0].rows] == expected
-    with pytest.raises(UsageError, match=r"no split 'valid'; found test, train.*--set split="):
+    with pytest.raises(UsageError, match=r"--split valid: .*found test, train.*--split test"):
         plan_source(open_source(str(tmp_path / "both"), split="valid"), 0, 200)
+    with pytest.raises(UsageError, match=r"holds the splits train, test.*--split train"):
+        plan_source(open_source(str(tmp_path / "both")), 0, 200)
+    with pytest.raises(UsageError, match=r"--split test: .*found train"):  # a dataset of one split has that one
+        plan_source(open_source(str(tmp_path / "one"), split="test"), 0, 200)
 
 
 def test_hub_ids_go_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +609,10 @@ def test_folders_and_globs_are_sorted_by_name_and_say_what_they_leave_out(tmp_pa
         (tmp_path / name).write_text("{}")
     paths, notes = expand_inputs([str(tmp_path)])
     assert [Path(path).relative_to(tmp_path).as_posix() for path in paths] == ["a.json.gz", "b.jsonl", "sub/c.csv"]
-    assert [Path(note.split(":")[0]).name for note in notes] == [".hidden.jsonl", "README.md", ".git"]
+    assert [note.removeprefix(str(tmp_path)) for note in notes] == [
+        ": left out (hidden): .hidden.jsonl, sub/.git.",
+        "/README.md: left out (not named as data; name a file itself to read it).",
+    ]
     assert expand_inputs([str(tmp_path / "*.json*")])[0] == [str(tmp_path / "a.json.gz"), str(tmp_path / "b.jsonl")]
     assert expand_inputs([str(tmp_path / "README.md")])[0] == [str(tmp_path / "README.md")]  # named outright: read
 
