@@ -106,7 +106,7 @@ def _read_history(value: Any) -> list[Pair]:
     """Return the earlier (question, answer) pairs."""
     history = from_json(value) or []
     if not isinstance(history, list):
-        raise RowError("bad-history", f"history is {kind_of(history)}; expected pairs.", "write it as [[question, answer], ...].")
+        raise RowError("bad-history", f"history is {kind_of(history)}; expected pairs.", 'write it as [[question, answer], ...].')
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             what = f"history[{index}] is not a pair of strings."
