@@ -97,8 +97,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         files: the other files of the set.
         notes: what was defaulted or guessed, one sentence each.
         software: versions that made the set.
-        blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in + blank_lines` is what the sources hold together. None in
-            sets that were made before this was counted.
+        blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in + blank_lines` is what the
+            sources hold together. None in sets that were made before this was counted.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
