@@ -10,12 +10,14 @@ from typing import Any
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet
 from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
-from sfttrain.attention import NAMES, registered_name
+from sfttrain.attention import registered_name
 from sfttrain.config import TrainConfig
 from sfttrain.loss import Objective, fuse_loss
-from sfttrain.model import describe_model, load_model
-from sfttrain.preflight import Plan
+from sfttrain.model import describe_model, disable_cache, load_model
+from sfttrain.path import Plan
+from sfttrain.rotary import keep_rotary_apart
 from sfttrain.talk import Say
+from sfttrain.terms import share_terms
 from sfttrain.vocabulary import align_special_tokens, fit_vocabulary
 
 
@@ -32,18 +34,34 @@ def make_model(
     elif model.config._attn_implementation != registered_name(plan.attention):
         model.set_attn_implementation(registered_name(plan.attention))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable_cache(inner)
+    _freeze(inner, plan.unreached, say)
+    if plan.restart:
+        keep_rotary_apart(inner)
     unlearnt = fit_vocabulary(inner, sets, config.resize_to_multiple_of, say)
     align_special_tokens(inner, sets)
     if plan.loss is not None and _zero_stage(args) == 3:
         plan = _own_loss(plan, config, "ZeRO-3 keeps the head whole only inside its own module", say)
     if plan.loss is not None:
-        fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor))
+        fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms)
     model = _adapt(config, model, inner, unlearnt, args, say)
     if plan.loss is not None and has_adapted_head(inner):
         plan = _own_loss(plan, config, "adapters on the head", say)
+    if plan.loss is None and plan.terms:
+        share_terms(inner)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("No weight of the model is trained.", "load adapters with is_trainable=True, or set lora.")
     return model, plan
+
+
+def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
+    """Freeze what text never reaches, such as a vision tower: ranks would wait for its gradient."""
+    modules = dict(model.named_modules())
+    found = [name for name in names if name in modules]
+    for name in found:
+        modules[name].requires_grad_(False)
+    if found:
+        say(f"frozen: {', '.join(found)} ({'they get' if len(found) > 1 else 'it gets'} nothing from text)")
 
 
 def _adapt(config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], args: Any, say: Say) -> Any:
@@ -93,9 +111,3 @@ def leave_gpus_idle(args: Any, say: Say) -> None:
     if count > 1:
         args._n_gpu = 1
         say(f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all")
-
-
-def wanted_attention(config: TrainConfig, model: Any) -> str:
-    """A model object keeps the attention it was made with, unless another is asked for."""
-    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return own if config.attention == "auto" and own in NAMES else config.attention

@@ -2,7 +2,7 @@
 
 | name | isolation comes from | needs |
 |---|---|---|
-| `flash_attention_3`, `flash_attention_2` | cumulative lengths | CUDA, 16 bit, the package |
+| `flash_attention_4`, `flash_attention_3`, `flash_attention_2` | cumulative lengths | CUDA, 16 bit, the package |
 | `varlen` | cumulative lengths; PyTorch's own FlashAttention | CUDA, 16 bit |
 | `flex_attention` | block mask from position ids | CUDA |
 | `sdpa`, `eager` | dense mask from position ids | nothing |
@@ -14,6 +14,7 @@ FlashAttention on packed rows.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -28,44 +29,54 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sftdata.errors import UsageError
+from sfttrain.shrink import text_config
+from sfttrain.varlen import stand_in_forward, varlen_forward
 
 VARLEN = "varlen"
-FLATTENED = frozenset({VARLEN, "flash_attention_2", "flash_attention_3"})  # want one row of documents and their lengths
+STAND_IN = "documents"  # takes what the kernels of flattened rows take, in any dtype, on any device
+# Name, and what must be installed for it: distribution, module, major compute capability. As transformers looks for them.
+_PACKAGES = {
+    "flash_attention_4": ("flash-attn-4", "flash_attn", 9),
+    "flash_attention_3": ("flash-attn-3", "flash_attn_interface", 8),
+    "flash_attention_2": ("flash-attn", "flash_attn", 8),
+}
+FLATTENED = frozenset({VARLEN, *_PACKAGES})  # want one row of documents and their lengths
+FLATTENED_DEVICES = {"cuda"}  # where their kernels run
 FORCED = {
     "sdpa:flash": SDPBackend.FLASH_ATTENTION,
     "sdpa:efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa:math": SDPBackend.MATH,
     "sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, "flash_attention_2", "flash_attention_3", *FORCED)
-_BY_SPEED = ("flash_attention_3", "flash_attention_2", VARLEN, "flex_attention", "sdpa", "eager")
-_SUPPORT = {
+_BY_SPEED = (*_PACKAGES, VARLEN, "flex_attention", "sdpa", "eager")
+NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, *_PACKAGES, *FORCED)
+_SUPPORT: dict[str, str] = {
     "sdpa": "_supports_sdpa",
     "flex_attention": "_supports_flex_attn",
-    VARLEN: "_supports_flash_attn",
-    "flash_attention_2": "_supports_flash_attn",
-    "flash_attention_3": "_supports_flash_attn",
+    **dict.fromkeys(FLATTENED, "_supports_flash_attn"),
 }
-_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 class Choice(NamedTuple):
-    """The attention that training uses.
+    """The attention that training uses, unless the proof fails on it.
 
     Attributes:
         name: one of `NAMES`.
         reason: why this one.
         table: a line for each implementation, fastest first: chosen, usable, or what stands against it.
+        others: what to try next where the proof fails, fastest first; none for one that was asked for.
     """
 
     name: str
     reason: str
     table: str
+    others: tuple[str, ...] = ()
 
 
 def register_attention() -> None:
-    """Make `varlen`, for which no mask is built, and the forced kernels of sdpa known to transformers."""
+    """Make `varlen` and its stand-in, for which no mask is built, and the forced kernels of sdpa known to transformers."""
     AttentionInterface.register(VARLEN, varlen_forward)
+    AttentionInterface.register(STAND_IN, stand_in_forward)
     for name, kernel in FORCED.items():
         AttentionInterface.register(registered_name(name), partial(_forced_forward, kernel))
         AttentionMaskInterface.register(registered_name(name), sdpa_mask)
@@ -76,7 +87,7 @@ def registered_name(attention: str) -> str:
     return attention.replace("flash", "fa") if attention in FORCED else attention
 
 
-def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype) -> Choice:
+def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype, own: str | None = None) -> Choice:
     """Choose an implementation.
 
     Args:
@@ -84,6 +95,7 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
         config: the model's transformers config.
         device: device type, "cuda" or "cpu".
         dtype: what attention computes in.
+        own: the one that a model object was made with, which `auto` keeps where it is usable.
 
     Raises:
         UsageError: the one asked for cannot be used here.
@@ -94,7 +106,10 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
     if requested == "auto":
         # Compiled block masks pay off on a GPU only.
         usable = [name for name in _BY_SPEED if not obstacles[name] and (device == "cuda" or name != "flex_attention")]
-        return Choice(usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]))
+        if own in NAMES and own != "auto" and not (obstacles.get(own) or _obstacle(own, config, device, dtype)):
+            others = tuple(name for name in usable if name != own)
+            return Choice(own, "the model object has it", _table(obstacles, own), others)
+        return Choice(usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]), tuple(usable[1:]))
     obstacle = obstacles.get(requested) or _obstacle(requested, config, device, dtype)
     if obstacle:
         raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
@@ -122,21 +137,40 @@ def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
         return _kernel_obstacle(name, config, device, dtype, masked=False)
     if name in ("sdpa", "flex_attention"):
         return ""
-    if device != "cuda":
+    if device not in FLATTENED_DEVICES:
         return f"it needs CUDA and the device is {device}"
-    if name in _PACKAGES:
-        package = _PACKAGES[name]
-        return "" if importlib.util.find_spec(package) else f"package {package} is not installed"
-    return _varlen_obstacle(config.get_text_config(), dtype)
-
-
-def _varlen_obstacle(config: Any, dtype: torch.dtype) -> str:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return "this PyTorch has no torch.nn.attention.varlen"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in 16 bit, not in {dtype}"
-    if getattr(config, "attention_dropout", 0):
+    if name != "flash_attention_2" and getattr(text_config(config), "attention_dropout", False):
         return "it has no attention dropout"
+    return _package_obstacle(name, device) if name in _PACKAGES else _varlen_obstacle(text_config(config))
+
+
+def _package_obstacle(name: str, device: str) -> str:
+    distribution, module, capability = _PACKAGES[name]
+    if not _installed(distribution, module):
+        return f"package {distribution} is not installed"
+    from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
+
+    if name not in FLASH_ATTN_KERNEL_FALLBACK:
+        return "this transformers does not know it"
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < capability:
+        return f"it needs a GPU of compute capability {capability}.0"
+    return ""
+
+
+def _installed(distribution: str, module: str) -> bool:
+    """Ask for both: FlashAttention 2 and 4 share a module, and a module may lie about without its package."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return importlib.util.find_spec(module) is not None
+
+
+def _varlen_obstacle(config: Any) -> str:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this PyTorch has no torch.nn.attention.varlen"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps attention logits"
     width = _head_width(config)
@@ -145,7 +179,7 @@ def _varlen_obstacle(config: Any, dtype: torch.dtype) -> str:
 
 def _kernel_obstacle(name: str, config: Any, device: str, dtype: torch.dtype, masked: bool) -> str:
     """Try a kernel on eight tokens, shaped like this model's."""
-    text = config.get_text_config()
+    text = text_config(config)
     heads, width = text.num_attention_heads, _head_width(text)
     groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
     module = cast(Any, torch.nn.Module())
@@ -176,51 +210,3 @@ def _model_class(config: Any) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-
-
-def varlen_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend inside each document of one flattened row.
-
-    Args:
-        query: float[1, H, T, D].
-        key, value: float[1, H_kv, T, D].
-        scaling: factor on the scores; None for 1 / sqrt(D).
-        sliding_window: how many tokens back, itself included.
-        kwargs: `cu_seq_lens_q` int32[N + 1] and `max_length_q` from the collator.
-
-    Returns:
-        float[1, T, H, D] and no weights.
-
-    Raises:
-        ValueError: without lengths, or asked for what it would have to ignore.
-    """
-    lengths = kwargs.get("cu_seq_lens_q")
-    if lengths is None:
-        raise ValueError("varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate")
-    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if unknown:
-        raise ValueError(f"varlen attention knows no {', '.join(unknown)}")
-    dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
-    q, k, v = (states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value))
-    longest = kwargs["max_length_q"]
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    from torch.nn.attention import varlen
-
-    output = varlen.varlen_attn(
-        q, k, v, lengths, lengths, longest, longest, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return cast(Tensor, output).unsqueeze(0).to(query.dtype), None
-
-
-def _compute_dtype(states: Tensor) -> torch.dtype:
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -105,51 +105,87 @@ class Collator:
     """Turn rows into a batch.
 
     Args:
-        flatten: lay all rows end to end in one row [1, T] with cumulative lengths, as variable-length attention wants;
-            otherwise [B, L], shorter rows padded at the end.
+        flatten: lay all rows end to end in one row [1, T], as variable-length attention wants; otherwise [B, L], shorter rows
+            padded at the end.
+        boundaries: say where documents end by all names that transformers' models know: `seq_idx` for convolutions and state
+            space models, cumulative lengths for linear attention. A flattened batch has the lengths in any case.
+        restart: let positions begin again in the padding, so that it does not lengthen the last document.
     """
 
-    def __init__(self, flatten: bool) -> None:
-        self.flatten = flatten
+    def __init__(self, flatten: bool, boundaries: bool = True, restart: bool = False) -> None:
+        self.flatten, self.boundaries, self.restart = flatten, boundaries, restart
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Return int64 `input_ids`, `labels`, `position_ids`, and when flattened the `cu_seq_lens` of both sides.
+        """Return int64 `input_ids`, `labels`, `position_ids`, and where documents end.
 
-        Where a row has weights, float32 `loss_weights` too, in the shape of the labels.
+        That is int32 `seq_idx` in the shape of the labels, and int32 `cu_seq_lens_q` and `cu_seq_lens_k` with the longest
+        document as `max_length_q` and `max_length_k`, over all rows laid end to end. Where a row has weights, float32
+        `loss_weights` too. Rows that only fill up a batch are left out beside real ones.
         """
-        return _flattened(rows) if self.flatten else _padded(rows)
+        real = [row for row in rows if not _fills(row)] or rows[:1]
+        lengths = [row.seq_lengths.astype(np.int64) for row in real]
+        if not self.flatten:
+            lengths = self._padded_lengths(lengths)
+        batch = _padded(real, lengths) if not self.flatten else _flattened(real, lengths)
+        shape = batch["input_ids"].shape
+        if self.boundaries:
+            batch["seq_idx"] = torch.from_numpy(np.concatenate(_numbers(lengths, self.flatten))).view(shape)
+        return batch | (_cumulative(lengths) if self.boundaries or self.flatten else {})
+
+    def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
+        """Count the tail to the last document, or as one of its own: behind every real token, causal attention cannot see it."""
+        width = max(int(part.sum()) for part in lengths)
+        found = []
+        for part in lengths:
+            tail = width - int(part.sum())
+            if tail and self.restart:
+                part = np.append(part, tail)
+            elif tail:
+                part = np.append(part[:-1], part[-1] + tail)
+            found.append(part)
+        return found
 
 
-def _flattened(rows: Sequence[Row]) -> Batch:
-    lengths = np.concatenate([row.seq_lengths for row in rows])
-    ends = np.cumsum(lengths, dtype=np.int64)
+def _fills(row: Row) -> bool:
+    return len(row.input_ids) == 2 and bool((row.labels == -100).all())
+
+
+def _numbers(lengths: list[Int64], through: bool) -> list[Int32]:
+    """int32 number of the document that each token is in, counted through all rows or anew in each."""
+    if through:
+        lengths = [np.concatenate(lengths)]
+    return [np.repeat(np.arange(len(part), dtype=np.int32), part) for part in lengths]
+
+
+def _cumulative(lengths: list[Int64]) -> Batch:
+    flat = np.concatenate(lengths)
+    ends = torch.from_numpy(np.concatenate([[0], np.cumsum(flat)]).astype(np.int32))
+    longest = int(flat.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
+    flat = np.concatenate(lengths)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    labels[ends - lengths] = -100  # no document is asked for by the end of the one before
+    labels[np.cumsum(flat) - flat] = -100  # no document is asked for by the end of the one before
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(lengths)}
+    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(flat)}
     if rows[0].source is not None:
         columns["source"] = np.concatenate(_sources(rows))
     if _weighted(rows):
         columns["loss_weights"] = np.concatenate(_weights(rows))
-    cumulative, longest = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)), int(lengths.max())
-    documents = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": longest, "max_length_k": longest}
-    return {name: torch.from_numpy(column)[None] for name, column in columns.items()} | documents
+    return {name: torch.from_numpy(column)[None] for name, column in columns.items()}
 
 
-def _padded(rows: Sequence[Row]) -> Batch:
-    width = max(len(row.input_ids) for row in rows)
+def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
+    width = int(lengths[0].sum())
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), -100, np.int64)
-    position_ids = np.empty((len(rows), width), np.int64)
     for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = row.input_ids
-        labels[index, :length] = row.labels
-        # The tail lengthens the last document: behind every real token, causal attention cannot see it.
-        lengths = row.seq_lengths.astype(np.int64)
-        lengths[-1] += width - length
-        position_ids[index] = positions(lengths)
+        input_ids[index, : len(row.input_ids)] = row.input_ids
+        labels[index, : len(row.input_ids)] = row.labels
     labels[:, 0] = -100
+    position_ids = np.stack([positions(part) for part in lengths])
     columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     if rows[0].source is not None:
         columns["source"] = np.stack([np.pad(part, (0, width - len(part))) for part in _sources(rows)])

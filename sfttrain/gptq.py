@@ -12,7 +12,7 @@ from sftdata.errors import UsageError
 from sftdata.paths import local_output
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain.packages import require_package
-from sfttrain.preflight import Say
+from sfttrain.talk import Say
 
 CALIBRATION_ROWS = 256
 GROUP_SIZES = (-1, 32, 64, 128)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from sfttrain.terms import hidden_and_terms
+
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once; products of few rows are slow
 
@@ -248,21 +250,29 @@ def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
     return loss_weights[:, 1:][trained].double().sum()
 
 
-def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN) -> None:
+def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN, terms: bool = False) -> None:
     """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls run the model's own forward.
 
     The loss stays inside `forward`, where DDP and FSDP expect every use of a parameter.
+
+    Args:
+        terms: the model adds terms of its own to the cross entropy, such as a router loss, which training keeps; a call says
+            by `term_share` how much of them counts.
     """
     own_forward = model.forward
 
     def forward(
         self: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, skip_logits: bool = False,
-        loss_weights: Tensor | None = None, **inputs: Any,
+        loss_weights: Tensor | None = None, term_share: Any = 1.0, **inputs: Any,
     ) -> Any:  # fmt: skip
         if labels is None or not skip_logits:
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return own_forward(labels=labels, **extra, **inputs)
-        hidden = self.base_model(**inputs)[0]
+        own_terms = None
+        if terms and self.training:
+            hidden, own_terms = hidden_and_terms(self, own_forward, labels, inputs)
+        else:
+            hidden = self.base_model(**inputs)[0]
         aim = objective if self.training else PLAIN
         loss, correct, supervised, token_losses = supervised_loss(hidden, labels, head_of(self), engine, aim, loss_weights)
         items = num_items_in_batch
@@ -270,6 +280,8 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN)
             items = supervised if loss_weights is None else items_of(labels, loss_weights)
         items = torch.as_tensor(items, device=loss.device)
         mean = loss / torch.where(items > 0, items, 1).to(loss.dtype)
+        if own_terms is not None:
+            mean = mean + own_terms.to(mean) * term_share
         return LossOutput(mean, correct, supervised, token_losses)
 
     model.forward = types.MethodType(forward, model)

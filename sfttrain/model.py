@@ -78,6 +78,14 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
         raise _unusable(source, error, config.trust_remote_code) from None
 
 
+def disable_cache(model: Any) -> None:
+    """Let no part of a model keep keys and values in training: where inner configs differ, theirs is what counts."""
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
 def describe_model(model: Any, config: TrainConfig) -> str:
     """Say what was loaded, with what was defaulted."""
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})

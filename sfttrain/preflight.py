@@ -1,103 +1,54 @@
-"""Everything that can be known before step 1: the set is whole, the vocabulary fits, packing does not leak, a step works."""
+"""What is tried with the model itself before step 1: its checkpoints find room, and a step works."""
 
 from __future__ import annotations
 
 import math
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sftdata.errors import DataError, UsageError
-from sfttrain.attention import FLATTENED, takes_no_mask
-from sfttrain.config import TrainConfig
+from sfttrain import checkpoint
 from sfttrain.data import Batch
-from sfttrain.isolation import Proof, prove
-from sfttrain.talk import Say as Say
+from sfttrain.talk import Say
+
+if TYPE_CHECKING:
+    from sfttrain.trainer import SftTrainer
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What preflight decided.
-
-    Attributes:
-        attention: implementation.
-        flatten: whether batches are one row with cumulative lengths.
-        unpack: whether every document is trained alone.
-        loss: engine of the fused loss, or None for the model's own.
-    """
-
-    attention: str
-    flatten: bool
-    unpack: bool
-    loss: str | None
-
-
-def choose_path(config: TrainConfig, model_config: Any, attention: str, device: str, compute: torch.dtype, say: Say) -> Plan:
-    """Try packing and the chunked loss on the architecture at tiny size, and decide what training may use.
+def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -> None:
+    """Check room on the disk, try one step as training will take it, and say what the run will need.
 
     Raises:
-        UsageError: packing would leak and `packing=require`, or the loss asked for is not this model's.
+        SftError: the disk or the device has too little room, or the loss is no number.
     """
-    flatten = attention in FLATTENED
-    maskless = takes_no_mask(attention, model_config, device, compute)
-    if maskless and config.packing == "require":
-        raise UsageError(f"packing=require: {attention} takes no mask.", "set attention=auto, or packing=auto.")
-    try:
-        proof = prove(model_config, attention, flatten, device, compute, config.trust_remote_code, packed=not maskless)
-    except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
-        return _without_proof(config, attention, error, say)
-    unpack = config.packing == "unpack" or maskless or _falls_back(config, model_config, proof)
-    if maskless:
-        say(f"packing: {attention} takes no mask; every document is trained in a row of its own")
-    elif unpack and config.packing != "unpack":
-        say(f"packing: {_leak_text(model_config, attention, proof)}; every document is trained in a row of its own")
-    elif not unpack:
-        say(f"packing: proven on a tiny {model_config.model_type}: packed = alone within {proof.difference:.1e} ({attention})")
-    # A model with a state between tokens knows no cumulative lengths: give it padded rows.
-    return Plan(attention, flatten and proof.isolated, unpack, _loss_engine(config, model_config, proof, say))
+    args = trainer.args
+    if args.save_strategy != "no" and args.process_index == 0:
+        kept = args.save_total_limit or 2
+        checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(trainer.model))
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        say("trial step: left out, since the model is not sharded yet")
+        return
+    trainer.checkpoint_activations()
+    rows, batch = 1, _trial_batch(trainer)
+    if args.device.type == "cpu":  # where memory is not what a step can lack, one row tells as much as the batch
+        rows = args.train_batch_size
+    cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
+    seconds = try_step(trainer.model, batch, trainer.fused, cast) * rows * args.gradient_accumulation_steps
+    say(f"memory: {describe_memory(trainer.model)}")
+    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
+    say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
 
 
-def _falls_back(config: TrainConfig, model_config: Any, proof: Proof) -> bool:
-    if proof.isolated:
-        return False
-    if config.packing == "require":
-        leak = _leak_text(model_config, "", proof)
-        raise UsageError(f"packing=require: {leak}.", "set packing=auto to train documents one by one.")
-    return True
-
-
-def _leak_text(model_config: Any, attention: str, proof: Proof) -> str:
-    where = f" with {attention}" if attention else ""
-    by = max(proof.difference, proof.leak)
-    return f"{model_config.model_type}{where} leaks between packed documents (logits move by {by:.1e})"
-
-
-def _without_proof(config: TrainConfig, attention: str, error: Exception, say: Say) -> Plan:
-    reason = str(error).split("\n")[0] or type(error).__name__
-    if config.packing == "require":
-        message = f"packing=require: it could not be tried on this architecture ({reason})."
-        raise UsageError(message, "set packing=auto.") from error
-    say(f"packing: could not be tried on this architecture ({reason}); every document is trained in a row of its own")
-    return Plan(attention, False, True, None)
-
-
-def _loss_engine(config: TrainConfig, model_config: Any, proof: Proof, say: Say) -> str | None:
-    if config.loss in ("plain", "liger"):
-        return None
-    if not proof.fuses and config.objective != "nll":
-        reason = f"{model_config.model_type} has a head that does more than the chunked loss knows"
-        raise UsageError(f"objective={config.objective}: {reason}.", "set objective=nll.")
-    if proof.fuses:
-        return "torch" if config.loss == "torch" else "chunked"
-    reason = f"{model_config.model_type}: its head does more than the chunked loss knows"
-    if config.loss != "auto":
-        raise UsageError(f"loss={config.loss}: {reason}.", "set loss=auto.")
-    say(f"loss: the model's own, with full logits ({reason})")
-    return None
+def _trial_batch(trainer: SftTrainer) -> Batch:
+    """Return the first batch, on a CPU its first row."""
+    if trainer.args.device.type == "cpu" and trainer.order is not None:
+        rows: Any = trainer.train_dataset
+        return dict(trainer._prepare_inputs(trainer.data_collator([rows[next(iter(trainer.order))[0]]])))
+    return dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
 
 
 def checkpoint_bytes(model: Any) -> int:
@@ -105,12 +56,6 @@ def checkpoint_bytes(model: Any) -> int:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
-
-
-def first_row(batch: Batch) -> tuple[int, Batch]:
-    """Return how many rows a batch has, and its first one as a batch."""
-    rows = len(batch["input_ids"])
-    return rows, {name: value[:1] if isinstance(value, Tensor) and len(value) == rows else value for name, value in batch.items()}
 
 
 def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager[Any]) -> float:

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from sftdata.errors import UsageError
+from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint
 from sfttrain.custom import custom_rows
 from sfttrain.evaluation import EvalFigures, token_losses_of
-from sfttrain.loss import LossOutput, items_of
+from sfttrain.loss import IGNORE, LossOutput, items_of
 from sfttrain.order import Order
+from sfttrain.path import Plan
 
 
 class SftTrainer(Trainer):
@@ -25,24 +26,35 @@ class SftTrainer(Trainer):
     Args:
         order: batches of this rank; None for a stream, which has its own.
         run: what a checkpoint remembers of the data, see `checkpoint.Seal.run`.
-        fused: whether the model carries the chunked loss.
+        plan: what was decided on loss and attention.
         arguments: what transformers' Trainer takes.
     """
 
-    def __init__(self, *, order: Order | None, run: dict[str, Any], fused: bool, **arguments: Any) -> None:
+    def __init__(self, *, order: Order | None, run: dict[str, Any], plan: Plan, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.order, self.run, self.fused = order, run, fused
+        self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
+        self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # tokens, supervised, correct
         self._clock, self._tokens = time.perf_counter(), 0
         self.remove_callback(PrinterCallback)  # standard output is data; progress.py talks
         if order is not None:
             self.add_callback(_EpochOfOrder(order))
-        if fused:
+        if self.fused:
             self.label_smoother = None  # the chunked loss smooths by itself
         self._evaluated = EvalFigures([], self.args.device)
         self._weighted = bool(getattr(self.train_dataset, "weighted", False))
         if self._weighted:
             self._require_weighted_loss()
+
+    def checkpoint_activations(self) -> None:
+        """Turn activation checkpoints on, where asked for, as transformers does when training begins."""
+        # transformers before 5.19 has older names for the same thing.
+        word = "activation_checkpointing" if hasattr(self.args, "activation_checkpointing") else "gradient_checkpointing"
+        if not getattr(self.args, word):
+            return
+        options = dict(getattr(self.args, f"{word}_kwargs") or {})
+        ours = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": options or None}, **ours)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""
@@ -80,6 +92,8 @@ class SftTrainer(Trainer):
         wants_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
         if self.fused and not wants_logits:
             inputs = {**inputs, "skip_logits": True}
+        if self._terms and model.training:
+            inputs = {**inputs, "term_share": _trains(inputs["labels"]) * self._term_share}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._count(inputs["input_ids"], outputs)
@@ -87,6 +101,9 @@ class SftTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Return what the losses of a step are divided by: of weighted rows the sum of the weights, else transformers' count."""
+        if self._terms:
+            trained = sum((_trains(batch["labels"]) for batch in batch_samples), torch.zeros(())).to(device)
+            self._term_share = 1 / max(1.0, float(self.accelerator.reduce(trained, "sum")))
         if not self._weighted and not any("loss_weights" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
         self._require_weighted_loss()
@@ -119,6 +136,32 @@ class SftTrainer(Trainer):
         output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         output.metrics.update(self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum")))
         return output
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *more: Any, **options: Any) -> None:
+        """Log, evaluate and save as transformers does, unless the run has gone astray since it last did."""
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._require_finite(tr_loss)
+        own: Any = super()._maybe_log_save_evaluate
+        own(tr_loss, *more, **options)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Refuse to go on with a loss, or to save weights, that are no numbers; every rank does.
+
+        Raises:
+            DataError: naming the step, and where to go on from.
+        """
+        astray = ~torch.isfinite(loss).all()
+        if self.control.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there they lie in pieces
+            model: Any = self.model
+            astray |= ~torch.stack([weight.isfinite().all() for weight in model.parameters() if weight.requires_grad]).all()
+        if not self.accelerator.reduce(astray.float(), "sum"):
+            return
+        found = f"step {self.state.global_step}: the loss or the weights are not finite (nan or infinite)"
+        kept = checkpoint.newest_complete(Path(str(self.args.output_dir)))
+        left = f"{kept[0]} is the last good checkpoint" if kept else "no checkpoint was written before"
+        fix = "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; then run into another output folder."
+        raise DataError(f"The run has diverged: {found}; {left}.", fix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens seen, tokens per second and token accuracy to what is logged in training."""
@@ -161,6 +204,11 @@ class SftTrainer(Trainer):
                 checkpoint.seal(folder, self.state.global_step, self.run)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise checkpoint.explain_failed_write(folder, error) from error
+
+
+def _trains(labels: Tensor) -> Tensor:
+    """float32[], 1 where a batch trains anything, 0 where it only fills up a step."""
+    return (labels[:, 1:] != IGNORE).any().float()
 
 
 class _EpochOfOrder(TrainerCallback):

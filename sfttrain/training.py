@@ -11,17 +11,18 @@ import torch
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
-from sfttrain.assemble import leave_gpus_idle, make_model, wanted_attention, whole_weights
+from sfttrain.assemble import leave_gpus_idle, make_model, whole_weights
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.config import TrainConfig, checked_training
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import export
 from sfttrain.hub import push
+from sfttrain.isolation import Surroundings
 from sfttrain.model import computes_in_bf16, load_config
 from sfttrain.order import Order
 from sfttrain.output import RUN_NAME
-from sfttrain.preflight import Plan
+from sfttrain.path import Plan, choose_path
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
 from sfttrain.report import write_report
 from sfttrain.talk import Say, say
@@ -45,7 +46,8 @@ def train_on(
     leave_gpus_idle(args, say)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     with whole_weights(args):
-        plan = _choose_path(config, model_config, model, args.device.type, compute, say)
+        where = Surroundings(args.device.type, compute, *_reach(args, everything, data))
+        plan = _choose_path(config, model_config, model, where, say)
         model, plan = make_model(config, model_config, model, plan, sets, args, say)
     rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
@@ -54,18 +56,18 @@ def train_on(
     trainer = _make_trainer(
         order=order,
         run=run,
-        fused=plan.loss is not None,
+        plan=plan,
         model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(extras.pop("eval_dataset", None)) or None,
-        data_collator=Collator(plan.flatten),
+        data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
         callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress(), *extras.pop("callbacks", ())],
         **extras,
     )
     steps = int(args.max_steps) if order is None else _total_steps(args, order)
     if resumed is None:
-        _check_fit(trainer, compute, steps, say)
+        preflight.check_fit(trainer, compute, steps, say)
     if resumed is not None and resumed[1] >= steps:
         _restore(trainer, resumed[0], say)
     else:
@@ -75,12 +77,20 @@ def train_on(
     return trainer
 
 
-def _choose_path(config: TrainConfig, model_config: Any, model: Any, device: str, compute: torch.dtype, say: Say) -> Plan:
+def _choose_path(config: TrainConfig, model_config: Any, model: Any, where: Surroundings, say: Say) -> Plan:
     """Choose attention, and prove on it what training may use."""
     register_attention()
-    choice = choose_attention(wanted_attention(config, model), model_config, device, compute)
+    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    choice = choose_attention(config.attention, model_config, where.device, where.compute, own)
     say(f"attention: {choice.name} ({choice.reason})\n{choice.table}")
-    return preflight.choose_path(config, model_config, choice.name, device, compute, say)
+    return choose_path(config, model_config, choice, where, say)
+
+
+def _reach(args: Any, sets: list[ShardSet], data: Any) -> tuple[int, int | None]:
+    """Return the rows of the largest batch and the longest row, None where only the data knows."""
+    lengths = [opened.manifest.max_length for opened in sets]
+    known = [length for length in lengths if length is not None]
+    return max(args.train_batch_size, args.eval_batch_size), max(known) if data is None and len(known) == len(lengths) else None
 
 
 def _conclude(config: TrainConfig, args: Any, say: Say) -> None:
@@ -216,26 +226,6 @@ def _find_checkpoint(config: TrainConfig, output: Path, run: dict[str, Any], say
     if newest is not None:
         say(f"resuming from {newest[0]} (step {step})")
     return (newest[0], step) if newest else None
-
-
-def _check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -> None:
-    """Check room on the disk, try one step, and say what the run will take."""
-    args = trainer.args
-    if args.save_strategy != "no" and args.process_index == 0:
-        kept = args.save_total_limit or 2
-        checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * preflight.checkpoint_bytes(trainer.model))
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        say("trial step: left out, since the model is not sharded yet")
-        return
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    rows = 1
-    if args.device.type == "cpu":  # where memory is not what a step can lack, one row tells as much as the batch
-        rows, batch = preflight.first_row(batch)
-    cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
-    seconds = preflight.try_step(trainer.model, batch, trainer.fused, cast) * rows * args.gradient_accumulation_steps
-    say(f"memory: {preflight.describe_memory(trainer.model)}")
-    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
-    say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
 
 
 def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:

@@ -339,7 +339,7 @@ def test_a_forced_kernel_that_takes_no_mask_is_given_none(
     shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As FlashAttention on a GPU: every document then has a row of its own."""
-    monkeypatch.setattr("sfttrain.preflight.takes_no_mask", lambda *_: True)
+    monkeypatch.setattr("sfttrain.path.takes_no_mask", lambda *_: True)
     masks, real = [], torch.nn.functional.scaled_dot_product_attention
 
     def look(*inputs: Any, **options: Any) -> Any:

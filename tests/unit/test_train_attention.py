@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from importlib.machinery import ModuleSpec
@@ -12,23 +13,32 @@ import torch
 from transformers import AutoConfig
 
 from sftdata.errors import UsageError
-from sfttrain.attention import FORCED, Choice, choose_attention, takes_no_mask, varlen_forward
+from sfttrain.attention import FORCED, Choice, choose_attention, takes_no_mask
+from sfttrain.varlen import stand_in_forward, varlen_forward
+from tests.varlen_signatures import SIGNATURES
 
 
 @pytest.fixture(autouse=True)
 def _no_flash_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, set())
+    _install(monkeypatch, {})
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, packages: set[str]) -> None:
-    own = importlib.util.find_spec
+def _install(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str]) -> None:
+    """Let these distributions be there, each with its module."""
+    find, version = importlib.util.find_spec, importlib.metadata.version
 
-    def find(name: str, package: str | None = None) -> ModuleSpec | None:
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
         if name.startswith("flash_attn"):
-            return ModuleSpec(name, None) if name in packages else None
-        return own(name, package)
+            return ModuleSpec(name, None) if name in packages.values() else None
+        return find(name, package)
 
-    monkeypatch.setattr(importlib.util, "find_spec", find)
+    def find_version(name: str) -> str:
+        if name.startswith("flash-attn") and name not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "4.0" if name in packages else version(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
 
 
 def _choose(
@@ -47,15 +57,34 @@ def test_a_cpu_takes_sdpa_and_eager_where_logits_are_capped() -> None:
 def test_a_gpu_takes_pytorch_s_own_varlen_when_nothing_is_installed() -> None:
     choice = _choose("qwen2")
     assert choice.name == "varlen"
-    assert "flash_attn_interface is not installed" in choice.table
+    assert "package flash-attn-3 is not installed" in choice.table
+    assert choice.others == ("flex_attention", "sdpa", "eager")
 
 
 @pytest.mark.feature("attention")
 def test_an_installed_flash_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, {"flash_attn"})
-    assert _choose("qwen2")[0] == "flash_attention_2"
-    _install(monkeypatch, {"flash_attn", "flash_attn_interface"})
-    assert _choose("qwen2")[0] == "flash_attention_3"
+    two, three, four = {"flash-attn": "flash_attn"}, {"flash-attn-3": "flash_attn_interface"}, {"flash-attn-4": "flash_attn"}
+    for packages, best in ((two, 2), (two | three, 3), (two | three | four, 4), (four, 4)):
+        with monkeypatch.context() as patch:
+            _install(patch, packages)
+            choice = _choose("qwen2")
+            assert choice.name == f"flash_attention_{best}"
+            assert "varlen" in choice.others
+
+
+def test_a_module_of_another_package_is_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 2 and 4 share a module."""
+    _install(monkeypatch, {"flash-attn-4": "flash_attn"})
+    assert "package flash-attn is not installed" in _choose("qwen2").table
+
+
+def test_a_model_object_keeps_its_attention_where_that_is_usable() -> None:
+    config = AutoConfig.for_model("qwen2")
+    choice = choose_attention("auto", config, "cuda", torch.bfloat16, "sdpa")
+    assert (choice.name, choice.reason) == ("sdpa", "the model object has it")
+    assert choice.others == ("varlen", "flex_attention", "eager")
+    assert choose_attention("auto", config, "cuda", torch.bfloat16, "flash_attention_2").name == "varlen"
+    assert choose_attention("eager", config, "cuda", torch.bfloat16, "sdpa").name == "eager"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +105,7 @@ def test_capped_logits_keep_varlen_and_sdpa_out() -> None:
 def test_a_table_says_of_every_implementation_what_came_of_it() -> None:
     lines = [line.split(maxsplit=1) for line in _choose("qwen2").table.splitlines()]
     assert [name for name, _ in lines] == [
-        "flash_attention_3", "flash_attention_2", "varlen", "flex_attention", "sdpa", "eager",
+        "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "flex_attention", "sdpa", "eager",
     ]  # fmt: skip
     assert [name for name, verdict in lines if verdict == "chosen"] == ["varlen"]
     assert [name for name, verdict in lines if verdict == "usable"] == ["flex_attention", "sdpa", "eager"]
@@ -114,4 +143,49 @@ def test_varlen_without_lengths_refuses_rather_than_mixes_documents() -> None:
 def test_varlen_refuses_what_it_would_ignore() -> None:
     states = torch.randn(1, 2, 6, 8)
     with pytest.raises(ValueError, match="softcap"):
-        varlen_forward(torch.nn.Module(), states, states, states, None, softcap=30.0, cu_seq_lens_q=torch.tensor([0, 6]))
+        varlen_forward(torch.nn.Module(), states, states, states, None, softcap=30.0, **_lengths([0, 6]))
+
+
+@pytest.mark.feature("attention")
+@pytest.mark.parametrize("release", list(SIGNATURES))
+@pytest.mark.parametrize("window", [None, 4, 40])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_varlen_is_called_by_the_signature_that_is_there(
+    release: str, window: int | None, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", SIGNATURES[release])
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 14, 16).bfloat16() for heads in (4, 2, 2))
+    lengths = _lengths([0, 9, 14])
+    if release == "2.10" and window == 4:
+        with pytest.raises(ValueError, match="has no window"):
+            varlen_forward(torch.nn.Module(), query, key, value, None, scale, window, **lengths)
+        return
+    found, _ = varlen_forward(torch.nn.Module(), query, key, value, None, scale, window, **lengths)
+    wanted = [
+        _plain(*(states[0, :, part].float() for states in (query, key, value)), scale, window)
+        for part in (slice(9), slice(9, 14))
+    ]
+    torch.testing.assert_close(found[0].float(), torch.cat(wanted), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_stand_in_of_the_proof_does_what_the_kernels_do(window: int | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 14, 16) for heads in (4, 2, 2))
+    found, _ = stand_in_forward(torch.nn.Module(), query, key, value, None, 0.2, window, **_lengths([0, 9, 14]))
+    wanted = [_plain(*(states[0, :, part] for states in (query, key, value)), 0.2, window) for part in (slice(9), slice(9, 14))]
+    torch.testing.assert_close(found[0], torch.cat(wanted))
+
+
+def _lengths(starts: list[int]) -> dict[str, Any]:
+    ends = torch.tensor(starts, dtype=torch.int32)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": int(ends.diff().max())}
+
+
+def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
+    """One document, [H, T, D] to [T, H, D], by PyTorch's own attention."""
+    row, column = torch.arange(query.shape[1])[:, None], torch.arange(query.shape[1])
+    seen = (column <= row) if window is None else (column <= row) & (row - column < window)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query[None], key[None], value[None], seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
