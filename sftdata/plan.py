@@ -21,6 +21,7 @@ from sftdata.places import Unit
 from sftdata.read import planning
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
+from sftdata.read.formatter import formatter_sha256, load_formatter
 from sftdata.read.planning import Say, grouped, short_names, told
 from sftdata.read.prompts import ALPACA, load_prompt_template
 from sftdata.read.source import Slice, SourcePlan
@@ -120,6 +121,7 @@ class Plan:
             "tokenizer_sha256": self.job.tokenizer.sha256,
             "chat_template_text": self.job.tokenizer.chat_template,
             "prompt_template_text": self.job.options.template.text,
+            **({"formatter_sha256": code} if (code := self.job.options.formatter_sha256) else {}),
         }
 
     def difference(self, manifest: Manifest) -> list[str]:
@@ -201,6 +203,7 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
         template=load_prompt_template(config.prompt_template) if config.prompt_template else ALPACA,
         need_assistant=config.train_on != "all",
         formatter=config.formatter,
+        formatter_sha256=formatter_sha256(config.formatter) if config.formatter else None,
         loss_weights=config.loss_weights,
         labels_judge=config.format is None,
     )
@@ -270,11 +273,13 @@ def _size(source: SourcePlan, piece: Slice) -> int:
 
 
 def refuse_useless(config: PrepareConfig) -> None:
-    """Refuse settings that contradict each other.
+    """Refuse settings that contradict each other, or name code that cannot be run.
 
     Raises:
         UsageError: naming both.
     """
+    if config.formatter is not None:
+        load_formatter(config.formatter, formatter_sha256(config.formatter))
     if config.mask_mode != "default" and config.response_template is None:
         raise UsageError(
             f"--mask-mode {config.mask_mode} masks by response template, and none is given.", "--response-template '...'"

@@ -74,7 +74,7 @@ class _Converter:
     def __init__(self, format_name: str, options: FormatOptions) -> None:
         self.format = FORMATS.get(format_name)
         self.options = options
-        self.formatter = load_formatter(options.formatter) if options.formatter else None
+        self.formatter = load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None
         if self.format is None and self.formatter is None:
             raise UsageError(f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}.")
         self._names: dict[tuple[str, ...], dict[str, str]] = {}

@@ -26,6 +26,7 @@ class FormatOptions:
         template: lays out instruction-like rows that do not become conversations.
         need_assistant: False lets a conversation without an assistant message through (everything is trained).
         formatter: `module:function` that turns a row into one of a known format.
+        formatter_sha256: hash of its code, where it has a file.
         loss_weights: messages may have weights other than 0 and 1.
         labels_judge: a label that is false says that the answer is not wanted.
     """
@@ -37,6 +38,7 @@ class FormatOptions:
     template: PromptTemplate = ALPACA
     need_assistant: bool = True
     formatter: str | None = None
+    formatter_sha256: str | None = None
     loss_weights: bool = False
     labels_judge: bool = True
 

@@ -6,12 +6,14 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sftdata.errors import UsageError
+from sftdata.errors import DataError, UsageError
+from sftdata.read.code import code_sha256, read_code, run_code
 
 Formatter = Callable[[Any], Any]
 
@@ -40,14 +42,28 @@ def name_formatter(formatter: str | Formatter | None) -> tuple[str | None, bool]
     return spec, True
 
 
+def formatter_sha256(spec: str) -> str | None:
+    """Return the hash of a formatter's code as it lies on disk; None where it has no source, or its name holds the hash.
+
+    Raises:
+        UsageError: there is no such module, or a package on the way to it fails.
+    """
+    sources = {} if spec in _given else _read(spec)
+    return code_sha256(sources) if sources else None
+
+
 @lru_cache(maxsize=8)
-def load_formatter(spec: str) -> Formatter:
+def load_formatter(spec: str, sha256: str | None = None) -> Formatter:
     """Return the function of that name; modules in the current directory are found too.
+
+    Args:
+        sha256: of `formatter_sha256`, what the code must be.
 
     Raises:
         UsageError: no such module or function, or the module fails to import.
+        DataError: the code is another.
     """
-    function = _given.get(spec) or _import(spec)
+    function = _given.get(spec) or _import(spec, sha256)
     return _row_by_row(spec, function) if getattr(function, "takes_columns", False) else function
 
 
@@ -63,20 +79,39 @@ def _row_by_row(spec: str, function: Formatter) -> Formatter:
     return formatter
 
 
-def _import(spec: str) -> Formatter:
+def _read(spec: str) -> dict[str, bytes]:
+    """Return the sources of a formatter's module."""
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"--formatter {spec}: expected module:function.", "write it as --formatter my_rows:to_messages.")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        what = f"--formatter {spec}: {module_name} cannot be imported ({type(error).__name__}: {error})."
-        raise UsageError(what, f"run from the folder that holds {module_name}.py, or install it.") from None
+    importlib.invalidate_caches()  # it may have been written within the second
+    with _told(spec):
+        return read_code(module_name)
+
+
+def _import(spec: str, sha256: str | None) -> Formatter:
+    module_name, _, function_name = spec.partition(":")
+    sources = _read(spec)
+    with _told(spec):
+        module = run_code(module_name, sources) if module_name in sources else importlib.import_module(module_name)
+    if sha256 is not None and {code_sha256(sources), code_sha256(_read(spec))} != {sha256}:
+        what = f"--formatter {spec}: its code changed while it was in use; no set is made with two versions."
+        raise DataError(what, "run the same command again.")
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(f"--formatter {spec}: {module_name} has no function {function_name!r}.", "check the name.")
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _told(spec: str) -> Iterator[None]:
+    """Turn whatever the user's module raises into one line."""
+    module_name = spec.partition(":")[0]
+    try:
+        yield
+    except Exception as error:
+        what = f"--formatter {spec}: {module_name} cannot be imported ({type(error).__name__}: {error})."
+        raise UsageError(what, f"run from the folder that holds {module_name}.py, or install it.") from None
