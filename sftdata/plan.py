@@ -13,23 +13,19 @@ from typing import Any
 
 import msgspec
 
+from sftdata.acting import refuse_idle, refuse_useless
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import Engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
-from sftdata.errors import UsageError
+from sftdata.looks import Look, format_options, look_at
 from sftdata.places import Unit
 from sftdata.read import planning
-from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
-from sftdata.read.formatter import formatter_sha256, load_formatter
 from sftdata.read.planning import Say, grouped, short_names, told
-from sftdata.read.prompts import ALPACA, load_prompt_template
 from sftdata.read.source import Slice, SourcePlan
-from sftdata.render.markers import check_markers
 from sftdata.render.template import TemplateChoice, choose_template
 from sftdata.shardset.manifest import Manifest
 
-CHATS = ("messages", "sharegpt", "xtuner")
 PIECE_BYTES = 1 << 20
 TASKS_WANTED = 16
 
@@ -152,11 +148,13 @@ def make_plan(
     sources, left_out = plan_inputs(config, say)
     formats: list[str] = []
     said: list[tuple[str, list[str]]] = []
+    looks: list[Look] = []
     for source in told(sources, say, "Looked at the rows of"):
-        name, note = decide_format(config, source, tokenizer)
+        name, look, note = look_at(config, source, tokenizer)
         formats.append(name)
+        looks += [look] if look is not None else []
         said.append((source.source.path, [*source.notes, *note]))
-    notes += grouped(said)
+    notes += [*grouped(said), *refuse_idle(config, looks, tokenizer)]
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
@@ -172,41 +170,6 @@ def make_plan(
         engine="tokenizers",
     )
     return Plan(job, cut_tasks(sources, config.slice_bytes), tuple(sources), (*left_out, *notes))
-
-
-def decide_format(config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer) -> tuple[str, list[str]]:
-    """Return the row format of one source and how that was found; several inputs may differ.
-
-    Raises:
-        UsageError: the format is not clear, or needs a chat template that the tokenizer lacks.
-    """
-    path = source.source.path
-    if config.formatter is not None or not source.records:
-        return config.format or "text", []  # the formatter says what each row is
-    found = detect([source], format=config.format, columns=config.map)
-    if found.format in CHATS and tokenizer.chat_template is None:
-        raise UsageError(
-            f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
-            "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
-        )
-    read = ", ".join(own if own == name else f"{own or 'the line'} as {name}" for name, own in found.columns.items())
-    return found.format, [f"{path}: {found.format} ({read}), {found.matched} of {found.sampled} sampled rows."]
-
-
-def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
-    """Say how rows are read; `chat` when a chat template is in use."""
-    return FormatOptions(
-        columns=config.map,
-        roles=config.map_role,
-        kind=config.kind,
-        chat=chat,
-        template=load_prompt_template(config.prompt_template) if config.prompt_template else ALPACA,
-        need_assistant=config.train_on != "all",
-        formatter=config.formatter,
-        formatter_sha256=formatter_sha256(config.formatter) if config.formatter else None,
-        loss_weights=config.loss_weights,
-        labels_judge=config.format is None,
-    )
 
 
 def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
@@ -270,23 +233,3 @@ def _size(source: SourcePlan, piece: Slice) -> int:
     if source.source.container in ("parquet", "arrow", "saved", "hub"):
         return (piece.stop - piece.start) * max(source.raw_bytes, source.records) // max(source.records, 1)
     return piece.stop - piece.start  # bytes of the decompressed stream
-
-
-def refuse_useless(config: PrepareConfig) -> None:
-    """Refuse settings that contradict each other, or name code that cannot be run.
-
-    Raises:
-        UsageError: naming both.
-    """
-    if config.formatter is not None:
-        load_formatter(config.formatter, formatter_sha256(config.formatter))
-    if config.mask_mode != "default" and config.response_template is None:
-        raise UsageError(
-            f"--mask-mode {config.mask_mode} masks by response template, and none is given.", "--response-template '...'"
-        )
-    if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
-        raise UsageError("--loss-weights weighs turns; --train-on all and --response-template train no turns.", "leave one out.")
-    if config.response_template is not None:
-        check_markers(config.response_template, config.instruction_template)
-    elif config.instruction_template is not None:
-        raise UsageError("--instruction-template without --response-template trains nothing.", "give both.")

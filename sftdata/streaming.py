@@ -16,14 +16,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sftdata.acting import refuse_idle, refuse_useless
 from sftdata.batches import Float32, Int32, RowBatch, TokenBatch
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine
 from sftdata.encode.length import limit_length
 from sftdata.errors import DataError, UsageError
+from sftdata.looks import format_options, look_at
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import tokenize
-from sftdata.plan import Job, choose_tokenizer, decide_format, format_options, refuse_useless
+from sftdata.plan import Job, choose_tokenizer
 from sftdata.read.convert import convert_rows
 from sftdata.read.source import open_source, plan_sources
 from sftdata.stages import Stages
@@ -103,7 +105,8 @@ class Stream(Iterable[StreamedRow]):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "stream.jsonl"
                 path.write_bytes(b"\n".join(map(_as_line, sample)) + b"\n")
-                name, _ = decide_format(config, plan_sources([open_source(str(path))], 1 << 30)[0], tokenizer)
+                name, look, _ = look_at(config, plan_sources([open_source(str(path))], 1 << 30)[0], tokenizer)
+                refuse_idle(config, [look] if look else [], tokenizer)
         options = format_options(config, chat=tokenizer.chat_template is not None)
         engine, _ = choose_engine(tokenizer, config.engine, worth_it=False)
         return Stages(Job(config, tokenizer, (name,), options, {"stream": 0}, engine))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sftdata.errors import UsageError
@@ -35,6 +35,7 @@ class Detection:
         sampled, matched, total: rows looked at, rows of that format among them, records of the input.
         alternatives: what the other sampled rows are, and how many.
         sources: path, container and compression of each source.
+        rows: the sampled rows of that format, the user's columns under their canonical names.
     """
 
     format: str
@@ -45,18 +46,21 @@ class Detection:
     total: int
     alternatives: tuple[tuple[str, int], ...]
     sources: tuple[dict[str, str], ...]
+    rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
+        """Return plain JSON data, the rows aside."""
         alternatives = [{"reading": name, "rows": rows} for name, rows in self.alternatives]
-        return asdict(self) | {"evidence": list(self.evidence), "alternatives": alternatives, "sources": list(self.sources)}
+        own = asdict(replace(self, rows=()))
+        del own["rows"]
+        return own | {"evidence": list(self.evidence), "alternatives": alternatives, "sources": list(self.sources)}
 
 
 @dataclass(slots=True)
 class _Verdicts:
     """The sampled rows by what they are."""
 
-    readings: dict[tuple[Reading, ...], int] = field(default_factory=dict)
+    readings: dict[tuple[Reading, ...], list[dict[str, Any]]] = field(default_factory=dict)
     misses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     strangers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -69,7 +73,7 @@ class _Verdicts:
         elif not named and is_unanswered_preference(row):
             self.misses.setdefault(PREFERENCE.name, []).append(row)
         elif readings:
-            self.readings[readings] = self.readings.get(readings, 0) + 1
+            self.readings.setdefault(readings, []).append(row)
         elif miss := next((miss for miss in NEAR_MISSES.values() if miss.fits(row)), None):
             self.misses.setdefault(miss.name, []).append(row)
         else:
@@ -79,7 +83,7 @@ class _Verdicts:
         """Return rows per verdict; rows with several readings count under all their names at once."""
         counts: Counter[str] = Counter()
         for readings, rows in self.readings.items():
-            counts[name_of(readings)] += rows
+            counts[name_of(readings)] += len(rows)
         counts.update({name: len(rows) for name, rows in self.misses.items()})
         counts.update({"no known format": len(self.strangers)} if self.strangers else {})
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
@@ -152,9 +156,11 @@ def _settle(
 ) -> Detection:
     """Return the detection of a format that most rows have."""
     found: Counter[tuple[str, str]] = Counter()
+    kept: list[dict[str, Any]] = []
     for readings, rows in verdicts.readings.items():
         if name_of(readings) == winner:
-            found.update(dict.fromkeys(readings[0][1], rows))
+            found.update(dict.fromkeys(readings[0][1], len(rows)))
+            kept += rows
     order = [column.name for column in FORMATS[winner].columns]
     shown = sorted(found.items(), key=lambda item: (order.index(item[0][0]), -item[1], item[0][1]))
     columns: dict[str, str] = {}
@@ -169,7 +175,7 @@ def _settle(
     sources = tuple(
         {"path": plan.source.path, "container": plan.source.container, "compression": plan.source.compression} for plan in plans
     )
-    return Detection(winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources)
+    return Detection(winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources, tuple(kept))
 
 
 def _refuse(

@@ -107,6 +107,17 @@ def control_tokens(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(CONTROL_SHAPE.findall(text)))
 
 
+def variables_of(text: str) -> frozenset[str]:
+    """Return the names that a template reads and does not set: its arguments, and the clock.
+
+    >>> sorted(variables_of("{% set a = b %}{{ a }}{{ strftime_now('%Y') }}"))
+    ['b', 'strftime_now']
+    """
+    tree = make_environment("2025-01-01", BoundedEnvironment).parse(text)
+    read = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "load"}
+    return frozenset(jinja2.meta.find_undeclared_variables(tree) | (read & {"strftime_now"}))
+
+
 class TemplateRefusal(Exception):
     """The template would not render this conversation (its own raise_exception, or an error inside it)."""
 

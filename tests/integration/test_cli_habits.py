@@ -120,13 +120,13 @@ def test_completion_can_be_shown_for_the_shell() -> None:
 
 
 def test_init_writes_a_file_that_prepare_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", CHATS, "-t", TOKENIZER, "-o", "set", "--max-length", "256", "--map-role", "bot=assistant"]) == 0
+    assert main(["init", CHATS, "-t", TOKENIZER, "-o", "set", "--max-length", "256", "--map-role", "user=user"]) == 0
     text = Path("sft.yaml").read_text(encoding="utf-8")
     assert set(re.findall(r"^#? ?(\w+):", text, re.MULTILINE)) >= set(PrepareConfig.model_fields)
     assert "40 of 40 sampled rows" in text
     assert main(["prepare", "sft.yaml"]) == 0
     manifest = json.loads(Path("set/manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["settings"]["max_length"], manifest["settings"]["map_role"]) == (256, {"bot": "assistant"})
+    assert (manifest["settings"]["max_length"], manifest["settings"]["map_role"]) == (256, {"user": "user"})
 
 
 def test_init_says_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
