@@ -28,17 +28,21 @@ def refuse_useless(config: PrepareConfig) -> None:
     Raises:
         UsageError: naming both.
     """
-    if config.formatter is not None:
-        load_formatter(config.formatter, formatter_sha256(config.formatter))
     _refuse_markers(config)
     if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
         raise UsageError("--loss-weights weighs turns; --train-on all and --response-template train no turns.", "leave one out.")
-    if config.formatter is not None and (config.format is not None or config.map):
-        flag = "--format" if config.format is not None else "--map"
-        raise UsageError(f"{flag} beside --formatter: the function says what each row is.", f"leave {flag} out.")
+    if config.formatter is not None:
+        _check_formatter(config, config.formatter)
     _refuse_useless_lengths(config)
     if config.revision is not None and Path(config.tokenizer).exists():
         raise UsageError(f"--revision {config.revision}: {config.tokenizer} is a local tokenizer.", "leave --revision out.")
+
+
+def _check_formatter(config: PrepareConfig, formatter: str) -> None:
+    if config.format is not None or config.map:
+        flag = "--format" if config.format is not None else "--map"
+        raise UsageError(f"{flag} beside --formatter: the function says what each row is.", f"leave {flag} out.")
+    load_formatter(formatter, formatter_sha256(formatter))
 
 
 def _refuse_useless_lengths(config: PrepareConfig) -> None:
