@@ -209,7 +209,17 @@ def training_fields() -> dict[str, str]:
     """Return the fields of TrainingArguments and their types, as text."""
     from transformers import TrainingArguments
 
-    return {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+    known = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+    return {name: known[old] for old, name in _RENAMED.items() if old in known} | known
+
+
+def named_as_installed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of TrainingArguments by the names of the installed transformers, which may be older than ours."""
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    older = {name: old for old, name in _RENAMED.items()}
+    return {name if name in known else older.get(name, name): value for name, value in settings.items()}
 
 
 def adapter_base(folder: Path) -> str:

@@ -48,13 +48,15 @@ class SftTrainer(Trainer):
 
     def checkpoint_activations(self) -> None:
         """Turn activation checkpoints on, where asked for, as transformers does when training begins."""
-        # transformers before 5.19 has older names for the same thing.
-        word = "activation_checkpointing" if hasattr(self.args, "activation_checkpointing") else "gradient_checkpointing"
-        if not getattr(self.args, word):
+        if not self.args.activation_checkpointing:
             return
-        options = dict(getattr(self.args, f"{word}_kwargs") or {})
+        options = dict(cast(Any, self.args.activation_checkpointing_kwargs) or {})
         ours = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        getattr(self.model, f"{word}_enable")(**{f"{word}_kwargs": options or None}, **ours)
+        model: Any = self.model
+        # Newer transformers and older ones, and models such as peft's that have only the older name.
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{word}_checkpointing_enable")
+        enable(**{f"{word}_checkpointing_kwargs": options or None}, **ours)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""

@@ -13,7 +13,7 @@ from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.assemble import leave_gpus_idle, make_model, whole_weights
 from sfttrain.attention import choose_attention, register_attention
-from sfttrain.config import TrainConfig, checked_training
+from sfttrain.config import TrainConfig, checked_training, named_as_installed
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import export
@@ -128,10 +128,17 @@ def training_arguments(config: TrainConfig) -> Any:
     if settings.get("save_total_limit") == 1:
         raise UsageError("save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more.")
     try:
-        return TrainingArguments(**settings)
+        args = TrainingArguments(**named_as_installed(settings))
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
+    if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
+        old: Any = args
+        old.activation_checkpointing, old.activation_checkpointing_kwargs = (
+            old.gradient_checkpointing,
+            old.gradient_checkpointing_kwargs,
+        )
+    return args
 
 
 def effective_settings(config: TrainConfig, args: Any) -> dict[str, Any]:
