@@ -78,10 +78,14 @@ class ExactEncoder:
         return Located(located.ids, lengths[located.starts], lengths[located.ends])
 
     def _sections(self, text: str, literal: list[tuple[int, int]], at_start: bool, reach: bool) -> Located:
-        found = self._one(self._joint, _masked(text, literal), reach=True)
+        masked = _masked(text, literal)
+        found = self._one(self._joint, masked, reach=True)
         parts, position = [], 0
         for index in np.flatnonzero(np.isin(found.ids, list(self._added))).tolist():
             start, stop = int(found.starts[index]), int(found.ends[index])
+            token = self._added[int(found.ids[index])]
+            if not token.normalized and token.content not in masked[start:stop]:
+                continue  # the model's own: what it writes for text that it does not know
             parts.append(self._stretch(text[position:start], position, at_start, reach))
             parts.append(self._added_token(int(found.ids[index]), text, start, stop, reach))
             position = stop

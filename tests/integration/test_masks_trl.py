@@ -34,6 +34,7 @@ from tests.oracles.char_masks import Format, fixed_clock, trained_spans
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 PAIRS = sorted(path.stem.removesuffix("_training") for path in FOLDER.glob("*_training.jinja"))
 TOKENIZERS = ["qwen2.5-instruct", "llama-3.2-instruct", "gpt2"]
+MADE = ["made-bytes", "made-turns"]
 # What the model's own configuration tells beyond the template.
 TOLD = {"cohere2": ["<|END_OF_TURN_TOKEN|>"], "diffusion_gemma": ["<turn|>", "<|tool_response>"]}
 STOPS = {
@@ -43,7 +44,7 @@ STOPS = {
     "llama3": "<|eot_id|>", "muse_glimmer": "<|eot|>", "phi3": "<|end|>", "phi3_5": "<|end|>",
 }  # fmt: skip
 # transformers ends a block at the first token of its last character; where that takes several, the others are left untrained.
-SHORT_IN_TRL = {("diffusion_gemma", "edges"): "👦"}
+SHORT_IN_TRL = {("diffusion_gemma", "edges", "real"): "👦", ("diffusion_gemma", "edges", "made"): "²\ufffd\ufffd\ufffd"}
 IMAGE_MODELS = {"idefics3", "llava_next", "smolvlm"}  # these templates take lists of parts only
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of trl and accelerate
@@ -68,10 +69,11 @@ def _reference(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(_encoder(folder).resolved.folder)
 
 
-def _folder(shared_data: Path, pair: str) -> Path:
+def _folder(home: Path, pair: str) -> Path:
     """Choose a tokenizer: one that has a BOS token where the template asks for it, else by turns."""
-    name = "llama-3.2-instruct" if "bos_token" in _source(pair) else TOKENIZERS[PAIRS.index(pair) % len(TOKENIZERS)]
-    return shared_data / "tokenizers" / name
+    made = (home / "tokenizers" / MADE[0]).is_dir()
+    with_bos, names = ("made-turns", MADE) if made else ("llama-3.2-instruct", TOKENIZERS)
+    return home / "tokenizers" / (with_bos if "bos_token" in _source(pair) else names[PAIRS.index(pair) % len(names)])
 
 
 def _rows(chats: dict[str, Chat]) -> list[Conversation]:
@@ -116,17 +118,19 @@ def _theirs(source: str, tokenizer: Any, chats: dict[str, Chat], folder: Path) -
     return labelled
 
 
+@pytest.mark.parametrize("name", ["made", "real"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, shared_data: Path, tmp_path: Path) -> None:
-    folder = _folder(shared_data, pair)
+def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, name: str, home: Path, tmp_path: Path) -> None:
+    folder = _folder(home, pair)
     encoder = _encoder(folder)
     ours = _ours(_finder(_source(f"{pair}_training"), encoder), encoder, CHATS, "merge")
     theirs = _theirs(_source(f"{pair}_training"), _reference(folder), CHATS, tmp_path)
     for title, (ids, labels) in ours.items():
-        if (pair, title) in SHORT_IN_TRL:
+        if (pair, title, name) in SHORT_IN_TRL:
             assert theirs[title][0] == ids
             missed = [at for at, (label, other) in enumerate(zip(labels, theirs[title][1], strict=True)) if label != other]
-            assert _reference(folder).decode([ids[missed[0] - 1], *(labels[at] for at in missed)]) == SHORT_IN_TRL[pair, title]
+            short = _reference(folder).decode([ids[missed[0] - 1], *(labels[at] for at in missed)])
+            assert short == SHORT_IN_TRL[pair, title, name]
         elif title in theirs:
             assert (ids, labels) == theirs[title], title
         else:  # nothing to train, which TRL does not survive
@@ -134,9 +138,10 @@ def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, shared_dat
     assert len(ours.keys() & theirs.keys()) >= 10 or pair in IMAGE_MODELS
 
 
+@pytest.mark.parametrize("name", ["made", "real"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_plain_templates_train_what_the_oracle_says(pair: str, shared_data: Path) -> None:
-    folder = _folder(shared_data, pair)
+def test_plain_templates_train_what_the_oracle_says(pair: str, name: str, home: Path) -> None:
+    folder = _folder(home, pair)
     encoder, tokenizer = _encoder(folder), _reference(folder)
     form = Format(_source(pair), STOPS.get(pair, "<|im_end|>").split(), encoder.resolved.special_tokens)
     labelled = _ours(_finder(form.source, encoder, TOLD.get(pair)), encoder, CHATS, "split")

@@ -166,7 +166,8 @@ def check(one: Bench, typed: str, is_guarded: bool, guarded: set[str], harmless:
             births = Counter(id for id in ids if id in steering)
             assert births == Counter(id for id in meant[1] if id in steering), f"{typed!r} in {role}"
             if typed != "</think>":
-                said = one.reads(meant[2]).replace(HARMLESS, "<unk>" if unigram else "".join(typed.split()))
+                shown = typed.replace("<", "<unk>") if unigram else "".join(typed.split())
+                said = one.reads(meant[2]).replace(HARMLESS, shown)
                 assert one.reads(trained) == said, f"{typed!r} in {role}"
     return accepted
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
@@ -166,6 +167,66 @@ def test_control_tokens_in_data_are_text_and_the_templates_own_are_not(home: Pat
         tokenizer.encode_special_tokens = False
     if resolved(home, name).layout.prefix in ("none", "always") and end.id not in alone:
         assert done.ids[0][1 : 1 + len(alone)] == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("</s>a⟪</s>⟫⟦b⟧", "</s> ▁ a < / s > b"),
+        ("👩‍one ⟪</s>⟫ two⟦ three⟧", "▁ <unk> one ▁ < / s > ▁two ▁three"),
+        ("日👩one⟦two no⟧", "▁ 日 <unk> one two ▁no"),
+        ("<unk>one⟦two⟧", "<unk> ▁one two"),
+    ],
+)
+def test_what_a_tokenizer_does_not_know_is_not_taken_for_the_token_that_stands_for_it(
+    text: str, pieces: str, made_data: Path
+) -> None:
+    assert Result(made_data, "made-unigram", text).pieces() == pieces.split()
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if name != "made-unigram"])
+def test_ordinary_text_is_placed_by_lengths_alone(made_data: Path, name: str) -> None:
+    texts = [
+        "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n⟦Good day<|im_end|>⟧\n",
+        "<s>⟦Hi⟧</s> there</s>and⟦ you⟧",
+        "<|end|>\n⟦Hi  you⟧<|end|> \n",
+        "  two  spaces\n\n\t⟦x⟧\r\n日本 é",
+    ]
+    assert Result(made_data, name, *texts).counts.slow_rows == 0
+
+
+def test_marks_that_are_composed_move_no_span(made_data: Path) -> None:
+    # Three marks are composed and one letter is taken apart: all in all as many bytes as before.
+    text = "e\u0301e\u0301e\u0301⟦ x⟧ \u0958"
+    assert len(unicodedata.normalize("NFC", text).encode()) == len(text.encode())
+    for boundary in ("split", "merge"):
+        assert Result(made_data, "made-bytes", text, boundary=boundary).trained_pieces() == ["Ġ", "x"]
+
+
+def test_a_span_that_begins_at_a_mark_is_cut_there(made_data: Path) -> None:
+    done = Result(made_data, "made-bytes", "caf e⟦\u0301 x⟧")
+    assert done.ids[0][: len(done.ids[0]) - 4] == done.reference.encode("caf e").ids
+    assert done.trained_pieces() == ["Ì", "ģ", "Ġ", "x"]
+    joint = Result(made_data, "made-bytes", "caf⟦e\u0301⟧", "cafe⟦\u0301 x⟧", boundary="merge")
+    assert [joint.trained_pieces(row) for row in range(2)] == [["cafÃ©"], ["cafÃ©", "Ġ", "x"]]
+    words = Result(made_data, "made-unigram", "cafe⟦\u0301 x⟧")
+    prompt = words.reference.encode("cafe", add_special_tokens=False).ids
+    assert words.ids[0][: len(prompt)] == prompt
+
+
+def test_a_cut_word_goes_on_without_a_space_and_the_next_has_its_own(made_data: Path) -> None:
+    assert Result(made_data, "made-unigram", "on⟦e two⟧").trained_pieces() == ["e", "▁two"]
+
+
+def test_white_space_in_data_that_spells_a_token_is_still_swallowed(made_data: Path) -> None:
+    done = Result(made_data, "made-strips", "<|end|>⟪ \n⟫ok⟦ yes⟧")
+    assert done.ids[0] == done.reference.encode("<|end|> \nok yes").ids
+
+
+def test_openings_are_cut_once_and_only_where_they_must_be(made_data: Path) -> None:
+    texts = ["x\n\t\t⟦xyzzy⟧ y\n⟦z⟧", "x\n\t\t⟦xyzzy⟧\n\t\t⟦z⟧", "say ⟪<|im_end|>⟫\n⟦ok⟧", "⟪<|im_end|>⟫\n\t\t⟦ok⟧"]
+    splits = [Result(made_data, "made-bytes", text).counts.boundary_splits for text in texts]
+    assert splits == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-instruct", "made-bytes"])
