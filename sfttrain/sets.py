@@ -35,10 +35,12 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
 
 
 def verify_sets(sets: Sequence[ShardSet]) -> None:
-    """Read every file that training uses once and compare it with its manifest; rejects.jsonl may be under repair.
+    """Read every file that training uses, hold it against its manifest and the laws, and keep it mapped.
+
+    rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run.
 
     Raises:
-        IntegrityError: a file is missing or its bytes differ, or the folder holds a shard that is none of the set's.
+        IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that is none of the set's.
         DataError: there is nothing to train on.
     """
     for opened in sets:
@@ -46,6 +48,7 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
         damage = (problem for info, problem in found if problem and info.name != REJECTS_NAME)
         for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
             raise IntegrityError(problem)
+        opened.hold()
         if not opened.manifest.ledger.tokens_trained:
             raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
 

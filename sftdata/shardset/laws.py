@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sftdata.batches import Bool, Int64, PackedRows
+from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of, positions_of
 from sftdata.shardset.ledger import NOT_TRAINED
 from sftdata.shardset.manifest import Manifest
@@ -38,9 +40,22 @@ def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
         yield from _finding(np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long")
 
 
+def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifest) -> None:
+    """Refuse a shard whose rows break a law, so that no reader meets an id, label or length that cannot be.
+
+    Raises:
+        IntegrityError: naming the first row and what is wrong with it.
+    """
+    first = 0
+    for batch in batches:
+        for rows, what in broken_laws(batch, manifest):
+            raise IntegrityError(f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again.")
+        first += len(batch)
+
+
 def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
     ids = rows.example_ids
-    known = max((source.first_id + source.rows for source in manifest.sources), default=0)
+    known = sum(source.rows for source in manifest.sources)  # read_manifest saw that they share out all ids from 0 on
     padding = ids == -1
     last = np.zeros(len(ids), np.bool_)
     last[rows.segment_offsets[1:] - 1] = True

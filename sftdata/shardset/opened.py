@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
-from sftdata.errors import IntegrityError
+from sftdata.errors import IntegrityError, SftError
 from sftdata.extras import need
 from sftdata.places import place
-from sftdata.shardset.manifest import Manifest, SetFile, SourceInfo, read_manifest
+from sftdata.shardset.laws import refuse_unlawful
+from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, SourceInfo, read_manifest
 from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
 
 if TYPE_CHECKING:
@@ -65,14 +67,19 @@ class PackedRow:
 class ShardSet(Sequence[PackedRow]):
     """The packed rows of a set, as a sequence that costs nothing until it is read.
 
+    A shard is checked when it is first mapped, and stays mapped. Where another set has taken the place of this one by then, that
+    is an error: its rows would come under the manifest of this one.
+
     Attributes:
         folder: where the set lies.
         manifest: what it is.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, lawful: bool = False) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._lawful = lawful
+        self._seen: tuple[int, ...] | None = None
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
         self._mapped: dict[int, _Mapped] = {}
 
@@ -94,7 +101,7 @@ class ShardSet(Sequence[PackedRow]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the set to another process without what is mapped here."""
-        return ShardSet, (self.folder, self.manifest)
+        return partial(ShardSet, lawful=self._lawful), (self.folder, self.manifest)
 
     def __repr__(self) -> str:
         ledger = self.manifest.ledger
@@ -113,7 +120,9 @@ class ShardSet(Sequence[PackedRow]):
         import pyarrow as pa
 
         shape = self.manifest.max_length, self.manifest.weighted
+        self.hold()
         batches = [batch for shard in self.manifest.shards for batch in read_batches(plain_file(self.folder, shard), *shape)]
+        self.refuse_replaced()
         return pa.Table.from_batches(batches, shard_schema(*shape))
 
     def polars(self) -> pl.DataFrame:
@@ -147,11 +156,47 @@ class ShardSet(Sequence[PackedRow]):
             raise KeyError(f"no source of {self.folder} holds example {example_id}")
         return sources[index]
 
+    def hold(self) -> None:
+        """Map every shard, so that the bytes stay these whatever is put in the place of the set.
+
+        Raises:
+            IntegrityError: a shard is not what the manifest says, its rows break a law, or the set was replaced.
+        """
+        for index in range(len(self.manifest.shards)):
+            self._shard(index)
+        self._lawful = True
+
+    def refuse_replaced(self) -> None:
+        """Refuse to go on where another set lies in the folder by now; call it after reading from there.
+
+        Raises:
+            IntegrityError: naming both digests.
+        """
+        path = self.folder / MANIFEST_NAME
+        try:
+            found = path.stat()
+            state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            if state == self._seen:
+                return
+            digest = read_manifest(self.folder).digest
+        except (OSError, SftError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise IntegrityError(f"{self.folder}: gone while it was in use: {reason}.", "open the set again.") from None
+        if digest != self.manifest.digest:
+            what = f"{self.folder}: replaced while it was in use: opened as {self.manifest.digest[:12]}, now {digest[:12]}."
+            raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
+        self._seen = state
+
     def _shard(self, index: int) -> _Mapped:
         if index not in self._mapped:
+            self.refuse_replaced()  # first, or what is missing for that reason would be called damaged
             info = self.manifest.shards[index]
             path = plain_file(self.folder, info)
-            self._mapped[index] = _Mapped(path, info, read_shard(path, self.manifest.max_length, self.manifest.weighted))
+            mapped = _Mapped(path, info, read_shard(path, self.manifest.max_length, self.manifest.weighted))
+            if not self._lawful:
+                refuse_unlawful(path, mapped.batches, self.manifest)
+            self.refuse_replaced()
+            self._mapped[index] = mapped
         return self._mapped[index]
 
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
-from sftdata.errors import IntegrityError
+from sftdata.errors import IntegrityError, SftError
 from sftdata.shardset.atomic import Sink, write_atomic
 from sftdata.shardset.fields import Count, Sha256, ShardName, Xxh3
 from sftdata.shardset.ledger import NOT_TRAINED
@@ -118,6 +118,7 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
 
     Raises:
         IntegrityError: the file is no such shard.
+        SftError: the machine cannot map it: no memory, no descriptors, no permission.
     """
     import pyarrow as pa
 
@@ -125,7 +126,7 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
     try:
         # The views keep the mapping alive; closing gives the file descriptor back, so that 10,000 shards can be open.
         with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))  # nothing is decoded
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
                 raise IntegrityError(f"{path}: the columns are {found}; expected those of a shard with max_length {max_length}.")
@@ -135,6 +136,9 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
             if any(column.null_count or _items(column).null_count for column in batch.columns):
                 raise IntegrityError(f"{path}: holds nulls; a shard has none.")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # what the system says, not what the file holds
+            what = f"{path}: cannot be read here: {getattr(error, 'strerror', None) or error}."
+            raise SftError(what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged.") from error
         raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again.") from error
     return batches
 

@@ -76,6 +76,7 @@ class ShownSet(ShardSet):
     def vocabulary(self) -> Vocabulary:
         """The tokens of the set's own tokenizer."""
         found = read_vocabulary(self.folder / "tokenizer")
+        self.refuse_replaced()
         eos = self.manifest.tokenizer.eos_id
         return found if eos is None else replace(found, stop_ids=found.stop_ids | {eos})
 
