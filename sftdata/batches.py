@@ -100,7 +100,7 @@ EXAMPLES = 3
 
 
 class Tally:
-    """What stages count by name: how many, and the indices of the first three rows of the RowBatch behind each count."""
+    """What stages count by name: how many, and the indices of the rows of the RowBatch behind each count."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -110,14 +110,12 @@ class Tally:
         """Add `number` for a row, which may be none."""
         if number:
             self.counts[name] += number
-            rows = self.rows.setdefault(name, [])
-            if len(rows) < EXAMPLES:
-                rows.append(row)
+            self.rows.setdefault(name, []).append(row)
 
     def count_rows(self, name: str, rows: Int64) -> None:
         """Add one for each of these rows, int64[K]."""
         self.counts[name] += len(rows)
-        self.rows[name] = [*self.rows.get(name, []), *rows[:EXAMPLES].tolist()][:EXAMPLES]
+        self.rows.setdefault(name, []).extend(rows.tolist())
 
 
 # -------------------------------------------------------------------------------------------- render

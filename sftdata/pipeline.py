@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from sftdata.batches import Int64, RowBatch, Tally, TokenBatch, Tokens
+from sftdata.batches import EXAMPLES, Int64, RowBatch, Tally, TokenBatch, Tokens
 from sftdata.encode.length import LengthCounts, OverlongError, limit_length
 from sftdata.encode.tokens import encode_batch, encode_tokens_rows
 from sftdata.errors import DataError, Fault
@@ -25,7 +25,8 @@ from sftdata.read.source import Slice, Unreadable, read_slice
 from sftdata.render.rows import render_rows
 from sftdata.shardset.build import Build, SliceResult
 from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.rejects import Reject, encode_reject
+from sftdata.shardset.lists import COUNTED_NAME, DROPPED_NAME, LISTS, Dropped, counted_rows, encode_lines
+from sftdata.shardset.rejects import REJECTS_NAME, Reject, encode_reject
 from sftdata.shardset.shards import shard_name, write_shard
 from sftdata.stages import Stages, load_stages
 
@@ -34,13 +35,15 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     """Turn one slice of the input into one shard, and commit it."""
     stages = load_stages(job)
     build = Build(job.config.output)
-    ledger, rejects, examples, ids = Ledger(), [], [], []
+    ledger, examples, ids = Ledger(), [], []
     texts: list[str] = []
+    lists = dict.fromkeys(LISTS, b"")
     for piece in task.pieces:
         done = prepare_piece(stages, piece)
         texts = texts or done.texts
         ledger.merge(done.ledger)
-        rejects += done.rejects
+        for name, lines in done.lists().items():
+            lists[name] += lines
         examples.append(done.tokens)
         ids.append(done.example_ids)
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
@@ -51,8 +54,9 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     ledger.count_packed(rows, length, job.sources)
     shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()
     sample, digest = stages.sample(texts)
-    result = SliceResult(index=task.index, shards=shards, ledger=ledger, rejects=len(rejects), sample=sample, sample_xxh3=digest)
-    build.commit(result, b"".join(map(encode_reject, rejects)))
+    rejects = sum(ledger.rows_rejected.values())
+    result = SliceResult(index=task.index, shards=shards, ledger=ledger, rejects=rejects, sample=sample, sample_xxh3=digest)
+    build.commit(result, lists)
     return result
 
 
@@ -64,7 +68,8 @@ class PreparedPiece:
         tokens: within `max_length`, each with something to train.
         example_ids: int64[N], global number of each example's row.
         ledger: what became of its rows and tokens, packing aside.
-        rejects: in order of their rows.
+        rejects, dropped: in order of their rows.
+        counted: int64[M], ids of the rows behind each counter.
         texts: as rendered.
     """
 
@@ -72,7 +77,15 @@ class PreparedPiece:
     example_ids: Int64
     ledger: Ledger
     rejects: list[Reject]
+    dropped: list[Dropped]
+    counted: dict[str, Int64]
     texts: list[str]
+
+    def lists(self) -> dict[str, bytes]:
+        """Return its lines of each list of the set."""
+        rejects = b"".join(map(encode_reject, self.rejects))
+        counted = encode_lines(counted_rows(self.counted))
+        return {REJECTS_NAME: rejects, DROPPED_NAME: encode_lines(self.dropped), COUNTED_NAME: counted}
 
 
 def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
@@ -85,6 +98,8 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     faults = [*converted.faults, *faults, *marker_faults]
     kept, cut = cut_length(job, piece, rows, tokens)
 
+    counted = {name: rows.example_ids[np.unique(indices)] for name, indices in tally.rows.items() if indices}
+
     ledger = Ledger(
         rows_in=len(rows) + len(unreadable),
         rows_kept=len(np.unique(kept.row)),
@@ -95,12 +110,14 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
         tokens_cut={config.overlong: cut.tokens_cut} if cut.tokens_cut else {},
         tokens_in_dropped_rows=sum(cut.tokens_in_dropped_rows.values()),
         counters=dict(tally.counts + Counter(cut.counters)),
-        examples={name: rows.example_ids[indices].tolist() for name, indices in tally.rows.items() if indices},
+        examples={name: rows.example_ids[found[:EXAMPLES]].tolist() for name, found in tally.rows.items() if found},
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
     rejects = make_rejects(stages.names[piece.source], piece.slice, rows, unreadable, faults)
-    return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, texts)
+    gone = [*((index, "formatter", None) for index in converted.filtered.tolist()), *cut.dropped]
+    dropped = make_dropped(stages.names[piece.source], piece.slice, rows, gone)
+    return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, dropped, counted, texts)
 
 
 def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tuple[TokenBatch, LengthCounts]:
@@ -137,6 +154,20 @@ def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tup
             tally.counts.update(asdict(encoded))
             encoded_texts += part.texts
     return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], tally, encoded_texts
+
+
+def make_dropped(name: str, piece: Slice, rows: RowBatch, gone: list[tuple[int, str, int | None]]) -> list[Dropped]:
+    """Return what is listed of rows that are left out: index in the batch, reason and tokens of each."""
+    return [
+        Dropped(
+            file=name,
+            line=int(rows.lines[index]) if piece.source.unit in ("line", "record") else None,
+            record=piece.record_of(int(rows.example_ids[index])),
+            reason=reason,
+            tokens=tokens,
+        )
+        for index, reason, tokens in sorted(gone, key=lambda row: row[0])
+    ]
 
 
 def make_rejects(

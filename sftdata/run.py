@@ -24,8 +24,9 @@ from sftdata.pipeline import prepare_slice
 from sftdata.plan import Plan, make_plan
 from sftdata.shardset.build import Build, SliceResult, finished_set
 from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.lists import DROPPED_NAME
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
-from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.shardset.rejects import REJECTS_NAME, first_reject
 from sftdata.stages import load_engine, load_shared, load_stages
 
 # What mends a set that has lost all rows for one reason.
@@ -135,7 +136,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         ledger.merge(result.ledger)
     ledger.check("prepare")
     blank = sum(source.records for source in plan.sources) - ledger.rows_in
-    build.write_rejects(result.index for result in results)
+    build.write_lists([result.index for result in results])
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
     return Manifest(
@@ -180,7 +181,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
     said = ", ".join(f"{count} {code}" for code, count in worst)
     if rejected > allowed:
-        example = build.first_reject(worst[0][0])
+        example = first_reject(build.folder, worst[0][0])
         without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
             f"{rejected} of {ledger.rows_in} rows rejected ({said}); --max-rejects allows {config.max_rejects}."
@@ -194,5 +195,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or said
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
-            UNTRAINED_FIXES[dropped[0][0]] if dropped else f"see {build.folder / REJECTS_NAME}.",
+            f"{UNTRAINED_FIXES[dropped[0][0]]} All are in {build.folder / DROPPED_NAME}."
+            if dropped
+            else f"see {build.folder / REJECTS_NAME}.",
         )

@@ -24,7 +24,7 @@ def audit(
     from sftdata.errors import DataError
     from sftdata.show.audit import audit as run
 
-    findings = run(folder, against)
+    findings = run(folder, against, every=as_json)
     defects = [finding for finding in findings if finding.severity == "defect"]
     if as_json:
         print_json({"folder": str(folder), "clean": not defects, "findings": [finding.to_json() for finding in findings]})

@@ -43,6 +43,7 @@ class LengthCounts:
         rows_dropped: rows of which nothing is left, by reason.
         rows_cut: rows that stay without some of their tokens.
         rows_without_ending: rows that stay without their last trained token.
+        dropped: index into the RowBatch, reason and tokens of each row that is dropped, in the order of the rows.
     """
 
     tokens_cut: int
@@ -50,6 +51,7 @@ class LengthCounts:
     rows_dropped: dict[str, int]
     rows_cut: int
     rows_without_ending: int
+    dropped: list[tuple[int, str, int]]
 
     @property
     def counters(self) -> dict[str, int]:
@@ -136,12 +138,14 @@ def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, row
     """Count by reason; what was cut from a row that is dropped belongs to the drop."""
     stays = np.zeros(len(batch), np.bool_)
     stays[example[reason == KEPT]] = True
-    tokens, rows = {}, {}
+    tokens, rows, dropped = {}, {}, list[tuple[int, str, int]]()
     missing = batch.lengths - np.bincount(example, lengths, len(batch)).astype(np.int64)
     for code, name in enumerate(REASONS, start=1):
         gone = np.unique(example[(reason == code) & ~stays[example]])
         tokens[name] = int(lengths[reason == code].sum() + missing[gone].sum())
         rows[name] = len(gone)
+        sizes = batch.lengths[gone].tolist()
+        dropped += [(row, name, size) for row, size in zip(batch.row[gone].tolist(), sizes, strict=True)]
     cut = missing[stays]
     return LengthCounts(
         tokens_cut=int(cut.sum()),
@@ -149,4 +153,5 @@ def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, row
         rows_dropped={name: count for name, count in rows.items() if count},
         rows_cut=int((cut > 0).sum()),
         rows_without_ending=rows_without_ending,
+        dropped=sorted(dropped),
     )

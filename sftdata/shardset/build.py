@@ -3,8 +3,7 @@
     DIR.partial/
       plan.json             what is being built: another plan refuses to go on here
       shard-00000.arrow     written by its slice, final from then on
-      slices/00000.json     written after the slice's shard: the slice is done, a resume skips it
-      slices/00000.rejects.jsonl
+      slices/00000.json     written after the slice's shard and its parts of the lists (00000.rejects.jsonl, ...): it is done
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
 A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders change names in one
@@ -17,7 +16,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,11 @@ from typing import Any
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.shardset.atomic import FileDigest, digest_file, explained, swap_folders, sync_folder, write_atomic
+from sftdata.shardset.atomic import digest_file, explained, swap_folders, sync_folder, write_atomic
+from sftdata.shardset.card import CARD, CARD_NAME
 from sftdata.shardset.ledger import Ledger
+from sftdata.shardset.lists import LISTS, write_parts
 from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
-from sftdata.shardset.rejects import REJECTS_NAME, Reject
 from sftdata.shardset.shards import ShardInfo
 
 _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
@@ -156,7 +156,8 @@ class Build:
         with explained(self.folder):
             (self.folder / _SLICES).mkdir(exist_ok=True)
         done = [_read_result(found) for found in sorted((self.folder / _SLICES).glob("[0-9]*[0-9].json"))]
-        return {result.index: result for result in done if all(_stands(self.folder, shard) for shard in result.shards)}
+        listed = [result for result in done if all(self._part(result.index, name).is_file() for name in LISTS)]
+        return {result.index: result for result in listed if all(_stands(self.folder, shard) for shard in result.shards)}
 
     def _begun(self) -> dict[str, Any]:
         """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
@@ -190,31 +191,30 @@ class Build:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             (self.folder / _SLICES).mkdir()
 
-    def commit(self, result: SliceResult, rejects: bytes) -> None:
-        """Record a finished slice, its shards already in place; `rejects` are its lines of rejects.jsonl."""
-        write_atomic(self._rejects(result.index), lambda sink: sink.write(rejects))
+    def commit(self, result: SliceResult, lists: Mapping[str, bytes]) -> None:
+        """Record a finished slice, its shards already in place; `lists` are its lines of each of `LISTS`."""
+        for name in LISTS:
+            write_atomic(self._part(result.index, name), partial(write_parts, [lists[name]]))
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
 
-    def write_rejects(self, slices: Iterable[int]) -> FileDigest:
-        """Join the slices' rejects, in order, to the set's rejects.jsonl."""
-        with explained(self.folder / REJECTS_NAME):
-            parts = [self._rejects(index).read_bytes() for index in slices]
-        return write_atomic(self.folder / REJECTS_NAME, lambda sink: [sink.write(part) for part in parts])
-
-    def first_reject(self, code: str) -> Reject:
-        """Return the first row rejected for this reason, to show; `write_rejects` came before."""
-        with open(self.folder / REJECTS_NAME, "rb") as lines:
-            return next(reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code)
+    def write_lists(self, slices: Sequence[int]) -> None:
+        """Join the slices' parts of the lists of rows, in order."""
+        for name in LISTS:
+            with explained(self.folder / name):
+                parts = [self._part(index, name).read_bytes() for index in slices]
+            write_atomic(self.folder / name, partial(write_parts, parts))
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
         """Add the tokenizer's files, the manifest last, and put the set in place; SftError where the tokenizer is gone."""
         with explained(self.folder / _TOKENIZER):
-            files = [self._describe(REJECTS_NAME), *self._copy(tokenizer)]
-            if manifest.tokenizer.sha256 not in (file.sha256 for file in files[1:]):
+            copied = list(self._copy(tokenizer))
+            if manifest.tokenizer.sha256 not in (file.sha256 for file in copied):
                 raise SftError(f"{tokenizer}: emptied or changed while the set was made.", "run the same command again.")
-            for folder in sorted({(self.folder / file.name).parent.parent for file in files[1:]}):
+            for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
                 sync_folder(folder)
+        write_atomic(self.folder / CARD_NAME, partial(write_parts, [CARD]))
+        files = [*map(self._describe, (*LISTS, CARD_NAME)), *copied]
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
         self.put_in_place()
         return sealed
@@ -259,8 +259,8 @@ class Build:
             sync_folder(self.output.parent)  # the old set must not be lost before its successor is safe
             os.rename(self.folder, self.replaced)
 
-    def _rejects(self, index: int) -> Path:
-        return self.folder / _SLICES / f"{index:05d}.rejects.jsonl"
+    def _part(self, index: int, name: str) -> Path:
+        return self.folder / _SLICES / f"{index:05d}.{name}"
 
 
 def _take(lock: int, folder: Path) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
 from sftdata.outlet import visible
+from sftdata.shardset.lists import read_counted
 from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, KINDS, Finding, make_finding
@@ -22,12 +23,13 @@ from sftdata.show.vocabulary import generation_stops
 GLANCE = 2 << 20  # tokens: a twentieth of a second
 
 
-def audit(folder: str | Path, against: str | Path | None = None) -> list[Finding]:
+def audit(folder: str | Path, against: str | Path | None = None, *, every: bool = False) -> list[Finding]:
     """Look through a set for supervision that its user did not mean: labels, ids, tokenizer and what `prepare` counted.
 
     Args:
         folder: a finished set.
         against: another, for evaluation, whose prompts should not be in the first.
+        every: name every place of a finding, instead of the first three.
 
     Returns:
         findings, defects first; the same set always gives the same ones.
@@ -36,7 +38,7 @@ def audit(folder: str | Path, against: str | Path | None = None) -> list[Finding
         UsageError: a folder is not a finished set, has no tokenizer, or the two have different ones.
         IntegrityError: a set is damaged.
     """
-    return audit_set(open_shown(folder), None if against is None else open_shown(against))
+    return audit_set(open_shown(folder), None if against is None else open_shown(against), every=every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,20 @@ def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
     return Glance(audit_set(ShownSet(folder, msgspec.structs.replace(manifest, shards=chosen))), looked, documents)
 
 
-def audit_set(shards: ShownSet, against: ShownSet | None = None) -> list[Finding]:
+def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool = False) -> list[Finding]:
     """Audit a set that is open already."""
-    found = [*_disagreements(shards), *_counted(shards)]
+    found = [*_disagreements(shards), *_counted(shards, every)]
     if len(shards):
-        look = _look_at(shards)
+        look = _look_at(shards, every)
         found = [*look.endings(), *look.starts(), *look.contents(), *found]
         if against is not None and len(against):
             found += look.leaks(_look_at(against))
     return sorted(found, key=lambda finding: finding.severity)
 
 
-def _look_at(shards: ShownSet) -> _Look:
+def _look_at(shards: ShownSet, every: bool = False) -> _Look:
     reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
-    return _Look(shards, *Documents.join(map(reader.read, shards.batches())).by_example())
+    return _Look(shards, *Documents.join(map(reader.read, shards.batches())).by_example(), every)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,11 +91,13 @@ class _Look:
     Attributes:
         documents: one per example.
         stretches: int64[E], in how many pieces each example lies in the set.
+        every: name every place.
     """
 
     shards: ShownSet
     documents: Documents
     stretches: Int64
+    every: bool
 
     def endings(self) -> Iterator[Finding]:
         """Yield answers that do not teach the model to stop; each example is told of once."""
@@ -170,7 +174,7 @@ class _Look:
     def _found(self, code: str, where: Bool, **slots: str) -> Iterator[Finding]:
         ids = self.documents.example_id[where]
         if len(ids):
-            places = tuple(map(self.shards.place, ids[:EXAMPLES].tolist()))
+            places = tuple(map(self.shards.place, ids[: None if self.every else EXAMPLES].tolist()))
             yield make_finding(code, len(ids), len(self.documents), places, **slots)
 
     def _name(self, token_id: int) -> str:
@@ -197,12 +201,14 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
         yield make_finding("tokens-added", len(names), names=", ".join(names[:EXAMPLES]) + more)
 
 
-def _counted(shards: ShownSet) -> Iterator[Finding]:
+def _counted(shards: ShownSet, every: bool) -> Iterator[Finding]:
     """Yield what only `prepare` could see."""
+    listed = read_counted(shards.folder) if every else {}
     ledger, rows = shards.manifest.ledger, sum(source.rows for source in shards.manifest.sources)
     for counter, code in COUNTED.items():
         count = ledger.counters.get(counter, 0)
         if count:
-            known = [example for example in ledger.examples.get(counter, ()) if example < rows]
+            examples = listed[counter].tolist() if counter in listed else ledger.examples.get(counter, ())
+            known = [example for example in examples if example < rows]
             places = tuple(map(shards.place, known))
             yield make_finding(code, count, ledger.rows_in if KINDS[code].of == "row" else None, places)

@@ -41,7 +41,7 @@ def test_truncate_keeps_the_start_and_says_which_rows_lost_their_ending() -> Non
 def test_truncate_drops_a_row_whose_trained_tokens_all_lie_beyond_the_cut() -> None:
     kept, counts = limited("truncate", "abcdEF")
     assert kept == []
-    assert counts == LengthCounts(0, {"no-trained-tokens": 6}, {"no-trained-tokens": 1}, 0, 0)
+    assert counts == LengthCounts(0, {"no-trained-tokens": 6}, {"no-trained-tokens": 1}, 0, 0, [(0, "no-trained-tokens", 6)])
 
 
 def test_truncate_left_keeps_the_end() -> None:
@@ -54,7 +54,7 @@ def test_truncate_left_keeps_the_end() -> None:
 def test_drop_drops_whole_rows() -> None:
     kept, counts = limited("drop", "abCDEF", "aB")
     assert kept == [(10, "aB")]
-    assert counts == LengthCounts(0, {"over-long": 6}, {"over-long": 1}, 0, 0)
+    assert counts == LengthCounts(0, {"over-long": 6}, {"over-long": 1}, 0, 0, [(0, "over-long", 6)])
 
 
 def test_split_keeps_every_piece_that_trains_something_under_its_row() -> None:
