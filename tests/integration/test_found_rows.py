@@ -1,4 +1,4 @@
-"""Every row that is not in the shards is listed with its place and the reason, and a set reads as a dataset by its folder's name."""
+"""A row that is not in the shards is listed with place and reason, and a set is read as a dataset by the name of its folder."""
 
 from __future__ import annotations
 
