@@ -96,9 +96,6 @@ _RULES: dict[str, _Rule] = {
     ),
     "template_kwargs": _CHATS,
     "date": _CHATS,
-    "response_template": _Rule(
-        lambda config, look: _TEXTS.acts(config, look) or not _by_text(config), "texts; ids need the template as token ids"
-    ),
     "loss_weights": _Rule(_CHATS.acts, "conversations, whose messages may have weights"),
     "boundary": _TEXTS,
     "eos_token": _TEXTS,
@@ -123,13 +120,13 @@ def refuse_idle(config: PrepareConfig, looks: Sequence[Look], tokenizer: Resolve
     """
     if not looks or not all(look.kinds for look in looks):
         return []
+    _refuse_unmarked_ids(config, looks)
     rules = {name: rule for name, rule in _RULES.items() if getattr(config, name) != _default(name)}
     if config.train_on != "auto":
         rules["train_on"] = _TRAIN_ON[config.train_on]
     for name, rule in rules.items():
         if not any(rule.acts(config, look) for look in looks):
             raise UsageError(f"{_shown(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.", "leave it out.")
-    _refuse_unmarked_ids(config, looks)
     _refuse_unread_arguments(config, tokenizer)
     return _roles_not_met(config, looks)
 

@@ -1,0 +1,306 @@
+"""Advice is an interface too: followed to the letter, it gives the set that is meant, or it is no command.
+
+Every text of the source that names a flag, a setting or a command is collected (tests/advice.py) and must have its place: a case
+that follows it, the test that does so elsewhere, or (advice_choices.txt) why there is nothing to follow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+import sftdata
+import sfttrain.cli
+from sftdata.cli import main
+from sftdata.cli.app import build_app
+from tests.advice import ROOT, collect
+
+TOKENIZER = ROOT / "examples/tokenizer"
+Rows = list[dict[str, Any]]
+ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+CHAT: Rows = [{"messages": [ASKED, SAID]}]
+TEXT: Rows = [{"text": "Q ### A: yes"}]
+END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Advice, how it comes about, and what comes of it.
+
+    Attributes:
+        rows: the input.
+        flags: what raises the advice.
+        does: from the flags and the words of the advice to the flags of who follows it; else the flag that it names is added.
+        trained: what the set then trains; None where it only has to be made.
+        name: of the input file.
+    """
+
+    rows: Rows | str
+    flags: str
+    trained: list[str] | None
+    does: Callable[[list[str], str], list[str]] | None = None
+    name: str = "rows.jsonl"
+
+
+def named(flags: list[str], advice: str) -> list[str]:
+    """Add the first flag that the advice names, with its value."""
+    words = shlex.split(advice.rstrip("."))
+    at = next(index for index, word in enumerate(words) if word.startswith("--") or word == "-t")
+    return [*flags, *(word.rstrip(",.") for word in words[at : at + 2])]
+
+
+def without(flags: list[str], advice: str) -> list[str]:
+    """Leave out the flag that the advice says to leave out, with its value."""
+    flag = re.search(r"--[a-z-]+", advice)
+    assert flag
+    at = flags.index(flag[0])
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+def only(*more: str) -> Callable[[list[str], str], list[str]]:
+    """Fill in what the advice leaves to the user, as COLUMN."""
+    return lambda flags, advice: [*flags, *more]
+
+
+def instead(flag: str, *more: str) -> Callable[[list[str], str], list[str]]:
+    """Give a flag of the command another value."""
+    return lambda flags, advice: [*without(flags, flag), *more]
+
+
+# ------------------------------------------------------------------------------------------- followed here
+
+FOLLOWED: dict[str, Case] = {
+    "--packing none keeps each example as it is.": Case(CHAT, "--max-length 2000000000", [f"A{END}"], named),
+    "leave --overlong out.": Case(CHAT, "--overlong drop --packing wrapped", [f"A{END}"], without),
+    "leave --revision out.": Case(CHAT, "--revision main", [f"A{END}"], without),
+    "leave --train-on out.": Case(TEXT, "--train-on all --response-template '### A:'", [f" yes{END}"], without),
+    "--response-template '...'": Case(TEXT, "--mask-mode trl-0.7.10", None, only("--response-template", "### A:")),
+    "give the template as token ids, as --response-template '[1, 2]'.": Case(
+        [{"input_ids": [5, 6, 7, 8]}], "--response-template '### A:'", None,
+        instead("--response-template", "--response-template", "[6]"),
+    ),
+    "leave it out, or choose another --chat-template.": Case(
+        CHAT, "--set template_kwargs.qqq=1", [f"A{END}"], lambda flags, advice: flags[:-2]
+    ),
+    "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).": Case(
+        CHAT, "-t bare", [f"A{END}"], named
+    ),
+    "--map-role {}={}": Case(
+        [{"messages": [ASKED, {"role": "asistant", "content": "A"}]}], "", [f"A{END}"], named
+    ),
+    "prepare such rows apart, with --format {}.": Case(
+        [{"text": "T"}, *CHAT * 20], "--max-rejects 0", None, only("--max-rejects", "100%")
+    ),
+    "name them with --map, or choose another --format.": Case(
+        [{"q": "Q", "a": "A"}], "--format question-answer", [f"A{END}"], only("--map", "question=q", "--map", "answer=a")
+    ),
+    "name columns, as --map question=COLUMN --map answer=COLUMN, or convert rows with --formatter module:function.": Case(
+        [{"q": "Q", "a": "A"}], "", [f"A{END}"], only("--map", "question=q", "--map", "answer=a")
+    ),
+    "choose one, as with --map {}={}.": Case(
+        [{"instruction": "Q", "output": "A"}] * 20 + [{"instruction": "Q", "output": "A", "response": "B"}],
+        "--max-rejects 0 --format alpaca", None, named,
+    ),
+    "add it, or name its stand-in with --map {}=COLUMN.": Case(
+        [{"prompt": "P", "completion": "C"}] * 20 + [{"prompt": "P", "reply": "C"}],
+        "--max-rejects 0", None, only("--map", "completion=reply"),
+    ),
+    "did you mean --map {}={}?": Case(
+        [{"question": "Q", "reply": "A"}], "--map answer=repli", [f"A{END}"], lambda flags, advice: named([], advice.rstrip("?"))
+    ),
+    "name the column that holds the answer, as --map answer=COLUMN, or add an answer to each row.": Case(
+        [{"question": "Q", "said": "A"}], "", [f"A{END}"], only("--map", "answer=said")
+    ),
+    "give --chat-template, or take the tools column out.": Case(
+        [{"question": "Q", "answer": "A", "tools": [{"name": "f"}]}], "-t bare", [f"A{END}"],
+        only("--chat-template", str(TOKENIZER)),
+    ),
+    "give it one of these names, as with --map loss_mask=COLUMN, or take it out.": Case(
+        [{"input_ids": [5, 6, 7, 8], "mine": [0, 0, 1, 1]}], "", None, only("--map", "loss_mask=mine")
+    ),
+    "split the row, or raise the limit with --set max_line_bytes=N.": Case(
+        CHAT, "--set max_line_bytes=20", [f"A{END}"], only("--set", "max_line_bytes=2000")
+    ),
+    "round the weight, or keep it with --loss-weights.": Case(
+        [{"messages": [ASKED, SAID | {"weight": 0.5}]}], "", [f"A{END}"], only("--loss-weights")
+    ),
+    "let the --formatter function return more rows; None leaves one out.": Case(
+        CHAT, "--formatter tests.test_advice:nothing", [f"A{END}"],
+        instead("--formatter", "--formatter", "tests.test_advice:everything"),
+    ),
+    "a larger --max-length, or --overlong truncate-left, which keeps the ends.": Case(
+        [{"prompt": "P " * 40, "completion": "C"}], "--max-length 12", None, only("--overlong", "truncate-left")
+    ),
+    "-t {}": Case(TEXT, "-t bare/tokenizer.json", None, lambda flags, advice: named([], advice)),
+    "did you mean -t {}?": Case(TEXT, "-t bar", None, lambda flags, advice: named([], advice.rstrip("?"))),
+    "--chat-template {}, or put its text into the first user message": Case(
+        [{"messages": [{"role": "system", "content": "S"}, ASKED, SAID]}], "--chat-template strict.jinja", [f"A{END}"], named
+    ),
+    "--chat-template chatml, which takes any order, or merge these messages": Case(
+        [{"messages": [ASKED, ASKED, SAID]}], "--chat-template strict.jinja", [f"A{END}"], named
+    ),
+    "--set max_length=2048": Case(CHAT, "--set max_length", [f"A{END}"], lambda flags, advice: shlex.split(advice)),
+    "quote the value, as --set 'key=\"value\"'.": Case(
+        CHAT, "--set eos_token=[x", None, lambda flags, advice: ["--set", f'eos_token="{END}"']
+    ),
+    "tr '\\r' '\\n' < {} > lines.txt": Case(
+        "one\rtwo\r", "", None, lambda flags, advice: flags, "rows.txt"
+    ),
+}  # fmt: skip
+
+
+# Takes a user and an assistant by turns, and no one else.
+STRICT = (
+    "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def nothing(row: dict[str, Any]) -> None:
+    return None
+
+
+def everything(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+def prepared(capsys: pytest.CaptureFixture[str], name: str, flags: list[str]) -> tuple[int, str]:
+    base = [] if "-t" in flags else ["-t", str(TOKENIZER)]
+    capsys.readouterr()
+    code = main(["prepare", name, "-o", "set", "--workers", "1", *base, *flags])
+    return code, capsys.readouterr().err
+
+
+def trained_of(folder: str) -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    documents = [document for row in sftdata.open(folder) for document in row.documents()]
+    return [tokenizer.decode(one.labels[one.labels != -100]) for one in documents]
+
+
+@pytest.mark.parametrize("advice", FOLLOWED)
+def test_advice_that_is_followed_gives_the_set_that_is_meant(
+    advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = FOLLOWED[advice]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    bare = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    bare.pop("chat_template")
+    Path("bare").mkdir()
+    Path("bare/tokenizer_config.json").write_text(json.dumps(bare), encoding="utf-8")
+    Path("bare/tokenizer.json").write_bytes((TOKENIZER / "tokenizer.json").read_bytes())
+    Path("strict.jinja").write_text(STRICT, encoding="utf-8")
+    text = case.rows if isinstance(case.rows, str) else "".join(json.dumps(row) + "\n" for row in case.rows)
+    Path(case.name).write_text(text, encoding="utf-8", newline="")
+    flags = shlex.split(case.flags)
+    code, said = prepared(capsys, case.name, flags)
+    assert code in (2, 3), said
+    fix = said.rpartition("Fix: ")[2].strip().split(" All are in")[0]
+    shape = ".*".join(re.escape(part) for part in advice.rstrip(".").split("{}"))
+    assert re.search(shape, fix), said
+    name = case.name
+    if advice.startswith("tr "):
+        Path("lines.txt").write_text(text.replace("\r", "\n"), encoding="utf-8")
+        name = "lines.txt"
+    code, said = prepared(capsys, name, (case.does or named)(flags, fix))
+    assert code == 0, said
+    if case.trained is not None:
+        assert trained_of("set") == case.trained
+
+
+# ------------------------------------------------------------------------------------------- followed in other tests
+
+_ODD = "tests/unit/test_odd_values.py::test_what_is_odd_is_named_and_the_fix_gives_what_is_meant"
+_HINTS = "tests/integration/test_nothing_ignored.py::"
+_RUN = "tests/integration/test_bad_input.py::test_the_fix_of_a_refused_run_works_where_the_run_was_refused"
+_SETTINGS = "tests/unit/test_settings.py::test_another_tools_setting_is_answered_with_ours"
+_SPLITS = "tests/unit/test_splits.py::test_the_advice_on_splits_gives_the_right_rows"
+_CONVERTED = "tests/unit/test_tokenizer.py::test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works"
+ELSEWHERE: dict[str, str] = {
+    "--formatter rows:fix, with a file rows.py that holds: def fix(row): return {}": _ODD,
+    "keep the others: {}; or, where {} says nothing about the answer, name the format with --format.": (
+        "tests/unit/test_odd_values.py::test_an_answer_that_is_not_wanted_is_never_trained"
+    ),
+    "--map messages=chosen.": _ODD,
+    "--map completion=chosen.": _ODD,
+    "--map text=chosen --response-template {} --instruction-template {}": _ODD,
+    "if {} is the answer: --map answer={}.": _ODD,
+    "--response-template {} --instruction-template {}": (
+        f"{_HINTS}test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers"
+    ),
+    "{}: prompts and completions are joined as raw text, no chat template; --kind conversation renders them with it,"
+    " --kind completion says that raw text is meant.": (
+        f"{_HINTS}test_raw_prompts_are_said_to_be_raw_with_the_way_to_the_template"
+    ),
+    "--format {}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
+    "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
+    "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.": _RUN,
+    "--overlong truncate, or a larger --max-length.": _RUN,
+    ", or go on without them: --max-rejects {}": _RUN,
+    "--train-on all, or switch turns on in the data (weight, train).": _RUN,
+    "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.": _RUN,
+    "--set {}=...": _SETTINGS,
+    "--model": _SETTINGS,
+    "--lora": _SETTINGS,
+    "As --set template_kwargs.enable_thinking=false.": _SETTINGS,
+    "convert it once: pip install sentencepiece protobuf tiktoken && python -c \"from transformers import AutoTokenizer as A;"
+    " A.from_pretrained('{}').save_pretrained('converted')\" && use -t converted": _CONVERTED,
+    "iconv -f UTF-16{} -t UTF-8 {} > utf8-{}": (
+        "tests/unit/test_source.py::test_utf16_is_refused_with_the_command_that_converts_it"
+    ),
+    "choose with --split, as --split {}": _SPLITS,
+    " or --split {}": _SPLITS,
+    "as --split {}, or a part of it: --split '{}[:95%]'.": _SPLITS,
+    "assistant, last-assistant or all; a weight beside a message counts with --loss-weights.": _SETTINGS,
+}
+
+
+@pytest.mark.parametrize("place", sorted(set(ELSEWHERE.values())))
+def test_what_is_followed_elsewhere_is_a_test_that_there_is(place: str) -> None:
+    path, _, name = place.partition("::")
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------- nothing to follow
+
+# Advice that names a command without saying all of it: what to choose depends on what the user has or means.
+CHOICES = set((ROOT / "tests/advice_choices.txt").read_text(encoding="utf-8").splitlines())
+
+
+def test_every_piece_of_advice_has_its_place() -> None:
+    known = {*FOLLOWED, *ELSEWHERE, *CHOICES}
+    advice = {**collect("sftdata"), **collect("sfttrain")}
+    assert {text: place for text, place in advice.items() if text.replace("\n", "\\n") not in known and text not in known} == {}
+
+
+def options(app: Any, *path: str) -> set[str]:
+    """Return every flag of a program."""
+    found = {flag for one in app.params for flag in (*one.opts, *one.secondary_opts) if flag.startswith("-")}
+    for command in getattr(app, "commands", {}).values():
+        found |= options(command)
+    return found
+
+
+def test_advice_names_only_flags_and_commands_that_there_are() -> None:
+    ours, trainers = get_command(build_app()), get_command(sfttrain.cli.app)
+    known = options(ours) | options(trainers) | {"--help", "--debug", "--nproc-per-node"}
+    commands = {"sftdata": set(ours.commands), "sfttrain": {*trainers.commands}}  # type: ignore[attr-defined]
+    for text, place in {**collect("sftdata"), **collect("sfttrain")}.items():
+        if place.endswith(("other_tools.py", "cli/app.py", "report.py")) or text.startswith(("{}/--no-", "accelerate ")):
+            continue
+        for flag in re.findall(r"(?<![\w{-])--[a-z][a-z-]*", text):
+            assert flag in known, (place, text)
+        for program, command in re.findall(r"`?\b(sftdata|sfttrain) ([a-z]+)", text):
+            assert command in commands[program], (place, text)
