@@ -198,8 +198,12 @@ def _vary(value: Any) -> Any:
 
 def _pieces(message: dict[str, Any]) -> list[str]:
     """Return the texts of a message; reasoning written inside an answer is a text of its own."""
-    texts = [message.get("content"), message.get("reasoning_content")]
-    texts += [value for call in message.get("tool_calls", []) for value in call["function"]["arguments"].values()]
+    content = message.get("content")
+    texts = [part.get("text") for part in content] if isinstance(content, list) else [content]
+    texts.append(message.get("reasoning_content"))
+    for call in message.get("tool_calls", []):
+        arguments = call["function"]["arguments"]
+        texts += [arguments] if isinstance(arguments, str) else arguments.values()
     split = [re.split("</?think>", text) if "</think>" in text else [text] for text in texts if isinstance(text, str)]
     pieces = [piece.strip() for parts in split for piece in parts]
     return [piece for piece in pieces if _vary(piece) != piece]
