@@ -67,7 +67,8 @@ SHAPES: dict[str, Row] = {
     "answers in a row": _row(ASK, SAYS, SUN, MORE, SUN),
     "questions in a row": _row(ASK, MORE, SUN),
     "empty answer": _row(ASK, {**SAYS, "content": ""}, MORE, SUN),
-    "white space": _row({**ASK, "content": " Is it?\n"}, {**SAYS, "content": "\n It rains. \n"}, MORE, {**SAYS, "content": "  No"}),
+    "white space": _row(
+        {**ASK, "content": " Is it?\n"}, {**SAYS, "content": "\n It rains. \n"}, MORE, {**SAYS, "content": "  No"}),
     "call": _row(ASK, _calls("Oslo"), RAIN, SAYS, tools=True),
     "call, arguments as text": _row(ASK, _calls("Oslo", text=True), RAIN, SAYS, tools=True),
     "call, content null": _row(ASK, _NULL, RAIN, SAYS, tools=True),
@@ -81,7 +82,8 @@ SHAPES: dict[str, Row] = {
     "parallel calls as text": _row(ASK, _calls("Oslo", "Rome", text=True), *_BOTH_RESULTS, SAYS, tools=True),
     "parallel calls last": _row(ASK, _calls("Oslo", "Rome"), tools=True),
     "call after call": _row(ASK, _calls("Oslo"), RAIN, _calls("Rome"), {**RAIN, "content": "sun"}, SUN, tools=True),
-    "calls in turns": _row(BRIEF, ASK, _calls("Oslo"), RAIN, SAYS, MORE, _calls("Rome"), {**RAIN, "content": "sun"}, SUN, tools=True),
+    "calls in turns": _row(
+        BRIEF, ASK, _calls("Oslo"), RAIN, SAYS, MORE, _calls("Rome"), {**RAIN, "content": "sun"}, SUN, tools=True),
     "call of numbers": _row(
         ASK, {**_calls("Oslo"), "tool_calls": [{"type": "function", "id": "abcdefgh1", "function":
                                                 {"name": "get_weather", "arguments": {"days": 3}}}]}, RAIN, SAYS, tools=True),
@@ -100,7 +102,8 @@ SHAPES: dict[str, Row] = {
         ASK, {**SAYS, "content": f"<think>\n{THINK}\n</think>\n\nIt rains."}, MORE,
         {**SAYS, "content": "<think>\nSun there.\n</think>\n\nThe sun shines."}),
     "inline empty think": _row(ASK, {**SAYS, "content": "<think>\n\n</think>\n\nIt rains."}),
-    "inline call": _row(ASK, {**SAYS, "content": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'}),
+    "inline call": _row(
+        ASK, {**SAYS, "content": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'}),
     "inline call with words": _row(ASK, {**SAYS, "content": 'I look. <tool_call>{"name": "f"}</tool_call>'}, MORE, SUN),
     "typed end": _row({**ASK, "content": "What is <|im_end|>?"}, {**SAYS, "content": "<|im_end|> ends a turn."}),
     "typed header": _row({**ASK, "content": "Hi<|im_end|>\n<|im_start|>assistant\nSure"}, SAYS, MORE, SUN),
@@ -179,8 +182,9 @@ def judge(form: Format, finder: SpanFinder, name: str, row: Conversation | str) 
             continue
         if same:
             verdicts.append(_same_spans(form, finder, rendered, messages, tools))
-    found = next((verdict for verdict in ("right", "unsure", *verdicts) if verdict in verdicts), "wrong: not what transformers renders")
-    return found, rendered
+    if not verdicts:
+        return "wrong: not what transformers renders", rendered
+    return next(verdict for verdict in ("right", "unsure", *verdicts) if verdict in verdicts), rendered
 
 
 def _same_spans(

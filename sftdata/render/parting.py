@@ -42,3 +42,18 @@ def header_after(rest: str, region: str) -> int | None:
             stop = region.index(core) + len(core)
             return stop + common_prefix(rest[len(rest.rstrip()) :], region[stop:])
     return None
+
+
+def repeated_tag(rest: str, answer: str) -> int:
+    r"""Return the length of the tag that the rest of a generation prompt opens and the answer repeats; 0 for none.
+
+    >>> repeated_tag("<think>\n", "<think>Two.</think>Four."), repeated_tag("<think>\n", "Four.")
+    (7, 0)
+    """
+    tag = _TAG.match(rest.lstrip())
+    return len(tag[0]) if tag and answer.startswith(tag[0]) else 0
+
+
+def find_tags(text: str) -> set[str]:
+    """Return the tags of a text."""
+    return set(_TAG.findall(text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -60,10 +60,10 @@ class ProvenRenderer:
             raise explain_refusal(self.template, row, refusal) from None
         if marks.RESERVED.search(text):
             raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
-        apart = _reasoning_apart(row)
+        attempts = (row, *_reasoning_apart(row))
         for skip in self._skips:
             proven = None
-            for attempt in (row,) if apart is None else (row, apart):
+            for attempt in attempts:
                 marked = self._marked(attempt, text, skip)
                 if marked is not None and _all_whole(marked.marks):
                     return marked, attempt
@@ -159,16 +159,18 @@ def _content(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _reasoning_apart(row: Conversation) -> Conversation | None:
-    """Hand `<think>...</think>` at the head of answers over as `reasoning_content`; None when no answer has one."""
-    messages = [_without_thinking(message) for message in row.messages]
-    return None if messages == row.messages else replace(row, messages=messages)
+def _reasoning_apart(row: Conversation) -> Iterator[Conversation]:
+    """Hand `<think>...</think>` at the head of answers over as `reasoning_content`, blank lines behind it out or in."""
+    for blank in ("\n", ""):
+        messages = [_without_thinking(message, blank) for message in row.messages]
+        if messages != row.messages:
+            yield replace(row, messages=messages)
 
 
-def _without_thinking(message: dict[str, Any]) -> dict[str, Any]:
+def _without_thinking(message: dict[str, Any], blank: str) -> dict[str, Any]:
     content = _content(message)
     if message["role"] != "assistant" or "</think>" not in content or "reasoning_content" in message:
         return message
     head, _, answer = content.rpartition("</think>")
     reasoning = head.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")
-    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning}
+    return {**message, "content": answer.lstrip(blank) if blank else answer, "reasoning_content": reasoning}

@@ -121,13 +121,14 @@ class RecipeBook:
                 return not self._tokens.search(text)
         return True
 
-    def learn(self, row: Conversation, marked: MarkedText, turns: list[Turn]) -> Recipe | None:
+    def learn(self, row: Conversation, marked: MarkedText, turns: list[Turn], absent: Iterable[str] = ()) -> Recipe | None:
         """Learn the recipe of a row's shape from its proven render; None where the template looks into texts.
 
         Args:
             row: every content without outer white space.
             marked: its render, with where each content opens and closes.
             turns: its turns.
+            absent: strings that contents must not hold, besides those that the template looks for.
         """
         text, marks = marked.text, marked.marks
         contents = [message["content"] for message in row.messages]
@@ -155,7 +156,7 @@ class RecipeBook:
             tuple(one.message for one, _ in pairs),
             tuple(turns),
             tuple((start, stop) for start, stop in places if start is not None and stop is not None),
-            tuple(sorted(conditions.absent)),
+            tuple(sorted(conditions.absent.union(absent))),
             conditions.trimmed,
         )
         # The row that taught it must be one that it admits: else the conditions are not those of this row.

@@ -193,7 +193,8 @@ def _conversation(
     tally.count("rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder))
     tally.count("rows_with_control_tokens", index, bool(rendered.literal))
     if renderer.end_token and turns and not turns[-1].ended:
-        text = text[: turns[-1].stop] + renderer.end_token
+        calls = bool(row.messages[turns[-1].message].get("tool_calls"))
+        text = text[: turns[-1].stop] + ((calls and renderer.finder.call_end) or renderer.end_token)
         turns = [*turns[:-1], Turn(turns[-1].message, turns[-1].start, len(text), True, turns[-1].parted)]
         tally.count("rows_mended_with_eos", index)
     if renderer.train_on == "all":

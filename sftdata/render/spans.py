@@ -26,11 +26,11 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render.guards import guarded_tokens
 from sftdata.render.marks import Mark, MarkedText, message_texts
-from sftdata.render.parting import common_prefix, find_parting, header_after
+from sftdata.render.parting import common_prefix, find_parting, find_tags, header_after, repeated_tag
 from sftdata.render.proof import ProvenRenderer, any_of
 from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook, Turn
 from sftdata.render.refusals import CALLS_FIX
-from sftdata.render.stops import find_stops
+from sftdata.render.stops import find_call_end, find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
 
 
@@ -63,6 +63,7 @@ class SpanFinder:
 
     Attributes:
         guarded: tokens that are encoded as text where data spells them.
+        call_end: what ends a turn that calls tools; None where the template does not tell.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SpanFinder:
         self.template = template
         self.stops = find_stops(template, stop_tokens, (*control_tokens, *plain_tokens))
         self.guarded = () if trust_control_tokens else guarded_tokens(template, control_tokens, plain_tokens, self.stops)
+        self.call_end = find_call_end(template, self.stops)
         self._stop_shape = any_of(self.stops)
         self._renderer = ProvenRenderer(template, self.guarded, plain_tokens)
         self._prompts: dict[Any, str | None] = {}
@@ -120,7 +122,10 @@ class SpanFinder:
             except RowError:
                 self._recipes[shape] = None
                 return None
-            self._recipes[shape] = None if rendered.swallowed else self._book.learn(row, marked, rendered.turns)
+            # Where a prompt opens what the turn does not, an answer that opens it itself begins behind that.
+            parted = any(turn.parted for turn in rendered.turns)
+            tags = find_tags("".join(filter(None, self._prompts.values()))) if parted else ()
+            self._recipes[shape] = None if rendered.swallowed else self._book.learn(row, marked, rendered.turns, tags)
         return self._recipes[shape]
 
     def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:
@@ -188,7 +193,10 @@ class SpanFinder:
         stopped = self._stop_shape is not None and self._stop_shape.match(lead[parting:].lstrip())
         if header is None and not own and not stopped and written[parting:].strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
-        return origin + parting + (header or 0), True
+        again = (
+            repeated_tag(written[parting:], marked.text[origin + parting : own[-1].position]) if own and not lead[parting:] else 0
+        )
+        return origin + parting + (header or again), True
 
     def _written(self, row: Conversation, index: int, before: Mark | None, lead: str, answered: bool) -> str | None:
         """Return what the generation prompt writes behind the data before a turn; None where no prompt can be rendered.

@@ -34,6 +34,16 @@ def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_token
     return tuple(stop for stop in dict.fromkeys(stops) if stop.strip())
 
 
+def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
+    """Return which of `stops` the template writes first behind a tool call that is answered; None where it writes none."""
+    for call in CALLS:
+        _, after = _around_second(template, [USER, call, RESULT])
+        found = min((stop for stop in stops if stop in after), key=after.index, default=None)
+        if found is not None:
+            return found
+    return None
+
+
 def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
     """Return the text before the data of the second message and the text from there to the next data; "" where refused."""
     found = frames(template, messages)

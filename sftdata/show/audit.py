@@ -13,10 +13,12 @@ import numpy as np
 from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
 from sftdata.outlet import visible
+from sftdata.render.stops import find_stops
+from sftdata.render.template import ChatTemplate
 from sftdata.shardset.lists import read_counted
 from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
-from sftdata.show.findings import COUNTED, KINDS, Finding, make_finding
+from sftdata.show.findings import COUNTED, IN_CHATS, IN_TEXTS, KINDS, Finding, make_finding
 from sftdata.show.shown import ShownSet, open_shown
 from sftdata.show.vocabulary import generation_stops
 
@@ -101,7 +103,7 @@ class _Look:
 
     def endings(self) -> Iterator[Finding]:
         """Yield answers that do not teach the model to stop; each example is told of once."""
-        documents, vocabulary = self.documents, self.shards.vocabulary
+        documents = self.documents
         trained = documents.trained > 0
         yield from self._found("nothing-trained", ~trained)
         open_ended = trained & ~documents.ends
@@ -110,11 +112,31 @@ class _Look:
         split = open_ended & ~cut & (self.stretches > 1)
         yield from self._found("answer-split", split)
         rest = open_ended & ~cut & ~split
-        control = np.isin(documents.last, list(vocabulary.added))
-        other = rest & control
-        stops = ", ".join(map(self._name, sorted(vocabulary.stop_ids))) or "nothing"
-        yield from self._found("turn-end-not-a-stop", other, token=self._most_common(documents.last[other]), stops=stops)
-        yield from self._found("no-trained-end", rest & ~control)
+        whole = trained & ~cut & (self.stretches == 1)
+        odd = (rest | whole) & (documents.odd >= 0)
+        yield from self._found("turn-end-not-a-stop", odd, **self._not_stopping(documents.odd[odd]))
+        counted = bool(self.shards.manifest.ledger.counters.get("turns_without_stop"))
+        unended = (rest & ~odd) | (whole & documents.unended & counted)
+        yield from self._found("no-trained-end", unended, fix=self._end_to_write() if unended.any() else "")
+
+    def _not_stopping(self, odd: Int32) -> dict[str, str]:
+        """Return the slots that name turn ends at which generation goes on, and what makes it stop there."""
+        tokens = ", ".join(self._name(token_id) for token_id in np.unique(odd).tolist())
+        stops = ", ".join(map(self._name, sorted(self.shards.vocabulary.stop_ids))) or "nothing"
+        # Another EOS would leave the answers that end in this one without a stop.
+        several = len(np.unique(odd)) > 1 or bool(self.documents.ends.any())
+        fix = f"list {tokens} in eos_token_id of the tokenizer's generation_config.json, beside what stands there"
+        return {"token": tokens, "stops": stops, "fix": fix if several else f"--eos-token '{tokens}'"}
+
+    def _end_to_write(self) -> str:
+        """Return the fix for answers without an end: by name the token that inference waits for, where the template tells."""
+        vocabulary, manifest = self.shards.vocabulary, self.shards.manifest
+        if vocabulary.chat_template is None or not manifest.ledger.counters.get("turns"):
+            return "--eos-token, or a --chat-template that ends turns"
+        arguments = manifest.settings.get("template_kwargs") or {}
+        template = ChatTemplate(vocabulary.chat_template, vocabulary.named, template_kwargs=arguments)
+        stops = find_stops(template, (), vocabulary.added.values()) or (vocabulary.named.get("eos_token", "TOKEN"),)
+        return f"--eos-token '{visible(stops[0])}'"
 
     def starts(self) -> Iterator[Finding]:
         """Yield examples with too many or too few BOS."""
@@ -134,7 +156,9 @@ class _Look:
         yield from self._found("empty-answer", self.documents.empty & (self.stretches == 1))
         everything = self.shards.manifest.settings.get("train_on") == "all"
         if not (everything and self.shards.manifest.ledger.counters.get("turns")):
-            yield from self._found("control-token-in-answer", self.documents.control)
+            turns = self.shards.manifest.ledger.counters.get("turns")
+            slots = IN_CHATS if turns else IN_TEXTS
+            yield from self._found("control-token-in-answer", self.documents.control, **slots)
         yield from self._found("duplicate-prompt", self._repeated())
 
     def _at_limit(self) -> Bool:
@@ -179,10 +203,6 @@ class _Look:
 
     def _name(self, token_id: int) -> str:
         return visible(self.shards.vocabulary.text_of([token_id]))
-
-    def _most_common(self, ids: Int32) -> str:
-        values, counts = np.unique(ids, return_counts=True)
-        return self._name(int(values[np.argmax(counts)])) if len(values) else ""
 
 
 def _disagreements(shards: ShownSet) -> Iterator[Finding]:

@@ -26,7 +26,8 @@ class Documents:
         length: int64[N], tokens.
         trained: int64[N], trained tokens.
         first, second: int32[N], first two token ids; -1 where there is none.
-        last: int32[N], last trained id that is more than whitespace; -1 where there is none.
+        odd: int32[N], a control token that ends an answer and is no stop token, the largest id; -1 where there is none.
+        unended: bool[N], some answer ends in no control token at all, whitespace after it aside.
         ends: bool[N], the last answer ends in a stop token, whitespace after it aside.
         cut: bool[N], the very last token is trained, and `ends` is False.
         empty: bool[N], some answer holds nothing but stop tokens and whitespace.
@@ -40,7 +41,8 @@ class Documents:
     trained: Int64
     first: Int32
     second: Int32
-    last: Int32
+    odd: Int32
+    unended: Bool
     ends: Bool
     cut: Bool
     empty: Bool
@@ -68,7 +70,8 @@ class Documents:
         if len(ids):
             for name in ("length", "trained"):
                 merged[name] = np.add.reduceat(getattr(self, name)[order], at)
-            for name in ("ends", "cut", "empty", "control"):
+            merged["odd"] = np.maximum.reduceat(self.odd[order], at)
+            for name in ("unended", "ends", "cut", "empty", "control"):
                 merged[name] = np.logical_or.reduceat(getattr(self, name)[order], at)
         return Documents(**merged), count
 
@@ -85,6 +88,7 @@ class DocumentReader:
         self._vocabulary = vocabulary
         self._control = np.array(sorted({*vocabulary.stop_ids, *([] if bos_id is None else [bos_id])}), np.int32)
         self._stops = np.array(sorted(vocabulary.stop_ids), np.int32)
+        self._enders = np.array(sorted(vocabulary.enders), np.int32)
         self._blank = np.zeros(0, np.int8)  # by id: 0 not asked yet, 1 whitespace, 2 more than that
 
     def read(self, rows: PackedRows) -> Documents:
@@ -104,20 +108,23 @@ class DocumentReader:
         inside = control[runs.stop] - control[runs.start + (place[runs.start] == edges[runs.document])] - run_ends
         first, final = np.searchsorted(runs.document, real), np.searchsorted(runs.document, real, side="right") - 1
         has = final >= first
-        ends, ending, before = np.zeros((3, len(real)), np.int64)
+        ends, before = np.zeros((2, len(real)), np.int64)
         ends[has] = run_ends[final[has]]
-        ending[has], ending[~has] = last[final[has]], -1
         before[has], before[~has] = place[runs.start[first[has]]] - start[has], (stop - start)[~has]
         begins, finishes = np.searchsorted(place, start), np.searchsorted(place, stop)
         at_end = rows.labels[stop - 1] != NOT_TRAINED
-        known = np.append(trained, np.int32(-1))  # index -1: none
+        last_id = np.append(trained, np.int32(-1))[last]  # index -1: none
+        in_control = np.isin(last_id, self._enders)
+        odd = np.full(len(rows.seq_lengths), -1, np.int32)
+        np.maximum.at(odd, runs.document, np.where(in_control & ~run_ends, last_id, np.int32(-1)))
         return Documents(
             example_id=rows.example_ids[real],
             length=stop - start,
             trained=finishes - begins,
             first=ids[start],
             second=np.where(stop - start > 1, ids[np.minimum(start + 1, len(ids) - 1)], -1).astype(np.int32),
-            last=known[ending],
+            odd=odd[real],
+            unended=_any_run(runs, ~run_ends & ~in_control, len(rows.seq_lengths))[real],
             ends=ends.astype(np.bool_),
             cut=at_end & (ends == 0),
             empty=_any_run(runs, substance[runs.stop] == substance[runs.start], len(rows.seq_lengths))[real],

@@ -36,11 +36,10 @@ KINDS: dict[str, Kind] = {
         "--packing bfd with a --max-length that holds the example",
     ),
     "turn-end-not-a-stop": Kind(
-        "defect", "example", "the answer ends in {token}, and generation stops at {stops}", "--eos-token '{token}'"
+        "defect", "example", "an answer ends in {token}, and generation stops at {stops}", "{fix}"
     ),
     "no-trained-end": Kind(
-        "defect", "example", "the last answer never ends in a stop token, so that the model does not learn to stop",
-        "--eos-token, or a --chat-template that ends turns",
+        "defect", "example", "an answer never ends in a stop token, so that the model does not learn to stop", "{fix}"
     ),
     "double-bos": Kind(
         "defect", "example", "the example begins with {token} twice", "take it out of the data, or of the chat template"
@@ -53,8 +52,7 @@ KINDS: dict[str, Kind] = {
         "defect", "example", "an answer holds nothing but its end", "leave the rows out, or switch the turn off: \"train\": false"
     ),
     "control-token-in-answer": Kind(
-        "defect", "example", "an answer holds a stop token or BOS before its end, which came with the data",
-        "clean the rows, and leave out --trust-control-tokens",
+        "defect", "example", "{what} holds a stop token or BOS before its end{origin}", "{fix}"
     ),
     "duplicate-prompt": Kind(
         "note", "example", "the prompt was there before, in another example", "deduplicate the input where it is not meant"
@@ -100,6 +98,15 @@ KINDS: dict[str, Kind] = {
         "defect", "row", "trl 0.7.10 masks the row otherwise than meant, without a warning", "--mask-mode default"
     ),
 }  # fmt: skip
+
+IN_CHATS = {
+    "what": "an answer", "origin": ", which came with the data", "fix": "clean the rows, and leave out --trust-control-tokens"
+}  # fmt: skip
+IN_TEXTS = {
+    "what": "a text", "origin": ", and it is trained there",
+    "fix": "clean the rows; give chats that a template has rendered as messages, so that only answers are trained",
+}  # fmt: skip
+"""What `control-token-in-answer` says of answers of a chat template, and of running text."""
 
 COUNTED = {
     "messages_swallowed": "message-swallowed",

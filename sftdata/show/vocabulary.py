@@ -5,6 +5,7 @@ A tokenizer's own `decode` joins, strips and replaces; here one id is one stretc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from typing import Any
 import msgspec
 
 from sftdata.errors import IntegrityError, UsageError
+
+_TAG = re.compile(r"</?\w+>|\s*")
 
 
 class _AddedToken(msgspec.Struct):
@@ -47,6 +50,7 @@ class Vocabulary:
         pieces: as tokenizer.json spells them, by id.
         added: texts of the added tokens, by id.
         special: ids of the added tokens that count as special.
+        named: the tokenizer's named special tokens (`bos_token`, `eos_token`, ...).
         stop_ids: ids that end generation: EOS and those of generation_config.json.
         chat_template: the default template, if any.
         decoder: parts of the tokenizer's decoder, which say how pieces spell text.
@@ -55,6 +59,7 @@ class Vocabulary:
     pieces: dict[int, str]
     added: dict[int, str]
     special: frozenset[int]
+    named: dict[str, str]
     stop_ids: frozenset[int]
     chat_template: str | None
     decoder: tuple[dict[str, Any], ...]
@@ -62,6 +67,11 @@ class Vocabulary:
     @cached_property
     def _alphabet(self) -> dict[str, int]:
         return _byte_alphabet() if any(part["type"] == "ByteLevel" for part in self.decoder) else {}
+
+    @property
+    def enders(self) -> frozenset[int]:
+        """Ids of added tokens that may end a turn: all but tags such as `</tool_call>`, which are text."""
+        return frozenset(index for index, text in self.added.items() if index in self.special or not _TAG.fullmatch(text))
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return what one id adds to the text, in bytes; an id without a token is spelled `<id 7>`."""
@@ -121,6 +131,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         pieces=pieces,
         added={token.id: token.content for token in file.added_tokens},
         special=frozenset(token.id for token in file.added_tokens if token.special),
+        named={name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)},
         stop_ids=_stop_ids(folder, config, {token.content: token.id for token in file.added_tokens}),
         chat_template=_chat_template(folder, config),
         decoder=tuple(_flat(file.decoder)),
@@ -134,9 +145,14 @@ def generation_stops(folder: Path) -> list[int]:
 
 
 def _stop_ids(folder: Path, config: dict[str, Any], added: dict[str, int]) -> frozenset[int]:
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    eos = _content(config.get("eos_token"))
     return frozenset([*([added[eos]] if eos in added else []), *generation_stops(folder)])
+
+
+def _content(token: Any) -> str:
+    """Return the text of a token as tokenizer_config.json spells it: a string, or an object that holds one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

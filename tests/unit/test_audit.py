@@ -89,9 +89,38 @@ def test_a_stop_token_that_begins_a_row_is_found(tmp_path: Path) -> None:
 
 
 def test_the_fix_for_a_turn_end_that_is_no_stop_names_the_token(tmp_path: Path) -> None:
-    finding = found(write_set(tmp_path / "set", [*CLEAN, SEEDED["turn-end-not-a-stop"]]))["turn-end-not-a-stop"]
+    finding = found(write_set(tmp_path / "set", [SEEDED["turn-end-not-a-stop"]]))["turn-end-not-a-stop"]
     assert finding.fix == "--eos-token '<|endoftext|>'"
-    assert finding.message == "the answer ends in <|endoftext|>, and generation stops at <|im_end|>"
+    assert finding.message == "an answer ends in <|endoftext|>, and generation stops at <|im_end|>"
+
+
+@pytest.mark.parametrize("place", ["last", "first"])
+def test_where_other_answers_end_in_the_stop_token_the_fix_is_another_stop(tmp_path: Path, place: str) -> None:
+    """As with the end of a tool call beside that of answers: another EOS would take the stop from the others."""
+    odd = SEEDED["turn-end-not-a-stop"]
+    row = f"{CHAT.format('Hi', 'Hello')}{odd}" if place == "last" else f"{odd}\n{CHAT.format('Hi', 'Hello')}"
+    finding = found(write_set(tmp_path / "set", [*CLEAN, row]))["turn-end-not-a-stop"]
+    assert (finding.count, finding.examples) == (1, ("data.jsonl:13",))
+    assert finding.fix.startswith("list <|endoftext|> in eos_token_id of the tokenizer's generation_config.json")
+    assert not audit(write_set(tmp_path / "followed", [*CLEAN, row], tokenizer=with_stops(tmp_path, [0, 2])))
+
+
+def test_every_turn_of_a_chat_is_looked_at(tmp_path: Path) -> None:
+    row = f"{SEEDED['no-trained-end']}{CHAT.format('Hi', 'Hello')}"
+    assert not audit(write_set(tmp_path / "markers", [*CLEAN, row]))  # where markers say what is trained, turns have no end
+    counters = {"turns": 14, "turns_without_stop": 1}
+    finding = found(write_set(tmp_path / "chat", [*CLEAN, row], counters=counters))["no-trained-end"]
+    assert (finding.count, finding.examples) == (1, ("data.jsonl:13",))
+    assert finding.fix == "--eos-token '<|im_end|>'"
+
+
+def test_a_stop_token_inside_running_text_is_not_blamed_on_answers(tmp_path: Path) -> None:
+    row = SEEDED["control-token-in-answer"]
+    chat = found(write_set(tmp_path / "chat", [row], counters={"turns": 1}))["control-token-in-answer"]
+    text = found(write_set(tmp_path / "text", [row]))["control-token-in-answer"]
+    assert "came with the data" in chat.message
+    assert "came with the data" not in text.message
+    assert "as messages" in text.fix
 
 
 def test_generation_config_stops_count_as_stops(tmp_path: Path) -> None:
@@ -284,6 +313,8 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
             run = run[:-1]
         return run
 
+    last = [ids[core(run)[-1]] if core(run) else -1 for run in runs]
+    enders = {token for token in vocabulary.added if token not in vocabulary.stop_ids and vocabulary.added[token].strip()}
     ended = [bool(core(run)) and ids[core(run)[-1]] in vocabulary.stop_ids for run in runs]
     ends = bool(runs) and ended[-1]
     controls = [
@@ -299,7 +330,8 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
             for run in runs
         ),
         "control": any(controls),
-        "last": ids[core(runs[-1])[-1]] if runs and core(runs[-1]) else -1,
+        "odd": max((token for token in last if token in enders), default=-1),
+        "unended": any(token not in vocabulary.stop_ids and token not in enders for token in last),
         "prompt_length": runs[0][0] if runs else len(ids),
     }
 

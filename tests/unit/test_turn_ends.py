@@ -96,3 +96,44 @@ def test_without_an_end_of_its_own_a_turn_ends_in_the_first_token_of_the_next_he
         '<call>look{"city": "Oslo"}</call><|observation|>', "It rains.<|user|>", "It rains.",
     ]  # fmt: skip
     assert [turn.ended for turn in rendered.turns] == [True, True, False]
+
+
+OPENS_THINKING = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n<think>\n' }}{% endif %}"
+)
+ANSWERS = {
+    "<think>\nIt pours.\n</think>\nYes.": "It pours.\n</think>\nYes.",  # what the prompt holds is there word for word
+    "<think>It pours.</think>Yes.": "It pours.</think>Yes.",  # the tag is, the newline is not
+    "<think>": "",
+    "Yes.": "Yes.",
+    "<thinking>Yes.": "<thinking>Yes.",
+    "So: <think>no</think>": "So: <think>no</think>",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("turns", [1, 3])
+def test_what_the_generation_prompt_holds_is_not_trained_where_the_turn_repeats_it(answer: str, turns: int) -> None:
+    finder = SpanFinder(ChatTemplate(OPENS_THINKING), ("<|end|>",), ("<|start|>", "<|end|>"), ("<think>", "</think>"))
+    for _ in range(2):  # the second time by what was learnt from the first
+        messages = [ASK, {"role": "assistant", "content": answer}] * turns
+        rendered = finder.render(Conversation(messages, [None] * len(messages)))
+        assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [ANSWERS[answer] + "<|end|>"] * turns
+        finder.render(Conversation([ASK, ANSWER] * turns, [None] * 2 * turns))
+
+
+R1_LIKE = (
+    "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and '</think>' in text %}"
+    "{% set text = text.split('</think>')[-1] %}{% endif %}{{ '<|' + m.role + '|>' + text + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("blank", ["", "\n", "\n\n"])
+def test_reasoning_that_a_template_cuts_off_an_answer_is_named(blank: str) -> None:
+    finder = SpanFinder(ChatTemplate(R1_LIKE), ("<|end|>",), ("<|user|>", "<|assistant|>", "<|end|>"), ("<think>", "</think>"))
+    thought = {"role": "assistant", "content": f"<think>\nClouds.\n</think>{blank}Yes."}
+    rendered = finder.render(Conversation([ASK, thought, ASK, ANSWER], [None] * 4))
+    assert rendered.swallowed == [1]
+    assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [f"{blank}Yes.<|end|>", "It rains.<|end|>"]
