@@ -22,6 +22,7 @@ from sftdata.read.turn_markers import find_turn_markers
 from sftdata.render.near_miss import shell_quote
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
+JOINED_RAW = "prompts and completions are joined as raw text, no chat template"
 ROWS = 256  # of a sample that are converted
 
 
@@ -136,6 +137,6 @@ def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: Resolv
     if any(token in row.prompt for row in prompts for token in control) or find_turn_markers([row.prompt for row in prompts]):
         return []
     return [
-        f"{look.path}: prompts and completions are joined as raw text, no chat template;"
+        f"{look.path}: {JOINED_RAW};"
         " --kind conversation renders them with it, --kind completion says that raw text is meant."
     ]

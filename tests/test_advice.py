@@ -240,8 +240,10 @@ ELSEWHERE: dict[str, str] = {
     "--response-template {} --instruction-template {}": (
         f"{_HINTS}test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers"
     ),
-    "{}: prompts and completions are joined as raw text, no chat template; --kind conversation renders them with it,"
-    " --kind completion says that raw text is meant.": (
+    "{}: {}; --kind conversation renders them with it, --kind completion says that raw text is meant.": (
+        f"{_HINTS}test_raw_prompts_are_said_to_be_raw_with_the_way_to_the_template"
+    ),
+    "--kind conversation, where the model is to be asked in chats": (
         f"{_HINTS}test_raw_prompts_are_said_to_be_raw_with_the_way_to_the_template"
     ),
     "--format {}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",

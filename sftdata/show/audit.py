@@ -12,6 +12,7 @@ import numpy as np
 
 from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
+from sftdata.looks import JOINED_RAW
 from sftdata.outlet import visible
 from sftdata.render.stops import find_stops
 from sftdata.render.template import ChatTemplate
@@ -219,6 +220,8 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
         names = [visible(token) for token in tokenizer.tokens_added]
         more = ", …" if len(names) > EXAMPLES else ""
         yield make_finding("tokens-added", len(names), names=", ".join(names[:EXAMPLES]) + more)
+    if raw := sum(JOINED_RAW in note for note in shards.manifest.notes):
+        yield make_finding("raw-prompts", raw)
 
 
 def _counted(shards: ShownSet, every: bool) -> Iterator[Finding]:

@@ -74,6 +74,10 @@ KINDS: dict[str, Kind] = {
         "note", "token", "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
         "train without --lora, add embed_tokens and lm_head to its target, or choose a --chat-template of known tokens",
     ),
+    "raw-prompts": Kind(
+        "note", "source", "prompts and completions are joined as raw text, and the tokenizer has a chat template",
+        "--kind conversation, where the model is to be asked in chats",
+    ),
     # ---- what `prepare` counted and no shard can tell
     "message-swallowed": Kind(
         "defect", "message", "the chat template leaves the text of a message out (a system message, most often)",

@@ -214,6 +214,14 @@ def test_what_prepare_counts_in_seeded_rows_is_told(
     assert finding.examples == (() if code == "tokens-added" else ("rows.jsonl:5",))
 
 
+def test_raw_prompts_beside_a_chat_template_are_noted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": " A number."} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for kind, codes in (("auto", {"raw-prompts"}), ("completion", set()), ("conversation", set())):
+        sftdata.prepare(tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / kind, workers=1, kind=kind)
+        assert {finding.code for finding in audit(tmp_path / kind)} & {"raw-prompts"} == codes
+
+
 def test_training_on_everything_has_control_tokens_by_intent(tmp_path: Path) -> None:
     rows = [f"⟦<|im_start|>user\nHi {i}<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>⟧" for i in range(5)]
     meant = write_set(tmp_path / "meant", rows, settings={"train_on": "all"}, counters={"turns": 5})
@@ -232,7 +240,7 @@ def test_a_clean_set_has_no_findings(tmp_path: Path) -> None:
 def test_the_example_corpus_is_clean_however_it_is_packed(tmp_path: Path, packing: str) -> None:
     inputs = [EXAMPLES / name for name in ("conversations.jsonl", "instructions.json", "completions.jsonl", "text.txt")]
     sftdata.prepare(inputs, tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=256, packing=packing, workers=1)
-    assert not audit(tmp_path / "set")
+    assert [finding.code for finding in audit(tmp_path / "set")] == ["raw-prompts"]  # completions.jsonl, which is meant so
 
 
 def test_a_glance_at_all_shards_finds_what_the_audit_finds(tmp_path: Path) -> None:
@@ -285,6 +293,7 @@ def test_sets_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
 def test_every_kind_of_finding_can_be_found_by_these_tests() -> None:
     elsewhere = {
         "answer-cut",
+        "raw-prompts",
         "answer-split",
         "prompt-in-other-set",
         "double-bos",
