@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 FAMILIES = ("qwen2", "mistral", "qwen3_moe", "gemma2", "phi3", "lfm2")
 SMALL = {"lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4}}
+LEAVES_OUT = {("gemma2", "sdpa")}  # the cap on attention logits, in transformers before 5.23; from then on it raises
 ATTENTIONS = ("varlen", "flex_attention", "sdpa", "eager")
 
 
@@ -40,14 +41,15 @@ def proofs() -> bool:
             if attention not in (choice.name, *choice.others):
                 continue
             began = time.perf_counter()
+            expected = family != "lfm2" and (family, attention) not in LEAVES_OUT
             try:
                 proof = prove(config, attention, Surroundings("cuda", torch.bfloat16, rows=2, reach=None))
                 rounding = "-" if proof.rounding is None else f"{proof.rounding:.2f}"
                 found = f"isolated={proof.isolated} difference={proof.difference:.1e} leak={proof.leak:.1e} rounding={rounding}"
                 found += f" fuses={proof.fuses} boundaries={proof.boundaries}"
-                right &= proof.isolated == (family != "lfm2")
+                right &= proof.isolated == expected
             except Exception as error:
-                found, right = f"{type(error).__name__}: {str(error)[:150]}", False
+                found, right = f"{type(error).__name__}: {str(error)[:150]}", right and not expected
             print(f"{family:10} {attention:15} {found} ({time.perf_counter() - began:.1f} s)", flush=True)
     return right
 

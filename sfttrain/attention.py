@@ -19,6 +19,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,6 +49,7 @@ FORCED = {
     "sdpa:math": SDPBackend.MATH,
     "sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_UNGROUPED = (SDPBackend.EFFICIENT_ATTENTION,)  # kernels that take as many heads of keys as of queries
 _BY_SPEED = (*_PACKAGES, VARLEN, "flex_attention", "sdpa", "eager")
 NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, *_PACKAGES, *FORCED)
 _SUPPORT: dict[str, str] = {
@@ -195,10 +197,17 @@ def _kernel_obstacle(name: str, config: Any, device: str, dtype: torch.dtype, ma
     return ""
 
 
-def _forced_forward(kernel: SDPBackend, *inputs: Any, **options: Any) -> tuple[Tensor, None]:
+def _forced_forward(
+    kernel: SDPBackend, module: Any, query: Tensor, key: Tensor, value: Tensor, *inputs: Any, **options: Any
+) -> tuple[Tensor, None]:
+    if kernel in _UNGROUPED and query.shape[1] > key.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        # What is left of the module: one that has no groups, so that transformers does not ask the kernel for them.
+        module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
     with sdpa_kernel(kernel):
         forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
-        return forward(*inputs, **options)
+        return forward(module, query, key, value, *inputs, **options)
 
 
 def _head_width(config: Any) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from transformers import AutoConfig
 
 from sftdata.errors import UsageError
+from sfttrain import attention
 from sfttrain.attention import FORCED, Choice, choose_attention, takes_no_mask
 from sfttrain.varlen import stand_in_forward, varlen_forward
 from tests.varlen_signatures import SIGNATURES
@@ -120,6 +122,30 @@ def test_a_forced_kernel_of_sdpa_is_tried_before_it_is_promised() -> None:
         else:
             with pytest.raises(UsageError, match="PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto"):
                 _choose("llama", name, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_kernel_without_groups_is_given_as_many_heads_of_keys_as_of_queries(
+    monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    query, key, value = (torch.randn(2, heads, 8, 4) for heads in (6, 2, 2))
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril() if masked else None
+    grouped, _ = attention._forced_forward(SDPBackend.MATH, module, query, key, value, mask)
+    monkeypatch.setattr(attention, "_UNGROUPED", (SDPBackend.MATH,))
+    seen: list[int] = []
+    inner = torch.nn.functional.scaled_dot_product_attention
+
+    def kernel(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        seen.append(key.shape[1])
+        assert not options.get("enable_gqa")
+        return inner(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    ungrouped, _ = attention._forced_forward(SDPBackend.MATH, module, query, key, value, mask)
+    assert seen == [6]
+    assert torch.allclose(grouped, ungrouped, atol=1e-6)
 
 
 @pytest.mark.feature("attention")
