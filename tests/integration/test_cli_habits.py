@@ -181,7 +181,7 @@ def test_env_names_versions_and_no_paths(capsys: pytest.CaptureFixture[str], mon
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     line = json.dumps({"text": "The heron stands in the shallow water, and the gate creaks. " * 8}) + "\n"
-    Path("big.jsonl").write_text(line * 40_000, encoding="utf-8")
+    Path("big.jsonl").write_text(line * 12_000, encoding="utf-8")
     settings = ["-o", "set", "--max-length", "256", "--set", "slice_bytes=200000", "--workers", "2", "--engine", "tokenizers"]
     command = [sys.executable, "-m", "sftdata", "prepare", "big.jsonl", "-t", TOKENIZER, *settings]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

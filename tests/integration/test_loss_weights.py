@@ -88,6 +88,21 @@ def test_weights_follow_tokens_through_a_cut_and_do_not_depend_on_workers(tmp_pa
     assert manifest.ledger.tokens_trained == sum(info.tokens_trained for info in manifest.shards)
 
 
+def test_a_document_alone_keeps_its_weights(tmp_path: Path) -> None:
+    from sfttrain.data import TrainingRows
+
+    _prepare(tmp_path, _rows(WEIGHTS), loss_weights=True)
+    opened = open_set(tmp_path / "set")
+    rows = TrainingRows([opened], unpack=True)
+    found = [rows[index] for index in range(len(rows))]
+    known = _by_example(tmp_path / "set")
+    assert len(found) == len(WEIGHTS)
+    for row in found:
+        assert row.loss_weights is not None
+        (weights,) = [weights for ids, _, weights in known.values() if ids == row.input_ids.tolist()]
+        assert row.loss_weights.tolist() == weights.tolist()
+
+
 def test_without_the_setting_there_is_no_column_and_the_rejected_row_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="weight is 0.5; expected 0 or 1.*--loss-weights"):
         _prepare(tmp_path / "a", _rows(WEIGHTS))

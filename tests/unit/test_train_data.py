@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sftdata.shardset.opened import open_set
@@ -39,6 +41,41 @@ def test_an_unpacked_set_hands_out_every_document_once(tmp_path: Path) -> None:
         assert np.array_equal(found.input_ids, document.input_ids)
         assert np.array_equal(found.labels, document.labels)
         assert found.seq_lengths.tolist() == [len(document.input_ids)]
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+def test_every_token_is_told_its_source(tmp_path: Path, unpack: bool) -> None:
+    opened = open_set(make_set(tmp_path / "set", rows=9, sources=3))
+    rows = TrainingRows([opened], unpack=unpack, by_source=True)
+    assert rows.sources == [source.name for source in opened.manifest.sources]
+    own = {}
+    for number, source in enumerate(opened.manifest.sources):
+        own |= dict.fromkeys(range(source.first_id, source.first_id + source.rows), number)
+    documents = [document for row in opened for document in row.documents()]
+    found = np.concatenate([_without_padding(rows[index], opened[index] if not unpack else None) for index in range(len(rows))])
+    assert found.tolist() == [own[document.example_id] for document in documents for _ in document.input_ids]
+
+
+def _without_padding(row: Row, packed: Any) -> Any:
+    """Sources of the tokens of a row's documents."""
+    assert row.source is not None
+    if packed is None:
+        return row.source
+    return row.source[np.repeat(packed.examples >= 0, packed.seq_lengths)]
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_labels_of_a_set_without_weights_weigh_one_beside_a_set_with_them(flatten: bool) -> None:
+    plain, weighted = _row(3), _row(4)._replace(loss_weights=np.array([0, 0.5, 0.25, 2], np.float32))
+    plain.labels[1] = -100
+    batch = Collator(flatten)([plain, weighted])
+    wanted = [0.0 if flatten else 1.0, 0.0, 1.0] + ([] if flatten else [0.0])
+    trained = batch["labels"] != -100
+    assert batch["loss_weights"][trained].tolist() == [1.0, 0.5, 0.25, 2.0]
+    assert batch["loss_weights"].shape == batch["labels"].shape
+    assert batch["loss_weights"].flatten()[1].item() == wanted[1]
+    if not flatten:
+        assert batch["loss_weights"][0].tolist() == wanted
 
 
 def test_a_filler_row_trains_nothing(tmp_path: Path) -> None:

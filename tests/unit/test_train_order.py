@@ -70,5 +70,10 @@ def test_sets_are_mixed() -> None:
     assert 10 < np.count_nonzero(rows[:50] < 50) < 40
 
 
+def test_sets_of_one_size_are_shuffled_each_in_its_own_way() -> None:
+    rows = Order([50, 50], [1.0, 1.0], seed=0, batch_size=1).rows(0)
+    assert rows[rows < 50].tolist() != (rows[rows >= 50] - 50).tolist()
+
+
 def test_without_shuffling_the_order_is_the_one_at_rest() -> None:
     assert Order([3, 2], [1.0, 1.0], seed=9, batch_size=1, shuffle=False).rows(4).tolist() == [0, 1, 2, 3, 4]
