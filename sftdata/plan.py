@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -23,7 +23,8 @@ from sftdata.read import planning
 from sftdata.read.fields import FormatOptions
 from sftdata.read.planning import Say, grouped, short_names, told
 from sftdata.read.source import Slice, SourcePlan
-from sftdata.render.template import TemplateChoice, choose_template
+from sftdata.render.stops import find_unknown_tokens
+from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.shardset.manifest import Manifest
 
 PIECE_BYTES = 1 << 20
@@ -182,6 +183,10 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
     """Resolve the tokenizer with the chat template in use; return it and what was decided for the user."""
     base = resolve_tokenizer(config.tokenizer, revision=config.revision)
     template = choose_template(config.chat_template, base.chat_template, _clone)
+    if template is not None and config.chat_template is not None:
+        compiled = ChatTemplate(template.text, base.special_tokens, config.date, config.template_kwargs)
+        known = [*(token.content for token in base.added_tokens), *base.stop_tokens, *template.tokens]
+        template = replace(template, tokens=(*template.tokens, *find_unknown_tokens(compiled, known)))
     eos_token = config.eos_token or (template.eos_token if template else None)
     if config.chat_template is None and eos_token in (None, base.eos_token):
         return base, list(base.notes)

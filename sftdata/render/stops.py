@@ -9,6 +9,8 @@ from sftdata.render.parting import common_prefix
 from sftdata.render.probes import ANSWER, CALLS, RESULT, SYSTEM, USER, Message, frames
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate
 
+_BRACKETED = re.compile(r"<[^\s<>]+>|[\[\]][^\s\[\]]+[\[\]]")
+
 
 def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]) -> tuple[str, ...]:
     """Return the strings that end a turn of `template`.
@@ -42,6 +44,24 @@ def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[str, ...]:
+    """Return the tokens of `template` that neither a tokenizer nor their look tells: `[|end|]`, `<sep>`, `[e~[`.
+
+    Where no known control token follows an answer, what stands in brackets right behind every answer must be one; and with it all
+    that is written around messages in the same brackets (`[|user|]`).
+    """
+    shape = re.compile("|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern]))
+    found = [*frames(template, [USER, ANSWER, USER, ANSWER]), *frames(template, [USER, ANSWER])]
+    behind = [frame.text for frame in found if frame.before in (1, 3)]
+    ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in behind}
+    if len(ends) != 1 or "" in ends or any(shape.search(text) for text in behind):
+        return ()
+    (end,) = ends
+    tokens = [token for frame in found for token in _BRACKETED.findall(frame.text)]
+    kin = [] if end[1].isalnum() else [token for token in tokens if token[:2] == end[:2]]
+    return tuple(dict.fromkeys([end, *kin]))
 
 
 def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:

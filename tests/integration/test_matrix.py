@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from sftdata.batches import Conversation
-from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokens import encode_batch
 from sftdata.render.rows import Renderer, render_rows
 from sftdata.render.spans import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
-from tests.encoders import resolved
+from tests.encoders import encoder, reference, resolved
 from tests.matrix import SHAPES, judge, read_shapes
 from tests.oracles.char_masks import Format
 from tests.unit.test_spans import GENERATION, SPECIAL, STOPS, TEMPLATES
@@ -39,8 +37,8 @@ class Outcome:
         special, plain = facts.by_mark
         control = [*special, *control_tokens(source), *SPECIAL.values()]
         self.finder = SpanFinder(ChatTemplate(source, SPECIAL, template_kwargs=more), ("</s>",), control, plain)
-        self.backend = Tokenizer.from_file(str(facts.folder / "tokenizer.json"))
-        self.encoder = load_encoder(facts, "tokenizers")
+        self.backend = reference(shared_data, TOKENIZER)
+        self.encoder = encoder(shared_data, TOKENIZER, "tokenizers")
         self.verdicts: Counter[str] = Counter()
         for title, row in shapes.items():
             verdict, rendered = judge(form, self.finder, title, row)

@@ -85,3 +85,19 @@ def test_an_end_of_calls_that_stops_nothing_is_listed_beside_the_end_of_answers(
     after = prepared(tmp_path / "after", TWO_ENDS, chats, own)
     assert trained(after) == spans
     assert "turn-end-not-a-stop" not in {found.code for found in audit(after)}
+
+
+BARS = """{% for m in messages %}[|{{ m.role }}|]{{ m.content }}[|end|]\n{% endfor %}
+{%- if add_generation_prompt %}[|assistant|]{% endif %}"""
+
+
+def test_an_end_in_brackets_that_the_tokenizer_lacks_is_added_and_trained_as_one_id(tmp_path: Path) -> None:
+    folder = prepared(tmp_path / "bars", BARS, [[ASK, ANSWER, ASK, ANSWER]])
+    assert trained(folder) == [["It rains.[|end|]"] * 2]
+    added = {text: index for index, text in read_vocabulary(folder / "tokenizer").added.items()}
+    (row,) = sftdata.open(folder)
+    assert row.labels.tolist().count(added["[|end|]"]) == 2
+    assert finding(folder, "turn-end-not-a-stop").fix == "--eos-token '[|end|]'"
+    after = prepared(tmp_path / "after", BARS, [[ASK, ANSWER, ASK, ANSWER]], eos_token="[|end|]")
+    assert trained(after) == trained(folder)
+    assert "turn-end-not-a-stop" not in {found.code for found in audit(after)}

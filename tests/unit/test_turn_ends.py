@@ -13,6 +13,7 @@ import pytest
 
 from sftdata.batches import Conversation
 from sftdata.render.spans import SpanFinder
+from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, control_tokens
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}}
@@ -137,3 +138,28 @@ def test_reasoning_that_a_template_cuts_off_an_answer_is_named(blank: str) -> No
     rendered = finder.render(Conversation([ASK, thought, ASK, ANSWER], [None] * 4))
     assert rendered.swallowed == [1]
     assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [f"{blank}Yes.<|end|>", "It rains.<|end|>"]
+
+
+ENDS = ["[|endofturn|]", "[|end|]", "[e~[", "<seed:eos>", "<sep>", "<_end>", "</s>", "<eod>"]
+ROLES = {"[|%s|]": ["[|user|]", "[|assistant|]"], "### %s:\n": [], "]~b]%s\n": []}
+
+
+def _plain(header: str, end: str) -> ChatTemplate:
+    spoken = "{{ '" + header.replace("%s", "' + m.role + '").replace("\n", "\\n") + "' + m.content + '" + end + "\\n' }}"
+    prompt = header.replace("%s", "assistant")
+    return ChatTemplate(f"{{% for m in messages %}}{spoken}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}")
+
+
+@pytest.mark.parametrize(("header", "end"), list(product(ROLES, ENDS)))
+def test_what_stands_in_brackets_behind_every_answer_is_a_token(header: str, end: str) -> None:
+    found = find_unknown_tokens(_plain(header, end), ["<|endoftext|>"])
+    assert found[0] == end
+    assert set(found) == {end, *(ROLES[header] if end.startswith("[|") else [])}
+    assert find_unknown_tokens(_plain(header, end), ["<|endoftext|>", end]) == ()  # the tokenizer has it
+
+
+@pytest.mark.parametrize(
+    ("header", "end"), [("### %s:\n", ""), ("%s: ", " "), ("[%s] ", ""), ("<|%s|>", ""), ("%s: ", "<|end|>")]
+)
+def test_words_and_headers_are_no_tokens(header: str, end: str) -> None:
+    assert find_unknown_tokens(_plain(header, end), ["<|endoftext|>"]) == ()
