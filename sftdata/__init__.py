@@ -43,7 +43,7 @@ def prepare(
 
     name, alone = name_formatter(formatter)
     settings |= {"workers": 1} if alone else {}
-    config = make_config(inputs=inputs, tokenizer=str(tokenizer), output=output, formatter=name, **settings)
+    config = make_config(inputs=inputs, tokenizer=tokenizer, output=output, formatter=name, **settings)
     with start_workers(config) as workers:
         from sftdata.run import prepare as run
 
@@ -74,7 +74,7 @@ def stream(
 
     name, _ = name_formatter(formatter)
     buffer_rows = settings.pop("buffer_rows", BUFFER_ROWS)
-    config = make_config(inputs="stream", tokenizer=str(tokenizer), output=".", formatter=name, **settings)
+    config = make_config(inputs="stream", tokenizer=tokenizer, output=".", formatter=name, **settings)
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
 
 

@@ -95,7 +95,30 @@ class PrepareConfig(BaseModel):
     @field_validator("inputs", mode="before")
     @classmethod
     def _one_input_is_a_list(cls, value: Any) -> Any:
-        return (str(value),) if isinstance(value, (str, Path)) else tuple(str(item) for item in value)
+        """Take one path for a list of one.
+
+        Raises:
+            UsageError: it holds data, not names of data.
+        """
+        if isinstance(value, (str, Path)):
+            return (str(value),)
+        named = value if isinstance(value, (list, tuple)) else [value]
+        if odd := [item for item in named if not isinstance(item, (str, Path))]:
+            raise UsageError(
+                f"inputs: found a {type(odd[0]).__name__}; expected paths of files, folders or globs, URLs or Hub ids.",
+                "write the rows to a file and name it: dataset.to_parquet('rows.parquet'), or one JSON object a line.",
+            )
+        return tuple(map(str, named))
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _tokenizer_is_a_name(cls, value: Any) -> Any:
+        if not isinstance(value, (str, Path)):
+            raise UsageError(
+                f"tokenizer: found a {type(value).__name__}; expected the folder or Hub id of a tokenizer.",
+                "tokenizer.save_pretrained('tok') writes the folder; give that.",
+            )
+        return str(value)
 
     @field_validator("max_rejects", "date", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sftdata.read.columnwise import explain_columnwise, shape_of
 from sftdata.read.convert import MEDIA_COLUMNS, has_media
 from sftdata.read.formats import FORMATS
 from sftdata.read.instructions import is_messages
@@ -132,6 +133,7 @@ NEAR_MISSES = {
         NearMiss("several answers", _is_several_answers, _explain_several_answers),
         PREFERENCE,
         NearMiss("lone messages", _is_lone_message, _explain_lone_message),
+        NearMiss("a table by columns", lambda row: shape_of(row) is not None, explain_columnwise),
         NearMiss("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
         NearMiss("prompts without answers", _is_unanswered, _explain_unanswered),
     )
