@@ -228,7 +228,12 @@ _RUN = "tests/integration/test_bad_input.py::test_the_fix_of_a_refused_run_works
 _SETTINGS = "tests/unit/test_settings.py::test_another_tools_setting_is_answered_with_ours"
 _SPLITS = "tests/unit/test_splits.py::test_the_advice_on_splits_gives_the_right_rows"
 _CONVERTED = "tests/unit/test_tokenizer.py::test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works"
+_COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 ELSEWHERE: dict[str, str] = {
+    "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE": _COLUMNS,
+    "jq -c '. as $all | range([.[]][0] | length) as $i | $all | map_values(.[$i])' FILE": _COLUMNS,
+    "jq -c '.columns as $names | .data[] | [$names, .] | transpose | map({(.[0]): .[1]}) | add' FILE": _COLUMNS,
+    "jq -c '.[]' FILE": _COLUMNS,
     "--formatter rows:fix, with a file rows.py that holds: def fix(row): return {}": _ODD,
     "keep the others: {}; or, where {} says nothing about the answer, name the format with --format.": (
         "tests/unit/test_odd_values.py::test_an_answer_that_is_not_wanted_is_never_trained"

@@ -208,6 +208,10 @@ def test_the_advice_on_splits_gives_the_right_rows(tmp_path: Path) -> None:
         ["train.jsonl"],
         ["train.jsonl", "test.jsonl"],
     ]
+    with pytest.raises(UsageError) as asked:
+        plan_inputs([str(tmp_path)], "tran", None, SIZES)
+    advised = re.findall(r"--split ('[^']+'|\w+)", asked.value.fix)
+    assert [rows_of(plan_inputs([str(tmp_path)], split.strip("'"), None, SIZES)[0]) for split in advised] == [["test.jsonl"]] * 2
 
 
 def test_a_subset_of_what_is_no_hub_dataset_is_refused(tmp_path: Path) -> None:
