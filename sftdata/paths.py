@@ -10,6 +10,8 @@ from sftdata.errors import UsageError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least, and one slash: Path makes one of two
 
+_FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
+
 
 def local_output(path: str | Path, flag: str = "-o") -> Path:
     """Return an output as a path of this machine.
@@ -41,6 +43,15 @@ def written(name: str) -> str:
     'sur\\xff.jsonl'
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def without_folders(text: str) -> str:
+    """Return text in which absolute paths are cut to their last part, so that it tells nothing of the machine.
+
+    >>> without_folders("/data/mine/a.jsonl: text; s3://bucket/b.jsonl and c/d stay.")
+    'a.jsonl: text; s3://bucket/b.jsonl and c/d stay.'
+    """
+    return _FOLDERS.sub("", written(text))
 
 
 def behind_links(output: Path) -> Path:

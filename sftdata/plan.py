@@ -17,7 +17,9 @@ from sftdata.acting import refuse_idle, refuse_useless
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import Engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
+from sftdata.errors import UsageError
 from sftdata.looks import Look, format_options, look_at
+from sftdata.paths import written
 from sftdata.places import Unit
 from sftdata.read import planning
 from sftdata.read.fields import FormatOptions
@@ -181,6 +183,8 @@ def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:
     """Resolve the tokenizer with the chat template in use; return it and what was decided for the user."""
+    if written(config.tokenizer) != config.tokenizer:
+        raise UsageError(f"-t {written(config.tokenizer)}: the name is not UTF-8.", "rename the folder, or reach it by a link.")
     base = resolve_tokenizer(config.tokenizer, revision=config.revision)
     template = choose_template(config.chat_template, base.chat_template, _clone)
     if template is not None and config.chat_template is not None:

@@ -20,6 +20,7 @@ from sftdata.encode.engine import choose_engine, digest_ids, load_encoder
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError, UsageError
 from sftdata.launch import WORTH_A_FAST_ENGINE
+from sftdata.paths import behind_links, without_folders
 from sftdata.pipeline import prepare_slice
 from sftdata.plan import Plan, make_plan
 from sftdata.shardset.build import Build, SliceResult, finished_set
@@ -36,6 +37,9 @@ UNTRAINED_FIXES = {
     "over-long": "--overlong truncate, or a larger --max-length.",
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
 }
+
+ROW_BYTES = 8  # an id and a label for each token of a row
+PADDING_NOTED = 1 << 23  # tokens
 
 Progress = Callable[[SliceResult, int], None]
 
@@ -54,11 +58,21 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
     """
+    config = config.model_copy(update={"output": behind_links(config.output)})
     old = finished_set(config.output, overwrite=config.overwrite)
     plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), say)
     for note in plan.notes:
         say(note)
+    note_padding(plan, say)
     return build_set(config, plan, old, workers, progress, say)
+
+
+def note_padding(plan: Plan, say: Callable[[str], None]) -> None:
+    """Say what rows cost that will be padding for the most part, before they are built."""
+    length, rows = plan.job.max_length, len(plan.tasks)
+    if plan.job.packed and length * rows > max(4 * plan.size, PADDING_NOTED):
+        cost = f"{length * rows * ROW_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
+        say(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {cost}.")
 
 
 def build_set(
@@ -139,10 +153,12 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
     build.write_lists([result.index for result in results])
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
+    notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     return Manifest(
-        settings=msgspec.to_builtins(plan.identity()) | {"inputs": list(plan.job.config.inputs), "tokenizer": tokenizer.name},
+        settings=msgspec.to_builtins(plan.identity())
+        | {"inputs": list(map(without_folders, plan.job.config.inputs)), "tokenizer": without_folders(tokenizer.name)},
         tokenizer=TokenizerInfo(
-            name=tokenizer.name,
+            name=without_folders(tokenizer.name),
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
@@ -164,7 +180,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
-        notes=(*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ())),
+        notes=tuple(map(without_folders, notes)),
         blank_lines=blank,
         software={name: version(name) for name in ("sftdata", "tokenizers", "pyarrow")},
     )

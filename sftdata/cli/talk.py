@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,10 @@ PLAIN_SECONDS = 10.0
 
 def print_json(data: Any) -> None:
     """Print data to stdout as indented JSON."""
-    text = msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+    try:
+        text = msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
+    except UnicodeEncodeError:  # half a character, as in a file name that is not UTF-8
+        text = json.dumps(msgspec.to_builtins(data), indent=2, ensure_ascii=False)
     sys.stdout.write(json_visible(text) + "\n")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sftdata.errors import UsageError
+from sftdata.paths import written
 from sftdata.read.inputs import find_inputs, is_hub_id, joined
 from sftdata.read.selection import select_rows
 from sftdata.read.slices import SourcePlan
@@ -81,7 +82,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
         common = os.path.commonpath(paths)  # once: it reads all paths
         names = [os.path.relpath(path, common) for path in paths]
     seen: Counter[str] = Counter()
-    for index, name in enumerate(names):
+    for index, name in enumerate(map(written, names)):
         seen[name] += 1
         names[index] = f"{name}#{seen[name]}" if seen[name] > 1 else name
     return names

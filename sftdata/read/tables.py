@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault, UsageError
+from sftdata.paths import written
 from sftdata.read.arrowtypes import Convert, converters
 from sftdata.read.hub import load_dataset
 from sftdata.read.inputs import is_url
@@ -131,10 +133,22 @@ def _table(source: Source, total: int, read: Reader, schema: Any) -> _Table:
     return _Table(total, read, converters(schema))
 
 
+def _open_file(path: str) -> Any:
+    """Return a file as pyarrow reads it, mapped where it is on this machine."""
+    import pyarrow as pa
+
+    if is_url(path):
+        return pa.PythonFile(open_raw(path))
+    if written(path) == path:
+        return pa.memory_map(path)
+    with open(path, "rb") as file:  # pyarrow takes names in UTF-8 only
+        return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
 def _open_parquet(source: Source) -> _Table:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(open_raw(source.path) if is_url(source.path) else source.path, memory_map=not is_url(source.path))
+    file = pq.ParquetFile(_open_file(source.path))
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
@@ -156,7 +170,7 @@ def _open_parquet(source: Source) -> _Table:
 def _open_arrow(source: Source) -> _Table:
     import pyarrow as pa
 
-    data = pa.PythonFile(open_raw(source.path)) if is_url(source.path) else pa.memory_map(source.path)
+    data = _open_file(source.path)
     is_file = data.read(6) == b"ARROW1"
     data.seek(0)
     table = pa.ipc.open_file(data).read_all() if is_file else pa.ipc.open_stream(data).read_all()

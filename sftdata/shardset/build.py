@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.shardset.atomic import digest_file, explained, swap_folders, sync_folder, write_atomic
+from sftdata.shardset.atomic import digest_file, explained, remove, swap_folders, sync_folder, write_atomic
 from sftdata.shardset.card import CARD, CARD_NAME
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import LISTS, write_parts
@@ -181,7 +181,7 @@ class Build:
         with suppress(SftError, OSError), self.locked():
             if not (self.folder / _PLAN).exists():
                 shutil.rmtree(self.folder)
-            shutil.rmtree(self.replaced, ignore_errors=True)
+            remove(self.replaced)
 
     def clear(self) -> None:
         """Remove everything built so far, the plan first: what is left after a kill is worth nothing."""
@@ -243,11 +243,11 @@ class Build:
             else:
                 os.rename(self.folder, self.output)
             sync_folder(self.output.parent)
-            shutil.rmtree(self.replaced, ignore_errors=True)
+            remove(self.replaced)
 
     def _replace(self) -> None:
         """Let the folder and the old set change places, and put the old one aside."""
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        remove(self.replaced)
         try:
             swap_folders(self.folder, self.output)
         except OSError as error:
