@@ -76,8 +76,9 @@ class Command:
     """`sftdata prepare` as a command of its own process group, workers included, with a fault or without."""
 
     def __init__(
-        self, data: Path, output: Path, workers: int, fault: Fault | None = None, flags: Sequence[str] = SMALL, **more: str
-    ) -> None:
+        self, data: Path, output: Path, workers: int, fault: Fault | None = None, flags: Sequence[str] = SMALL,
+        folder: Path | None = None, **more: str,
+    ) -> None:  # fmt: skip
         flags = [*flags, "--workers", str(workers)]
         path = os.pathsep.join([str(Path(__file__).parent / "inject"), str(ROOT)])
         environment = os.environ | {"PYTHONPATH": path} | more
@@ -89,6 +90,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=folder,
             start_new_session=True,
         )
 
