@@ -55,12 +55,12 @@ class Conversation(msgspec.Struct, frozen=True):
 
     Attributes:
         messages: dicts of plain JSON data: `role` (system, user, assistant, tool; others pass through to the template),
-            `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls`, `name`, `tool_call_id`.
-        trained: a message's own switch, True / False / None (None: the `train_on` policy decides), or its weight, a float above
-            0; one per message.
+            `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls` (arguments an object or its text).
+        trained: one per message: its own switch, True / False, None where `train_on` decides, or its weight, a float above 0.
         tools: JSON schemas of the tools, or None.
         template_kwargs: this row's own template arguments.
         prompt_messages: how many leading messages are prompt only (conversational prompt/completion rows).
+        counted: what had to be put right on the way, by names of counters, one entry each time.
     """
 
     messages: list[dict[str, Any]]
@@ -68,6 +68,7 @@ class Conversation(msgspec.Struct, frozen=True):
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
     prompt_messages: int = 0
+    counted: tuple[str, ...] = ()
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -94,7 +95,6 @@ Row = Conversation | Completion | Text | Tokens
 
 
 # ------------------------------------------------------------------------------------------- counted
-
 
 EXAMPLES = 3
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Mapping
 from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.read.calls import Message, read_calls, read_tools, without_stray_nulls
 from sftdata.read.fields import Fields, FormatOptions, from_json, kind_of
-from sftdata.read.parts import read_call, read_parts
+from sftdata.read.parts import read_parts
+from sftdata.read.roles import CALLS, ROLES, find_role, plain_name, spelled_role, unknown_roles
+from sftdata.read.switches import SWITCHES, read_switch
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
-SWITCHES = ("weight", "loss_weight", "train")
-Message = dict[str, Any]
 Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or its weight
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0) -> Conversation:
@@ -40,8 +31,9 @@ def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions,
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         what = f"no assistant message to train on; found only {roles}."
         raise RowError("no-assistant", what, "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.")
-    if len(fields.names) == 1:  # the row has messages and nothing beside them
-        return Conversation(messages, trained, prompt_messages=prompt_messages)
+    counted = tuple(fields.counted)
+    if len(fields.names) == 1 and "tools" not in messages[0]:  # the row has messages and nothing beside them
+        return Conversation(messages, trained, prompt_messages=prompt_messages, counted=counted)
     system = fields.optional_text("system")
     if system:
         if messages[0]["role"] not in ("system", "developer"):
@@ -49,11 +41,39 @@ def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions,
             prompt_messages += prompt_messages > 0
         elif messages[0].get("content") != system:
             raise RowError("two-system-texts", "the system column and the first message differ.", "keep one of them.")
-    return Conversation(messages, trained, read_tools(fields.get("tools")), _read_arguments(fields), prompt_messages)
+    messages, tools, arguments = _read_tools_anywhere(messages, fields)
+    if tools:
+        messages = without_stray_nulls(messages, tools, fields.counted)
+    return Conversation(messages, trained, tools, arguments, prompt_messages, tuple(fields.counted))
 
 
-def read_messages(value: Any, column: str, options: FormatOptions) -> list[Turn]:
+def _read_tools_anywhere(
+    messages: list[Message], fields: Fields
+) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, Any]]:
+    """Read tools from their column, from the template arguments or from the system message; return what is left of these too.
+
+    Raises:
+        RowError: tools in two places that differ.
+    """
+    arguments = _read_arguments(fields)
+    places = {"the tools column": fields.get("tools")}
+    if "tools" in arguments:
+        places["chat_template_kwargs"] = arguments["tools"]
+        arguments = {key: value for key, value in arguments.items() if key != "tools"}
+    if "tools" in messages[0] and messages[0]["role"] in ("system", "developer"):
+        places["the system message"] = messages[0]["tools"]
+        messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
+    found = {place: tools for place, value in places.items() if (tools := read_tools(value))}
+    if any(tools != next(iter(found.values())) for tools in found.values()):
+        raise RowError("said-twice", f"{' and '.join(found)} hold different tools.", "keep one of them.")
+    return messages, next(iter(found.values()), None), arguments
+
+
+def read_messages(value: Any, column: str, options: FormatOptions, counted: list[str]) -> list[Turn]:
     """Read messages with `role` and `content`, or `from` and `value`.
+
+    Args:
+        counted: where it is noted what had to be put right.
 
     Raises:
         RowError: names the message and what is wrong with it.
@@ -62,11 +82,28 @@ def read_messages(value: Any, column: str, options: FormatOptions) -> list[Turn]
     if not isinstance(value, list):
         raise RowError("no-messages", f"{column} is {kind_of(value)}; expected an array of messages.", "write one per turn.")
     mapped = bool(options.roles)
-    return [
+    turns: list[Turn] = []
+    for index, message in enumerate(value):
         # Nearly all messages are plain: there is nothing to rewrite, and no place to name.
-        (message, None) if not mapped and _is_plain(message) else _read_message(message, f"{column}[{index}]", options)
-        for index, message in enumerate(value)
-    ]
+        if not mapped and _is_plain(message):
+            turns.append((message, None))
+            continue
+        where = f"{column}[{index}]"
+        if not isinstance(message, dict):
+            what = f"{where} is {kind_of(message)}; expected an object with role and content."
+            raise RowError("not-a-message", what, "write each message as an object.")
+        spelling = spelled_role(message)
+        role = find_role(spelling, options.roles)
+        if role is None:
+            raise unknown_roles(value, column, options.roles)
+        calls = role == "assistant" and plain_name(spelling) in CALLS
+        read = _read_call_message(message, where, counted) if calls else _read_message(message, role, where, counted)
+        turn = read, read_switch(message, where, options.loss_weights)
+        if turn[1] is True and role != "assistant":
+            counted.append("switches_of_other_roles")
+        if not (calls and plain_name(spelling) == "tool_call" and _join_calls(turns, turn)):
+            turns.append(turn)
+    return turns
 
 
 def _is_plain(message: Any) -> bool:
@@ -75,100 +112,64 @@ def _is_plain(message: Any) -> bool:
     )
 
 
-def _read_message(message: Any, where: str, options: FormatOptions) -> Turn:
-    if not isinstance(message, dict):
-        what = f"{where} is {kind_of(message)}; expected an object with role and content."
-        raise RowError("not-a-message", what, "write each message as an object.")
-    spelling = message.get("role", message.get("from"))
-    role = _read_role(spelling, where, options.roles)
-    content = message.get("content", message.get("value"))
-    rest = {key: item for key, item in message.items() if item is not None and key not in _OWN_KEYS}
-    if spelling == "function_call":
-        rest["tool_calls"] = _read_calls(content, f"{where}.value")
-        content = None
-    elif isinstance(content, list):
-        content, found = read_parts(content, f"{where}.content")
+_PLAIN_KEYS = {"role", "content"}
+
+
+def _content(message: Message) -> tuple[Any, Message]:
+    """Return a message's content, and its other keys that say something: what stands under `content` outranks `value`."""
+    spelling = "content" if message.get("content") is not None else "value"
+    role = "role" if message.get("role") is not None else "from"
+    rest = {
+        key: item for key, item in message.items() if item is not None and key not in SWITCHES and key not in (role, spelling)
+    }
+    return message.get(spelling), rest
+
+
+def _read_message(message: Message, role: str, where: str, counted: list[str]) -> Message:
+    content, rest = _content(message)
+    if isinstance(content, list):
+        content, found = read_parts(content, f"{where}.content", counted)
         if twice := sorted(found.keys() & rest.keys()):
             raise RowError("said-twice", f"{where} has {twice[0]} in its parts and beside them.", "keep one of them.")
         rest |= found
-    if "tool_calls" in rest and spelling != "function_call":
-        rest["tool_calls"] = _read_calls(rest["tool_calls"], f"{where}.tool_calls")
+    elif "tool_calls" in rest:
+        rest["tool_calls"] = read_calls(rest["tool_calls"], f"{where}.tool_calls", counted)
     if "function_call" in rest:
-        rest["tool_calls"] = _read_calls(rest.pop("function_call"), f"{where}.function_call")
+        rest["tool_calls"] = read_calls(rest.pop("function_call"), f"{where}.function_call", counted)
+    _check_reasoning(rest, where)
     if content is None and not rest.get("tool_calls"):
         raise RowError("no-content", f"{where} has no content.", 'fill it in ("" for an empty answer), or remove the row.')
     if content is not None and not isinstance(content, str):
         raise RowError("not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string.")
-    return {"role": role, **({} if content is None else {"content": content}), **rest}, _read_switch(
-        message, where, options.loss_weights
-    )
+    return {"role": role, **({} if content is None else {"content": content}), **rest}
 
 
-_PLAIN_KEYS = {"role", "content"}
-_OWN_KEYS = frozenset({"role", "content", "from", "value", *SWITCHES})
+def _read_call_message(message: Message, where: str, counted: list[str]) -> Message:
+    """Read a message whose content is a call, or several."""
+    content, rest = _content(message)
+    return {"role": "assistant", **rest, "tool_calls": read_calls(content, f"{where}.value", counted)}
 
 
-def _read_role(role: Any, where: str, mapping: Mapping[str, str]) -> str:
-    if not isinstance(role, str):
-        what = f"{where}.role is {kind_of(role)}; expected one of {', '.join(ROLES)}."
-        raise RowError("unknown-role", what, "give every message a role.")
-    if role in mapping:
-        return mapping[role]
-    if role in ROLES:
-        return role
-    if role in ALIASES:
-        return ALIASES[role]
-    near = difflib.get_close_matches(role.lower(), [*ROLES, *ALIASES], n=1)
-    target = ALIASES.get(near[0], near[0]) if near else "assistant"
-    what = f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}."
-    raise RowError("unknown-role", what, f"--map-role {role}={target}")
+def _join_calls(turns: list[Turn], turn: Turn) -> bool:
+    """Add calls to the assistant message before them, where both are one turn; False where they are a turn of their own.
 
-
-def _read_switch(message: Message, where: str, weighted: bool) -> bool | float | None:
-    """Return a message's own switch; several must all be on. With `weighted`, the product of weights that are no switches."""
-    values = [(key, message[key]) for key in SWITCHES if message.get(key) is not None]
-    strange = [(key, value) for key, value in values if value not in (0, 1)]
-    for key, value in strange:
-        if not weighted or key == "train" or not _is_weight(value):
-            wanted = "a number from 0 that float32 can hold" if weighted and key != "train" else "0 or 1, true or false"
-            fix = "mend the weight." if weighted else "round the weight, or keep it with --loss-weights."
-            raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
-    if not strange or not all(value for _, value in values):
-        return all(value for _, value in values) if values else None
-    weight = math.prod(float(value) for _, value in strange)
-    if not _is_weight(weight):
-        raise RowError("fractional-weight", f"{where}: its weights multiply to {weight!r}.", "mend the weights.")
-    return weight
-
-
-def _is_weight(value: Any) -> bool:
-    """Say whether float32 holds a number as one above 0 and finite."""
-    return isinstance(value, int | float) and _SMALLEST <= value <= _LARGEST
-
-
-_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # of the normal numbers of float32
-
-
-def _read_calls(value: Any, where: str) -> list[Message]:
-    value = from_json(value)
-    calls = value if isinstance(value, list) else [value]
-    return [read_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
-
-
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Return tool schemas, each as {"type": "function", "function": ...}; None when there is none.
-
-    Raises:
-        RowError: not a list of objects, or a string that is not JSON.
+    So ms-swift writes them: `tool_call` after `tool_call` are parallel, and one after an answer's text belongs to that text.
     """
-    tools = from_json(value)
-    if not tools:
-        return None
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        what = f"tools is {kind_of(value)} that holds no list of tool schemas."
-        raise RowError("bad-tools", what, "give a list of JSON schemas, or that list as JSON text.")
-    return [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
+    message, switch = turn
+    if not turns or turns[-1][0]["role"] != "assistant" or turns[-1][1] != switch or message.keys() != {"role", "tool_calls"}:
+        return False
+    before = turns[-1][0]
+    turns[-1] = {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}, switch
+    return True
+
+
+def _check_reasoning(rest: Message, where: str) -> None:
+    found = {key: rest[key] for key in REASONING if key in rest}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise RowError("not-text", f"{where}.{key} is {kind_of(value)}; expected a string.", "write it as a string.")
+    if len(set(found.values())) > 1:
+        raise RowError("said-twice", f"{where} has {' and '.join(found)}, which differ.", "keep one of them.")
 
 
 def _read_arguments(fields: Fields) -> dict[str, Any]:
@@ -201,5 +202,9 @@ def read_xtuner(value: Any, column: str) -> list[Turn]:
         if "input" in turn:
             turns.append(({"role": "user", "content": fields.text("input")}, None))
         loss = turn.get("output_with_loss")
-        turns.append(({"role": "assistant", "content": fields.text("output")}, None if loss is None else bool(loss)))
+        rest = {key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS}
+        turns.append(({"role": "assistant", "content": fields.text("output"), **rest}, None if loss is None else bool(loss)))
     return turns
+
+
+_XTUNER_KEYS = ("system", "input", "output", "output_with_loss")

@@ -127,6 +127,8 @@ class _Converter:
         except RowError:
             self._refuse_stranger(row)
             raise
+        if not self.options.as_conversation:
+            names.pop("reasoning", None)  # running text has no place for it: it stays unread, and is named so
         if all(len(column.found(row, {})) < 2 for column in chosen.columns):
             self._names[keys] = names
             self._rows[keys] += 1

@@ -49,10 +49,16 @@ class FormatOptions:
 
 
 class Fields(msgspec.Struct, frozen=True):
-    """One row; `names` maps each canonical column that the row has to its own name."""
+    """One row.
+
+    Attributes:
+        names: each canonical column that the row has, and its own name.
+        counted: what had to be put right to read the row, by the names of counters; grows while it is read.
+    """
 
     row: dict[str, Any]
     names: Mapping[str, str]
+    counted: list[str] = msgspec.field(default_factory=list)
 
     def get(self, column: str) -> Any:
         """Return the value, or None when the row has no such column."""

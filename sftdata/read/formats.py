@@ -13,7 +13,7 @@ from typing import Any
 
 from sftdata.batches import Row, Text
 from sftdata.errors import RowError
-from sftdata.read.chat import read_conversation, read_messages, read_xtuner
+from sftdata.read.chat import REASONING, read_conversation, read_messages, read_xtuner
 from sftdata.read.fields import Fields, FormatOptions, from_json
 from sftdata.read.instructions import is_messages, read_instruction, read_prompt_completion
 from sftdata.read.prompts import ANSWERS
@@ -147,7 +147,7 @@ def _fits_prompt(fields: Fields) -> bool:
 
 def _convert_messages(fields: Fields, options: FormatOptions) -> Row:
     value = fields.get("messages")
-    return read_conversation(read_messages(value, fields.names["messages"], options), fields, options)
+    return read_conversation(read_messages(value, fields.names["messages"], options, fields.counted), fields, options)
 
 
 def _convert_xtuner(fields: Fields, options: FormatOptions) -> Row:
@@ -169,8 +169,9 @@ def _optional(*names: str) -> tuple[Column, ...]:
 
 
 _CHAT = Column("messages", ("messages", "conversations", "conversation"))
-_BESIDE_CHAT = _optional("system", "tools", "chat_template_kwargs")
-_BESIDE = (*_BESIDE_CHAT, *_optional("history"))
+_TOOLS = Column("tools", ("tools", "functions", "tool_defs"), required=False)
+_BESIDE_CHAT = (*_optional("system"), _TOOLS, *_optional("chat_template_kwargs"))
+_BESIDE = (*_BESIDE_CHAT, *_optional("history"), Column("reasoning", REASONING, required=False))
 
 
 def _answer(first: str) -> Column:

@@ -6,7 +6,8 @@ from typing import Any
 
 from sftdata.batches import Completion, Conversation, Row, Text
 from sftdata.errors import RowError
-from sftdata.read.chat import Message, Turn, read_conversation, read_messages
+from sftdata.read.calls import Message
+from sftdata.read.chat import Turn, read_conversation, read_messages
 from sftdata.read.fields import Fields, FormatOptions, from_json, kind_of
 from sftdata.read.prompts import ANSWERS, INPUTS, QUESTIONS
 
@@ -26,7 +27,7 @@ def read_instruction(fields: Fields, options: FormatOptions) -> Row:
     history = _read_history(fields.get("history"))
     if options.as_conversation:
         pairs = [*history, ("\n".join(part for part in (question, given) if part), answer)]
-        return _as_conversation(pairs, fields, options)
+        return _as_conversation(pairs, fields, options, fields.optional_text("reasoning"))
     return _lay_out(question, given, answer, history, fields, options)
 
 
@@ -64,15 +65,17 @@ def is_messages(value: Any) -> bool:
 
 def _as_turns(value: Any, role: str, fields: Fields, column: str, options: FormatOptions) -> list[Turn]:
     if isinstance(value, list):
-        return read_messages(value, fields.names[column], options)
+        return read_messages(value, fields.names[column], options, fields.counted)
     return [({"role": role, "content": fields.text(column)}, None)]
 
 
-def _as_conversation(pairs: list[Pair], fields: Fields, options: FormatOptions) -> Conversation:
+def _as_conversation(pairs: list[Pair], fields: Fields, options: FormatOptions, reasoning: str = "") -> Conversation:
     turns: list[Turn] = []
     for question, answer in pairs:
         asked: Message = {"role": "user", "content": question}
         turns += [(asked, None), ({"role": "assistant", "content": answer}, None)]
+    if reasoning:
+        turns[-1][0]["reasoning_content"] = reasoning
     return read_conversation(turns, fields, options)
 
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN
+from sftdata.render.template import REASONING_FIELDS
 
 _FIRST_MARK, _FIRST_PLACEHOLDER = 0x108000, 0x10E000
 MAX_MESSAGES = (_FIRST_PLACEHOLDER - _FIRST_MARK) // 2
 RESERVED = re.compile("[\U00108000-\U0010efff\U0010fff0\U0010fff1]")
 _SPLIT = re.compile(f"({RESERVED.pattern})")
+# A reserved character as `tojson(ensure_ascii=True)` writes it: two halves of a surrogate pair.
+_ESCAPED = re.compile(r"\\u(db[ef][0-9a-f])\\u(d[c-f][0-9a-f]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def mark_messages(messages: Sequence[dict[str, Any]], skip: Callable[[str], obje
 
 def _mark_message(message: dict[str, Any], index: int, skip: Callable[[str], object]) -> dict[str, Any]:
     copy = dict(message)
-    for key in ("content", "reasoning_content"):
+    for key in ("content", *REASONING_FIELDS):
         if key in copy:
             copy[key] = _mark_value(copy[key], index, skip)
     if isinstance(copy.get("tool_calls"), list):
@@ -105,7 +108,7 @@ def message_texts(message: dict[str, Any]) -> Iterator[str]:
     """
     calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
     stack = [call.get("arguments") for call in calls if isinstance(call, dict)]
-    stack += [message.get("content"), message.get("reasoning_content")]
+    stack += [message.get("content"), reasoning_of(message)]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -113,6 +116,11 @@ def message_texts(message: dict[str, Any]) -> Iterator[str]:
                 yield value
         elif isinstance(value, dict | list):
             stack += value.values() if isinstance(value, dict) else value
+
+
+def reasoning_of(message: dict[str, Any]) -> Any:
+    """Return a message's reasoning, under whatever name: several hold the same."""
+    return next((message[key] for key in REASONING_FIELDS if message.get(key) is not None), None)
 
 
 def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
@@ -156,6 +164,8 @@ def take_out(marked: str, table: dict[str, str]) -> MarkedText:
     generation: list[tuple[int, int]] = []
     places: dict[int, list[int]] = {}
     opened = position = 0
+    if "\\udb" in marked:
+        marked = _ESCAPED.sub(_unescape, marked)
     for index, piece in enumerate(_SPLIT.split(marked)):
         if index % 2 == 0:
             pieces.append(piece)
@@ -174,3 +184,9 @@ def take_out(marked: str, table: dict[str, str]) -> MarkedText:
             places.setdefault(number // 2, []).append(len(marks))
             marks.append(Mark(position, number // 2, number % 2 == 1))
     return MarkedText("".join(pieces), marks, generation, literal, places)
+
+
+def _unescape(found: re.Match[str]) -> str:
+    high, low = int(found[1], 16), int(found[2], 16)
+    character = chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00)
+    return character if RESERVED.match(character) else found[0]

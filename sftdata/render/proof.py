@@ -13,8 +13,10 @@ from msgspec.structs import replace
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render import marks
-from sftdata.render.refusals import explain_refusal
-from sftdata.render.template import ChatTemplate, TemplateRefusal
+from sftdata.render.refusals import CALLS_FIX, explain_refusal
+from sftdata.render.spellings import misprinted, needs_spelling, spellings
+from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefusal
+from sftdata.render.unread import has_more, unread_names
 
 Skip = Callable[[str], object]
 _START = marks.Mark(0, -1, closes=True)
@@ -54,10 +56,7 @@ class ProvenRenderer:
             raise RowError(
                 "too-many-messages", f"{len(row.messages)} messages; at most {marks.MAX_MESSAGES} fit", "split the row"
             )
-        try:
-            text = self.template.render(row.messages, row.tools, row.template_kwargs)
-        except TemplateRefusal as refusal:
-            raise explain_refusal(self.template, row, refusal) from None
+        text, row = self._spell(row)
         if marks.RESERVED.search(text):
             raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
         attempts = (row, *_reasoning_apart(row))
@@ -71,6 +70,28 @@ class ProvenRenderer:
             if proven:
                 return proven
         raise self._unproven(row)
+
+    def _spell(self, row: Conversation) -> tuple[str, Conversation]:
+        """Render a row in the first of its spellings that comes out right; return the text and that spelling.
+
+        Raises:
+            RowError: the template refuses the row, or writes tool arguments as no model should.
+        """
+        refusals = []
+        for attempt in spellings(row) if needs_spelling(row) else (row,):
+            watched = self.template.watch(attempt.messages) if has_more(attempt.messages) else []
+            try:
+                text = self.template.render(watched or attempt.messages, row.tools, row.template_kwargs)
+            except TemplateRefusal as refusal:
+                refusals.append(refusal)
+                continue
+            if not misprinted(attempt, text):
+                unread = unread_names(watched, row.template_kwargs, self.template.names)
+                return text, replace(attempt, counted=(*attempt.counted, *unread)) if unread else attempt
+        if refusals:
+            raise explain_refusal(self.template, row, refusals[0])
+        what = "the chat template writes tool arguments as Python prints them, or encodes their JSON twice"
+        raise RowError("arguments-misprinted", what, CALLS_FIX)
 
     def prompt(self, row: Conversation, index: int) -> marks.MarkedText | None:
         """Render what inference feeds before message `index`; None where the template refuses.
@@ -94,15 +115,30 @@ class ProvenRenderer:
         keys = tuple((key, type(value).__name__, bool(value)) for key, value in sorted(message.items()) if value is not None)
         return (message["role"], keys, tuple(text for text in self._constants if text in _content(message)))
 
-    def swallowed(self, row: Conversation, marked: marks.MarkedText) -> list[int]:
-        """Return the messages of which the template left a text out: all of it, the reasoning, a call's arguments.
+    def swallowed(self, row: Conversation, marked: marks.MarkedText) -> tuple[list[int], list[int]]:
+        """Return the messages of which the template left a text out, and those of which it left the reasoning out.
 
         Texts that the template looks into may stand there unmarked; they are not counted.
         """
         shown = Counter(mark.message for mark in marked.marks if mark.closes)
+        opened = Counter(mark.message for mark in marked.marks if not mark.closes)
         skip = self._skips[-1]
-        texts = ([text for text in marks.message_texts(message) if not skip(text)] for message in row.messages)
-        return [index for index, given in enumerate(texts) if len(given) > shown[index]]
+        texts: list[int] = []
+        reasoning: list[int] = []
+        for index, message in enumerate(row.messages):
+            lost = sum(not skip(text) for text in marks.message_texts(message)) - shown[index]
+            if lost > 0 and self._lost_reasoning(message, marked.text):
+                reasoning.append(index)
+                lost -= 1
+            elif opened[index] < shown[index]:  # a text lost its beginning, as where a template cuts it at `</think>`
+                (reasoning if "</think>" in _content(message) else texts).append(index)
+            if lost > 0:
+                texts.append(index)
+        return texts, reasoning
+
+    def _lost_reasoning(self, message: dict[str, Any], text: str) -> bool:
+        thought = marks.reasoning_of(message)
+        return isinstance(thought, str) and bool(thought.strip()) and not self._skips[-1](thought) and thought.strip() not in text
 
     def _marked(
         self, row: Conversation, text: str, skip: Skip, *, add_generation_prompt: bool = False
@@ -169,7 +205,7 @@ def _reasoning_apart(row: Conversation) -> Iterator[Conversation]:
 
 def _without_thinking(message: dict[str, Any], blank: str) -> dict[str, Any]:
     content = _content(message)
-    if message["role"] != "assistant" or "</think>" not in content or "reasoning_content" in message:
+    if message["role"] != "assistant" or "</think>" not in content or any(key in message for key in REASONING_FIELDS):
         return message
     head, _, answer = content.rpartition("</think>")
     reasoning = head.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")

@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.template import ChatTemplate, TemplateRefusal
+from sftdata.render.spellings import spellings
+from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefusal
 
 Message = dict[str, Any]
 
@@ -42,11 +43,13 @@ def explain_refusal(template: ChatTemplate, row: Conversation, refusal: Template
 
 
 def _renders(template: ChatTemplate, row: Conversation) -> bool:
-    try:
-        template.render(row.messages, row.tools, row.template_kwargs)
-    except TemplateRefusal:
-        return False
-    return True
+    for attempt in spellings(row):
+        try:
+            template.render(attempt.messages, row.tools, row.template_kwargs)
+        except TemplateRefusal:
+            continue
+        return True
+    return False
 
 
 def _without_calls(messages: list[Message]) -> list[Message]:
@@ -55,6 +58,19 @@ def _without_calls(messages: list[Message]) -> list[Message]:
 
 def _without_system(messages: list[Message]) -> list[Message]:
     return [message for message in messages if message["role"] != "system"]
+
+
+def _without_reasoning_at_calls(messages: list[Message]) -> list[Message]:
+    return [
+        {key: value for key, value in message.items() if key not in REASONING_FIELDS}
+        if message.get("tool_calls") and message.get("content")
+        else message
+        for message in messages
+    ]
+
+
+def _developer_as_system(messages: list[Message]) -> list[Message]:
+    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
 
 def _first_of_each_run(messages: list[Message]) -> list[Message]:
@@ -68,6 +84,12 @@ def _system_fix(template: ChatTemplate) -> str:
 
 # What a template may refuse, the row without it, and what mends it; of several, the first one's mending serves for all.
 _SUSPECTS: tuple[tuple[str, Callable[[list[Message]], list[Message]], Callable[[ChatTemplate], str]], ...] = (
+    (
+        "content and reasoning beside one tool call",
+        _without_reasoning_at_calls,
+        lambda _: "put the content into the reasoning, or leave one of the two out",
+    ),
+    ("its developer message", _developer_as_system, lambda _: "--map-role developer=system"),
     ("its tool calls", _without_calls, lambda _: CALLS_FIX),
     ("its system message", _without_system, _system_fix),
     (

@@ -49,7 +49,8 @@ class RenderedRows:
         raw: text and completion rows; None when there are none.
         faults: (index into the RowBatch, why).
         tally: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
-            `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`.
+            `reasoning_swallowed`, `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`,
+            `rows_with_repeated_markers`, and what rows and templates counted by name.
     """
 
     conversations: TextBatch | None
@@ -109,6 +110,7 @@ class _Filler:
         if self._mended and recipe.turns and not recipe.turns[-1].ended:
             return None
         _count_turns(recipe.turns, index, self._tally)
+        _count_names(row.counted, index, self._tally)
         return text, spans
 
 
@@ -189,7 +191,9 @@ def _conversation(
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns
     _count_turns(turns, index, tally)
+    _count_names(rendered.counted, index, tally)
     tally.count("messages_swallowed", index, len(rendered.swallowed))
+    tally.count("reasoning_swallowed", index, len(rendered.unthought))
     tally.count("rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder))
     tally.count("rows_with_control_tokens", index, bool(rendered.literal))
     if renderer.end_token and turns and not turns[-1].ended:
@@ -212,6 +216,11 @@ def _count_turns(turns: Sequence[Turn], row: int, tally: Tally) -> None:
         if turn.parted:
             parted = True
     tally.count("rows_parted", row, parted)
+
+
+def _count_names(names: Sequence[str], row: int, tally: Tally) -> None:
+    for name in names:
+        tally.count(name, row)
 
 
 def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:

@@ -42,13 +42,16 @@ class RenderedConversation:
         text: what the chat template writes.
         turns: its assistant turns, in order.
         literal: character ranges of the control tokens that data brought.
-        swallowed: indices of messages of which the template left a text out.
+        swallowed, unthought: indices of messages of which the template left a text out, and of those that lost the reasoning.
+        counted: what had to be put right to render the row, and what the template did not read, by the names of counters.
     """
 
     text: str
     turns: list[Turn]
     literal: list[tuple[int, int]]
     swallowed: list[int]
+    unthought: list[int]
+    counted: tuple[str, ...] = ()
 
 
 class SpanFinder:
@@ -96,7 +99,7 @@ class SpanFinder:
             return self._render(row)[0]
         recipe, text, spans = filled
         turns = [Turn(turn.message, *span, turn.ended, turn.parted) for turn, span in zip(recipe.turns, spans, strict=True)]
-        return RenderedConversation(text, turns, [], [])
+        return RenderedConversation(text, turns, [], [], [], row.counted)
 
     def fill(self, row: Conversation) -> tuple[Recipe, str, list[tuple[int, int]]] | None:
         """Render a plain conversation by the recipe of its shape, with the (start, stop) of each turn; None for any other row."""
@@ -138,7 +141,8 @@ class SpanFinder:
         for earlier, later in pairwise(turns):
             if later.start < earlier.stop:
                 raise _unproven(later.message, "its span overlaps the turn before it")
-        return RenderedConversation(marked.text, turns, marked.literal, self._renderer.swallowed(row, marked)), marked
+        swallowed, unthought = self._renderer.swallowed(row, marked)
+        return RenderedConversation(marked.text, turns, marked.literal, swallowed, unthought, row.counted), marked
 
     # --------------------------------------------------------------------------------- derived turns
 

@@ -11,7 +11,9 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import jinja2.nodes
 from sftdata.errors import UsageError
 from sftdata.render.budget import BoundedEnvironment, join_bounded
 from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN, make_environment
+from sftdata.render.unread import WatchedMessage
 
 # Template text that looks like a control token; a tokenizer that lacks it would spell it out in pieces.
 CONTROL_SHAPE = re.compile(r"<\|[^\s<>|\"]+\|?>|<[^\s<>|/\"]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_[a-z]+>")
@@ -152,9 +155,31 @@ class ChatTemplate:
             self._compiled = environment.from_string(text)
             tree = environment.parse(text)
             self.constants = _compared_constants(tree)
-            self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+            self.names = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            self.takes_tools = "tools" in self.names
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"Chat template, line {error.lineno}: {error.message}.", "mend the template.") from None
+
+    @cached_property
+    def roles_in_parts(self) -> frozenset[str]:
+        """Roles whose content the template takes as a list of parts only; nearly all templates take text."""
+        self.__dict__["roles_in_parts"] = frozenset()  # while the question is open, contents go as they are
+        conversations = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "tool"))
+        return frozenset().union(*map(self._iterated, conversations))
+
+    def _iterated(self, roles: Sequence[str]) -> frozenset[str]:
+        """Return the fewest of these roles that need parts for all their texts to show; none where that does not help."""
+        texts = {role: f"{role[0].upper()}0" for role in roles}
+        for count in range(len(roles) + 1):
+            for chosen in combinations(roles, count):
+                contents = {role: [{"type": "text", "text": texts[role]}] if role in chosen else texts[role] for role in roles}
+                try:
+                    shown = self.render([{"role": role, "content": content} for role, content in contents.items()])
+                except TemplateRefusal:
+                    continue
+                if all(text in shown for text in texts.values()):
+                    return frozenset(chosen)
+        return frozenset()
 
     @property
     def sha256(self) -> str:
@@ -189,6 +214,19 @@ class ChatTemplate:
             text = text.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "")
         return text
 
+    def watch(self, messages: Sequence[Mapping[str, Any]]) -> list[WatchedMessage]:
+        """Return messages that note what a render asks of them."""
+        return [WatchedMessage(self._normal(message)) for message in messages]
+
+    def _normal(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(message, WatchedMessage):
+            return message
+        normal = _normal_message(message)
+        content = normal.get("content")
+        if isinstance(content, str) and self.roles_in_parts and normal.get("role") in self.roles_in_parts:
+            normal["content"] = [{"type": "text", "text": content}]
+        return normal
+
     def arguments(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -200,7 +238,7 @@ class ChatTemplate:
         """Return all the names that the template sees."""
         arguments = {**self.special_tokens, **self.template_kwargs, **(template_kwargs or {})}
         return arguments | {
-            "messages": [_normal_message(message) for message in messages],
+            "messages": [self._normal(message) for message in messages],
             "tools": tools,
             "documents": arguments.get("documents"),
             "add_generation_prompt": add_generation_prompt,

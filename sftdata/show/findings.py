@@ -81,7 +81,13 @@ KINDS: dict[str, Kind] = {
     # ---- what `prepare` counted and no shard can tell
     "message-swallowed": Kind(
         "defect", "message", "the chat template leaves the text of a message out (a system message, most often)",
-        "another --chat-template, or put the text into the first user message",
+        "another --chat-template, --map-role developer=system where it is a developer's,"
+        " or put the text into the first user message",
+    ),
+    "reasoning-swallowed": Kind(
+        "defect", "message", "the chat template leaves the reasoning of an answer out (of an earlier turn, most often),"
+        " so that the answer is trained without it",
+        "--train-on last-assistant, one example a turn, or a --chat-template that writes reasoning",
     ),
     "tools-left-out": Kind(
         "defect", "row", "the chat template does not tell the model which tools it may call",
@@ -114,6 +120,7 @@ IN_TEXTS = {
 
 COUNTED = {
     "messages_swallowed": "message-swallowed",
+    "reasoning_swallowed": "reasoning-swallowed",
     "rows_without_their_tools": "tools-left-out",
     "rows_parted": "prompt-parted",
     "rows_with_control_tokens": "control-token-in-data",

@@ -8,6 +8,7 @@ turn. Which strings end a turn is told by hand, template by template. Cost: quad
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -38,15 +39,30 @@ class Unsure(Exception):
 
 @dataclass
 class Format:
-    """A chat template as a tester knows it: its source, the arguments it needs, and the strings that end a turn."""
+    """A chat template as a tester knows it: its source, the arguments it needs, and the strings that end a turn.
+
+    `parts`: it takes contents as lists of parts only; `text_arguments`: it takes tool arguments as JSON text only.
+    """
 
     source: str
     stops: Sequence[str] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    parts: bool = False
+    text_arguments: bool = False
+
+    def spell(self, messages: Messages) -> Messages:
+        """Return messages as this template takes them, nulls left out."""
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        for message in messages:
+            if self.parts and isinstance(message.get("content"), str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            if self.text_arguments and "tool_calls" in message:
+                message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+        return messages
 
     def render(self, messages: Messages, tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
         """Render as `apply_chat_template(tokenize=False)` does, on 2025-01-01."""
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages = self.spell(messages)
         with fixed_clock():
             texts, _ = chat_template_utils.render_jinja_template(
                 [messages], tools=tools, chat_template=self.source, add_generation_prompt=prompt, **self.arguments
@@ -55,12 +71,18 @@ class Format:
 
     def generated(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[tuple[int, int]]:
         """Return transformers' own character ranges of the `{% generation %}` blocks."""
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages = self.spell(messages)
         with fixed_clock():
             _, ranges = chat_template_utils.render_jinja_template(
                 [messages], tools=tools, chat_template=self.source, return_assistant_tokens_mask=True, **self.arguments
             )
         return [(start, stop) for start, stop in ranges[0] if start < stop]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def trained_spans(form: Format, messages: Messages, tools: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, int]]:

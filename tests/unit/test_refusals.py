@@ -42,8 +42,9 @@ def test_a_system_message_is_named_where_the_template_speaks_of_alternation() ->
     assert "Be brief." in ChatTemplate(built_in("mistral"), SPECIAL).render(row)
 
 
-def test_tool_calls_are_named_where_the_template_trips_over_a_missing_content() -> None:
-    fault = fault_of(built_in("chatml"), *CALLING, tools=True)
+def test_tool_calls_are_named_where_the_template_trips_over_a_missing_key() -> None:
+    tripping = "{% for m in messages %}{{ m.content + (m.tool_calls[0].text + '' if m.tool_calls else '') }}{% endfor %}"
+    fault = fault_of(tripping, *CALLING, tools=True)
     assert fault.reason.startswith("the chat template refuses its tool calls (")
     assert "tool calls" in fault.fix
 

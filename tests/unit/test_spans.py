@@ -39,6 +39,9 @@ TOLD = {
     "cohere2": ("<|END_OF_TURN_TOKEN|>",), "command-a": ("<|END_OF_TURN_TOKEN|>",), "gemma-4": ("<turn|>", "<|tool_response>"),
 }  # fmt: skip
 
+# Templates that join tool arguments as text: objects are handed over as their JSON text.
+TEXT_ARGUMENTS = ("deepseek-v3", "firefunction-v2", "functionary-medium-v3.2")
+
 CALLING = {"tools", "tools many turns", "parallel tool calls", "spoken tool call", "last turn calls"}
 # Rows that the template renders and that are rejected all the same, each for a reason.
 REJECTED: dict[str, dict[str, set[str]]] = {
@@ -49,7 +52,7 @@ REJECTED: dict[str, dict[str, set[str]]] = {
         "made-thinking", "made-next-header", "made-channels", "made-headers", "made-no-end")},
     # Likewise; these refuse a `tool` message, so only a call that nobody answers comes so far.
     **{name: {"tool-calls-lost": {"last turn calls"}} for name in (
-        "alpaca", "chatml", "cohere2", "command-r", "falcon-instruct", "gemma-2-2b-it", "gemma-3", "llama-2-chat",
+        "alpaca", "chatml", "cohere2", "command-r", "falcon-instruct", "gemma-2-2b-it", "gemma-3", "llama-2-chat", "llava-next",
         "mistral-instruct-merged-system", "mistral-v1", "openchat-3.5", "pixtral", "solar-instruct", "vicuna", "zephyr",
         "made-words")},
     # It writes the first call only.
@@ -79,7 +82,7 @@ TEMPLATES = [
 def _format(data: Path, name: str, folder: str = "plain") -> Format:
     source = (data / f"templates/{folder}/{name}.jinja").read_text(encoding="utf-8")
     more = {"functions": "[]", "datetime": "today"} if name == "firefunction-v2" else {}
-    return Format(source, STOPS.get(name, "</s>").split(), SPECIAL | more)
+    return Format(source, STOPS.get(name, "</s>").split(), SPECIAL | more, "llava-next" in name, name in TEXT_ARGUMENTS)
 
 
 def _finder(form: Format, stop_tokens: tuple[str, ...] = ("</s>",), **options: Any) -> SpanFinder:
@@ -210,7 +213,7 @@ GENERATION_REJECTED: dict[str, dict[str, set[str]]] = {
         "automodel-olmo", "axolotl-phi-4", "trl-llama3-training", "trl-phi3-5-training", "trl-phi3-training",
         "trl-qwen2-5-vl-training", "smollm3")},
     **{name: {"tool-calls-lost": {"last turn calls"}} for name in (
-        "trl-cohere-training", "trl-gemma-training", "trl-gemma3-training")},
+        "trl-cohere-training", "trl-gemma-training", "trl-gemma3-training", "trl-llava-next-training")},
     **{name: {"tool-calls-lost": {"parallel tool calls"}} for name in ("automodel-gpt-oss-20b", "trl-gptoss-training")},
 }  # fmt: skip
 
@@ -319,7 +322,8 @@ def test_the_first_row_never_decides_for_the_others(name: str, home: Path) -> No
 
 def test_left_out_texts_are_named() -> None:
     chat = {"messages": [user("Two and two?"), bot("Four.", reasoning_content="Pairs."), user("Good"), bot("Thanks")]}
-    assert _render(_finder(Format(CHATML)), chat).swallowed == [1]
+    assert _render(_finder(Format(CHATML)), chat).unthought == [1]
+    assert _render(_finder(Format(CHATML)), chat).swallowed == []
     assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
 
 
@@ -331,7 +335,7 @@ def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_
     assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
         f'<tool_call>{break_}{{"name": "area", "arguments": {{"radius": 1.5}}}}{break_}</tool_call><|im_end|>'
     ]
-    assert rendered.swallowed == [1]
+    assert (rendered.swallowed, rendered.unthought) == ([], [1])
 
 
 @pytest.mark.parametrize(

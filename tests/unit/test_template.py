@@ -29,7 +29,7 @@ def test_every_template_renders_every_conversation_as_transformers_does(part: in
     assert len(paths) == count
     for path in paths[part::4]:
         more: dict[str, Any] = {"functions": "[]", "datetime": "today"} if path.stem == "firefunction-v2" else {}
-        form = Format(path.read_text(encoding="utf-8"), arguments=SPECIAL | more)
+        form = Format(path.read_text(encoding="utf-8"), arguments=SPECIAL | more, parts="llava-next" in path.stem)
         template = ChatTemplate(form.source, SPECIAL)
         for title, chat in CHATS.items():
             for prompt in (False, True):

@@ -1,0 +1,109 @@
+"""One conversation in the spellings that chat templates take.
+
+The OpenAI API has tool arguments as JSON text and `content: null` beside a call; templates are written for what their author fed
+them: some join arguments as text, some print them with `tojson`, some measure a content that is not there. A row is given to the
+template as it is, and in another spelling of the same only where that one cannot be right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from sftdata.batches import Conversation
+from sftdata.render.marks import message_texts
+
+Message = dict[str, Any]
+NULL_AS_EMPTY = "rows_with_null_content"
+"""Counter of the rows that a template takes with "" only where they have no content."""
+
+
+def spellings(row: Conversation) -> Iterator[Conversation]:
+    """Yield a row as it is, then with "" for a content that is null, then both with other tool arguments: objects, JSON text."""
+    tried = []
+    for spell in (_as_they_are, _as_objects, _as_text):
+        for fill in (_as_it_is, _as_empty):
+            messages = [_with_arguments(fill(message), spell) for message in row.messages]
+            if messages not in tried:
+                tried.append(messages)
+                filled = fill is _as_empty and messages != [_with_arguments(message, spell) for message in row.messages]
+                yield replace(row, messages=messages, counted=(*row.counted, NULL_AS_EMPTY) if filled else row.counted)
+
+
+def needs_spelling(row: Conversation) -> bool:
+    """Say whether a row has more than one spelling: most have not."""
+    return any("tool_calls" in message or message.get("content") is None for message in row.messages)
+
+
+def misprinted(row: Conversation, text: str) -> bool:
+    r"""Say whether a rendered text has tool arguments as no model should write them.
+
+    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`).
+    """
+    wrong = {form for message in row.messages for call in _calls(message) for form in _wrong_forms(call["function"]["arguments"])}
+    own = [text for message in row.messages for text in message_texts(message)] if any(form in text for form in wrong) else []
+    return any(text.count(form) > sum(one.count(form) for one in own) for form in wrong)
+
+
+def _wrong_forms(arguments: Any) -> Iterator[str]:
+    """Yield what a text may not hold: JSON text encoded once more, or objects and lists that Python printed."""
+    if isinstance(arguments, str):
+        once_more = [json.dumps(arguments, ensure_ascii=ascii) for ascii in (False, True)]
+        # With its outer quotes only where it has none inside (`"{}"`): a template may write other ones around it.
+        yield from (text[1:-1] if '"' in arguments else text for text in once_more)
+        return
+    right = ""
+    stack = [arguments]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict | list):
+            stack += value.values() if isinstance(value, dict) else value
+            if "'" in (printed := repr(value)):
+                right = right or json.dumps(arguments, ensure_ascii=False) + json.dumps(arguments)
+                if printed not in right:  # Python, too, quotes with " what holds a '
+                    yield printed
+
+
+def _calls(message: Message) -> list[Message]:
+    return [
+        call for call in message.get("tool_calls") or () if isinstance(call, dict) and "arguments" in (call.get("function") or ())
+    ]
+
+
+def _with_arguments(message: Message, spell: Callable[[Any], Any]) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": spell(call["function"]["arguments"])}}
+        if isinstance(call, dict) and "arguments" in (call.get("function") or ())
+        else call
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _as_they_are(arguments: Any) -> Any:
+    return arguments
+
+
+def _as_objects(arguments: Any) -> Any:
+    try:
+        return msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+    except msgspec.DecodeError:  # from a formatter of the user's own
+        return arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_it_is(message: Message) -> Message:
+    return message
+
+
+def _as_empty(message: Message) -> Message:
+    return {**message, "content": ""} if message.get("content") is None else message
