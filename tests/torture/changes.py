@@ -169,7 +169,7 @@ def play(folder: Path, rounds: int, seed: int) -> Counter[str]:
         AssertionError: a set is a mixture, `verify` passes on it, or a run ends in other than one line.
     """
     rng, ends = random.Random(seed), Counter[str]()
-    grounds = [Ground(folder / kind.replace(".", "-"), kind) for kind in KINDS][: max(1, min(len(KINDS), rounds // 4))]
+    grounds = [Ground(folder / kind.replace(".", "-"), kind) for kind in KINDS][: max(1, rounds // 12)]
     known = [ground.digests() for ground in grounds]
     for number in range(rounds):
         index = number % len(grounds)

@@ -18,6 +18,7 @@ from sftdata.cli.run import run_app
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.shardset.build import Build
+from sftdata.shardset.lists import LISTS
 from sftdata.shardset.manifest import read_manifest
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
@@ -143,12 +144,13 @@ def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place
     held = msgspec.structs.replace(manifest.tokenizer, sha256=hashlib.sha256(b"{}").hexdigest())
     manifest = msgspec.structs.replace(manifest, tokenizer=held)
     with Build(place / "other").locked() as build:
-        (build.folder / "rejects.jsonl").write_bytes(b"")
+        for name in LISTS:
+            (build.folder / name).write_bytes(b"")
         for shard in manifest.shards:
             (build.folder / shard.name).write_bytes((place / "set" / shard.name).read_bytes())
         build.finish(manifest, tokenizer)
     names = [file.name for file in read_manifest(place / "other").files]
-    assert names == ["rejects.jsonl", "tokenizer/additional_chat_templates/tool_use.jinja", "tokenizer/tokenizer.json"]
+    assert names[-2:] == ["tokenizer/additional_chat_templates/tool_use.jinja", "tokenizer/tokenizer.json"]
     assert look(place / "other") == read_manifest(place / "other").digest
 
 
