@@ -50,12 +50,17 @@ def answer(name: str, program: Program) -> str | None:
 def flag_of(setting: str, program: Program = "sftdata") -> str:
     """Return how a setting is given on the command line."""
     if program == "sfttrain":
-        return {"model": "--model", "lora": "--lora"}.get(setting, f"--set {setting}=...")
+        return _FLAGS.get(setting, f"--set {setting}=VALUE")
     if setting == "inputs":
         return "INPUT, the first argument"
-    return f"--set {setting}=..." if setting in _WITHOUT_FLAG else "--" + setting.replace("_", "-")
+    return f"--set {setting}=VALUE" if setting in _WITHOUT_FLAG else "--" + setting.replace("_", "-")
 
 
+_FLAGS = {
+    "model": "--model", "lora": "--lora", "output": "-o", "adapter": "--adapter", "quantize": "--quantize",
+    "attention": "--attention", "max_steps": "--max-steps", "num_train_epochs": "--epochs",
+    "init_from_config": "--init-from-config", "push_to_hub": "--push-to-hub", "report_to": "--report-to",
+}  # fmt: skip
 _WITHOUT_FLAG = {"template_kwargs", "max_line_bytes", "slice_bytes"}
 # Settings of `sftdata prepare` that nobody else has under another meaning.
 _OF_THE_DATA = """

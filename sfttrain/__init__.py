@@ -23,7 +23,7 @@ _OBJECTS = (
 )  # fmt: skip
 
 
-def train(data: Any, *, model: Any, output: str | Path, **settings: Any) -> SftTrainer:
+def train(data: Any, *, model: Any, output: str | Path, **settings: Any) -> SftTrainer | None:
     """Train a model; the same function as `sfttrain run`.
 
     Args:
@@ -31,6 +31,9 @@ def train(data: Any, *, model: Any, output: str | Path, **settings: Any) -> SftT
         model: folder or Hub id, or a model object, which may carry adapters.
         output: folder of the run.
         settings: any setting of `sfttrain run` or of transformers' TrainingArguments, and what its Trainer takes as objects.
+
+    Returns:
+        The trainer; None where the output already holds this run, finished.
 
     Raises:
         sftdata.errors.SftError: in one line, what is wrong and what to do.

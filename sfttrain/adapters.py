@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sftdata.errors import UsageError
 from sfttrain.config import LoraSettings, adapter_base
 from sfttrain.talk import Say
@@ -30,11 +32,14 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: S
     beside: dict[str, Any] = {}
     if unlearnt and not set(saved) & set(embeddings):
         beside, saved = _train_embeddings(model, embeddings, unlearnt, saved, say)
+    skipped = _without_adapters(model) if lora.target == "all-linear" else []
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.target == "all-linear" else _names(lora.target),
+        exclude_modules=skipped or None,
+        target_parameters=_names(lora.parameters) or None,
         bias=lora.bias,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
@@ -45,10 +50,48 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: S
     )
     _quiet()
     try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="target_parameters=")  # none of them was found
+            adapted = get_peft_model(model, settings)
+    except (ValueError, RuntimeWarning, UserWarning) as error:
         fix = "name modules of this model, or use target=all-linear."
-        raise UsageError(f"lora target {lora.target!r}: {error}", fix) from None
+        parameters = f" parameters={lora.parameters!r}" if lora.parameters else ""
+        raise UsageError(f"lora target={lora.target!r}{parameters}: {error}", fix) from None
+    _say_where(adapted, say)
+    return adapted
+
+
+def _without_adapters(model: Any) -> list[str]:
+    """Return the names of linear layers that peft refuses: Mamba's kernels read their weights and never call them."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    refused = set()
+    for name in {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}:
+        try:
+            if check is not None:
+                check(LoraConfig(), model, name)
+        except ValueError:
+            refused.add(name)
+    return sorted(refused)
+
+
+def _say_where(adapted: Any, say: Say) -> None:
+    """Say which weights got adapters, and which matrices of the layers stay as they are."""
+    base = adapted.get_base_model()
+    ends = [one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None]
+    adapters, frozen, count = dict[str, None](), dict[str, None](), 0
+    for path, weight in base.named_parameters():
+        *parents, last = [part for part in path.split(".") if not part.isdigit() and part not in ("base_layer", "default")]
+        if "lora_A" in path:
+            adapters[parents[-2] if parents[-1] == "lora_A" else parents[-1]] = None
+            count += 1
+        elif weight.dim() > 1 and not weight.requires_grad and not any(weight is end for end in ends) and "bias" not in last:
+            frozen[parents[-1] if last == "weight" else f"{parents[-1]}.{last}"] = None
+    rest = [name for name in frozen if name not in adapters and name.rpartition(".")[2] not in adapters]
+    without = f"; none on {', '.join(rest)}" if rest else ""
+    say(f"lora: adapters on {count} weights: {', '.join(adapters)}{without}")
 
 
 def continue_adapters(model: Any, folder: Path, name: str) -> Any:

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from sftdata.errors import SftError, UsageError
+from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.shardset.atomic import digest_file, sync_folder, write_atomic
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
+STATE = "trainer_state.json"
 
 
 class SealedFile(msgspec.Struct, frozen=True):
@@ -58,12 +59,23 @@ def seal(folder: Path, step: int, run: dict[str, Any]) -> None:
 
 
 def newest_complete(output: Path) -> tuple[Path, Seal] | None:
-    """Return the newest checkpoint whose seal holds, or None."""
+    """Return the newest checkpoint whose seal holds, or None.
+
+    Raises:
+        IntegrityError: it tells two stories of how far the run had come, or it cannot be resumed from.
+    """
     for folder in sorted(_folders(output), key=_step, reverse=True):
         found = read_seal(folder)
         if found is not None and all(_matches(folder, file) for file in found.files):
+            _check_step(folder, found)
             return folder, found
     return None
+
+
+def newest_sealed(output: Path) -> tuple[Path, Seal] | None:
+    """Return the newest checkpoint with a seal, whose files may be damaged, or None."""
+    sealed = ((folder, read_seal(folder)) for folder in sorted(_folders(output), key=_step, reverse=True))
+    return next(((folder, found) for folder, found in sealed if found is not None), None)
 
 
 def read_seal(folder: Path) -> Seal | None:
@@ -78,29 +90,14 @@ def remove_after(output: Path, step: int) -> list[str]:
     """Remove checkpoints newer than `step`: they are not complete. Return their names."""
     newer = [folder for folder in _folders(output) if _step(folder) > step]
     for folder in newer:
-        shutil.rmtree(folder)
+        _remove(folder)
     return sorted(folder.name for folder in newer)
-
-
-def check_unchanged(sealed: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to resume what was started with other data or another shape.
-
-    Raises:
-        UsageError: naming every difference.
-    """
-    differing = [key for key in sorted({*sealed, *now}) if sealed.get(key) != now.get(key)]
-    if differing:
-        changes = "; ".join(f"{key} was {sealed.get(key)!r}, is {now.get(key)!r}" for key in differing)
-        raise UsageError(
-            f"{folder}: cannot resume, since the run changed: {changes}.",
-            "use what it was started with, another output folder, or --overwrite to start anew.",
-        )
 
 
 def clear(output: Path) -> None:
     """Remove the checkpoints of an earlier run."""
     for folder in _folders(output):
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def require_space(output: Path, bytes_needed: int) -> None:
@@ -125,6 +122,25 @@ def explain_failed_write(folder: Path, error: Exception) -> SftError:
         f"{folder}: the checkpoint could not be written ({reason}); {free / 1e9:.2f} GB free.",
         "free some space, then run the same command again: it resumes from the checkpoint before.",
     )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; of one that lies elsewhere, the link."""
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+
+
+def _check_step(folder: Path, found: Seal) -> None:
+    """Hold the step of a seal against the name of its folder and the state that would be resumed."""
+    names = {file.name for file in found.files}
+    if STATE not in names:
+        return
+    step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, Any]).get("global_step")
+    if len({found.step, _step(folder), step}) > 1:
+        told = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
+        raise IntegrityError(f"{folder}: {told}.", "remove the folder, then run again: it resumes from the one before.")
+    if not any(part in name for name in names for part in ("optim", "scheduler", "global_step")):
+        found_only = "holds weights alone (save_only_model=true), from which no run can go on"
+        raise UsageError(f"{folder}: {found_only}.", "start anew with --overwrite, or in another output folder.")
 
 
 def _matches(folder: Path, file: SealedFile) -> bool:

@@ -66,10 +66,13 @@ def config(
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""
     import yaml
 
-    from sfttrain.training import effective_settings, training_arguments
+    from sfttrain.acting import Run, refuse_inert
+    from sfttrain.arguments import effective_settings, training_arguments
 
     settings = _settings(locals())
-    print(yaml.safe_dump(effective_settings(settings, training_arguments(settings)), sort_keys=False), end="")
+    run = Run(settings, training_arguments(settings), {}, evaluated=bool(settings.eval))
+    refuse_inert(run)
+    print(yaml.safe_dump(effective_settings(run), sort_keys=False), end="")
 
 
 @app.command()

@@ -5,18 +5,17 @@ Keys that are not ours are fields of transformers' TrainingArguments: `--set lea
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
+from sftdata import other_tools
 from sftdata.errors import UsageError
 from sftdata.paths import local_output
+from sftdata.yaml_settings import assign, read_settings_file
 
 # What we set otherwise than transformers does; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -30,7 +29,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # every parameter takes part in every step
 }
 # Older names of the same thing, as scripts still have them.
-_RENAMED = {
+RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
@@ -46,6 +45,9 @@ class LoraSettings(BaseModel):
     alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target: str = Field("all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj.")
+    parameters: str = Field(
+        "", description="Parameters that are no module's weight, as of experts, joined by +: experts.gate_up_proj."
+    )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
     rslora: bool = Field(False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks stable.")
     dora: bool = Field(False, description="Train magnitude and direction of the weights apart.")
@@ -107,6 +109,13 @@ class TrainConfig(BaseModel):
         if bad:
             raise ValueError(f"expected key=value pairs such as r=16,alpha=32, found {bad[0]!r}")
         return {key.strip(): text.strip() for key, _, text in pairs}
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _packing_of_the_set(cls, value: Any) -> Any:
+        if value in (True, False, "bfd", "wrapped", "none", "bfd_split"):
+            raise ValueError("documents are packed by `sftdata prepare --packing`; here it says what to do where packing leaks")
+        return value
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -179,19 +188,21 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         UsageError: an unreadable file, an unknown key, or a value outside its range.
     """
     merged: dict[str, Any] = {"training": dict(TRAINING_DEFAULTS)}
-    for source in (_from_file(file), _from_overrides(overrides), flags):
+    from_file, places = read_settings_file(file) if file is not None else ({}, {})
+    from_overrides: dict[str, Any] = {}
+    for text in overrides:
+        key = assign(from_overrides, text)
+        places[key] = f"--set {key}"
+    for source in (from_file, from_overrides, flags):
         for key, value in source.items():
             if value is None:
                 continue
             if key == "training":
-                if not isinstance(value, dict):
-                    raise UsageError(
-                        f"Setting 'training': expected fields of TrainingArguments; found {value!r:.200}.", "training.seed=1"
-                    )
-                for name, part in value.items():
-                    _place(merged, name, part, own=False)
+                _place_training(merged, value, places.get(key, key))
+            elif key in TrainConfig.model_fields:
+                merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
             else:
-                _place(merged, key, value)
+                _place_training(merged, {key: value}, places.get(key, key))
     if not merged.get("output"):
         raise UsageError("output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`.")
     if merged.get("adapter") and not merged.get("model"):
@@ -203,23 +214,6 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         where, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
         found = f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
         raise UsageError(f"{found}.", "see `sfttrain run --help`.") from None
-
-
-def training_fields() -> dict[str, str]:
-    """Return the fields of TrainingArguments and their types, as text."""
-    from transformers import TrainingArguments
-
-    known = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
-    return {name: known[old] for old, name in _RENAMED.items() if old in known} | known
-
-
-def named_as_installed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of TrainingArguments by the names of the installed transformers, which may be older than ours."""
-    from transformers import TrainingArguments
-
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    older = {name: old for old, name in _RENAMED.items()}
-    return {name if name in known else older.get(name, name): value for name, value in settings.items()}
 
 
 def adapter_base(folder: Path) -> str:
@@ -236,74 +230,13 @@ def adapter_base(folder: Path) -> str:
         raise UsageError(f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote.") from None
 
 
-def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of TrainingArguments as it takes them.
-
-    Raises:
-        UsageError: it has no such field, or the value is no number where one is wanted.
-    """
-    known = training_fields()
-    for key in given:
-        if key not in known:
-            raise _unknown(key, [*TrainConfig.model_fields, *known])
-    return {key: _coerced(key, value, known[key]) for key, value in given.items()}
-
-
-def _from_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not YAML: {error}.") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: found {type(content).__name__}; expected settings, one `key: value` a line.")
-    return content
-
-
-def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not all(key.strip().split(".")):
-            raise UsageError(f"--set {text!r}: expected key=value.")
-        *parents, leaf = key.strip().split(".")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"--set {text!r}: {parent} is {place!r} already, which has no {leaf}.", "set one of them.")
-        try:
-            place[leaf] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise UsageError(f"--set {text!r}: the value is not YAML: {error}.", "quote it, as key='\"text\"'.") from None
-    return settings
-
-
-def _place(merged: dict[str, Any], key: str, value: Any, own: bool = True) -> None:
-    """Put a setting where it belongs, or refuse its name."""
-    if own and key in TrainConfig.model_fields:
-        merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        return
-    merged["training"][_RENAMED.get(key, key)] = value
-
-
-def _unknown(key: str, known: Sequence[str]) -> UsageError:
-    near = difflib.get_close_matches(key, known, n=1)
-    return UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
-
-
-def _coerced(key: str, value: Any, annotation: str) -> Any:
-    """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false."""
-    if isinstance(value, bool) and "bool" not in annotation:
-        return "yes" if value else "no"
-    wanted = next((kind for kind in (float, int) if kind.__name__ in annotation), None)
-    if isinstance(value, str) and wanted is not None:
-        try:
-            return wanted(value)
-        except ValueError:
-            if "str" not in annotation:
-                raise UsageError(f"Setting {key!r}: expected a number; found {value!r}.", "write it as 2e-5 or 3.") from None
-    return value
+def _place_training(merged: dict[str, Any], given: Any, place: str) -> None:
+    """Put fields of TrainingArguments in their place; the names that other tools have for our settings are refused."""
+    if not isinstance(given, dict):
+        raise UsageError(f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1")
+    for name, value in given.items():
+        known = RENAMED.get(name, str(name))
+        instead = other_tools.answer(known, "sfttrain")
+        if instead:
+            raise UsageError(f"{place}: unknown setting {name!r}.", instead)
+        merged["training"][known] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,22 @@ def load_config(config: TrainConfig) -> Any:
     if source.startswith(("/", "./", "../", "~")) and not Path(source).exists():
         raise UsageError(f"{source}: no such folder.", "name a folder or Hub id of a causal language model.")
     try:
-        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
+    for name, value in config.model_init_kwargs.items():
+        owner = _owner(found, name)
+        if owner is not None:
+            setattr(owner, name, value)
+        elif config.init_from_config is not None:
+            raise UsageError(f"model_init_kwargs.{name}: {found.model_type} has no such field in its config.", "leave it out.")
+    return found
+
+
+def _owner(model_config: Any, name: str) -> Any:
+    """Return the config that has a field: the model's own, or that of its text part; None where it is none of a config."""
+    text = model_config.get_text_config()
+    return next((one for one in (model_config, text) if hasattr(one, name)), None)
 
 
 def load_model(config: TrainConfig, model_config: Any, attention: str, device: torch.device) -> Any:
@@ -73,7 +87,8 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
     if config.quantize is not None:
         arguments |= {"quantization_config": _quantization(config.quantize), "device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **(arguments | config.model_init_kwargs))
+        more = {name: value for name, value in config.model_init_kwargs.items() if _owner(model_config, name) is None}
+        return AutoModelForCausalLM.from_pretrained(source, **(arguments | more))
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
 
@@ -123,6 +138,10 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
     text = str(error).strip().split("\n")[0]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        found = f"{source}: model_init_kwargs.{unknown[1]}: neither a field of its config nor an argument of from_pretrained"
+        return UsageError(f"{found}.", "leave it out.")
     if "trust_remote_code" in str(error) and not trusted:
         return UsageError(f"{source}: brings its own code.", "read that code; if you trust it, add --trust-remote-code.")
     return UsageError(f"{source}: transformers cannot load it: {text}", "name a folder or Hub id of a causal language model.")

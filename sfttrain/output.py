@@ -15,6 +15,7 @@ from sfttrain.config import TrainConfig
 from sfttrain.talk import rank
 
 RUN_NAME = "run.json"
+SETTINGS_NAME = "settings.yaml"
 _held: set[int] = set()  # open locks; a forked reader of the data must not keep them beyond its run
 _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 

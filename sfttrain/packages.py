@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.util import find_spec
 
 from sftdata.errors import UsageError
 
+_TRAINER = ("torch", "transformers", "accelerate", "peft", "safetensors")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio", "comet_ml": "comet_ml"}
+
+
+def require_trainer() -> None:
+    """Refuse to train without the packages of the extra `train`.
+
+    Raises:
+        UsageError: naming the extra.
+    """
+    for package in _TRAINER:
+        require_package(package, "sfttrain", "train")
 
 
 def require_package(package: str, setting: str, extra: str = "") -> None:
@@ -26,10 +38,18 @@ def require_package(package: str, setting: str, extra: str = "") -> None:
 
 
 def require_tracker(name: str) -> None:
-    """Refuse a tracker that is unknown to us and not installed, or known and not installed.
+    """Refuse a tracker that transformers does not know, or whose package is not installed.
 
     Raises:
         UsageError: the tracker cannot be used.
     """
-    if name not in ("none", "all"):
-        require_package(TRACKERS.get(name, name), f"report_to={name}")
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+        raise UsageError(f"report_to={name}: there is no such tracker.", fix)
+    if name in TRACKERS:  # of the others, transformers knows what they need
+        require_package(TRACKERS[name], f"report_to={name}")

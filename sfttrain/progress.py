@@ -60,6 +60,8 @@ class Progress(TrainerCallback):
         """Remember the newest figures."""
         if logs and "loss" in logs:
             self._figures = f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+            if state.is_world_process_zero and self._bar is None and state.global_step in (1, state.max_steps):
+                self._tell(state)
         elif logs and state.is_world_process_zero and any(key.startswith("eval_") for key in logs):
             self._write(", ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")))
 
@@ -69,15 +71,20 @@ class Progress(TrainerCallback):
             self._bar.update(1)
             self._bar.set_postfix_str(self._figures)
         elif state.is_world_process_zero and time.perf_counter() - self._spoke >= _PLAIN_SECONDS:
-            self._spoke = time.perf_counter()
-            left = (self._spoke - self._began) / (state.global_step - self._first) * (state.max_steps - state.global_step)
-            figures = f", {self._figures}" if self._figures else ""
-            self._write(f"step {state.global_step}/{state.max_steps}{figures}, {_duration(left)} left")
+            self._tell(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
+        """Close the bar, with the figures of the last step."""
         if self._bar is not None:
+            self._bar.set_postfix_str(self._figures)
             self._bar.close()
+
+    def _tell(self, state: Any) -> None:
+        """Write a line on the step that is done."""
+        self._spoke = time.perf_counter()
+        left = (self._spoke - self._began) / (state.global_step - self._first) * (state.max_steps - state.global_step)
+        figures = f", {self._figures}" if self._figures else ""
+        self._write(f"step {state.global_step}/{state.max_steps}{figures}, {_duration(left)} left")
 
     def _write(self, text: str) -> None:
         if self._bar is not None:

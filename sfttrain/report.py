@@ -19,8 +19,7 @@ from sftdata.errors import UsageError
 from sftdata.outlet import visible
 from sftdata.show.curves import Curve, key, line_chart, short
 from sftdata.show.page import make_page, write_page
-from sfttrain.export import SETTINGS_NAME
-from sfttrain.output import RUN_NAME
+from sfttrain.output import RUN_NAME, SETTINGS_NAME
 from sfttrain.progress import LOG_NAME
 
 REPORT_NAME = "report.html"

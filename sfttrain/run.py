@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from sfttrain.config import TrainConfig
 from sfttrain.output import refuse_places, take
+from sfttrain.packages import require_trainer
 from sfttrain.sets import open_sets
+from sfttrain.stop import listening
 
 if TYPE_CHECKING:
     from sfttrain.trainer import SftTrainer
 
 
-def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras: Any) -> SftTrainer:
+def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras: Any) -> SftTrainer | None:
     """Run a configuration to its end, resuming what an earlier, broken run left.
 
     Args:
@@ -25,12 +27,16 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
         data: a dataset of rows with token ids, instead of sets; see `custom.py`.
         extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `processing_class`, ...
 
+    Returns:
+        The trainer; None where the output already holds this run, finished: nothing is touched then.
+
     Raises:
         SftError: what is wrong, and the fix; before the first step where it can be known then.
     """
+    require_trainer()
     refuse_places(config, given=model is not None)
-    with take(config.output):
+    with listening() as request, take(config.output):
         sets, evaluation = open_sets(config)
         from sfttrain.training import train_on  # imports torch and transformers, which takes seconds
 
-        return train_on(config, sets, evaluation, model, data, extras)
+        return train_on(config, sets, evaluation, model, data, extras, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from sftdata.errors import DataError, UsageError
+from sftdata.errors import DataError, IntegrityError, UsageError
 from sfttrain import checkpoint
 from sfttrain.custom import custom_rows
 from sfttrain.evaluation import EvalFigures, token_losses_of
@@ -27,12 +28,16 @@ class SftTrainer(Trainer):
         order: batches of this rank; None for a stream, which has its own.
         run: what a checkpoint remembers of the data, see `checkpoint.Seal.run`.
         plan: what was decided on loss and attention.
+        tokenizer: folder that every checkpoint gets a copy of, so that it loads by itself.
         arguments: what transformers' Trainer takes.
     """
 
-    def __init__(self, *, order: Order | None, run: dict[str, Any], plan: Plan, **arguments: Any) -> None:
+    def __init__(
+        self, *, order: Order | None, run: dict[str, Any], plan: Plan, tokenizer: Path | None = None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
+        self._tokenizer = tokenizer
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # tokens, supervised, correct
         self._clock, self._tokens = time.perf_counter(), 0
@@ -84,6 +89,7 @@ class SftTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
         )
 
@@ -195,6 +201,15 @@ class SftTrainer(Trainer):
         self._tokens += tokens
         self.state.num_input_tokens_seen += tokens
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights; those that are tied to others are saved once."""
+        tied = getattr(self.model, "_tied_weights_keys", None) or ()
+        lost = [*load_result.unexpected_keys, *(key for key in load_result.missing_keys if key not in tied)]
+        if lost:
+            found = f"The checkpoint does not fit the model: {', '.join(lost):.300}."
+            raise IntegrityError(found, "start anew with --overwrite.")
+        cast(Any, self.model).tie_weights()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint as transformers does, then seal it once every rank is done."""
         folder = Path(str(self.args.output_dir)) / f"{checkpoint.PREFIX}{self.state.global_step}"
@@ -203,6 +218,8 @@ class SftTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if self._tokenizer is not None:
+                    shutil.copytree(self._tokenizer, folder, dirs_exist_ok=True)
                 checkpoint.seal(folder, self.state.global_step, self.run)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise checkpoint.explain_failed_write(folder, error) from error

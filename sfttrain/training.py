@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from sftdata.errors import UsageError
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.outlet import StoppedError
 from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
+from sfttrain.acting import Run, refuse_inert
+from sfttrain.arguments import effective_settings, training_arguments
 from sfttrain.assemble import leave_gpus_idle, make_model, whole_weights
 from sfttrain.attention import choose_attention, register_attention
-from sfttrain.config import TrainConfig, checked_training, named_as_installed
+from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
-from sfttrain.export import export
-from sfttrain.hub import push
+from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
+from sfttrain.flow import GoOn, LogEnds, StopAtStepEnd
+from sfttrain.generation import ready_generation
+from sfttrain.identity import identity_of
 from sfttrain.isolation import Surroundings
-from sfttrain.model import computes_in_bf16, load_config
+from sfttrain.model import load_config
+from sfttrain.optimizer import try_optimizer
 from sfttrain.order import Order
-from sfttrain.output import RUN_NAME
 from sfttrain.path import Plan, choose_path
 from sfttrain.progress import LOG_NAME, Progress, TrainLog
-from sfttrain.report import write_report
+from sfttrain.resume import Point, finished, resume_point
+from sfttrain.stop import StopRequest
 from sfttrain.talk import Say, say
 from sfttrain.trainer import SftTrainer
 
 
 def train_on(
-    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any, extras: dict[str, Any]
-) -> SftTrainer:
-    """Train on opened sets; see `sfttrain.run.train`."""
+    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any, objects: dict[str, Any],
+    request: StopRequest,
+) -> SftTrainer | None:  # fmt: skip
+    """Train on opened sets; see `sfttrain.run.train`.
+
+    Args:
+        objects: what transformers' Trainer takes as objects.
+        request: where signals are noted.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     args = training_arguments(config)
-    refusals.refuse_useless(config, args, model, data, extras, say)
-    everything = [*sets, *evaluation.values()]
+    setting = Run(config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None)
+    refusals.refuse_useless(config, args, model, data, objects, say)
+    refuse_inert(setting)
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
+    identity = identity_of(config, sets, evaluation, args, objects)
+    done = finished(config, identity)
+    if done is not None:
+        conclude_again(config, args, done)
+        return None
+    trainer, resumed, steps = _assemble(setting, sets, evaluation, model, data, identity)
+    stop = StopAtStepEnd(request, args.world_size)
+    trainer.add_callback(stop)
+    _take_steps(trainer, resumed, steps)
+    if stop.number:
+        say(f"stopped after step {trainer.state.global_step:,}: {_what_is_saved(args, trainer.state.global_step)}")
+        raise StoppedError(stop.number)
+    request.done = True
+    export(trainer, sets, effective_settings(setting, trainer.model), trainer.run)
+    conclude(config, args)
+    return trainer
+
+
+def _assemble(
+    setting: Run, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any, identity: dict[str, Any]
+) -> tuple[SftTrainer, Point | None, int]:
+    """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
+    config, args, objects = setting.config, setting.args, dict(setting.objects)
     model_config = load_config(config) if model is None else model.config
     refusals.refuse_architecture(config, model_config, model)
+    everything = [*sets, *evaluation.values()]
     refusals.refuse_too_long(everything, model_config, say)
     leave_gpus_idle(args, say)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -49,32 +86,48 @@ def train_on(
         where = Surroundings(args.device.type, compute, *_reach(args, everything, data))
         plan = _choose_path(config, model_config, model, where, say)
         model, plan = make_model(config, model_config, model, plan, sets, args, say)
+    ready_generation(model, sets, say)
     rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
-    run = _identity(config, sets, order, plan, args)
-    resumed = _resume_point(config, args, run, say)
+    run = identity | _planned(order, plan)
+    steps = int(args.max_steps) if order is None else _total_steps(args, order)
+    resumed = resume_point(config, args, run, steps, say)
     trainer = _make_trainer(
         order=order,
         run=run,
         plan=plan,
+        tokenizer=tokenizer_folder(sets, say),
         model=model,
         args=args,
         train_dataset=rows,
-        eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(extras.pop("eval_dataset", None)) or None,
+        eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(objects.pop("eval_dataset", None)) or None,
         data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
-        callbacks=[TrainLog(Path(args.output_dir) / LOG_NAME), Progress(), *extras.pop("callbacks", ())],
-        **extras,
+        callbacks=[GoOn(), LogEnds(), TrainLog(config.output / LOG_NAME), Progress(), *objects.pop("callbacks", ())],
+        **objects,
     )
-    steps = int(args.max_steps) if order is None else _total_steps(args, order)
+    try_optimizer(setting, model, steps)
     if resumed is None:
         preflight.check_fit(trainer, compute, steps, say)
-    if resumed is not None and resumed[1] >= steps:
-        _restore(trainer, resumed[0], say)
-    else:
-        trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-    export(trainer, sets, effective_settings(config, args), run, say)
-    _conclude(config, args, say)
-    return trainer
+    return trainer, resumed, steps
+
+
+def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
+    """Train, or take what a run left that was stopped after its last step."""
+    try:
+        if resumed is not None and resumed[1] == steps:
+            _restore(trainer, resumed[0], say)
+        else:
+            trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    except UnpicklingError:
+        place = resumed[0] if resumed else trainer.args.output_dir
+        found = f"{place}: holds a pickle that is more than tensors, which loading would run"
+        raise IntegrityError(f"{found}.", "remove the folder, then run again: it resumes from the one before.") from None
+
+
+def _what_is_saved(args: Any, step: int) -> str:
+    if args.save_only_model:
+        return "nothing is saved, since save_only_model=true saves nothing to go on from"
+    return f"checkpoint-{step} is complete"
 
 
 def _choose_path(config: TrainConfig, model_config: Any, model: Any, where: Surroundings, say: Say) -> Plan:
@@ -93,64 +146,12 @@ def _reach(args: Any, sets: list[ShardSet], data: Any) -> tuple[int, int | None]
     return max(args.train_batch_size, args.eval_batch_size), max(known) if data is None and len(known) == len(lengths) else None
 
 
-def _conclude(config: TrainConfig, args: Any, say: Say) -> None:
-    """Write the report, and push what the hub shall have."""
-    output = Path(str(args.output_dir))
-    if args.should_save:
-        say(f"report: {write_report(output)}")
-    say(f"model: {output}")
-    if config.push_to_hub and args.should_save:
-        say(f"pushed: {push(output, config.push_to_hub)}")
-
-
-def training_arguments(config: TrainConfig) -> Any:
-    """Return transformers' TrainingArguments for a configuration.
-
-    Raises:
-        UsageError: transformers refuses a value.
-    """
-    from transformers import TrainingArguments
-
-    settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
-    refusals.refuse_missing_launch(settings)
-    settings.setdefault("learning_rate", config.learning_rate)
-    settings.setdefault("use_cpu", not torch.accelerator.is_available())  # else ranks without a GPU find no backend
-    settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
-    settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
-    if config.loss == "liger":
-        settings["use_liger_kernel"] = True
-    if settings.get("activation_checkpointing"):
-        # Reentrant checkpoints run a parameter's hooks twice, which DDP refuses.
-        settings["activation_checkpointing_kwargs"] = {
-            "use_reentrant": False,
-            **_given(settings, "activation_checkpointing_kwargs"),
-        }
-    if settings.get("save_total_limit") == 1:
-        raise UsageError("save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more.")
-    try:
-        args = TrainingArguments(**named_as_installed(settings))
-    except (ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
-    if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
-        old: Any = args
-        old.activation_checkpointing, old.activation_checkpointing_kwargs = (
-            old.gradient_checkpointing,
-            old.gradient_checkpointing_kwargs,
-        )
-    return args
-
-
-def effective_settings(config: TrainConfig, args: Any) -> dict[str, Any]:
-    """Return every setting with defaults resolved, as plain data."""
-    own = config.model_dump(mode="json", exclude={"training"})
-    return own | {"training": {key: value for key, value in args.to_dict().items() if not key.startswith("_")}}
-
-
 def _make_trainer(**arguments: Any) -> SftTrainer:
     try:
         return SftTrainer(**arguments)
-    except (ValueError, ImportError) as error:  # what transformers finds out only now
+    except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds out only now
+        if isinstance(error, RuntimeError) and "install" not in str(error):
+            raise
         raise UsageError(f"Training settings: {str(error).strip()}", "see `sfttrain config`.") from None
 
 
@@ -163,11 +164,6 @@ def _as_named(data: Any) -> dict[str, Any]:
     if data is None:
         return {}
     return {name: custom_rows(rows) for name, rows in (data.items() if isinstance(data, dict) else [("data", data)])}
-
-
-def _given(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    value = settings.get(name) or {}
-    return dict(json.loads(value) if isinstance(value, str) else value)
 
 
 def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: Any) -> Order:
@@ -183,64 +179,25 @@ def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: Any) -> O
     )
 
 
-def _identity(config: TrainConfig, sets: list[ShardSet], order: Order | None, plan: Plan, args: Any) -> dict[str, Any]:
-    """What a resumed run must share with the one before it."""
+def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
+    """Load the model that the last step left, or the best one where that is asked for."""
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(folder / checkpoint.STATE))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    chosen = folder.parent / Path(best).name if best else folder
+    say(f"all steps are done: writing the model of {chosen.name} only")
+    trainer._load_from_checkpoint(str(chosen))
+
+
+def _planned(order: Order | None, plan: Plan) -> dict[str, Any]:
+    """Return what belongs to a run's identity and is known only with its rows and its model."""
     return {
-        "sets": [opened.manifest.digest for opened in sets],
-        "weights": list(config.set_weights),
-        "tokenizer": [opened.manifest.tokenizer.sha256 for opened in sets],
-        "chat_template": [opened.manifest.chat_template_sha256 for opened in sets],
-        "model": str(config.model or config.init_from_config),
-        "lora": config.lora.model_dump() if config.lora else None,
-        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "data_seed": order.seed if order else None,
         "shuffle": order.shuffle if order else False,
         "rows": order.sizes if order else None,
         "unpack": plan.unpack,
-        **({"adapter": str(config.adapter)} if config.adapter else {}),
     }
-
-
-def _resume_point(config: TrainConfig, args: Any, run: dict[str, Any], say: Say) -> tuple[Path, int] | None:
-    """Find the newest complete checkpoint; the main process alone looks and cleans, the others follow it."""
-    from accelerate.utils import broadcast_object_list
-
-    output = Path(args.output_dir)
-    found: list[Any] = [None]
-    if args.process_index == 0:
-        found = [_find_checkpoint(config, output, run, say)]
-    if args.world_size > 1:
-        broadcast_object_list(found)
-    point: tuple[Path, int] | None = found[0]
-    return point
-
-
-def _find_checkpoint(config: TrainConfig, output: Path, run: dict[str, Any], say: Say) -> tuple[Path, int] | None:
-    output.mkdir(parents=True, exist_ok=True)
-    if config.overwrite:
-        checkpoint.clear(output)
-        for name in (RUN_NAME, LOG_NAME):
-            (output / name).unlink(missing_ok=True)
-        return None
-    newest = checkpoint.newest_complete(output)
-    if newest is not None:
-        checkpoint.check_unchanged(newest[1].run, run, newest[0])
-    elif (output / RUN_NAME).exists():
-        raise UsageError(f"{output}: holds a finished run without a checkpoint.", "choose another output folder, or --overwrite.")
-    step = newest[1].step if newest else 0
-    for name in checkpoint.remove_after(output, step):
-        say(f"{output / name}: incomplete, removed")
-    if newest is not None:
-        say(f"resuming from {newest[0]} (step {step})")
-    return (newest[0], step) if newest else None
-
-
-def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
-    say("all steps are done: writing the model only")
-    trainer._load_from_checkpoint(str(folder))
-    from transformers import TrainerState
-
-    trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
 
 
 def _total_steps(args: Any, order: Order) -> int:

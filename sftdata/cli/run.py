@@ -41,7 +41,7 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
     except SftError as error:
         return fail(str(error), error.exit_code)
     except TyperException as error:
-        text, fix = explain_usage(" ".join(error.format_message().split()))
+        text, fix = explain_usage(" ".join(error.format_message().split()), "sfttrain" if name == "sfttrain" else "sftdata")
         return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
     except (KeyboardInterrupt, Abort):
         return fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED)
@@ -80,15 +80,15 @@ _WRONG = (
 _OPTION = re.compile(r"No such option: (--[\w-]+)")
 
 
-def explain_usage(text: str) -> tuple[str, str]:
-    """Return what the parser said, and the word it may have meant; "" where none is near.
+def explain_usage(text: str, program: other_tools.Program = "sftdata") -> tuple[str, str]:
+    """Return what the parser of a program said, and the word it may have meant; "" where none is near.
 
     >>> explain_usage("No such command 'prepar'. Did you mean 'prepare'?")
     ("No such command 'prepar'.", "did you mean 'prepare'?")
     """
     text = text.replace("Value error, ", "")
     option = _OPTION.match(text)
-    if option and (elsewhere := other_tools.answer(option[1], "sftdata")):
+    if option and (elsewhere := other_tools.answer(option[1], program)):
         return f"{option[0]}.", elsewhere
     for pattern in _WRONG:
         if found := pattern.fullmatch(text):

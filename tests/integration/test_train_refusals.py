@@ -29,6 +29,7 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
         (["--quantize", "nf4"], "quantize freezes the model, so it needs lora"),
         (["--quantize", "torchao-int4", "--lora", "r=4"], "for 4 bits set nf4"),
         (["--liger"], "its kernels need a GPU"),
+        (["--report-to", "wandbb"], "report_to=wandbb: there is no such tracker. Fix: did you mean 'wandb'?"),
         (["--report-to", "trackio"], "report_to=trackio needs the package trackio. Fix: pip install trackio"),
         (["--push-to-hub", "me/model"], "HF_HUB_OFFLINE is set"),
         (["--push-to-hub", "model"], "name it as user/model"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import sfttrain
 from sftdata.errors import DataError, UsageError
@@ -360,7 +364,7 @@ def test_a_forced_kernel_that_takes_no_mask_is_given_none(
 def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_path: Path) -> None:
     trainer = train_in_process(shards, model, tmp_path / "out", QUICK)
     assert trainer.args.report_to == []
-    ours = {"DefaultFlowCallback", "TrainLog", "Progress", "_EpochOfOrder"}
+    ours = {"DefaultFlowCallback", "GoOn", "LogEnds", "StopAtStepEnd", "TrainLog", "Progress", "_EpochOfOrder"}
     assert {type(callback).__name__ for callback in trainer.callback_handler.callbacks} == ours
 
 
@@ -368,30 +372,53 @@ def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_p
 
 
 @pytest.mark.feature("export: Hub")
-def test_a_finished_model_is_pushed_without_its_checkpoints(
-    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_is_pushed_holds_no_local_path_and_no_log(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
 
-    pushed: dict[str, list[str]] = {}
+    pushed: dict[str, bytes] = {}
 
     class Hub:
         def create_repo(self, name: str, **_: Any) -> str:
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, folder_path: Path, repo_id: str, ignore_patterns: list[str]) -> None:
-            names = [str(path.relative_to(folder_path)) for path in sorted(folder_path.rglob("*")) if path.is_file()]
-            pushed[repo_id] = list(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+        def create_commit(self, name: str, operations: list[Any], **_: Any) -> None:
+            for one in operations:
+                with one.as_file() as file:
+                    pushed[one.path_in_repo] = file.read()
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    train_in_process(shards, model, tmp_path / "out", {**QUICK, "save_strategy": "steps"}, push_to_hub="me/model")
-    assert "pushed: https://hub/me/model" in capsys.readouterr().err
-    assert {"model.safetensors", "config.json", "README.md", "run.json"} <= set(pushed["me/model"])
-    assert list((tmp_path / "out").glob("checkpoint-*"))
-    assert not [name for name in pushed["me/model"] if name.startswith("checkpoint-")]
+    private = tmp_path / "private-place"
+    shards = make_set(private / "chats", rows=8)
+    (shards / "tokenizer").mkdir()
+    (shards / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(private / "chats")}))
+    (shards / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    base = shutil.copytree(model, private / "base")
+    out = private / "out"
+    training = {**QUICK, "save_strategy": "steps", "eval_strategy": "steps"}
+    kinds = ((base, {"lora": {"r": 2}}, "adapter_model"), (None, {"init_from_config": base / "config.json"}, "model"))
+    for given, settings, kind in kinds:
+        pushed.clear()
+        again = {"push_to_hub": "me/model", "overwrite": kind == "model", "eval": {"held": shards}}
+        train_in_process(shards, given, out, training, **settings, **again)
+        assert "pushed: https://hub/me/model" in capsys.readouterr().err
+        assert {f"{kind}.safetensors", "README.md", "settings.yaml"} <= set(pushed)
+        assert {"tokenizer_config.json", "chat_template.jinja"} <= set(pushed)
+        assert ("adapter_config.json" in pushed) == (kind == "adapter_model")
+        assert not {"run.json", "report.html", "train_log.jsonl", "runs", "training_args.bin"} & set(pushed)
+        assert not [name for name in pushed if name.startswith(("checkpoint-", "events"))]
+        leaks = (str(tmp_path), "private-place", socket.gethostname())
+        assert [(name, word) for name, content in pushed.items() for word in leaks if word.encode() in content] == []
+    assert yaml.safe_load(pushed["settings.yaml"])["sets"] == ["chats"]
+    assert json.loads((out / "run.json").read_text())["pushed"] == "me/model"
+    pushed.clear()
+    assert train_in_process(shards, given, out, training, **settings, **again | {"overwrite": False}) is None
+    assert not pushed
+    train_in_process(shards, given, out, training, **settings, **again | {"overwrite": False, "push_to_hub": "me/other"})
+    assert "model.safetensors" in pushed
 
 
 @pytest.mark.feature("export: GPTQ")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sftdata.errors import UsageError
+from sftdata.errors import IntegrityError, UsageError
 from sfttrain import checkpoint
+from sfttrain.identity import check_unchanged
 from tests.torture.disk import Disk
 from tests.torture.faults import Tap
 
@@ -77,9 +78,9 @@ def test_unsealed_newer_folders_are_removed_by_name(tmp_path: Path) -> None:
 
 
 def test_a_changed_run_is_refused_with_both_values(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"global_batch was 8, is 16.*Fix: .*--overwrite"):
-        checkpoint.check_unchanged(RUN, RUN | {"global_batch": 16}, tmp_path)
-    checkpoint.check_unchanged(RUN, dict(RUN), tmp_path)
+    with pytest.raises(UsageError, match=r"global_batch .* was 8, is 16.*Fix: .*--overwrite"):
+        check_unchanged(RUN, RUN | {"global_batch": 16}, tmp_path)
+    check_unchanged(RUN, dict(RUN), tmp_path)
 
 
 def test_too_little_room_is_said_before_the_start(tmp_path: Path) -> None:
@@ -116,3 +117,35 @@ def _save(folder: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.write(descriptor, b"state of " + path.name.encode())
         os.close(descriptor)
+
+
+def test_a_seal_and_a_state_of_two_steps_are_refused(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, 35, sealed=False)
+    (folder / checkpoint.STATE).write_text('{"global_step": 5}')
+    (folder / "optimizer.pt").write_bytes(b"state")
+    checkpoint.seal(folder, 35, RUN)
+    with pytest.raises(IntegrityError, match=r"is of step 35, trainer_state.json of step 5.*Fix: remove"):
+        checkpoint.newest_complete(tmp_path)
+    (folder / checkpoint.STATE).write_text('{"global_step": 35}')
+    checkpoint.seal(folder, 35, RUN)
+    assert checkpoint.newest_complete(tmp_path) is not None
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, 5, sealed=False)
+    (folder / checkpoint.STATE).write_text('{"global_step": 5}')
+    checkpoint.seal(folder, 5, RUN)
+    with pytest.raises(UsageError, match="holds weights alone"):
+        checkpoint.newest_complete(tmp_path)
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_the_link_is_removed(tmp_path: Path) -> None:
+    elsewhere = _checkpoint(tmp_path / "elsewhere", 5)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "checkpoint-5").symlink_to(elsewhere)
+    assert checkpoint.remove_after(output, 0) == ["checkpoint-5"]
+    (output / "checkpoint-5").symlink_to(elsewhere)
+    checkpoint.clear(output)
+    assert not list(output.iterdir())
+    assert (elsewhere / "model.safetensors").exists()

@@ -1,0 +1,56 @@
+"""Stopping on a signal: what a scheduler sends before it takes the machine away.
+
+While steps are taken, SIGTERM and SIGHUP let the step end, save a checkpoint and stop; before that, and when sent twice,
+they stop at once. The same command goes on. The exit code is 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from sftdata.outlet import StoppedError
+from sfttrain.talk import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """What signals asked for.
+
+    Attributes:
+        number: the signal that came, 0 while none has.
+        stepping: whether steps are taken, so that there is something to save.
+        done: whether the last step is taken, so that a signal changes nothing more.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.stepping, self.done = 0, False, False
+
+    def hear(self, number: int, _: FrameType | None) -> None:
+        """Note a signal, or stop where there is nothing to save."""
+        if self.done:
+            return
+        if not self.stepping or self.number:
+            raise StoppedError(number)
+        self.number = number
+        say(f"{signal.Signals(number).name}: stopping at the end of this step")
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Answer signals while a run lasts; those that are ignored, as under nohup, stay ignored."""
+    request, before = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():  # Python gives signals to it alone
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, request.hear)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
