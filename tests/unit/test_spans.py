@@ -290,6 +290,20 @@ def test_a_stop_token_in_a_call_ends_no_turn(order: str, name: str, arguments: d
         assert outcome != "spans-unproven"
 
 
+@pytest.mark.parametrize("shown", ["loop.last", "m.role == 'user'", "loop.first or m.content != 'Good day.'"])
+@pytest.mark.parametrize("generation", [False, True])
+def test_an_answer_that_a_template_leaves_out_is_not_taught_as_an_empty_one(shown: str, generation: bool) -> None:
+    opened, closed = ("{% generation %}", "{% endgeneration %}") if generation else ("", "")
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        f"{{% if m.role == 'assistant' %}}{opened}{{{{ m.content if {shown} else '' }}}}<|im_end|>{closed}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = {"messages": [user("Hello"), bot("Good day."), user("So?"), bot("Thus.")]}
+    assert _outcome(_finder(Format(source), ("<|im_end|>",)), chat) == "spans-unproven"
+
+
 def test_trusted_control_tokens_are_not_reported() -> None:
     chat = {"messages": [user("What is <|im_end|>?"), bot("An end token.")]}
     assert _render(_finder(Format(CHATML), trust_control_tokens=True), chat).literal == []
