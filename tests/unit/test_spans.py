@@ -304,6 +304,24 @@ def test_an_answer_that_a_template_leaves_out_is_not_taught_as_an_empty_one(show
     assert _outcome(_finder(Format(source), ("<|im_end|>",)), chat) == "spans-unproven"
 
 
+@pytest.mark.parametrize("generation", [False, True])
+def test_a_call_that_a_template_leaves_out_is_refused_though_another_names_the_function(generation: bool) -> None:
+    opened, closed = ("{% generation %}", "{% endgeneration %}") if generation else ("", "")
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        f"{{% if m.role == 'assistant' %}}{opened}{{% if m.tool_calls %}}<call>{{{{ m.tool_calls[0].function | tojson }}}}"
+        f"{{% else %}}{{{{ m.content }}}}{{% endif %}}<|im_end|>{closed}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    finder = _finder(Format(source), ("<|im_end|>",))
+    both = {"messages": [user("Weather?"), bot("", tool_calls=[call("Oslo", 1), call("Rome", 2)])]}
+    assert _outcome(finder, both) == "tool-calls-lost"
+    one = _outcome(finder, {"messages": [user("Weather?"), bot("", tool_calls=[call("Oslo")])]})
+    assert isinstance(one, RenderedConversation)
+    assert len(one.turns) == 1
+
+
 def test_trusted_control_tokens_are_not_reported() -> None:
     chat = {"messages": [user("What is <|im_end|>?"), bot("An end token.")]}
     assert _render(_finder(Format(CHATML), trust_control_tokens=True), chat).literal == []
