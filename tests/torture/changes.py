@@ -174,6 +174,8 @@ def play(folder: Path, rounds: int, seed: int) -> Counter[str]:
     for number in range(rounds):
         index = number % len(grounds)
         ends[play_one(grounds[index], known[index], rng)] += 1
+        if number % 20 == 19:
+            print(f"{number + 1} rounds: {dict(ends)}", flush=True)
     return ends
 
 
@@ -187,7 +189,7 @@ def play_one(ground: Ground, known: dict[str, str], rng: random.Random) -> str:
     while command.process.poll() is None and len(list(slices.glob("*[0-9].json"))) < wanted:
         time.sleep(0.002)
     time.sleep(rng.random() * (0.6 if not wanted else 0.05))
-    actions = rng.sample(ACTIONS, k=rng.choice((1, 1, 2)))
+    actions = sorted(rng.sample(ACTIONS, k=rng.choice((1, 1, 2))), key=lambda action: action is vanish)
     for action in actions:
         action(ground, rng.choice(list(WORDS)))
     code, said = command.finish()
