@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "features.md"
 ROWS = {
     "model": "A path or Hub id, an object, `model_init_kwargs`, or a config for fresh weights; what was defaulted is said.",
     "LoRA": "`--lora r=16,alpha=32,dropout=0.05,target=all-linear,bias=none,rslora=true,dora=true,modules_to_save=...`,"
-    " `parameters=...` for experts. Tokens that the set added, or that the base never learnt, are trained by themselves: single"
-    " rows for a few, tables for many.",
+    " `parameters=...` for experts; which weights get adapters and which none is said. Tokens"
+    " that the set added, or that the base never learnt, are trained by themselves: single rows for a few, tables for many.",
     "continue an adapter": "`--adapter DIR`, or a PeftModel object; an adapter of another base is refused.",
     "8-bit, 4-bit base": "`--quantize nf4` or `int8` by bitsandbytes, `torchao-int8` by torchao, or a quantized object; under"
     " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only; its"

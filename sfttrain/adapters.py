@@ -81,17 +81,27 @@ def _say_where(adapted: Any, say: Say) -> None:
     """Say which weights got adapters, and which matrices of the layers stay as they are."""
     base = adapted.get_base_model()
     ends = [one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None]
-    adapters, frozen, count = dict[str, None](), dict[str, None](), 0
-    for path, weight in base.named_parameters():
-        *parents, last = [part for part in path.split(".") if not part.isdigit() and part not in ("base_layer", "default")]
-        if "lora_A" in path:
-            adapters[parents[-2] if parents[-1] == "lora_A" else parents[-1]] = None
-            count += 1
-        elif weight.dim() > 1 and not weight.requires_grad and not any(weight is end for end in ends) and "bias" not in last:
-            frozen[parents[-1] if last == "weight" else f"{parents[-1]}.{last}"] = None
-    rest = [name for name in frozen if name not in adapters and name.rpartition(".")[2] not in adapters]
+    adapters = [
+        _called(path, getattr(module, "parameter_name", "weight")) for path, module in base.named_modules() if _adapts(module)
+    ]
+    frozen = [
+        _called(*path.rpartition(".")[::2])
+        for path, weight in base.named_parameters()
+        if weight.dim() > 1 and not weight.requires_grad and not path.endswith("bias") and not any(weight is end for end in ends)
+    ]
+    rest = [name for name in dict.fromkeys(frozen) if name not in adapters]
     without = f"; none on {', '.join(rest)}" if rest else ""
-    say(f"lora: adapters on {count} weights: {', '.join(adapters)}{without}")
+    say(f"lora: adapters on {len(adapters)} weights: {', '.join(dict.fromkeys(adapters))}{without}")
+
+
+def _adapts(module: Any) -> bool:
+    return bool(len(getattr(module, "lora_A", ())) or len(getattr(module, "lora_embedding_A", ())))
+
+
+def _called(path: str, parameter: str) -> str:
+    """Name a weight without its place among the layers: q_proj, experts.gate_up_proj."""
+    module = [part for part in path.split(".") if not part.isdigit() and part != "base_layer"][-1]
+    return module if parameter == "weight" else f"{module}.{parameter}"
 
 
 def continue_adapters(model: Any, folder: Path, name: str) -> Any:

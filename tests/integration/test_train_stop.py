@@ -114,18 +114,21 @@ def test_a_folder_is_written_by_one_run_at_a_time(shards: Path, model: Path, tmp
 
 
 def test_a_forked_reader_does_not_hold_the_folder_beyond_its_run(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
+    (hold, release), (ready, started) = os.pipe(), os.pipe()
     with take(tmp_path):
         child = os.fork()
         if child == 0:
-            os.close(writing)
-            os.read(reading, 1)  # until the parent has looked
+            os.close(release)
+            os.write(started, b"1")
+            os.read(hold, 1)  # until the parent has looked
             os._exit(0)
+        os.read(ready, 1)
     with take(tmp_path):
         pass
-    os.close(writing)
-    os.close(reading)
+    os.close(release)
     os.waitpid(child, 0)
+    for descriptor in (hold, ready, started):
+        os.close(descriptor)
 
 
 def test_the_other_ranks_share_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +151,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_in_one_line_and_not_run(
     folder = tmp_path / "out" / "checkpoint-3"
     sealed = checkpoint.read_seal(folder)
     assert sealed is not None
-    (folder / name).write_bytes(pickle.dumps(Trap()))
+    (folder / name).write_bytes(pickle.dumps(Trap(), protocol=2))
     checkpoint.seal(folder, 3, sealed.run)
     with pytest.raises(IntegrityError, match=r"checkpoint-3: holds a pickle that is more than tensors.*Fix: remove the folder"):
         train_in_process(shards, model, tmp_path / "out", SHORT)
