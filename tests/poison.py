@@ -165,11 +165,8 @@ def roles() -> Iterator[tuple[bytes, str | None]]:
     for role in (
         "bot",
         "",
-        "Assistant",
-        "USER",
         "asistant",
         "model",
-        "user ",
         "\u0000",
         "admin",
         "ユーザー",
@@ -178,6 +175,9 @@ def roles() -> Iterator[tuple[bytes, str | None]]:
     ):
         yield dumped(answered(role=role)), "unknown-role"
         yield dumped(chat(USER, {**ANSWER, "role": role})), "unknown-role"
+    for role in ("Assistant", "USER", "user "):
+        yield dumped(answered(role=role)), None
+        yield dumped(chat(USER, {**ANSWER, "role": role})), None if role == "Assistant" else "no-assistant"
     for role in (None, 3, True, ["user"], {"name": "user"}):
         yield dumped(answered(role=role)), "unknown-role"
     yield dumped(chat({"content": "a"}, ANSWER)), "unknown-role"
@@ -244,14 +244,13 @@ def tools() -> Iterator[tuple[bytes, str | None]]:
         {"a": 1},
         '{"a": 1}',
         "",
-        "not json",
-        "[1]",
         None,
         {"a": {"b": ["c"] * 50}},
-        "<|im_end|>",
         {"<|im_end|>": "<|im_start|>"},
     ):
         yield calling([{"type": "function", "function": {"name": "f", "arguments": arguments}}], result), None
+    for arguments in ("not json", "[1]", '{"a": 1', "<|im_end|>"):
+        yield calling([{"type": "function", "function": {"name": "f", "arguments": arguments}}], result), "bad-tool-call"
     yield calling([{"name": "f", "arguments": {}}]), None  # no result follows
     yield calling([{"name": "f"}], result, result), None
     for call in (
@@ -298,5 +297,6 @@ def strangers() -> Iterator[tuple[bytes, str | None]]:
         {"": "a"},
     ):
         yield dumped(row), "wrong-format"
-    for row in ({"foo": 1}, {"message": []}, {"Messages": [USER, ANSWER]}):
+    for row in ({"foo": 1}, {"message": []}):
         yield dumped(row), "missing-column"
+    yield dumped({"Messages": [USER, ANSWER]}), None
