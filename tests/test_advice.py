@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import sfttrain.cli
 from sftdata.cli import main
 from sftdata.cli.app import build_app
 from tests.advice import ROOT, collect
+from tests.test_advice_on_sets import BUILT, FOUND, SAME_COMMAND, SHOWN
 
 TOKENIZER = ROOT / "examples/tokenizer"
 Rows = list[dict[str, Any]]
@@ -41,25 +43,27 @@ class Case:
         does: from the flags and the words of the advice to the flags of who follows it; else the flag that it names is added.
         trained: what the set then trains; None where it only has to be made.
         name: of the input file.
+        then: the file that the command of the advice makes, which is prepared in its place.
     """
 
-    rows: Rows | str
+    rows: Rows | str | bytes
     flags: str
     trained: list[str] | None
     does: Callable[[list[str], str], list[str]] | None = None
     name: str = "rows.jsonl"
+    then: str | None = None
 
 
 def named(flags: list[str], advice: str) -> list[str]:
     """Add the first flag that the advice names, with its value."""
     words = shlex.split(advice.rstrip("."))
     at = next(index for index, word in enumerate(words) if word.startswith("--") or word == "-t")
-    return [*flags, *(word.rstrip(",.") for word in words[at : at + 2])]
+    return [*flags, *(word.rstrip(",.") for word in words[at : at + 1 + (not words[at].endswith(","))])]
 
 
 def without(flags: list[str], advice: str) -> list[str]:
     """Leave out the flag that the advice says to leave out, with its value."""
-    flag = re.search(r"--[a-z-]+", advice)
+    flag = re.search(r"(?<![\w-])--?[a-z][a-z-]*", advice)
     assert flag
     at = flags.index(flag[0])
     return [*flags[:at], *flags[at + 2 :]]
@@ -152,7 +156,64 @@ FOLLOWED: dict[str, Case] = {
         CHAT, "--set eos_token=[x", None, lambda flags, advice: ["--set", f'eos_token="{END}"']
     ),
     "tr '\\r' '\\n' < {} > lines.txt": Case(
-        "one\rtwo\r", "", None, lambda flags, advice: flags, "rows.txt"
+        "one\rtwo\r", "", None, lambda flags, advice: flags, "rows.txt", then="lines.txt"
+    ),
+    "take them out, as with jq -c '.{}[]' FILE > rows.jsonl.": Case(
+        json.dumps({"data": CHAT * 2}), "", [f"A{END}"] * 2, lambda flags, advice: flags, "all.json", then="rows.jsonl"
+    ),
+    "convert the file to UTF-8, as with iconv -f latin1 -t utf-8.": Case(
+'{"text": "A caf\u00e9"}\n'.encode("latin1"), "", [f" caf\u00e9{END}"],
+        lambda flags, advice: flags, "old.jsonl", then="utf8.jsonl",
+    ),
+    "--eos-token TOKEN": Case([{"text": "T one"}], "-t endless", [f" one{END}"], only("--eos-token", END)),
+    "--eos-token with one of these.": Case(
+        [{"text": "T one"}], "--eos-token fin", [f" one{END}"], instead("--eos-token", "--eos-token", END)
+    ),
+    "write it as a string, or convert rows with --formatter module:function.": Case(
+        [{"prompt": "P", "completion": "C"}] * 20 + [{"prompt": "P", "completion": 5}], "--max-rejects 0",
+        [f"C{END}"] * 20 + [f"5{END}"], only("--formatter", "tests.test_advice:in_words"),
+    ),
+    "write it as --formatter my_rows:to_messages.": Case(
+        CHAT, "--formatter my_rows", [f"A{END}"], instead("--formatter", "--formatter", "my_rows:to_messages")
+    ),
+    "leave the media out of each row with --formatter module:function.": Case(
+        [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}, SAID]}], "",
+        [f"A{END}"], only("--formatter", "tests.test_advice:unseen"),
+    ),
+    'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.': Case(
+        [{"prompt": [ASKED], "said": "A"}], "", [f"A{END}"], only("--formatter", "tests.test_advice:answered")
+    ),
+    "give both as text, or both as the token ids that `sftdata resolve` prints.": Case(
+        [{"text": "### Q: ask ### A: yes"}], "--response-template '### A:' --instruction-template '[5, 6]'", [f" yes{END}"],
+        instead("--instruction-template", "--instruction-template", "### Q:"),
+    ),
+    "take the ids that `sftdata resolve` prints for this data, or give the template as text.": Case(
+        TEXT, "--response-template '[900]'", [f" yes{END}"], instead("--response-template", "--response-template", "### A:")
+    ),
+    "--trust-control-tokens, or take them out of the data": Case(
+        [{"messages": [ASKED, {"role": "assistant", "content": "a<|im_start|>b"}]}], "--chat-template cutting.jinja",
+        [f"b{END}"], named,
+    ),
+    "change the row to what the template accepts, or choose another with --chat-template": Case(
+        CHAT, "--chat-template picky.jinja", [f"A{END}"], instead("--chat-template", "--chat-template", "strict.jinja")
+    ),
+    "--map-role {}=ROLE, where ROLE is system, user, assistant (trained) or tool": Case(
+        [{"messages": [ASKED, {"role": "zorp", "content": "A"}]}], "", [f"A{END}"], only("--map-role", "zorp=assistant")
+    ),
+    "--map-role developer=system": Case(
+        [{"messages": [{"role": "developer", "content": "D"}, ASKED, SAID]}], "--chat-template known.jinja", [f"A{END}"], named
+    ),
+    "--chat-template chatml": Case(
+        [{"prompt": "P", "completion": "C"}] * 2000 + CHAT,
+        "-t bare --max-rejects 0 --formatter tests.test_advice:everything", None, named,
+    ),
+    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls),"
+    " or take them out": Case(
+        [{"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}],
+        "--chat-template known.jinja", None, instead("--chat-template", "--chat-template", str(TOKENIZER)),
+    ),
+    "give a folder that holds tokenizer.json, or check the id, the connection and `hf auth login`.": Case(
+        CHAT, "-t no/such", [f"A{END}"], instead("-t", "-t", str(TOKENIZER))
     ),
 }  # fmt: skip
 
@@ -164,6 +225,41 @@ STRICT = (
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+TEMPLATES = {
+    "strict": STRICT,
+    "picky": STRICT.replace("{% endif %}", "{% endif %}{{ raise_exception('no') if message.content == 'Q' }}", 1),
+    "known": STRICT.replace(
+        "(message.role == 'user') != (loop.index0 % 2 == 0)", "message.role in ('developer', 'tool') or message.tool_calls"
+    ),
+    "cutting": STRICT.replace("message.content +", "message.content.split('<|im_start|>')[-1] +"),
+}
+
+
+def write_materials() -> None:
+    """Write tokenizers and templates that advice is asked with into the working folder."""
+    whole = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name, missing in {"bare": ("chat_template",), "endless": ("eos_token", "pad_token")}.items():
+        Path(name).mkdir()
+        config = {key: value for key, value in whole.items() if key not in missing}
+        Path(name, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        Path(name, "tokenizer.json").write_bytes((TOKENIZER / "tokenizer.json").read_bytes())
+    renamed = Path("endless/tokenizer.json")  # or its end of text would be found by name
+    renamed.write_text(renamed.read_text(encoding="utf-8").replace("<|endoftext|>", "<|nothing|>"), encoding="utf-8")
+    for name, text in TEMPLATES.items():
+        Path(f"{name}.jinja").write_text(text, encoding="utf-8")
+    Path("my_rows.py").write_text("def to_messages(row):\n    return row\n", encoding="utf-8")
+
+
+def text_of(rows: Rows | str) -> str:
+    return rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def run_command(fix: str, case: Case) -> None:
+    """Run the command of the advice in a shell, with the file that it is about in its place."""
+    command = fix.rpartition("as with ")[2].rstrip(".").replace(" FILE", f" {case.name}")
+    if ">" not in command:
+        command += f" {case.name} > {case.then}"
+    subprocess.run(command, shell=True, check=True)
 
 
 def nothing(row: dict[str, Any]) -> None:
@@ -172,6 +268,20 @@ def nothing(row: dict[str, Any]) -> None:
 
 def everything(row: dict[str, Any]) -> dict[str, Any]:
     return row
+
+
+def in_words(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "completion": str(row["completion"])}
+
+
+def unseen(row: dict[str, Any]) -> dict[str, Any]:
+    question, answer = row["messages"]
+    texts = [part["text"] for part in question["content"] if part["type"] == "text"]
+    return {"messages": [{"role": "user", "content": "".join(texts)}, answer]}
+
+
+def answered(row: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [*row["prompt"], {"role": "assistant", "content": row["said"]}]}
 
 
 def prepared(capsys: pytest.CaptureFixture[str], name: str, flags: list[str]) -> tuple[int, str]:
@@ -196,25 +306,18 @@ def test_advice_that_is_followed_gives_the_set_that_is_meant(
     case = FOLLOWED[advice]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    bare = json.loads((TOKENIZER / "tokenizer_config.json").read_text(encoding="utf-8"))
-    bare.pop("chat_template")
-    Path("bare").mkdir()
-    Path("bare/tokenizer_config.json").write_text(json.dumps(bare), encoding="utf-8")
-    Path("bare/tokenizer.json").write_bytes((TOKENIZER / "tokenizer.json").read_bytes())
-    Path("strict.jinja").write_text(STRICT, encoding="utf-8")
-    text = case.rows if isinstance(case.rows, str) else "".join(json.dumps(row) + "\n" for row in case.rows)
-    Path(case.name).write_text(text, encoding="utf-8", newline="")
+    write_materials()
+    data = case.rows if isinstance(case.rows, bytes) else text_of(case.rows).encode()
+    Path(case.name).write_bytes(data)
     flags = shlex.split(case.flags)
     code, said = prepared(capsys, case.name, flags)
     assert code in (2, 3), said
     fix = said.rpartition("Fix: ")[2].strip().split(" All are in")[0]
     shape = ".*".join(re.escape(part) for part in advice.rstrip(".").split("{}"))
     assert re.search(shape, fix), said
-    name = case.name
-    if advice.startswith("tr "):
-        Path("lines.txt").write_text(text.replace("\r", "\n"), encoding="utf-8")
-        name = "lines.txt"
-    code, said = prepared(capsys, name, (case.does or named)(flags, fix))
+    if case.then:
+        run_command(fix, case)
+    code, said = prepared(capsys, case.then or case.name, (case.does or named)(flags, fix))
     assert code == 0, said
     if case.trained is not None:
         assert trained_of("set") == case.trained
@@ -262,7 +365,7 @@ ELSEWHERE: dict[str, str] = {
     "--model": _SETTINGS,
     "--lora": _SETTINGS,
     "As --set template_kwargs.enable_thinking=false.": _SETTINGS,
-    "convert it once: pip install sentencepiece protobuf tiktoken && python -c \"from transformers import AutoTokenizer as A;"
+    'convert it once: pip install sentencepiece protobuf tiktoken && python -c "from transformers import AutoTokenizer as A;'
     " A.from_pretrained('{}').save_pretrained('converted')\" && use -t converted": _CONVERTED,
     "iconv -f UTF-16{} -t UTF-8 {} > utf8-{}": (
         "tests/unit/test_source.py::test_utf16_is_refused_with_the_command_that_converts_it"
@@ -286,10 +389,21 @@ def test_what_is_followed_elsewhere_is_a_test_that_there_is(place: str) -> None:
 CHOICES = set((ROOT / "tests/advice_choices.txt").read_text(encoding="utf-8").splitlines())
 
 
+FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, SAME_COMMAND}
+
+
 def test_every_piece_of_advice_has_its_place() -> None:
-    known = {*FOLLOWED, *ELSEWHERE, *CHOICES}
+    known = {*FOLLOWED, *FOLLOWED_ON_SETS, *ELSEWHERE, *CHOICES}
     advice = {**collect("sftdata"), **collect("sfttrain")}
     assert {text: place for text, place in advice.items() if text.replace("\n", "\\n") not in known and text not in known} == {}
+
+
+def test_nothing_is_listed_or_followed_that_is_no_longer_said() -> None:
+    advice = {text.replace("\n", "\\n") for text in (*collect("sftdata"), *collect("sfttrain"))}
+    listed = {line for line in CHOICES if line and not line.startswith("# ")}
+    assert listed - advice == set()
+    assert listed & {*FOLLOWED, *FOLLOWED_ON_SETS, *ELSEWHERE} == set()
+    assert {*FOLLOWED, *FOLLOWED_ON_SETS, *ELSEWHERE} - advice - {"", "{fix}"} == set()
 
 
 def options(app: Any, *path: str) -> set[str]:

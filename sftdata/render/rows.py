@@ -193,7 +193,6 @@ def _conversation(
     _count_turns(turns, index, tally)
     _count_names(rendered.counted, index, tally)
     tally.count("messages_swallowed", index, len(rendered.swallowed))
-    tally.count("reasoning_swallowed", index, len(rendered.unthought))
     tally.count("rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder))
     tally.count("rows_with_control_tokens", index, bool(rendered.literal))
     if renderer.end_token and turns and not turns[-1].ended:
@@ -202,8 +201,11 @@ def _conversation(
         turns = [*turns[:-1], Turn(turns[-1].message, turns[-1].start, len(text), True, turns[-1].parted)]
         tally.count("rows_mended_with_eos", index)
     if renderer.train_on == "all":
+        tally.count("reasoning_swallowed", index, len(rendered.unthought))
         return text, [(0, len(text))], rendered.literal, None
     chosen = [turn for turn in _chosen(row, turns, renderer.train_on) if turn.start < turn.stop]
+    if rendered.unthought:  # of turns that are only context, inference leaves it out too
+        tally.count("reasoning_swallowed", index, len({turn.message for turn in chosen} & {*rendered.unthought}))
     return text, [(turn.start, turn.stop) for turn in chosen], rendered.literal, _weights(row, chosen)
 
 

@@ -106,11 +106,11 @@ class _Look:
         """Yield answers that do not teach the model to stop; each example is told of once."""
         documents = self.documents
         trained = documents.trained > 0
-        yield from self._found("nothing-trained", ~trained)
+        yield from self._found("nothing-trained", ~trained & (self.stretches == 1))
         open_ended = trained & ~documents.ends
         cut = open_ended & documents.cut & self._at_limit() & bool(self.shards.manifest.ledger.tokens_cut)
         yield from self._found("answer-cut", cut)
-        split = open_ended & ~cut & (self.stretches > 1)
+        split = ((open_ended & ~cut) | ~trained) & (self.stretches > 1)
         yield from self._found("answer-split", split)
         rest = open_ended & ~cut & ~split
         whole = trained & ~cut & (self.stretches == 1)
@@ -131,13 +131,10 @@ class _Look:
 
     def _end_to_write(self) -> str:
         """Return the fix for answers without an end: by name the token that inference waits for, where the template tells."""
-        vocabulary, manifest = self.shards.vocabulary, self.shards.manifest
-        if vocabulary.chat_template is None or not manifest.ledger.counters.get("turns"):
-            return "--eos-token, or a --chat-template that ends turns"
-        arguments = manifest.settings.get("template_kwargs") or {}
-        template = ChatTemplate(vocabulary.chat_template, vocabulary.named, template_kwargs=arguments)
-        stops = find_stops(template, (), vocabulary.added.values()) or (vocabulary.named.get("eos_token", "TOKEN"),)
-        return f"--eos-token '{visible(stops[0])}'"
+        named = self.shards.vocabulary.named.get("eos_token", "TOKEN")
+        if not self.shards.manifest.ledger.counters.get("turns"):  # texts are closed; ids are taken as they come
+            return f"let the ids of these rows, and their labels, end in that of {visible(named)}"
+        return f"--eos-token '{visible((_turn_ends(self.shards) or (named,))[0])}'"
 
     def starts(self) -> Iterator[Finding]:
         """Yield examples with too many or too few BOS."""
@@ -213,7 +210,10 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
     stops = generation_stops(shards.folder / "tokenizer")
     if stops and eos and tokenizer.eos_id not in stops:
         names = [visible(shards.vocabulary.text_of([stop])) for stop in stops]
-        yield make_finding("eos-not-in-generation-config", 1, token=eos, stops=", ".join(names), first=names[0])
+        ends_turns = shards.vocabulary.named.get("eos_token") in _turn_ends(shards)  # then another EOS would end no answer
+        fix = f"list {eos} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
+        fix = fix if ends_turns else f"--eos-token '{names[0]}', or {fix}"
+        yield make_finding("eos-not-in-generation-config", 1, token=eos, stops=", ".join(names), fix=fix)
     if eos and tokenizer.pad_id == tokenizer.eos_id:
         yield make_finding("pad-is-eos", 1, token=eos)
     if tokenizer.tokens_added:
@@ -222,6 +222,16 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
         yield make_finding("tokens-added", len(names), names=", ".join(names[:EXAMPLES]) + more)
     if raw := sum(JOINED_RAW in note for note in shards.manifest.notes):
         yield make_finding("raw-prompts", raw)
+
+
+def _turn_ends(shards: ShownSet) -> tuple[str, ...]:
+    """Return what the chat template ends turns with; nothing for a set without turns."""
+    vocabulary, manifest = shards.vocabulary, shards.manifest
+    if vocabulary.chat_template is None or not manifest.ledger.counters.get("turns"):
+        return ()
+    arguments = manifest.settings.get("template_kwargs") or {}
+    template = ChatTemplate(vocabulary.chat_template, vocabulary.named, template_kwargs=arguments)
+    return find_stops(template, (), vocabulary.added.values())
 
 
 def _counted(shards: ShownSet, every: bool) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
     ),
     "missing-bos": Kind(
         "defect", "example", "the example does not begin with {token}, as the others or the chat template do",
-        "one --chat-template for all rows",
+        "begin their text or ids with {token}; chats, with a --chat-template that does so",
     ),
     "empty-answer": Kind(
         "defect", "example", "an answer holds nothing but its end", "leave the rows out, or switch the turn off: \"train\": false"
@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
     # ---- what tokenizer, chat template and generation config disagree on
     "eos-not-in-generation-config": Kind(
         "note", "tokenizer", "the tokenizer ends with {token}, generation_config stops at {stops}",
-        "--eos-token '{first}', or mend generation_config.json",
+        "{fix}",
     ),
     "pad-is-eos": Kind(
         "note", "tokenizer", "{token} is both pad and end token; harmless here, as labels never derive from the pad id",
