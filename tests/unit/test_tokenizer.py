@@ -203,13 +203,21 @@ def test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works(shared_
     assert resolve_tokenizer(str(tmp_path / "converted")).eos_token == "<|endoftext|>"
 
 
+def test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names(small: Path, cache: Path) -> None:
+    said = refused(str(small), eos_token="<|nope|>")
+    assert "has no token '<|nope|>'" in said
+    named = said.partition("special tokens: ")[2].partition(".")[0].split(", ")
+    assert said.endswith("--eos-token with one of these.")
+    for token in named:
+        assert resolve_tokenizer(str(small), eos_token=token).eos_token == token
+
+
 def test_what_is_no_tokenizer_is_refused_in_one_line(small: Path, cache: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(str(tmp_path / "nowhere"))
     assert "is a file" in refused(str(small / "tokenizer.json"))
     (tmp_path / "empty").mkdir()
     assert "found nothing, expected tokenizer.json" in refused(str(tmp_path / "empty"))
     assert "nor to be had from the Hub" in refused("no-such-org/no-such-tokenizer")
-    assert "has no token '<|nope|>'" in refused(str(small), eos_token="<|nope|>")
     (small / "tokenizer.json").write_text('{"model": ')
     assert "does not load" in refused(str(small))
 
