@@ -358,7 +358,6 @@ ELSEWHERE: dict[str, str] = {
     ", or go on without them: --max-rejects {}": _RUN,
     "--train-on all, or switch turns on in the data (weight, train).": _RUN,
     "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.": _RUN,
-    "--set {}=...": _SETTINGS,
     "--model": _SETTINGS,
     "--lora": _SETTINGS,
     "As --set template_kwargs.enable_thinking=false.": _SETTINGS,
