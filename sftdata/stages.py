@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from sftdata.batches import Tally, TokenBatch
+from sftdata.config import PrepareConfig
 from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
@@ -46,6 +47,7 @@ class Stages:
             response=str(config.response_template) if by_text else None,
             instruction=config.instruction_template if by_text and isinstance(config.instruction_template, str) else None,
             end_token=config.eos_token or "",
+            overrules=_overrules(config),
         )
 
     @cached_property
@@ -120,6 +122,13 @@ def _window(text: str, where: float) -> str:
 
 
 _loaded: Stages | None = None
+
+
+def _overrules(config: PrepareConfig) -> str:
+    """Return the flag that decides what is trained whatever messages say of themselves; "" for none."""
+    if config.response_template is not None:
+        return "--response-template"
+    return "--train-on all" if config.train_on == "all" else ""
 
 
 def load_stages(job: Job) -> Stages:

@@ -182,8 +182,8 @@ def _read_arguments(fields: Fields) -> dict[str, Any]:
     return value
 
 
-def read_xtuner(value: Any, column: str) -> list[Turn]:
-    """Read turns written as {system, input, output}; `output_with_loss: false` switches an answer off.
+def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
+    """Read turns written as {system, input, output}; their switches are those of the answer.
 
     Raises:
         RowError: names the turn and what is wrong with it.
@@ -201,10 +201,10 @@ def read_xtuner(value: Any, column: str) -> list[Turn]:
             turns.append(({"role": "system", "content": system}, None))
         if "input" in turn:
             turns.append(({"role": "user", "content": fields.text("input")}, None))
-        loss = turn.get("output_with_loss")
-        rest = {key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS}
-        turns.append(({"role": "assistant", "content": fields.text("output"), **rest}, None if loss is None else bool(loss)))
+        rest = {key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS | SWITCHES}
+        answer: Message = {"role": "assistant", "content": fields.text("output"), **rest}
+        turns.append((answer, read_switch(turn, where, weighted)))
     return turns
 
 
-_XTUNER_KEYS = ("system", "input", "output", "output_with_loss")
+_XTUNER_KEYS = {"system", "input", "output"}

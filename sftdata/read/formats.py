@@ -151,7 +151,8 @@ def _convert_messages(fields: Fields, options: FormatOptions) -> Row:
 
 
 def _convert_xtuner(fields: Fields, options: FormatOptions) -> Row:
-    return read_conversation(read_xtuner(fields.get("messages"), fields.names["messages"]), fields, options)
+    turns = read_xtuner(fields.get("messages"), fields.names["messages"], weighted=options.loss_weights)
+    return read_conversation(turns, fields, options)
 
 
 def _convert_text(fields: Fields, options: FormatOptions) -> Row:

@@ -27,7 +27,7 @@ def unwanted_answer(row: RowDict) -> str | None:
 def explain_unwanted(rows: Sequence[RowDict]) -> tuple[str, str]:
     """Return reason and fix for rows with an answer that is not wanted."""
     column = unwanted_answer(rows[0])
-    fix = by_formatter(f'row if row["{column}"] else None')
+    fix = by_formatter(f'None if row.get("{column}") is False else row')
     return (
         f"the column {column!r} is false, which marks answers that are not wanted (KTO); they would be trained as if they were",
         f"keep the others: {fix}; or, where {column!r} says nothing about the answer, name the format with --format.",

@@ -9,7 +9,7 @@ from typing import Any
 from sftdata.errors import RowError
 
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
-ON = ("train", "training", "trainable", "loss", "loss_mask")  # true: trained
+ON = ("train", "training", "trainable", "loss", "loss_mask", "output_with_loss")  # true: trained
 OFF = ("masked",)  # true: not trained
 UNCLEAR = {
     "mask": ("it may mean either", 'call it "train" or "masked", by what true means'),
@@ -38,6 +38,7 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
         if not weighted or key not in WEIGHTS or not _is_weight(value):
             wanted = "a number from 0 that float32 can hold" if weighted and key in WEIGHTS else "0 or 1, true or false"
             fix = "mend the weight." if weighted else "round the weight, or keep it with --loss-weights."
+            fix = fix if key in WEIGHTS else "write it as true or false."
             raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
     on = all(not value if key in OFF else value for key, value in values)
     if not strange or not on:

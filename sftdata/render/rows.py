@@ -31,6 +31,7 @@ class Renderer:
         train_on: which parts are trained; `auto` depends on the kind of row.
         response, instruction: markers that decide what is trained, instead of the kind; None without.
         end_token: written, and trained, after a last turn that has no stop token; "" for none.
+        overrules: the flag that decides what is trained whatever messages say of themselves; "" for none.
     """
 
     finder: SpanFinder | None
@@ -38,6 +39,7 @@ class Renderer:
     response: str | None = None
     instruction: str | None = None
     end_token: str = ""
+    overrules: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class _Columns:
         """Add one text that is trained in `trained`, or from that character to its end; markers, where given, decide instead."""
         _refuse_surrogate(text)
         if renderer.response is not None:
-            marked = find_spans(text, renderer.response, renderer.instruction)
+            marked = find_spans(_blanked(text, literal or []), renderer.response, renderer.instruction)
             tally.count("rows_with_repeated_markers", row, marked.repeated)
             size = len(text.encode())
             # An answer left empty at the end still has its end token to be generated.
@@ -188,6 +190,9 @@ def _conversation(
     """Return text, trained and literal characters, and what each trained stretch weighs; None where all weigh 1."""
     if renderer.finder is None:
         raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
+    if renderer.overrules and False in row.trained:
+        what = f"messages[{row.trained.index(False)}] is switched off, and {renderer.overrules} does not heed it."
+        raise RowError("switch-overruled", what, f"leave {renderer.overrules} out, or take the switch off the message.")
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns
     _count_turns(turns, index, tally)
@@ -243,6 +248,19 @@ def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Tur
 def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:
     own = [row.trained[turn.message] for turn in turns]
     return [float(1 if one is None else one) for one in own] if any(isinstance(one, float) for one in own) else None
+
+
+def _blanked(text: str, literal: Ranges) -> str:
+    r"""Return a text of as many bytes, without the control tokens that data spells: they are no part of a marker.
+
+    >>> _blanked("[A]é[A]b", [(4, 7)])
+    '[A]é\x00\x00\x00b'
+    """
+    parts, at = [], 0
+    for start, stop in sorted(literal):
+        parts += [text[at:start], "\0" * len(text[max(at, start) : stop].encode())]
+        at = max(at, stop)
+    return "".join([*parts, text[at:]])
 
 
 def byte_ranges(text: str, ranges: Ranges) -> Ranges:

@@ -124,8 +124,10 @@ class _Look:
         """Return the slots that name turn ends at which generation goes on, and what makes it stop there."""
         tokens = ", ".join(self._name(token_id) for token_id in np.unique(odd).tolist())
         stops = ", ".join(map(self._name, sorted(self.shards.vocabulary.stop_ids))) or "nothing"
-        # Another EOS would leave the answers that end in this one without a stop.
-        several = len(np.unique(odd)) > 1 or bool(self.documents.ends.any())
+        # Another EOS would leave the answers that end in this one without a stop, or be written where another end belongs.
+        documents = self.documents
+        unended = documents.unended.any() and self.shards.manifest.ledger.counters.get("turns_without_stop")
+        several = len(np.unique(odd)) > 1 or bool(documents.ends.any() or unended)
         fix = f"list {tokens} in eos_token_id of the tokenizer's generation_config.json, beside what stands there"
         return {"token": tokens, "stops": stops, "fix": fix if several else f"--eos-token '{tokens}'"}
 

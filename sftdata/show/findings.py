@@ -101,8 +101,9 @@ KINDS: dict[str, Kind] = {
         "note", "row", "a message spells a control token; it is encoded as text", "nothing; --trust-control-tokens lets it count"
     ),
     "repeated-marker": Kind(
-        "note", "row", "several response markers without an instruction template: only the last answer is trained",
-        "--instruction-template",
+        "note", "row", "response markers follow each other with no instruction marker between them;"
+        " without an instruction template only the last answer is trained",
+        "--instruction-template, or rows that do not hold the markers themselves",
     ),
     "masked-as-trl": Kind(
         "defect", "row", "trl 0.7.10 masks the row otherwise than meant, without a warning", "--mask-mode default"

@@ -87,6 +87,14 @@ def test_an_end_of_calls_that_stops_nothing_is_listed_beside_the_end_of_answers(
     assert "turn-end-not-a-stop" not in {found.code for found in audit(after)}
 
 
+def test_the_end_of_calls_is_not_advised_where_answers_have_none(tmp_path: Path) -> None:
+    """As in GLM-4, whose last answer would be closed with it: `--eos-token` names what ends answers, and that alone."""
+    chats = [[ASK, CALLING, RESULT, ANSWER]]
+    before = prepared(tmp_path / "before", NEXT_HEADER, chats)
+    assert finding(before, "no-trained-end").fix == "--eos-token '<|user|>'"
+    assert finding(before, "turn-end-not-a-stop").fix.startswith("list <|tool|> in eos_token_id")
+
+
 BARS = """{% for m in messages %}[|{{ m.role }}|]{{ m.content }}[|end|]\n{% endfor %}
 {%- if add_generation_prompt %}[|assistant|]{% endif %}"""
 

@@ -208,6 +208,24 @@ def test_one_switch_off_is_off() -> None:
     assert talk({"conversation": [turn]}, "xtuner").trained == [None, False]
 
 
+@pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}, {"masked": True}, {"output_with_loss": 0}], ids=str)
+def test_a_turn_of_xtuner_is_switched_as_a_message_is(switch: dict[str, Any]) -> None:
+    found = talk({"conversation": [{"input": "Q", "output": "A"} | switch]}, "xtuner")
+    assert found.trained == [None, False]
+    assert found.messages == say(("user", "Q"), ("assistant", "A"))
+
+
+@pytest.mark.parametrize("key", ["train", "masked", "output_with_loss"])
+def test_a_switch_that_is_a_text_is_refused_with_a_fix_that_helps(key: str) -> None:
+    for row, style in (
+        ({"messages": [TURN[0], TURN[1] | {key: "false"}]}, "messages"),
+        ({"conversation": [{"input": "Q", "output": "A", key: "false"}]}, "xtuner"),
+    ):
+        fault = fault_of(row, style)
+        assert fault.code == "fractional-weight"
+        assert fault.fix == "write it as true or false."
+
+
 def test_null_keys_are_dropped_and_other_keys_reach_the_template() -> None:
     message = {"role": "assistant", "content": "A", "tool_calls": None, "name": "n", "reasoning_content": "r"}
     found = talk({"messages": [TURN[0], message], "chat_template_kwargs": {"enable_thinking": False}}, "messages")

@@ -185,13 +185,13 @@ def test_a_format_that_is_named_says_what_is_odd_too(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_wanted_is_never_trained(
     row: dict[str, Any], column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [row | {column: number % 10 != 0} for number in range(30)]
+    rows = [row, row | {column: None}, *(row | {column: number % 10 != 0} for number in range(28))]
     reason, fix = refusal(tmp_path, rows)
     assert f"the column {column!r} is false" in reason
     assert "3 of 30" in reason
     assert len(followed(fix, tmp_path, rows, monkeypatch)) == 27
     # Where the sample shows none, the rows themselves are refused.
-    name = look(tmp_path, [one for one in rows if one[column]]).format
+    name = look(tmp_path, [one for one in rows if one.get(column)]).format
     look_again = "".join(json.dumps(one) + "\n" for one in rows)
     (tmp_path / "rows.jsonl").write_text(look_again, encoding="utf-8")
     assert [fault.code for _, fault in read(tmp_path, name).faults] == ["unwanted-answer"] * 3
