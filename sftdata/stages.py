@@ -125,10 +125,10 @@ _loaded: Stages | None = None
 
 
 def _overrules(config: PrepareConfig) -> str:
-    """Return the flag that decides what is trained whatever messages say of themselves; "" for none."""
+    """Return the flag, without its dashes, that decides what is trained whatever messages say of themselves; "" for none."""
     if config.response_template is not None:
-        return "--response-template"
-    return "--train-on all" if config.train_on == "all" else ""
+        return "response-template"
+    return "train-on all" if config.train_on == "all" else ""
 
 
 def load_stages(job: Job) -> Stages:

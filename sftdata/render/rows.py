@@ -31,7 +31,7 @@ class Renderer:
         train_on: which parts are trained; `auto` depends on the kind of row.
         response, instruction: markers that decide what is trained, instead of the kind; None without.
         end_token: written, and trained, after a last turn that has no stop token; "" for none.
-        overrules: the flag that decides what is trained whatever messages say of themselves; "" for none.
+        overrules: the flag, without its dashes, that decides what is trained whatever messages say of themselves; "" for none.
     """
 
     finder: SpanFinder | None
@@ -191,8 +191,8 @@ def _conversation(
     if renderer.finder is None:
         raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
     if renderer.overrules and False in row.trained:
-        what = f"messages[{row.trained.index(False)}] is switched off, and {renderer.overrules} does not heed it."
-        raise RowError("switch-overruled", what, f"leave {renderer.overrules} out, or take the switch off the message.")
+        what = f"messages[{row.trained.index(False)}] is switched off, and --{renderer.overrules} does not heed it."
+        raise RowError("switch-overruled", what, f"leave --{renderer.overrules} out, or take the switch off the message.")
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns
     _count_turns(turns, index, tally)

@@ -103,7 +103,7 @@ KINDS: dict[str, Kind] = {
     "repeated-marker": Kind(
         "note", "row", "response markers follow each other with no instruction marker between them;"
         " without an instruction template only the last answer is trained",
-        "--instruction-template, or rows that do not hold the markers themselves",
+        "--instruction-template",
     ),
     "masked-as-trl": Kind(
         "defect", "row", "trl 0.7.10 masks the row otherwise than meant, without a warning", "--mask-mode default"
