@@ -104,11 +104,12 @@ def _called(path: str, parameter: str) -> str:
     return module if parameter == "weight" else f"{module}.{parameter}"
 
 
-def continue_adapters(model: Any, folder: Path, name: str) -> Any:
+def continue_adapters(model: Any, folder: Path, name: str, *, chosen: bool = False) -> Any:
     """Load the adapters of an earlier run to train them on.
 
     Args:
         name: what the model is called, to compare with the base that the adapters name.
+        chosen: whether the model was named as the one they belong to, by whatever name they call it.
 
     Raises:
         UsageError: they belong to another model.
@@ -116,7 +117,7 @@ def continue_adapters(model: Any, folder: Path, name: str) -> Any:
     from peft import PeftModel
 
     base = adapter_base(folder)
-    if base != name and Path(base).resolve() != Path(name).resolve():
+    if not chosen and base != name and Path(base).resolve() != Path(name).resolve():
         fix = f"set --model {base}; if that is the same model elsewhere, mend base_model_name_or_path in adapter_config.json."
         raise UsageError(f"{folder}: these are adapters of {base}; the model is {name}.", fix)
     _quiet()
@@ -124,7 +125,8 @@ def continue_adapters(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{folder}: these adapters do not fit {name}: {reason:.200}", f"set --model {base}.") from None
+        fix = "let base_model_name_or_path in their adapter_config.json name the model that they were trained on."
+        raise UsageError(f"{folder}: these adapters do not fit {name}: {reason:.200}", fix) from None
 
 
 def has_adapted_head(model: Any) -> bool:

@@ -46,7 +46,9 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
         say(f"embeddings: grown from {embedding_rows(base):,} to {rows:,} rows, as they were in training")
         grow_embeddings(base, rows)
     tied = bool(base.config.get_text_config().tie_word_embeddings)
-    adapted = continue_adapters(base, folder, name).eval()
+    if name != adapter_base(folder):
+        say(f"base: {name}, as asked; the adapters name {adapter_base(folder)}")
+    adapted = continue_adapters(base, folder, name, chosen=model is not None).eval()
     probe = _probe(adapted, rows or embedding_rows(base))
     wanted = _logits(adapted, probe)
     with warnings.catch_warnings():

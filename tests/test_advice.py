@@ -24,6 +24,7 @@ from sftdata.cli import main
 from sftdata.cli.app import build_app
 from tests.advice import ROOT, collect
 from tests.test_advice_on_sets import BUILT, FOUND, SAME_COMMAND, SHOWN
+from tests.test_advice_on_training import FOLLOWED_IN_TRAINING
 
 TOKENIZER = ROOT / "examples/tokenizer"
 Rows = list[dict[str, Any]]
@@ -401,8 +402,8 @@ def test_nothing_is_listed_or_followed_that_is_no_longer_said() -> None:
     advice = {text.replace("\n", "\\n") for text in (*collect("sftdata"), *collect("sfttrain"))}
     listed = {line for line in CHOICES if line and not line.startswith("# ")}
     assert listed - advice == set()
-    assert listed & {*FOLLOWED, *FOLLOWED_ON_SETS, *ELSEWHERE} == set()
-    assert {*FOLLOWED, *FOLLOWED_ON_SETS, *ELSEWHERE} - advice - {"", "{fix}"} == set()
+    assert listed & {*FOLLOWED, *FOLLOWED_ON_SETS, *FOLLOWED_IN_TRAINING, *ELSEWHERE} == set()
+    assert {*FOLLOWED, *FOLLOWED_ON_SETS, *FOLLOWED_IN_TRAINING, *ELSEWHERE} - advice - {"", "{fix}"} == set()
 
 
 def options(app: Any, *path: str) -> set[str]:
