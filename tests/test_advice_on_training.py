@@ -68,7 +68,10 @@ def run(arguments: str) -> int:
 
 # Advice: what is refused with it, and each way to follow it; {} is a fresh folder.
 REFUSED: dict[str, tuple[str, list[str]]] = {
-    "set optim=adamw_torch": ("rows -m llama -o {} --set optim=apollo_adamw --set optim_target_modules=all-linear", ["rows -m llama -o {} --set optim=adamw_torch"]),
+    "set optim=adamw_torch": (
+        "rows -m llama -o {} --set optim=apollo_adamw --set optim_target_modules=all-linear",
+        ["rows -m llama -o {} --set optim=adamw_torch"],
+    ),
     "set loss=auto.": (
         "rows -m llama -o {} --set objective=dft --set loss=plain", ["rows -m llama -o {} --set objective=dft --set loss=auto"]
     ),
@@ -242,7 +245,9 @@ READ: dict[str, dict[str, object]] = {
 def test_settings_that_are_advised_are_read(advice: str, tmp_path: Path) -> None:
     config = read_settings(None, [], {"model": "m", "sets": (Path("rows"),), "output": tmp_path, **READ[advice]})
     assert all(f"--{name}" in advice or f"{name} " in advice for name in READ[advice])
-    assert config.attention == READ[advice].get("attention", read_settings(None, [], {"model": "m", "output": tmp_path}).attention)
+    assert config.attention == READ[advice].get(
+        "attention", read_settings(None, [], {"model": "m", "output": tmp_path}).attention
+    )
     assert config.quantize == READ[advice].get("quantize")
     assert (config.lora.r if config.lora else None) == (16 if "lora" in READ[advice] else None)
 
