@@ -23,8 +23,8 @@ ROWS = {
     " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only; its"
     " test runs where it is installed.",
     "chat format": "Embeddings grow for added tokens (`resize_to_multiple_of`), each new row the mean; eos, pad, bos follow.",
-    "attention": "flash_attention_3 and 2, torch varlen, flex, sdpa, eager; `sdpa:flash`, `efficient`, `math` or `cudnn` forces"
-    " a kernel. The choice is proven; a table says of each why it was or was not taken.",
+    "attention": "flash_attention_4, 3 and 2, torch varlen, flex, sdpa, eager; `sdpa:flash`, `efficient`, `math` or `cudnn`"
+    " forces a kernel. The choice is proven; a table says of each why it was or was not taken.",
     "NEFTune": "`--neftune-alpha 5`: noise while training, the embedding as it was after.",
     "Liger": "`--liger`: Liger's kernels, on a GPU.",
     "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",

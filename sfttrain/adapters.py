@@ -16,11 +16,12 @@ from sfttrain.talk import Say
 FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
 
 
-def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: Say) -> Any:
+def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreached: Sequence[str], say: Say) -> Any:
     """Freeze the model and add adapters to it; what the set's tokens need beside them is trained too, and said.
 
     Args:
         unlearnt: ids whose embeddings have yet to be learnt.
+        unreached: modules that text gives no gradient, which get no adapters.
 
     Raises:
         UsageError: a target or a module to save is no module of this model.
@@ -32,7 +33,9 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], say: S
     beside: dict[str, Any] = {}
     if unlearnt and not set(saved) & set(embeddings):
         beside, saved = _train_embeddings(model, embeddings, unlearnt, saved, say)
-    skipped = _without_adapters(model) if lora.target == "all-linear" else []
+    skipped = [name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)]
+    if lora.target == "all-linear":
+        skipped += _without_adapters(model)
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

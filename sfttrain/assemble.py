@@ -44,7 +44,7 @@ def make_model(
         plan = _own_loss(plan, config, "ZeRO-3 keeps the head whole only inside its own module", say)
     if plan.loss is not None:
         fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms)
-    model = _adapt(config, model, inner, unlearnt, args, say)
+    model = _adapt(config, model, inner, unlearnt, plan, args, say)
     if plan.loss is not None and has_adapted_head(inner):
         plan = _own_loss(plan, config, "adapters on the head", say)
     if plan.loss is None and plan.terms:
@@ -64,14 +64,14 @@ def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
         say(f"frozen: {', '.join(found)} ({'they get' if len(found) > 1 else 'it gets'} nothing from text)")
 
 
-def _adapt(config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], args: Any, say: Say) -> Any:
+def _adapt(config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], plan: Plan, args: Any, say: Say) -> Any:
     """Freeze the model and put adapters on it, where they are asked for."""
     if config.adapted and getattr(model, "is_quantized", False):
         model = prepare_quantized(model)
     if args.activation_checkpointing and (config.adapted or model is not inner):
         inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
     if config.lora is not None:
-        return add_adapters(model, config.lora, unlearnt, say)
+        return add_adapters(model, config.lora, unlearnt, plan.unreached, say)
     if config.adapter is not None:
         return continue_adapters(model, config.adapter, str(config.model))
     return model

@@ -63,17 +63,18 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 
 def _state(module: Any) -> Iterator[tuple[str, Any]]:
-    """What a forward leaves behind for the next one."""
+    """What a forward leaves behind for the next one, as it was before the first."""
     for name, buffer in module.named_buffers(recurse=False):
-        yield name, buffer.clone()
-    for name, value in vars(module).items():
-        if name.endswith(("max_seq_len_cached", "attention_scaling")):
-            yield name, value
+        yield name, getattr(module, name.replace("inv_freq", "original_inv_freq"), buffer).clone()
+    for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+        yield name, int(module.original_max_seq_len)
+    if "attention_scaling" in vars(module):
+        yield "attention_scaling", module.attention_scaling
 
 
 def _restore(module: Any, fresh: dict[str, Any], device: torch.device) -> None:
     for name, value in fresh.items():
-        if isinstance(value, Tensor):
+        if name in module._buffers:
             module._buffers[name] = value.to(device, copy=True)
         else:
             setattr(module, name, value)
