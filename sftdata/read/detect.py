@@ -14,7 +14,7 @@ from typing import Any
 from sftdata.errors import UsageError
 from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
-from sftdata.read.near_misses import NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
+from sftdata.read.near_misses import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
 from sftdata.read.odd_values import explain_odd_value
 from sftdata.read.preferences import UNJUDGED, is_unanswered_preference
 from sftdata.read.slices import SourcePlan, Unreadable
@@ -187,7 +187,8 @@ def _refuse(
     if ambiguous:
         what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
         return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
-    if winner in misses and not (format and winner != VISION.name):
+    one_table = winner != BY_COLUMNS or len(verdicts.misses[winner]) == 1  # several such objects are rows with odd values
+    if winner in misses and one_table and not (format and winner != VISION.name):
         reason, fix = misses[winner].explain(verdicts.misses[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
     rows = [row for group in (verdicts.strangers, *verdicts.misses.values()) for row in group]

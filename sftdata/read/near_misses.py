@@ -127,13 +127,14 @@ def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
 VISION = NearMiss("vision", _is_vision, _explain_vision)
 UNWANTED = NearMiss("answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted)
 PREFERENCE = NearMiss("preference pairs", is_preference, explain_preference)
+BY_COLUMNS = "a table by columns"
 NEAR_MISSES = {
     entry.name: entry
     for entry in (
         NearMiss("several answers", _is_several_answers, _explain_several_answers),
         PREFERENCE,
         NearMiss("lone messages", _is_lone_message, _explain_lone_message),
-        NearMiss("a table by columns", lambda row: shape_of(row) is not None, explain_columnwise),
+        NearMiss(BY_COLUMNS, lambda row: shape_of(row) is not None, explain_columnwise),
         NearMiss("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
         NearMiss("prompts without answers", _is_unanswered, _explain_unanswered),
     )
