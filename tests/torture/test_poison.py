@@ -104,7 +104,7 @@ def test_rejects_that_are_not_mended_are_rejected_again(poisoned: Path, tmp_path
 
 
 def test_the_fix_of_an_unknown_role_is_a_flag_that_works(tmp_path: Path) -> None:
-    for role in ("bot", "asistant", "USER", "model"):
+    for role in ("bot", "asistant", "AI", "model"):
         (tmp_path / "rows.jsonl").write_bytes(dumped(chat({**USER, "role": role}, ANSWER)) + b"\n" + GOOD + b"\n")
         prepare(tmp_path / "rows.jsonl", tmp_path / role, max_rejects="100%")
         (reject,) = rejects(tmp_path / role)
