@@ -49,6 +49,22 @@ def given_training(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
+def other_than_default(args: Any) -> dict[str, Any]:
+    """Return the fields of TrainingArguments as it resolved them, without those that are what they would be anyway.
+
+    The same comes out for settings as they were given and as a run recorded them: some are resolved from others, and what
+    is not set has more than one form.
+    """
+    defaults = training_defaults()
+    return {name: value for name, value in args.to_dict().items() if _set(value) != _set(defaults.get(name))}
+
+
+def _set(value: Any) -> Any:
+    """Return a value, None where it is one of the forms of not being set."""
+    value = getattr(value, "value", value)
+    return None if value is False or value in ("", "none", [], ["none"], {}) else value
+
+
 def training_defaults() -> dict[str, Any]:
     """Return what the fields of TrainingArguments are when they are not set; `bf16` depends on the machine."""
     from transformers import TrainingArguments

@@ -14,8 +14,9 @@ import msgspec
 
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet
-from sfttrain.config import LoraSettings, TrainConfig
-from sfttrain.fields import given_training
+from sfttrain.acting import Run, acts
+from sfttrain.config import LoraSettings
+from sfttrain.fields import other_than_default
 
 LENGTH = ("max_steps", "num_train_epochs")
 _PREFIXES = (
@@ -33,6 +34,7 @@ MAY_CHANGE = frozenset({
 _APART = frozenset({
     "sets", "weights", "model", "init_from_config", "lora", "adapter", "eval", "training", "output", "overwrite", "push_to_hub",
     "trust_remote_code", "use_cpu", "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip
 _CALLED = {
     "global_batch": "global_batch (per_device_train_batch_size x gradient_accumulation_steps x processes)",
@@ -41,17 +43,11 @@ _CALLED = {
 _OBJECTS = ("compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "compute_metrics", "preprocess_logits_for_metrics")
 
 
-def identity_of(
-    config: TrainConfig, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet], args: Any, objects: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what is known of a run's identity before its model is loaded, as plain JSON data.
-
-    Args:
-        args: transformers' TrainingArguments.
-        objects: what transformers' Trainer was given as objects.
-    """
+def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet]) -> dict[str, Any]:
+    """Return what is known of a run's identity before its model is loaded, as plain JSON data."""
+    config, args, objects = run.config, run.args, run.objects
     own = config.model_dump(mode="json", exclude=set(_APART), exclude_defaults=True)
-    training = {name: value for name, value in given_training(config).items() if name not in _APART}
+    training = {name: value for name, value in other_than_default(args).items() if name not in _APART and acts(name, run)}
     held = {name: opened.manifest.digest for name, opened in evaluation.items()}
     found = {name: _name(objects[name]) for name in _OBJECTS if objects.get(name) is not None}
     settings = {**own, **training, **({"eval": held} if held else {}), **found, "learning_rate": args.learning_rate}

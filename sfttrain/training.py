@@ -53,7 +53,7 @@ def train_on(
     refusals.refuse_useless(config, args, model, data, objects, say)
     refuse_inert(setting)
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
-    identity = identity_of(config, sets, evaluation, args, objects)
+    identity = identity_of(setting, sets, evaluation)
     done = finished(config, identity)
     if done is not None:
         conclude_again(config, args, done)

@@ -147,6 +147,33 @@ def test_settings_given_at_their_defaults_are_the_same_settings(done: Path, shar
     assert _again(done, tmp_path / "out", shards, defaults, {"objective": "nll", "weights": (1.0,)}, broken=False) is None
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"activation_checkpointing": True, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        {"eval_strategy": "steps", "load_best_model_at_end": True, "logging_steps": 2, "save_steps": 2},
+        {"optim": "sgd", "warmup_steps": 0.5, "report_to": "none", "bf16": False, "dataloader_num_workers": 0},
+    ],
+)
+def test_the_settings_that_a_run_recorded_are_the_same_settings(tmp_path: Path, shards: Path, training: dict[str, Any]) -> None:
+    from sfttrain.acting import Run, refuse_inert
+    from sfttrain.arguments import effective_settings, training_arguments
+    from sfttrain.config import read_settings
+    from sfttrain.identity import identity_of
+
+    def run(file: Path | None, given: dict[str, Any]) -> Run:
+        config = read_settings(file, [], given)
+        return Run(config, training_arguments(config), {}, evaluated=True)
+
+    given = {"model": "m", "output": tmp_path / "out", "sets": shards, "eval": {"held": shards}, "training": training}
+    first = run(None, given)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(effective_settings(first)))
+    again = run(tmp_path / "settings.yaml", {})
+    refuse_inert(again)
+    assert identity_of(again, [], {}) == identity_of(first, [], {})
+
+
 def test_other_data_is_refused_of_a_finished_run(done: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a finished run with other settings: sets was"):
         _again(done, tmp_path / "out", make_set(tmp_path / "other", seed=9), {}, {}, broken=False)
