@@ -55,7 +55,11 @@ TEMPLATES = {
     "endless": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "opened": "{{ bos_token }}" + WRITES_ALL,
+    "sparing": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
+TEMPLATES["untagged"] = TEMPLATES["sparing"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 LONG = chat("Q", "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2)
 TWO = {"text": "### Q: a ### A: b ### Q: c ### A: d"}
@@ -143,6 +147,11 @@ FOUND = [
         "reasoning-swallowed", "--train-on last-assistant, one example a turn, or a --chat-template that writes reasoning",
         [THINKING], "--chat-template forgetful.jinja", ["--chat-template forgetful.jinja --train-on last-assistant"],
         [{"messages": THINKING["messages"][:2]}, THINKING],
+    ),
+    Found(
+        "outside-generation",
+        "--chat-template with a copy whose `generation` and `endgeneration` tags are taken out: then the spans are derived",
+        [chat("Q", "A", "Q2", "B")], "--chat-template sparing.jinja", ["--chat-template untagged.jinja"],
     ),
     Found(
         "tools-left-out", "--chat-template of a model that calls tools", [chat("Q", "A") | {"tools": [TOOL]}],

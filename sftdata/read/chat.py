@@ -96,6 +96,8 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
         role = find_role(spelling, options.roles)
         if role is None:
             raise unknown_roles(value, column, options.roles)
+        if "from" in message and message.get("role") is not None:
+            _check_spellings(message, where, options)
         calls = role == "assistant" and plain_name(spelling) in CALLS
         read = _read_call_message(message, where, counted) if calls else _read_message(message, role, where, counted)
         turn = read, read_switch(message, where, options.loss_weights)
@@ -104,6 +106,22 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
         if not (calls and plain_name(spelling) == "tool_call" and _join_calls(turns, turn)):
             turns.append(turn)
     return turns
+
+
+def _check_spellings(message: Message, where: str, options: FormatOptions) -> None:
+    """Refuse a message written as `role` and `content` and as `from` and `value`, which differ.
+
+    A `from` that names no role (a person, an id) is a key like any other, and so is a `value` beside it.
+    """
+    speakers = {key: find_role(message[key], options.roles) for key in ("role", "from")}
+    if speakers["from"] is None:
+        return
+    one, other = (plain_name(message[key]) in CALLS for key in speakers)
+    texts = [message[key] for key in ("content", "value") if message.get(key) is not None]
+    differing = "role and from" if len({*speakers.values()}) > 1 or one != other else ""
+    differing = differing or ("content and value" if texts[1:] and texts[0] != texts[1] else "")
+    if differing:
+        raise RowError("said-twice", f"{where} has {differing}, which differ.", "keep one of them.")
 
 
 def _is_plain(message: Any) -> bool:
@@ -153,13 +171,16 @@ def _read_call_message(message: Message, where: str, counted: list[str]) -> Mess
 def _join_calls(turns: list[Turn], turn: Turn) -> bool:
     """Add calls to the assistant message before them, where both are one turn; False where they are a turn of their own.
 
+    A turn is switched on as a whole where one of its messages is, and the others say nothing.
     So ms-swift writes them: `tool_call` after `tool_call` are parallel, and one after an answer's text belongs to that text.
     """
     message, switch = turn
-    if not turns or turns[-1][0]["role"] != "assistant" or turns[-1][1] != switch or message.keys() != {"role", "tool_calls"}:
+    if not turns or turns[-1][0]["role"] != "assistant" or message.keys() != {"role", "tool_calls"}:
         return False
-    before = turns[-1][0]
-    turns[-1] = {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}, switch
+    before, other = turns[-1]
+    if switch != other and {switch, other} != {True, None}:
+        return False
+    turns[-1] = {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}, switch or other
     return True
 
 

@@ -127,7 +127,7 @@ class ProvenRenderer:
         reasoning: list[int] = []
         for index, message in enumerate(row.messages):
             lost = sum(not skip(text) for text in marks.message_texts(message)) - shown[index]
-            if lost > 0 and self._lost_reasoning(message, marked.text):
+            if lost > 0 and self._lost_reasoning(message, index, marked):
                 reasoning.append(index)
                 lost -= 1
             elif opened[index] < shown[index]:  # a text lost its beginning, as where a template cuts it at `</think>`
@@ -136,9 +136,15 @@ class ProvenRenderer:
                 texts.append(index)
         return texts, reasoning
 
-    def _lost_reasoning(self, message: dict[str, Any], text: str) -> bool:
+    def _lost_reasoning(self, message: dict[str, Any], index: int, marked: marks.MarkedText) -> bool:
+        """Say whether fewer of a message's own texts are its reasoning, word for word, than should be."""
         thought = marks.reasoning_of(message)
-        return isinstance(thought, str) and bool(thought.strip()) and not self._skips[-1](thought) and thought.strip() not in text
+        if not isinstance(thought, str) or not thought.strip() or self._skips[-1](thought):
+            return False
+        own = [marked.marks[place] for place in marked.places.get(index, ())]
+        shown = [marked.text[one.position : two.position] for one, two in pairwise(own) if two.closes and not one.closes]
+        same = [text for text in marks.message_texts(message) if text.strip() == thought.strip()]
+        return shown.count(thought.strip()) < len(same)
 
     def _marked(
         self, row: Conversation, text: str, skip: Skip, *, add_generation_prompt: bool = False

@@ -124,12 +124,16 @@ class RecipeBook:
     def learn(self, row: Conversation, marked: MarkedText, turns: list[Turn], absent: Iterable[str] = ()) -> Recipe | None:
         """Learn the recipe of a row's shape from its proven render; None where the template looks into texts.
 
+        None too where an assistant message has no turn (no `{% generation %}` block): such rows are counted one by one.
+
         Args:
             row: every content without outer white space.
             marked: its render, with where each content opens and closes.
             turns: its turns.
             absent: strings that contents must not hold, besides those that the template looks for.
         """
+        if {turn.message for turn in turns} != {*assistant_messages(row)}:
+            return None
         text, marks = marked.text, marked.marks
         contents = [message["content"] for message in row.messages]
         pairs = [
@@ -161,6 +165,11 @@ class RecipeBook:
         )
         # The row that taught it must be one that it admits: else the conditions are not those of this row.
         return recipe if self.admits(recipe, contents) and recipe.fill(contents) == (text, spans) else None
+
+
+def assistant_messages(row: Conversation) -> list[int]:
+    """Return the indices of a conversation's assistant messages."""
+    return [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
 
 
 def _opaque(content: str, conditions: Conditions) -> str:

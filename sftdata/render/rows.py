@@ -14,7 +14,7 @@ import numpy as np
 from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Tally, Text, TextBatch
 from sftdata.errors import Fault, RowError
 from sftdata.render.markers import find_spans
-from sftdata.render.recipes import Turn
+from sftdata.render.recipes import Turn, assistant_messages
 from sftdata.render.spans import SpanFinder
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
@@ -52,7 +52,7 @@ class RenderedRows:
         faults: (index into the RowBatch, why).
         tally: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`, `messages_swallowed`,
             `reasoning_swallowed`, `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`,
-            `rows_with_repeated_markers`, and what rows and templates counted by name.
+            `rows_with_repeated_markers`, `messages_outside_generation`, and what rows and templates counted by name.
     """
 
     conversations: TextBatch | None
@@ -208,7 +208,11 @@ def _conversation(
     if renderer.train_on == "all":
         tally.count("reasoning_swallowed", index, len(rendered.unthought))
         return text, [(0, len(text))], rendered.literal, None
-    chosen = [turn for turn in _chosen(row, turns, renderer.train_on) if turn.start < turn.stop]
+    wanted = _wanted(row, renderer.train_on)
+    if renderer.response is None:
+        outside = wanted.difference([turn.message for turn in turns])
+        tally.count("messages_outside_generation", index, len(outside))
+    chosen = [turn for turn in turns if turn.message in wanted and turn.start < turn.stop]
     if rendered.unthought:  # of turns that are only context, inference leaves it out too
         tally.count("reasoning_swallowed", index, len({turn.message for turn in chosen} & {*rendered.unthought}))
     return text, [(turn.start, turn.stop) for turn in chosen], rendered.literal, _weights(row, chosen)
@@ -237,12 +241,13 @@ def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:
     return finder.template.takes_tools and all(name in text for name in names)
 
 
-def _chosen(row: Conversation, turns: list[Turn], train_on: TrainOn) -> list[Turn]:
-    """Pick the turns that policy and the messages' own switches train."""
+def _wanted(row: Conversation, train_on: TrainOn) -> set[int]:
+    """Return the indices of the assistant messages that policy and the messages' own switches train."""
+    assistants = assistant_messages(row)
     first = 0 if train_on == "assistant" else row.prompt_messages
     if train_on == "last-assistant":
-        first = max((turn.message for turn in turns), default=0)
-    return [turn for turn in turns if row.trained[turn.message] or (row.trained[turn.message] is None and turn.message >= first)]
+        first = max(assistants, default=0)
+    return {index for index in assistants if row.trained[index] or (row.trained[index] is None and index >= first)}
 
 
 def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:

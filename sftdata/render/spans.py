@@ -28,7 +28,7 @@ from sftdata.render.guards import guarded_tokens
 from sftdata.render.marks import Mark, MarkedText, message_texts
 from sftdata.render.parting import common_prefix, find_parting, find_tags, header_after, repeated_tag
 from sftdata.render.proof import ProvenRenderer, any_of
-from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook, Turn
+from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook, Turn, assistant_messages
 from sftdata.render.refusals import CALLS_FIX
 from sftdata.render.stops import find_call_end, find_stops
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
@@ -133,7 +133,7 @@ class SpanFinder:
 
     def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:
         marked, row = self._renderer.render(row)
-        assistants = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+        assistants = assistant_messages(row)
         if self.template.has_generation:
             turns = self._generated_turns(row, marked, assistants)
         else:

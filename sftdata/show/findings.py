@@ -89,6 +89,11 @@ KINDS: dict[str, Kind] = {
         " so that the answer is trained without it",
         "--train-on last-assistant, one example a turn, or a --chat-template that writes reasoning",
     ),
+    "outside-generation": Kind(
+        "defect", "message", "the chat template marks with `generation` blocks what is trained, and none holds anything"
+        " of an assistant message, so that it is not trained",
+        "--chat-template with a copy whose `generation` and `endgeneration` tags are taken out: then the spans are derived",
+    ),
     "tools-left-out": Kind(
         "defect", "row", "the chat template does not tell the model which tools it may call",
         "--chat-template of a model that calls tools",
@@ -122,6 +127,7 @@ IN_TEXTS = {
 COUNTED = {
     "messages_swallowed": "message-swallowed",
     "reasoning_swallowed": "reasoning-swallowed",
+    "messages_outside_generation": "outside-generation",
     "rows_without_their_tools": "tools-left-out",
     "rows_parted": "prompt-parted",
     "rows_with_control_tokens": "control-token-in-data",

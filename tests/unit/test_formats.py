@@ -182,6 +182,38 @@ def test_function_roles_of_sharegpt_become_calls_and_results() -> None:
     assert found.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
+SWITCHES = [None, True, False]
+
+
+@pytest.mark.parametrize("content", ["", "Let me look."])
+@pytest.mark.parametrize("first", SWITCHES)
+@pytest.mark.parametrize("second", SWITCHES)
+def test_a_call_joins_the_answer_before_it_unless_one_of_them_alone_is_off(content: str, first: Any, second: Any) -> None:
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
+    rows = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "loss": first}, call | {"loss": second}]
+    found = talk({"messages": [*rows, call | {"loss": second}]}, "messages")
+    if (first is False) != (second is False):
+        assert found.trained == [None, first, second]
+        assert [len(message.get("tool_calls", ())) for message in found.messages] == [0, 0, 2]
+    else:
+        assert found.trained == [None, True if True in (first, second) else first]
+        assert found.messages[1] == {"role": "assistant", "content": content, "tool_calls": [CALL, CALL]}
+
+
+@pytest.mark.parametrize(("role", "other", "agree"), [
+    ("user", "gpt", False), ("assistant", "human", False), ("assistant", "function_call", False), ("tool_call", "gpt", False),
+    ("user", "human", True), ("assistant", "GPT", True), ("user", "Ann", True), ("user", None, True), ("user", 3, True),
+])  # fmt: skip
+def test_a_message_in_two_spellings_must_say_the_same_in_both(role: str, other: Any, agree: bool) -> None:
+    text = '{"name": "f", "arguments": {}}'
+    message = {"role": role, "from": other, "content": text}
+    both = [message, message | {"value": text}, message | {"value": "y"}]
+    named = other in ("human", "GPT")  # of any other `from`, `value` is a key like any other
+    wanted = [None, None, "said-twice" if named else None] if agree else ["said-twice"] * 3
+    outcomes = [convert_rows(batch_of({"messages": [one, *TURN]}), "messages", CHAT).faults for one in both]
+    assert [faults[0][1].code if faults else None for faults in outcomes] == wanted
+
+
 @pytest.mark.parametrize("tools", [[], "", "[]", None])
 def test_no_tools_are_none(tools: Any) -> None:
     assert talk({"messages": TURN, "tools": tools}, "messages").tools is None

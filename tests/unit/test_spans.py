@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.render.rows import Renderer, render_rows
 from sftdata.render.spans import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests import made_templates
@@ -249,6 +252,67 @@ def test_a_generation_block_belongs_to_the_message_it_speaks_for() -> None:
     assert _trained(rendered) == ["<e>", "Yes<e>"]
 
 
+BODY = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<e>"
+SPARING = (
+    "{% for m in messages %}{{ '<s>' + m.role + '\\n' }}{% if m.role == 'assistant' and SPEAKS %}{% generation %}" + BODY
+    + "{% endgeneration %}{% else %}" + BODY + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)  # fmt: skip
+TALKS = {
+    "plain": [user("Weather?"), bot("Look."), user("Well?"), bot("It is dry."), user("Sure?"), bot("Yes.")],
+    "calls": [
+        user("Weather?"),
+        bot("", tool_calls=[call("Oslo")]),
+        result("Dry."),
+        bot("It is dry."),
+        user("Sure?"),
+        bot("Yes."),
+    ],
+}
+SPEAKS: dict[str, Callable[[dict[str, Any], bool], bool]] = {
+    "true": lambda message, last: True,
+    "not m.tool_calls": lambda message, last: not message.get("tool_calls"),
+    "loop.last": lambda message, last: last,
+    "not loop.last": lambda message, last: not last,
+    "'dry' in m.content": lambda message, last: "dry" in message["content"],
+}
+
+
+def _counted(source: str, messages: list[dict[str, Any]], trained: list[Any] | None = None, **settings: Any) -> tuple[int, str]:
+    """Return how many messages are counted as outside generation blocks, and the trained text."""
+    row = Conversation(messages, trained or [None] * len(messages))
+    found = render_rows([row], np.zeros(1, np.int64), Renderer(_finder(Format(source), ("<e>",)), **settings))
+    assert found.conversations is not None
+    spans = found.conversations.trained[0].tolist()
+    count = found.tally.counts.get("messages_outside_generation", 0)
+    assert (count > 0) == ("messages_outside_generation" in found.tally.counts)
+    return count, "|".join(found.conversations.texts[0][start:stop] for start, stop in spans)
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("speaks", SPEAKS)
+def test_an_assistant_message_that_no_generation_block_speaks_for_is_counted(speaks: str, talk: str) -> None:
+    source, messages = SPARING.replace("SPEAKS", speaks), TALKS[talk]
+    outside = [index for index in (1, 3, 5) if not SPEAKS[speaks](messages[index], index == 5)]
+    assert _counted(source, messages)[0] == len(outside)
+    off = [False if index in outside else None for index in range(len(messages))]
+    assert _counted(source, messages, off)[0] == 0  # not wanted, so not missed
+    assert _counted(source, messages, train_on="all")[0] == 0
+    assert _counted(source, messages, response="assistant\n")[0] == 0
+
+
+def test_the_last_assistant_message_is_not_replaced_by_an_earlier_one_that_has_a_generation_block() -> None:
+    source = SPARING.replace("SPEAKS", "not loop.last")
+    messages = [user("Hi"), bot("Hello."), user("So?"), bot("Yes.")]
+    assert _counted(source, messages, train_on="last-assistant") == (1, "")
+
+
+def test_without_the_generation_tags_every_turn_is_trained() -> None:
+    source = SPARING.replace("SPEAKS", "false").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    count, trained = _counted(source, TALKS["calls"])
+    assert (count, trained.count("<e>"), "Oslo" in trained) == (0, 3, True)
+
+
 # -------------------------------------------------------------------------------------------- what surprises a mask
 
 
@@ -320,6 +384,20 @@ def test_a_call_that_a_template_leaves_out_is_refused_though_another_names_the_f
     one = _outcome(finder, {"messages": [user("Weather?"), bot("", tool_calls=[call("Oslo")])]})
     assert isinstance(one, RenderedConversation)
     assert len(one.turns) == 1
+
+
+@pytest.mark.parametrize("content", ["a", "think", "Hm.", "Yes, Hm. indeed."])
+@pytest.mark.parametrize("thought", ["think", "Hm.", "Hello", "a"])
+def test_lost_reasoning_is_told_apart_from_a_lost_text_wherever_its_words_recur(content: str, thought: str) -> None:
+    source = CHATML.replace("m.content", "('<think>' if m.role == 'assistant' else '') + m.content")
+    writes = source.replace("'<think>'", "'<think>' + m.reasoning_content")
+    loses = source.replace("+ m.content", "+ (m.reasoning_content or m.content)")
+    chat = {"messages": [user("Hello"), bot(content, reasoning_content=thought), user("Hm."), bot("Done", reasoning_content="")]}
+    found = {name: _render(_finder(Format(text)), chat) for name, text in (("source", source), ("writes", writes))}
+    assert [(one.swallowed, one.unthought) for one in found.values()] == [([], [1]), ([], [])]
+    if content != thought:  # which of two equal texts is left out, no render tells
+        kept = _render(_finder(Format(loses)), chat)
+        assert (kept.swallowed, kept.unthought) == ([1], [])
 
 
 def test_trusted_control_tokens_are_not_reported() -> None:
