@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 import jinja2.nodes
+import jinja2.sandbox
 
 from sftdata.errors import UsageError
 from sftdata.render.budget import BoundedEnvironment, join_bounded
@@ -125,6 +126,10 @@ class TemplateRefusal(Exception):
     """The template would not render this conversation (its own raise_exception, or an error inside it)."""
 
 
+class SandboxRefusal(TemplateRefusal):
+    """The template was stopped: it reached for what it must not have, or worked without end."""
+
+
 class ChatTemplate:
     """A compiled chat template with the special tokens and the date it renders with.
 
@@ -165,7 +170,10 @@ class ChatTemplate:
         """Roles whose content the template takes as a list of parts only; nearly all templates take text."""
         self.__dict__["roles_in_parts"] = frozenset()  # while the question is open, contents go as they are
         conversations = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "tool"))
-        return frozenset().union(*map(self._iterated, conversations))
+        try:
+            return frozenset().union(*map(self._iterated, conversations))
+        except SandboxRefusal:  # it would be stopped again each time, after all its budget
+            return frozenset()
 
     def _iterated(self, roles: Sequence[str]) -> frozenset[str]:
         """Return the fewest of these roles that need parts for all their texts to show; none where that does not help."""
@@ -175,6 +183,8 @@ class ChatTemplate:
                 contents = {role: [{"type": "text", "text": texts[role]}] if role in chosen else texts[role] for role in roles}
                 try:
                     shown = self.render([{"role": role, "content": content} for role, content in contents.items()])
+                except SandboxRefusal:
+                    raise
                 except TemplateRefusal:
                     continue
                 if all(text in shown for text in texts.values()):
@@ -206,6 +216,8 @@ class ChatTemplate:
         arguments = self.arguments(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)
         try:
             text = join_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments)))
+        except jinja2.sandbox.SecurityError as error:
+            raise SandboxRefusal(str(error)) from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from None
         except (MemoryError, OverflowError, RecursionError, ZeroDivisionError) as error:
