@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.meta
 import jinja2.nodes
-import jinja2.sandbox
 
 from sftdata.errors import UsageError
 from sftdata.render.budget import BoundedEnvironment, join_bounded
@@ -216,7 +216,7 @@ class ChatTemplate:
         arguments = self.arguments(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)
         try:
             text = join_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments)))
-        except jinja2.sandbox.SecurityError as error:
+        except jinja2.exceptions.SecurityError as error:
             raise SandboxRefusal(str(error)) from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from None
