@@ -33,7 +33,7 @@ from sftdata.stages import load_engine, load_shared, load_stages
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
     "formatter": "let the --formatter function return more rows; None leaves one out.",
-    "nothing-trained": "--train-on all, or switch turns on in the data (weight, train).",
+    "nothing-trained": "switch turns on in the data (weight, train); where none is switched off, --train-on all.",
     "over-long": "--overlong truncate, or a larger --max-length.",
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
 }

@@ -357,7 +357,7 @@ ELSEWHERE: dict[str, str] = {
     "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.": _RUN,
     "--overlong truncate, or a larger --max-length.": _RUN,
     ", or go on without them: --max-rejects {}": _RUN,
-    "--train-on all, or switch turns on in the data (weight, train).": _RUN,
+    "switch turns on in the data (weight, train); where none is switched off, --train-on all.": _RUN,
     "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.": _RUN,
     "--model": _SETTINGS,
     "--lora": _SETTINGS,

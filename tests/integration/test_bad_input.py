@@ -53,7 +53,6 @@ MENDED: dict[str, tuple[list[Any], dict[str, Any], str, dict[str, Any]]] = {
     "an unknown role": ([{"messages": [TURNS[0], BOT]}], {}, "--map-role bot=assistant", {"map_role": {"bot": "assistant"}}),
     "too many rejects": ([{"messages": TURNS}, {"messages": []}], {}, "--max-rejects 1", {"max_rejects": "1"}),
     "no answer": ([{"messages": TURNS[:1]}], {}, "--train-on all", {"train_on": "all"}),
-    "a turn switched off": ([{"messages": [TURNS[0], OFF]}], {}, "--train-on all", {"train_on": "all"}),
     "cut before the answer": ([{"messages": TURNS}], {"max_length": 3}, "a larger --max-length", {"max_length": 64}),
     "longer than allowed": (
         [{"messages": TURNS}],
@@ -87,6 +86,14 @@ def test_the_fix_of_a_refused_run_works_where_the_run_was_refused(tmp_path: Path
     assert not output.exists()
     sftdata.prepare(inputs, tokenizer=TOKENIZER, output=output, workers=1, **mended)
     assert verify(output).problems == []
+
+
+def test_a_turn_that_is_switched_off_is_trained_once_it_is_switched_on_as_the_fix_says(tmp_path: Path) -> None:
+    inputs, output = tmp_path / "rows.jsonl", tmp_path / "set"
+    with pytest.raises(DataError, match="switch turns on in the data"):
+        sftdata.prepare(write_rows(inputs, {"messages": [TURNS[0], OFF]}), tokenizer=TOKENIZER, output=output, workers=1)
+    made = sftdata.prepare(write_rows(inputs, {"messages": TURNS}), tokenizer=TOKENIZER, output=output, workers=1)
+    assert made.ledger.rows_kept == 1
 
 
 @pytest.mark.parametrize("content", ["", "  \n\n", "[]"], ids=["empty", "blank", "empty array"])

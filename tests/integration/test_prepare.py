@@ -256,15 +256,16 @@ def test_the_summary_tells_what_the_audit_found_with_its_line_and_what_mends_it(
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ("prepare", tmp_path / "rows.jsonl", "-t", TOKENIZER, "--max-length", "64", "-o", tmp_path / "set")
     said = command(*arguments).stderr
-    assert "  audit   1 kind of defects\n    defect empty-answer  1 example (11.1%)" in said
+    assert "    defect empty-answer  1 example (11.1%)" in said
     assert "at    rows.jsonl:4\n" in said
     assert 'mend  leave the rows out, or switch the turn off: "train": false\n' in said
     again = command(*arguments).stderr
     assert f"  audit   `sftdata audit {tmp_path / 'set'}` looks for" in again
     told = json.loads(command(*arguments, "--json").stdout)["audit"]
     assert (told["documents"], told["documents_looked_at"]) == (9, 9)
-    (finding,) = told["findings"]
+    finding, note = told["findings"]
     assert (finding["code"], finding["count"], finding["examples"]) == ("empty-answer", 1, ["rows.jsonl:4"])
+    assert note["code"] == "raw-prompts"  # the tokenizer has a chat template, and these rows are not asked for in chats
 
 
 def test_two_runs_on_one_folder_the_second_refuses(tmp_path: Path) -> None:
