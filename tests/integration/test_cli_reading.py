@@ -173,12 +173,12 @@ def test_audit_finds_nothing_in_a_clean_set(shards: Path) -> None:
     assert told("audit", shards) == {"folder": str(shards), "clean": True, "findings": []}
 
 
-def test_audit_names_lines_and_flags_and_fails_only_when_strict(defective: Path) -> None:
+def test_audit_names_lines_and_fixes_and_fails_only_when_strict(defective: Path) -> None:
     result = run("audit", defective)
     assert result.returncode == 0
     assert "defect no-trained-end  1 example (50.0%)" in result.stdout
     assert "data.jsonl:2" in result.stdout
-    assert "--eos-token" in result.stdout
+    assert "let the ids of these rows, and their labels, end in that of <|im_end|>" in result.stdout
     strict = run("audit", defective, "--strict")
     assert strict.returncode == DataError.exit_code
     assert strict.stdout == result.stdout

@@ -75,6 +75,11 @@ def is_named(folder: Path, name: str) -> None:
         assert "\n" not in line
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """Return the files that hold something: an empty list of rows has no bit to flip."""
+    return {name: raw for name, raw in content(folder).items() if raw}
+
+
 def same_json(one: bytes, other: bytes) -> bool:
     try:
         return bool(json.loads(one) == json.loads(other))
@@ -95,7 +100,7 @@ def with_file(folder: Path, name: str, raw: bytes) -> None:
 
 @pytest.mark.parametrize("flips", [60, pytest.param(1000, marks=pytest.mark.torture)])
 def test_every_flipped_bit_of_any_file_is_named_and_refused(set_folder: Path, flips: int) -> None:
-    rng, files = np.random.default_rng(flips), content(set_folder)
+    rng, files = np.random.default_rng(flips), written(set_folder)
     assert REJECTS in files
     assert "tokenizer/tokenizer.json" in files
     for _ in range(flips):
@@ -107,7 +112,7 @@ def test_every_flipped_bit_of_any_file_is_named_and_refused(set_folder: Path, fl
 
 @pytest.mark.parametrize("cuts", [20, pytest.param(200, marks=pytest.mark.torture)])
 def test_every_truncation_of_any_file_is_named_and_refused(set_folder: Path, cuts: int) -> None:
-    rng, files = np.random.default_rng(cuts), content(set_folder)
+    rng, files = np.random.default_rng(cuts), written(set_folder)
     places = [(name, size) for name in files for size in (0, len(files[name]) - 1)]
     places += [(name, size) for name, raw in files.items() if name.endswith(".arrow") for size in boundaries(raw)]
     rng.shuffle(places)
