@@ -178,6 +178,9 @@ class TrainConfig(BaseModel):
         return self.weights or (1.0,) * len(self.sets)
 
 
+_LENGTH = ("max_steps", "num_train_epochs")
+
+
 def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
     """Merge a YAML file, `key=value` overrides and flags into a checked configuration.
 
@@ -194,6 +197,7 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         key = assign(from_overrides, text)
         places[key] = f"--set {key}"
     for source in (from_file, from_overrides, flags):
+        _forget_length(merged["training"], source)
         for key, value in source.items():
             if value is None:
                 continue
@@ -214,6 +218,14 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         where, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
         found = f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
         raise UsageError(f"{found}.", "see `sfttrain run --help`.") from None
+
+
+def _forget_length(training: dict[str, Any], source: Mapping[str, Any]) -> None:
+    """Let `--max-steps` of the command line replace the epochs of a file, and the other way round: they say one thing."""
+    given = {**source, **(source.get("training") or {})}
+    if any(given.get(name) is not None for name in _LENGTH):
+        for name in _LENGTH:
+            training.pop(name, None)
 
 
 def adapter_base(folder: Path) -> str:

@@ -118,3 +118,11 @@ def test_an_optimizer_or_schedule_that_lacks_something_is_refused_before_the_fir
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"])
 def test_what_can_be_used_is_not_refused(tmp_path: Path, optim: str, scheduler: str) -> None:
     try_optimizer(_run(tmp_path, {"optim": optim, "lr_scheduler_type": scheduler}), None, 10)
+
+
+def test_a_length_on_the_command_line_replaces_the_other_length_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("sets: [set]\nmodel: model\noutput: out\nnum_train_epochs: 3\n")
+    training = read_settings(tmp_path / "run.yaml", [], {"training": {"max_steps": 2}}).training
+    assert training["max_steps"] == 2
+    assert "num_train_epochs" not in training
+    assert "max_steps" not in read_settings(tmp_path / "run.yaml", ["num_train_epochs=1"], {}).training
