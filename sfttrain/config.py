@@ -222,7 +222,8 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
 
 def _forget_length(training: dict[str, Any], source: Mapping[str, Any]) -> None:
     """Let `--max-steps` of the command line replace the epochs of a file, and the other way round: they say one thing."""
-    given = {**source, **(source.get("training") or {})}
+    training_too = source.get("training")
+    given = {**source, **(training_too if isinstance(training_too, dict) else {})}
     if any(given.get(name) is not None for name in _LENGTH):
         for name in _LENGTH:
             training.pop(name, None)

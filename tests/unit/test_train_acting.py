@@ -126,3 +126,12 @@ def test_a_length_on_the_command_line_replaces_the_other_length_of_a_file(tmp_pa
     assert training["max_steps"] == 2
     assert "num_train_epochs" not in training
     assert "max_steps" not in read_settings(tmp_path / "run.yaml", ["num_train_epochs=1"], {}).training
+
+
+@pytest.mark.parametrize("training", [1, "max_steps", [2], None])
+def test_training_that_holds_no_settings_is_one_line(training: Any) -> None:
+    if training is None:
+        assert read_settings(None, [], {"sets": ("set",), "model": "m", "output": "o", "training": None}).training
+        return
+    with pytest.raises(UsageError, match="expected fields of TrainingArguments"):
+        read_settings(None, [], {"sets": ("set",), "model": "m", "output": "o", "training": training})
