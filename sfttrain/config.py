@@ -179,6 +179,7 @@ class TrainConfig(BaseModel):
 
 
 _LENGTH = ("max_steps", "num_train_epochs")
+_MAPPINGS = ("eval", "lora", "model_init_kwargs")
 
 
 def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
@@ -201,12 +202,11 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
         for key, value in source.items():
             if value is None:
                 continue
-            if key == "training":
-                _place_training(merged, value, places.get(key, key))
-            elif key in TrainConfig.model_fields:
-                merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+            place = places.get(key, key)
+            if key != "training" and key in TrainConfig.model_fields:
+                _place_own(merged, key, value, place)
             else:
-                _place_training(merged, {key: value}, places.get(key, key))
+                _place_training(merged, value if key == "training" else {key: value}, place)
     if not merged.get("output"):
         raise UsageError("output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`.")
     if merged.get("adapter") and not merged.get("model"):
@@ -241,6 +241,13 @@ def adapter_base(folder: Path) -> str:
     except (OSError, ValueError, KeyError) as error:
         found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({error})"
         raise UsageError(f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote.") from None
+
+
+def _place_own(merged: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Put a setting of ours in its place; of those that hold settings, one source adds to the other."""
+    if isinstance(value, dict) and key not in _MAPPINGS:
+        raise UsageError(f"{place}: {key} holds no settings of its own.", f"set {key} whole.")
+    merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
 
 
 def _place_training(merged: dict[str, Any], given: Any, place: str) -> None:

@@ -75,7 +75,13 @@ def training_defaults() -> dict[str, Any]:
 
 
 def _coerced(key: str, value: Any, annotation: str) -> Any:
-    """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false."""
+    """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false.
+
+    Raises:
+        UsageError: no number where one is wanted, or settings inside what holds none.
+    """
+    if isinstance(value, dict) and "dict" not in annotation:
+        raise UsageError(f"Setting {key!r}: found {value!r:.200}; nothing inside it can be set.", f"set {key} whole.")
     if isinstance(value, bool) and "bool" not in annotation:
         return "yes" if value else "no"
     wanted = next((kind for kind in (float, int) if kind.__name__ in annotation), None)

@@ -135,3 +135,16 @@ def test_training_that_holds_no_settings_is_one_line(training: Any) -> None:
         return
     with pytest.raises(UsageError, match="expected fields of TrainingArguments"):
         read_settings(None, [], {"sets": ("set",), "model": "m", "output": "o", "training": training})
+
+
+@pytest.mark.parametrize("text", ["sets.0=x", "model.name=x", "seed.x=2", "optim.name=adam", "training.seed.x=2"])
+def test_a_dot_reaches_into_nothing_that_holds_no_settings(text: str) -> None:
+    with pytest.raises(UsageError, match=r"set (sets|model|seed|optim) whole"):
+        training_arguments(read_settings(None, [text], {"sets": ("set",), "model": "m", "output": "o"}))
+
+
+def test_fields_of_models_that_hold_settings_take_them(tmp_path: Path) -> None:
+    flags = {"sets": ("s",), "model": "m", "output": tmp_path}
+    config = read_settings(None, ["lr_scheduler_kwargs.num_cycles=2", "lora.r=4"], flags)
+    assert training_arguments(config).lr_scheduler_kwargs == {"num_cycles": 2}
+    assert config.lora is not None
