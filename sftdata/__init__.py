@@ -63,15 +63,17 @@ def stream(
         infinite: begin again at the end of the input, for ever.
         shuffle: mix the rows inside each buffer, anew in each pass.
         seed: of the shuffling.
-        settings: `buffer_rows`, rows read at a time, and any field of `sftdata.config.PrepareConfig` on reading and masking.
+        settings: `buffer_rows`, rows read at a time, and any field of `sftdata.config.PrepareConfig` that says how rows are
+            read, rendered and masked, and `max_length`.
 
     Raises:
         sftdata.errors.SftError: in one line, what stopped it and what to do.
     """
     from sftdata.config import make_config
     from sftdata.read.formatter import name_formatter
-    from sftdata.streaming import BUFFER_ROWS, Stream
+    from sftdata.streaming import BUFFER_ROWS, Stream, refuse_unstreamed
 
+    refuse_unstreamed(settings)
     name, _ = name_formatter(formatter)
     buffer_rows = settings.pop("buffer_rows", BUFFER_ROWS)
     config = make_config(inputs="stream", tokenizer=tokenizer, output=".", formatter=name, **settings)

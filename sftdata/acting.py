@@ -137,7 +137,7 @@ def _default(name: str) -> object:
 
 def _shown(config: PrepareConfig, name: str) -> str:
     value = getattr(config, name)
-    flag = flag_of(name).removesuffix("=...")
+    flag = flag_of(name).removesuffix("=VALUE")
     if isinstance(value, dict):
         return f"{flag} {' '.join(f'{key}={item}' for key, item in value.items())}"
     return flag if isinstance(value, bool | tuple) else f"{flag} {value!r}"

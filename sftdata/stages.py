@@ -115,6 +115,13 @@ class Stages:
         return list(template)
 
 
+def _overrules(config: PrepareConfig) -> str:
+    """Return the flag, without its dashes, that decides what is trained whatever messages say of themselves; "" for none."""
+    if config.response_template is not None:
+        return "response-template"
+    return "train-on all" if config.train_on == "all" else ""
+
+
 def _window(text: str, where: float) -> str:
     """Return `SAMPLE_CHARS` characters of a text; `where` is 0 for the first, 1 for the last of them."""
     start = int(where * max(len(text) - SAMPLE_CHARS, 0))
@@ -122,13 +129,6 @@ def _window(text: str, where: float) -> str:
 
 
 _loaded: Stages | None = None
-
-
-def _overrules(config: PrepareConfig) -> str:
-    """Return the flag, without its dashes, that decides what is trained whatever messages say of themselves; "" for none."""
-    if config.response_template is not None:
-        return "response-template"
-    return "train-on all" if config.train_on == "all" else ""
 
 
 def load_stages(job: Job) -> Stages:

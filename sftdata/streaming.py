@@ -31,8 +31,24 @@ from sftdata.read.source import open_source, plan_sources
 from sftdata.stages import Stages
 
 BUFFER_ROWS = 1024
+# Settings of `prepare` that say where a set comes from, how it is packed, or how the work is shared out.
+NOT_STREAMED = frozenset({
+    "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects", "max_line_bytes", "slice_bytes",
+    "workers",
+})  # fmt: skip
 
 StreamedRow = dict[str, Int32 | Float32]
+
+
+def refuse_unstreamed(settings: Iterable[str]) -> None:
+    """Refuse settings that cannot act on a stream.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name in settings:
+        if name in NOT_STREAMED:
+            raise UsageError(f"{name}: acts on sets; a stream is one text of tokens, cut every max_length.", "leave it out.")
 
 
 class Stream(Iterable[StreamedRow]):

@@ -164,7 +164,7 @@ class _Trial:
                 with torch.no_grad():
                     difference = self._difference(model, collate, rows)
                     before, after = self._logits(model, collate, rows), self._logits(model, collate, changed)
-            except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 failure = failure or error
                 continue
             moved = [(new - old).abs().max() for new, old in zip(_behind(after, rows), _behind(before, rows), strict=True)]

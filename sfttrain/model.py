@@ -37,8 +37,6 @@ def load_config(config: TrainConfig) -> Any:
     from transformers import AutoConfig
 
     source = str(config.init_from_config or config.model)
-    if source.startswith(("/", "./", "../", "~")) and not Path(source).exists():
-        raise UsageError(f"{source}: no such folder.", "name a folder or Hub id of a causal language model.")
     try:
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

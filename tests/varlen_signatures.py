@@ -34,26 +34,8 @@ def varlen_2_12(
     return _attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
-def varlen_2_13(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
-    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
-    seqused_k: Tensor | None = None, block_table: Tensor | None = None, num_splits: int | None = None,
-) -> Tensor:  # fmt: skip
-    return varlen_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
-                       enable_gqa=enable_gqa)  # fmt: skip
-
-
-def varlen_2_14(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
-    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
-    seqused_k: Tensor | None = None, block_table: Tensor | None = None, num_splits: int | None = None,
-) -> Tensor:  # fmt: skip
-    return varlen_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
-                       enable_gqa=enable_gqa)  # fmt: skip
-
-
 SIGNATURES: dict[str, Callable[..., Tensor]] = {
-    "2.10": varlen_2_10, "2.11": varlen_2_11, "2.12": varlen_2_12, "2.13": varlen_2_13, "2.14": varlen_2_14,
+    "2.10": varlen_2_10, "2.11": varlen_2_11, "2.12": varlen_2_12, "2.13": varlen_2_12, "2.14": varlen_2_12,
 }  # fmt: skip
 
 

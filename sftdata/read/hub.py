@@ -29,7 +29,7 @@ def load_dataset(source: Source) -> Dataset:
             loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # the Hub client, datasets and the builders each have their own exceptions
         what = f"{source.path}: cannot be loaded as a dataset ({type(error).__name__}: {str(error)[:300]})."
-        raise UsageError(what, "check the name, --set split=... and --set subset=..., or the connection.") from None
+        raise UsageError(what, "check the name, --split and --subset, or the connection.") from None
     chosen = _choose(loaded, source, datasets)
     for name, feature in chosen.features.items():
         if type(feature).__name__ in MEDIA:

@@ -156,6 +156,7 @@ def test_a_setting_acts_or_is_refused(name: str, value: Any, acts: set[str], pla
         if said:
             assert kind not in acts, (kind, said)
             assert re.search(rf"{word}.* Fix: ", said), (kind, said)
+            assert "=VALUE" not in said, "what was given is shown, not how it is given"
         elif kind not in AS_BY_DEFAULT.get((name, str(value)), set()):
             assert kind in acts, f"{name} is taken on {kind}"
             assert with_it != made(kind), f"{name} changes nothing on {kind}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sftdata
+from sftdata.config import PrepareConfig
 from sftdata.errors import DataError, UsageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -95,6 +96,19 @@ def test_chats_are_masked_in_a_stream_as_in_a_set(tmp_path: Path) -> None:
     sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=96, packing="wrapped", workers=1)
     stored = sftdata.open(tmp_path / "set")
     assert [row["labels"].tolist() for row in streamed] == [row.labels.tolist() for row in stored]
+
+
+SETTINGS = {
+    *("tokenizer", "formatter", "format", "map", "map_role", "kind", "prompt_template", "revision", "chat_template", "date"),
+    *("template_kwargs", "train_on", "response_template", "instruction_template", "mask_mode", "loss_weights", "boundary"),
+    *("eos_token", "trust_control_tokens", "max_length", "engine"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PrepareConfig.model_fields.keys() - SETTINGS))
+def test_a_setting_that_cannot_act_on_a_stream_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: acts on sets.*leave it out"):
+        sftdata.stream(TEXTS, tokenizer=TOKENIZER, **{name: PrepareConfig.model_fields[name].default})
 
 
 @pytest.mark.feature("constant-length stream")
