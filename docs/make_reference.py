@@ -20,6 +20,14 @@ from sftdata.show.findings import KINDS
 DOCS = Path(__file__).resolve().parent
 COMMANDS = re.compile(r"^  (?P<name>[a-z]+)  +\S", re.MULTILINE)
 SLOT = re.compile(r"\{(\w+)\}")
+# What mends a finding where that depends on the set: the finding itself says which.
+WAYS = {
+    "turn-end-not-a-stop": "--eos-token 'TOKEN', or TOKEN in eos_token_id of the tokenizer's generation_config.json, as it says",
+    "no-trained-end": "--eos-token with the token that it names; for rows of ids, ids and labels that end in it",
+    "control-token-in-answer": "clean the rows; leave out --trust-control-tokens, or give rendered chats as messages, as it says",
+    "eos-not-in-generation-config": "TOKEN in eos_token_id of the tokenizer's generation_config.json, or --eos-token, as it says",
+}
+PLAIN = {"what": "an answer or a text", "origin": ""}  # slots that are words of the sentence
 TABLE = re.compile(r"(?<=<!-- table: formats, by docs/make_reference.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -80,7 +88,8 @@ def audit_page() -> str:
         "| finding | kind | what was found | what mends it |\n|---|---|---|---|",
     ]
     for code, kind in KINDS.items():
-        cells = (SLOT.sub(lambda slot: slot[1].upper(), html.escape(text, quote=False)) for text in (kind.message, kind.fix))
+        shown = (kind.message, WAYS.get(code, kind.fix))
+        cells = (SLOT.sub(lambda slot: PLAIN.get(slot[1], slot[1].upper()), html.escape(text, quote=False)) for text in shown)
         lines.append(f"| [`{code}`](errors.md#{code}) | {kind.severity}, counted by {kind.of} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

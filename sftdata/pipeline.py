@@ -161,7 +161,7 @@ def make_dropped(name: str, piece: Slice, rows: RowBatch, gone: list[tuple[int, 
     return [
         Dropped(
             file=name,
-            line=int(rows.lines[index]) if piece.source.unit in ("line", "record") else None,
+            line=piece.line_of(int(rows.lines[index])),
             record=piece.record_of(int(rows.example_ids[index])),
             reason=reason,
             tokens=tokens,
@@ -178,11 +178,10 @@ def make_rejects(
         (int(rows.example_ids[index]), int(rows.lines[index]), int(rows.byte_offsets[index]), fault, rows.rows[index])
         for index, fault in faults
     ]
-    by_lines = piece.source.unit in ("line", "record")
     return [
         Reject(
             file=name,
-            line=line if by_lines else None,
+            line=piece.line_of(line),
             record=piece.record_of(example_id),
             byte_offset=offset,
             code=fault.code,

@@ -100,6 +100,15 @@ def test_the_linters_find_nothing(command: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_page_on_the_architecture_shows_the_layers_that_are_checked() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listing = page.split("must be given its place.")[1].split("\n- ")[0]
+    shown = re.findall(r"^    (\S+(?: \| \S+)*)(?:  |$)", listing, re.MULTILINE)
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    assert shown == [layer for layer in layers if layer != "__main__"]
+
+
 def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
     """The import rules are alive: a copy of the packages with one forbidden import each is refused."""
     for package in PACKAGES:

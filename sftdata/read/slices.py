@@ -83,6 +83,10 @@ class Slice:
         """Return the 1-based number of a row in its source."""
         return example_id - self.first_id + self.first_record + 1
 
+    def line_of(self, line: int) -> int | None:
+        """Return the line of a `RowBatch`; None in a source that is not read by lines."""
+        return line if self.source.unit in ("line", "record") else None
+
     def place(self, example_id: int, line: int) -> str:
         """Return where a row stands, in words; `line` as in a `RowBatch`."""
         unit = self.source.unit
