@@ -1,7 +1,8 @@
 """Every added token, typed by every role, under both values of `special`: encoded as inference does, or kept as text by the rule.
 
 The rule, written out here a second time: guarded is what is marked `special: true`, what has a name (BOS, EOS, pad), and what
-opens or ends a turn (told by hand below). All else is text: the ids are those of the rendered text, encoded in one piece.
+opens or ends a turn (told by hand below; what generation_config.json calls the end of generation ends a turn). All else is
+text: the ids are those of the rendered text, encoded in one piece.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 CHATML = {"<|im_start|>", "<|im_end|>"}
 TURNS: dict[str, set[str]] = {
-    "llama-3.2-instruct": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+    "llama-3.2-instruct": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"},
     "mistral-7b-instruct": {"</s>"},
     "torchtitan-test": set(),
     "phi-3-mini": {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
