@@ -31,6 +31,7 @@ test: $(STAMP) ## Run every test that needs neither a GPU nor the network, and t
 
 lint: $(STAMP) ## Check style and import rules
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 types: $(STAMP) ## Check types (mypy --strict)

@@ -22,7 +22,9 @@ RUNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="comma-separated names")
     chosen = set(filter(None, parser.parse_args().only.split(",")))
     rows = [run(name, arguments) for name, arguments in RUNS if not chosen or name in chosen]
@@ -38,7 +40,11 @@ def run(name: str, arguments: str) -> str:
     seconds = time.monotonic() - begun
     print(done.stdout, end="", flush=True)
     printed = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
-    result = "; ".join(printed).replace("|", "/") if done.returncode == 0 else f"failed with exit code {done.returncode}"
+    result = (
+        "; ".join(printed).replace("|", "/")
+        if done.returncode == 0
+        else f"failed with exit code {done.returncode}"
+    )
     return f"| `{f'{name} {arguments}'.strip()}` | {result} | {seconds:.0f} s |"
 
 
@@ -47,9 +53,13 @@ def write(rows: list[str]) -> None:
     path = HERE / "RESULTS.md"
     intro, mark, older = path.read_text(encoding="utf-8").partition("\n## ")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     load = f"load {os.getloadavg()[2]:.1f} over the last 15 minutes"
-    title = f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory} GB, no GPU used"
+    title = (
+        f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory} GB, no GPU used"
+    )
     title += f", Python {platform.python_version()}, {commit.stdout.strip() or 'no commit'}, {load}"
     table = "\n".join([f"\n## {title}\n", "| run | figures | took |", "|---|---|---|", *rows, ""])
     path.write_text(intro + table + mark + older, encoding="utf-8")

@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 FAMILIES = ("qwen2", "mistral", "qwen3_moe", "gemma2", "phi3", "lfm2")
 SMALL = {"lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4}}
-LEAVES_OUT = {("gemma2", "sdpa")}  # the cap on attention logits, in transformers before 5.23; from then on it raises
+LEAVES_OUT = {
+    ("gemma2", "sdpa")
+}  # the cap on attention logits, in transformers before 5.23; from then on it raises
 ATTENTIONS = ("varlen", "flex_attention", "sdpa", "eager")
 
 
@@ -66,7 +68,12 @@ def run() -> bool:
         folder = Path(temporary)
         shards = make_set(folder / "set", rows=16, max_length=4096, vocabulary=151_936)
         torch.manual_seed(0)
-        shape = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+        shape = {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+        }
         config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
         peaks: dict[str, float] = {}
@@ -87,7 +94,9 @@ def run() -> bool:
             "save_strategy": "no",
             "per_device_train_batch_size": 4,
         }
-        trainer = train_in_process(shards, folder / "model", folder / "out", {**steps, "activation_checkpointing": True})
+        trainer = train_in_process(
+            shards, folder / "model", folder / "out", {**steps, "activation_checkpointing": True}
+        )
         peaks["training"] = torch.cuda.max_memory_allocated() / 2**30
         log = [json.loads(line) for line in (folder / "out" / "train_log.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in log if "loss" in line]
@@ -106,11 +115,16 @@ def _first_loss_alone(folder: Path, trainer: Any) -> float:
 
     from sftdata.shardset.opened import open_set
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa").cuda()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    ).cuda()
     total, count = 0.0, 0
     for row in trainer.order.rows(0)[:4].tolist():
         for document in open_set(folder / "set")[row].documents():
-            ids, labels = (torch.from_numpy(part.astype(np.int64)).cuda() for part in (document.input_ids, document.labels))
+            ids, labels = (
+                torch.from_numpy(part.astype(np.int64)).cuda()
+                for part in (document.input_ids, document.labels)
+            )
             with torch.no_grad():
                 logits = model(input_ids=ids[None]).logits[0]
             total += float(cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100))
@@ -121,7 +135,9 @@ def _first_loss_alone(folder: Path, trainer: Any) -> float:
 if __name__ == "__main__":
     import transformers
 
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}"
+    )
     chosen = sys.argv[1] if len(sys.argv) > 1 else "all"
     parts = [part for name, part in (("run", run), ("proofs", proofs)) if chosen in (name, "all")]
     results = {part.__name__: part() for part in parts}

@@ -30,7 +30,9 @@ CONTENDERS = ("sfttrain", "trl", "bare")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tflops", type=float, default=989.0)
@@ -54,7 +56,16 @@ def main() -> None:
 
 
 def _report(contender: str, folder: Path, length: int, arguments: argparse.Namespace) -> None:
-    command = [sys.executable, __file__, "--one", contender, "--folder", str(folder), "--steps", str(arguments.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        contender,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(arguments.steps),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{length:6} {contender:9} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -63,7 +74,9 @@ def _report(contender: str, folder: Path, length: int, arguments: argparse.Names
     rate = length / found["seconds"]
     flops = rate * (6 * found["weights"] + 12 * LAYERS * HIDDEN * length)
     mfu = flops / (arguments.tflops * 1e12)
-    print(f"{length:6} {contender:9} {rate:10,.0f} tokens/s  {found['memory'] / 2**30:6.1f} GiB peak  MFU {mfu:.1%}")
+    print(
+        f"{length:6} {contender:9} {rate:10,.0f} tokens/s  {found['memory'] / 2**30:6.1f} GiB peak  MFU {mfu:.1%}"
+    )
 
 
 def _write_inputs(folder: Path, length: int, steps: int) -> None:
@@ -128,9 +141,13 @@ def _trl(folder: Path, steps: int, clock: Any) -> Any:
     attention = "flash_attention_2" if _has_flash_attention() else "sdpa"
     arguments = SFTConfig(padding_free=True, max_length=None, packing=False, **_settings(folder, steps))
     rows = Dataset(open_set(folder / "set").arrow().select(["input_ids", "labels", "seq_lengths"]))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation=attention
+    )
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
-    trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[clock])
+    trainer = SFTTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]
+    )
     trainer.train()
     return trainer.model
 
@@ -146,8 +163,12 @@ def _bare(folder: Path, steps: int, clock: Any) -> Any:
     from sfttrain.loss import fuse_loss
 
     register_attention()
-    attention = choose_attention("auto", AutoConfig.from_pretrained(folder / "model"), "cuda", torch.bfloat16).name
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention).cuda()
+    attention = choose_attention(
+        "auto", AutoConfig.from_pretrained(folder / "model"), "cuda", torch.bfloat16
+    ).name
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation=attention
+    ).cuda()
     model.config.use_cache = False
     model.activation_checkpointing_enable()
     fuse_loss(model)
@@ -155,7 +176,10 @@ def _bare(folder: Path, steps: int, clock: Any) -> Any:
     rows, collate = TrainingRows([open_set(folder / "set")]), Collator(attention in FLATTENED)
     model.train()
     for step in range(steps):
-        batch = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in collate([rows[step]]).items()}
+        batch = {
+            key: value.cuda() if hasattr(value, "cuda") else value
+            for key, value in collate([rows[step]]).items()
+        }
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(**batch, skip_logits=True).loss
         loss.backward()

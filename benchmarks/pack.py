@@ -45,7 +45,12 @@ def median_seconds(work: Callable[[], Any], repeats: int) -> float:
 def time_ours(lengths: Int64, repeats: int) -> dict[str, float]:
     rows = len(plan_packs(lengths, MAX_LENGTH))
     seconds = median_seconds(lambda: plan_packs(lengths, MAX_LENGTH), repeats)
-    return {"lengths": len(lengths), "seconds": seconds, "rows": rows, "fill": float(lengths.sum() / (rows * MAX_LENGTH))}
+    return {
+        "lengths": len(lengths),
+        "seconds": seconds,
+        "rows": rows,
+        "fill": float(lengths.sum() / (rows * MAX_LENGTH)),
+    }
 
 
 def time_ours_with_tokens(lengths: Int64, repeats: int) -> dict[str, float]:
@@ -64,7 +69,9 @@ def random_tokens(lengths: Int64) -> TokenBatch:
     return TokenBatch(ids, ids % 2 == 0, offsets, np.arange(len(lengths)))
 
 
-def time_trl(lengths: Int64, columns: dict[str, type[np.generic]], repeats: int) -> dict[str, dict[str, float]]:
+def time_trl(
+    lengths: Int64, columns: dict[str, type[np.generic]], repeats: int
+) -> dict[str, dict[str, float]]:
     import pyarrow as pa
     from datasets import Dataset, disable_caching, disable_progress_bars
     from trl.data_utils import _pack_bfd, pack_dataset
@@ -73,7 +80,12 @@ def time_trl(lengths: Int64, columns: dict[str, type[np.generic]], repeats: int)
     disable_progress_bars()
     offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
     total = int(lengths.sum())
-    table = pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(np.zeros(total, kind))) for name, kind in columns.items()})
+    table = pa.table(
+        {
+            name: pa.ListArray.from_arrays(offsets, pa.array(np.zeros(total, kind)))
+            for name, kind in columns.items()
+        }
+    )
     dataset = Dataset(table)
     ways: dict[str, Callable[[], Any]] = {
         "pack_dataset": lambda: pack_dataset(dataset, MAX_LENGTH, "bfd", map_kwargs={"keep_in_memory": True}),
@@ -83,12 +95,19 @@ def time_trl(lengths: Int64, columns: dict[str, type[np.generic]], repeats: int)
     for name, work in ways.items():
         rows = len(work())
         seconds = median_seconds(work, repeats)
-        found[name] = {"lengths": len(lengths), "seconds": seconds, "rows": rows, "fill": total / (rows * MAX_LENGTH)}
+        found[name] = {
+            "lengths": len(lengths),
+            "seconds": seconds,
+            "rows": rows,
+            "fill": total / (rows * MAX_LENGTH),
+        }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, default=10_000_000)
     parser.add_argument("--trl-lengths", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -98,7 +117,10 @@ def main() -> None:
     lengths = lognormal_lengths(args.lengths)
     part = lengths[: args.trl_lengths]
     report: dict[str, Any] = {
-        "plan": {"ours": time_ours(lengths, args.repeats), "trl": time_trl(part, {"input_ids": np.int8}, args.repeats)},
+        "plan": {
+            "ours": time_ours(lengths, args.repeats),
+            "trl": time_trl(part, {"input_ids": np.int8}, args.repeats),
+        },
         "plan and tokens": {
             "ours": time_ours_with_tokens(part, args.repeats),
             "trl": time_trl(part, {"input_ids": np.int32, "labels": np.int32}, args.repeats),
@@ -106,7 +128,9 @@ def main() -> None:
     }
     for figures in report.values():
         ours = figures["ours"]["seconds"] / figures["ours"]["lengths"]
-        figures["ratio"] = {name: found["seconds"] / found["lengths"] / ours for name, found in figures["trl"].items()}
+        figures["ratio"] = {
+            name: found["seconds"] / found["lengths"] / ours for name, found in figures["trl"].items()
+        }
     print(json.dumps(report, indent=2) if args.json else as_text(report))
 
 
@@ -115,7 +139,9 @@ def as_text(report: dict[str, Any]) -> str:
     for name, figures in report.items():
         lines += [f"{name}:", f"  ours: {in_words(figures['ours'])}"]
         for way, found in figures["trl"].items():
-            lines.append(f"  TRL, {way}: {in_words(found)}; TRL / ours per length: {figures['ratio'][way]:.0f}x")
+            lines.append(
+                f"  TRL, {way}: {in_words(found)}; TRL / ours per length: {figures['ratio'][way]:.0f}x"
+            )
     return "\n".join(lines)
 
 

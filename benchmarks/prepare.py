@@ -32,7 +32,9 @@ T0 = "datasets/prompt_completion/t0_train.jsonl.gz"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copies", type=int, default=1, help="how many times the rows are repeated")
     parser.add_argument("--only", default="ours,oracle,loop,again,steady,trl")
@@ -54,12 +56,17 @@ def write_rows(path: Path, copies: int) -> tuple[int, str]:
     data = os.environ.get("SFTDATA_TEST_DATA")
     if data and (Path(data) / T0).exists():
         with gzip.open(Path(data) / T0, "rt", encoding="utf-8") as lines:
-            pairs = [(row["prompt"], row["completion"].replace("<|endoftext|>", "")) for row in map(json.loads, lines)]
+            pairs = [
+                (row["prompt"], row["completion"].replace("<|endoftext|>", ""))
+                for row in map(json.loads, lines)
+            ]
         tokenizer = str(Path(data) / "tokenizers/qwen2.5-instruct")
     else:
         rng = random.Random(0)
         words = (ROOT / "examples/text.jsonl").read_text().split()
-        pairs = [(" ".join(rng.choices(words, k=200)), " ".join(rng.choices(words, k=30))) for _ in range(50_000)]
+        pairs = [
+            (" ".join(rng.choices(words, k=200)), " ".join(rng.choices(words, k=30))) for _ in range(50_000)
+        ]
         tokenizer = str(ROOT / "examples/tokenizer")
     with path.open("w", encoding="utf-8") as out:
         for _ in range(copies):
@@ -120,14 +127,22 @@ def run(names: list[str], rounds: int, work: Path, tokenizer: str, workers: int)
 def summarize(times: dict[str, list[float]], rows: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
-        f"{name} / ours": round(statistics.median(a / b for a, b in zip(values, times["ours"], strict=False)), 2)
+        f"{name} / ours": round(
+            statistics.median(a / b for a, b in zip(values, times["ours"], strict=False)), 2
+        )
         for name, values in times.items()
         if name not in ("ours", "steady") and "ours" in times
     }
     if "steady" in times and (alone := times.get("trl preparation alone")):
-        ratio = statistics.median(STEADY * trl / steady for trl, steady in zip(alone, times["steady"], strict=False))
+        ratio = statistics.median(
+            STEADY * trl / steady for trl, steady in zip(alone, times["steady"], strict=False)
+        )
         ratios["tokens/s, steady / trl preparation alone"] = round(ratio, 2)
-    return {"rows": rows, "seconds": {name: round(value, 2) for name, value in medians.items()}, "ratios": ratios}
+    return {
+        "rows": rows,
+        "seconds": {name: round(value, 2) for name, value in medians.items()},
+        "ratios": ratios,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -162,7 +177,9 @@ def run_trl(rows: str, tokenizer: str, output: str) -> None:
         dataset_num_proc=WORKERS, report_to="none", use_cpu=True, bf16=False,
     )  # fmt: skip
     started = time.perf_counter()
-    trainer = SFTTrainer(model=Qwen2ForCausalLM(config), args=arguments, train_dataset=data, processing_class=processing)
+    trainer = SFTTrainer(
+        model=Qwen2ForCausalLM(config), args=arguments, train_dataset=data, processing_class=processing
+    )
     print(f"preparation {time.perf_counter() - started:.2f} s, {len(trainer.train_dataset)} rows")
 
 
@@ -175,7 +192,9 @@ def run_loop(rows: str, tokenizer: str, output: str) -> None:
     edges = [size * part // WORKERS for part in range(WORKERS + 1)]
     Path(output).mkdir()
     with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
-        jobs = [pool.submit(loop_part, rows, tokenizer, f"{output}/{a}.bin", a, b) for a, b in pairwise(edges)]
+        jobs = [
+            pool.submit(loop_part, rows, tokenizer, f"{output}/{a}.bin", a, b) for a, b in pairwise(edges)
+        ]
         print(sum(job.result() for job in jobs), "tokens")
 
 

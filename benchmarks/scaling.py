@@ -25,7 +25,9 @@ from prepare import MAX_LENGTH, write_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--copies", default="1,5")
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--json", action="store_true")
@@ -35,7 +37,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows, tokenizer = write_rows(Path(folder) / "chats.jsonl", copies)
             for workers in map(int, options.workers.split(",")):
-                results.append({"copies": copies, "rows": rows, "workers": workers} | measure(Path(folder), tokenizer, workers))
+                results.append(
+                    {"copies": copies, "rows": rows, "workers": workers}
+                    | measure(Path(folder), tokenizer, workers)
+                )
                 print(results[-1], file=sys.stderr)
     print(json.dumps(results, indent=2) if options.json else "\n".join(map(line, results)))
 
@@ -66,7 +71,9 @@ def measure(work: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     ]
     started = time.perf_counter()
     process = subprocess.Popen(
-        [*command, "--max-length", str(MAX_LENGTH), "--workers", str(workers)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, "--max-length", str(MAX_LENGTH), "--workers", str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     written = resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock
     memory = Memory(process.pid)
@@ -122,7 +129,9 @@ class Memory:
 
     def _read(self, pid: int) -> tuple[float, float]:
         try:
-            fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+            fields = dict(
+                line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            )
             return int(fields["Rss"].split()[0]) * 1024.0, int(fields["Pss"].split()[0]) * 1024.0
         except (OSError, KeyError, ValueError):
             return 0.0, 0.0

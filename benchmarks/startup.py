@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -29,7 +31,9 @@ def main() -> None:
     print(
         json.dumps(result, indent=2)
         if options.json
-        else "\n".join(f"{name:>24} {wall:6.2f} s wall {cpu:6.2f} s cpu" for name, (wall, cpu) in result.items())
+        else "\n".join(
+            f"{name:>24} {wall:6.2f} s wall {cpu:6.2f} s cpu" for name, (wall, cpu) in result.items()
+        )
     )
 
 

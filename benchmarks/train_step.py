@@ -33,7 +33,9 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--startup", action="store_true")
@@ -71,8 +73,12 @@ def _report_steps(folder: Path, steps: int, rounds: int) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(seconds['TRL'])} steps each")
     for name, value in medians.items():
-        print(f"{name:20} {value:7.3f} s/step  (fastest {min(seconds[name]):.3f})  {value / medians['sfttrain']:.2f}x sfttrain")
-    print(f"overhead over the bare loop: {100 * (medians['sfttrain'] / medians['bare loop, our loss'] - 1):+.1f}%")
+        print(
+            f"{name:20} {value:7.3f} s/step  (fastest {min(seconds[name]):.3f})  {value / medians['sfttrain']:.2f}x sfttrain"
+        )
+    print(
+        f"overhead over the bare loop: {100 * (medians['sfttrain'] / medians['bare loop, our loss'] - 1):+.1f}%"
+    )
 
 
 def _report_startup(folder: Path) -> None:
@@ -88,7 +94,9 @@ def _report_startup(folder: Path) -> None:
             if name == "trl":
                 preparation.append(float(done.stdout.splitlines()[-1]))
     trl, ours, prepared = (statistics.median(values) for values in (*seconds.values(), preparation))
-    print(f"process start to first step: TRL {trl:.1f} s ({prepared:.1f} s of it preparation), sfttrain {ours:.1f} s")
+    print(
+        f"process start to first step: TRL {trl:.1f} s ({prepared:.1f} s of it preparation), sfttrain {ours:.1f} s"
+    )
     print(f"sfttrain takes {ours / (trl - prepared):.2f} of TRL's time, preparation excluded")
 
 
@@ -117,10 +125,16 @@ def _trl(folder: Path, callback: Any, max_steps: int = 10_000) -> float:
 
     from sftdata.shardset.opened import open_set
 
-    options = SETTINGS | {"output_dir": str(folder / "trl"), "max_steps": max_steps, "gradient_checkpointing": False}
+    options = SETTINGS | {
+        "output_dir": str(folder / "trl"),
+        "max_steps": max_steps,
+        "gradient_checkpointing": False,
+    }
     arguments = SFTConfig(padding_free=True, max_length=None, packing=False, **options)
     rows = Dataset(open_set(folder / "set").arrow().select(["input_ids", "labels", "seq_lengths"]))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
     spent = [0.0]
     own = SFTTrainer._prepare_dataset
@@ -132,7 +146,9 @@ def _trl(folder: Path, callback: Any, max_steps: int = 10_000) -> float:
         return result
 
     SFTTrainer._prepare_dataset = timed
-    trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
+    trainer = SFTTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
+    )
     trainer.train()
     return spent[0]
 
@@ -178,7 +194,9 @@ def _loop_steps(folder: Path, fused: bool) -> Iterator[float]:
     from sfttrain.data import Collator, TrainingRows
     from sfttrain.loss import fuse_loss
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
     model.config.use_cache = False
     if fused:
         fuse_loss(model)
@@ -204,7 +222,9 @@ def _first_step(name: str, folder: Path) -> None:
     if name == "sfttrain":
         from sfttrain.cli import main as command
 
-        overrides = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        overrides = [
+            part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")
+        ]
         output = tempfile.mkdtemp(dir=folder)
         places = [str(folder / "set"), "--model", str(folder / "model"), "-o", output]
         sys.exit(command(["run", *places, "--max-steps", "1", *overrides]))

@@ -31,7 +31,9 @@ FLAG = re.compile(r"--([a-z][a-z-]*) ([^\s,()]+)")
 
 # Placeholders in an offered fix that only who knows the data can fill in.
 CHOICES: dict[str, dict[str, Any]] = {
-    "dirty/gorilla_huggingface_api_nulls_mixed.jsonl": {"map": {"prompt": "description", "completion": "api_call"}},
+    "dirty/gorilla_huggingface_api_nulls_mixed.jsonl": {
+        "map": {"prompt": "description", "completion": "api_call"}
+    },
     "tools/bfcl_v4_live_multiple.jsonl.gz": {"formatter": "make_compatibility:answer"},
     "tools/bfcl_v4_live_simple_jsonl_named.json": {"formatter": "make_compatibility:answer"},
 }
@@ -41,7 +43,9 @@ HUB = {"Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-instruct"}
 
 def answer(row: dict[str, Any]) -> dict[str, Any]:
     """Turn a question of the function-calling benchmark, which comes without one, into a conversation with an answer."""
-    return {"messages": [*row["question"][0], {"role": "assistant", "content": f"{row['function'][0]['name']}()"}]}
+    return {
+        "messages": [*row["question"][0], {"role": "assistant", "content": f"{row['function'][0]['name']}()"}]
+    }
 
 
 @dataclass
@@ -90,7 +94,11 @@ def run(data: Path, path: Path, tokenizer: str) -> Outcome:
             output = Path(folder) / "set"
             try:
                 manifest = sftdata.prepare(
-                    path, tokenizer=str(data / "tokenizers" / tokenizer), output=output, workers=1, **outcome.settings
+                    path,
+                    tokenizer=str(data / "tokenizers" / tokenizer),
+                    output=output,
+                    workers=1,
+                    **outcome.settings,
                 )
             except SftError as error:
                 message, fix = said(str(error), path, data, output), offered(str(error), outcome.file, data)
@@ -102,8 +110,14 @@ def run(data: Path, path: Path, tokenizer: str) -> Outcome:
                 continue
             outcome.problems = verify(output).problems
         ledger = manifest.ledger
-        outcome.format = "by formatter" if "formatter" in outcome.settings else ", ".join(manifest.settings["formats"])
-        outcome.rows, outcome.kept, outcome.cut = ledger.rows_in, ledger.rows_kept, ledger.counters.get("rows_cut", 0)
+        outcome.format = (
+            "by formatter" if "formatter" in outcome.settings else ", ".join(manifest.settings["formats"])
+        )
+        outcome.rows, outcome.kept, outcome.cut = (
+            ledger.rows_in,
+            ledger.rows_kept,
+            ledger.counters.get("rows_cut", 0),
+        )
         outcome.rejected, outcome.dropped = dict(ledger.rows_rejected), dict(ledger.rows_dropped)
         outcome.trained = ledger.tokens_trained / ledger.tokens
         return outcome
@@ -111,7 +125,12 @@ def run(data: Path, path: Path, tokenizer: str) -> Outcome:
 
 def said(message: str, path: Path, data: Path, output: Path) -> str:
     """Return a message without what differs from file to file: its path, line and counts."""
-    for name, stands_for in ((str(path), "FILE"), (path.name, "FILE"), (str(output), "DIR"), (f"{data}/tokenizers/", "")):
+    for name, stands_for in (
+        (str(path), "FILE"),
+        (path.name, "FILE"),
+        (str(output), "DIR"),
+        (f"{data}/tokenizers/", ""),
+    ):
         message = message.replace(name, stands_for)
     return re.sub(r"(?<![\w.-])\d+(?![\w%]|\.\d)", "N", message)
 
@@ -162,8 +181,16 @@ def write_page(data: Path, outcomes: list[Outcome]) -> str:
     for file in dict.fromkeys(outcome.file for outcome in outcomes):
         row = [outcome for outcome in outcomes if outcome.file == file]
         source = open_source(str(data / "datasets" / file))
-        container = source.container if source.compression == "none" else f"{source.container}, {source.compression}"
-        cells = [f"`{file}`", container, row[0].format, f"{row[0].rows:,}", *(cell(outcome, notes) for outcome in row)]
+        container = (
+            source.container if source.compression == "none" else f"{source.container}, {source.compression}"
+        )
+        cells = [
+            f"`{file}`",
+            container,
+            row[0].format,
+            f"{row[0].rows:,}",
+            *(cell(outcome, notes) for outcome in row),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -174,8 +201,16 @@ def write_page(data: Path, outcomes: list[Outcome]) -> str:
         "| | message | run again with |",
         "|--:|---|---|",
     ]
-    lines += [f"| {number} | {escape(message)} | {taken(message, outcomes)} |" for message, number in notes.items()]
-    lines += ["", "## Rows that are not kept", "", "| file | tokenizer | rejected | dropped |", "|---|---|---|---|"]
+    lines += [
+        f"| {number} | {escape(message)} | {taken(message, outcomes)} |" for message, number in notes.items()
+    ]
+    lines += [
+        "",
+        "## Rows that are not kept",
+        "",
+        "| file | tokenizer | rejected | dropped |",
+        "|---|---|---|---|",
+    ]
     return "\n".join([*lines, *losses(outcomes)]) + "\n"
 
 
@@ -198,7 +233,9 @@ def taken(message: str, outcomes: list[Outcome]) -> str:
     fixes = [dict(zip(outcome.refusals, outcome.fixes, strict=True)).get(message, {}) for outcome in outcomes]
     flags: dict[str, None] = {}
     for name, value in (item for fix in fixes for item in fix.items()):
-        values = [f"{key}={column}" for key, column in value.items()] if isinstance(value, dict) else [str(value)]
+        values = (
+            [f"{key}={column}" for key, column in value.items()] if isinstance(value, dict) else [str(value)]
+        )
         flags[" ".join(f"`--{name.replace('_', '-')} {Path(text).name}`" for text in values)] = None
     return " or ".join(flags)
 
@@ -208,7 +245,8 @@ def losses(outcomes: list[Outcome]) -> Iterator[str]:
     lost: dict[tuple[str, str, str], list[str]] = {}
     for outcome in outcomes:
         counts = [
-            ", ".join(f"{count} {name}" for name, count in sorted(rows.items())) for rows in (outcome.rejected, outcome.dropped)
+            ", ".join(f"{count} {name}" for name, count in sorted(rows.items()))
+            for rows in (outcome.rejected, outcome.dropped)
         ]
         if any(counts):
             lost.setdefault((outcome.file, counts[0], counts[1]), []).append(outcome.tokenizer)
@@ -225,7 +263,9 @@ def escape(text: str) -> str:
 def main() -> int:
     """Run what is asked for; write the page when that is everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only files with this in their path; prints instead of writing the page")
+    parser.add_argument(
+        "--only", default="", help="only files with this in their path; prints instead of writing the page"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcomes as JSON lines")
     arguments = parser.parse_args()
     data = Path(os.environ["SFTDATA_TEST_DATA"])
@@ -233,7 +273,14 @@ def main() -> int:
     for path in data_files(data):
         for tokenizer in TOKENIZERS if arguments.only in path.as_posix() else ():
             outcomes.append(run(data, path, tokenizer))
-            print(path.name, tokenizer, len(outcomes[-1].refusals), outcomes[-1].problems or "ok", file=sys.stderr, flush=True)
+            print(
+                path.name,
+                tokenizer,
+                len(outcomes[-1].refusals),
+                outcomes[-1].problems or "ok",
+                file=sys.stderr,
+                flush=True,
+            )
     if arguments.json:
         sys.stdout.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
     elif arguments.only:

@@ -65,7 +65,12 @@ def page() -> str:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for row, proof in read_proofs(path):
             proofs[row].append(proof)
-    lines = ["# What the trainer does", "", "Written by `docs/make_features.py` from the tests that prove each line.", ""]
+    lines = [
+        "# What the trainer does",
+        "",
+        "Written by `docs/make_features.py` from the tests that prove each line.",
+        "",
+    ]
     lines += ["| | what works | proven by |", "|---|---|---|"]
     lines += [f"| {row} | {text} | {_cell(proofs[row])} |" for row, text in ROWS.items()]
     return "\n".join([*lines, ""])
@@ -79,7 +84,11 @@ def read_proofs(path: Path) -> list[tuple[str, Proof]]:
     """
     found = []
     for node in ast.parse(path.read_text("utf-8")).body:
-        marks = [mark for mark in getattr(node, "decorator_list", []) if ast.unparse(mark).startswith("pytest.mark.")]
+        marks = [
+            mark
+            for mark in getattr(node, "decorator_list", [])
+            if ast.unparse(mark).startswith("pytest.mark.")
+        ]
         rows = [mark.args[0].value for mark in marks if ast.unparse(mark).startswith("pytest.mark.feature(")]
         gpu = any(ast.unparse(mark) == "pytest.mark.gpu" for mark in marks)
         for row in rows:
@@ -92,7 +101,10 @@ def read_proofs(path: Path) -> list[tuple[str, Proof]]:
 def _cell(proofs: list[Proof]) -> str:
     if not proofs:
         return "no test"
-    named = [f"[{_words(proof.name)}](../{proof.place})" + (" (GPU: not run here)" if proof.gpu else "") for proof in proofs]
+    named = [
+        f"[{_words(proof.name)}](../{proof.place})" + (" (GPU: not run here)" if proof.gpu else "")
+        for proof in proofs
+    ]
     return "; ".join(named)
 
 

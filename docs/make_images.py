@@ -76,8 +76,22 @@ def notebook_page(path: Path) -> str:
 
 def train(chats: Path, output: Path) -> Path:
     """Train the tiny model on the set and return its report."""
-    settings = ("learning_rate=0.005", "per_device_train_batch_size=4", "logging_steps=2", "eval_strategy=steps", "eval_steps=10")
-    command = ["sfttrain", "run", str(chats), "--eval", f"same={chats}", "--init-from-config", "examples/tiny-model/config.json"]
+    settings = (
+        "learning_rate=0.005",
+        "per_device_train_batch_size=4",
+        "logging_steps=2",
+        "eval_strategy=steps",
+        "eval_steps=10",
+    )
+    command = [
+        "sfttrain",
+        "run",
+        str(chats),
+        "--eval",
+        f"same={chats}",
+        "--init-from-config",
+        "examples/tiny-model/config.json",
+    ]
     options = [part for setting in settings for part in ("--set", setting)]
     subprocess.run([*command, "-o", str(output), "--max-steps", "60", *options], check=True, cwd=ROOT)
     return output / "report.html"
@@ -88,8 +102,17 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise SystemExit("Chromium is not installed; the SVG is written, the screenshots are not.")
-    shot = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
-    subprocess.run([*shot, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120, capture_output=True)
+    shot = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={width},{height}",
+    ]
+    subprocess.run(
+        [*shot, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120, capture_output=True
+    )
 
 
 def main() -> None:
@@ -103,7 +126,9 @@ def main() -> None:
         write_page(report, make_report(sftdata.open(chats)))
         photograph(report, IMAGES / "report.png", 1000, 1500)
         photograph(train(chats, folder / "model"), IMAGES / "training.png", 1000, 1250)
-        notebook.write_text(notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8")
+        notebook.write_text(
+            notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8"
+        )
         photograph(notebook, IMAGES / "notebook.png", 920, 1960)
 
 

@@ -35,7 +35,10 @@ def help_of(package: str, *command: str) -> str:
     """Return what `--help` of a command prints on 100 columns."""
     main = sfttrain.cli.main if package == "sfttrain" else sftdata.cli.main
     printed = io.StringIO()
-    with mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}), contextlib.redirect_stdout(printed):
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),
+        contextlib.redirect_stdout(printed),
+    ):
         main([*command, "--help"])
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip() + "\n"
 
@@ -89,14 +92,22 @@ def audit_page() -> str:
     ]
     for code, kind in KINDS.items():
         shown = (kind.message, WAYS.get(code, kind.fix))
-        cells = (SLOT.sub(lambda slot: PLAIN.get(slot[1], slot[1].upper()), html.escape(text, quote=False)) for text in shown)
-        lines.append(f"| [`{code}`](errors.md#{code}) | {kind.severity}, counted by {kind.of} | {' | '.join(cells)} |")
+        cells = (
+            SLOT.sub(lambda slot: PLAIN.get(slot[1], slot[1].upper()), html.escape(text, quote=False))
+            for text in shown
+        )
+        lines.append(
+            f"| [`{code}`](errors.md#{code}) | {kind.severity}, counted by {kind.of} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def formats_table() -> str:
     """Return the table of row formats."""
-    lines = ["| format | what it is | columns it needs (or their other names) | columns it also takes |", "|---|---|---|---|"]
+    lines = [
+        "| format | what it is | columns it needs (or their other names) | columns it also takes |",
+        "|---|---|---|---|",
+    ]
     for entry in FORMATS.values():
         needed = ", ".join(
             " or ".join(f"`{name}`" for name in column.spellings if name != LINE) or "the line itself"
@@ -112,7 +123,12 @@ def pages() -> dict[Path, str]:
     """Return path -> text of every page, as it should be."""
     formats = DOCS / "formats.md"
     table = TABLE.sub(lambda _: formats_table(), formats.read_text("utf-8"))
-    return {DOCS / "cli.md": cli_page(), DOCS / "errors.md": errors_page(), DOCS / "audit.md": audit_page(), formats: table}
+    return {
+        DOCS / "cli.md": cli_page(),
+        DOCS / "errors.md": errors_page(),
+        DOCS / "audit.md": audit_page(),
+        formats: table,
+    }
 
 
 if __name__ == "__main__":

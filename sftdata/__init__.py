@@ -22,7 +22,12 @@ Formatter = str | Callable[[Any], Any] | None
 
 
 def prepare(
-    inputs: str | Path | Sequence[str | Path], *, tokenizer: str, output: str | Path, formatter: Formatter = None, **settings: Any
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: str,
+    output: str | Path,
+    formatter: Formatter = None,
+    **settings: Any,
 ) -> Manifest:
     """Build a set of shards; the same function as `sftdata prepare`.
 

@@ -30,18 +30,25 @@ def refuse_useless(config: PrepareConfig) -> None:
     """
     _refuse_markers(config)
     if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
-        raise UsageError("--loss-weights weighs turns; --train-on all and --response-template train no turns.", "leave one out.")
+        raise UsageError(
+            "--loss-weights weighs turns; --train-on all and --response-template train no turns.",
+            "leave one out.",
+        )
     if config.formatter is not None:
         _check_formatter(config, config.formatter)
     _refuse_useless_lengths(config)
     if config.revision is not None and Path(config.tokenizer).exists():
-        raise UsageError(f"--revision {config.revision}: {config.tokenizer} is a local tokenizer.", "leave --revision out.")
+        raise UsageError(
+            f"--revision {config.revision}: {config.tokenizer} is a local tokenizer.", "leave --revision out."
+        )
 
 
 def _check_formatter(config: PrepareConfig, formatter: str) -> None:
     if config.format is not None or config.map:
         flag = "--format" if config.format is not None else "--map"
-        raise UsageError(f"{flag} beside --formatter: the function says what each row is.", f"leave {flag} out.")
+        raise UsageError(
+            f"{flag} beside --formatter: the function says what each row is.", f"leave {flag} out."
+        )
     load_formatter(formatter, formatter_sha256(formatter))
 
 
@@ -60,7 +67,9 @@ def _refuse_markers(config: PrepareConfig) -> None:
             found = f"--mask-mode {config.mask_mode} masks by response template, and none is given."
             raise UsageError(found, "--response-template '...'")
         if config.instruction_template is not None:
-            raise UsageError("--instruction-template without --response-template trains nothing.", "give both.")
+            raise UsageError(
+                "--instruction-template without --response-template trains nothing.", "give both."
+            )
         return
     check_markers(config.response_template, config.instruction_template)
     if config.train_on != "auto":
@@ -126,7 +135,10 @@ def refuse_idle(config: PrepareConfig, looks: Sequence[Look], tokenizer: Resolve
         rules["train_on"] = _TRAIN_ON[config.train_on]
     for name, rule in rules.items():
         if not any(rule.acts(config, look) for look in looks):
-            raise UsageError(f"{_shown(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.", "leave it out.")
+            raise UsageError(
+                f"{_shown(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.",
+                "leave it out.",
+            )
     _refuse_unread_arguments(config, tokenizer)
     return _roles_not_met(config, looks)
 
@@ -144,9 +156,16 @@ def _shown(config: PrepareConfig, name: str) -> str:
 
 
 def _kinds(looks: Sequence[Look]) -> str:
-    names = {Conversation: "conversations", Completion: "prompts with a completion", Text: "running text", Tokens: "ids"}
+    names = {
+        Conversation: "conversations",
+        Completion: "prompts with a completion",
+        Text: "running text",
+        Tokens: "ids",
+    }
     held = [" and ".join(names[kind] for kind in names if look.holds(kind)) for look in looks]
-    said = [f"{look.path} holds {kinds} ({look.format})" for look, kinds in zip(looks[:SHOWN], held, strict=False)]
+    said = [
+        f"{look.path} holds {kinds} ({look.format})" for look, kinds in zip(looks[:SHOWN], held, strict=False)
+    ]
     return "; ".join([*said, *(["..."] if len(looks) > SHOWN else [])])
 
 
@@ -176,7 +195,9 @@ def _refuse_unread_arguments(config: PrepareConfig, tokenizer: ResolvedTokenizer
     if unread := sorted(set(config.template_kwargs) - known):
         near = difflib.get_close_matches(unread[0], sorted(known), n=1)
         what = f"--set template_kwargs.{unread[0]}: the chat template reads no such argument."
-        raise UsageError(what, f"did you mean {near[0]!r}?" if near else "leave it out, or choose another --chat-template.")
+        raise UsageError(
+            what, f"did you mean {near[0]!r}?" if near else "leave it out, or choose another --chat-template."
+        )
     if config.date != _default("date") and "strftime_now" not in known:
         raise UsageError(f"--date {config.date}: the chat template writes no date.", "leave it out.")
 

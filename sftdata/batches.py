@@ -238,7 +238,9 @@ class TokenBatch:
         [0, 1, 3, 4, 6]
         """
         if not parts:
-            return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64))
+            return cls(
+                np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64)
+            )
         if len(parts) == 1:
             return parts[0]
         offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
@@ -247,7 +249,9 @@ class TokenBatch:
             np.concatenate([part.trained for part in parts]),
             offsets,
             np.concatenate([part.row for part in parts]),
-            np.concatenate([part.weights() for part in parts]) if any(part.loss_weights is not None for part in parts) else None,
+            np.concatenate([part.weights() for part in parts])
+            if any(part.loss_weights is not None for part in parts)
+            else None,
         )
 
 

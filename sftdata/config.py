@@ -31,43 +31,68 @@ class PrepareConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # ---- what is read
-    inputs: tuple[str, ...] = Field(min_length=1, description="Files, folders, globs, URLs or Hub dataset ids.")
+    inputs: tuple[str, ...] = Field(
+        min_length=1, description="Files, folders, globs, URLs or Hub dataset ids."
+    )
     split: str | None = Field(
-        None, description="Split of a dataset, or of files named by splits; also parts, as train[:95%] or train+test."
+        None,
+        description="Split of a dataset, or of files named by splits; also parts, as train[:95%] or train+test.",
     )
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     format: str | None = Field(None, description="Row format by name; default: detected.")
     map: dict[str, str] = Field(
         default_factory=dict, description="Canonical column = column in the data, as completion=response."
     )
-    map_role: dict[str, str] = Field(default_factory=dict, description="Role in the data = canonical role, as bot=assistant.")
+    map_role: dict[str, str] = Field(
+        default_factory=dict, description="Role in the data = canonical role, as bot=assistant."
+    )
     formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
     kind: Literal["auto", "conversation", "completion", "text"] = Field(
-        "auto", description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use."
+        "auto",
+        description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use.",
     )
-    prompt_template: str | None = Field(None, description="File with {field} slots for instruction rows without a chat template.")
-    max_line_bytes: int = Field(DEFAULT_LINE_BYTES, gt=0, le=MOST_BYTES, description="A longer line is rejected, bytes.")
+    prompt_template: str | None = Field(
+        None, description="File with {field} slots for instruction rows without a chat template."
+    )
+    max_line_bytes: int = Field(
+        DEFAULT_LINE_BYTES, gt=0, le=MOST_BYTES, description="A longer line is rejected, bytes."
+    )
 
     # ---- what is rendered and trained
     tokenizer: str = Field(description="Folder or Hub id of the tokenizer.")
     revision: str | None = Field(None, description="Revision of a Hub tokenizer.")
-    chat_template: str | None = Field(None, description="Built-in name, template file, or tokenizer to clone from.")
-    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments for every render of the chat template.")
-    date: str = Field(DEFAULT_DATE, pattern=r"^\d{4}-\d{2}-\d{2}$", description="What strftime_now sees in templates.")
+    chat_template: str | None = Field(
+        None, description="Built-in name, template file, or tokenizer to clone from."
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments for every render of the chat template."
+    )
+    date: str = Field(
+        DEFAULT_DATE, pattern=r"^\d{4}-\d{2}-\d{2}$", description="What strftime_now sees in templates."
+    )
     train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = Field(
-        "auto", description="auto: assistant for conversations, completion for prompt/completion, all for text."
+        "auto",
+        description="auto: assistant for conversations, completion for prompt/completion, all for text.",
     )
     response_template: str | tuple[int, ...] | None = Field(
         None, description="Marker before each trained answer in running text."
     )
-    instruction_template: str | tuple[int, ...] | None = Field(None, description="Marker before each instruction.")
+    instruction_template: str | tuple[int, ...] | None = Field(
+        None, description="Marker before each instruction."
+    )
     mask_mode: Literal["default", "trl-0.7.10"] = Field("default", description="How response templates mask.")
-    loss_weights: bool = Field(False, description="Keep fractional weights of messages, as the column loss_weights.")
-    boundary: Literal["split", "merge"] = Field("split", description="Tokens that straddle the edge of a trained span.")
+    loss_weights: bool = Field(
+        False, description="Keep fractional weights of messages, as the column loss_weights."
+    )
+    boundary: Literal["split", "merge"] = Field(
+        "split", description="Tokens that straddle the edge of a trained span."
+    )
     eos_token: str | None = Field(
         None, description="End token to write after the last trained turn, or instead of the tokenizer's."
     )
-    trust_control_tokens: bool = Field(False, description="Let control tokens typed inside message content count as such.")
+    trust_control_tokens: bool = Field(
+        False, description="Let control tokens typed inside message content count as such."
+    )
 
     # ---- how it is cut, packed and stored
     output: Path = Field(description="Folder of the set.")
@@ -83,10 +108,14 @@ class PrepareConfig(BaseModel):
     max_rejects: str = Field(
         "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
     )
-    slice_bytes: int = Field(8 << 20, gt=0, le=MOST_BYTES, description="Input bytes per slice; packing does not cross slices.")
+    slice_bytes: int = Field(
+        8 << 20, gt=0, le=MOST_BYTES, description="Input bytes per slice; packing does not cross slices."
+    )
 
     # ---- how the work is done (never changes a byte of the set)
-    workers: int | None = Field(None, gt=0, le=MOST_WORKERS, description="Worker processes; default: one per usable core.")
+    workers: int | None = Field(
+        None, gt=0, le=MOST_WORKERS, description="Worker processes; default: one per usable core."
+    )
     engine: Literal["auto", "gigatoken", "tokenizers"] = Field(
         "auto", description="Tokenizer engine; auto takes the fast one where it is proven equal."
     )
@@ -175,7 +204,13 @@ def check_settings(settings: Mapping[str, Any], places: Mapping[str, str]) -> Pr
         hint = f"did you mean {near[0]!r}?" if near else _meaning(where)
         found = f"found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
         place = places.get(where.partition(".")[0], "")
-        name = place if place.startswith("--") else f"{place}: setting {where!r}" if place else f"Setting {where!r}"
+        name = (
+            place
+            if place.startswith("--")
+            else f"{place}: setting {where!r}"
+            if place
+            else f"Setting {where!r}"
+        )
         raise UsageError(f"{name}: {found}", hint) from None
 
 
@@ -202,4 +237,6 @@ def _known(key: str) -> str:
 def _meaning(setting: str) -> str:
     """Return what a setting is, which says what it may be."""
     field = PrepareConfig.model_fields.get(setting.partition(".")[0])
-    return f"expected: {field.description}" if field and field.description else "see `sftdata prepare --help`."
+    return (
+        f"expected: {field.description}" if field and field.description else "see `sftdata prepare --help`."
+    )

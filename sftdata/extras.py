@@ -22,5 +22,9 @@ def need(module: str, extra: str, why: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         missing = getattr(error, "name", None) or module
-        found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
-        raise UsageError(f"{why}, and the package {missing} {found}.", f"pip install 'sftdata[{extra}]'") from None
+        found = (
+            "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+        )
+        raise UsageError(
+            f"{why}, and the package {missing} {found}.", f"pip install 'sftdata[{extra}]'"
+        ) from None

@@ -22,7 +22,9 @@ def start_workers(config: PrepareConfig) -> Workers:
     Raises:
         UsageError: an input that is not there.
     """
-    worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(config) >= WORTH_A_FAST_ENGINE
+    worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(
+        config
+    ) >= WORTH_A_FAST_ENGINE
     return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
 
 

@@ -60,8 +60,12 @@ def _look(config: PrepareConfig, source: SourcePlan, found: Detection, rows: lis
         path=source.source.path,
         format=found.format,
         kinds=frozenset(map(type, rows)),
-        completes=any(isinstance(row, Completion) or (isinstance(row, Conversation) and row.prompt_messages) for row in rows),
-        asks=found.format in INSTRUCTIONS or any(not is_messages(from_messages(prompt)) for prompt in prompts),
+        completes=any(
+            isinstance(row, Completion) or (isinstance(row, Conversation) and row.prompt_messages)
+            for row in rows
+        ),
+        asks=found.format in INSTRUCTIONS
+        or any(not is_messages(from_messages(prompt)) for prompt in prompts),
         roles=frozenset(_roles(found)) if config.map_role else frozenset(),
         whole=_size(source.samples) == _size(source.slices),
     )
@@ -71,7 +75,11 @@ def _roles(found: Detection) -> Iterator[str]:
     for row in found.rows:
         for value in map(from_json, map(row.get, found.columns.values())):
             if is_messages(value):
-                yield from (str(message.get("role", message.get("from"))) for message in value if isinstance(message, dict))
+                yield from (
+                    str(message.get("role", message.get("from")))
+                    for message in value
+                    if isinstance(message, dict)
+                )
 
 
 def _size(pieces: Sequence[Slice]) -> int:
@@ -94,7 +102,9 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
     )
 
 
-def look_at(config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer) -> tuple[str, Look | None, list[str]]:
+def look_at(
+    config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer
+) -> tuple[str, Look | None, list[str]]:
     """Return the row format of one source, a look at its rows, and what to say of them; several inputs may differ.
 
     There is no look where a formatter says what each row is, or where there are no rows.
@@ -116,7 +126,9 @@ def look_at(config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokeni
             f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
             "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
         )
-    read = ", ".join(own if own == name else f"{own or 'the line'} as {name}" for name, own in found.columns.items())
+    read = ", ".join(
+        own if own == name else f"{own or 'the line'} as {name}" for name, own in found.columns.items()
+    )
     said = f"{path}: {found.format} ({read}), {found.matched} of {found.sampled} sampled rows."
     return found.format, look, [said, *_hints(config, look, rows, tokenizer)]
 
@@ -129,12 +141,21 @@ def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: Resolv
     if markers is not None:
         asked, answered = map(shell_quote, markers)
         flags = f"--response-template {answered} --instruction-template {asked}"
-        return [f"{look.path}: all of the text is trained, its questions too; to train the answers alone: {flags}"]
+        return [
+            f"{look.path}: all of the text is trained, its questions too; to train the answers alone: {flags}"
+        ]
     prompts = [row for row in rows if isinstance(row, Completion)]
     control = [token.content for token in tokenizer.added_tokens if token.special]
-    if not prompts or tokenizer.chat_template is None or config.kind != "auto" or look.format != "prompt-completion":
+    if (
+        not prompts
+        or tokenizer.chat_template is None
+        or config.kind != "auto"
+        or look.format != "prompt-completion"
+    ):
         return []
-    if any(token in row.prompt for row in prompts for token in control) or find_turn_markers([row.prompt for row in prompts]):
+    if any(token in row.prompt for row in prompts for token in control) or find_turn_markers(
+        [row.prompt for row in prompts]
+    ):
         return []
     return [
         f"{look.path}: {JOINED_RAW};"

@@ -123,7 +123,10 @@ _OF_SFTDATA: dict[str, tuple[str | None, str]] = {
     "dataset_dir": ("inputs", ""),
     "enable_thinking": ("template_kwargs", "As --set template_kwargs.enable_thinking=false."),
     # ms-swift
-    "loss_scale": ("train_on", "assistant, last-assistant or all; a weight beside a message counts with --loss-weights."),
+    "loss_scale": (
+        "train_on",
+        "assistant, last-assistant or all; a weight beside a message counts with --loss-weights.",
+    ),
     "truncation_strategy": ("overlong", "truncate-left, truncate, drop or split."),
     "packing_length": ("max_length", ""),
     "columns": ("map", "messages=COLUMN."),
@@ -160,8 +163,12 @@ _OF_SFTTRAIN: dict[str, tuple[str | None, str]] = {
     "use_liger": ("loss", "liger."),
     "gradient_checkpointing": ("activation_checkpointing", "true."),
     "neftune_alpha": ("neftune_noise_alpha", ""),
-    **dict.fromkeys(("lora_r", "lora_rank", "lora_alpha", "lora_dropout"), ("lora", "r=16,alpha=32,dropout=0.05.")),
-    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), ("lora", "r=16,target=all-linear.")),
+    **dict.fromkeys(
+        ("lora_r", "lora_rank", "lora_alpha", "lora_dropout"), ("lora", "r=16,alpha=32,dropout=0.05.")
+    ),
+    **dict.fromkeys(
+        ("lora_target", "lora_target_modules", "target_modules"), ("lora", "r=16,target=all-linear.")
+    ),
     **{name: (name, "") for name in _OF_THE_TRAINING.split()},
 }
 ANSWERS: dict[str, Answer] = {name: Answer("sftdata", *rest) for name, rest in _OF_SFTDATA.items()}

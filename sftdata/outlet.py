@@ -113,7 +113,9 @@ def guarded() -> Iterator[None]:
     """Guard stdout and stderr; one that is closed swallows what is written to it."""
     _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Guarded(io.StringIO() if stream is None else unguarded(stream)) for stream in before)
+    sys.stdout, sys.stderr = (
+        Guarded(io.StringIO() if stream is None else unguarded(stream)) for stream in before
+    )
     try:
         yield
     finally:
@@ -159,5 +161,7 @@ def stoppable() -> Iterator[None]:
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not break into what the first began to put in order
+    signal.signal(
+        number, signal.SIG_IGN
+    )  # a second one must not break into what the first began to put in order
     raise StoppedError(number)

@@ -23,7 +23,9 @@ PADDING_ID = -1
 """Stands in `example_ids` for the padding at the end of a row."""
 
 _BLOCK_TOKENS = 1 << 18  # gather in blocks whose index arrays stay in the cache
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: multiplication by it permutes the 64-bit numbers
+_GOLDEN = np.uint64(
+    0x9E3779B97F4A7C15
+)  # 2**64 / golden ratio, odd: multiplication by it permutes the 64-bit numbers
 
 
 def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> PackPlan:
@@ -97,7 +99,9 @@ def gather(
         input_ids[padding], labels[padding] = pad_id, NOT_TRAINED
         labels[target[:-1]] = NOT_TRAINED
     weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
-    return PackedRows(input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights)
+    return PackedRows(
+        input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights
+    )
 
 
 # ------------------------------------------------------------------------------------------- planning
@@ -130,7 +134,9 @@ def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int64, int]:
     return position, rows
 
 
-def _best_fit(distinct: list[int], counts: list[int], max_length: int) -> tuple[list[tuple[int, int, int]], int]:
+def _best_fit(
+    distinct: list[int], counts: list[int], max_length: int
+) -> tuple[list[tuple[int, int, int]], int]:
     """Run best-fit decreasing over (length, count) pairs, longest first.
 
     Returns:
@@ -216,5 +222,7 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
 def _copy_weights(weights: Float32, source: Int64, target: Int64, labels: Int32) -> Float32:
     """float32[T], what each token weighs, 0 where it is not trained."""
     index = positions_of(source, np.diff(target))
-    copied: Float32 = np.where(labels != NOT_TRAINED, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0))
+    copied: Float32 = np.where(
+        labels != NOT_TRAINED, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0)
+    )
     return copied

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from sftdata.errors import UsageError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least, and one slash: Path makes one of two
+_SCHEME = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]+:/"
+)  # two letters at least, and one slash: Path makes one of two
 
 _FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
 
@@ -29,8 +31,14 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
     text = os.fspath(path)
     if found := _SCHEME.match(text):
         scheme = found[0].removesuffix(":/")
-        copy = "leave out `file://`." if scheme == "file" else f"choose a local folder, and copy it to {scheme} afterwards."
-        raise UsageError(f"{flag} {text}: is the URL of {scheme}; outputs are written to local paths only.", copy)
+        copy = (
+            "leave out `file://`."
+            if scheme == "file"
+            else f"choose a local folder, and copy it to {scheme} afterwards."
+        )
+        raise UsageError(
+            f"{flag} {text}: is the URL of {scheme}; outputs are written to local paths only.", copy
+        )
     if written(text) != text:
         raise UsageError(f"{flag} {written(text)}: the name is not UTF-8.", "choose another name.")
     return Path(path)
@@ -67,5 +75,9 @@ def behind_links(output: Path) -> Path:
     except (OSError, RuntimeError) as error:  # Python 3.11 and 3.12 raise the latter for a circle
         if isinstance(error, FileNotFoundError):
             target = os.path.realpath(output)
-            raise UsageError(f"{output}: a link to {target}, which is not there.", f"mkdir -p {target}, or another -o.") from None
-        raise UsageError(f"{output}: a link that leads in a circle.", "remove the link, or choose another -o.") from None
+            raise UsageError(
+                f"{output}: a link to {target}, which is not there.", f"mkdir -p {target}, or another -o."
+            ) from None
+        raise UsageError(
+            f"{output}: a link that leads in a circle.", "remove the link, or choose another -o."
+        ) from None

@@ -49,13 +49,23 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
     examples.clear()  # the most that a slice needs is needed from here on
     packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
-    rows = gather(tokens, example_ids, packs, job.max_length, job.pad_id, constant=job.packed, weighted=job.config.loss_weights)
+    rows = gather(
+        tokens,
+        example_ids,
+        packs,
+        job.max_length,
+        job.pad_id,
+        constant=job.packed,
+        weighted=job.config.loss_weights,
+    )
     length = job.max_length if job.packed else None
     ledger.count_packed(rows, length, job.sources)
     shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()
     sample, digest = stages.sample(texts)
     rejects = sum(ledger.rows_rejected.values())
-    result = SliceResult(index=task.index, shards=shards, ledger=ledger, rejects=rejects, sample=sample, sample_xxh3=digest)
+    result = SliceResult(
+        index=task.index, shards=shards, ledger=ledger, rejects=rejects, sample=sample, sample_xxh3=digest
+    )
     build.commit(result, lists)
     return result
 
@@ -103,14 +113,18 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     ledger = Ledger(
         rows_in=len(rows) + len(unreadable),
         rows_kept=len(np.unique(kept.row)),
-        rows_rejected=dict(Counter(fault.code for _, fault in faults) + Counter(row.fault.code for row in unreadable)),
+        rows_rejected=dict(
+            Counter(fault.code for _, fault in faults) + Counter(row.fault.code for row in unreadable)
+        ),
         rows_filtered={"formatter": len(converted.filtered)} if len(converted.filtered) else {},
         rows_dropped=cut.rows_dropped,
         tokens_in=len(tokens.input_ids),
         tokens_cut={config.overlong: cut.tokens_cut} if cut.tokens_cut else {},
         tokens_in_dropped_rows=sum(cut.tokens_in_dropped_rows.values()),
         counters=dict(tally.counts + Counter(cut.counters)),
-        examples={name: rows.example_ids[found[:EXAMPLES]].tolist() for name, found in tally.rows.items() if found},
+        examples={
+            name: rows.example_ids[found[:EXAMPLES]].tolist() for name, found in tally.rows.items() if found
+        },
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
@@ -134,7 +148,9 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
-def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tuple[int, Fault]], Tally, list[str]]:
+def tokenize(
+    stages: Stages, converted: Converted
+) -> tuple[TokenBatch, list[tuple[int, Fault]], Tally, list[str]]:
     """Render and encode canonical rows.
 
     Returns:
@@ -156,7 +172,9 @@ def tokenize(stages: Stages, converted: Converted) -> tuple[TokenBatch, list[tup
     return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], tally, encoded_texts
 
 
-def make_dropped(name: str, piece: Slice, rows: RowBatch, gone: list[tuple[int, str, int | None]]) -> list[Dropped]:
+def make_dropped(
+    name: str, piece: Slice, rows: RowBatch, gone: list[tuple[int, str, int | None]]
+) -> list[Dropped]:
     """Return what is listed of rows that are left out: index in the batch, reason and tokens of each."""
     return [
         Dropped(
@@ -175,7 +193,13 @@ def make_rejects(
 ) -> list[Reject]:
     """Return the rejects of a piece in the order of their rows; a formatter's rows come as they were read."""
     rejects = [(row.example_id, row.line, row.byte_offset, row.fault, row.raw) for row in unreadable] + [
-        (int(rows.example_ids[index]), int(rows.lines[index]), int(rows.byte_offsets[index]), fault, rows.rows[index])
+        (
+            int(rows.example_ids[index]),
+            int(rows.lines[index]),
+            int(rows.byte_offsets[index]),
+            fault,
+            rows.rows[index],
+        )
         for index, fault in faults
     ]
     return [

@@ -7,7 +7,14 @@ from typing import Literal
 Unit = Literal["line", "record", "element", "row"]
 """What a source is counted in: lines of text, records of a CSV, elements of a JSON array, rows of a table; the first is 1."""
 
-UNITS: dict[str, Unit] = {"csv": "record", "json": "element", "parquet": "row", "arrow": "row", "saved": "row", "hub": "row"}
+UNITS: dict[str, Unit] = {
+    "csv": "record",
+    "json": "element",
+    "parquet": "row",
+    "arrow": "row",
+    "saved": "row",
+    "hub": "row",
+}
 """The unit of each container that is not read line by line."""
 
 

@@ -104,7 +104,9 @@ class Plan:
     @property
     def size(self) -> int:
         """Bytes of the input, decompressed."""
-        return sum(_size(self.sources[piece.source], piece.slice) for task in self.tasks for piece in task.pieces)
+        return sum(
+            _size(self.sources[piece.source], piece.slice) for task in self.tasks for piece in task.pieces
+        )
 
     def locate(self, example_id: int) -> tuple[str, int, Unit]:
         """Return the path, the 1-based number of an example's row in it, and what is numbered."""
@@ -134,7 +136,9 @@ _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template"
 
 
 def make_plan(
-    config: PrepareConfig, known: Callable[[ResolvedTokenizer], object] = lambda _: None, say: Say = lambda _: None
+    config: PrepareConfig,
+    known: Callable[[ResolvedTokenizer], object] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Plan:
     """Read the inputs through once and decide everything.
 
@@ -168,7 +172,11 @@ def make_plan(
         formats=tuple(formats),
         options=format_options(config, chat=tokenizer.chat_template is not None),
         sources=dict(
-            zip(short_names([source.source.path for source in sources]), (source.base_id for source in sources), strict=True)
+            zip(
+                short_names([source.source.path for source in sources]),
+                (source.base_id for source in sources),
+                strict=True,
+            )
         ),
         engine="tokenizers",
     )
@@ -184,7 +192,10 @@ def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:
     """Resolve the tokenizer with the chat template in use; return it and what was decided for the user."""
     if written(config.tokenizer) != config.tokenizer:
-        raise UsageError(f"-t {written(config.tokenizer)}: the name is not UTF-8.", "rename the folder, or reach it by a link.")
+        raise UsageError(
+            f"-t {written(config.tokenizer)}: the name is not UTF-8.",
+            "rename the folder, or reach it by a link.",
+        )
     base = resolve_tokenizer(config.tokenizer, revision=config.revision)
     template = choose_template(config.chat_template, base.chat_template, _clone)
     if template is not None and config.chat_template is not None:
@@ -206,7 +217,9 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
         notes.append(f"Chat template: {template.origin}.")
     if tokenizer.tokens_added:
         names = ", ".join(token for token, _ in tokenizer.tokens_added)
-        notes.append(f"Added to the tokenizer: {names}; the model's embeddings must grow to {tokenizer.vocab_size} rows.")
+        notes.append(
+            f"Added to the tokenizer: {names}; the model's embeddings must grow to {tokenizer.vocab_size} rows."
+        )
     return tokenizer, notes
 
 

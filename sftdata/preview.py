@@ -101,7 +101,9 @@ class Preview:
     @property
     def ledger_tokens(self) -> int:
         """Tokens of the sampled examples, after the over-long policy."""
-        return self.ledger.tokens_in - sum(self.ledger.tokens_cut.values()) - self.ledger.tokens_in_dropped_rows
+        return (
+            self.ledger.tokens_in - sum(self.ledger.tokens_cut.values()) - self.ledger.tokens_in_dropped_rows
+        )
 
     def lines(self, batch_size: int) -> list[str]:
         """Return what to show above the examples."""
@@ -161,7 +163,9 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.max_length if plan.job.packed else int(lengths.sum())
     return Preview(
-        examples=[example for piece in pieces for example in _examples(plan, piece)][:: _stride(pieces, number)][:number],
+        examples=[example for piece in pieces for example in _examples(plan, piece)][
+            :: _stride(pieces, number)
+        ][:number],
         ledger=ledger,
         rejects=[f"{reject.place}: {reject.reason}" for piece in pieces for reject in piece.rejects],
         share=_share(plan, sample),
@@ -222,9 +226,14 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
         UsageError: no template is given, or one is given as ids.
         DataError: no row can be rendered.
     """
-    markers = [marker for marker in (config.response_template, config.instruction_template) if marker is not None]
+    markers = [
+        marker for marker in (config.response_template, config.instruction_template) if marker is not None
+    ]
     if not markers or not all(isinstance(marker, str) for marker in markers):
-        raise UsageError("No marker is given as text, so there is nothing to resolve.", "--response-template '### Assistant:'")
+        raise UsageError(
+            "No marker is given as text, so there is nothing to resolve.",
+            "--response-template '### Assistant:'",
+        )
     plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
     stages = Stages(plan.job)
     texts: list[str] = []
@@ -233,9 +242,17 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
             batch = read_slice(piece, config.max_line_bytes)[0]
             converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
             rendered = render_rows(converted.rows, converted.row, stages.renderer)
-            texts += [text for part in (rendered.conversations, rendered.raw) if part is not None for text in part.texts]
+            texts += [
+                text
+                for part in (rendered.conversations, rendered.raw)
+                if part is not None
+                for text in part.texts
+            ]
             if len(texts) >= rows:
                 break
     if not texts:
         raise DataError("No row could be rendered.", "see `sftdata preview` for the reasons.")
-    return [resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer)) for marker in markers]
+    return [
+        resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer))
+        for marker in markers
+    ]

@@ -45,7 +45,10 @@ Progress = Callable[[SliceResult, int], None]
 
 
 def prepare(
-    config: PrepareConfig, workers: Workers, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+    config: PrepareConfig,
+    workers: Workers,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Build a set: plan, prepare every slice that is not done, write the manifest, put the set in its place.
 
@@ -106,7 +109,9 @@ def build_set(
         with build.refusable():
             results, agreed = run_slices(plan, done, workers, progress)
             if not agreed:
-                say(f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers.")
+                say(
+                    f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
+                )
                 build.clear()
                 plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
                 build.start(plan.identity(), overwrite=True)
@@ -116,7 +121,9 @@ def build_set(
 
 def with_engine(plan: Plan) -> tuple[Plan, str]:
     """Choose the tokenizer engine; return the plan with it, and why. Each slice checks it again on its own texts."""
-    engine, why = choose_engine(plan.job.tokenizer, plan.job.config.engine, worth_it=plan.size >= WORTH_A_FAST_ENGINE)
+    engine, why = choose_engine(
+        plan.job.tokenizer, plan.job.config.engine, worth_it=plan.size >= WORTH_A_FAST_ENGINE
+    )
     return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
@@ -156,7 +163,10 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     return Manifest(
         settings=msgspec.to_builtins(plan.identity())
-        | {"inputs": list(map(without_folders, plan.job.config.inputs)), "tokenizer": without_folders(tokenizer.name)},
+        | {
+            "inputs": list(map(without_folders, plan.job.config.inputs)),
+            "tokenizer": without_folders(tokenizer.name),
+        },
         tokenizer=TokenizerInfo(
             name=without_folders(tokenizer.name),
             sha256=tokenizer.sha256,

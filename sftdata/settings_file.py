@@ -27,7 +27,10 @@ def settings_yaml(config: PrepareConfig) -> str:
     """
     plan = make_plan(config)
     config = config.model_copy(update={"max_length": plan.job.max_length})
-    lines = ["Settings of a set. Look: sftdata preview THIS_FILE; build: sftdata prepare THIS_FILE.", *plan.notes]
+    lines = [
+        "Settings of a set. Look: sftdata preview THIS_FILE; build: sftdata prepare THIS_FILE.",
+        *plan.notes,
+    ]
     text = "".join(f"# {line}\n" for line in lines)
     values = config.model_dump(mode="json")
     for name, field in PrepareConfig.model_fields.items():

@@ -23,7 +23,9 @@ from sftdata.render.template import ChatTemplate
 from sftdata.render.trl_masks import trl_0_7_10_mask
 
 SAMPLE_TEXTS = 16
-SAMPLE_CHARS = 1 << 11  # of each text; the window moves from the beginning of the first to the end of the last
+SAMPLE_CHARS = (
+    1 << 11
+)  # of each text; the window moves from the beginning of the first to the end of the last
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,20 @@ class Stages:
         config, tokenizer = self.job.config, self.job.tokenizer
         finder = None
         if tokenizer.chat_template is not None:
-            template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, config.date, config.template_kwargs)
-            finder = SpanFinder(template, tokenizer.stop_tokens, *tokenizer.by_mark, config.trust_control_tokens)
+            template = ChatTemplate(
+                tokenizer.chat_template, tokenizer.special_tokens, config.date, config.template_kwargs
+            )
+            finder = SpanFinder(
+                template, tokenizer.stop_tokens, *tokenizer.by_mark, config.trust_control_tokens
+            )
         by_text = isinstance(config.response_template, str) and config.mask_mode == "default"
         return Renderer(
             finder=finder,
             train_on=config.train_on,
             response=str(config.response_template) if by_text else None,
-            instruction=config.instruction_template if by_text and isinstance(config.instruction_template, str) else None,
+            instruction=config.instruction_template
+            if by_text and isinstance(config.instruction_template, str)
+            else None,
             end_token=config.eos_token or "",
             overrules=_overrules(config),
         )

@@ -48,7 +48,10 @@ def refuse_unstreamed(settings: Iterable[str]) -> None:
     """
     for name in settings:
         if name in NOT_STREAMED:
-            raise UsageError(f"{name}: acts on sets; a stream is one text of tokens, cut every max_length.", "leave it out.")
+            raise UsageError(
+                f"{name}: acts on sets; a stream is one text of tokens, cut every max_length.",
+                "leave it out.",
+            )
 
 
 class Stream(Iterable[StreamedRow]):
@@ -72,7 +75,10 @@ class Stream(Iterable[StreamedRow]):
     ) -> None:  # fmt: skip
         refuse_useless(config)
         if infinite and iter(rows) is rows:
-            raise UsageError("infinite=True reads the input again and again, and an iterator is gone after once.", "give a list.")
+            raise UsageError(
+                "infinite=True reads the input again and again, and an iterator is gone after once.",
+                "give a list.",
+            )
         self._rows, self._config, self._buffer_rows = rows, config, buffer_rows
         self._infinite, self._shuffle, self._seed = infinite, shuffle, seed
         self.rejected: Counter[str] = Counter()
@@ -129,7 +135,12 @@ class Stream(Iterable[StreamedRow]):
 
     def _tokens(self, stages: Stages, buffer: list[Any], number: int) -> TokenBatch:
         ids = np.arange(len(buffer), dtype=np.int64)
-        batch = RowBatch([row if isinstance(row, str) else dict(row) for row in buffer], ids, ids + 1, np.full_like(ids, -1))
+        batch = RowBatch(
+            [row if isinstance(row, str) else dict(row) for row in buffer],
+            ids,
+            ids + 1,
+            np.full_like(ids, -1),
+        )
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
         tokens, faults, tally, _ = tokenize(stages, converted)
         tokens, unmarked = stages.mask(tokens, tally)
@@ -140,7 +151,9 @@ class Stream(Iterable[StreamedRow]):
         if not len(tokens) and len(converted.filtered) < len(buffer):
             reason = f" The first: {faults[0][1].reason.rstrip('.')}." if faults else ""
             fix = faults[0][1].fix if faults else "check the mask, as `sftdata preview` shows it."
-            raise DataError(f"Nothing to train on in {len(buffer)} rows of the stream (buffer {number}).{reason}", fix)
+            raise DataError(
+                f"Nothing to train on in {len(buffer)} rows of the stream (buffer {number}).{reason}", fix
+            )
         return tokens
 
 
@@ -161,7 +174,14 @@ def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
     if not len(tokens):
         return
     packs = plan_packs(tokens.lengths, job.max_length, "wrapped")
-    rows = gather(tokens, np.zeros(len(tokens), np.int64), packs, job.max_length, job.pad_id, weighted=job.config.loss_weights)
+    rows = gather(
+        tokens,
+        np.zeros(len(tokens), np.int64),
+        packs,
+        job.max_length,
+        job.pad_id,
+        weighted=job.config.loss_weights,
+    )
     for index in range(len(rows)):
         part = slice(rows.row_offsets[index], rows.row_offsets[index + 1])
         segments = slice(rows.segment_offsets[index], rows.segment_offsets[index + 1])

@@ -9,7 +9,14 @@ import yaml
 
 from sftdata.errors import UsageError
 
-_KINDS = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+_KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+}
 
 
 def read_settings_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -49,13 +56,18 @@ def assign(settings: dict[str, Any], text: str) -> str:
     try:
         _, parsed = _parse(value)
     except _NotYaml as error:
-        raise UsageError(f"--set {text:.80}: {error}.", "quote the value, as --set 'key=\"value\"'.") from None
+        raise UsageError(
+            f"--set {text:.80}: {error}.", "quote the value, as --set 'key=\"value\"'."
+        ) from None
     at: Any = settings
     for depth, parent in enumerate(parents, start=1):
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
             whole = ".".join(parents[:depth])
-            raise UsageError(f"--set {text:.80}: {whole} is {_kind(at)}; nothing inside it can be set.", f"set {whole} whole.")
+            raise UsageError(
+                f"--set {text:.80}: {whole} is {_kind(at)}; nothing inside it can be set.",
+                f"set {whole} whole.",
+            )
     at[last] = parsed
     return [*parents, last][0]
 

@@ -44,7 +44,9 @@ def train(data: Any, *, model: Any, output: str | Path, **settings: Any) -> SftT
     objects = {name: settings.pop(name) for name in _OBJECTS if name in settings}
     named = isinstance(model, str | Path)
     settings |= {"model": str(model) if named else _name_of(model), "output": output}
-    folders = isinstance(data, str | Path) or (isinstance(data, Sequence) and all(isinstance(part, str | Path) for part in data))
+    folders = isinstance(data, str | Path) or (
+        isinstance(data, Sequence) and all(isinstance(part, str | Path) for part in data)
+    )
     if folders:
         settings["sets"] = data
     config = read_settings(None, [], settings)

@@ -28,7 +28,10 @@ NEVER: dict[str, tuple[str, str]] = {
     "remove_unused_columns": ("rows hold nothing but what is trained", "leave it out."),
     "label_names": ("rows hold labels under that name", "leave it out."),
     "length_column_name": ("lengths are those of the set", "leave it out."),
-    "dataloader_drop_last": ("no row is dropped; the last batch is filled with rows that train nothing", "leave it out."),
+    "dataloader_drop_last": (
+        "no row is dropped; the last batch is filled with rows that train nothing",
+        "leave it out.",
+    ),
     "dataloader_in_order": ("the order of rows is that of the seed", "leave it out."),
     "ignore_data_skip": ("a resumed run goes on with the rows it has not seen", "leave it out."),
     "auto_find_batch_size": ("batches are planned before the first step", "set per_device_train_batch_size."),
@@ -60,11 +63,24 @@ class Run:
         """Whether a figure of evaluation decides on anything."""
         args = self.args
         plateau = args.lr_scheduler_type == "reduce_lr_on_plateau"
-        return bool(args.load_best_model_at_end or args.save_strategy == "best" or plateau or self.objects.get("callbacks"))
+        return bool(
+            args.load_best_model_at_end
+            or args.save_strategy == "best"
+            or plateau
+            or self.objects.get("callbacks")
+        )
 
 
 Acts = Callable[[Run], bool]
-_OPTIMIZER = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate")
+_OPTIMIZER = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+)
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
 _WARMLESS = ("constant", "reduce_lr_on_plateau", "greedy")
 _KWARGLESS = ("constant", "constant_with_warmup")
@@ -101,7 +117,13 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Acts], ...] = (
     (("fsdp_config",), "fsdp", lambda run: bool(run.args.fsdp)),
 )  # fmt: skip
 # What acts in a run of several processes, and may stay in the settings of one.
-_SEVERAL = ("ddp_", "average_tokens_across_devices", "save_on_each_node", "log_on_each_node", "log_level_replica")
+_SEVERAL = (
+    "ddp_",
+    "average_tokens_across_devices",
+    "save_on_each_node",
+    "log_on_each_node",
+    "log_level_replica",
+)
 
 
 def refuse_inert(run: Run) -> None:

@@ -16,7 +16,9 @@ from sfttrain.talk import Say
 FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
 
 
-def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreached: Sequence[str], say: Say) -> Any:
+def add_adapters(
+    model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreached: Sequence[str], say: Say
+) -> Any:
     """Freeze the model and add adapters to it; what the set's tokens need beside them is trained too, and said.
 
     Args:
@@ -33,7 +35,9 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreac
     beside: dict[str, Any] = {}
     if unlearnt and not set(saved) & set(embeddings):
         beside, saved = _train_embeddings(model, embeddings, unlearnt, saved, say)
-    skipped = [name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)]
+    skipped = [
+        name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)
+    ]
     if lora.target == "all-linear":
         skipped += _without_adapters(model)
     settings = LoraConfig(
@@ -47,7 +51,8 @@ def add_adapters(model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreac
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=saved or None,
-        ensure_weight_tying=bool(set(saved) & set(embeddings)) and _tied(model),  # single rows are tied anyway
+        ensure_weight_tying=bool(set(saved) & set(embeddings))
+        and _tied(model),  # single rows are tied anyway
         task_type="CAUSAL_LM",
         **beside,
     )
@@ -71,7 +76,11 @@ def _without_adapters(model: Any) -> list[str]:
 
     check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     refused = set()
-    for name in {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}:
+    for name in {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }:
         try:
             if check is not None:
                 check(LoraConfig(), model, name)
@@ -83,14 +92,21 @@ def _without_adapters(model: Any) -> list[str]:
 def _say_where(adapted: Any, say: Say) -> None:
     """Say which weights got adapters, and which matrices of the layers stay as they are."""
     base = adapted.get_base_model()
-    ends = [one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None]
+    ends = [
+        one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None
+    ]
     adapters = [
-        _called(path, getattr(module, "parameter_name", "weight")) for path, module in base.named_modules() if _adapts(module)
+        _called(path, getattr(module, "parameter_name", "weight"))
+        for path, module in base.named_modules()
+        if _adapts(module)
     ]
     frozen = [
         _called(*path.rpartition(".")[::2])
         for path, weight in base.named_parameters()
-        if weight.dim() > 1 and not weight.requires_grad and not path.endswith("bias") and not any(weight is end for end in ends)
+        if weight.dim() > 1
+        and not weight.requires_grad
+        and not path.endswith("bias")
+        and not any(weight is end for end in ends)
     ]
     rest = [name for name in dict.fromkeys(frozen) if name not in adapters]
     without = f"; none on {', '.join(rest)}" if rest else ""
@@ -152,16 +168,24 @@ def _train_embeddings(
     # Of tied tables only the input side is named: the head follows.
     tables = embeddings[:1] if _tied(model) else embeddings
     if len(unlearnt) <= FEW_TOKENS:
-        say(f"embeddings: {len(unlearnt)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens")
+        say(
+            f"embeddings: {len(unlearnt)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens"
+        )
         return {"trainable_token_indices": {table: list(unlearnt) for table in tables}}, saved
-    say(f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(unlearnt)} tokens of the set")
+    say(
+        f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(unlearnt)} tokens of the set"
+    )
     return {}, [*saved, *tables]
 
 
 def _embedding_names(model: Any) -> list[str]:
     """Names of the input and output embeddings, without the path to them."""
     wanted = (model.get_input_embeddings(), model.get_output_embeddings())
-    paths = [next((name for name, module in model.named_modules() if module is one), "") for one in wanted if one is not None]
+    paths = [
+        next((name for name, module in model.named_modules() if module is one), "")
+        for one in wanted
+        if one is not None
+    ]
     return [path.rpartition(".")[2] for path in paths]
 
 

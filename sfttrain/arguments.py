@@ -27,7 +27,9 @@ def training_arguments(config: TrainConfig) -> Any:
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refusals.refuse_missing_launch(settings)
     settings.setdefault("learning_rate", config.learning_rate)
-    settings.setdefault("use_cpu", not torch.accelerator.is_available())  # else ranks without a GPU find no backend
+    settings.setdefault(
+        "use_cpu", not torch.accelerator.is_available()
+    )  # else ranks without a GPU find no backend
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
     if config.loss == "liger":
@@ -39,7 +41,9 @@ def training_arguments(config: TrainConfig) -> Any:
             **_given(settings, "activation_checkpointing_kwargs"),
         }
     if settings.get("save_total_limit") == 1:
-        raise UsageError("save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more.")
+        raise UsageError(
+            "save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more."
+        )
     try:
         args = TrainingArguments(**named_as_installed(settings))
     except (ValueError, TypeError, ImportError) as error:
@@ -62,7 +66,9 @@ def effective_settings(run: Run, model: Any = None) -> dict[str, Any]:
     """
     own = run.config.model_dump(mode="json", exclude={"training"})
     fields = run.args.to_dict().items()
-    return own | {"training": {key: value for key, value in fields if acts(key, run) and reads(key, run.args, model)}}
+    return own | {
+        "training": {key: value for key, value in fields if acts(key, run) and reads(key, run.args, model)}
+    }
 
 
 def _given(settings: dict[str, Any], name: str) -> dict[str, Any]:

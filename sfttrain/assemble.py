@@ -43,14 +43,18 @@ def make_model(
     if plan.loss is not None and _zero_stage(args) == 3:
         plan = _own_loss(plan, config, "ZeRO-3 keeps the head whole only inside its own module", say)
     if plan.loss is not None:
-        fuse_loss(inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms)
+        fuse_loss(
+            inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms
+        )
     model = _adapt(config, model, inner, unlearnt, plan, args, say)
     if plan.loss is not None and has_adapted_head(inner):
         plan = _own_loss(plan, config, "adapters on the head", say)
     if plan.loss is None and plan.terms:
         share_terms(inner)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError("No weight of the model is trained.", "load adapters with is_trainable=True, or set lora.")
+        raise UsageError(
+            "No weight of the model is trained.", "load adapters with is_trainable=True, or set lora."
+        )
     return model, plan
 
 
@@ -64,7 +68,9 @@ def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
         say(f"frozen: {', '.join(found)} ({'they get' if len(found) > 1 else 'it gets'} nothing from text)")
 
 
-def _adapt(config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], plan: Plan, args: Any, say: Say) -> Any:
+def _adapt(
+    config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], plan: Plan, args: Any, say: Say
+) -> Any:
     """Freeze the model and put adapters on it, where they are asked for."""
     if config.adapted and getattr(model, "is_quantized", False):
         model = prepare_quantized(model)
@@ -79,7 +85,10 @@ def _adapt(config: TrainConfig, model: Any, inner: Any, unlearnt: list[int], pla
 
 def _own_loss(plan: Plan, config: TrainConfig, reason: str, say: Say) -> Plan:
     if config.objective != "nll":
-        raise UsageError(f"objective={config.objective} needs our loss, which cannot be used: {reason}.", "set objective=nll.")
+        raise UsageError(
+            f"objective={config.objective} needs our loss, which cannot be used: {reason}.",
+            "set objective=nll.",
+        )
     say(f"loss: the model's own, with full logits ({reason})")
     return dataclasses.replace(plan, loss=None)
 
@@ -110,4 +119,6 @@ def leave_gpus_idle(args: Any, say: Say) -> None:
     count = args.n_gpu
     if count > 1:
         args._n_gpu = 1
-        say(f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all")
+        say(
+            f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all"
+        )

@@ -89,7 +89,9 @@ def registered_name(attention: str) -> str:
     return attention.replace("flash", "fa") if attention in FORCED else attention
 
 
-def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtype, own: str | None = None) -> Choice:
+def choose_attention(
+    requested: str, config: Any, device: str, dtype: torch.dtype, own: str | None = None
+) -> Choice:
     """Choose an implementation.
 
     Args:
@@ -107,11 +109,21 @@ def choose_attention(requested: str, config: Any, device: str, dtype: torch.dtyp
     obstacles = {name: _obstacle(name, config, device, dtype) for name in _BY_SPEED}
     if requested == "auto":
         # Compiled block masks pay off on a GPU only.
-        usable = [name for name in _BY_SPEED if not obstacles[name] and (device == "cuda" or name != "flex_attention")]
-        if own in NAMES and own != "auto" and not (obstacles.get(own) or _obstacle(own, config, device, dtype)):
+        usable = [
+            name
+            for name in _BY_SPEED
+            if not obstacles[name] and (device == "cuda" or name != "flex_attention")
+        ]
+        if (
+            own in NAMES
+            and own != "auto"
+            and not (obstacles.get(own) or _obstacle(own, config, device, dtype))
+        ):
             others = tuple(name for name in usable if name != own)
             return Choice(own, "the model object has it", _table(obstacles, own), others)
-        return Choice(usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]), tuple(usable[1:]))
+        return Choice(
+            usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]), tuple(usable[1:])
+        )
     obstacle = obstacles.get(requested) or _obstacle(requested, config, device, dtype)
     if obstacle:
         raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")

@@ -137,10 +137,14 @@ def _check_step(folder: Path, found: Seal) -> None:
     step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, Any]).get("global_step")
     if len({found.step, _step(folder), step}) > 1:
         told = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
-        raise IntegrityError(f"{folder}: {told}.", "remove the folder, then run again: it resumes from the one before.")
+        raise IntegrityError(
+            f"{folder}: {told}.", "remove the folder, then run again: it resumes from the one before."
+        )
     if not any(part in name for name in names for part in ("optim", "scheduler", "global_step")):
         found_only = "holds weights alone (save_only_model=true), from which no run can go on"
-        raise UsageError(f"{folder}: {found_only}.", "start anew with --overwrite, or in another output folder.")
+        raise UsageError(
+            f"{folder}: {found_only}.", "start anew with --overwrite, or in another output folder."
+        )
 
 
 def _matches(folder: Path, file: SealedFile) -> bool:
@@ -151,7 +155,11 @@ def _matches(folder: Path, file: SealedFile) -> bool:
 
 
 def _folders(output: Path) -> list[Path]:
-    return [path for path in output.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
+    return [
+        path
+        for path in output.glob(f"{PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
+    ]
 
 
 def _step(folder: Path) -> int:

@@ -21,7 +21,9 @@ Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished set
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
-Override = Annotated[list[str] | None, typer.Option("--set", help="key=value; also every field of TrainingArguments.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value; also every field of TrainingArguments.")
+]
 InitFromConfig = Annotated[Path | None, typer.Option(help="config.json of a model to train from scratch.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
@@ -29,13 +31,23 @@ Lora = Annotated[str | None, typer.Option(help="Low-rank adapters, as r=16,alpha
 Adapter = Annotated[Path | None, typer.Option(help="Folder of adapters to go on training.")]
 Neftune = Annotated[float | None, typer.Option(help="Noise on the embeddings while training; 5 is usual.")]
 Liger = Annotated[bool, typer.Option("--liger", help="Liger's kernels (GPU).")]
-ReportTo = Annotated[str | None, typer.Option(help="Trackers by name, joined by commas: tensorboard,wandb,mlflow,trackio.")]
-PushToHub = Annotated[str | None, typer.Option(help="Hub repository that gets the finished model, as user/model.")]
-Quantize = Annotated[str | None, typer.Option(help="nf4, int8 or torchao-int8, for the frozen base under --lora.")]
+ReportTo = Annotated[
+    str | None, typer.Option(help="Trackers by name, joined by commas: tensorboard,wandb,mlflow,trackio.")
+]
+PushToHub = Annotated[
+    str | None, typer.Option(help="Hub repository that gets the finished model, as user/model.")
+]
+Quantize = Annotated[
+    str | None, typer.Option(help="nf4, int8 or torchao-int8, for the frozen base under --lora.")
+]
 Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, as NAME=FOLDER or FOLDER.")]
-Attention = Annotated[str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")]
+Attention = Annotated[
+    str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
 
 _OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
@@ -78,7 +90,9 @@ def config(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Where to; default: report.html in it.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Where to; default: report.html in it.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write what a run logged as one page: loss, gradients, learning rate, speed, evaluation, settings."""
@@ -91,7 +105,9 @@ def report(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of adapters.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base; default: the one that the adapters name.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base; default: the one that the adapters name.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write base and adapters as one model, and compare its logits with theirs."""
@@ -105,7 +121,9 @@ def export(
     model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantized model.")],
     calibration: Annotated[Path, typer.Option("--set", help="Set whose rows calibrate.")],
-    gptq: Annotated[str, typer.Option(help="Bits, and how many weights share a scale: bits=4,group_size=128.")] = "bits=4",
+    gptq: Annotated[
+        str, typer.Option(help="Bits, and how many weights share a scale: bits=4,group_size=128.")
+    ] = "bits=4",
     debug: Debug = False,
 ) -> None:
     """Quantize a finished model by GPTQ (needs GPTQModel and a GPU)."""
@@ -126,7 +144,12 @@ def export(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     number = rank()
-    return run_app(app, "sfttrain", sys.argv[1:] if arguments is None else arguments, f"rank {number}: " if number else "")
+    return run_app(
+        app,
+        "sfttrain",
+        sys.argv[1:] if arguments is None else arguments,
+        f"rank {number}: " if number else "",
+    )
 
 
 def _settings(flags: dict[str, Any]) -> Any:

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from sftdata import other_tools
 from sftdata.errors import UsageError
@@ -44,12 +52,17 @@ class LoraSettings(BaseModel):
     r: int = Field(16, gt=0, description="Rank.")
     alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    target: str = Field("all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj.")
+    target: str = Field(
+        "all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj."
+    )
     parameters: str = Field(
-        "", description="Parameters that are no module's weight, as of experts, joined by +: experts.gate_up_proj."
+        "",
+        description="Parameters that are no module's weight, as of experts, joined by +: experts.gate_up_proj.",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
-    rslora: bool = Field(False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks stable.")
+    rslora: bool = Field(
+        False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks stable."
+    )
     dora: bool = Field(False, description="Train magnitude and direction of the weights apart.")
     modules_to_save: str = Field("", description="Modules trained in full beside the adapters, joined by +.")
 
@@ -69,30 +82,46 @@ class TrainConfig(BaseModel):
     init_from_config: Path | None = Field(None, description="config.json of a model to train from scratch.")
     revision: str | None = Field(None, description="Revision of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that has it."
+        "auto",
+        description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that has it.",
     )
-    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="More arguments for from_pretrained.")
+    model_init_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="More arguments for from_pretrained."
+    )
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
     adapter: Path | None = Field(None, description="Folder of adapters to go on training.")
-    resize_to_multiple_of: int = Field(1, gt=0, description="Round embeddings up to this when they grow for added tokens.")
+    resize_to_multiple_of: int = Field(
+        1, gt=0, description="Round embeddings up to this when they grow for added tokens."
+    )
     quantize: Literal["nf4", "int8", "torchao-int8"] | None = Field(
         None, description="Quantize the frozen base; needs lora, and bitsandbytes or torchao."
     )
     trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
 
     # ---- how
-    attention: str = Field("auto", description="auto, or one implementation by name; sdpa:flash forces a kernel of sdpa.")
-    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field("auto", description="auto: chunked, where proven equal.")
-    objective: Literal["nll", "dft"] = Field("nll", description="dft weighs each token's loss by its own probability.")
+    attention: str = Field(
+        "auto", description="auto, or one implementation by name; sdpa:flash forces a kernel of sdpa."
+    )
+    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field(
+        "auto", description="auto: chunked, where proven equal."
+    )
+    objective: Literal["nll", "dft"] = Field(
+        "nll", description="dft weighs each token's loss by its own probability."
+    )
     packing: Literal["auto", "require", "unpack"] = Field(
-        "auto", description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks."
+        "auto",
+        description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks.",
     )
 
     # ---- where
     output: Path = Field(description="Folder of the run: checkpoints, then the model.")
     overwrite: bool = Field(False, description="Start anew in a folder that holds a run.")
-    push_to_hub: str | None = Field(None, description="Hub repository that gets the finished model, as name/model.")
-    training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+    push_to_hub: str | None = Field(
+        None, description="Hub repository that gets the finished model, as name/model."
+    )
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of transformers' TrainingArguments."
+    )
 
     @field_validator("output")
     @classmethod
@@ -114,7 +143,9 @@ class TrainConfig(BaseModel):
     @classmethod
     def _packing_of_the_set(cls, value: Any) -> Any:
         if value in (True, False, "bfd", "wrapped", "none", "bfd_split"):
-            raise ValueError("documents are packed by `sftdata prepare --packing`; here it says what to do where packing leaks")
+            raise ValueError(
+                "documents are packed by `sftdata prepare --packing`; here it says what to do where packing leaks"
+            )
         return value
 
     @field_validator("quantize", mode="before")
@@ -130,16 +161,23 @@ class TrainConfig(BaseModel):
         """Take from model_init_kwargs what is a setting of its own, so that it is said and checked as one."""
         given = dict(settings.get("model_init_kwargs") or {})
         lifted = {
-            ours: str(given.pop(name)).removeprefix("torch.") for name, ours in _OURS.items() if given.get(name) is not None
+            ours: str(given.pop(name)).removeprefix("torch.")
+            for name, ours in _OURS.items()
+            if given.get(name) is not None
         }
         for name, value in lifted.items():
             if settings.get(name, value) != value:
-                raise ValueError(f"model_init_kwargs says {name}={value}, and {name} is {settings[name]}; set one of them")
+                raise ValueError(
+                    f"model_init_kwargs says {name}={value}, and {name} is {settings[name]}; set one of them"
+                )
         return {**settings, **lifted, "model_init_kwargs": given} if given or lifted else settings
 
     @field_serializer("model_init_kwargs", when_used="json")
     def _plain(self, value: dict[str, Any]) -> dict[str, Any]:
-        return {key: one if isinstance(one, bool | int | float | str | dict | None) else str(one) for key, one in value.items()}
+        return {
+            key: one if isinstance(one, bool | int | float | str | dict | None) else str(one)
+            for key, one in value.items()
+        }
 
     @field_validator("sets", mode="before")
     @classmethod
@@ -157,7 +195,9 @@ class TrainConfig(BaseModel):
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights are above 0")
         if self.lora and self.init_from_config:
-            raise ValueError("adapters of fresh random weights are of no use; name a model, or leave lora out")
+            raise ValueError(
+                "adapters of fresh random weights are of no use; name a model, or leave lora out"
+            )
         if self.quantize and not self.adapted:
             raise ValueError("quantize freezes the model, so it needs lora, as --lora r=16")
         return self
@@ -208,7 +248,9 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
             else:
                 _place_training(merged, value if key == "training" else {key: value}, place)
     if not merged.get("output"):
-        raise UsageError("output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`.")
+        raise UsageError(
+            "output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`."
+        )
     if merged.get("adapter") and not merged.get("model"):
         merged["model"] = adapter_base(Path(merged["adapter"]))
     try:
@@ -216,7 +258,9 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
     except ValidationError as error:
         first = error.errors()[0]
         where, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        found = f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
+        found = (
+            f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
+        )
         raise UsageError(f"{found}.", "see `sfttrain run --help`.") from None
 
 
@@ -240,20 +284,26 @@ def adapter_base(folder: Path) -> str:
         return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
         found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({error})"
-        raise UsageError(f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote.") from None
+        raise UsageError(
+            f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote."
+        ) from None
 
 
 def _place_own(merged: dict[str, Any], key: str, value: Any, place: str) -> None:
     """Put a setting of ours in its place; of those that hold settings, one source adds to the other."""
     if isinstance(value, dict) and key not in _MAPPINGS:
         raise UsageError(f"{place}: {key} holds no settings of its own.", f"set {key} whole.")
-    merged[key] = merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    merged[key] = (
+        merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    )
 
 
 def _place_training(merged: dict[str, Any], given: Any, place: str) -> None:
     """Put fields of TrainingArguments in their place; the names that other tools have for our settings are refused."""
     if not isinstance(given, dict):
-        raise UsageError(f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1")
+        raise UsageError(
+            f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1"
+        )
     for name, value in given.items():
         known = RENAMED.get(name, str(name))
         instead = other_tools.answer(known, "sfttrain")

@@ -74,7 +74,9 @@ def custom_rows(data: Any, rank: int = 0, ranks: int = 1) -> CustomRows | Stream
     columns = getattr(data, "column_names", None)
     if columns is not None and "input_ids" not in columns:
         found = f"a dataset with the columns {', '.join(columns)}"
-        raise UsageError(f"{found}; expected input_ids.", "prepare texts and chats with `sftdata prepare` first.")
+        raise UsageError(
+            f"{found}; expected input_ids.", "prepare texts and chats with `sftdata prepare` first."
+        )
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise DataError("The dataset has no rows.", "check how it was made.")
@@ -96,7 +98,9 @@ def make_row(row: Mapping[str, Any], index: int) -> Row:
         DataError: columns are missing or differ in length.
     """
     if row.get("input_ids") is None:
-        raise DataError(f"row {index}: columns {', '.join(map(str, row))}; expected input_ids.", "tokenize it first.")
+        raise DataError(
+            f"row {index}: columns {', '.join(map(str, row))}; expected input_ids.", "tokenize it first."
+        )
     ids = _column(row, "input_ids", index)
     if not len(ids):
         raise DataError(f"row {index}: input_ids is empty.", "leave the row out.")
@@ -104,7 +108,9 @@ def make_row(row: Mapping[str, Any], index: int) -> Row:
     masks = [_column(row, name, index) for name in _MASKS if row.get(name) is not None]
     for name, column in zip(("labels", *_MASKS), (labels, *masks), strict=False):
         if len(column) != len(ids):
-            raise DataError(f"row {index}: {len(ids)} input_ids, {len(column)} {name}.", "give one value per token.")
+            raise DataError(
+                f"row {index}: {len(ids)} input_ids, {len(column)} {name}.", "give one value per token."
+            )
     for mask in masks:
         labels[mask == 0] = IGNORE
     weights = _loss_weights(row, len(ids), index)
@@ -119,7 +125,9 @@ def _loss_weights(row: Mapping[str, Any], count: int, index: int) -> Float32 | N
     try:
         weights = np.asarray(row[_WEIGHTS], np.float32)
     except (TypeError, ValueError):
-        raise DataError(f"row {index}: loss_weights is no flat list of numbers.", "give one number per token.") from None
+        raise DataError(
+            f"row {index}: loss_weights is no flat list of numbers.", "give one number per token."
+        ) from None
     if weights.shape != (count,) or not np.all(np.isfinite(weights) & (weights >= 0)):
         found = f"row {index}: loss_weights are not {count} finite numbers from 0"
         raise DataError(f"{found}.", "give one such number per token.")
@@ -130,7 +138,10 @@ def _lengths(row: Mapping[str, Any], ids: Int32, index: int) -> Int32:
     if row.get("seq_lengths") is not None:
         lengths = _column(row, "seq_lengths", index)
         if lengths.sum() != len(ids):
-            raise DataError(f"row {index}: seq_lengths sum to {lengths.sum()}, input_ids are {len(ids)}.", "mend the column.")
+            raise DataError(
+                f"row {index}: seq_lengths sum to {lengths.sum()}, input_ids are {len(ids)}.",
+                "mend the column.",
+            )
         return lengths
     if row.get("position_ids") is not None:
         starts = np.flatnonzero(_column(row, "position_ids", index) == 0)
@@ -144,5 +155,7 @@ def _column(row: Mapping[str, Any], name: str, index: int) -> Int32:
     except (TypeError, ValueError):
         raise DataError(f"row {index}: {name} is no flat list of integers.", "tokenize it first.") from None
     if column.ndim != 1:
-        raise DataError(f"row {index}: {name} has {column.ndim} dimensions; expected a flat list.", "give single rows.")
+        raise DataError(
+            f"row {index}: {name} has {column.ndim} dimensions; expected a flat list.", "give single rows."
+        )
     return column

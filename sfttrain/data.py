@@ -74,7 +74,9 @@ class TrainingRows(Dataset[Row]):
         row = _document(packed, segment)
         if not self.sources:
             return row
-        return row._replace(source=np.repeat(self._source_of(packed.examples[segment : segment + 1]), row.seq_lengths))
+        return row._replace(
+            source=np.repeat(self._source_of(packed.examples[segment : segment + 1]), row.seq_lengths)
+        )
 
     def _source_of(self, examples: Int64) -> Int64:
         """Number of the source of each example; of empty sources, which share a first id with the next, never."""
@@ -98,7 +100,9 @@ def _document(row: PackedRow, segment: int) -> Row:
     stop = int(row.seq_lengths[: segment + 1].sum(dtype=np.int64))
     tokens = slice(stop - int(row.seq_lengths[segment]), stop)
     weights = None if row.loss_weights is None else row.loss_weights[tokens]
-    return Row(row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1], None, weights)
+    return Row(
+        row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1], None, weights
+    )
 
 
 class Collator:
@@ -203,7 +207,10 @@ def _weighted(rows: Sequence[Row]) -> bool:
 
 
 def _weights(rows: Sequence[Row]) -> list[Float32]:
-    return [(row.labels != -100).astype(np.float32) if row.loss_weights is None else row.loss_weights for row in rows]
+    return [
+        (row.labels != -100).astype(np.float32) if row.loss_weights is None else row.loss_weights
+        for row in rows
+    ]
 
 
 def positions(lengths: Int32 | Int64) -> Int64:

@@ -68,7 +68,9 @@ def conclude(config: TrainConfig, args: Any) -> None:
 
 def conclude_again(config: TrainConfig, args: Any, done: dict[str, Any]) -> None:
     """Say that a run is finished, and touch nothing; a push that is still due is made up for."""
-    say(f"{config.output}: is up to date: finished after {done['steps']:,} steps with the same data and the same settings")
+    say(
+        f"{config.output}: is up to date: finished after {done['steps']:,} steps with the same data and the same settings"
+    )
     if config.push_to_hub and args.should_save and done.get("pushed") != config.push_to_hub:
         _push(config)
 
@@ -92,16 +94,30 @@ def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> s
     front = {"library_name": "peft" if adapted else "transformers", "pipeline_tag": "text-generation"}
     if base and not is_place(base):
         front["base_model"] = base
-    lines = ["---", yaml.safe_dump(front).strip(), "---", "", f"# {Path(trainer.args.output_dir).resolve().name}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(front).strip(),
+        "---",
+        "",
+        f"# {Path(trainer.args.output_dir).resolve().name}",
+        "",
+    ]
     kind = "Low-rank adapters for" if adapted else "Fine-tuned from"
     shape = named(str(settings.get("init_from_config")))
     lines += [f"{kind} `{named(base)}`." if base else f"Trained from scratch by `{shape}`.", ""]
     lines += ["| set | rows | trained tokens | digest |", "|---|---|---|---|"]
     for opened in sets:
         manifest, name = opened.manifest, opened.folder.resolve().name
-        lines.append(f"| {name} | {len(opened):,} | {manifest.ledger.tokens_trained:,} | `{manifest.digest}` |")
-    lines += ["", f"{trainer.state.global_step:,} steps, {trainer.state.num_input_tokens_seen:,} tokens seen."]
+        lines.append(
+            f"| {name} | {len(opened):,} | {manifest.ledger.tokens_trained:,} | `{manifest.digest}` |"
+        )
+    lines += [
+        "",
+        f"{trainer.state.global_step:,} steps, {trainer.state.num_input_tokens_seen:,} tokens seen.",
+    ]
     if history:
         first, last = history[0], history[-1]
-        lines.append(f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']}).")
+        lines.append(
+            f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']})."
+        )
     return "\n".join([*lines, "", f"Settings: `{SETTINGS_NAME}`.", ""])

@@ -38,14 +38,19 @@ def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, [*TrainConfig.model_fields, *known], n=1)
-            raise UsageError(f"Unknown setting {key!r}.", f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.")
+            raise UsageError(
+                f"Unknown setting {key!r}.",
+                f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.",
+            )
     return {key: _coerced(key, value, known[key]) for key, value in given.items()}
 
 
 def given_training(config: TrainConfig) -> dict[str, Any]:
     """Return the settings of TrainingArguments that were given and are not what they would be anyway."""
     defaults = {**training_defaults(), "learning_rate": config.learning_rate}
-    given = {name: getattr(value, "value", value) for name, value in checked_training(config.training).items()}
+    given = {
+        name: getattr(value, "value", value) for name, value in checked_training(config.training).items()
+    }
     return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
@@ -71,7 +76,10 @@ def training_defaults() -> dict[str, Any]:
 
     fields = [field for field in dataclasses.fields(TrainingArguments) if field.init and field.name != "bf16"]
     ours = {**TRAINING_DEFAULTS, "disable_tqdm": True}
-    return {field.name: ours.get(field.name, None if field.default is dataclasses.MISSING else field.default) for field in fields}
+    return {
+        field.name: ours.get(field.name, None if field.default is dataclasses.MISSING else field.default)
+        for field in fields
+    }
 
 
 def _coerced(key: str, value: Any, annotation: str) -> Any:
@@ -81,7 +89,9 @@ def _coerced(key: str, value: Any, annotation: str) -> Any:
         UsageError: no number where one is wanted, or settings inside what holds none.
     """
     if isinstance(value, dict) and "dict" not in annotation:
-        raise UsageError(f"Setting {key!r}: found {value!r:.200}; nothing inside it can be set.", f"set {key} whole.")
+        raise UsageError(
+            f"Setting {key!r}: found {value!r:.200}; nothing inside it can be set.", f"set {key} whole."
+        )
     if isinstance(value, bool) and "bool" not in annotation:
         return "yes" if value else "no"
     wanted = next((kind for kind in (float, int) if kind.__name__ in annotation), None)
@@ -90,5 +100,7 @@ def _coerced(key: str, value: Any, annotation: str) -> Any:
             return wanted(value)
         except ValueError:
             if "str" not in annotation:
-                raise UsageError(f"Setting {key!r}: expected a number; found {value!r}.", "write it as 2e-5 or 3.") from None
+                raise UsageError(
+                    f"Setting {key!r}: expected a number; found {value!r}.", "write it as 2e-5 or 3."
+                ) from None
     return value

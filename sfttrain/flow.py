@@ -34,7 +34,11 @@ class LogEnds(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for a line where one is due; `logging_strategy=no` is taken at its word."""
-        due = control.should_evaluate or state.global_step in (1, state.max_steps) or control.should_training_stop
+        due = (
+            control.should_evaluate
+            or state.global_step in (1, state.max_steps)
+            or control.should_training_stop
+        )
         if due and args.logging_strategy != "no":
             control.should_log = True
 
@@ -50,7 +54,9 @@ class StopAtStepEnd(TrainerCallback):
     def __init__(self, request: StopRequest, ranks: int) -> None:
         self.number = 0
         self._request, self._ranks = request, ranks
-        self._asked: Any = None  # the flag of all ranks, on its way since the last step, so that no step waits for it
+        self._asked: Any = (
+            None  # the flag of all ranks, on its way since the last step, so that no step waits for it
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on there is something to save."""

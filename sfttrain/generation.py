@@ -26,16 +26,22 @@ def ready_generation(model: Any, sets: Sequence[ShardSet], say: Say) -> None:
     if not generation.do_sample:
         generation.do_sample = True  # values for sampling are there, so sampling was meant
         if not _wrong(generation):
-            say(f"generation_config: do_sample is set to true, without which transformers saves no model ({wrong})")
+            say(
+                f"generation_config: do_sample is set to true, without which transformers saves no model ({wrong})"
+            )
             return
     kept = {name: getattr(generation, name) for name in _TOKENS}
     model.generation_config = type(generation)(**kept)
-    say(f"generation_config: all but its token ids is left out, since transformers saves no model with it ({wrong})")
+    say(
+        f"generation_config: all but its token ids is left out, since transformers saves no model with it ({wrong})"
+    )
 
 
 def _wrong(generation: Any) -> str:
     """Return why transformers would not save it; "" where it would."""
-    changed = getattr(generation, "_original_object_hash", None) != hash(generation)  # what was only loaded is saved as it is
+    changed = getattr(generation, "_original_object_hash", None) != hash(
+        generation
+    )  # what was only loaded is saved as it is
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -31,17 +31,25 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
     """
     local_output(output)
     if bits not in BITS or group_size not in GROUP_SIZES:
-        raise UsageError(f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}.")
+        raise UsageError(
+            f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}."
+        )
     if (model / "adapter_config.json").is_file():
-        raise UsageError(f"{model}: holds adapters; GPTQ takes a whole model.", f"sfttrain merge {model} -o {model}-merged")
+        raise UsageError(
+            f"{model}: holds adapters; GPTQ takes a whole model.", f"sfttrain merge {model} -o {model}-merged"
+        )
     require_package("gptqmodel", "export --gptq")
-    package: Any = importlib.import_module("gptqmodel")  # had apart: it is built against the torch of the machine
+    package: Any = importlib.import_module(
+        "gptqmodel"
+    )  # had apart: it is built against the torch of the machine
     rows = calibration_rows(open_set(calibration), CALIBRATION_ROWS)
     say(f"gptq: {bits} bits in groups of {group_size}, calibrated on {len(rows)} documents of {calibration}")
     quantized = package.GPTQModel.load(str(model), package.QuantizeConfig(bits=bits, group_size=group_size))
     quantized.quantize(rows, batch_size=1)
     quantized.save(str(output))
-    say(f"gptq: {output}; compare its evaluation loss with the original's before using it, and try group_size=32 if it is worse")
+    say(
+        f"gptq: {output}; compare its evaluation loss with the original's before using it, and try group_size=32 if it is worse"
+    )
 
 
 def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, Any]]:

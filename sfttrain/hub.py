@@ -17,7 +17,12 @@ _UPLOADED = (
     "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "vocab*",
     "merges.txt", "*.py",
 )  # fmt: skip
-_NAMING = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")  # may name where it came from
+_NAMING = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+)  # may name where it came from
 
 
 def check_hub(repository: str) -> None:
@@ -31,7 +36,9 @@ def check_hub(repository: str) -> None:
     if repository.count("/") != 1:
         raise UsageError(f"push_to_hub={repository}: is no repository of the Hub.", "name it as user/model.")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UsageError(f"push_to_hub={repository}: HF_HUB_OFFLINE is set.", "unset it, or leave push_to_hub out.")
+        raise UsageError(
+            f"push_to_hub={repository}: HF_HUB_OFFLINE is set.", "unset it, or leave push_to_hub out."
+        )
     if get_token() is None:
         raise UsageError(f"push_to_hub={repository}: nobody is logged in.", "hf auth login, or set HF_TOKEN.")
 
@@ -57,7 +64,9 @@ def push(folder: Path, repository: str) -> str:
         api.create_commit(repository, files, commit_message="Upload a model trained by sfttrain")
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{folder}: is finished; pushing it failed: {reason}", "run the same command again.") from None
+        raise UsageError(
+            f"{folder}: is finished; pushing it failed: {reason}", "run the same command again."
+        ) from None
     return str(address)
 
 

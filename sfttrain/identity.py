@@ -40,17 +40,33 @@ _CALLED = {
     "global_batch": "global_batch (per_device_train_batch_size x gradient_accumulation_steps x processes)",
     "compute": "the dtype of computing (bf16, fp16)",
 }
-_OBJECTS = ("compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "compute_metrics", "preprocess_logits_for_metrics")
+_OBJECTS = (
+    "compute_loss_func",
+    "optimizers",
+    "optimizer_cls_and_kwargs",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+)
 
 
 def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet]) -> dict[str, Any]:
     """Return what is known of a run's identity before its model is loaded, as plain JSON data."""
     config, args, objects = run.config, run.args, run.objects
     own = config.model_dump(mode="json", exclude=set(_APART), exclude_defaults=True)
-    training = {name: value for name, value in other_than_default(args).items() if name not in _APART and acts(name, run)}
+    training = {
+        name: value
+        for name, value in other_than_default(args).items()
+        if name not in _APART and acts(name, run)
+    }
     held = {name: opened.manifest.digest for name, opened in evaluation.items()}
     found = {name: _name(objects[name]) for name in _OBJECTS if objects.get(name) is not None}
-    settings = {**own, **training, **({"eval": held} if held else {}), **found, "learning_rate": args.learning_rate}
+    settings = {
+        **own,
+        **training,
+        **({"eval": held} if held else {}),
+        **found,
+        "learning_rate": args.learning_rate,
+    }
     return {
         "sets": [opened.manifest.digest for opened in sets],
         "weights": list(config.set_weights),
@@ -71,9 +87,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     An earlier version recorded no settings: then they are not compared.
     """
     old, new = _flat(before, now), _flat(now, now)
-    names = [name for name in {**old, **new} if "settings" in before or name in old or name.startswith(("adapter", "lora."))]
+    names = [
+        name
+        for name in {**old, **new}
+        if "settings" in before or name in old or name.startswith(("adapter", "lora."))
+    ]
     changed = [name for name in names if old.get(name) != new.get(name)]
-    return {name: f"{_CALLED.get(name, name)} was {_shown(old, name)}, is {_shown(new, name)}" for name in changed}
+    return {
+        name: f"{_CALLED.get(name, name)} was {_shown(old, name)}, is {_shown(new, name)}" for name in changed
+    }
 
 
 def may_change(name: str) -> bool:
@@ -100,7 +122,10 @@ def _flat(run: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: run[name] for name in known if name in run and name not in ("settings", "lora")}
     if run.get("lora"):
         lora = LoraSettings(**run["lora"])
-        flat |= {f"lora.{name}": value for name, value in {"r": lora.r, **lora.model_dump(exclude_defaults=True)}.items()}
+        flat |= {
+            f"lora.{name}": value
+            for name, value in {"r": lora.r, **lora.model_dump(exclude_defaults=True)}.items()
+        }
     return flat | dict(run.get("settings", {}))
 
 

@@ -24,8 +24,13 @@ from sfttrain.shrink import VOCABULARY, depends_on_row_length, text_config
 from sfttrain.tiny import own_randomness, smallest_that_runs, tiny_model, unreached, whole_precision
 
 Rows = list[list[Tensor]]
-_LENGTHS = ((11, 7, 14), (5, 13))  # documents of two rows, around `shrink.LIMIT`; the second row ends in padding
-_DIFFERENCE = 2e-4  # of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3
+_LENGTHS = (
+    (11, 7, 14),
+    (5, 13),
+)  # documents of two rows, around `shrink.LIMIT`; the second row ends in padding
+_DIFFERENCE = (
+    2e-4  # of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3
+)
 _TOLERANCE = 2e-5  # of what is computed in the same shapes, where rounding is the same too, and of losses
 _ROUNDING = 3.0  # how much more than plain attention a kernel may round, in the median over positions
 
@@ -96,7 +101,9 @@ class Proof:
         return self.loss_difference is not None and self.loss_difference <= self.tolerance
 
 
-def prove(config: Any, attention: str, where: Surroundings, trusted: bool = False, packed: bool = True) -> Proof:
+def prove(
+    config: Any, attention: str, where: Surroundings, trusted: bool = False, packed: bool = True
+) -> Proof:
     """Build the architecture at tiny size and try it.
 
     Args:
@@ -127,7 +134,9 @@ class _Trial:
         self._config = smallest_that_runs(config, trusted, where.reach)
         self._composite = text_config(config) is not config
         self._plain = self._model("eager")
-        self._rows = [[torch.randint(3, VOCABULARY, (length,)) for length in row] for row in _LENGTHS[: where.rows]]
+        self._rows = [
+            [torch.randint(3, VOCABULARY, (length,)) for length in row] for row in _LENGTHS[: where.rows]
+        ]
         with torch.no_grad():
             self._alone = self._each_alone(self._plain)
         self._spread = float(torch.cat([logits.flatten() for logits in self._alone]).std())
@@ -167,8 +176,13 @@ class _Trial:
             except (TypeError, ValueError, RuntimeError) as error:
                 failure = failure or error
                 continue
-            moved = [(new - old).abs().max() for new, old in zip(_behind(after, rows), _behind(before, rows), strict=True)]
-            found = replace(proof, difference=difference, leak=float(max(moved)) / self._spread, boundaries=boundaries)
+            moved = [
+                (new - old).abs().max()
+                for new, old in zip(_behind(after, rows), _behind(before, rows), strict=True)
+            ]
+            found = replace(
+                proof, difference=difference, leak=float(max(moved)) / self._spread, boundaries=boundaries
+            )
             if found.isolated:
                 return found
             best = best or found
@@ -185,7 +199,11 @@ class _Trial:
             usual = self._errors(self._each_alone(self._plain), self._alone)
             found = self._logits(model, collate, rows)
             noise = self._errors(self._logits(model, collate, rows), found)
-            moved = self._errors(_behind(self._logits(model, collate, changed), rows), _behind(found, rows)) if packed else 0.0
+            moved = (
+                self._errors(_behind(self._logits(model, collate, changed), rows), _behind(found, rows))
+                if packed
+                else 0.0
+            )
         with torch.autocast(self._device, dtype=self._compute):
             loss = model(**self._batch(collate, rows)).loss
         loss.backward()
@@ -233,7 +251,10 @@ class _Trial:
 
     def _batch(self, collate: Collator, rows: Rows) -> Batch:
         batch = collate([_row(documents) for documents in rows])
-        return {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return {
+            name: value.to(self._device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
 
     def _logits(self, model: Any, collate: Collator, rows: Rows) -> list[Tensor]:
         """float32[L, V] of every document."""

@@ -52,7 +52,9 @@ class IterativeTrainer:
         self.optimizer = optimizer or torch.optim.AdamW(self._trained, lr=LEARNING_RATE)
         self.scheduler = scheduler
         self.steps = 0
-        self._encoder: Encoder | None = load_encoder(resolve_tokenizer(tokenizer), "tokenizers") if tokenizer else None
+        self._encoder: Encoder | None = (
+            load_encoder(resolve_tokenizer(tokenizer), "tokenizers") if tokenizer else None
+        )
 
     def step(
         self, input_ids: Ids | None = None, attention_mask: Ids | None = None, labels: Ids | None = None, *,
@@ -87,17 +89,26 @@ class IterativeTrainer:
 
     def _given(self, input_ids: Any, attention_mask: Any, labels: Any) -> list[tuple[Int32, Int32]]:
         if labels is None and self._answers_apart:
-            raise UsageError("A sequence-to-sequence model has nothing to answer without labels.", "give labels.")
+            raise UsageError(
+                "A sequence-to-sequence model has nothing to answer without labels.", "give labels."
+            )
         ids = [_array(row) for row in input_ids]
         masks = (
-            [np.ones(len(row), np.int32) for row in ids] if attention_mask is None else [_array(row) for row in attention_mask]
+            [np.ones(len(row), np.int32) for row in ids]
+            if attention_mask is None
+            else [_array(row) for row in attention_mask]
         )
         own = ids if labels is None else [_array(row) for row in labels]
         if not len(ids) == len(masks) == len(own):
-            raise UsageError(f"{len(ids)} input_ids, {len(masks)} attention masks, {len(own)} labels.", "give one of each.")
+            raise UsageError(
+                f"{len(ids)} input_ids, {len(masks)} attention masks, {len(own)} labels.", "give one of each."
+            )
         for row, mask, label in zip(ids, masks, own, strict=True):
             if len(row) != len(mask) or (not self._answers_apart and len(row) != len(label)):
-                raise UsageError(f"{len(row)} input_ids, {len(mask)} in their mask, {len(label)} labels.", "make them equal.")
+                raise UsageError(
+                    f"{len(row)} input_ids, {len(mask)} in their mask, {len(label)} labels.",
+                    "make them equal.",
+                )
         kept = [mask != 0 for mask in masks]
         if self._answers_apart:
             return [(row[keep], label) for row, keep, label in zip(ids, kept, own, strict=True)]
@@ -108,13 +119,18 @@ class IterativeTrainer:
             raise UsageError("Texts need a tokenizer.", "IterativeTrainer(model, tokenizer=...).")
         if answers is None:
             if self._answers_apart:
-                raise UsageError("A sequence-to-sequence model has nothing to answer without texts_labels.", "give them.")
+                raise UsageError(
+                    "A sequence-to-sequence model has nothing to answer without texts_labels.", "give them."
+                )
             answers, texts = texts, [""] * len(texts)
         if len(answers) != len(texts):
             raise UsageError(f"{len(texts)} texts, {len(answers)} texts_labels.", "give one for each text.")
         if not self._answers_apart:
             return _encode(self._encoder, texts, answers)
-        given, wanted = _encode(self._encoder, texts, [""] * len(texts)), _encode(self._encoder, [""] * len(texts), answers)
+        given, wanted = (
+            _encode(self._encoder, texts, [""] * len(texts)),
+            _encode(self._encoder, [""] * len(texts), answers),
+        )
         return [(ids, target) for (ids, _), (target, _) in zip(given, wanted, strict=True)]
 
     def _cut(self, ids: Int32, labels: Int32) -> tuple[Int32, Int32]:
@@ -137,7 +153,10 @@ class IterativeTrainer:
             logits = self.model(**batch, **({"labels": labels} if self._answers_apart else {})).logits.float()
             wanted = labels if self._answers_apart else labels[:, 1:]
             logits = logits if self._answers_apart else logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum") / trained
+            loss = (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+                / trained
+            )
             loss.backward()
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, MAX_GRAD_NORM))
@@ -163,12 +182,18 @@ class IterativeTrainer:
 def _encode(encoder: Encoder, prompts: list[str], answers: list[str]) -> list[tuple[Int32, Int32]]:
     """Encode prompts with the answers that follow them; only an answer and the end token after it are trained."""
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    spans = [[(len(p.encode()), len(t.encode()))] if a else [] for p, a, t in zip(prompts, answers, texts, strict=True)]
+    spans = [
+        [(len(p.encode()), len(t.encode()))] if a else []
+        for p, a, t in zip(prompts, answers, texts, strict=True)
+    ]
     nothing = Ragged.from_lists([[] for _ in texts])
     rows, closed = np.arange(len(texts)), np.ones(len(texts), np.bool_)
     batch, _ = encode_batch(TextBatch(texts, Ragged.from_lists(spans), nothing, rows, True, closed), encoder)
     labels = np.where(batch.trained, batch.input_ids, IGNORE).astype(np.int32)
-    return [(batch.input_ids[a:b], labels[a:b]) for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
+    return [
+        (batch.input_ids[a:b], labels[a:b])
+        for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+    ]
 
 
 def _array(row: Any) -> Int32:
@@ -178,4 +203,6 @@ def _array(row: Any) -> Int32:
 
 def _padded(rows: list[Int32], value: int) -> Any:
     width = max(len(row) for row in rows)
-    return np.stack([np.pad(row, (0, width - len(row)), constant_values=value) for row in rows]).astype(np.int64)
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=value) for row in rows]).astype(
+        np.int64
+    )

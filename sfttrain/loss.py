@@ -16,7 +16,10 @@ from transformers.utils.generic import ModelOutput
 from sfttrain.terms import hidden_and_terms
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of fp32 logits alive at once; products of few rows are slow
+CHUNK_BYTES = {
+    "cpu": 128 << 20,
+    "cuda": 512 << 20,
+}  # of fp32 logits alive at once; products of few rows are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want_slope = want_hidden or want_weight or want_bias
         weight_cast = weight.to(dtype)
         step = chunk_rows(hidden.device.type, weight.shape[0], count)
-        buffer = torch.empty(step, weight.shape[0], dtype=dtype, device=hidden.device)  # fresh memory costs more than the sums
+        buffer = torch.empty(
+            step, weight.shape[0], dtype=dtype, device=hidden.device
+        )  # fresh memory costs more than the sums
         for start in range(0, count, max(step, 1)):
             rows = slice(start, start + step)
             inputs = hidden[rows].to(dtype)
@@ -144,7 +149,9 @@ class _Chunk(NamedTuple):
     slope: Tensor | None
 
 
-def _chunk(logits: Tensor, bias: Tensor | None, targets: Targets, head: Head, objective: Objective, want_slope: bool) -> _Chunk:
+def _chunk(
+    logits: Tensor, bias: Tensor | None, targets: Targets, head: Head, objective: Objective, want_slope: bool
+) -> _Chunk:
     """Compute one chunk from `W h`, float32[N, V], in whose place the slope is written."""
     if bias is not None:
         logits += bias
@@ -199,7 +206,9 @@ def head_of(model: nn.Module) -> Head:
     if bias is None:  # an adapter around the head shows its weight, merged, but not always its bias
         bias = getattr(getattr(module, "original_module", None), "bias", None)
     config = cast(Any, model).config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     return Head(module.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
@@ -224,7 +233,11 @@ def supervised_loss(
     chosen = targets != IGNORE
     rows, targets = hidden[:, :-1][chosen], targets[chosen]
     supervised = torch.tensor(len(targets), device=hidden.device)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else head.weight.dtype
+    dtype = (
+        torch.get_autocast_dtype(hidden.device.type)
+        if torch.is_autocast_enabled(hidden.device.type)
+        else head.weight.dtype
+    )
     plain = head.scale == 1.0 and head.softcap is None and objective == PLAIN and loss_weights is None
     if engine == "torch" and len(targets) and plain and torch.is_grad_enabled():
         options = nn.LinearCrossEntropyOptions()
@@ -274,7 +287,9 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN,
         else:
             hidden = self.base_model(**inputs)[0]
         aim = objective if self.training else PLAIN
-        loss, correct, supervised, token_losses = supervised_loss(hidden, labels, head_of(self), engine, aim, loss_weights)
+        loss, correct, supervised, token_losses = supervised_loss(
+            hidden, labels, head_of(self), engine, aim, loss_weights
+        )
         items = num_items_in_batch
         if items is None:
             items = supervised if loss_weights is None else items_of(labels, loss_weights)

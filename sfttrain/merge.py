@@ -19,7 +19,15 @@ from sfttrain.talk import Say
 from sfttrain.vocabulary import embedding_rows, grow_embeddings
 
 _PROBE_TOKENS = 64
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model", "vocab*", "merges.txt")
+_BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
 
@@ -63,11 +71,15 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     difference = _difference(wanted, _logits(_load(str(partial))[0].eval(), probe))
     if difference > _TOLERANCE.get(dtype, 5e-2):
         message = f"{partial}: the merged model's logits are off by {difference:.1e} of the largest."
-        raise IntegrityError(message, "report this with the adapter's config; the model was not put in place.")
+        raise IntegrityError(
+            message, "report this with the adapter's config; the model was not put in place."
+        )
     if output.exists():
         output.rmdir()
     os.replace(partial, output)
-    say(f"merged: {output}; its logits differ from the adapted model's by {difference:.1e} of the largest ({dtype})")
+    say(
+        f"merged: {output}; its logits differ from the adapted model's by {difference:.1e} of the largest ({dtype})"
+    )
     return difference
 
 
@@ -79,7 +91,8 @@ def _load(name: str) -> tuple[Any, torch.dtype]:
         config = AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
             raise UsageError(
-                f"{name}: is quantized; adapters are added to whole weights.", "name the unquantized base with --model."
+                f"{name}: is quantized; adapters are added to whole weights.",
+                "name the unquantized base with --model.",
             )
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
@@ -98,7 +111,9 @@ def _saved_rows(folder: Path, base: Any) -> int:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if f".{name}." in key}  # noqa: SIM118 -- no dict
     width = embeddings.weight.shape[1]
     tables = [
-        shape[0] for key, shape in shapes.items() if len(shape) == 2 and shape[1] == width and "trainable_tokens" not in key
+        shape[0]
+        for key, shape in shapes.items()
+        if len(shape) == 2 and shape[1] == width and "trainable_tokens" not in key
     ]
     return max((rows for rows in tables if rows >= embedding_rows(base)), default=0)
 

@@ -38,7 +38,9 @@ def load_config(config: TrainConfig) -> Any:
 
     source = str(config.init_from_config or config.model)
     try:
-        found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
     for name, value in config.model_init_kwargs.items():
@@ -46,7 +48,10 @@ def load_config(config: TrainConfig) -> Any:
         if owner is not None:
             setattr(owner, name, value)
         elif config.init_from_config is not None:
-            raise UsageError(f"model_init_kwargs.{name}: {found.model_type} has no such field in its config.", "leave it out.")
+            raise UsageError(
+                f"model_init_kwargs.{name}: {found.model_type} has no such field in its config.",
+                "leave it out.",
+            )
     return found
 
 
@@ -70,7 +75,10 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
     dtype = weight_dtype(config)
     if config.init_from_config is not None:
         return AutoModelForCausalLM.from_config(
-            model_config, attn_implementation=registered_name(attention), dtype=dtype, trust_remote_code=config.trust_remote_code
+            model_config,
+            attn_implementation=registered_name(attention),
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
         )
     source = str(config.model)
     _refuse_pickle(Path(source))
@@ -85,7 +93,11 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
     if config.quantize is not None:
         arguments |= {"quantization_config": _quantization(config.quantize), "device_map": {"": device}}
     try:
-        more = {name: value for name, value in config.model_init_kwargs.items() if _owner(model_config, name) is None}
+        more = {
+            name: value
+            for name, value in config.model_init_kwargs.items()
+            if _owner(model_config, name) is None
+        }
         return AutoModelForCausalLM.from_pretrained(source, **(arguments | more))
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
@@ -121,16 +133,25 @@ def _quantization(kind: str) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if computes_in_bf16() else torch.float32
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
     )
 
 
 def _refuse_pickle(folder: Path) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
+    )
     found = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
-    fix = "if you trust it, convert it with save_pretrained." if pickles else "name a folder with model.safetensors."
+    fix = (
+        "if you trust it, convert it with save_pretrained."
+        if pickles
+        else "name a folder with model.safetensors."
+    )
     raise UsageError(f"{folder}: found {found}; expected safetensors.", fix)
 
 
@@ -141,5 +162,10 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
         found = f"{source}: model_init_kwargs.{unknown[1]}: neither a field of its config nor an argument of from_pretrained"
         return UsageError(f"{found}.", "leave it out.")
     if "trust_remote_code" in str(error) and not trusted:
-        return UsageError(f"{source}: brings its own code.", "read that code; if you trust it, add --trust-remote-code.")
-    return UsageError(f"{source}: transformers cannot load it: {text}", "name a folder or Hub id of a causal language model.")
+        return UsageError(
+            f"{source}: brings its own code.", "read that code; if you trust it, add --trust-remote-code."
+        )
+    return UsageError(
+        f"{source}: transformers cannot load it: {text}",
+        "name a folder or Hub id of a causal language model.",
+    )

@@ -69,12 +69,16 @@ def _try_schedule(args: Any, optimizer: Any, steps: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer has no more steps to take
-            schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+            schedule = get_scheduler(
+                kind, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+            )
             schedule.step(*([0.0] if kind in ("reduce_lr_on_plateau", "greedy") else []))
     except Exception as error:  # as above
         given = f", lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
         found = f"lr_scheduler_type={_plain(kind)}{given}"
-        raise _refusal(found, error, "set lr_scheduler_kwargs.NAME=VALUE, or lr_scheduler_type=cosine") from None
+        raise _refusal(
+            found, error, "set lr_scheduler_kwargs.NAME=VALUE, or lr_scheduler_type=cosine"
+        ) from None
 
 
 def _kind(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:

@@ -72,7 +72,10 @@ class Order(Sampler[list[int]]):
         """int64[steps_per_epoch * global_batch], the rows of one epoch in order, fillers last."""
         starts = np.cumsum([0, *self.sizes[:-1]])
         chosen = [
-            start + _passes(size, weight, epoch, self._generator(epoch, index), self._generator(0, index), self.shuffle)
+            start
+            + _passes(
+                size, weight, epoch, self._generator(epoch, index), self._generator(0, index), self.shuffle
+            )
             for index, (start, size, weight) in enumerate(zip(starts, self.sizes, self.weights, strict=True))
         ]
         order = np.concatenate(chosen)
@@ -89,7 +92,14 @@ def _share(size: int, weight: float) -> int:
     return round(size * weight)
 
 
-def _passes(size: int, weight: float, epoch: int, fresh: np.random.Generator, fixed: np.random.Generator, shuffle: bool) -> Int64:
+def _passes(
+    size: int,
+    weight: float,
+    epoch: int,
+    fresh: np.random.Generator,
+    fixed: np.random.Generator,
+    shuffle: bool,
+) -> Int64:
     """Rows of one set in one epoch: whole passes, then a window that moves on through a fixed permutation each epoch."""
     whole, part = divmod(_share(size, weight), max(size, 1))
     passes = [np.arange(size, dtype=np.int64) for _ in range(whole)]

@@ -40,7 +40,10 @@ def refuse_places(config: TrainConfig, *, given: bool) -> None:
     for name in ("model", "adapter"):
         place = getattr(config, name)
         if place is not None and not given and output.exists() and Path(place).resolve() == output.resolve():
-            raise UsageError(f"{output}: is the folder of the {name}, which the run would write over.", "choose another -o.")
+            raise UsageError(
+                f"{output}: is the folder of the {name}, which the run would write over.",
+                "choose another -o.",
+            )
 
 
 @contextmanager
@@ -62,7 +65,9 @@ def take(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"{output}: another `sfttrain run` is writing here.", "wait for it, or choose another -o.") from None
+            raise UsageError(
+                f"{output}: another `sfttrain run` is writing here.", "wait for it, or choose another -o."
+            ) from None
         yield
     finally:
         _held.discard(lock)

@@ -8,7 +8,13 @@ from importlib.util import find_spec
 from sftdata.errors import UsageError
 
 _TRAINER = ("torch", "transformers", "accelerate", "peft", "safetensors")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio", "comet_ml": "comet_ml"}
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+}
 
 
 def require_trainer() -> None:
@@ -49,7 +55,11 @@ def require_tracker(name: str) -> None:
         return
     if name not in INTEGRATION_TO_CALLBACK:
         near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+        fix = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+        )
         raise UsageError(f"report_to={name}: there is no such tracker.", fix)
     if name in TRACKERS:  # of the others, transformers knows what they need
         require_package(TRACKERS[name], f"report_to={name}")

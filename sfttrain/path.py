@@ -40,7 +40,9 @@ class Plan:
     unreached: tuple[str, ...] = ()
 
 
-def choose_path(config: TrainConfig, model_config: Any, choice: Choice, where: Surroundings, say: Say) -> Plan:
+def choose_path(
+    config: TrainConfig, model_config: Any, choice: Choice, where: Surroundings, say: Say
+) -> Plan:
     """Try packing and the chunked loss on the architecture at tiny size, one attention after the other.
 
     Raises:
@@ -84,14 +86,20 @@ class _Search:
             return self._plan(name, proof, unpack=True) if name in FLATTENED else None
         for failed, reason in self._against.items():
             self._say(f"attention: {name} instead of {failed} ({reason})")
-        self._say(f"packing: proven on a tiny {self._family}: packed = alone within {proof.difference:.1e} ({name})")
+        self._say(
+            f"packing: proven on a tiny {self._family}: packed = alone within {proof.difference:.1e} ({name})"
+        )
         return self._plan(name, proof, unpack=False)
 
     def unpacked(self, asked: str | None) -> Plan:
         """Return the plan with one document a row, by an attention that takes padded rows."""
         reason = self._reason()
         if self._config.packing == "require":
-            fix = "set attention=auto, or packing=auto." if asked else "set packing=auto to train documents one by one."
+            fix = (
+                "set attention=auto, or packing=auto."
+                if asked
+                else "set packing=auto to train documents one by one."
+            )
             raise UsageError(f"packing=require: {reason}.", fix) from self._failure
         if asked in FLATTENED:
             raise UsageError(f"attention={asked}: {reason}.", "set attention=auto.") from self._failure
@@ -115,8 +123,12 @@ class _Search:
             self._against[name] = f"it could not be tried on this architecture ({reason})"
             return None
         if not proof.causal:
-            found = f"{self._family}: each token sees those behind it, so it would be trained on its own answer"
-            raise UsageError(f"{found}.", "name a model that is trained left to right (is_decoder=true in its config).")
+            found = (
+                f"{self._family}: each token sees those behind it, so it would be trained on its own answer"
+            )
+            raise UsageError(
+                f"{found}.", "name a model that is trained left to right (is_decoder=true in its config)."
+            )
         self._proofs[name] = proof
         return proof
 
@@ -133,16 +145,24 @@ class _Search:
         for setting, usual in (("objective", ("nll",)), ("loss", ("auto", "plain", "liger"))):
             value = getattr(self._config, setting)
             if value not in usual:
-                raise UsageError(f"{setting}={value}: {self._reason()}.", f"set {setting}={usual[0]}.") from self._failure
+                raise UsageError(
+                    f"{setting}={value}: {self._reason()}.", f"set {setting}={usual[0]}."
+                ) from self._failure
         return Plan(name, False, True, None)
 
     def _reason(self) -> str:
         found = dict.fromkeys(self._against.values())
-        return "; ".join(found).replace("it could not be tried", "could not be tried", 1) if found else "unpacked as asked"
+        return (
+            "; ".join(found).replace("it could not be tried", "could not be tried", 1)
+            if found
+            else "unpacked as asked"
+        )
 
     def _refuse_padding(self, proof: Proof) -> None:
         if self._where.rows == 1:
-            raise UsageError(f"{self._family}: it counts positions otherwise than from 0 (logits move by {proof.padded:.1e}).")
+            raise UsageError(
+                f"{self._family}: it counts positions otherwise than from 0 (logits move by {proof.padded:.1e})."
+            )
         found = f"{self._family}: rows of several lengths in a batch change each other (logits move by {proof.padded:.1e})"
         fix = "set per_device_train_batch_size=1, per_device_eval_batch_size=1 and gradient_accumulation_steps instead."
         raise UsageError(f"{found}.", fix)

@@ -28,13 +28,17 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -
     args = trainer.args
     if args.save_strategy != "no" and args.process_index == 0:
         kept = args.save_total_limit or 2
-        checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(trainer.model))
+        checkpoint.require_space(
+            Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(trainer.model)
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("trial step: left out, since the model is not sharded yet")
         return
     trainer.checkpoint_activations()
     rows, batch = 1, _trial_batch(trainer)
-    if args.device.type == "cpu":  # where memory is not what a step can lack, one row tells as much as the batch
+    if (
+        args.device.type == "cpu"
+    ):  # where memory is not what a step can lack, one row tells as much as the batch
         rows = args.train_batch_size
     cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
     seconds = try_step(trainer.model, batch, trainer.fused, cast) * rows * args.gradient_accumulation_steps

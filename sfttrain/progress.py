@@ -28,7 +28,9 @@ class TrainLog(TrainerCallback):
         if state.is_world_process_zero:
             _forget_after(self._path, state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         """Write what was logged, where this is the main process."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -53,17 +55,30 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            shape = {"total": state.max_steps, "initial": state.global_step, "unit": "step", "dynamic_ncols": True}
+            shape = {
+                "total": state.max_steps,
+                "initial": state.global_step,
+                "unit": "step",
+                "dynamic_ncols": True,
+            }
             self._bar = tqdm(file=unguarded(sys.stderr), **shape)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         """Remember the newest figures."""
         if logs and "loss" in logs:
             self._figures = f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):,.0f} tokens/s"
-            if state.is_world_process_zero and self._bar is None and state.global_step in (1, state.max_steps):
+            if (
+                state.is_world_process_zero
+                and self._bar is None
+                and state.global_step in (1, state.max_steps)
+            ):
                 self._tell(state)
         elif logs and state.is_world_process_zero and any(key.startswith("eval_") for key in logs):
-            self._write(", ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")))
+            self._write(
+                ", ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss"))
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move on, and speak when it is time."""
@@ -82,7 +97,11 @@ class Progress(TrainerCallback):
     def _tell(self, state: Any) -> None:
         """Write a line on the step that is done."""
         self._spoke = time.perf_counter()
-        left = (self._spoke - self._began) / (state.global_step - self._first) * (state.max_steps - state.global_step)
+        left = (
+            (self._spoke - self._began)
+            / (state.global_step - self._first)
+            * (state.max_steps - state.global_step)
+        )
         figures = f", {self._figures}" if self._figures else ""
         self._write(f"step {state.global_step}/{state.max_steps}{figures}, {_duration(left)} left")
 

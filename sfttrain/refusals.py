@@ -24,7 +24,9 @@ _MOVED = {
 _LOADING = ("init_from_config", "revision", "dtype", "model_init_kwargs", "quantize", "trust_remote_code")
 
 
-def refuse_useless(config: TrainConfig, args: Any, model: Any, data: Any, extras: Mapping[str, Any], say: Say) -> None:
+def refuse_useless(
+    config: TrainConfig, args: Any, model: Any, data: Any, extras: Mapping[str, Any], say: Say
+) -> None:
     """Refuse settings that cannot work together, before anything is read.
 
     Args:
@@ -45,10 +47,17 @@ def refuse_useless(config: TrainConfig, args: Any, model: Any, data: Any, extras
     _refuse_loss(config, args, extras)
     _refuse_evaluation(config, args, extras)
     if config.eval and args.eval_strategy == "no":
-        say(f"evaluation: {' and '.join(config.eval)} is not evaluated while training; set eval_strategy=epoch or steps for that")
-    offload = isinstance(args.activation_checkpointing_kwargs, dict) and args.activation_checkpointing_kwargs.get("offload")
+        say(
+            f"evaluation: {' and '.join(config.eval)} is not evaluated while training; set eval_strategy=epoch or steps for that"
+        )
+    offload = isinstance(
+        args.activation_checkpointing_kwargs, dict
+    ) and args.activation_checkpointing_kwargs.get("offload")
     if offload and args.device.type == "cpu":
-        raise UsageError("activation_checkpointing_kwargs.offload: activations lie in host memory already.", "leave it out.")
+        raise UsageError(
+            "activation_checkpointing_kwargs.offload: activations lie in host memory already.",
+            "leave it out.",
+        )
     if "bnb" in str(args.optim) or "8bit" in str(args.optim):
         require_package("bitsandbytes", f"optim={args.optim}", "quantize")
     for name in args.report_to:
@@ -83,12 +92,20 @@ def refuse_architecture(config: TrainConfig, model_config: Any, model: Any = Non
     name = config.model or config.init_from_config
     if getattr(model_config, "is_encoder_decoder", False):
         found = f"{name}: {model_config.model_type} is a sequence-to-sequence model; a run trains causal language models."
-        raise UsageError(found, "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it.")
+        raise UsageError(
+            found, "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it."
+        )
     quantized = getattr(model_config, "quantization_config", None) is not None
     if quantized and config.quantize:
-        raise UsageError(f"{name}: is quantized already; quantize={config.quantize} would do so twice.", "leave quantize out.")
+        raise UsageError(
+            f"{name}: is quantized already; quantize={config.quantize} would do so twice.",
+            "leave quantize out.",
+        )
     if quantized and not config.adapted and not hasattr(model, "peft_config"):
-        raise UsageError(f"{name}: its weights are quantized and cannot be trained.", "train adapters on them, as --lora r=16.")
+        raise UsageError(
+            f"{name}: its weights are quantized and cannot be trained.",
+            "train adapters on them, as --lora r=16.",
+        )
 
 
 def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> None:
@@ -106,7 +123,9 @@ def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> No
         if length is not None and length <= limit:
             continue
         longest = max((int(np.max(rows.seq_lengths)) for rows in opened.batches()), default=0)
-        found = f"{opened.folder}: a document has {longest:,} tokens; {text.model_type} was made for {limit:,}"
+        found = (
+            f"{opened.folder}: a document has {longest:,} tokens; {text.model_type} was made for {limit:,}"
+        )
         if longest > limit and getattr(text, "rope_parameters", None) is None:
             raise UsageError(f"{found} and has no positions beyond.", f"prepare with --max-length {limit}.")
         if longest > limit:
@@ -118,18 +137,27 @@ def _refuse_loading(config: TrainConfig, args: Any) -> None:
         if config.model_init_kwargs.get(name):
             raise UsageError(f"model_init_kwargs.{name}: from_pretrained no longer takes it.", instead)
     if "device_map" in config.model_init_kwargs and args.world_size > 1:
-        raise UsageError("model_init_kwargs.device_map: each process has a device of its own.", "leave it out.")
+        raise UsageError(
+            "model_init_kwargs.device_map: each process has a device of its own.", "leave it out."
+        )
 
 
 def _refuse_object(config: TrainConfig, model: Any) -> None:
     """A model that is at hand is not loaded, so what says how to load it would be ignored."""
     fields = TrainConfig.model_fields
-    given = [name for name in _LOADING if getattr(config, name) != fields[name].get_default(call_default_factory=True)]
+    given = [
+        name
+        for name in _LOADING
+        if getattr(config, name) != fields[name].get_default(call_default_factory=True)
+    ]
     if given:
         found = f"{', '.join(given)}: the model is an object, which is loaded already"
         raise UsageError(f"{found}.", "load it so, or name the model.")
     if config.adapted and hasattr(model, "peft_config"):
-        raise UsageError("The model carries adapters already.", "leave lora and adapter out, or give the model without them.")
+        raise UsageError(
+            "The model carries adapters already.",
+            "leave lora and adapter out, or give the model without them.",
+        )
 
 
 def _refuse_loss(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
@@ -140,9 +168,14 @@ def _refuse_loss(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> N
     if config.objective == "nll":
         return
     if config.loss in ("plain", "liger"):
-        raise UsageError(f"objective={config.objective} is computed by our loss, not by loss={config.loss}.", "set loss=auto.")
+        raise UsageError(
+            f"objective={config.objective} is computed by our loss, not by loss={config.loss}.",
+            "set loss=auto.",
+        )
     if extras.get("compute_loss_func") is not None:
-        raise UsageError(f"objective={config.objective}: compute_loss_func decides on the loss.", "leave one of them out.")
+        raise UsageError(
+            f"objective={config.objective}: compute_loss_func decides on the loss.", "leave one of them out."
+        )
 
 
 def _refuse_evaluation(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
@@ -151,11 +184,15 @@ def _refuse_evaluation(config: TrainConfig, args: Any, extras: Mapping[str, Any]
     for rows in data.values() if isinstance(data, dict) else [data]:
         if rows is not None and not hasattr(rows, "__len__"):
             raise UsageError(
-                "eval_dataset: a stream has no end that is known.", "give rows with a length, or --eval NAME=FOLDER."
+                "eval_dataset: a stream has no end that is known.",
+                "give rows with a length, or --eval NAME=FOLDER.",
             )
     strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
     if strategy != "no" and not names:
-        raise UsageError(f"eval_strategy={strategy}: there is nothing to evaluate on.", "name a set, as --eval held=FOLDER.")
+        raise UsageError(
+            f"eval_strategy={strategy}: there is nothing to evaluate on.",
+            "name a set, as --eval held=FOLDER.",
+        )
     metric = str(args.metric_for_best_model or "").removeprefix("eval_")
     if not metric or extras.get("compute_metrics") is not None or strategy == "no":
         return

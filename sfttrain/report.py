@@ -52,17 +52,28 @@ def make_report(folder: Path) -> str:
     """
     log, run = read_log(folder / LOG_NAME), _read_run(folder / RUN_NAME)
     if not log and not run:
-        raise UsageError(f"{folder}: no {LOG_NAME} and no {RUN_NAME}.", "name the folder of a run: sfttrain run ... -o DIR.")
+        raise UsageError(
+            f"{folder}: no {LOG_NAME} and no {RUN_NAME}.",
+            "name the folder of a run: sfttrain run ... -o DIR.",
+        )
     steps = [line for line in log if "loss" in line]
     name = _safe(folder.resolve().name)
     sections = (
-        _section("Loss", "Per trained token, of each logged step and of each evaluation.", _losses(steps, log)),
-        _section("Along the way", "Every logged step; a long curve is faint, with its running mean over it.", _small(steps)),
+        _section(
+            "Loss", "Per trained token, of each logged step and of each evaluation.", _losses(steps, log)
+        ),
+        _section(
+            "Along the way",
+            "Every logged step; a long curve is faint, with its running mean over it.",
+            _small(steps),
+        ),
         _section("Evaluation", "Of held-out sets, by source where a set has several.", _evaluation(log)),
         _section("Settings", "What the run was asked to do; all of it below.", _settings(folder)),
     )
     header = f"<header><h1>{name}</h1>{_state(run)}{_figures(steps, log)}</header>"
-    return make_page(f"{name}: training", f"{header}<main>{''.join(sections)}</main>", "charts", "report", "curves")
+    return make_page(
+        f"{name}: training", f"{header}<main>{''.join(sections)}</main>", "charts", "report", "curves"
+    )
 
 
 def read_log(path: Path) -> list[Line]:
@@ -122,9 +133,19 @@ def _evaluation(log: Sequence[Line]) -> str:
     for name in _evaluated(log):
         points = [point for point in _curve(log, name, name, "").points if math.isfinite(point[1])]
         if points:
-            best = min(points, key=lambda point: point[1]) if "loss" in name else max(points, key=lambda point: point[1])
-            cells = (short(points[0][1]), f"{short(best[1])} <small>at step {best[0]:,.0f}</small>", short(points[-1][1]))
-            rows.append(f"<tr><td>{_safe(_called(name))}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>")
+            best = (
+                min(points, key=lambda point: point[1])
+                if "loss" in name
+                else max(points, key=lambda point: point[1])
+            )
+            cells = (
+                short(points[0][1]),
+                f"{short(best[1])} <small>at step {best[0]:,.0f}</small>",
+                short(points[-1][1]),
+            )
+            rows.append(
+                f"<tr><td>{_safe(_called(name))}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
+            )
     head = '<tr><th>figure</th><th class="n">first</th><th class="n">best</th><th class="n">last</th></tr>'
     return f"<table>{head}{''.join(rows)}</table>" if rows else ""
 
@@ -160,7 +181,10 @@ def _settings(folder: Path) -> str:
     if not path.is_file():
         return '<p class="soft">Written when the run ends.</p>'
     text = path.read_text("utf-8")
-    rows = "".join(f'<tr><td class="k">{name}</td><td>{_safe(value)}</td></tr>' for name, value in _told(yaml.safe_load(text)))
+    rows = "".join(
+        f'<tr><td class="k">{name}</td><td>{_safe(value)}</td></tr>'
+        for name, value in _told(yaml.safe_load(text))
+    )
     return f"<table>{rows}</table><details><summary>All settings</summary><pre>{_safe(text)}</pre></details>"
 
 

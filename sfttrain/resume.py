@@ -94,16 +94,23 @@ def _find(config: TrainConfig, run: dict[str, Any], steps: int, say: Say) -> Poi
     if newest is not None:
         check_unchanged(newest[1].run, run, newest[0])
     elif (output / RUN_NAME).exists():
-        raise UsageError(f"{output}: holds a finished run without a checkpoint.", "choose another output folder, or --overwrite.")
+        raise UsageError(
+            f"{output}: holds a finished run without a checkpoint.",
+            "choose another output folder, or --overwrite.",
+        )
     step = newest[1].step if newest else 0
     if step > steps:
         found = f"{output}: the run has taken {step:,} steps; {' and '.join(LENGTH)} ask for {steps:,}"
-        raise UsageError(f"{found}.", "set a higher max_steps, choose another output folder, or --overwrite to start anew.")
+        raise UsageError(
+            f"{found}.", "set a higher max_steps, choose another output folder, or --overwrite to start anew."
+        )
     for name in checkpoint.remove_after(output, step):
         say(f"{output / name}: incomplete, removed")
     if newest is None:
         return None
     say(f"resuming from {newest[0]} (step {step})")
     if "settings" not in newest[1].run:
-        say(f"{newest[0]}: an earlier version wrote it without settings; they are taken to be the same as now")
+        say(
+            f"{newest[0]}: an earlier version wrote it without settings; they are taken to be the same as now"
+        )
     return newest[0], step

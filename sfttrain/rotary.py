@@ -43,7 +43,10 @@ def _wrap(module: Any) -> None:
             _restore(self, fresh, x.device)
             chosen = sides == side
             found = own_forward(x, torch.where(chosen, position_ids, 0), *more, **options)
-            merged = tuple(torch.where(chosen[..., None], new, old) for new, old in zip(found, merged or found, strict=True))
+            merged = tuple(
+                torch.where(chosen[..., None], new, old)
+                for new, old in zip(found, merged or found, strict=True)
+            )
         return merged
 
     module.forward = types.MethodType(forward, module)

@@ -50,7 +50,9 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
             raise IntegrityError(problem)
         opened.hold()
         if not opened.manifest.ledger.tokens_trained:
-            raise DataError(f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something.")
+            raise DataError(
+                f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
+            )
 
 
 def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
@@ -62,11 +64,15 @@ def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
     for opened in sets[1:]:
         one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
         added = sorted((one.tokens_added, other.tokens_added), key=len)
-        grown = added[0] != added[1] and added[1][: len(added[0])] == added[0]  # one gained tokens for its template
+        grown = (
+            added[0] != added[1] and added[1][: len(added[0])] == added[0]
+        )  # one gained tokens for its template
         alike = grown and one.vocab_size - len(one.tokens_added) == other.vocab_size - len(other.tokens_added)
         if one.sha256 != other.sha256 and not alike:
             found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, {opened.folder} with {other.name}"
-            raise UsageError(f"{found}, whose ids are others.", "prepare both with the tokenizer of the model.")
+            raise UsageError(
+                f"{found}, whose ids are others.", "prepare both with the tokenizer of the model."
+            )
 
 
 def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
@@ -105,7 +111,9 @@ def added_tokens(folder: Path) -> dict[int, str]:
     path = folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
         return {}
-    return {entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])}
+    return {
+        entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])
+    }
 
 
 def _known_vocabulary(config: TrainConfig) -> int | None:

@@ -19,13 +19,25 @@ _LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
     "num_decoder_layers", "num_encoder_layers", "depth",
 )  # fmt: skip
-_LAYER_NUMBERS = ("moe_layers", "mlp_only_layers", "full_attn_idxs", "hybrid_layer_ids", "cross_attention_layers")
+_LAYER_NUMBERS = (
+    "moe_layers",
+    "mlp_only_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "cross_attention_layers",
+)
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")  # of another kind than the others
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads",
 )  # fmt: skip
-_KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_query_groups", "swa_num_key_value_heads")
+_KEY_HEAD_COUNTS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "kv_n_heads",
+    "num_query_groups",
+    "swa_num_key_value_heads",
+)
 _HEAD_GROUPS = ("n_groups", "mamba_n_groups")
 _WIDTHS = (
     "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim", "lru_width", "attention_hidden_size",
@@ -37,7 +49,13 @@ _INNER = (
     "intermediate_size_mlp", "shared_intermediate_size", "moe_shared_expert_intermediate_size", "dff", "dim_ff", "d_inner",
     "feed_forward_size",
 )  # fmt: skip
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
+_EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "zero_expert_num",
+)
 _EXPERT_GROUPS = ("n_group", "num_expert_group", "topk_group")
 _CHOSEN_EXPERTS = (
     "num_experts_per_tok",
@@ -91,7 +109,9 @@ def dynamic_ropes(text: Any) -> Iterator[tuple[str, int]]:
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         kind = part.get("rope_type")
         if kind in DYNAMIC_ROPES:
-            own = part.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            own = part.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
             yield kind, int(own if own and kind == "longrope" else text.max_position_embeddings)
 
 
@@ -132,7 +152,9 @@ def _shrink_text(fields: dict[str, Any], text: Any, heads: int | None, reach: in
     for name, value in fields.items():
         if name.endswith("token_id") and value is not None:
             fields[name] = 0
-        elif name.endswith(("dropout", "_pdrop", "dropout_rate", "dropout_prob", "layerdrop")) and isinstance(value, float):
+        elif name.endswith(("dropout", "_pdrop", "dropout_rate", "dropout_prob", "layerdrop")) and isinstance(
+            value, float
+        ):
             fields[name] = 0.0
         elif isinstance(value, dict) and name in ("attn_config", "ffn_config"):
             _shrink_part(value, heads)
@@ -161,7 +183,9 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def _shrink_heads(fields: dict[str, Any], most: int) -> None:
     """Divide heads and the widths that are made of heads by the same number."""
-    count = next((fields[name] for name in _HEAD_COUNTS if _is_count(fields.get(name)) and fields[name]), None)
+    count = next(
+        (fields[name] for name in _HEAD_COUNTS if _is_count(fields.get(name)) and fields[name]), None
+    )
     if count is None:
         return
     most = max(most, *(fields.get(name) or 1 for name in _HEAD_GROUPS))
@@ -169,8 +193,14 @@ def _shrink_heads(fields: dict[str, Any], most: int) -> None:
     for name in (*_HEAD_COUNTS, *_WIDTHS):
         if _is_count(fields.get(name)) and fields[name]:
             fields[name] = max(1, fields[name] // divisor)
-    if _is_count(fields.get("head_dim")) and _is_count(fields.get("hidden_size")) and "n_groups" not in fields:
-        fields["hidden_size"] = -(-fields["hidden_size"] // _ALIGNED) * _ALIGNED  # grouped products want whole vectors
+    if (
+        _is_count(fields.get("head_dim"))
+        and _is_count(fields.get("hidden_size"))
+        and "n_groups" not in fields
+    ):
+        fields["hidden_size"] = (
+            -(-fields["hidden_size"] // _ALIGNED) * _ALIGNED
+        )  # grouped products want whole vectors
     left = count // divisor
     _shrink_key_heads(fields, count, left)
     for part in (fields.get("per_layer_config") or {}).values():
@@ -178,7 +208,11 @@ def _shrink_heads(fields: dict[str, Any], most: int) -> None:
         _cap(part, _HEAD_COUNTS, left)
     if fields.get("num_attention_heads_per_layer"):
         fields["num_attention_heads_per_layer"] = [left] * len(fields["num_attention_heads_per_layer"])
-    if _is_count(fields.get("mamba_n_heads")) and _is_count(fields.get("mamba_expand")) and "mamba_d_ssm" not in fields:
+    if (
+        _is_count(fields.get("mamba_n_heads"))
+        and _is_count(fields.get("mamba_expand"))
+        and "mamba_d_ssm" not in fields
+    ):
         fields["mamba_n_heads"] = fields["mamba_expand"] * fields["hidden_size"] // fields["mamba_d_head"]
 
 
@@ -212,15 +246,21 @@ def _keep_kinds_of_layers(fields: dict[str, Any], text: Any) -> None:
         if isinstance(fields.get(name), list):
             fields[name] = [number for number in fields[name] if number < layers]
     if isinstance(fields.get("per_layer_config"), dict):
-        fields["per_layer_config"] = {key: part for key, part in fields["per_layer_config"].items() if int(key) < layers}
+        fields["per_layer_config"] = {
+            key: part for key, part in fields["per_layer_config"].items() if int(key) < layers
+        }
 
 
 def _layers_to_see_all(fields: dict[str, Any], text: Any, listed: list[str], total: int) -> int:
-    kinds = [fields[name] for name in listed if all(isinstance(one, str | int | bool) for one in fields[name])]
+    kinds = [
+        fields[name] for name in listed if all(isinstance(one, str | int | bool) for one in fields[name])
+    ]
     computed = getattr(text, "layers_block_type", None)
     if isinstance(computed, list):  # in some families it is no field
         kinds.append(computed)
-    firsts: list[int] = [value.index(kind) + 1 for value in kinds for kind in set(value) if len(set(value)) < total]
+    firsts: list[int] = [
+        value.index(kind) + 1 for value in kinds for kind in set(value) if len(set(value)) < total
+    ]
     return max([min(2, total), *firsts])
 
 

@@ -35,7 +35,9 @@ def share_terms(model: Any) -> None:
         with _loss_function(self, cross_entropy):
             outputs = own_forward(**inputs)
         if not seen:
-            raise UsageError(f"{type(self).__name__}: its loss has terms that cannot be told apart.", "set loss=auto.")
+            raise UsageError(
+                f"{type(self).__name__}: its loss has terms that cannot be told apart.", "set loss=auto."
+            )
         outputs["loss"] = seen[0] + (outputs["loss"] - seen[0]) * term_share
         return outputs
 
@@ -43,7 +45,9 @@ def share_terms(model: Any) -> None:
     model.accepts_loss_kwargs = True
 
 
-def hidden_and_terms(model: Any, own_forward: Any, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def hidden_and_terms(
+    model: Any, own_forward: Any, labels: Tensor, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """Return the last hidden states, float[B, L, D], and the model's own terms, float[].
 
     The model's own forward runs with a cross entropy of zero and next to no logits; what is left of its loss are the terms.

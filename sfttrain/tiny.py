@@ -28,7 +28,9 @@ def smallest_that_runs(config: Any, trusted: bool, reach: int | None) -> Any:
     for small in shrunk(config, reach):
         try:
             with torch.device("meta"):
-                weights = sum(weight.numel() for weight in tiny_model(small, "eager", trusted, fill=False).parameters())
+                weights = sum(
+                    weight.numel() for weight in tiny_model(small, "eager", trusted, fill=False).parameters()
+                )
             if weights > _MOST_WEIGHTS:
                 raise ValueError(f"its smallest model has {weights:,} weights")
             with torch.no_grad():
@@ -74,8 +76,16 @@ def unreached(model: Any, batch: Batch) -> tuple[str, ...]:
     found: list[str] = []
     for name, module in model.named_modules():
         weights = list(module.parameters())
-        inside = any(part is decoder for part in module.modules()) or any(name.startswith(f"{one}.") for one in found)
-        if name and weights and not inside and all(weight.grad is None for weight in weights) and not _within(decoder, module):
+        inside = any(part is decoder for part in module.modules()) or any(
+            name.startswith(f"{one}.") for one in found
+        )
+        if (
+            name
+            and weights
+            and not inside
+            and all(weight.grad is None for weight in weights)
+            and not _within(decoder, module)
+        ):
             found.append(name)
     model.zero_grad(set_to_none=True)
     return tuple(found)

@@ -33,13 +33,21 @@ class SftTrainer(Trainer):
     """
 
     def __init__(
-        self, *, order: Order | None, run: dict[str, Any], plan: Plan, tokenizer: Path | None = None, **arguments: Any
+        self,
+        *,
+        order: Order | None,
+        run: dict[str, Any],
+        plan: Plan,
+        tokenizer: Path | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
         self._tokenizer = tokenizer
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
-        self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # tokens, supervised, correct
+        self._figures = torch.zeros(
+            3, dtype=torch.float64, device=self.args.device
+        )  # tokens, supervised, correct
         self._clock, self._tokens = time.perf_counter(), 0
         self.remove_callback(PrinterCallback)  # standard output is data; progress.py talks
         if order is not None:
@@ -76,12 +84,25 @@ class SftTrainer(Trainer):
         self._evaluated = EvalFigures(rows.sources, self.args.device)
         rank, ranks = self.args.process_index, self.args.world_size
         return self._loader(
-            rows, Order([len(rows)], [1.0], seed=0, batch_size=self.args.eval_batch_size, rank=rank, ranks=ranks, shuffle=False)
+            rows,
+            Order(
+                [len(rows)],
+                [1.0],
+                seed=0,
+                batch_size=self.args.eval_batch_size,
+                rank=rank,
+                ranks=ranks,
+                shuffle=False,
+            ),
         )
 
     def _loader(self, rows: Any, order: Order | None) -> DataLoader[Any]:
-        workers = self.args.dataloader_num_workers if order is not None else 0  # two readers of a stream would repeat it
-        batches: dict[str, Any] = {"batch_size": self.args.train_batch_size} if order is None else {"batch_sampler": order}
+        workers = (
+            self.args.dataloader_num_workers if order is not None else 0
+        )  # two readers of a stream would repeat it
+        batches: dict[str, Any] = (
+            {"batch_size": self.args.train_batch_size} if order is None else {"batch_sampler": order}
+        )
         return DataLoader(
             rows,
             **batches,
@@ -115,15 +136,21 @@ class SftTrainer(Trainer):
         if not self._weighted and not any("loss_weights" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
         self._require_weighted_loss()
-        items = sum(items_of(batch["labels"], batch.get("loss_weights")).to(device) for batch in batch_samples)
+        items = sum(
+            items_of(batch["labels"], batch.get("loss_weights")).to(device) for batch in batch_samples
+        )
         return self.accelerator.reduce(items, "sum") if self.args.average_tokens_across_devices else items
 
     def _require_weighted_loss(self) -> None:
         if not self.fused or self.compute_loss_func is not None:
-            found = "The rows have loss_weights, which neither the model's own loss nor compute_loss_func knows"
+            found = (
+                "The rows have loss_weights, which neither the model's own loss nor compute_loss_func knows"
+            )
             raise UsageError(f"{found}.", "set loss=auto, or prepare without --loss-weights.")
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
         """Evaluate one batch; logits exist only when metrics are computed from them."""
         inputs = self._prepare_inputs(inputs)
         source, labels, _ = inputs.pop("source", None), inputs["labels"], inputs.pop("loss_weights", None)
@@ -142,13 +169,20 @@ class SftTrainer(Trainer):
         """Evaluate a set; its loss is the mean over trained tokens, of all and of each source."""
         loop: Any = super().evaluation_loop
         output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum")))
+        output.metrics.update(
+            self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum"))
+        )
         return output
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *more: Any, **options: Any) -> None:
         """Log, evaluate and save as transformers does, unless the run has gone astray since it last did."""
         control = self.control
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+        if (
+            control.should_log
+            or control.should_save
+            or control.should_evaluate
+            or control.should_training_stop
+        ):
             self._require_finite(tr_loss)
         own: Any = super()._maybe_log_save_evaluate
         own(tr_loss, *more, **options)
@@ -160,9 +194,13 @@ class SftTrainer(Trainer):
             DataError: naming the step, and where to go on from.
         """
         astray = ~torch.isfinite(loss).all()
-        if self.control.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there they lie in pieces
+        if self.control.should_save and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # there they lie in pieces
             model: Any = self.model
-            astray |= ~torch.stack([weight.isfinite().all() for weight in model.parameters() if weight.requires_grad]).all()
+            astray |= ~torch.stack(
+                [weight.isfinite().all() for weight in model.parameters() if weight.requires_grad]
+            ).all()
         if not self.accelerator.reduce(astray.float(), "sum"):
             return
         found = f"step {self.state.global_step}: the loss or the weights are not finite (nan or infinite)"
@@ -191,8 +229,14 @@ class SftTrainer(Trainer):
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         tokens, self._tokens = self._tokens, 0
-        figures = {"tokens": self.state.num_input_tokens_seen, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        return figures | ({"mean_token_accuracy": correct / supervised} if supervised and correct >= 0 else {})
+        figures = {
+            "tokens": self.state.num_input_tokens_seen,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        return figures | (
+            {"mean_token_accuracy": correct / supervised} if supervised and correct >= 0 else {}
+        )
 
     def _fold_tokens(self) -> None:
         """Add the tokens of every rank to the state, which checkpoints keep."""

@@ -49,7 +49,9 @@ def train_on(
 
     disable_progress_bar()
     args = training_arguments(config)
-    setting = Run(config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None)
+    setting = Run(
+        config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None
+    )
     refusals.refuse_useless(config, args, model, data, objects, say)
     refuse_inert(setting)
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
@@ -63,7 +65,9 @@ def train_on(
     trainer.add_callback(stop)
     _take_steps(trainer, resumed, steps)
     if stop.number:
-        say(f"stopped after step {trainer.state.global_step:,}: {_what_is_saved(args, trainer.state.global_step)}")
+        say(
+            f"stopped after step {trainer.state.global_step:,}: {_what_is_saved(args, trainer.state.global_step)}"
+        )
         raise StoppedError(stop.number)
     request.done = True
     export(trainer, sets, effective_settings(setting, trainer.model), trainer.run)
@@ -72,7 +76,12 @@ def train_on(
 
 
 def _assemble(
-    setting: Run, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any, identity: dict[str, Any]
+    setting: Run,
+    sets: list[ShardSet],
+    evaluation: dict[str, ShardSet],
+    model: Any,
+    data: Any,
+    identity: dict[str, Any],
 ) -> tuple[SftTrainer, Point | None, int]:
     """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
     config, args, objects = setting.config, setting.args, dict(setting.objects)
@@ -87,7 +96,11 @@ def _assemble(
         plan = _choose_path(config, model_config, model, where, say)
         model, plan = make_model(config, model_config, model, plan, sets, args, say)
     ready_generation(model, sets, say)
-    rows = TrainingRows(sets, plan.unpack) if data is None else custom_rows(data, args.process_index, args.world_size)
+    rows = (
+        TrainingRows(sets, plan.unpack)
+        if data is None
+        else custom_rows(data, args.process_index, args.world_size)
+    )
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
     run = identity | _planned(order, plan)
     steps = int(args.max_steps) if order is None else _total_steps(args, order)
@@ -100,9 +113,16 @@ def _assemble(
         model=model,
         args=args,
         train_dataset=rows,
-        eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(objects.pop("eval_dataset", None)) or None,
+        eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(objects.pop("eval_dataset", None))
+        or None,
         data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
-        callbacks=[GoOn(), LogEnds(), TrainLog(config.output / LOG_NAME), Progress(), *objects.pop("callbacks", ())],
+        callbacks=[
+            GoOn(),
+            LogEnds(),
+            TrainLog(config.output / LOG_NAME),
+            Progress(),
+            *objects.pop("callbacks", ()),
+        ],
         **objects,
     )
     try_optimizer(setting, model, steps)
@@ -121,7 +141,9 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
     except UnpicklingError:
         place = resumed[0] if resumed else trainer.args.output_dir
         found = f"{place}: holds a pickle that is more than tensors, which loading would run"
-        raise IntegrityError(f"{found}.", "remove the folder, then run again: it resumes from the one before.") from None
+        raise IntegrityError(
+            f"{found}.", "remove the folder, then run again: it resumes from the one before."
+        ) from None
 
 
 def _what_is_saved(args: Any, step: int) -> str:
@@ -143,7 +165,9 @@ def _reach(args: Any, sets: list[ShardSet], data: Any) -> tuple[int, int | None]
     """Return the rows of the largest batch and the longest row, None where only the data knows."""
     lengths = [opened.manifest.max_length for opened in sets]
     known = [length for length in lengths if length is not None]
-    return max(args.train_batch_size, args.eval_batch_size), max(known) if data is None and len(known) == len(lengths) else None
+    return max(args.train_batch_size, args.eval_batch_size), max(known) if data is None and len(known) == len(
+        lengths
+    ) else None
 
 
 def _make_trainer(**arguments: Any) -> SftTrainer:
@@ -163,7 +187,10 @@ def _as_named(data: Any) -> dict[str, Any]:
     """Wrap datasets to evaluate on; one alone is called "data"."""
     if data is None:
         return {}
-    return {name: custom_rows(rows) for name, rows in (data.items() if isinstance(data, dict) else [("data", data)])}
+    return {
+        name: custom_rows(rows)
+        for name, rows in (data.items() if isinstance(data, dict) else [("data", data)])
+    }
 
 
 def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: Any) -> Order:
@@ -201,4 +228,8 @@ def _planned(order: Order | None, plan: Plan) -> dict[str, Any]:
 
 
 def _total_steps(args: Any, order: Order) -> int:
-    return int(args.max_steps) if args.max_steps > 0 else -int(-args.num_train_epochs * order.steps_per_epoch // 1)
+    return (
+        int(args.max_steps)
+        if args.max_steps > 0
+        else -int(-args.num_train_epochs * order.steps_per_epoch // 1)
+    )

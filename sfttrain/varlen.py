@@ -114,7 +114,9 @@ def stand_in_forward(
 def _documents(kwargs: dict[str, Any]) -> tuple[Tensor, int]:
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
-        raise ValueError("varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate")
+        raise ValueError(
+            "varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate"
+        )
     return lengths, int(kwargs["max_length_q"])
 
 

@@ -38,7 +38,9 @@ def fit_vocabulary(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say
     if not wanted:
         return unlearnt
     rows = -(-wanted // multiple) * multiple
-    say(f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, each the mean of the others")
+    say(
+        f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, each the mean of the others"
+    )
     grow_embeddings(model, rows)
     return sorted({*unlearnt, *range(before, wanted)})
 
@@ -69,8 +71,15 @@ def unlearnt_tokens(model: Any, sets: Sequence[ShardSet]) -> list[int]:
     if not used or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return []
     rows = weight[used].float()
-    small = rows.norm(dim=1) < _NEVER_TRAINED * weight[:: max(1, len(weight) // 1024)].float().norm(dim=1).median()
-    return [token for token, row, tiny in zip(used, rows, small.tolist(), strict=True) if tiny or _repeated(weight, row)]
+    small = (
+        rows.norm(dim=1)
+        < _NEVER_TRAINED * weight[:: max(1, len(weight) // 1024)].float().norm(dim=1).median()
+    )
+    return [
+        token
+        for token, row, tiny in zip(used, rows, small.tolist(), strict=True)
+        if tiny or _repeated(weight, row)
+    ]
 
 
 def align_special_tokens(model: Any, sets: Sequence[ShardSet]) -> None:
@@ -94,7 +103,11 @@ def stop_tokens(sets: Sequence[ShardSet]) -> list[int]:
         # Without a tokenizer at hand a token must end nearly every span to count as one made for that.
         share = 0.05 if special else 0.9
         total = ends.total()
-        found |= {token for token, count in ends.items() if count >= share * total and (not special or token in special)}
+        found |= {
+            token
+            for token, count in ends.items()
+            if count >= share * total and (not special or token in special)
+        }
     return sorted(found)
 
 

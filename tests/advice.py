@@ -14,7 +14,14 @@ COMMAND = re.compile(
 )
 # How many of the arguments of each error say what is wrong; what follows is advice.
 _REASONS = {"UsageError": 1, "DataError": 1, "IntegrityError": 1, "SftError": 1, "Fault": 2, "RowError": 2}
-_DECLARED = {"Option", "Argument", "Field", "Typer", "compile", "command"}  # calls that declare a command line or a pattern
+_DECLARED = {
+    "Option",
+    "Argument",
+    "Field",
+    "Typer",
+    "compile",
+    "command",
+}  # calls that declare a command line or a pattern
 _SAID = {"what", "found", "reason", "flag", "wanted"}  # names of texts that say what is wrong
 
 
@@ -54,7 +61,11 @@ def _skipped(tree: ast.Module) -> Iterator[int]:
             yield from map(id, node.args[: _REASONS.get(name, 0)])
             if name in _DECLARED:
                 yield id(node)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in _SAID:
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id in _SAID
+        ):
             yield id(node)
 
 

@@ -30,7 +30,11 @@ def bot(text: str, **more: Any) -> Message:
 
 
 def call(city: str, number: int = 1) -> dict[str, Any]:
-    return {"type": "function", "id": f"abcdefgh{number}", "function": {"name": "get_weather", "arguments": {"city": city}}}
+    return {
+        "type": "function",
+        "id": f"abcdefgh{number}",
+        "function": {"name": "get_weather", "arguments": {"city": city}},
+    }
 
 
 def result(text: str, number: int = 1) -> Message:
@@ -111,7 +115,14 @@ CHATS: dict[str, Chat] = {
 
 def quoting(header: str) -> Chat:
     """Return a conversation whose answer shows how a turn begins."""
-    return {"messages": [user("How does a turn begin?"), bot(f"With {header} and so on."), user("Again?"), bot(f"{header}yes")]}
+    return {
+        "messages": [
+            user("How does a turn begin?"),
+            bot(f"With {header} and so on."),
+            user("Again?"),
+            bot(f"{header}yes"),
+        ]
+    }
 
 
 def typing(token: str) -> Chat:

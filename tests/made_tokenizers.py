@@ -116,7 +116,10 @@ def write_tokenizers(folder: Path) -> None:
         place = folder / "tokenizers" / name
         place.mkdir(parents=True)
         build().save(str(place / "tokenizer.json"))
-        config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = config | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         (place / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
 
 
@@ -126,11 +129,17 @@ def write_tokenizers(folder: Path) -> None:
 def _byte_level() -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = ["".join(piece for piece, _ in spell.pre_tokenize_str(text)) for word in WORDS for text in (word, f" {word}")]
+    words = [
+        "".join(piece for piece, _ in spell.pre_tokenize_str(text))
+        for word in WORDS
+        for text in (word, f" {word}")
+    ]
     vocabulary, merges = _merged({letter: number for number, letter in enumerate(letters)}, words)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -138,11 +147,15 @@ def _byte_level() -> Tokenizer:
 def _spaces(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     start = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *_characters()]
     vocabulary, merges = _merged({piece: number for number, piece in enumerate(start)}, _spelled())
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     _add(tokenizer, ["<unk>", "<s>", "</s>"], special=True)
     return tokenizer
 
@@ -156,7 +169,10 @@ def _spelled() -> list[str]:
 
 
 def _characters() -> list[str]:
-    return sorted({char for word in WORDS for char in word if char.isprintable()} | {chr(code) for code in range(0x21, 0x7F)})
+    return sorted(
+        {char for word in WORDS for char in word if char.isprintable()}
+        | {chr(code) for code in range(0x21, 0x7F)}
+    )
 
 
 def _merged(vocabulary: dict[str, int], words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -175,9 +191,16 @@ def _merged(vocabulary: dict[str, int], words: Iterable[str]) -> tuple[dict[str,
     return vocabulary, list(merges)
 
 
-def _add(tokenizer: Tokenizer, contents: list[str], *, special: bool, lstrip: bool = False, rstrip: bool = False) -> None:
+def _add(
+    tokenizer: Tokenizer, contents: list[str], *, special: bool, lstrip: bool = False, rstrip: bool = False
+) -> None:
     add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-    add([AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=False, special=special) for content in contents])
+    add(
+        [
+            AddedToken(content, lstrip=lstrip, rstrip=rstrip, normalized=False, special=special)
+            for content in contents
+        ]
+    )
 
 
 def _with_bos(tokenizer: Tokenizer, token: str) -> Tokenizer:

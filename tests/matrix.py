@@ -39,7 +39,11 @@ def _calls(*cities: str, content: Any = "", text: bool = False, **more: Any) -> 
         return json.dumps({"city": city}) if text else {"city": city}
 
     calls = [
-        {"type": "function", "id": f"abcdefgh{number}", "function": {"name": "get_weather", "arguments": arguments(city)}}
+        {
+            "type": "function",
+            "id": f"abcdefgh{number}",
+            "function": {"name": "get_weather", "arguments": arguments(city)},
+        }
         for number, city in enumerate(cities, 1)
     ]
     return {"role": "assistant", "content": content, "tool_calls": calls, **more}
@@ -116,7 +120,9 @@ SHAPES: dict[str, Row] = {
 
 def readings(row: Row) -> Iterator[tuple[list[Message], list[dict[str, Any]] | None]]:
     """Yield the ways to hand a row to a template, the row as it stands first."""
-    for arguments, null, parts in product(("given", "object", "text"), ("given", ""), ("given", "text", "parts")):
+    for arguments, null, parts in product(
+        ("given", "object", "text"), ("given", ""), ("given", "text", "parts")
+    ):
         messages = [_read(message, arguments, null, parts) for message in row["messages"]]
         if not any(_is_odd(message) for message in messages):
             yield messages, row.get("tools")
@@ -129,7 +135,9 @@ def _is_odd(message: Message) -> bool:
 
 def _read(message: Message, arguments: str, null: str, parts: str) -> Message:
     message = dict(message)
-    reasoning = next((message.pop(key) for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    reasoning = next(
+        (message.pop(key) for key in ("reasoning_content", "thinking", "reasoning") if key in message), None
+    )
     if reasoning is not None:
         message |= {"thinking": reasoning, "reasoning_content": reasoning}
     content = message.get("content")
@@ -147,7 +155,10 @@ def _read(message: Message, arguments: str, null: str, parts: str) -> Message:
 def _read_call(call: dict[str, Any], arguments: str) -> dict[str, Any]:
     given = call["function"]["arguments"]
     meant = json.loads(given) if isinstance(given, str) else given
-    return {**call, "function": {**call["function"], "arguments": meant if arguments == "object" else json.dumps(meant)}}
+    return {
+        **call,
+        "function": {**call["function"], "arguments": meant if arguments == "object" else json.dumps(meant)},
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- the verdict
@@ -166,7 +177,9 @@ def read_shapes(folder: Path) -> dict[str, Conversation | str]:
     return {name: found[name] for name in names}
 
 
-def judge(form: Format, finder: SpanFinder, name: str, row: Conversation | str) -> tuple[str, RenderedConversation | None]:
+def judge(
+    form: Format, finder: SpanFinder, name: str, row: Conversation | str
+) -> tuple[str, RenderedConversation | None]:
     """Return "right", "unsure" (the oracle cannot tell), "wrong: ..." or "rejected: CODE", with the render of an accepted row."""
     if isinstance(row, str):
         return f"rejected: {row}", None

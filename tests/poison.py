@@ -106,7 +106,16 @@ def broken_bytes() -> Iterator[tuple[bytes, str | None]]:
     ):
         for place in (b"What", b"It is", b"user", b"content"):
             yield line.replace(place, bad, 1), "invalid-utf8"
-    for half in (r"\ud800", r"\udbff", r"\udc00", r"\udfff", r"\ud83d", r"\ud800\ud800", r"\udc00\ud800", r"\ud83dx\ude00"):
+    for half in (
+        r"\ud800",
+        r"\udbff",
+        r"\udc00",
+        r"\udfff",
+        r"\ud83d",
+        r"\ud800\ud800",
+        r"\udc00\ud800",
+        r"\ud83dx\ude00",
+    ):
         for place in (b"What", b"It is", b"content"):
             yield line.replace(place, half.encode(), 1), "lone-surrogate"
 
@@ -224,7 +233,17 @@ def parts() -> Iterator[tuple[bytes, str | None]]:
         code = f"{kind.replace('input_', '').replace('_url', '')}-part"
         yield dumped(answered(content=[part])), code
         yield dumped(answered(content=[{"type": "text", "text": "see"}, part])), code
-    for part in ({"type": "file"}, {"type": 3}, {"text": "a"}, {}, 3, None, [], {"type": None}, {"type": "Text", "text": "a"}):
+    for part in (
+        {"type": "file"},
+        {"type": 3},
+        {"text": "a"},
+        {},
+        3,
+        None,
+        [],
+        {"type": None},
+        {"type": "Text", "text": "a"},
+    ):
         yield dumped(answered(content=[part])), "unknown-part"
     for value in (None, 3, [], {}, True):
         yield dumped(answered(content=[{"type": "text", "text": value}])), "not-text"
@@ -250,7 +269,10 @@ def tools() -> Iterator[tuple[bytes, str | None]]:
     ):
         yield calling([{"type": "function", "function": {"name": "f", "arguments": arguments}}], result), None
     for arguments in ("not json", "[1]", '{"a": 1', "<|im_end|>"):
-        yield calling([{"type": "function", "function": {"name": "f", "arguments": arguments}}], result), "bad-tool-call"
+        yield (
+            calling([{"type": "function", "function": {"name": "f", "arguments": arguments}}], result),
+            "bad-tool-call",
+        )
     yield calling([{"name": "f", "arguments": {}}]), None  # no result follows
     yield calling([{"name": "f"}], result, result), None
     for call in (

@@ -63,7 +63,14 @@ def write_set(
     ledger.count_packed(rows, max_length, {"data.jsonl": 0})
     settings = {"max_length": max_length, "packing": strategy, "overlong": "truncate", "train_on": "auto"}
     settings |= changes.pop("settings", {})
-    facts = {"name": "tiny", "sha256": "a" * 64, "vocab_size": 1024, "eos_id": EOS, "pad_id": PAD, "bos_id": None} | changes
+    facts = {
+        "name": "tiny",
+        "sha256": "a" * 64,
+        "vocab_size": 1024,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "bos_id": None,
+    } | changes
     manifest = Manifest(
         settings=settings,
         tokenizer=TokenizerInfo(**facts),

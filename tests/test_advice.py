@@ -225,9 +225,12 @@ STRICT = (
 )
 TEMPLATES = {
     "strict": STRICT,
-    "picky": STRICT.replace("{% endif %}", "{% endif %}{{ raise_exception('no') if message.content == 'Q' }}", 1),
+    "picky": STRICT.replace(
+        "{% endif %}", "{% endif %}{{ raise_exception('no') if message.content == 'Q' }}", 1
+    ),
     "known": STRICT.replace(
-        "(message.role == 'user') != (loop.index0 % 2 == 0)", "message.role in ('developer', 'tool') or message.tool_calls"
+        "(message.role == 'user') != (loop.index0 % 2 == 0)",
+        "message.role in ('developer', 'tool') or message.tool_calls",
     ),
     "cutting": STRICT.replace("message.content +", "message.content.split('<|im_start|>')[-1] +"),
 }
@@ -242,7 +245,9 @@ def write_materials() -> None:
         Path(name, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         Path(name, "tokenizer.json").write_bytes((TOKENIZER / "tokenizer.json").read_bytes())
     renamed = Path("endless/tokenizer.json")  # or its end of text would be found by name
-    renamed.write_text(renamed.read_text(encoding="utf-8").replace("<|endoftext|>", "<|nothing|>"), encoding="utf-8")
+    renamed.write_text(
+        renamed.read_text(encoding="utf-8").replace("<|endoftext|>", "<|nothing|>"), encoding="utf-8"
+    )
     for name, text in TEMPLATES.items():
         Path(f"{name}.jinja").write_text(text, encoding="utf-8")
     Path("my_rows.py").write_text("def to_messages(row):\n    return row\n", encoding="utf-8")
@@ -328,7 +333,9 @@ _HINTS = "tests/integration/test_nothing_ignored.py::"
 _RUN = "tests/integration/test_bad_input.py::test_the_fix_of_a_refused_run_works_where_the_run_was_refused"
 _SETTINGS = "tests/unit/test_settings.py::test_another_tools_setting_is_answered_with_ours"
 _SPLITS = "tests/unit/test_splits.py::test_the_advice_on_splits_gives_the_right_rows"
-_CONVERTED = "tests/unit/test_tokenizer.py::test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works"
+_CONVERTED = (
+    "tests/unit/test_tokenizer.py::test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works"
+)
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 ELSEWHERE: dict[str, str] = {
     "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE": _COLUMNS,
@@ -395,7 +402,11 @@ FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, SAME_COMMA
 def test_every_piece_of_advice_has_its_place() -> None:
     known = {*FOLLOWED, *FOLLOWED_ON_SETS, *FOLLOWED_IN_TRAINING, *ELSEWHERE, *CHOICES}
     advice = {**collect("sftdata"), **collect("sfttrain")}
-    assert {text: place for text, place in advice.items() if text.replace("\n", "\\n") not in known and text not in known} == {}
+    assert {
+        text: place
+        for text, place in advice.items()
+        if text.replace("\n", "\\n") not in known and text not in known
+    } == {}
 
 
 def test_nothing_is_listed_or_followed_that_is_no_longer_said() -> None:
@@ -419,7 +430,9 @@ def test_advice_names_only_flags_and_commands_that_there_are() -> None:
     known = options(ours) | options(trainers) | {"--help", "--debug", "--nproc-per-node"}
     commands = {"sftdata": set(ours.commands), "sfttrain": {*trainers.commands}}  # type: ignore[attr-defined]
     for text, place in {**collect("sftdata"), **collect("sfttrain")}.items():
-        if place.endswith(("other_tools.py", "cli/app.py", "report.py")) or text.startswith(("{}/--no-", "accelerate ")):
+        if place.endswith(("other_tools.py", "cli/app.py", "report.py")) or text.startswith(
+            ("{}/--no-", "accelerate ")
+        ):
             continue
         for flag in re.findall(r"(?<![\w{-])--[a-z][a-z-]*", text):
             assert flag in known, (place, text)

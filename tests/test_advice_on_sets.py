@@ -59,7 +59,9 @@ TEMPLATES = {
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
-TEMPLATES["untagged"] = TEMPLATES["sparing"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TEMPLATES["untagged"] = (
+    TEMPLATES["sparing"].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+)
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 LONG = chat("Q", "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2)
 TWO = {"text": "### Q: a ### A: b ### Q: c ### A: d"}
@@ -178,12 +180,18 @@ FOUND = [
 
 
 def write_tokenizers() -> None:
-    for name, facts, stops in (("opened", {"bos_token": "<|endoftext|>"}, None), ("stopping", {}, [0]), ("listed", {}, [0, 2])):
+    for name, facts, stops in (
+        ("opened", {"bos_token": "<|endoftext|>"}, None),
+        ("stopping", {}, [0]),
+        ("listed", {}, [0, 2]),
+    ):
         shutil.copytree(TOKENIZER, name)
         config = json.loads(Path(name, "tokenizer_config.json").read_text(encoding="utf-8"))
         Path(name, "tokenizer_config.json").write_text(json.dumps(config | facts), encoding="utf-8")
         if stops:
-            Path(name, "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
+            Path(name, "generation_config.json").write_text(
+                json.dumps({"eos_token_id": stops}), encoding="utf-8"
+            )
     for name, text in TEMPLATES.items():
         Path(f"{name}.jinja").write_text(text, encoding="utf-8")
 
@@ -195,7 +203,9 @@ def prepare(rows: list[Row], flags: str, output: str = "set") -> int:
 
 
 @pytest.mark.parametrize("case", FOUND, ids=[f"{case.code}-{number}" for number, case in enumerate(FOUND)])
-def test_who_follows_the_audit_has_the_finding_no_more(case: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_follows_the_audit_has_the_finding_no_more(
+    case: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_tokenizers()
     assert prepare(case.rows, case.flags) == 0
@@ -206,7 +216,11 @@ def test_who_follows_the_audit_has_the_finding_no_more(case: Found, tmp_path: Pa
         assert "--" not in before[case.code].fix
     for number, flags in enumerate(case.followed):
         assert prepare(case.then or case.rows, flags, f"then{number}") == 0
-        after = {finding.code for finding in audit(f"then{number}") if finding.severity == "defect" or finding.code == case.code}
+        after = {
+            finding.code
+            for finding in audit(f"then{number}")
+            if finding.severity == "defect" or finding.code == case.code
+        }
         assert after <= before.keys() - {case.code}, flags
 
 
@@ -242,7 +256,9 @@ def damaged(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 def mounted(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path.cwd()
     Path("set").mkdir()
-    monkeypatch.setattr("os.path.ismount", lambda place: Path(place).name == "set" and Path(place).resolve().parent == here)
+    monkeypatch.setattr(
+        "os.path.ismount", lambda place: Path(place).name == "set" and Path(place).resolve().parent == here
+    )
 
 
 BUILT: dict[str, list[tuple[Callable[[pytest.MonkeyPatch], None], str, list[tuple[str, str]]]]] = {
@@ -263,9 +279,15 @@ BUILT: dict[str, list[tuple[Callable[[pytest.MonkeyPatch], None], str, list[tupl
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("advice", "number"), [(advice, n) for advice, cases in BUILT.items() for n in range(len(cases))])
+@pytest.mark.parametrize(
+    ("advice", "number"), [(advice, n) for advice, cases in BUILT.items() for n in range(len(cases))]
+)
 def test_who_follows_advice_on_the_output_has_the_set(
-    advice: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    advice: str,
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     state, flags, followed = BUILT[advice][number]
@@ -325,7 +347,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_tokenizers()
         assert prepare(CHATS, "--chat-template endless.jinja", "raw") == 0
         assert prepare(CHATS, "") == 0
-        Path("talk.jsonl").write_text(json.dumps({"text": "### Human: Q ### Assistant: A"}) + "\n", encoding="utf-8")
+        Path("talk.jsonl").write_text(
+            json.dumps({"text": "### Human: Q ### Assistant: A"}) + "\n", encoding="utf-8"
+        )
         assert prepare([*CHATS, LONG], "--overlong drop --max-length 32", "short") == 0
         Path("refusing.jinja").write_text("{{ raise_exception('never') }}", encoding="utf-8")
         shutil.copytree("set", "hurt")

@@ -43,10 +43,26 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = json.loads(Path("llama/config.json").read_text(encoding="utf-8"))
         quantization = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
         Path("quantized/config.json").write_text(json.dumps(config | quantization), encoding="utf-8")
-        gpt2 = {"model_type": "gpt2", "vocab_size": 128, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+        gpt2 = {
+            "model_type": "gpt2",
+            "vocab_size": 128,
+            "n_positions": 16,
+            "n_embd": 32,
+            "n_layer": 1,
+            "n_head": 2,
+        }
         Path("gpt2.json").write_text(json.dumps(gpt2), encoding="utf-8")
-        mamba = {"model_type": "mamba2", "vocab_size": 128, "hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8}
-        Path("mamba.json").write_text(json.dumps(mamba | {"num_hidden_layers": 1, "n_groups": 1, "expand": 2}), encoding="utf-8")
+        mamba = {
+            "model_type": "mamba2",
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+        }
+        Path("mamba.json").write_text(
+            json.dumps(mamba | {"num_hidden_layers": 1, "n_groups": 1, "expand": 2}), encoding="utf-8"
+        )
     return folder
 
 
@@ -118,7 +134,11 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
 
 @pytest.mark.parametrize("advice", REFUSED)
 def test_a_run_that_was_refused_goes_through_when_the_advice_is_followed(
-    advice: str, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    advice: str,
+    things: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(things)
     wrong, followed = REFUSED[advice]
@@ -137,7 +157,9 @@ def test_a_set_that_is_not_evaluated_is_when_the_advice_is_followed(
     for more in ("", "--set eval_strategy=epoch", "--set eval_strategy=steps"):
         capsys.readouterr()
         assert run(f"rows -m llama -o {tmp_path / f'out{more[-5:]}'} --eval held=rows {more}") == 0
-        assert ("is not evaluated while training; set eval_strategy=epoch or steps" in capsys.readouterr().err) == (not more)
+        assert (
+            "is not evaluated while training; set eval_strategy=epoch or steps" in capsys.readouterr().err
+        ) == (not more)
 
 
 # ------------------------------------------------------------------------------------------- going on
@@ -153,7 +175,9 @@ def begun(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "run"
 
 
-def test_advice_on_a_finished_run_is_followed(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_on_a_finished_run_is_followed(
+    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = STEPS + "--set learning_rate=0.5"
     assert run(changed.format(begun, 2)) == 2
     assert (
@@ -167,7 +191,10 @@ def test_advice_on_a_finished_run_is_followed(begun: Path, tmp_path: Path, capsy
     assert run(STEPS.format(begun, 4)) == 0
     next(begun.glob("*.safetensors")).unlink()
     assert run(changed.format(begun, 4)) == 2
-    assert "Fix: use what it was started with, another output folder, or --overwrite to start anew." in capsys.readouterr().err
+    assert (
+        "Fix: use what it was started with, another output folder, or --overwrite to start anew."
+        in capsys.readouterr().err
+    )
     assert run(STEPS.format(begun, 4)) == 0
     assert run(changed.format(tmp_path / "other", 1)) == 0
     assert run(changed.format(begun, 1) + " --overwrite") == 0
@@ -177,11 +204,19 @@ def test_advice_on_a_finished_run_is_followed(begun: Path, tmp_path: Path, capsy
     ("saving", "advice"),
     [
         ("--set save_strategy=no", "choose another output folder, or --overwrite."),
-        ("--set save_steps=1 --set save_only_model=true", "start anew with --overwrite, or in another output folder."),
+        (
+            "--set save_steps=1 --set save_only_model=true",
+            "start anew with --overwrite, or in another output folder.",
+        ),
     ],
 )
 def test_advice_on_a_run_that_cannot_go_on_is_followed(
-    saving: str, advice: str, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    saving: str,
+    advice: str,
+    things: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(things)
     command = f"rows -m llama {saving}"
@@ -207,7 +242,11 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 
 @pytest.mark.parametrize("advice", COMMANDS)
 def test_a_command_that_was_refused_works_when_the_advice_is_followed(
-    advice: str, things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    advice: str,
+    things: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(things)
     wrong, followed = COMMANDS[advice]
@@ -225,7 +264,9 @@ def test_adapters_that_do_not_fit_are_trained_once_they_name_their_model(
     shutil.copytree("unfit", tmp_path / "unfit")
     command = f"rows --adapter {tmp_path / 'unfit'} -o {tmp_path / 'out'}"
     assert run(command) == 2
-    assert "let base_model_name_or_path in their adapter_config.json name the model" in capsys.readouterr().err
+    assert (
+        "let base_model_name_or_path in their adapter_config.json name the model" in capsys.readouterr().err
+    )
     named(tmp_path / "unfit", "llama")
     assert run(command) == 0
 
@@ -243,7 +284,9 @@ READ: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("advice", READ)
 def test_settings_that_are_advised_are_read(advice: str, tmp_path: Path) -> None:
-    config = read_settings(None, [], {"model": "m", "sets": (Path("rows"),), "output": tmp_path, **READ[advice]})
+    config = read_settings(
+        None, [], {"model": "m", "sets": (Path("rows"),), "output": tmp_path, **READ[advice]}
+    )
     assert all(f"--{name}" in advice or f"{name} " in advice for name in READ[advice])
     assert config.attention == READ[advice].get(
         "attention", read_settings(None, [], {"model": "m", "output": tmp_path}).attention
@@ -255,12 +298,16 @@ def test_settings_that_are_advised_are_read(advice: str, tmp_path: Path) -> None
 SAID_OF_OBJECTS = "give rows with a length, or --eval NAME=FOLDER."
 
 
-def test_a_stream_to_evaluate_on_is_followed_by_a_set(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_to_evaluate_on_is_followed_by_a_set(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(things)
     training = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "steps"}
     with pytest.raises(UsageError, match="give rows with a length"):
         sfttrain.train(Path("rows"), model="llama", output=tmp_path / "a", eval_dataset=iter([]), **training)
-    sfttrain.train(Path("rows"), model="llama", output=tmp_path / "b", eval={"held": Path("rows")}, **training)
+    sfttrain.train(
+        Path("rows"), model="llama", output=tmp_path / "b", eval={"held": Path("rows")}, **training
+    )
 
 
 FOLLOWED_IN_TRAINING = {

@@ -58,7 +58,9 @@ def snippets(page: str) -> Iterator[Snippet]:
 
 def console_snippets(body: str, line: int) -> Iterator[Snippet]:
     """Cut a console block into commands, each with the output shown below it; a trailing backslash goes on."""
-    for part in re.finditer(r"^\$ (?P<code>(?:[^\n]*\\\n)*[^\n]*\n)(?P<output>(?:(?!\$ )[^\n]*\n)*)", body, re.M):
+    for part in re.finditer(
+        r"^\$ (?P<code>(?:[^\n]*\\\n)*[^\n]*\n)(?P<output>(?:(?!\$ )[^\n]*\n)*)", body, re.M
+    ):
         yield Snippet(line + body.count("\n", 0, part.start()), "bash", part["code"], part["output"].strip())
 
 
@@ -76,10 +78,19 @@ def reader(tmp_path: Path) -> Path:
 
 def run(snippet: Snippet, folder: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+    env = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+    }
     command = ["bash", "-euo", "pipefail", "-c"] if snippet.language == "bash" else [sys.executable, "-c"]
     command.append(snippet.code)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, check=False
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -89,8 +100,12 @@ def test_every_snippet_of_the_page_runs(page: Path, reader: Path) -> None:
         where = f"{page.relative_to(ROOT)}:{snippet.line}: {snippet.code.strip()}"
         printed = result.stdout + result.stderr
         assert result.returncode == 0, f"{where}\n{printed}"
-        matches = OUTPUT.check_output(snippet.expected, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-        assert not snippet.expected or matches, f"{where}\nthe page says:\n{snippet.expected}\nit prints:\n{printed}"
+        matches = OUTPUT.check_output(
+            snippet.expected, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        )
+        assert not snippet.expected or matches, (
+            f"{where}\nthe page says:\n{snippet.expected}\nit prints:\n{printed}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -98,7 +113,9 @@ def test_a_snippet_is_left_out_only_with_a_reason(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     reasons = [block["reason"] for block in BLOCK.finditer(text) if block["marker"]]
     assert all(len(reason.split()) >= 2 for reason in reasons)
-    assert len(re.findall("^<!-- no-run", text, re.MULTILINE)) == len(reasons), "a no-run comment stands right before a block"
+    assert len(re.findall("^<!-- no-run", text, re.MULTILINE)) == len(reasons), (
+        "a no-run comment stands right before a block"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -119,14 +136,19 @@ def test_pages_told_by_the_code_are_up_to_date() -> None:
     assert spec.loader is not None
     make_reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_reference)
-    stale = [path.name for path, text in make_reference.pages().items() if path.read_text(encoding="utf-8") != text]
+    stale = [
+        path.name for path, text in make_reference.pages().items() if path.read_text(encoding="utf-8") != text
+    ]
     assert not stale, "run `make docs`"
 
 
 def test_the_demo_ends_with_a_model_whose_loss_fell(reader: Path) -> None:
     result = run(Snippet(0, "bash", "examples/demo.sh demo"), reader)
     assert result.returncode == 0, result.stdout + result.stderr
-    log = [json.loads(line) for line in (reader / "demo/model/train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in (reader / "demo/model/train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
 

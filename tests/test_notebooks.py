@@ -23,7 +23,9 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 def code(path: Path) -> ast.Module:
-    return ast.parse("\n".join("".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code"))
+    return ast.parse(
+        "\n".join("".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code")
+    )
 
 
 def test_there_are_notebooks() -> None:
@@ -47,12 +49,18 @@ def test_a_notebook_uses_the_public_face_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_carries_no_output(path: Path) -> None:
-    run = [cell for cell in cells(path) if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"])]
+    run = [
+        cell
+        for cell in cells(path)
+        if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"])
+    ]
     assert not run
 
 
 def test_pictures_are_small_and_used() -> None:
-    pages = "".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    pages = "".join(
+        page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    )
     pictures = sorted((ROOT / "docs/images").iterdir())
     assert [picture.name for picture in pictures if picture.stat().st_size > 300_000] == []
     assert [picture.name for picture in pictures if f"images/{picture.name}" not in pages] == []

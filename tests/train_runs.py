@@ -16,10 +16,14 @@ from tests.waiting import HANGS
 
 _TAKEN: set[int] = set()  # by runs of this process
 ROOT = Path(__file__).parents[1]
-OUR_WARNINGS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft still asks by the old name
+OUR_WARNINGS = (
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft still asks by the old name
+)
 
 
-def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0, tied: bool = False, **more: Any) -> Path:
+def tiny_llama(
+    folder: Path, *, vocabulary: int = 128, dropout: float = 0.0, tied: bool = False, **more: Any
+) -> Path:
     """Write a Llama of 30,000 weights; `more` are fields of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,25 +38,50 @@ def tiny_llama(folder: Path, *, vocabulary: int = 128, dropout: float = 0.0, tie
     return folder
 
 
-def train_in_process(sets: Path | list[Path], model: Path | None, output: Path, training: dict[str, Any], **settings: Any) -> Any:
+def train_in_process(
+    sets: Path | list[Path], model: Path | None, output: Path, training: dict[str, Any], **settings: Any
+) -> Any:
     """Train here and return the trainer."""
     from sfttrain.config import read_settings
     from sfttrain.run import train
 
     folders = tuple(sets) if isinstance(sets, list) else (sets,)
     named = {"model": str(model)} if model else {}
-    return train(read_settings(None, [], {"sets": folders, "output": output, "training": training, **named, **settings}))
+    return train(
+        read_settings(
+            None, [], {"sets": folders, "output": output, "training": training, **named, **settings}
+        )
+    )
 
 
 def start(arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
     """Start `sfttrain` in its own session, on one or more gloo ranks."""
     command = [sys.executable, "-m", "sfttrain", *arguments]
     if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-port",
+            str(_free_port()),
+        ]
         command = [sys.executable, *launcher, "-m", "sfttrain", *arguments]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    settings = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
     return subprocess.Popen(
-        command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        env=settings,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
@@ -81,13 +110,16 @@ class Fleet:
         import multiprocessing
 
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["sfttrain.training", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"])
+        self._context.set_forkserver_preload(
+            ["sfttrain.training", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"]
+        )
 
     def start(self, arguments: list[str], ranks: int, log: Path) -> list[Any]:
         """Start one process a rank; their standard error goes to `log`."""
         port = _free_port()
         processes = [
-            self._context.Process(target=_rank_main, args=(arguments, rank, ranks, port, str(log))) for rank in range(ranks)
+            self._context.Process(target=_rank_main, args=(arguments, rank, ranks, port, str(log)))
+            for rank in range(ranks)
         ]
         for process in processes:
             process.start()

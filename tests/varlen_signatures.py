@@ -14,7 +14,9 @@ def varlen_2_10(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
     is_causal: bool = False, return_aux: Any = None,
 ) -> Tensor:  # fmt: skip
-    return _attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, (-1, 0) if is_causal else (-1, -1))
+    return _attend(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, (-1, 0) if is_causal else (-1, -1)
+    )
 
 
 def varlen_2_11(
@@ -30,7 +32,9 @@ def varlen_2_12(
     seqused_k: Tensor | None = None, block_table: Tensor | None = None, num_splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     if not enable_gqa and query.size(1) != key.size(1):
-        raise ValueError(f"Expect query and key/value to have the same number of heads but got Hq={query.size(1)}")
+        raise ValueError(
+            f"Expect query and key/value to have the same number of heads but got Hq={query.size(1)}"
+        )
     return _attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import getdoc
+from typing import Any
 
 import typer
 
@@ -21,8 +22,8 @@ from sftdata.cli.stats import stats
 from sftdata.cli.verify import verify
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-SETTINGS = {"no_args_is_help": True, "context_settings": CONTEXT}
-LOOK = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "context_settings": CONTEXT}
+LOOK: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 COMMANDS = (init, prepare, detect, preview, resolve, audit, inspect, stats, verify, explain, env)
 NEED_NOTHING = (explain, env)
@@ -31,10 +32,12 @@ NEED_NOTHING = (explain, env)
 def build_app() -> typer.Typer:
     """Put the commands together."""
     about = "Turn SFT data into verified constant-length shards.\n\nExample: sftdata preview chats.jsonl -t TOKENIZER"
-    app = typer.Typer(name="sftdata", help=with_example(about), add_completion=True, **LOOK, **SETTINGS)  # type: ignore[arg-type]
+    app = typer.Typer(name="sftdata", help=with_example(about), add_completion=True, **LOOK, **SETTINGS)
     for command in COMMANDS:
         _add(app, command, no_args_is_help=command not in NEED_NOTHING)
-    config = typer.Typer(name="config", help="Look at settings: their schema, or what a file comes to.", **LOOK, **SETTINGS)  # type: ignore[arg-type]
+    config = typer.Typer(
+        name="config", help="Look at settings: their schema, or what a file comes to.", **LOOK, **SETTINGS
+    )
     _add(config, schema, no_args_is_help=False)
     _add(config, check)
     app.add_typer(config)
@@ -45,10 +48,14 @@ def with_example(text: str) -> str:
     """Set the examples of a docstring apart, before the options, on lines that are not wrapped."""
     about, _, examples = text.partition("\n\nExample: ")
     lines = [f"  {line.removeprefix('Example: ').strip()}" for line in examples.splitlines() if line.strip()]
-    return "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines, "", about]) if lines else about
+    return (
+        "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines, "", about])
+        if lines
+        else about
+    )
 
 
 def _add(app: typer.Typer, command: Callable[..., None], *, no_args_is_help: bool = True) -> None:
     settings = SETTINGS | {"no_args_is_help": no_args_is_help}
     text = getdoc(command) or ""
-    app.command(help=with_example(text), short_help=text.partition("\n\n")[0], **settings)(command)  # type: ignore[arg-type]
+    app.command(help=with_example(text), short_help=text.partition("\n\n")[0], **settings)(command)

@@ -27,7 +27,13 @@ def audit(
     findings = run(folder, against, every=as_json)
     defects = [finding for finding in findings if finding.severity == "defect"]
     if as_json:
-        print_json({"folder": str(folder), "clean": not defects, "findings": [finding.to_json() for finding in findings]})
+        print_json(
+            {
+                "folder": str(folder),
+                "clean": not defects,
+                "findings": [finding.to_json() for finding in findings],
+            }
+        )
     elif findings:
         from sftdata.show.summary import print_findings
         from sftdata.show.terminal import make_console
@@ -37,4 +43,6 @@ def audit(
         print_line(f"{folder}: nothing found.")
     if strict and defects:
         names = ", ".join(finding.code for finding in defects)
-        raise DataError(f"{folder}: {len(defects)} kinds of defects ({names}).", "see above, or audit without --strict.")
+        raise DataError(
+            f"{folder}: {len(defects)} kinds of defects ({names}).", "see above, or audit without --strict."
+        )

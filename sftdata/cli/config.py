@@ -21,7 +21,9 @@ def schema() -> None:
 
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with settings.")],
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as for prepare.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as for prepare.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the settings as JSON.")] = False,
 ) -> None:
     """Check a settings file, and print every setting as `prepare` would use it.

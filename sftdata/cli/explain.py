@@ -17,7 +17,10 @@ def _complete(start: str) -> list[str]:
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(metavar="CODE", help="Of a reject, an audit finding or a counter.", autocompletion=_complete)
+        str | None,
+        typer.Argument(
+            metavar="CODE", help="Of a reject, an audit finding or a counter.", autocompletion=_complete
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -15,7 +15,9 @@ from sftdata.config import PrepareConfig
 @with_settings(*(name for name in SETTINGS if name not in ("output", "overwrite")))
 def init(
     config: PrepareConfig,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set, for the file.")] = Path("shards"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set, for the file.")] = Path(
+        "shards"
+    ),
     file: Annotated[str, typer.Option("--file", "-f", help="File to write; - prints it.")] = "sft.yaml",
 ) -> None:
     """Write a commented settings file for an input, which `sftdata prepare` then runs.

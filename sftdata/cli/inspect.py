@@ -12,7 +12,8 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")],
     row: Annotated[int, typer.Option("--row", help="Packed row to show; -1 is the last.")] = 0,
     example: Annotated[
-        int | None, typer.Option("--example", min=0, help="Show this input row instead, wherever it was packed.")
+        int | None,
+        typer.Option("--example", min=0, help="Show this input row instead, wherever it was packed."),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

@@ -19,7 +19,9 @@ SETTINGS = (
 @with_settings(*SETTINGS)
 def prepare(
     config: PrepareConfig,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and the audit as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest and the audit as JSON.")
+    ] = False,
 ) -> None:
     """Build a set of shards.
 

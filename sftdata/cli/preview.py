@@ -15,7 +15,9 @@ from sftdata.config import PrepareConfig
 def preview(
     config: PrepareConfig,
     number: Annotated[int, typer.Option("-n", min=1, help="Examples to show.")] = 3,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Packed rows per step, for the estimate of steps.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Packed rows per step, for the estimate of steps.")
+    ] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show rendered, tokenized and masked examples and what the whole would come to. Nothing is written.
@@ -35,4 +37,9 @@ def preview(
     for line in seen.lines(batch_size):
         print_line(line)
     vocabulary = read_vocabulary(seen.tokenizer_folder)
-    print_examples([view_example(example.input_ids, example.labels, vocabulary, example.place) for example in seen.examples])
+    print_examples(
+        [
+            view_example(example.input_ids, example.labels, vocabulary, example.place)
+            for example in seen.examples
+        ]
+    )

@@ -39,7 +39,11 @@ def resolve(
         )
         print_line(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
         for sequence in resolution.sequences:
-            inside = " (shares a token with its neighbour)" if sequence.starts_inside or sequence.ends_inside else ""
+            inside = (
+                " (shares a token with its neighbour)"
+                if sequence.starts_inside or sequence.ends_inside
+                else ""
+            )
             print_line(
                 f"  {list(sequence.ids)}: {sequence.count:,} times{inside}, as in {sequence.before!r} _ {sequence.after!r}"
             )

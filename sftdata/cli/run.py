@@ -41,12 +41,17 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
     except SftError as error:
         return fail(str(error), error.exit_code)
     except TyperException as error:
-        text, fix = explain_usage(" ".join(error.format_message().split()), "sfttrain" if name == "sfttrain" else "sftdata")
+        text, fix = explain_usage(
+            " ".join(error.format_message().split()), "sfttrain" if name == "sfttrain" else "sftdata"
+        )
         return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
     except (KeyboardInterrupt, Abort):
         return fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED)
     except StoppedError as stop:
-        return fail(f"Stopped by {stop.name}; what is finished is kept. Run the same command to go on.", stop.exit_code)
+        return fail(
+            f"Stopped by {stop.name}; what is finished is kept. Run the same command to go on.",
+            stop.exit_code,
+        )
     except BrokenPipeError:
         # Whoever read stdout has seen enough; Python must not complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,10 +61,14 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
         return fail(f"{found}. Fix: lower --max-length, --workers or slice_bytes, or free memory.", 1)
     except OSError as error:  # what no stage foresaw: the machine's fault, not ours
         what = f"{error.filename or 'This machine'}: {error.strerror or error}."
-        return fail(f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1)
+        return fail(
+            f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1
+        )
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(f"Internal error: {type(error).__name__}: {error} ({where.name}, line {where.lineno}).".split())
+        text = " ".join(
+            f"Internal error: {type(error).__name__}: {error} ({where.name}, line {where.lineno}).".split()
+        )
         return fail(f"{text} Fix: run again with --debug and report it.", 1)
     return code if isinstance(code, int) else 0
 
@@ -74,7 +83,9 @@ def _fail(line: str, code: int, *, prefix: str, debug: bool) -> int:
 # What the parser says of a wrong command, option or choice; the wrong word and the words it knows are quoted or dashed.
 _WRONG = (
     re.compile(r"(?P<text>No such command '(?P<wrong>[^']*)'\.) Did you mean (?P<known>.+)\?"),
-    re.compile(r"(?P<text>No such option: (?P<wrong>\S+)) \((?:Possible options: |Did you mean )(?P<known>.+)\)"),
+    re.compile(
+        r"(?P<text>No such option: (?P<wrong>\S+)) \((?:Possible options: |Did you mean )(?P<known>.+)\)"
+    ),
     re.compile(r"(?P<text>.*'(?P<wrong>[^']*)' is not one of (?P<known>.+))"),
 )
 _OPTION = re.compile(r"No such option: (--[\w-]+)")
@@ -99,6 +110,8 @@ def explain_usage(text: str, program: other_tools.Program = "sftdata") -> tuple[
 
 
 def _command(app: typer.Typer, arguments: Sequence[str]) -> str:
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
     known |= {group.typer_instance.info.name or "" for group in app.registered_groups if group.typer_instance}
     return f"{arguments[0]} " if arguments and arguments[0] in known else ""

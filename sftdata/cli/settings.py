@@ -28,11 +28,15 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [
-            parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "config"
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "config"
         ]
 
         @functools.wraps(command)
-        def run(inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: Any) -> None:
+        def run(
+            inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: Any
+        ) -> None:
             kept = {parameter.name: flags.pop(parameter.name) for parameter in own}
             absent = {name: value for name, value in _UNUSED.items() if name not in names}
             command(config=load_config(inputs, config_file, sets or [], absent | flags), **kept)
@@ -41,7 +45,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         parameters = [inspect.Parameter("inputs", keyword, annotation=_INPUTS)]
         parameters += [_option(name) for name in names]
         parameters += [parameter.replace(kind=keyword) for parameter in own]
-        parameters += [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _FILES.items()]
+        parameters += [
+            inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _FILES.items()
+        ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -54,15 +60,23 @@ _UNUSED: dict[str, Any] = {"tokenizer": "(none)", "output": Path("(none)")}
 
 _INPUTS = Annotated[
     list[str],
-    typer.Argument(metavar="INPUT...", help="Files, folders, globs, URLs, Hub dataset ids, or one YAML file with everything."),
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files, folders, globs, URLs, Hub dataset ids, or one YAML file with everything.",
+    ),
 ]
 _FILES = {
     "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")],
-    "sets": Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside.")],
+    "sets": Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside."),
+    ],
 }
 
 
-def load_config(inputs: list[str], config_file: Path | None, sets: list[str], flags: dict[str, Any]) -> PrepareConfig:
+def load_config(
+    inputs: list[str], config_file: Path | None, sets: list[str], flags: dict[str, Any]
+) -> PrepareConfig:
     """Merge settings, file < `--set` < flag, and validate them.
 
     Raises:
@@ -86,7 +100,9 @@ def load_config(inputs: list[str], config_file: Path | None, sets: list[str], fl
     refuse_unknown(settings, places)
     for name, flag in (("inputs", "INPUT"), ("tokenizer", "-t"), ("output", "-o")):
         if name not in settings:
-            raise UsageError(f"{name} is not given.", f"name it with {flag}, or in the YAML file as `{name}:`.")
+            raise UsageError(
+                f"{name} is not given.", f"name it with {flag}, or in the YAML file as `{name}:`."
+            )
     return check_settings(settings, places)
 
 
@@ -94,9 +110,17 @@ def _option(name: str) -> inspect.Parameter:
     field = PrepareConfig.model_fields[name]
     kind, metavar = _flag_type(field.annotation)
     flag = "--" + name.replace("_", "-")
-    flags = [f"{flag}/--no-{name.replace('_', '-')}"] if kind is bool else [_SHORT[name], flag] if name in _SHORT else [flag]
+    flags = (
+        [f"{flag}/--no-{name.replace('_', '-')}"]
+        if kind is bool
+        else [_SHORT[name], flag]
+        if name in _SHORT
+        else [flag]
+    )
     option = typer.Option(*flags, help=field.description, metavar=metavar, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _flag_type(annotation: Any) -> tuple[Any, str | None]:
@@ -117,7 +141,10 @@ def _value(name: str, value: Any) -> Any:
         pairs = [text.partition("=") for text in value]
         for text, (key, equals, _) in zip(value, pairs, strict=True):
             if not equals or not key:
-                raise UsageError(f"--{name.replace('_', '-')} {text}: expected NAME=VALUE.", "write it with an equals sign.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {text}: expected NAME=VALUE.",
+                    "write it with an equals sign.",
+                )
         return {key: item for key, _, item in pairs}
     if name.endswith("_template") and isinstance(value, str) and value.startswith("["):
         try:

@@ -12,7 +12,8 @@ def stats(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a report instead: one page, with the audit.")
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a report instead: one page, with the audit."),
     ] = None,
 ) -> None:
     """Show what became of every row and token: ledger, lengths, fill, and what each source gave.

@@ -47,7 +47,9 @@ class Talk:
     def __enter__(self) -> Talk:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -101,7 +103,11 @@ class Talk:
         seen = glance(folder, manifest)
         found = "; ".join(counted(seen.findings)) or "nothing found"
         part = seen.looked < seen.documents
-        rest = f" in {seen.looked:,} of {seen.documents:,} documents; `sftdata audit {folder}` reads all" if part else ""
+        rest = (
+            f" in {seen.looked:,} of {seen.documents:,} documents; `sftdata audit {folder}` reads all"
+            if part
+            else ""
+        )
         self.say(f"  audit   {found}{rest}")
         print_findings(seen.findings, make_console(sys.stderr), indent="    ")
 
@@ -130,7 +136,9 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     ]
     told = {name: count for name, count in sorted(ledger.counters.items()) if count}
     if told:
-        lines.append("  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items()))
+        lines.append(
+            "  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items())
+        )
     if sum(ledger.rows_rejected.values()):
         code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
         mend = f"{folder / 'rejects.jsonl'}: mend the rows there and prepare that file too; sftdata explain {code}"

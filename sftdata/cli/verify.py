@@ -11,7 +11,8 @@ import typer
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")],
     sha256: Annotated[
-        bool, typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower.")
+        bool,
+        typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

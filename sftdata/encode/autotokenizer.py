@@ -61,8 +61,12 @@ def _resolve(request: dict[str, Any], target: Path) -> None:
     folder = target / FOLDER_NAME
     _save(tokenizer, folder, Path(request["source"]))
     facts = _facts(tokenizer, folder, notes) | _places(folder, target)
-    facts["tokens_added"] = [(t, i) for t in request["add_tokens"] if (i := tokenizer.convert_tokens_to_ids(t)) >= before]
-    (target / FACTS_FILE).write_text(json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8")
+    facts["tokens_added"] = [
+        (t, i) for t in request["add_tokens"] if (i := tokenizer.convert_tokens_to_ids(t)) >= before
+    ]
+    (target / FACTS_FILE).write_text(
+        json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8"
+    )
 
 
 def _load(request: dict[str, Any], notes: list[str]) -> Any:
@@ -79,11 +83,17 @@ def _load(request: dict[str, Any], notes: list[str]) -> Any:
             notes.append(
                 "The tokenizer asks to run its own Python code, which is never done; its tokenizer.json is used as it is."
             )
-    except Exception as error:  # whatever a broken folder makes transformers raise is the user's news, in one line
+    except (
+        Exception
+    ) as error:  # whatever a broken folder makes transformers raise is the user's news, in one line
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise UsageError(f"does not load ({reason}).", "check it with AutoTokenizer.from_pretrained, or give another.") from error
+        raise UsageError(
+            f"does not load ({reason}).", "check it with AutoTokenizer.from_pretrained, or give another."
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError("has no fast form (tokenizer.json).", "convert it once with transformers and save_pretrained.")
+        raise UsageError(
+            "has no fast form (tokenizer.json).", "convert it once with transformers and save_pretrained."
+        )
     return tokenizer
 
 
@@ -97,14 +107,18 @@ def _choose_eos(tokenizer: Any, wanted: str | None, notes: list[str]) -> None:
     if wanted is not None:
         if wanted not in tokenizer.get_vocab():
             known = ", ".join(tokenizer.all_special_tokens[:8]) or "none"
-            raise UsageError(f"has no token {wanted!r}; its special tokens: {known}.", "--eos-token with one of these.")
+            raise UsageError(
+                f"has no token {wanted!r}; its special tokens: {known}.", "--eos-token with one of these."
+            )
         tokenizer.eos_token = wanted
     elif tokenizer.eos_token is None:
         added = tokenizer.get_added_vocab()
         obvious = [token for token in END_OF_TEXT if token in added]
         if len(obvious) == 1:
             tokenizer.eos_token = obvious[0]
-            notes.append(f"The tokenizer names no end token; {obvious[0]} is used. --eos-token chooses another.")
+            notes.append(
+                f"The tokenizer names no end token; {obvious[0]} is used. --eos-token chooses another."
+            )
         else:
             notes.append("The tokenizer names no end token; texts cannot be closed without --eos-token.")
 
@@ -157,7 +171,11 @@ def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"The tokenizer has several chat templates: {', '.join(sorted(templates))}.")
     return {
         "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)},
+        "special_tokens": {
+            key: str(value)
+            for key, value in tokenizer.special_tokens_map.items()
+            if not isinstance(value, list)
+        },
         "bos_id": tokenizer.bos_token_id,
         "eos_id": tokenizer.eos_token_id,
         "pad_id": tokenizer.pad_token_id,
@@ -184,7 +202,9 @@ def _places(folder: Path, target: Path) -> dict[str, Any]:
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)  # of a tokenizer without an "a": 0
+    start = next(
+        i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare
+    )  # of a tokenizer without an "a": 0
     return whole[:start], whole[start + len(bare) :]
 
 

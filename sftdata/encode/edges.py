@@ -58,7 +58,9 @@ def _swallowed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
     by_next = (token < stop) & encoder.strips_left[ids[token]]
     gap_start = np.where(before >= first, np.append(tokens.ends, 0)[before], places.base[edges.row])
     gap_stop = np.where(token < stop, np.append(tokens.starts, 0)[token], places.base[edges.row + 1])
-    swallowed: Bool = edges.opens & np.where(by_last, edges.position < gap_stop, by_next & (gap_start < edges.position))
+    swallowed: Bool = edges.opens & np.where(
+        by_last, edges.position < gap_stop, by_next & (gap_start < edges.position)
+    )
     return swallowed
 
 
@@ -67,7 +69,9 @@ def _token_at(places: Places, edges: Edges) -> Int64:
     return np.searchsorted(places.tokens.ends, edges.position, "right")
 
 
-def cut_rows(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged) -> tuple[Places, int, int]:
+def cut_rows(
+    places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged
+) -> tuple[Places, int, int]:
     """Cut every row that needs it.
 
     Returns:
@@ -86,15 +90,23 @@ def cut_rows(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], 
         if not more.any():
             break
         cut |= more
-    return places.with_rows({row: pieces.row(index) for index, row in enumerate(rows.tolist())}), int(cut.sum()), len(rows)
+    return (
+        places.with_rows({row: pieces.row(index) for index, row in enumerate(rows.tolist())}),
+        int(cut.sum()),
+        len(rows),
+    )
 
 
-def _bad(places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged, cut: Bool) -> Bool:
+def _bad(
+    places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged, cut: Bool
+) -> Bool:
     """bool[E]: edges to cut at; at those marked by `cut` the text has been cut already."""
     bad = straddled(places, edges) | _swallowed(places, edges, encoder)
     if encoder.resolved.layout.looks_ahead:
         asked = np.flatnonzero(edges.opens & ~bad & ~cut)
-        bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(edges.position[asked], edges.row[asked])
+        bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(
+            edges.position[asked], edges.row[asked]
+        )
     return bad
 
 

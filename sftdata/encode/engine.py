@@ -41,7 +41,9 @@ class Encoder:
         self.resolved = resolved
         self.engine = engine
         self.encode = encode
-        self.added = {token.id: (token.content.encode(), token.lstrip, token.rstrip) for token in resolved.added_tokens}
+        self.added = {
+            token.id: (token.content.encode(), token.lstrip, token.rstrip) for token in resolved.added_tokens
+        }
 
     @cached_property
     def exact(self) -> ExactEncoder:
@@ -84,7 +86,9 @@ def load_encoder(resolved: ResolvedTokenizer, engine: Engine) -> Encoder:
         SftError: its files are gone.
     """
     resolved.check_standing()
-    return Encoder(resolved, engine, _load_gigatoken(resolved) if engine == "gigatoken" else _load_tokenizers(resolved))
+    return Encoder(
+        resolved, engine, _load_gigatoken(resolved) if engine == "gigatoken" else _load_tokenizers(resolved)
+    )
 
 
 def _load_tokenizers(resolved: ResolvedTokenizer) -> Encode:
@@ -93,7 +97,9 @@ def _load_tokenizers(resolved: ResolvedTokenizer) -> Encode:
     tokenizer = Tokenizer.from_file(str(resolved.folder / "tokenizer.json"))
 
     def encode(texts: Sequence[str]) -> tuple[Int32, Int64]:
-        rows = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        rows = [
+            encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
         offsets = offsets_of([len(ids) for ids in rows])
         return np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets
 
@@ -108,7 +114,9 @@ def _load_gigatoken(resolved: ResolvedTokenizer) -> Encode:
         backend = gigatoken.Tokenizer.from_json((resolved.folder / "tokenizer.json").read_bytes()).backend
     except Exception as error:  # its refusals share no class
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"gigatoken cannot read tokenizer {resolved.name!r} ({reason}).", "--engine auto") from None
+        raise UsageError(
+            f"gigatoken cannot read tokenizer {resolved.name!r} ({reason}).", "--engine auto"
+        ) from None
 
     def encode(texts: Sequence[str]) -> tuple[Int32, Int64]:
         # One call per text: its batch call imports awkward (0.5 s to start) and is hardly faster.
@@ -140,7 +148,9 @@ def choose_engine(
         return "tokenizers", "asked for" if requested == "tokenizers" else "the input is small"
     refusal = _verdict(resolved)
     if not refusal and sample_texts:
-        equal = check_engine(load_encoder(resolved, "gigatoken"), load_encoder(resolved, "tokenizers"), sample_texts)
+        equal = check_engine(
+            load_encoder(resolved, "gigatoken"), load_encoder(resolved, "tokenizers"), sample_texts
+        )
         refusal = "" if equal else "gigatoken gives other ids on this data"
     if not refusal:
         return "gigatoken", "equal to tokenizers on the hard texts; a sample of each slice is checked too"
@@ -176,7 +186,10 @@ def _judge(resolved: ResolvedTokenizer) -> str:
 
 def hard_texts(resolved: ResolvedTokenizer) -> list[str]:
     """Return the fixed hard texts, and each added token of this tokenizer inside running text."""
-    added = [f"a {token.content} b{token.content}\n  {token.content}{token.content}x" for token in resolved.added_tokens]
+    added = [
+        f"a {token.content} b{token.content}\n  {token.content}{token.content}x"
+        for token in resolved.added_tokens
+    ]
     return [*HARD_TEXTS, *added]
 
 
@@ -193,9 +206,14 @@ def digest_ids(encoder: Encoder, texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def char_offsets(resolved: ResolvedTokenizer, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def char_offsets(
+    resolved: ResolvedTokenizer, texts: Sequence[str]
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Return ids and the (start, stop) characters of each token, as the oracle gives them."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(resolved.folder / "tokenizer.json"))
-    return [(encoding.ids, encoding.offsets) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return [
+        (encoding.ids, encoding.offsets)
+        for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    ]

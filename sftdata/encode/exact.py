@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 # Stands for each visible character of literal text while added tokens are looked for: no token contains it.
 MASK = "\ue000"
 # Unicode's White_Space, which is what added tokens strip; str.isspace also counts the separators 0x1c to 0x1f.
-WHITESPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+WHITESPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+    + "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,9 @@ class ExactEncoder:
         self._layout = resolved.layout
         self._added: dict[int, AddedToken] = {token.id: token for token in resolved.added_tokens}
 
-    def encode(self, raw: bytes, literal: list[tuple[int, int]], *, at_start: bool = True, reach: bool = False) -> Located:
+    def encode(
+        self, raw: bytes, literal: list[tuple[int, int]], *, at_start: bool = True, reach: bool = False
+    ) -> Located:
         """Encode one utf-8 text.
 
         Args:
@@ -110,7 +116,12 @@ class ExactEncoder:
         if space is None:
             return self._one(self._plain_inside, text, reach)
         cut = space.start()
-        return join([self._one(self._plain_inside, text[:cut], reach), self._one(self._plain, text[cut:], reach).shifted(cut)])
+        return join(
+            [
+                self._one(self._plain_inside, text[:cut], reach),
+                self._one(self._plain, text[cut:], reach).shifted(cut),
+            ]
+        )
 
     def _one(self, tokenizer: Tokenizer, text: str, reach: bool) -> Located:
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -199,7 +210,9 @@ def _without_added(spec: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model["vocab"], dict):
         contents.discard(model.get("unk_token"))
         model["vocab"] = {_hidden(piece, contents): index for piece, index in model["vocab"].items()}
-        model["merges"] = [pair for pair in model.get("merges", []) if not contents.intersection(_merge_parts(pair))]
+        model["merges"] = [
+            pair for pair in model.get("merges", []) if not contents.intersection(_merge_parts(pair))
+        ]
     else:
         model["vocab"] = [[_hidden(piece, contents), score] for piece, score in model["vocab"]]
     return spec | {"added_tokens": [], "post_processor": None}

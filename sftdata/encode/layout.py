@@ -93,12 +93,22 @@ def _flat(component: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]
 def _kind(
     model: dict[str, Any], normalizers: list[dict[str, Any]], splitters: list[dict[str, Any]]
 ) -> Literal["bytes", "spaces", "none"]:
-    if model["type"] not in ("BPE", "Unigram") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if (
+        model["type"] not in ("BPE", "Unigram")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
         return "none"
     if any(part["type"] == "ByteLevel" for part in splitters):
-        return "bytes" if all(part["type"] in UNICODE_FORMS for part in normalizers) and len(normalizers) <= 1 else "none"
+        return (
+            "bytes"
+            if all(part["type"] in UNICODE_FORMS for part in normalizers) and len(normalizers) <= 1
+            else "none"
+        )
     marked = any(_writes_marker(part) for part in [*normalizers, *splitters])
-    plain = all(_writes_marker(part) or part["type"] == "Prepend" for part in normalizers) and all(map(_keeps_text, splitters))
+    plain = all(_writes_marker(part) or part["type"] == "Prepend" for part in normalizers) and all(
+        map(_keeps_text, splitters)
+    )
     return "spaces" if marked and plain else "none"
 
 
@@ -112,7 +122,9 @@ def _keeps_text(part: dict[str, Any]) -> bool:
     return _writes_marker(part) or (part["type"] == "Split" and part["behavior"] != "Removed")
 
 
-def _prefix(normalizers: list[dict[str, Any]], splitters: list[dict[str, Any]]) -> Literal["none", "first", "always"]:
+def _prefix(
+    normalizers: list[dict[str, Any]], splitters: list[dict[str, Any]]
+) -> Literal["none", "first", "always"]:
     schemes = [part["prepend_scheme"] for part in splitters if part["type"] == "Metaspace"]
     spaced = any(part["type"] == "ByteLevel" and part["add_prefix_space"] for part in splitters)
     if spaced or "always" in schemes or any(part["type"] == "Prepend" for part in normalizers):

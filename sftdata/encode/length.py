@@ -59,7 +59,9 @@ class LengthCounts:
         return {"rows_cut": self.rows_cut, "rows_without_ending": self.rows_without_ending}
 
 
-def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, *, packed: bool) -> tuple[TokenBatch, LengthCounts]:
+def limit_length(
+    batch: TokenBatch, max_length: int | None, policy: Policy, *, packed: bool
+) -> tuple[TokenBatch, LengthCounts]:
     """Bring every example to at most `max_length` tokens and drop those with nothing to train.
 
     Args:
@@ -79,11 +81,19 @@ def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, *, p
     example, start, stop = _pieces(batch, limit, policy)
     labelled = _Labelled(batch, packed)
     trainable = labelled.any(batch.offsets[:-1], batch.offsets[1:])
-    reason = np.select([~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)], [1, 2, 3], KEPT)
+    reason = np.select(
+        [~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)],
+        [1, 2, 3],
+        KEPT,
+    )
     kept = reason == KEPT
     result = _gather(batch, example[kept], start[kept], stop[kept])
-    counts = _count(batch, example, stop - start, reason, labelled.endings_lost(example[kept], start[kept], stop[kept]))
-    assert len(batch.input_ids) == len(result.input_ids) + counts.tokens_cut + sum(counts.tokens_in_dropped_rows.values())
+    counts = _count(
+        batch, example, stop - start, reason, labelled.endings_lost(example[kept], start[kept], stop[kept])
+    )
+    assert len(batch.input_ids) == len(result.input_ids) + counts.tokens_cut + sum(
+        counts.tokens_in_dropped_rows.values()
+    )
     return result, counts
 
 
@@ -134,7 +144,9 @@ def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> Tok
     return batch.at(positions_of(start, lengths), offsets_of(lengths), batch.row[example])
 
 
-def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int) -> LengthCounts:
+def _count(
+    batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int
+) -> LengthCounts:
     """Count by reason; what was cut from a row that is dropped belongs to the drop."""
     stays = np.zeros(len(batch), np.bool_)
     stays[example[reason == KEPT]] = True

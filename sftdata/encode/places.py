@@ -66,7 +66,13 @@ def ranges_of(ragged: Ragged, row: int) -> Ranges:
 
 
 def locate(
-    encoder: Encoder, texts: list[str], raws: list[bytes], literal: Ragged, inside: Bool, *, reach: bool = False
+    encoder: Encoder,
+    texts: list[str],
+    raws: list[bytes],
+    literal: Ragged,
+    inside: Bool,
+    *,
+    reach: bool = False,
 ) -> tuple[Places, int]:
     """Encode texts and find where every token lies.
 
@@ -87,7 +93,9 @@ def locate(
     careful = np.flatnonzero(doubted | (np.diff(literal.offsets) > 0)).tolist()
     exact = {}
     for row in careful:
-        exact[row] = encoder.exact.encode(raws[row], ranges_of(literal, row), at_start=not inside[row], reach=reach)
+        exact[row] = encoder.exact.encode(
+            raws[row], ranges_of(literal, row), at_start=not inside[row], reach=reach
+        )
     return places.with_rows(exact), int(doubted.sum())
 
 
@@ -116,7 +124,9 @@ def _denormal(form: str, texts: list[str]) -> Bool:
     if not form:
         return np.zeros(len(texts), np.bool_)
     known = cast('Literal["NFC", "NFD", "NFKC", "NFKD"]', form)
-    return np.array([not (text.isascii() or unicodedata.is_normalized(known, text)) for text in texts], np.bool_)
+    return np.array(
+        [not (text.isascii() or unicodedata.is_normalized(known, text)) for text in texts], np.bool_
+    )
 
 
 @dataclass(slots=True)
@@ -130,9 +140,13 @@ class _Walk:
     before: Int64
     reach: bool
     index: list[int] = field(default_factory=list)  # first token of each section
-    shift: list[int] = field(default_factory=list)  # position minus cumulative length, for all tokens of the section
+    shift: list[int] = field(
+        default_factory=list
+    )  # position minus cumulative length, for all tokens of the section
     invented: list[int] = field(default_factory=list)  # tokens that begin with an invented space
-    reached: list[tuple[int, int, int]] = field(default_factory=list)  # stripping tokens with the range they swallow
+    reached: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # stripping tokens with the range they swallow
 
     def rows(self, raws: list[bytes], ids: Int32, offsets: Int64, base: Int64) -> tuple[Located, Bool]:
         added = np.flatnonzero(self.encoder.is_added[ids])
@@ -140,7 +154,9 @@ class _Walk:
         doubted = np.zeros(len(raws), np.bool_)
         for row, raw in enumerate(raws):
             tokens = added[cuts[row] : cuts[row + 1]].tolist()
-            doubted[row] = not self._row(raw, ids, int(offsets[row]), tokens, int(offsets[row + 1]), int(base[row]))
+            doubted[row] = not self._row(
+                raw, ids, int(offsets[row]), tokens, int(offsets[row + 1]), int(base[row])
+            )
         sections: Int64 = np.diff(np.array([0, *self.index, len(ids)], np.int64)).astype(np.int64)
         shift = np.repeat(np.array([0, *self.shift], np.int64), sections)
         starts, ends = self.before[:-1] + shift, self.before[1:] + shift

@@ -53,7 +53,9 @@ class Prefixes:
         if not len(row):
             return np.zeros(0, np.bool_)
         whole = self._stretches(position, row)
-        near = [self._shortened(stretch) if stretch.end - stretch.begin > FAR else stretch for stretch in whole]
+        near = [
+            self._shortened(stretch) if stretch.end - stretch.begin > FAR else stretch for stretch in whole
+        ]
         differs = self._compare(near)
         for index in np.flatnonzero(differs).tolist():
             if near[index] is not whole[index]:
@@ -92,7 +94,9 @@ class Prefixes:
             verdicts.append(numbers.setdefault(key, len(numbers)))
         alone, offsets = self.encoder.encode([text.decode() for text, _ in numbers])
         found = [alone[start:stop].tobytes() for start, stop in pairwise(offsets.tolist())]
-        differs = np.array([own != expected for own, (_, expected) in zip(found, numbers, strict=True)], np.bool_)[verdicts]
+        differs = np.array(
+            [own != expected for own, (_, expected) in zip(found, numbers, strict=True)], np.bool_
+        )[verdicts]
         for index in np.flatnonzero(
             differs & (np.diff(self.literal.offsets) > 0)[[stretch.row for stretch in stretches]]
         ).tolist():
@@ -102,6 +106,10 @@ class Prefixes:
     def _differs_with_literal(self, stretch: _Stretch) -> bool:
         """Compare without matching what data spells."""
         row, start, stop, begin, end = stretch
-        literal = [(max(a, begin) - begin, min(b, end) - begin) for a, b in ranges_of(self.literal, row) if a < end and b > begin]
+        literal = [
+            (max(a, begin) - begin, min(b, end) - begin)
+            for a, b in ranges_of(self.literal, row)
+            if a < end and b > begin
+        ]
         alone = self.encoder.exact.encode(self.raws[row][begin:end], literal, at_start=begin == 0)
         return not np.array_equal(alone.ids, self.places.tokens.ids[start:stop])

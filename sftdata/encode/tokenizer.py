@@ -161,7 +161,9 @@ def _source_folder(name: str, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UsageError(f"Tokenizer {name!r} is a file; expected a folder or a Hub id.", f"-t {folder.parent}")
+        raise UsageError(
+            f"Tokenizer {name!r} is a file; expected a folder or a Hub id.", f"-t {folder.parent}"
+        )
     if not _looks_like_hub_id(name):
         fix = _nearest(folder) or "check the path, or give a Hub id such as org/model."
         raise UsageError(f"Tokenizer folder {name!r} does not exist.", fix)
@@ -171,12 +173,19 @@ def _source_folder(name: str, revision: str | None) -> Path:
 def _nearest(folder: Path) -> str:
     """Return the fix for a mistyped folder, empty where no folder beside it is near."""
     beside = {path.name: path for path in folder.parent.glob("*") if path.is_dir()}
-    return "".join(f"did you mean -t {beside[near]}?" for near in difflib.get_close_matches(folder.name, sorted(beside), n=1))
+    return "".join(
+        f"did you mean -t {beside[near]}?"
+        for near in difflib.get_close_matches(folder.name, sorted(beside), n=1)
+    )
 
 
 def _looks_like_hub_id(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) <= 2 and all(part and part[0] not in ".~" for part in parts) and not Path(name).is_absolute()
+    return (
+        len(parts) <= 2
+        and all(part and part[0] not in ".~" for part in parts)
+        and not Path(name).is_absolute()
+    )
 
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:
@@ -207,7 +216,10 @@ def _refuse_without_fast_files(name: str, source: Path) -> None:
             "&& use -t converted",
         )
     found = ", ".join(files[:5]) or "nothing"
-    raise UsageError(f"{name!r} is not a tokenizer: found {found}, expected tokenizer.json.", "give the folder that holds it.")
+    raise UsageError(
+        f"{name!r} is not a tokenizer: found {found}, expected tokenizer.json.",
+        "give the folder that holds it.",
+    )
 
 
 # --------------------------------------------------------------------------------------------- cache
@@ -239,7 +251,9 @@ def _fill_cache(entry: Path, request: dict[str, Any], name: str) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=entry.parent))
     except OSError as error:
-        raise UsageError(f"Cache folder {entry.parent} cannot be written ({error.strerror}).", "set SFTDATA_CACHE.") from None
+        raise UsageError(
+            f"Cache folder {entry.parent} cannot be written ({error.strerror}).", "set SFTDATA_CACHE."
+        ) from None
     try:
         _run_child(draft, request, name)
         try:
@@ -252,9 +266,15 @@ def _fill_cache(entry: Path, request: dict[str, Any], name: str) -> None:
 
 
 def _run_child(draft: Path, request: dict[str, Any], name: str) -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONHASHSEED": "0"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONHASHSEED": "0",
+    }
     command = [sys.executable, "-m", "sftdata.encode.autotokenizer", str(draft)]
-    child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False)
+    child = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False
+    )
     if child.returncode == UsageError.exit_code:
         refusal = json.loads(child.stdout.splitlines()[-1])
         raise UsageError(f"Tokenizer {name!r} {refusal['message']}", refusal["fix"])

@@ -120,7 +120,11 @@ def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTo
     """int64[N]: tokens of white space behind an EOS that the text itself ends in, as chat templates write; none is trained."""
     blank = np.zeros(len(batch), np.int64)
     for index, text in enumerate(batch.texts):
-        if not text[-1:].isspace() or not batch.closed[index] or not text.rstrip().endswith(resolved.eos_token or text):
+        if (
+            not text[-1:].isspace()
+            or not batch.closed[index]
+            or not text.rstrip().endswith(resolved.eos_token or text)
+        ):
             continue
         start, stop = tokens.offsets[index : index + 2].tolist()
         ends = np.flatnonzero(tokens.input_ids[start:stop] == resolved.eos_id)
@@ -137,7 +141,9 @@ def _with_ends(
     resolved = encoder.resolved
     prefix, suffix = np.array(resolved.prefix_ids, np.int32), np.array(resolved.closing_ids, np.int32)
     if closed.any() and not len(suffix):
-        raise UsageError(f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed.", "--eos-token TOKEN")
+        raise UsageError(
+            f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed.", "--eos-token TOKEN"
+        )
     opened = _begins_with(tokens, prefix)
     ended = closed & (_ends_with(tokens, suffix) | (blank > 0))
     before = np.where(opened, 0, len(prefix))
@@ -218,7 +224,9 @@ def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
     other = np.flatnonzero((labels != IGNORED) & (labels != ids))
     if len(other):
         found = f"labels[{other[0]}] is {labels[other[0]]}, input_ids[{other[0]}] is {ids[other[0]]}"
-        raise RowError("label-not-the-id", found, "give unshifted labels: the id itself where trained, -100 elsewhere")
+        raise RowError(
+            "label-not-the-id", found, "give unshifted labels: the id itself where trained, -100 elsewhere"
+        )
     return ids.astype(np.int32), labels != IGNORED
 
 

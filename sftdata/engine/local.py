@@ -63,7 +63,11 @@ class Workers:
             self._leader.join()
 
     def map(
-        self, function: Callable[[Job, Task], Result], job: Job, tasks: Sequence[Task], load: Callable[[Job], object]
+        self,
+        function: Callable[[Job, Task], Result],
+        job: Job,
+        tasks: Sequence[Task],
+        load: Callable[[Job], object],
     ) -> Iterator[Result]:
         """Begin at once; return an iterator of `function(job, task)` for every task, in the order they finish.
 
@@ -136,7 +140,9 @@ def _lead(channel: Connection, number: int, warm: str | None) -> None:
     os._exit(0)  # nothing is left to do, and taking the engine apart takes time
 
 
-def _hand_out(channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]) -> None:
+def _hand_out(
+    channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]
+) -> None:
     queue = iter(tasks)
     # One more than there are workers: none is idle, and a failure leaves little to wait for.
     waiting = {pool.submit(function, task) for task in islice(queue, number + 1)}

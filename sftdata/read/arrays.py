@@ -48,7 +48,11 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> Marks:
         anchors = _learn_anchors(source, max_line_bytes)
         found = Elements(_again(source), source.body, max_line_bytes, _among(anchors), whole=True)
         borders, end, total = _borders(found, source.body, grain)
-    notes = () if found.closed else (f"{source.path}: the array is never closed by ']'; the file may have been cut short.",)
+    notes = (
+        ()
+        if found.closed
+        else (f"{source.path}: the array is never closed by ']'; the file may have been cut short.",)
+    )
     positions, records = np.array(borders, np.int64).reshape(-1, 2).T
     raw = count.size, count.hasher.hexdigest()
     return Marks(positions, records, end, total, slice_bytes, *raw, anchors, notes, seal=count.blocks.seal())
@@ -59,7 +63,9 @@ def read_array(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unread
     found = Gathered(piece)
     for record, element in enumerate(_elements(piece, max_line_bytes), piece.first_record):
         if element.length > max_line_bytes:
-            found.reject(too_long(element.length, max_line_bytes), element.text[:SHOWN_BYTES], record, element.start)
+            found.reject(
+                too_long(element.length, max_line_bytes), element.text[:SHOWN_BYTES], record, element.start
+            )
             continue
         row = parse_row(element.text)
         if type(row) is Fault:
@@ -114,13 +120,17 @@ def _learn_anchors(source: Source, limit: int) -> tuple[bytes, ...]:
     # The first element may itself be damaged: what looks like a key before its first closing brace will do to find the second.
     keys = Counter(_KEY.findall(head[:GRAIN_BYTES].partition(b"}")[0]))
     spaces: Counter[bytes] = Counter()
-    elements = Elements(chain([head], blocks), source.body, limit, lambda _, key: key in keys or not spaces, whole=True)
+    elements = Elements(
+        chain([head], blocks), source.body, limit, lambda _, key: key in keys or not spaces, whole=True
+    )
     for element in elements:
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             keys.update(msgspec.json.encode(key) for key in _top_keys(element.text))
             spaces[element.space] += 1
     enough = spaces.total() / 20
-    return tuple(sorted(space + key for space in spaces for key in keys if min(spaces[space], keys[key]) >= enough))
+    return tuple(
+        sorted(space + key for space in spaces for key in keys if min(spaces[space], keys[key]) >= enough)
+    )
 
 
 def _again(source: Source) -> Iterator[bytes]:

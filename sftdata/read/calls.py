@@ -35,7 +35,11 @@ def read_call(call: Any, where: str, counted: list[str]) -> Message:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         what = f"{where} is {kind_of(call)} without a function name."
         raise RowError("bad-tool-call", what, 'write it as {"name": ..., "arguments": {...}}.')
-    outer = {key: value for key, value in call.items() if value is not None} if function is not call else {"type": "function"}
+    outer = (
+        {key: value for key, value in call.items() if value is not None}
+        if function is not call
+        else {"type": "function"}
+    )
     inner = {key: value for key, value in function.items() if value is not None and key != "type"}
     if function is call and "id" in inner:
         outer["id"] = inner.pop("id")
@@ -56,7 +60,11 @@ def _read_arguments(value: Any, where: str, counted: list[str]) -> dict[str, Any
     if isinstance(parsed, str) and isinstance(from_json(parsed), dict) and parsed != value:
         counted.append("tool_arguments_decoded")
         return parsed
-    found = f"text that is not JSON ({value[:40]!r})" if parsed is value and isinstance(value, str) else kind_of(parsed)
+    found = (
+        f"text that is not JSON ({value[:40]!r})"
+        if parsed is value and isinstance(value, str)
+        else kind_of(parsed)
+    )
     what = f"{where} is {found}; expected the arguments as one JSON object."
     raise RowError("bad-tool-call", what, 'write them as {"name": value, ...}, or remove the row.')
 
@@ -77,7 +85,9 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     return [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def without_stray_nulls(messages: list[Message], tools: list[dict[str, Any]], counted: list[str]) -> list[Message]:
+def without_stray_nulls(
+    messages: list[Message], tools: list[dict[str, Any]], counted: list[str]
+) -> list[Message]:
     """Take out null arguments that the called tool does not declare; calls of tools that are not there stay as they are.
 
     Arrow gives every object of a column every field that any of them has: such a null says only that another call had it.
@@ -88,7 +98,10 @@ def without_stray_nulls(messages: list[Message], tools: list[dict[str, Any]], co
         if isinstance(function, dict):
             declared[function.get("name")] = function.get("parameters")
     return [
-        {**message, "tool_calls": [_without_stray_nulls(call, declared, counted) for call in message["tool_calls"]]}
+        {
+            **message,
+            "tool_calls": [_without_stray_nulls(call, declared, counted) for call in message["tool_calls"]],
+        }
         if message.get("tool_calls")
         else message
         for message in messages
@@ -112,4 +125,8 @@ def _declared_only(value: Any, schema: Any) -> Any:
     known = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(value, dict) or not isinstance(known, dict) or schema.get("additionalProperties"):
         return value
-    return {key: _declared_only(item, known.get(key)) for key, item in value.items() if item is not None or key in known}
+    return {
+        key: _declared_only(item, known.get(key))
+        for key, item in value.items()
+        if item is not None or key in known
+    }

@@ -18,7 +18,9 @@ Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0) -> Conversation:
+def read_conversation(
+    turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0
+) -> Conversation:
     """Join turns with the row's own system text, tools and template arguments.
 
     Raises:
@@ -30,7 +32,11 @@ def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions,
     if options.need_assistant and "assistant" not in [message["role"] for message in messages]:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         what = f"no assistant message to train on; found only {roles}."
-        raise RowError("no-assistant", what, "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.")
+        raise RowError(
+            "no-assistant",
+            what,
+            "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.",
+        )
     counted = tuple(fields.counted)
     if len(fields.names) == 1 and "tools" not in messages[0]:  # the row has messages and nothing beside them
         return Conversation(messages, trained, prompt_messages=prompt_messages, counted=counted)
@@ -40,7 +46,9 @@ def read_conversation(turns: list[Turn], fields: Fields, options: FormatOptions,
             messages, trained = [{"role": "system", "content": system}, *messages], [None, *trained]
             prompt_messages += prompt_messages > 0
         elif messages[0].get("content") != system:
-            raise RowError("two-system-texts", "the system column and the first message differ.", "keep one of them.")
+            raise RowError(
+                "two-system-texts", "the system column and the first message differ.", "keep one of them."
+            )
     messages, tools, arguments = _read_tools_anywhere(messages, fields)
     if tools:
         messages = without_stray_nulls(messages, tools, fields.counted)
@@ -80,7 +88,11 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
     """
     value = from_json(value)
     if not isinstance(value, list):
-        raise RowError("no-messages", f"{column} is {kind_of(value)}; expected an array of messages.", "write one per turn.")
+        raise RowError(
+            "no-messages",
+            f"{column} is {kind_of(value)}; expected an array of messages.",
+            "write one per turn.",
+        )
     mapped = bool(options.roles)
     turns: list[Turn] = []
     for index, message in enumerate(value):
@@ -99,7 +111,11 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
         if "from" in message and message.get("role") is not None:
             _check_spellings(message, where, options)
         calls = role == "assistant" and plain_name(spelling) in CALLS
-        read = _read_call_message(message, where, counted) if calls else _read_message(message, role, where, counted)
+        read = (
+            _read_call_message(message, where, counted)
+            if calls
+            else _read_message(message, role, where, counted)
+        )
         turn = read, read_switch(message, where, options.loss_weights)
         if turn[1] is True and role != "assistant":
             counted.append("switches_of_other_roles")
@@ -126,7 +142,10 @@ def _check_spellings(message: Message, where: str, options: FormatOptions) -> No
 
 def _is_plain(message: Any) -> bool:
     return (
-        type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["content"]) is str and message["role"] in ROLES
+        type(message) is dict
+        and message.keys() == _PLAIN_KEYS
+        and type(message["content"]) is str
+        and message["role"] in ROLES
     )
 
 
@@ -138,7 +157,9 @@ def _content(message: Message) -> tuple[Any, Message]:
     spelling = "content" if message.get("content") is not None else "value"
     role = "role" if message.get("role") is not None else "from"
     rest = {
-        key: item for key, item in message.items() if item is not None and key not in SWITCHES and key not in (role, spelling)
+        key: item
+        for key, item in message.items()
+        if item is not None and key not in SWITCHES and key not in (role, spelling)
     }
     return message.get(spelling), rest
 
@@ -148,7 +169,9 @@ def _read_message(message: Message, role: str, where: str, counted: list[str]) -
     if isinstance(content, list):
         content, found = read_parts(content, f"{where}.content", counted)
         if twice := sorted(found.keys() & rest.keys()):
-            raise RowError("said-twice", f"{where} has {twice[0]} in its parts and beside them.", "keep one of them.")
+            raise RowError(
+                "said-twice", f"{where} has {twice[0]} in its parts and beside them.", "keep one of them."
+            )
         rest |= found
     elif "tool_calls" in rest:
         rest["tool_calls"] = read_calls(rest["tool_calls"], f"{where}.tool_calls", counted)
@@ -156,9 +179,15 @@ def _read_message(message: Message, role: str, where: str, counted: list[str]) -
         rest["tool_calls"] = read_calls(rest.pop("function_call"), f"{where}.function_call", counted)
     _check_reasoning(rest, where)
     if content is None and not rest.get("tool_calls"):
-        raise RowError("no-content", f"{where} has no content.", 'fill it in ("" for an empty answer), or remove the row.')
+        raise RowError(
+            "no-content",
+            f"{where} has no content.",
+            'fill it in ("" for an empty answer), or remove the row.',
+        )
     if content is not None and not isinstance(content, str):
-        raise RowError("not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string.")
+        raise RowError(
+            "not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string."
+        )
     return {"role": role, **({} if content is None else {"content": content}), **rest}
 
 
@@ -180,7 +209,10 @@ def _join_calls(turns: list[Turn], turn: Turn) -> bool:
     before, other = turns[-1]
     if switch != other and {switch, other} != {True, None}:
         return False
-    turns[-1] = {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}, switch or other
+    turns[-1] = (
+        {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]},
+        switch or other,
+    )
     return True
 
 
@@ -188,7 +220,9 @@ def _check_reasoning(rest: Message, where: str) -> None:
     found = {key: rest[key] for key in REASONING if key in rest}
     for key, value in found.items():
         if not isinstance(value, str):
-            raise RowError("not-text", f"{where}.{key} is {kind_of(value)}; expected a string.", "write it as a string.")
+            raise RowError(
+                "not-text", f"{where}.{key} is {kind_of(value)}; expected a string.", "write it as a string."
+            )
     if len(set(found.values())) > 1:
         raise RowError("said-twice", f"{where} has {' and '.join(found)}, which differ.", "keep one of them.")
 
@@ -212,17 +246,25 @@ def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
     turns: list[Turn] = []
     value = from_json(value)
     if not isinstance(value, list):
-        raise RowError("no-messages", f"{column} is {kind_of(value)}; expected an array of turns.", "write one object a turn.")
+        raise RowError(
+            "no-messages",
+            f"{column} is {kind_of(value)}; expected an array of turns.",
+            "write one object a turn.",
+        )
     for index, turn in enumerate(value):
         where = f"{column}[{index}]"
         if not isinstance(turn, dict):
-            raise RowError("not-a-message", f"{where} is {kind_of(turn)}; expected an object.", "write input and output.")
+            raise RowError(
+                "not-a-message", f"{where} is {kind_of(turn)}; expected an object.", "write input and output."
+            )
         fields = Fields(turn, {key: key for key in turn})
         if system := fields.optional_text("system"):
             turns.append(({"role": "system", "content": system}, None))
         if "input" in turn:
             turns.append(({"role": "user", "content": fields.text("input")}, None))
-        rest = {key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS | SWITCHES}
+        rest = {
+            key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS | SWITCHES
+        }
         answer: Message = {"role": "assistant", "content": fields.text("output"), **rest}
         turns.append((answer, read_switch(turn, where, weighted)))
     return turns

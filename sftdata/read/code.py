@@ -41,7 +41,9 @@ def read_code(module: str) -> dict[str, bytes]:
         path = _file(root, name)
         if name not in sources and path is not None and top in (None, name.partition(".")[0]):
             sources[name] = path.read_bytes()
-            waiting += _imports(sources[name], name if path.name == "__init__.py" else name.rpartition(".")[0])
+            waiting += _imports(
+                sources[name], name if path.name == "__init__.py" else name.rpartition(".")[0]
+            )
     return dict(sorted(sources.items()))
 
 
@@ -64,7 +66,9 @@ def run_code(module: str, sources: dict[str, bytes]) -> ModuleType:
     spec = find_spec(module)
     assert spec is not None
     with _without(sources):
-        made = module_from_spec(ModuleSpec(module, spec.loader, origin=spec.origin, is_package=_is_package(spec)))
+        made = module_from_spec(
+            ModuleSpec(module, spec.loader, origin=spec.origin, is_package=_is_package(spec))
+        )
         made.__file__ = spec.origin
         if spec.submodule_search_locations is not None:
             made.__path__ = list(spec.submodule_search_locations)

@@ -39,12 +39,20 @@ def _first_rows(row: RowDict) -> list[tuple[str, RowDict]]:
     values = list(row.values())
     if values and all(isinstance(value, list) and value and len(value) == len(values[0]) for value in values):
         return [("lists", {name: value[0] for name, value in row.items()})]
-    if values and all(isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values):
+    if values and all(
+        isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values
+    ):
         number = next(iter(values[0]))
         by_column = ("objects", {name: value[number] for name, value in row.items()})
         return [("index", values[0])] if next(iter(row)).isdecimal() else [by_column]
     names, data = row.get("columns"), row.get("data")
-    if isinstance(names, list) and isinstance(data, list) and data and isinstance(data[0], list) and len(data[0]) == len(names):
+    if (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and data
+        and isinstance(data[0], list)
+        and len(data[0]) == len(names)
+    ):
         return [("split", dict(zip(map(str, names), data[0], strict=True)))]
     return []
 

@@ -74,9 +74,13 @@ class _Converter:
     def __init__(self, format_name: str, options: FormatOptions) -> None:
         self.format = FORMATS.get(format_name)
         self.options = options
-        self.formatter = load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None
+        self.formatter = (
+            load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None
+        )
         if self.format is None and self.formatter is None:
-            raise UsageError(f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}.")
+            raise UsageError(
+                f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}."
+            )
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
         self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
         self._unused: Counter[str] = Counter()  # of the other rows
@@ -109,7 +113,11 @@ class _Converter:
             raise RowError("media-row", what, "leave out rows with media.")
         if self.options.labels_judge and chosen.name not in UNJUDGED and (column := unwanted_answer(row)):
             what = f"{column} is false, which marks an answer that is not wanted (KTO)."
-            raise RowError("unwanted-answer", what, f"leave the row out, or name the format where {column} means something else.")
+            raise RowError(
+                "unwanted-answer",
+                what,
+                f"leave the row out, or name the format where {column} means something else.",
+            )
         try:
             return chosen.convert(Fields(row, names), self.options)
         except RowError:
@@ -143,7 +151,9 @@ class _Converter:
         others = [other.name for other in FORMATS.values() if other.readings(row, self.options.columns)]
         if others:
             what = f"the row reads as {' or '.join(others)}, the input as {self.format.name}."
-            raise RowError("wrong-format", what, f"prepare such rows apart, with --format {others[0]}.") from None
+            raise RowError(
+                "wrong-format", what, f"prepare such rows apart, with --format {others[0]}."
+            ) from None
 
     def _format(self, row: Any) -> Any:
         """Return what the user's function makes of a row: None, a canonical row, or a dict."""
@@ -152,7 +162,9 @@ class _Converter:
             formatted = self.formatter(dict(row) if isinstance(row, dict) else row)
         except Exception as error:  # the user's own code may raise anything
             what = f"{self.options.formatter} raised {type(error).__name__}: {error}"
-            raise RowError("formatter-error", what, "mend the function; it may return None to leave a row out.") from None
+            raise RowError(
+                "formatter-error", what, "mend the function; it may return None to leave a row out."
+            ) from None
         if isinstance(formatted, str):
             return {"text": formatted}
         if is_messages(formatted):

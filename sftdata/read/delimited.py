@@ -69,18 +69,26 @@ def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Un
     """Parse the records of a slice into dicts of strings."""
     found = Gathered(piece)
     source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
-    records = records_of(read_range(piece), piece.start, source.delimiter, RECORD_LIMIT, partial(read_range, piece))
+    records = records_of(
+        read_range(piece), piece.start, source.delimiter, RECORD_LIMIT, partial(read_range, piece)
+    )
     line = piece.first_line
     for record, (offset, text, length, closed, lines) in enumerate(records, piece.first_record):
         row: dict[str, str] | Fault | None
         if length > limit + 1:
             row = too_long(length, limit) if limit == max_line_bytes else _too_long_for_csv(length)
         elif not closed:
-            row = Fault("invalid-csv", "a quoted field is never closed.", "close it; double a quote that is part of the text.")
+            row = Fault(
+                "invalid-csv",
+                "a quoted field is never closed.",
+                "close it; double a quote that is part of the text.",
+            )
         else:
             row = _parse(text, source)
         if isinstance(row, Fault):
-            found.reject(row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset, line)
+            found.reject(
+                row, text[: SHOWN_BYTES if row.code == "line-too-long" else None], record, offset, line
+            )
         elif row is not None:
             found.add(row, record, offset, line)
         else:
@@ -109,7 +117,9 @@ def _parse(text: bytes, source: Source) -> dict[str, str] | Fault | None:
     return dict(zip(source.columns, fields, strict=True))
 
 
-def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int, again: Again | None = None) -> Iterator[Record]:
+def records_of(
+    blocks: Iterator[bytes], offset: int, delimiter: str, limit: int, again: Again | None = None
+) -> Iterator[Record]:
     """Yield each record; of one that takes more than `limit` bytes the first line only.
 
     A quoted field that is never closed is one bad record of one line; reading goes on with the next line.
@@ -133,7 +143,9 @@ def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int,
             length += line[1]
             lines_taken += 1
             open_ = _leaves_open(line[0], opening, inside=True)
-        if open_ and length > limit >= first and again:  # too long to hold; its end is looked for all the same
+        if (
+            open_ and length > limit >= first and again
+        ):  # too long to hold; its end is looked for all the same
             followers = []
             while open_ and (line := following()) is not None:
                 length += line[1]
@@ -144,7 +156,9 @@ def records_of(blocks: Iterator[bytes], offset: int, delimiter: str, limit: int,
             waiting.extendleft(reversed(followers))
         if open_:
             length, lines_taken, followers = first, 1, []
-        yield Record(offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_, lines_taken)
+        yield Record(
+            offset, b"\n".join([text, *(more for more, _ in followers)]), length, not open_, lines_taken
+        )
         offset += length
 
 

@@ -53,7 +53,11 @@ class Detection:
         alternatives = [{"reading": name, "rows": rows} for name, rows in self.alternatives]
         own = asdict(replace(self, rows=()))
         del own["rows"]
-        return own | {"evidence": list(self.evidence), "alternatives": alternatives, "sources": list(self.sources)}
+        return own | {
+            "evidence": list(self.evidence),
+            "alternatives": alternatives,
+            "sources": list(self.sources),
+        }
 
 
 @dataclass(slots=True)
@@ -68,7 +72,12 @@ class _Verdicts:
         """Judge one row by its readings, or by what it lacks; `named`: the user says which format it has."""
         if VISION.fits(row):
             self.misses.setdefault(VISION.name, []).append(row)
-        elif not named and readings and UNWANTED.fits(row) and UNJUDGED.isdisjoint(name for name, _ in readings):
+        elif (
+            not named
+            and readings
+            and UNWANTED.fits(row)
+            and UNJUDGED.isdisjoint(name for name, _ in readings)
+        ):
             self.misses.setdefault(UNWANTED.name, []).append(row)
         elif not named and is_unanswered_preference(row):
             self.misses.setdefault(PREFERENCE.name, []).append(row)
@@ -101,7 +110,9 @@ def describe(reading: Reading) -> str:
     return f"{name} ({', '.join(actual for canonical, actual in names if canonical in required)})"
 
 
-def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: Mapping[str, str] | None = None) -> Detection:
+def detect(
+    plans: Sequence[SourcePlan], *, format: str | None = None, columns: Mapping[str, str] | None = None
+) -> Detection:
     """Detect the one format of some planned sources.
 
     Args:
@@ -116,19 +127,29 @@ def detect(plans: Sequence[SourcePlan], *, format: str | None = None, columns: M
     rows, unreadable = _sample(plans)
     where = plans[0].source.path if len(plans) == 1 else f"{len(plans)} sources"
     if not rows:
-        first = f" (record {unreadable[0].line}: {unreadable[0].fault.reason.rstrip('.')})" if unreadable else ""
+        first = (
+            f" (record {unreadable[0].line}: {unreadable[0].fault.reason.rstrip('.')})" if unreadable else ""
+        )
         fix = unreadable[0].fault.fix if unreadable else "give a file that holds rows."
         raise UsageError(f"{where}: no row could be read{first}.", fix)
     _check_columns(where, columns, rows)
     verdicts = _Verdicts()
     entries = [entry for entry in FORMATS.values() if format in (None, entry.name)]
-    possible: dict[tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]] = {}  # most rows have the same shape
+    possible: dict[
+        tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]
+    ] = {}  # most rows have the same shape
     for row in rows:
         renamed = rename(row, columns)
         shape = tuple((name, value is None) for name, value in renamed.items())
         if shape not in possible:
-            possible[shape] = [(entry, names) for entry in entries for names in entry.candidates(renamed, columns)]
-        found = [(entry.name, tuple(names.items())) for entry, names in possible[shape] if entry.fits(Fields(renamed, names))]
+            possible[shape] = [
+                (entry, names) for entry in entries for names in entry.candidates(renamed, columns)
+            ]
+        found = [
+            (entry.name, tuple(names.items()))
+            for entry, names in possible[shape]
+            if entry.fits(Fields(renamed, names))
+        ]
         verdicts.add(renamed, tuple(found), named=format is not None)
     counts = verdicts.counts()
     # One answer that is not wanted says what the column means, however few of them are in the sample.
@@ -152,7 +173,11 @@ def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Unr
 
 
 def _settle(
-    winner: str, counts: dict[str, int], verdicts: _Verdicts, plans: Sequence[SourcePlan], unreadable: list[Unreadable]
+    winner: str,
+    counts: dict[str, int],
+    verdicts: _Verdicts,
+    plans: Sequence[SourcePlan],
+    unreadable: list[Unreadable],
 ) -> Detection:
     """Return the detection of a format that most rows have."""
     found: Counter[tuple[str, str]] = Counter()
@@ -168,14 +193,19 @@ def _settle(
         columns.setdefault(canonical, actual)
     sampled, total = sum(counts.values()), sum(plan.records for plan in plans)
     where = ", ".join(f"{actual or 'a line'} in {rows}" for (_, actual), rows in shown)
-    evidence = [f"{winner} ({FORMATS[winner].about}): {counts[winner]} of {sampled} sampled rows, of {total} records: {where}."]
+    evidence = [
+        f"{winner} ({FORMATS[winner].about}): {counts[winner]} of {sampled} sampled rows, of {total} records: {where}."
+    ]
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)
     evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
     evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
     sources = tuple(
-        {"path": plan.source.path, "container": plan.source.container, "compression": plan.source.compression} for plan in plans
+        {"path": plan.source.path, "container": plan.source.container, "compression": plan.source.compression}
+        for plan in plans
     )
-    return Detection(winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources, tuple(kept))
+    return Detection(
+        winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources, tuple(kept)
+    )
 
 
 def _refuse(
@@ -187,7 +217,9 @@ def _refuse(
     if ambiguous:
         what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
         return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
-    one_table = winner != BY_COLUMNS or len(verdicts.misses[winner]) == 1  # several such objects are rows with odd values
+    one_table = (
+        winner != BY_COLUMNS or len(verdicts.misses[winner]) == 1
+    )  # several such objects are rows with odd values
     if winner in misses and one_table and not (format and winner != VISION.name):
         reason, fix = misses[winner].explain(verdicts.misses[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
@@ -198,8 +230,12 @@ def _refuse(
     names = sorted(counts, key=lambda name: (-counts[name], name))
     found = f"{share} have the columns {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
     if format:
-        wanted = ", ".join(" or ".join(column.spellings) for column in FORMATS[format].columns if column.required)
-        return UsageError(f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format.")
+        wanted = ", ".join(
+            " or ".join(column.spellings) for column in FORMATS[format].columns if column.required
+        )
+        return UsageError(
+            f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format."
+        )
     what = f"{where}: no known row format fits: {found}."
     fix = "name columns, as --map question=COLUMN --map answer=COLUMN, or convert rows with --formatter module:function."
     return UsageError(what, fix)
@@ -210,18 +246,32 @@ def _settling_flags(readings: tuple[Reading, ...]) -> list[str]:
     if len(formats) > 1:
         return [f"--format {name}" for name in formats]
     variants = [dict(names) for _, names in readings]
-    column = next(column for column in FORMATS[formats[0]].columns if len({names.get(column.name) for names in variants}) > 1)
-    return [f"--map {column.spellings[0]}={name}" for name in dict.fromkeys(names[column.name] for names in variants)]
+    column = next(
+        column
+        for column in FORMATS[formats[0]].columns
+        if len({names.get(column.name) for names in variants}) > 1
+    )
+    return [
+        f"--map {column.spellings[0]}={name}"
+        for name in dict.fromkeys(names[column.name] for names in variants)
+    ]
 
 
 def _check_names(format: str | None, columns: Mapping[str, str]) -> None:
     """Refuse formats and canonical columns that do not exist."""
-    spellings = {name for entry in FORMATS.values() for column in entry.columns for name in column.spellings if name}
-    for flag, name, known in [("--format", format, set(FORMATS)), *(("--map", name, spellings) for name in columns)]:
+    spellings = {
+        name for entry in FORMATS.values() for column in entry.columns for name in column.spellings if name
+    }
+    for flag, name, known in [
+        ("--format", format, set(FORMATS)),
+        *(("--map", name, spellings) for name in columns),
+    ]:
         if name is not None and name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             fix = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."
-            raise UsageError(f"{flag} {name}: no such {'format' if flag == '--format' else 'column of any format'}.", fix)
+            raise UsageError(
+                f"{flag} {name}: no such {'format' if flag == '--format' else 'column of any format'}.", fix
+            )
 
 
 def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> None:
@@ -230,5 +280,11 @@ def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[s
     for canonical, actual in columns.items():
         if actual not in present:
             near = difflib.get_close_matches(actual, sorted(present), n=1)
-            fix = f"did you mean --map {canonical}={near[0]}?" if near else f"the columns are {', '.join(sorted(present)[:12])}."
-            raise UsageError(f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}.", fix)
+            fix = (
+                f"did you mean --map {canonical}={near[0]}?"
+                if near
+                else f"the columns are {', '.join(sorted(present)[:12])}."
+            )
+            raise UsageError(
+                f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}.", fix
+            )

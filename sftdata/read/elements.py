@@ -17,7 +17,9 @@ from sftdata.read.nesting import Nesting, brackets_end
 from sftdata.read.slices import GRAIN_BYTES
 from sftdata.read.streams import BLOCK_BYTES, in_pieces
 
-Begins = Callable[[bytes, bytes], bool]  # white space before, first key in its quotes -> whether an element may begin so
+Begins = Callable[
+    [bytes, bytes], bool
+]  # white space before, first key in its quotes -> whether an element may begin so
 
 _one_value = msgspec.json.Decoder(msgspec.Raw).decode
 _TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
@@ -147,7 +149,9 @@ class Elements:
             if sure or not self._may_grow:
                 break
             self._more()
-        if stop is None and (sure or self._held > self._limit):  # it nests too deep for msgspec, or goes on beyond the limit
+        if stop is None and (
+            sure or self._held > self._limit
+        ):  # it nests too deep for msgspec, or goes on beyond the limit
             return self._search(Nesting(), space)
         if self._strict:
             raise DamagedArrayError
@@ -193,7 +197,11 @@ class Elements:
             fed, looked = fed - moved, looked - moved
         if begin is None and stop is None and self._strict:
             raise DamagedArrayError
-        last = stop if begin is None and stop is not None else self._without_separators(begin or self._last_byte())
+        last = (
+            stop
+            if begin is None and stop is not None
+            else self._without_separators(begin or self._last_byte())
+        )
         length = self._base + last - start
         text = head or self._window[self._at : last]
         self._at = last

@@ -76,9 +76,13 @@ class Fields(msgspec.Struct, frozen=True):
             return value
         name = self.names.get(column, column)
         if value is None:
-            raise RowError("null-field", f"{name} is null; expected a string.", "fill it in, or remove the row.")
+            raise RowError(
+                "null-field", f"{name} is null; expected a string.", "fill it in, or remove the row."
+            )
         found = f"{name} is {kind_of(value)}; expected a string."
-        raise RowError("not-text", found, "write it as a string, or convert rows with --formatter module:function.")
+        raise RowError(
+            "not-text", found, "write it as a string, or convert rows with --formatter module:function."
+        )
 
     def optional_text(self, column: str) -> str:
         """Return the text of a column that may be absent or null, as "" then."""
@@ -93,7 +97,14 @@ def kind_of(value: Any) -> str:
     """
     if value is None:
         return "null"
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

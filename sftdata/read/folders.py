@@ -8,16 +8,46 @@ from pathlib import Path
 
 from sftdata.errors import UsageError
 
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".text", ".parquet", ".arrow", ".feather")
+DATA_SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".text",
+    ".parquet",
+    ".arrow",
+    ".feather",
+)
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 
 # Named as data, and none: what the Hub, datasets, transformers and trainers put beside it.
 METADATA = frozenset(
     {
         *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
-        *("merges.txt", "chat_template.json", "config.json", "generation_config.json", "preprocessor_config.json"),
-        *("processor_config.json", "adapter_config.json", "trainer_state.json", "package.json", "package-lock.json"),
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "vocab.txt",
+        ),
+        *(
+            "merges.txt",
+            "chat_template.json",
+            "config.json",
+            "generation_config.json",
+            "preprocessor_config.json",
+        ),
+        *(
+            "processor_config.json",
+            "adapter_config.json",
+            "trainer_state.json",
+            "package.json",
+            "package-lock.json",
+        ),
         *("readme.txt", "license.txt", "licence.txt", "notice.txt", "requirements.txt"),
     }
 )
@@ -46,7 +76,9 @@ def is_saved_dataset(folder: Path) -> bool:
 
 def set_in(folder: Path) -> str:
     """Return what a folder is that `prepare` wrote, "a finished set" or "an unfinished set"; else nothing."""
-    if (folder / "manifest.json").is_file() and ((folder / REJECTS).is_file() or any(folder.glob("shard-*.arrow"))):
+    if (folder / "manifest.json").is_file() and (
+        (folder / REJECTS).is_file() or any(folder.glob("shard-*.arrow"))
+    ):
         return "a finished set"
     return "an unfinished set" if (folder / "plan.json").is_file() and (folder / "slices").is_dir() else ""
 
@@ -75,7 +107,9 @@ def refuse_set(path: Path) -> None:
     found = set_in(folder)
     if found and path.name != REJECTS:
         what = f"{path}: " + (f"{found}, not rows." if path == folder else f"a file of {found}, not rows.")
-        raise UsageError(what, "name the files that it is made from; what `prepare` has made is there to be trained on.")
+        raise UsageError(
+            what, "name the files that it is made from; what `prepare` has made is there to be trained on."
+        )
 
 
 class LeftOut:
@@ -94,7 +128,9 @@ class LeftOut:
             if len(paths) == 1:
                 yield f"{paths[0]}: left out ({reason})."
                 continue
-            names = [str(path.relative_to(within)) if path.is_relative_to(within) else str(path) for path in paths]
+            names = [
+                str(path.relative_to(within)) if path.is_relative_to(within) else str(path) for path in paths
+            ]
             more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
             yield f"{within}: left out ({reason}): {', '.join(names[:_SHOWN])}{more}."
 

@@ -68,7 +68,10 @@ class Format:
         if len(required) < sum(column.required for column in self.columns):
             return []
         rest = {name: found[0] for name, found in choices.items() if name not in required and found}
-        found = [dict(zip(required, names, strict=True)) | rest for names in product(*(choices[name] for name in required))]
+        found = [
+            dict(zip(required, names, strict=True)) | rest
+            for names in product(*(choices[name] for name in required))
+        ]
         return [names for names in found if any(row[names[name]] is not None for name in required)]
 
     def locate(self, row: Mapping[str, Any], pinned: Names) -> dict[str, str]:
@@ -82,12 +85,18 @@ class Format:
             found = self.spelling(column, row, pinned)
             if len(found) > 1 and column.required:
                 what = f"{' and '.join(found)} both hold the {column.name} column of {self.name}."
-                raise RowError("two-columns", what, f"choose one, as with --map {column.spellings[0]}={found[0]}.")
+                raise RowError(
+                    "two-columns", what, f"choose one, as with --map {column.spellings[0]}={found[0]}."
+                )
             if found:
                 names[column.name] = found[0]
             elif column.required:
                 what = f"no {' or '.join(column.spellings)} column; the row has {', '.join(sorted(row)) or 'none'}."
-                raise RowError("missing-column", what, f"add it, or name its stand-in with --map {column.spellings[0]}=COLUMN.")
+                raise RowError(
+                    "missing-column",
+                    what,
+                    f"add it, or name its stand-in with --map {column.spellings[0]}=COLUMN.",
+                )
         return names
 
 
@@ -97,7 +106,11 @@ def rename(row: dict[str, Any], columns: Names) -> dict[str, Any]:
         return row
     taken = {actual: canonical for canonical, actual in columns.items() if actual in row}
     moved = {canonical: row[actual] for actual, canonical in taken.items()}
-    rest = {(f"{name} (not mapped)" if name in moved else name): value for name, value in row.items() if name not in taken}
+    rest = {
+        (f"{name} (not mapped)" if name in moved else name): value
+        for name, value in row.items()
+        if name not in taken
+    }
     return moved | rest
 
 
@@ -129,7 +142,9 @@ def _texts(*columns: str) -> Callable[[Fields], bool]:
 
 def _fits_text(fields: Fields) -> bool:
     """A lone message of a conversation has a content too, but beside a role."""
-    return _texts("text")(fields) and not (fields.names["text"].lower() == "content" and {"role", "Role"} & fields.row.keys())
+    return _texts("text")(fields) and not (
+        fields.names["text"].lower() == "content" and {"role", "Role"} & fields.row.keys()
+    )
 
 
 def _fits_alpaca(fields: Fields) -> bool:
@@ -139,7 +154,10 @@ def _fits_alpaca(fields: Fields) -> bool:
 
 
 def _fits_prompt(fields: Fields) -> bool:
-    return all(value is None or isinstance(value, str) or is_messages(value) for value in map(fields.get, ("prompt", "answer")))
+    return all(
+        value is None or isinstance(value, str) or is_messages(value)
+        for value in map(fields.get, ("prompt", "answer"))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ conversion
@@ -147,7 +165,9 @@ def _fits_prompt(fields: Fields) -> bool:
 
 def _convert_messages(fields: Fields, options: FormatOptions) -> Row:
     value = fields.get("messages")
-    return read_conversation(read_messages(value, fields.names["messages"], options, fields.counted), fields, options)
+    return read_conversation(
+        read_messages(value, fields.names["messages"], options, fields.counted), fields, options
+    )
 
 
 def _convert_xtuner(fields: Fields, options: FormatOptions) -> Row:
@@ -187,38 +207,85 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format(
-            "messages", "messages of role and content, as the OpenAI API has them",
-            (_CHAT, *_BESIDE_CHAT), _styled("role"), _convert_messages,
-        ),
-        Format("sharegpt", "messages of from and value", (_CHAT, *_BESIDE_CHAT), _styled("from"), _convert_messages),
-        Format("xtuner", "turns of system, input and output", (_CHAT, *_BESIDE_CHAT), _styled("turns"), _convert_xtuner),
-        Format(
-            "prompt-completion", "prompt and completion, as rendered text or as messages",
-            (Column("prompt", ("prompt",)), _answer("completion"), *_BESIDE_CHAT), _fits_prompt, read_prompt_completion,
+            "messages",
+            "messages of role and content, as the OpenAI API has them",
+            (_CHAT, *_BESIDE_CHAT),
+            _styled("role"),
+            _convert_messages,
         ),
         Format(
-            "alpaca", "instruction, optional input, output",
-            (Column("question", ("instruction",)), _answer("output"), _input("input", required=False), *_BESIDE),
-            _fits_alpaca, read_instruction,
+            "sharegpt",
+            "messages of from and value",
+            (_CHAT, *_BESIDE_CHAT),
+            _styled("from"),
+            _convert_messages,
         ),
         Format(
-            "dolly", "instruction, context, response",
-            (Column("question", ("instruction",)), _answer("response"), _input("context", required=True), *_BESIDE),
-            _texts("question", "answer", "input"), read_instruction,
+            "xtuner",
+            "turns of system, input and output",
+            (_CHAT, *_BESIDE_CHAT),
+            _styled("turns"),
+            _convert_xtuner,
         ),
         Format(
-            "question-answer", "question and answer",
-            (Column("question", ("question",)), _answer("answer"), *_BESIDE), _texts("question", "answer"), read_instruction,
+            "prompt-completion",
+            "prompt and completion, as rendered text or as messages",
+            (Column("prompt", ("prompt",)), _answer("completion"), *_BESIDE_CHAT),
+            _fits_prompt,
+            read_prompt_completion,
         ),
         Format(
-            "query-response", "query and response",
-            (Column("question", ("query",)), _answer("response"), *_BESIDE), _texts("question", "answer"), read_instruction,
+            "alpaca",
+            "instruction, optional input, output",
+            (
+                Column("question", ("instruction",)),
+                _answer("output"),
+                _input("input", required=False),
+                *_BESIDE,
+            ),
+            _fits_alpaca,
+            read_instruction,
+        ),
+        Format(
+            "dolly",
+            "instruction, context, response",
+            (
+                Column("question", ("instruction",)),
+                _answer("response"),
+                _input("context", required=True),
+                *_BESIDE,
+            ),
+            _texts("question", "answer", "input"),
+            read_instruction,
+        ),
+        Format(
+            "question-answer",
+            "question and answer",
+            (Column("question", ("question",)), _answer("answer"), *_BESIDE),
+            _texts("question", "answer"),
+            read_instruction,
+        ),
+        Format(
+            "query-response",
+            "query and response",
+            (Column("question", ("query",)), _answer("response"), *_BESIDE),
+            _texts("question", "answer"),
+            read_instruction,
         ),
         Format("text", "running text", (Column("text", ("text", "content")),), _fits_text, _convert_text),
-        Format("lines", "plain text, one document a line", (Column("text", (LINE,)),), _texts("text"), _convert_text),
         Format(
-            "tokens", "input_ids, with labels or a mask of what is trained",
-            (Column("input_ids", ("input_ids",)), *_optional(*BESIDE_IDS)), fits_tokens, convert_tokens,
+            "lines",
+            "plain text, one document a line",
+            (Column("text", (LINE,)),),
+            _texts("text"),
+            _convert_text,
+        ),
+        Format(
+            "tokens",
+            "input_ids, with labels or a mask of what is trained",
+            (Column("input_ids", ("input_ids",)), *_optional(*BESIDE_IDS)),
+            fits_tokens,
+            convert_tokens,
         ),
     )
 }

@@ -29,7 +29,10 @@ def name_formatter(formatter: str | Formatter | None) -> tuple[str | None, bool]
     """
     if formatter is None or isinstance(formatter, str):
         return formatter, False
-    module, name = getattr(formatter, "__module__", "") or "", getattr(formatter, "__qualname__", type(formatter).__qualname__)
+    module, name = (
+        getattr(formatter, "__module__", "") or "",
+        getattr(formatter, "__qualname__", type(formatter).__qualname__),
+    )
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is formatter:
         return f"{module}:{name}", False
     try:
@@ -71,7 +74,11 @@ def _row_by_row(spec: str, function: Formatter) -> Formatter:
     """Call a function of columns with one row at a time, so that a bad row costs no other."""
 
     def formatter(row: Any) -> Any:
-        made = list(function({name: [value] for name, value in row.items()} if isinstance(row, dict) else {"text": [row]}))
+        made = list(
+            function(
+                {name: [value] for name, value in row.items()} if isinstance(row, dict) else {"text": [row]}
+            )
+        )
         if len(made) != 1:
             raise ValueError(f"{spec} made {len(made)} examples of one row; expected one for each")
         return made[0]
@@ -83,7 +90,9 @@ def _read(spec: str) -> dict[str, bytes]:
     """Return the sources of a formatter's module."""
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
-        raise UsageError(f"--formatter {spec}: expected module:function.", "write it as --formatter my_rows:to_messages.")
+        raise UsageError(
+            f"--formatter {spec}: expected module:function.", "write it as --formatter my_rows:to_messages."
+        )
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -96,13 +105,17 @@ def _import(spec: str, sha256: str | None) -> Formatter:
     module_name, _, function_name = spec.partition(":")
     sources = _read(spec)
     with _told(spec):
-        module = run_code(module_name, sources) if module_name in sources else importlib.import_module(module_name)
+        module = (
+            run_code(module_name, sources) if module_name in sources else importlib.import_module(module_name)
+        )
     if sha256 is not None and {code_sha256(sources), code_sha256(_read(spec))} != {sha256}:
         what = f"--formatter {spec}: its code changed while it was in use; no set is made with two versions."
         raise DataError(what, "run the same command again.")
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(f"--formatter {spec}: {module_name} has no function {function_name!r}.", "check the name.")
+        raise UsageError(
+            f"--formatter {spec}: {module_name} has no function {function_name!r}.", "check the name."
+        )
     return function  # type: ignore[no-any-return]
 
 

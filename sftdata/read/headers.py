@@ -102,7 +102,9 @@ def _header_at(data: bytes, start: int, delimiter: str) -> Header | None:
     if record is None or not record.closed:
         return None
     try:
-        fields = next(csv.reader([record.text.decode("utf-8").rstrip("\r")], delimiter=delimiter, strict=True), [])
+        fields = next(
+            csv.reader([record.text.decode("utf-8").rstrip("\r")], delimiter=delimiter, strict=True), []
+        )
     except (csv.Error, UnicodeDecodeError):
         return None
     names = tuple(name.strip() or f"Unnamed: {number}" for number, name in enumerate(fields))
@@ -113,7 +115,9 @@ def _header_at(data: bytes, start: int, delimiter: str) -> Header | None:
 def _score(data: bytes, header: Header) -> tuple[bool, int]:
     """Rank a reading of a table: one that its records fit first, then the one of more columns."""
     texts = [record.text.decode("utf-8", "replace") for record in _records(data, header)]
-    fitting = sum(len(next(csv.reader([text], delimiter=header.delimiter))) == len(header.columns) for text in texts)
+    fitting = sum(
+        len(next(csv.reader([text], delimiter=header.delimiter))) == len(header.columns) for text in texts
+    )
     return fitting * 2 >= len(texts), len(header.columns)
 
 
@@ -126,9 +130,13 @@ def _records(data: bytes, header: Header) -> Iterator[Record]:
 def _check_names(path: str, header: Header) -> None:
     twice = [name for name, count in Counter(header.columns).items() if count > 1]
     if twice:
-        raise UsageError(f"{path}: the header names the column {twice[0]!r} twice.", "give each column a name of its own.")
+        raise UsageError(
+            f"{path}: the header names the column {twice[0]!r} twice.", "give each column a name of its own."
+        )
     if all(name.startswith("Unnamed: ") for name in header.columns):
-        raise UsageError(f"{path}: no column of the header has a name.", "begin the file with the names of its columns.")
+        raise UsageError(
+            f"{path}: no column of the header has a name.", "begin the file with the names of its columns."
+        )
 
 
 def _shown(data: bytes) -> str:

@@ -47,7 +47,9 @@ def _choose(loaded: Any, source: Source, datasets: Any) -> Any:
             raise several_splits(source.path, splits)
         return next(iter(splits.values()))
     try:
-        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(rows) for name, rows in splits.items()})
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
     except (ValueError, AssertionError) as error:
         raise wrong_split(source.path, source.split, splits, error) from None
     rows = [splits[part.splitname].select(range(part.from_, max(part.from_, part.to))) for part in parts]

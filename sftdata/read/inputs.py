@@ -124,14 +124,18 @@ def _find_in_folder(folder: Path, name: str, notes: list[str]) -> Input:
     notes.extend(left_out.notes(str(folder)))
     if not paths:
         known = " ".join(DATA_SUFFIXES + COMPRESSED_SUFFIXES)
-        raise UsageError(f"{folder}: no data file here; expected names that end in {known}.", "name the files themselves.")
+        raise UsageError(
+            f"{folder}: no data file here; expected names that end in {known}.", "name the files themselves."
+        )
     return Input(name, paths, None if is_saved_dataset(folder) else str(folder))
 
 
 def _find_matches(pattern: Path, name: str, notes: list[str]) -> Input:
     matches = [Path(found) for found in sorted(glob.glob(str(pattern), recursive=True))]
     if not matches:
-        raise UsageError(f"{name}: no file matches.", "check the pattern; quote it so that the shell leaves it alone.")
+        raise UsageError(
+            f"{name}: no file matches.", "check the pattern; quote it so that the shell leaves it alone."
+        )
     base = Path(*_before_magic(pattern))
     left_out, paths, known = LeftOut(), list[str](), dict[Path, str]()
     for match in matches:
@@ -145,7 +149,9 @@ def _find_matches(pattern: Path, name: str, notes: list[str]) -> Input:
             paths.append(str(match))
     notes.extend(left_out.notes(str(base)))
     if not paths:
-        raise UsageError(f"{name}: matches no data; {' '.join(left_out.notes(str(base)))}", "name the files themselves.")
+        raise UsageError(
+            f"{name}: matches no data; {' '.join(left_out.notes(str(base)))}", "name the files themselves."
+        )
     return Input(name, tuple(dict.fromkeys(paths)), str(base))
 
 
@@ -167,7 +173,9 @@ def _find_remote(url: str) -> Input:
     if "*" not in url:
         return Input(url, (url,), url.rpartition("/")[0], listed=True)
     if url.startswith(("http://", "https://")):
-        raise UsageError(f"{url}: files behind a web address cannot be listed by a pattern.", "name each file.")
+        raise UsageError(
+            f"{url}: files behind a web address cannot be listed by a pattern.", "name each file."
+        )
     from fsspec.core import url_to_fs
 
     try:
@@ -190,4 +198,8 @@ def _nearest(path: Path) -> str:
     if folder != path.parent:
         return f"the nearest folder that exists is {folder}."
     near = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=1)
-    return f"did you mean {folder / near[0]}?" if near else "check the path; a Hub dataset is written owner/name."
+    return (
+        f"did you mean {folder / near[0]}?"
+        if near
+        else "check the path; a Hub dataset is written owner/name."
+    )

@@ -23,7 +23,11 @@ def read_instruction(fields: Fields, options: FormatOptions) -> Row:
     question, given, answer = fields.text("question"), fields.optional_text("input"), fields.text("answer")
     if not question.strip() and not given.strip():
         name = fields.names["question"]
-        raise RowError("empty-prompt", f"{name} is empty; expected something to answer.", "fill it in, or remove the row.")
+        raise RowError(
+            "empty-prompt",
+            f"{name} is empty; expected something to answer.",
+            "fill it in, or remove the row.",
+        )
     history = _read_history(fields.get("history"))
     if options.as_conversation:
         pairs = [*history, ("\n".join(part for part in (question, given) if part), answer)]
@@ -60,7 +64,12 @@ def from_messages(value: Any) -> Any:
 
 def is_messages(value: Any) -> bool:
     """Return True for a list whose first item is a message."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & value[0].keys())
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and bool({"role", "from"} & value[0].keys())
+    )
 
 
 def _as_turns(value: Any, role: str, fields: Fields, column: str, options: FormatOptions) -> list[Turn]:
@@ -69,7 +78,9 @@ def _as_turns(value: Any, role: str, fields: Fields, column: str, options: Forma
     return [({"role": role, "content": fields.text(column)}, None)]
 
 
-def _as_conversation(pairs: list[Pair], fields: Fields, options: FormatOptions, reasoning: str = "") -> Conversation:
+def _as_conversation(
+    pairs: list[Pair], fields: Fields, options: FormatOptions, reasoning: str = ""
+) -> Conversation:
     turns: list[Turn] = []
     for question, answer in pairs:
         asked: Message = {"role": "user", "content": question}
@@ -79,16 +90,28 @@ def _as_conversation(pairs: list[Pair], fields: Fields, options: FormatOptions, 
     return read_conversation(turns, fields, options)
 
 
-def _lay_out(question: str, given: str, answer: str, history: list[Pair], fields: Fields, options: FormatOptions) -> Row:
+def _lay_out(
+    question: str, given: str, answer: str, history: list[Pair], fields: Fields, options: FormatOptions
+) -> Row:
     """Fill the prompt template once for each earlier turn and once for this one."""
     columns = {name: value for name, value in fields.row.items() if isinstance(value, str)}
     prompt = "" if "system" in options.template.slots else _before(fields)
     columns.setdefault("system", "")
     for asked, answered in history:
-        earlier = columns | dict.fromkeys(QUESTIONS, asked) | dict.fromkeys(ANSWERS, answered) | dict.fromkeys(INPUTS, "")
+        earlier = (
+            columns
+            | dict.fromkeys(QUESTIONS, asked)
+            | dict.fromkeys(ANSWERS, answered)
+            | dict.fromkeys(INPUTS, "")
+        )
         before, completion = options.template.lay_out(earlier, answered)
         prompt += before + completion + "\n\n"
-    now = dict.fromkeys(QUESTIONS, question) | dict.fromkeys(ANSWERS, answer) | dict.fromkeys(INPUTS, given) | columns
+    now = (
+        dict.fromkeys(QUESTIONS, question)
+        | dict.fromkeys(ANSWERS, answer)
+        | dict.fromkeys(INPUTS, given)
+        | columns
+    )
     before, completion = options.template.lay_out(now, answer)
     return _join(prompt + before, completion, options)
 
@@ -96,7 +119,11 @@ def _lay_out(question: str, given: str, answer: str, history: list[Pair], fields
 def _before(fields: Fields) -> str:
     """Return the system text as it stands before a prompt that is plain text."""
     if fields.get("tools"):
-        raise RowError("tools-without-chat", "tools need a chat template.", "give --chat-template, or take the tools column out.")
+        raise RowError(
+            "tools-without-chat",
+            "tools need a chat template.",
+            "give --chat-template, or take the tools column out.",
+        )
     system = fields.optional_text("system")
     return f"{system}\n\n" if system else ""
 
@@ -109,7 +136,11 @@ def _read_history(value: Any) -> list[Pair]:
     """Return the earlier (question, answer) pairs."""
     history = from_json(value) or []
     if not isinstance(history, list):
-        raise RowError("bad-history", f"history is {kind_of(history)}; expected pairs.", 'write it as [[question, answer], ...].')
+        raise RowError(
+            "bad-history",
+            f"history is {kind_of(history)}; expected pairs.",
+            "write it as [[question, answer], ...].",
+        )
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             what = f"history[{index}] is not a pair of strings."

@@ -14,13 +14,16 @@ MAX_DEPTH = 256  # below Python's recursion limit wherever the call comes from, 
 _decode = msgspec.json.Decoder().decode
 _POSITION = re.compile(r"\(byte (\d+)\)")
 _LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}", re.DOTALL
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}",
+    re.DOTALL,
 )
 _MEND = "mend the row, here or in rejects.jsonl, and feed it in again."
 
 ENVELOPE = frozenset({"file", "line", "record", "byte_offset", "code", "reason", "fix", "row"})
 _OLD_ENVELOPE = ENVELOPE - {"record"}  # of sets made before records were numbered apart from lines
-UNPARSED = frozenset({"invalid-json", "invalid-utf8", "not-an-object", "too-deep", "lone-surrogate", "line-too-long"})
+UNPARSED = frozenset(
+    {"invalid-json", "invalid-utf8", "not-an-object", "too-deep", "lone-surrogate", "line-too-long"}
+)
 
 
 def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
@@ -40,7 +43,11 @@ def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
     if type(row) is list and _is_conversation(row):
         row = {"messages": row}
     if type(row) is not dict:
-        return Fault("not-an-object", f"expected a JSON object, found {_kind(row)}.", 'write it as an object: {"text": ...}.')
+        return Fault(
+            "not-an-object",
+            f"expected a JSON object, found {_kind(row)}.",
+            'write it as an object: {"text": ...}.',
+        )
     # Counting brackets is far cheaper than walking every row, and a row with few of them cannot be deep.
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
         return _too_deep()
@@ -48,7 +55,9 @@ def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
 
 
 def _is_conversation(row: list[Any]) -> bool:
-    return bool(row) and all(type(message) is dict and ("role" in message or "from" in message) for message in row)
+    return bool(row) and all(
+        type(message) is dict and ("role" in message or "from" in message) for message in row
+    )
 
 
 def unwrap(envelope: dict[str, Any]) -> dict[str, Any] | str | Fault:
@@ -65,7 +74,9 @@ def _explain(line: bytes, error: Exception) -> Fault:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as wrong:
-        found = f"byte 0x{line[wrong.start]:02x} at byte {wrong.start} of the row is not UTF-8 ({wrong.reason})."
+        found = (
+            f"byte 0x{line[wrong.start]:02x} at byte {wrong.start} of the row is not UTF-8 ({wrong.reason})."
+        )
         return Fault("invalid-utf8", found, "convert the file to UTF-8, as with iconv -f latin1 -t utf-8.")
     if escape := _LONE_SURROGATE.search(line):
         found = f"half a surrogate pair ({escape.group()[:6].decode()}) at byte {escape.start()} is not a character."
@@ -96,5 +107,12 @@ def _depth(value: Any) -> int:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")

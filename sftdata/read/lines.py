@@ -102,5 +102,7 @@ def parse_text(line: bytes) -> str | Fault:
     try:
         return line.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"byte 0x{line[error.start]:02x} at byte {error.start} of the line is not UTF-8 ({error.reason})."
+        found = (
+            f"byte 0x{line[error.start]:02x} at byte {error.start} of the line is not UTF-8 ({error.reason})."
+        )
         return Fault("invalid-utf8", found, "convert the file to UTF-8, as with iconv -f latin1 -t utf-8.")

@@ -13,7 +13,13 @@ from sftdata.read.formats import FORMATS
 from sftdata.read.instructions import is_messages
 from sftdata.read.odd_values import as_text, by_formatter, shape
 from sftdata.read.parts import MEDIA
-from sftdata.read.preferences import UNJUDGED, explain_preference, explain_unwanted, is_preference, unwanted_answer
+from sftdata.read.preferences import (
+    UNJUDGED,
+    explain_preference,
+    explain_unwanted,
+    is_preference,
+    unwanted_answer,
+)
 from sftdata.read.prompts import ANSWERS, QUESTIONS
 
 RowDict = dict[str, Any]
@@ -75,18 +81,30 @@ def _explain_lone_message(rows: Sequence[RowDict]) -> tuple[str, str]:
 
 
 def _is_unanswered(row: RowDict) -> bool:
-    return any(row.get(name) is not None for name in QUESTIONS) and all(row.get(name) is None for name in ANSWERS)
+    return any(row.get(name) is not None for name in QUESTIONS) and all(
+        row.get(name) is None for name in ANSWERS
+    )
 
 
 def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
     question = next(name for name in QUESTIONS if any(row.get(name) is not None for row in rows))
     reason = f"the column {question!r} asks, but there is no answer column ({', '.join(ANSWERS)})"
     if not isinstance(rows[0].get(question), str):
-        return reason, 'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.'
-    others = Counter(name for row in rows for name, value in row.items() if value is not None and name != question)
-    likely = sorted((name for name in others if _names_an_answer(name)), key=lambda name: (-others[name], name))
+        return (
+            reason,
+            'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.',
+        )
+    others = Counter(
+        name for row in rows for name, value in row.items() if value is not None and name != question
+    )
+    likely = sorted(
+        (name for name in others if _names_an_answer(name)), key=lambda name: (-others[name], name)
+    )
     if not likely:
-        return reason, "name the column that holds the answer, as --map answer=COLUMN, or add an answer to each row."
+        return (
+            reason,
+            "name the column that holds the answer, as --map answer=COLUMN, or add an answer to each row.",
+        )
     value = next(row[likely[0]] for row in rows if row.get(likely[0]) is not None)
     if isinstance(value, str):
         return reason, f"if {likely[0]!r} is the answer: --map answer={likely[0]}."
@@ -125,7 +143,9 @@ def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
 
 
 VISION = NearMiss("vision", _is_vision, _explain_vision)
-UNWANTED = NearMiss("answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted)
+UNWANTED = NearMiss(
+    "answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted
+)
 PREFERENCE = NearMiss("preference pairs", is_preference, explain_preference)
 BY_COLUMNS = "a table by columns"
 NEAR_MISSES = {

@@ -41,7 +41,9 @@ class Nesting:
         if self._word:
             found = re.search(rb'[\s,\[\]{}"]', data)
             return found.start() if found else None
-        if len(data.translate(None, _STRUCTURE)) == len(data):  # the inside of a text, as most of what is endless
+        if len(data.translate(None, _STRUCTURE)) == len(
+            data
+        ):  # the inside of a text, as most of what is endless
             self._escaped = False
             return None
         if self._escaped:

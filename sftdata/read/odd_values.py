@@ -18,7 +18,9 @@ def by_formatter(expression: str) -> str:
     return f"--formatter rows:fix, with a file rows.py that holds: def fix(row): return {expression}"
 
 
-def explain_odd_value(rows: Sequence[RowDict], formats: Iterable[Format], pinned: Mapping[str, str]) -> tuple[str, str] | None:
+def explain_odd_value(
+    rows: Sequence[RowDict], formats: Iterable[Format], pinned: Mapping[str, str]
+) -> tuple[str, str] | None:
     """Return reason and fix for the first row that has the columns of a format; None where no row has.
 
     Args:
@@ -44,21 +46,35 @@ def _odd(entry: Format, column: str, value: Any, name: str) -> tuple[str, str] |
         return _odd_messages(value, name) if chat_style(value) is None else None
     if entry.name == "tokens":
         odd = column == "input_ids" and not (isinstance(value, list) and set(map(type, value)) == {int})
-        return (f"{shape(value)}; expected a list of integers", "write it as a list of integers.") if odd else None
+        return (
+            (f"{shape(value)}; expected a list of integers", "write it as a list of integers.")
+            if odd
+            else None
+        )
     if isinstance(value, str) or column not in ("question", "answer", "prompt", "input", "text"):
         return None
     if entry.name == "prompt-completion" and is_messages(value):
         return None
-    return f"{shape(value)}; expected a string", by_formatter(f"{{**row, {_quoted(name)}: {as_text(value, name)}}}")
+    return f"{shape(value)}; expected a string", by_formatter(
+        f"{{**row, {_quoted(name)}: {as_text(value, name)}}}"
+    )
 
 
 def _odd_messages(value: Any, name: str) -> tuple[str, str]:
     expected = "expected a list of objects with role and content"
     if isinstance(value, str):
         if value.lstrip()[:2] in ("[{", "{'", "['") and not isinstance(from_json(value), list):
-            fix = by_formatter(f"{{**row, {_quoted(name)}: __import__('ast').literal_eval(row[{_quoted(name)}])}}")
-            return f"text that is no JSON, as Python prints a list (single quotes); {expected}, or that list as JSON text", fix
-        return f"a string that is no list of messages ({value[:40]!r}); {expected}", "write one object for each turn."
+            fix = by_formatter(
+                f"{{**row, {_quoted(name)}: __import__('ast').literal_eval(row[{_quoted(name)}])}}"
+            )
+            return (
+                f"text that is no JSON, as Python prints a list (single quotes); {expected}, or that list as JSON text",
+                fix,
+            )
+        return (
+            f"a string that is no list of messages ({value[:40]!r}); {expected}",
+            "write one object for each turn.",
+        )
     if isinstance(value, dict) and chat_style([value]):
         return f"one message; {expected}", by_formatter(f"{{**row, {_quoted(name)}: [row[{_quoted(name)}]]}}")
     if isinstance(value, list) and value and isinstance(value[0], list) and chat_style(value[0]):

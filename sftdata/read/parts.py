@@ -58,7 +58,9 @@ def _read_part(part: Any, where: str, counted: list[str]) -> tuple[str, Any]:
         return "text", part
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in MEDIA:
-        raise RowError(MEDIA[kind], f"{where} is {kind!r}; only text can be prepared.", "leave out rows with media.")
+        raise RowError(
+            MEDIA[kind], f"{where} is {kind!r}; only text can be prepared.", "leave out rows with media."
+        )
     if kind in CALLS:
         return "tool_calls", read_call(part.get("value", part.get(kind, part)), where, counted)
     if kind not in TEXT | REASONING:

@@ -24,7 +24,11 @@ SECONDS = 10.0  # between two lines on how far the work is
 
 
 def plan_inputs(
-    inputs: Sequence[str], split: str | None, subset: str | None, sizes: tuple[int, int], say: Say = lambda _: None
+    inputs: Sequence[str],
+    split: str | None,
+    subset: str | None,
+    sizes: tuple[int, int],
+    say: Say = lambda _: None,
 ) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input.
 
@@ -42,7 +46,10 @@ def plan_inputs(
     """
     found, notes = find_inputs(inputs)
     if subset and not any(one.base is None and is_hub_id(one.name) for one in found):
-        raise UsageError(f"--subset {subset}: names a configuration of a Hub dataset, and no input is one.", "leave it out.")
+        raise UsageError(
+            f"--subset {subset}: names a configuration of a Hub dataset, and no input is one.",
+            "leave it out.",
+        )
     groups = joined(found)
     chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
     if split is None:
@@ -55,7 +62,9 @@ def plan_inputs(
             plans.append(plan_source(open_source(one.paths[0], split=split, subset=subset), 0, *sizes))
             continue
         indices = sorted({index for some in files.splits.values() for index in some})
-        opened = plan_sources([open_source(one.paths[index]) for index in told(indices, say, "Opened")], *sizes)
+        opened = plan_sources(
+            [open_source(one.paths[index]) for index in told(indices, say, "Opened")], *sizes
+        )
         plans += select_rows(one.name, files, dict(zip(indices, opened, strict=True)))
     return numbered(plans), notes
 
@@ -76,7 +85,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
     >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"]), short_names(["/data/a.jsonl", "/data/a.jsonl"])
     (['a/train.jsonl', 'b/train.jsonl'], ['a.jsonl', 'a.jsonl#2'])
     """
-    if len(set(paths)) == 1 or any(Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths):
+    if len(set(paths)) == 1 or any(
+        Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths
+    ):
         names = [Path(path).name for path in paths]
     else:
         common = os.path.commonpath(paths)  # once: it reads all paths

@@ -48,12 +48,19 @@ def is_unanswered_preference(row: RowDict) -> bool:
 
 
 def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() in ("assistant", "gpt", "chatgpt")
+    return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() in (
+        "assistant",
+        "gpt",
+        "chatgpt",
+    )
 
 
 def explain_preference(rows: Sequence[RowDict]) -> tuple[str, str]:
     """Return reason and fix for preference pairs."""
-    return "the rows are preference pairs (chosen, rejected)", f"train on the chosen answers: {_chosen_fix(rows[0])}"
+    return (
+        "the rows are preference pairs (chosen, rejected)",
+        f"train on the chosen answers: {_chosen_fix(rows[0])}",
+    )
 
 
 def _chosen_fix(row: RowDict) -> str:

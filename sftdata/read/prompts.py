@@ -39,10 +39,16 @@ class Layout:
             RowError: the row has no such column.
         """
         try:
-            filled = [part for literal, slot in zip(self.literals, self.slots, strict=False) for part in (literal, values[slot])]
+            filled = [
+                part
+                for literal, slot in zip(self.literals, self.slots, strict=False)
+                for part in (literal, values[slot])
+            ]
         except KeyError as missing:
             what = f"the prompt template asks for {{{missing.args[0]}}}; the row has {', '.join(sorted(values))}."
-            raise RowError("missing-column", what, "add the column, or take the slot out of the template.") from None
+            raise RowError(
+                "missing-column", what, "add the column, or take the slot out of the template."
+            ) from None
         return "".join(filled) + self.literals[-1]
 
 
@@ -102,8 +108,13 @@ def load_prompt_template(path: str) -> PromptTemplate:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the prompt template cannot be read ({error}).", "give a UTF-8 text file.") from None
+        raise UsageError(
+            f"{path}: the prompt template cannot be read ({error}).", "give a UTF-8 text file."
+        ) from None
     template = PromptTemplate.parse(text)
     if not template.slots:
-        raise UsageError(f"{path}: no {{field}} slot in the prompt template.", "write slots such as {instruction} and {input}.")
+        raise UsageError(
+            f"{path}: no {{field}} slot in the prompt template.",
+            "write slots such as {instruction} and {input}.",
+        )
     return replace(template, text=text)

@@ -55,7 +55,9 @@ def plain_name(spelling: str) -> str:
 
 def unknown_roles(messages: Sequence[Any], column: str, mapping: Mapping[str, str]) -> RowError:
     """Return the error that names every unknown role of a conversation, with advice that trains no question and no result."""
-    spellings = [(index, spelled_role(message)) for index, message in enumerate(messages) if isinstance(message, dict)]
+    spellings = [
+        (index, spelled_role(message)) for index, message in enumerate(messages) if isinstance(message, dict)
+    ]
     unknown: dict[str | None, tuple[int, Any]] = {}
     for index, spelling in spellings:
         if find_role(spelling, mapping) is None:

@@ -49,7 +49,9 @@ def _records_with_rows(plan: SourcePlan) -> Int64:
     found = [np.zeros(0, np.int64)]
     for piece in plan.slices:
         batch, bad = read_slice(piece, plan.max_line_bytes)
-        ids = np.sort(np.concatenate([batch.example_ids, np.array([row.example_id for row in bad], np.int64)]))
+        ids = np.sort(
+            np.concatenate([batch.example_ids, np.array([row.example_id for row in bad], np.int64)])
+        )
         found.append(ids - plan.base_id)
     return np.concatenate(found)
 
@@ -59,7 +61,11 @@ def _cut(plan: SourcePlan, first: int, stop: int) -> SourcePlan:
 
     def inside(pieces: Sequence[Slice]) -> tuple[Slice, ...]:
         ends = [*(piece.first_record for piece in pieces[1:]), plan.records]
-        kept = (piece for piece, end in zip(pieces, ends, strict=True) if piece.first_record < stop and end > first)
+        kept = (
+            piece
+            for piece, end in zip(pieces, ends, strict=True)
+            if piece.first_record < stop and end > first
+        )
         return tuple(replace(piece, only=(first, stop)) for piece in kept)
 
     return replace(plan, slices=inside(plan.slices), samples=inside(plan.samples))

@@ -190,7 +190,10 @@ class Marks:
         starts, first = self.positions[chosen], self.records[chosen]
         stops, counts = np.append(starts, self.end)[1:], np.diff(np.append(first, self.total))
         lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
-        return [Stretch(*found) for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)]
+        return [
+            Stretch(*found)
+            for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)
+        ]
 
     def slice_borders(self) -> Int64:
         """Return the index of the first border at or after every multiple of `step`."""
@@ -226,7 +229,17 @@ def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -
         )  # fmt: skip
 
     slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
-    return SourcePlan(source, base_id, marks.total, marks.raw_bytes, marks.xxh3_128, slices, samples, max_line_bytes, marks.notes)
+    return SourcePlan(
+        source,
+        base_id,
+        marks.total,
+        marks.raw_bytes,
+        marks.xxh3_128,
+        slices,
+        samples,
+        max_line_bytes,
+        marks.notes,
+    )
 
 
 @dataclass(slots=True)
@@ -252,7 +265,9 @@ class Gathered:
         """Add a row that could not be parsed."""
         example_id = self.piece.first_id + record - self.piece.first_record
         text = raw.decode("utf-8", "backslashreplace")
-        self.unreadable.append(Unreadable(example_id, record + 1 if line is None else line, offset, fault, text))
+        self.unreadable.append(
+            Unreadable(example_id, record + 1 if line is None else line, offset, fault, text)
+        )
 
     def finish(self) -> tuple[RowBatch, list[Unreadable]]:
         """Return the columns.
@@ -263,7 +278,9 @@ class Gathered:
         found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.piece.records
         if planned not in (None, found):
             where = f"{self.piece.source.path}: from byte or row {self.piece.start} to {self.piece.stop}"
-            raise IntegrityError(f"{where} planning counted {planned} records, and reading {found}.", "report this file.")
+            raise IntegrityError(
+                f"{where} planning counted {planned} records, and reading {found}.", "report this file."
+            )
         records = np.array(self.records, np.int64)
         ids = records + (self.piece.first_id - self.piece.first_record)
         lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))

@@ -57,7 +57,9 @@ def sniff(path: str) -> Source:
 def _recognise(path: str, compression: Compression, head: Head) -> Source:
     binary = _binary_container(head.data)
     if binary and compression != "none":
-        raise UsageError(f"{path}: a {binary} file inside {compression} cannot be read in ranges.", "decompress it first.")
+        raise UsageError(
+            f"{path}: a {binary} file inside {compression} cannot be read in ranges.", "decompress it first."
+        )
     if binary:
         return Source(path, binary)
     _refuse_foreign(path, head.data)
@@ -76,7 +78,9 @@ def _recognise(path: str, compression: Compression, head: Head) -> Source:
     if container:
         return Source(path, container, compression, body)
     if header := find_header(path, text.data):
-        return Source(path, "csv", compression, body + header.length, header.lines + 1, header.delimiter, header.columns)
+        return Source(
+            path, "csv", compression, body + header.length, header.lines + 1, header.delimiter, header.columns
+        )
     return Source(path, "text", compression, body)
 
 
@@ -113,12 +117,17 @@ def _refuse_foreign(path: str, data: bytes) -> None:
     if len(sample) > 1 and sample.count(0) > len(sample) // 4 and (sample[0] == 0) != (sample[1] == 0):
         _refuse_utf16(path, "LE" if sample[1] == 0 else "BE")
     if sample.count(0) > len(sample) // 20:
-        raise UsageError(f"{path}: this is an unknown binary file.", "give JSON lines, JSON, CSV, text, Parquet or Arrow.")
+        raise UsageError(
+            f"{path}: this is an unknown binary file.", "give JSON lines, JSON, CSV, text, Parquet or Arrow."
+        )
 
 
 def _refuse_utf16(path: str, order: str) -> None:
     name = PurePosixPath(path).name
-    raise UsageError(f"{path}: the text is UTF-16, expected UTF-8.", f"iconv -f UTF-16{order} -t UTF-8 {name} > utf8-{name}")
+    raise UsageError(
+        f"{path}: the text is UTF-16, expected UTF-8.",
+        f"iconv -f UTF-16{order} -t UTF-8 {name} > utf8-{name}",
+    )
 
 
 def _json_container(head: Head) -> Container | None:
@@ -129,7 +138,9 @@ def _json_container(head: Head) -> Container | None:
     lines = [line for line in lines if line]
     start = head.data.lstrip()
     shaped = sum(line.startswith(b"{") and line.endswith(b"}") for line in lines)
-    listed = sum(re.fullmatch(rb"\[\s*\{.*\}\s*\]", line) is not None for line in lines)  # each line a list of messages
+    listed = sum(
+        re.fullmatch(rb"\[\s*\{.*\}\s*\]", line) is not None for line in lines
+    )  # each line a list of messages
     if shaped * 2 >= len(lines) or (len(lines) > 1 and listed * 2 >= len(lines)):
         return "jsonl"
     if re.match(rb"\[\s*[\[{\]\"]", start):

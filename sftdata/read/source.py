@@ -52,7 +52,9 @@ def open_source(path: str, *, split: str | None = None, subset: str | None = Non
     return sniff(path)
 
 
-def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> SourcePlan:
+def plan_source(
+    source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
+) -> SourcePlan:
     """Read a source once: hash it, count its records, and cut it into slices by size alone.
 
     Args:
@@ -77,7 +79,9 @@ def plan_source(source: Source, base_id: int, slice_bytes: int, max_line_bytes: 
     return make_plan(source, base_id, marks, max_line_bytes)
 
 
-def plan_sources(sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES) -> list[SourcePlan]:
+def plan_sources(
+    sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
+) -> list[SourcePlan]:
     """Plan several sources, with example ids that run on from one to the next."""
     plans: list[SourcePlan] = []
     base_id = 0
@@ -125,4 +129,14 @@ def _plan_empty(source: Source, slice_bytes: int) -> Marks:
         pass
     none = np.zeros(0, np.int64)
     notes = (f"{source.path}: the file is empty.",)
-    return Marks(none, none, 0, 0, slice_bytes, count.size, count.hasher.hexdigest(), notes=notes, seal=count.blocks.seal())
+    return Marks(
+        none,
+        none,
+        0,
+        0,
+        slice_bytes,
+        count.size,
+        count.hasher.hexdigest(),
+        notes=notes,
+        seal=count.blocks.seal(),
+    )

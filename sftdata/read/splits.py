@@ -21,8 +21,14 @@ KEYWORDS = {
 }
 _PARTED = "[-._ 0-9]"  # what may stand around a keyword
 _SHARDED = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
-_FILES = {split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)}){_PARTED}.*") for split, words in KEYWORDS.items()}
-_FOLDERS = {split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?") for split, words in KEYWORDS.items()}
+_FILES = {
+    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)}){_PARTED}.*")
+    for split, words in KEYWORDS.items()
+}
+_FOLDERS = {
+    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?")
+    for split, words in KEYWORDS.items()
+}
 _ADDED = re.compile(r"\s*\+\s*")
 _NAME = re.compile(r"\w+(?:\.\w+)*")
 
@@ -86,7 +92,12 @@ def choose_files(found: Input, spec: str | None, notes: list[str]) -> Chosen:
     parts = [_NAME.match(part) for part in _ADDED.split(spec)]
     wanted = list(dict.fromkeys(part[0] if part else "" for part in parts))
     if unknown := [name for name in wanted if name not in splits]:
-        raise wrong_split(found.name, spec, splits, f"no split {unknown[0]!r}." if unknown[0] else "not the name of a split.")
+        raise wrong_split(
+            found.name,
+            spec,
+            splits,
+            f"no split {unknown[0]!r}." if unknown[0] else "not the name of a split.",
+        )
     chosen = {name: splits[name] for name in wanted}
     others = sorted(set(range(len(names))) - {index for indices in chosen.values() for index in indices})
     if others:
@@ -113,13 +124,19 @@ def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -
     """Return the error that asks for one of several splits; `mixed` where some files are of none."""
     beside = " beside files of no split" if mixed else ""
     first = next((split for split in splits if split.startswith("train")), next(iter(splits)))
-    fix = f"choose with --split, as --split {first}" + (f" or --split {'+'.join(splits)}" if len(splits) > 1 else "")
+    fix = f"choose with --split, as --split {first}" + (
+        f" or --split {'+'.join(splits)}" if len(splits) > 1 else ""
+    )
     named = f"the splits {', '.join(splits)}" if len(splits) > 1 else f"the split {', '.join(splits)}"
-    return UsageError(f"{name}: holds {named}{beside}.", f"{fix}{', or name the files themselves' if mixed else ''}.")
+    return UsageError(
+        f"{name}: holds {named}{beside}.", f"{fix}{', or name the files themselves' if mixed else ''}."
+    )
 
 
 def wrong_split(name: str, spec: str, splits: Collection[str], why: object) -> UsageError:
     """Return the error of a `--split` that names nothing here."""
     said = str(why).rstrip(".")
     what = f"{name}: --split {spec}: {said}; found {', '.join(sorted(splits))}."
-    return UsageError(what, f"as --split {sorted(splits)[0]}, or a part of it: --split '{sorted(splits)[0]}[:95%]'.")
+    return UsageError(
+        what, f"as --split {sorted(splits)[0]}, or a part of it: --split '{sorted(splits)[0]}[:95%]'."
+    )

@@ -24,7 +24,9 @@ from sftdata.read.unchanged import BlockHashes, changed, unchanged
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
-ZSTD_FEED_BYTES = 512  # zstd has no bound on what comes out; four bytes may give 128 KiB, so these give 16 MiB at most
+ZSTD_FEED_BYTES = (
+    512  # zstd has no bound on what comes out; four bytes may give 128 KiB, so these give 16 MiB at most
+)
 
 MAGIC: tuple[tuple[bytes, Compression], ...] = (
     (rb"\x1f\x8b", "gzip"),
@@ -49,7 +51,9 @@ def open_raw(path: str) -> BinaryIO:
         try:
             return open(path, "rb")
         except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions.") from None
+            raise UsageError(
+                f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions."
+            ) from None
     import fsspec
 
     try:

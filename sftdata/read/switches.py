@@ -13,8 +13,14 @@ ON = ("train", "training", "trainable", "loss", "loss_mask", "output_with_loss")
 OFF = ("masked",)  # true: not trained
 UNCLEAR = {
     "mask": ("it may mean either", 'call it "train" or "masked", by what true means'),
-    "train_detail": ("a part of a message cannot be trained", 'split the message, and switch its parts with "train"'),
-    "training_detail": ("a part of a message cannot be trained", 'split the message, and switch its parts with "train"'),
+    "train_detail": (
+        "a part of a message cannot be trained",
+        'split the message, and switch its parts with "train"',
+    ),
+    "training_detail": (
+        "a part of a message cannot be trained",
+        'split the message, and switch its parts with "train"',
+    ),
 }
 SWITCHES = frozenset({*WEIGHTS, *ON, *OFF, *UNCLEAR})
 
@@ -36,7 +42,11 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
     strange = [(key, value) for key, value in values if value not in (0, 1)]
     for key, value in strange:
         if not weighted or key not in WEIGHTS or not _is_weight(value):
-            wanted = "a number from 0 that float32 can hold" if weighted and key in WEIGHTS else "0 or 1, true or false"
+            wanted = (
+                "a number from 0 that float32 can hold"
+                if weighted and key in WEIGHTS
+                else "0 or 1, true or false"
+            )
             fix = "mend the weight." if weighted else "round the weight, or keep it with --loss-weights."
             fix = fix if key in WEIGHTS else "write it as true or false."
             raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
@@ -45,7 +55,9 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
         return on if values else None
     weight = math.prod(float(value) for _, value in strange)
     if not _is_weight(weight):
-        raise RowError("fractional-weight", f"{where}: its weights multiply to {weight!r}.", "mend the weights.")
+        raise RowError(
+            "fractional-weight", f"{where}: its weights multiply to {weight!r}.", "mend the weights."
+        )
     return weight
 
 

@@ -72,7 +72,11 @@ def read_table(piece: Slice) -> tuple[RowBatch, list[Unreadable]]:
         try:
             found.add(row | {name: to_json(row[name]) for name, to_json in convert.items()}, record, -1)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            fault = Fault("invalid-json", f"a value of the type arrow.json is not JSON: {error}.", "write the column again.")
+            fault = Fault(
+                "invalid-json",
+                f"a value of the type arrow.json is not JSON: {error}.",
+                "write the column again.",
+            )
             found.reject(fault, repr(row).encode("utf-8", "backslashreplace")[:SHOWN_BYTES], record, -1)
     return found.finish()
 
@@ -116,7 +120,9 @@ def _open(source: Source) -> _Table:
         if source.container == "arrow":
             return _open_arrow(source)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{source.path}: damaged {source.container} file ({error}).", "write or fetch the file again.") from None
+        raise UsageError(
+            f"{source.path}: damaged {source.container} file ({error}).", "write or fetch the file again."
+        ) from None
     dataset = load_dataset(source)
 
     def read(start: int, stop: int) -> list[dict[str, Any]]:

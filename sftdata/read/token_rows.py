@@ -38,7 +38,10 @@ def convert_tokens(fields: Fields, options: FormatOptions) -> Tokens:
     for mask in (*TRAINED, PROMPT):
         if fields.get(mask) is not None:
             trains = mask != PROMPT
-            labels = [label if kept == trains else -100 for label, kept in zip(labels, _bits(fields, mask), strict=True)]
+            labels = [
+                label if kept == trains else -100
+                for label, kept in zip(labels, _bits(fields, mask), strict=True)
+            ]
     kept = slice(None) if fields.get("attention_mask") is None else _unpadded(fields)
     _refuse_packed(fields, kept)
     return Tokens(ids[kept], labels[kept])
@@ -88,8 +91,14 @@ def _refuse_unread(fields: Fields, size: int) -> None:
         if name in fields.names.values() or name.lower() in _HARMLESS:
             continue
         if isinstance(value, list) and len(value) == size and _says_something(value):
-            what = f"{name} has a number for each id, and nothing reads it; known are {', '.join(BESIDE_IDS)}."
-            raise RowError("unread-mask", what, "give it one of these names, as with --map loss_mask=COLUMN, or take it out.")
+            what = (
+                f"{name} has a number for each id, and nothing reads it; known are {', '.join(BESIDE_IDS)}."
+            )
+            raise RowError(
+                "unread-mask",
+                what,
+                "give it one of these names, as with --map loss_mask=COLUMN, or take it out.",
+            )
 
 
 def _says_something(values: list[Any]) -> bool:
@@ -99,7 +108,11 @@ def _says_something(values: list[Any]) -> bool:
 def _integers(fields: Fields, column: str) -> list[int]:
     values, name = fields.get(column), fields.names[column]
     if not isinstance(values, list) or set(map(type, values)) - {int, bool}:
-        raise RowError("bad-tokens", f"{name} is {kind_of(values)}, not a list of integers.", "write it as a list of integers.")
+        raise RowError(
+            "bad-tokens",
+            f"{name} is {kind_of(values)}, not a list of integers.",
+            "write it as a list of integers.",
+        )
     if len(values) != len(fields.get("input_ids")):
         what = f"{name} has {len(values)} entries, input_ids has {len(fields.get('input_ids'))}."
         raise RowError("bad-tokens", what, "make them equally long.")

@@ -28,7 +28,10 @@ def find_turn_markers(texts: Sequence[str]) -> Markers | None:
     """
     headers = [list(dict.fromkeys(_HEADER.findall(text))) for text in texts]
     pairs = [*_PAIRS, *sorted({(found[0], found[-1]) for found in headers if len(found) > 1})]
-    return next((pair for pair in pairs if texts and sum(_marked(text, pair) for text in texts) * 2 > len(texts)), None)
+    return next(
+        (pair for pair in pairs if texts and sum(_marked(text, pair) for text in texts) * 2 > len(texts)),
+        None,
+    )
 
 
 def _marked(text: str, pair: Markers) -> bool:

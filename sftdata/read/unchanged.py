@@ -80,7 +80,9 @@ class Seal:
     def part(self, start: int, stop: int) -> Seal:
         """Return the seal of bytes `start:stop`."""
         first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-        return Seal(first, self.hashes[(first - self.first) * HASH_BYTES : (last - self.first) * HASH_BYTES], self.end)
+        return Seal(
+            first, self.hashes[(first - self.first) * HASH_BYTES : (last - self.first) * HASH_BYTES], self.end
+        )
 
 
 def block_hashes(data: bytes) -> bytes:

@@ -18,7 +18,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARS = 128 << 20  # of a render, or of one value in it: twice the longest line, and within 512 MB with its copies
+MAX_CHARS = (
+    128 << 20
+)  # of a render, or of one value in it: twice the longest line, and within 512 MB with its copies
 MAX_STEPS = 1_000_000  # eighty turns with tools take some thousands
 _CHARS_PER_STEP = 16384
 _STEPS_PER_CALL = 8  # a call takes that many times as long as a pass of a loop

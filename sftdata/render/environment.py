@@ -67,11 +67,17 @@ def _refuse_underscore(name: str) -> None:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     if isinstance(indent, int) and indent > 100:
         raise jinja2.exceptions.SecurityError("tojson with an indent above 100")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:
@@ -83,7 +89,9 @@ def make_environment(
     date: str, kind: type[ImmutableSandboxedEnvironment] = ImmutableSandboxedEnvironment
 ) -> ImmutableSandboxedEnvironment:
     """Return the environment that templates run in, on a day (ISO date) that `strftime_now` formats."""
-    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = kind(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     clock = datetime.datetime.fromisoformat(date)
     environment.filters["tojson"] = _to_json
     environment.globals |= {

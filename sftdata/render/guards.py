@@ -29,13 +29,18 @@ _PLAIN: tuple[list[Message], ...] = (
     [USER, ANSWER, USER, ANSWER],
     [USER, ANSWER, SYSTEM, USER, ANSWER],
 )
-_ANSWERED: tuple[list[Message], ...] = (*([USER, call, RESULT, ANSWER] for call in CALLS), [USER, ANSWER, RESULT, ANSWER])
+_ANSWERED: tuple[list[Message], ...] = (
+    *([USER, call, RESULT, ANSWER] for call in CALLS),
+    [USER, ANSWER, RESULT, ANSWER],
+)
 _ROLES = {"system", "user", "assistant"}
 _NUMBER = re.compile(r"\d+")
 _TAG = re.compile(r"([<\[])(/?)(\w[^\s<>\[\]|]*)([>\]])")
 
 
-def guarded_tokens(template: ChatTemplate, special: Iterable[str], plain: Iterable[str], stops: Iterable[str]) -> tuple[str, ...]:
+def guarded_tokens(
+    template: ChatTemplate, special: Iterable[str], plain: Iterable[str], stops: Iterable[str]
+) -> tuple[str, ...]:
     """Return the tokens that data must not become, by the rule above.
 
     Args:
@@ -68,7 +73,9 @@ def _listed(tokens: Iterable[str]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for token in tokens:
         groups[_NUMBER.sub("#", token)].append(token)
-    named = (own if len(own) < 4 else [f"{own[0]} and {len(own) - 1} more of its kind"] for own in groups.values())
+    named = (
+        own if len(own) < 4 else [f"{own[0]} and {len(own) - 1} more of its kind"] for own in groups.values()
+    )
     return ", ".join(name for names in named for name in names)
 
 

@@ -82,9 +82,14 @@ def check_markers(response: Template, instruction: Template | None) -> None:
         UsageError: a marker is empty, both are the same, or one is text and the other token ids.
     """
     if len(response) == 0 or (instruction is not None and len(instruction) == 0):
-        raise UsageError("A response or instruction template is empty; expected text or token ids.", "leave the option out.")
+        raise UsageError(
+            "A response or instruction template is empty; expected text or token ids.",
+            "leave the option out.",
+        )
     if response == instruction:
-        raise UsageError(f"Response and instruction template are both {response!r}.", "give what begins each kind of turn.")
+        raise UsageError(
+            f"Response and instruction template are both {response!r}.", "give what begins each kind of turn."
+        )
     if instruction is not None and isinstance(response, str) != isinstance(instruction, str):
         raise UsageError(
             f"Response template {response!r} and instruction template {instruction!r} are not of one kind.",
@@ -125,9 +130,14 @@ def find_spans(text: str, response: str, instruction: str | None = None) -> Mark
 def _text_markers(data: bytes, response: str, instruction: str | None) -> list[tuple[int, int, bool]]:
     """Return start, stop and whether it is a response, of all markers in order, without overlap."""
     # utf-8 never matches inside a character, so a byte search finds what a text search finds, byte positions included.
-    found = [(start, -size, True) for start, size in _find_all(data, response.encode("utf-8", "surrogatepass"))]
+    found = [
+        (start, -size, True) for start, size in _find_all(data, response.encode("utf-8", "surrogatepass"))
+    ]
     if instruction is not None:
-        found += [(start, -size, False) for start, size in _find_all(data, instruction.encode("utf-8", "surrogatepass"))]
+        found += [
+            (start, -size, False)
+            for start, size in _find_all(data, instruction.encode("utf-8", "surrogatepass"))
+        ]
     markers: list[tuple[int, int, bool]] = []
     for start, minus_size, is_response in sorted(found):
         if not markers or start >= markers[-1][1]:
@@ -190,7 +200,10 @@ def _row_of(positions: Int64, offsets: Int64) -> Int64:
 
 
 def find_id_spans(
-    input_ids: Int32, offsets: Int64, response_ids: Sequence[int], instruction_ids: Sequence[int] | None = None
+    input_ids: Int32,
+    offsets: Int64,
+    response_ids: Sequence[int],
+    instruction_ids: Sequence[int] | None = None,
 ) -> MarkedTokens:
     """Mark the tokens that follow response markers given as ids. An EOS at the end of an answer is one of them.
 

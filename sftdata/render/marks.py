@@ -123,7 +123,9 @@ def reasoning_of(message: dict[str, Any]) -> Any:
     return next((message[key] for key in REASONING_FIELDS if message.get(key) is not None), None)
 
 
-def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
+def substitute_tokens(
+    value: Any, tokens: re.Pattern[str], table: dict[str, str], keep: frozenset[str] = frozenset()
+) -> Any:
     r"""Replace every token in strings (keys too) by a placeholder, growing `table` (placeholder -> token); leave those of `keep`.
 
     >>> table = {}
@@ -131,7 +133,9 @@ def substitute_tokens(value: Any, tokens: re.Pattern[str], table: dict[str, str]
     (True, ['<s>'])
     """
     if isinstance(value, str):
-        return tokens.sub(lambda match: match[0] if match[0] in keep else _placeholder(match[0], table), value)
+        return tokens.sub(
+            lambda match: match[0] if match[0] in keep else _placeholder(match[0], table), value
+        )
     if isinstance(value, dict):
         return {
             substitute_tokens(key, tokens, table, keep): substitute_tokens(item, tokens, table, keep)

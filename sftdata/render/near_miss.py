@@ -41,7 +41,9 @@ def nearest_variant(marker: str, text: str) -> str | None:
     unescaped = marker.replace(r"\n", "\n").replace(r"\t", "\t")
     if unescaped in text:
         return unescaped
-    pieces = [re.escape(piece) if piece not in ":：" else "[:：]" for piece in re.findall(r"\w+|[^\w\s]", unescaped)]
+    pieces = [
+        re.escape(piece) if piece not in ":：" else "[:：]" for piece in re.findall(r"\w+|[^\w\s]", unescaped)
+    ]
     found = re.search(r"\s*".join(pieces), text, re.IGNORECASE) if pieces else None
     return found.group() if found else None
 

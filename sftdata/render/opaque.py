@@ -128,7 +128,16 @@ def _refusing() -> Any:
     return refuse  # nameless: the sandbox gives methods called "format" another body
 
 
-_HARMLESS = {"__new__", "__init__", "__class__", "__getattribute__", "__setattr__", "__delattr__", "__doc__", "__init_subclass__"}
+_HARMLESS = {
+    "__new__",
+    "__init__",
+    "__class__",
+    "__getattribute__",
+    "__setattr__",
+    "__delattr__",
+    "__doc__",
+    "__init_subclass__",
+}
 _HARMLESS |= {
     "__subclasshook__",
     "__reduce__",
@@ -184,9 +193,15 @@ class _Watched(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Macros and loops hand texts on; an opaque text's own methods decide for themselves; anything else might read them.
-        passes_on = isinstance(obj, Macro | LoopContext) or obj is Namespace or isinstance(getattr(obj, "__self__", None), Opaque)
+        passes_on = (
+            isinstance(obj, Macro | LoopContext)
+            or obj is Namespace
+            or isinstance(getattr(obj, "__self__", None), Opaque)
+        )
         passes_on = passes_on or (isinstance(obj, type) and issubclass(obj, Namespace))
-        if not passes_on and _holds_opaque([*args, *(value for name, value in kwargs.items() if name not in _FRAME)]):
+        if not passes_on and _holds_opaque(
+            [*args, *(value for name, value in kwargs.items() if name not in _FRAME)]
+        ):
             raise Asked
         return super().call(context, obj, *args, **kwargs)
 
@@ -196,7 +211,19 @@ _FRAME = ("_loop_vars", "_block_vars")
 
 # Filters and tests that ask an opaque text by its own methods, or only whether it is a text.
 _FILTERS = {"trim", "string", "default", "d"}
-_TESTS = {"string", "defined", "undefined", "none", "mapping", "number", "boolean", "true", "false", "integer", "float"}
+_TESTS = {
+    "string",
+    "defined",
+    "undefined",
+    "none",
+    "mapping",
+    "number",
+    "boolean",
+    "true",
+    "false",
+    "integer",
+    "float",
+}
 _TESTS |= {"iterable", "sequence", "in", "eq", "equalto", "==", "ne", "!="}
 # Those that hand on what a list or a dict holds without looking at it.
 _HANDING_ON = {

@@ -10,7 +10,9 @@ _TAG = re.compile(r"<[^<>\s]+>")
 
 def common_prefix(one: Sequence[str], two: Sequence[str]) -> int:
     """Return the length of the common prefix: characters of texts, items of lists."""
-    return next((at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    return next(
+        (at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
 
 
 def find_parting(written: str, region: str) -> int:

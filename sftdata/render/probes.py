@@ -14,7 +14,10 @@ SYSTEM: Message = {"role": "system", "content": "S"}
 USER: Message = {"role": "user", "content": "A"}
 ANSWER: Message = {"role": "assistant", "content": "B"}
 RESULT: Message = {"role": "tool", "content": "C", "name": "f", "tool_call_id": "abcdefghi"}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def calling(arguments: Any) -> Message:
@@ -46,7 +49,9 @@ def frames(template: ChatTemplate, messages: list[Message]) -> list[Frame]:
     """Render a conversation and cut its messages' data out; no frames where the template refuses it."""
     for tools in (None, [_TOOL]):
         try:
-            marked = marks.take_out(template.render(marks.mark_messages(messages, lambda _: False), tools), {})
+            marked = marks.take_out(
+                template.render(marks.mark_messages(messages, lambda _: False), tools), {}
+            )
         except TemplateRefusal:
             continue
         found, at, before = [], 0, -1

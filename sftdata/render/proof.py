@@ -32,7 +32,9 @@ class ProvenRenderer:
         plain: tokens that count in messages too. A guarded token inside a longer one of these does not.
     """
 
-    def __init__(self, template: ChatTemplate, guarded: Iterable[str] = (), plain: Iterable[str] = ()) -> None:
+    def __init__(
+        self, template: ChatTemplate, guarded: Iterable[str] = (), plain: Iterable[str] = ()
+    ) -> None:
         self.template = template
         # Whitespace tokens (Gemma's newlines, GPT-NeoX's indents) are how ordinary text is written, not control.
         guarded = [token for token in guarded if token.strip()]
@@ -41,7 +43,9 @@ class ProvenRenderer:
         # What the template can tell contents apart by; single words are roles and keys, compared with other things.
         self._constants = tuple(text for text in template.constants if not text.isidentifier())
         self._compared = any_of(self._constants)
-        self._skips: tuple[Skip, ...] = (_skip_none, self._compared.search) if self._compared else (_skip_none,)
+        self._skips: tuple[Skip, ...] = (
+            (_skip_none, self._compared.search) if self._compared else (_skip_none,)
+        )
 
     def render(self, row: Conversation) -> tuple[marks.MarkedText, Conversation]:
         """Render a row; return the marked text and the row as the template read it.
@@ -54,11 +58,17 @@ class ProvenRenderer:
         """
         if len(row.messages) > marks.MAX_MESSAGES:
             raise RowError(
-                "too-many-messages", f"{len(row.messages)} messages; at most {marks.MAX_MESSAGES} fit", "split the row"
+                "too-many-messages",
+                f"{len(row.messages)} messages; at most {marks.MAX_MESSAGES} fit",
+                "split the row",
             )
         text, row = self._spell(row)
         if marks.RESERVED.search(text):
-            raise RowError("reserved-characters", "text holds characters of U+108000..U+10EFFF", "remove these characters")
+            raise RowError(
+                "reserved-characters",
+                "text holds characters of U+108000..U+10EFFF",
+                "remove these characters",
+            )
         attempts = (row, *_reasoning_apart(row))
         for skip in self._skips:
             proven = None
@@ -101,7 +111,9 @@ class ProvenRenderer:
         """
         before = replace(row, messages=row.messages[:index])
         try:
-            text = self.template.render(before.messages, row.tools, row.template_kwargs, add_generation_prompt=True)
+            text = self.template.render(
+                before.messages, row.tools, row.template_kwargs, add_generation_prompt=True
+            )
         except TemplateRefusal:
             return None
         for skip in self._skips:
@@ -112,7 +124,11 @@ class ProvenRenderer:
 
     def shape(self, message: dict[str, Any]) -> tuple[Any, ...]:
         """Describe a message by all that a template can tell it apart by, other than what it copies out."""
-        keys = tuple((key, type(value).__name__, bool(value)) for key, value in sorted(message.items()) if value is not None)
+        keys = tuple(
+            (key, type(value).__name__, bool(value))
+            for key, value in sorted(message.items())
+            if value is not None
+        )
         return (message["role"], keys, tuple(text for text in self._constants if text in _content(message)))
 
     def swallowed(self, row: Conversation, marked: marks.MarkedText) -> tuple[list[int], list[int]]:
@@ -130,7 +146,9 @@ class ProvenRenderer:
             if lost > 0 and self._lost_reasoning(message, index, marked):
                 reasoning.append(index)
                 lost -= 1
-            elif opened[index] < shown[index]:  # a text lost its beginning, as where a template cuts it at `</think>`
+            elif (
+                opened[index] < shown[index]
+            ):  # a text lost its beginning, as where a template cuts it at `</think>`
                 (reasoning if "</think>" in _content(message) else texts).append(index)
             if lost > 0:
                 texts.append(index)
@@ -142,7 +160,11 @@ class ProvenRenderer:
         if not isinstance(thought, str) or not thought.strip() or self._skips[-1](thought):
             return False
         own = [marked.marks[place] for place in marked.places.get(index, ())]
-        shown = [marked.text[one.position : two.position] for one, two in pairwise(own) if two.closes and not one.closes]
+        shown = [
+            marked.text[one.position : two.position]
+            for one, two in pairwise(own)
+            if two.closes and not one.closes
+        ]
         same = [text for text in marks.message_texts(message) if text.strip() == thought.strip()]
         return shown.count(thought.strip()) < len(same)
 
@@ -157,7 +179,11 @@ class ProvenRenderer:
             tools = marks.substitute_tokens(tools, self._tokens, table, self._plain)
         try:
             rendered = self.template.render(
-                messages, tools, row.template_kwargs, add_generation_prompt=add_generation_prompt, keep_marks=True
+                messages,
+                tools,
+                row.template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                keep_marks=True,
             )
         except TemplateRefusal:
             return None
@@ -211,7 +237,11 @@ def _reasoning_apart(row: Conversation) -> Iterator[Conversation]:
 
 def _without_thinking(message: dict[str, Any], blank: str) -> dict[str, Any]:
     content = _content(message)
-    if message["role"] != "assistant" or "</think>" not in content or any(key in message for key in REASONING_FIELDS):
+    if (
+        message["role"] != "assistant"
+        or "</think>" not in content
+        or any(key in message for key in REASONING_FIELDS)
+    ):
         return message
     head, _, answer = content.rpartition("</think>")
     reasoning = head.partition("</think>")[0].rstrip("\n").rpartition("<think>")[2].lstrip("\n")

@@ -89,7 +89,9 @@ class RecipeBook:
         tokens = [token for token in control_tokens if token.strip()]
         self._template = template
         self._tokens = any_of(tokens) or re.compile("(?!)")
-        self._first = tuple(sorted({token[0] for token in tokens}))  # most texts hold no such character: a quick way out
+        self._first = tuple(
+            sorted({token[0] for token in tokens})
+        )  # most texts hold no such character: a quick way out
         self._watched = watch(template.text, template.date)
 
     @staticmethod
@@ -111,7 +113,11 @@ class RecipeBook:
             if len(inner) != len(content) and (recipe.trimmed or not inner):
                 return False
         text = "\0".join(contents)  # one search for all
-        if not text.isascii() and _RESERVED_BYTE in text.encode("utf-8", "surrogatepass") and RESERVED.search(text):
+        if (
+            not text.isascii()
+            and _RESERVED_BYTE in text.encode("utf-8", "surrogatepass")
+            and RESERVED.search(text)
+        ):
             return False
         for absent in recipe.absent:
             if absent in text:
@@ -121,7 +127,9 @@ class RecipeBook:
                 return not self._tokens.search(text)
         return True
 
-    def learn(self, row: Conversation, marked: MarkedText, turns: list[Turn], absent: Iterable[str] = ()) -> Recipe | None:
+    def learn(
+        self, row: Conversation, marked: MarkedText, turns: list[Turn], absent: Iterable[str] = ()
+    ) -> Recipe | None:
         """Learn the recipe of a row's shape from its proven render; None where the template looks into texts.
 
         None too where an assistant message has no turn (no `{% generation %}` block): such rows are counted one by one.
@@ -137,16 +145,23 @@ class RecipeBook:
         text, marks = marked.text, marked.marks
         contents = [message["content"] for message in row.messages]
         pairs = [
-            (one, two) for one, two in zip(marks[::2], marks[1::2], strict=False) if one.message == two.message and two.closes
+            (one, two)
+            for one, two in zip(marks[::2], marks[1::2], strict=False)
+            if one.message == two.message and two.closes
         ]
         if 2 * len(pairs) != len(marks):
             return None
         if any(text[one.position : two.position] != contents[one.message] for one, two in pairs):
             return None
         conditions = Conditions()
-        opaque = [{"role": message["role"], "content": _opaque(message["content"], conditions)} for message in row.messages]
+        opaque = [
+            {"role": message["role"], "content": _opaque(message["content"], conditions)}
+            for message in row.messages
+        ]
         try:
-            watched = "".join(self._watched.root_render_func(self._watched.new_context(self._template.arguments(opaque))))
+            watched = "".join(
+                self._watched.root_render_func(self._watched.new_context(self._template.arguments(opaque)))
+            )
             if watched.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "") != text:
                 return None
         except Asked:

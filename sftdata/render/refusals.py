@@ -20,7 +20,8 @@ from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefu
 Message = dict[str, Any]
 
 CALLS_FIX = (
-    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls), or take them out"
+    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls), "
+    "or take them out"
 )
 # Built-in templates that put a system message where the models of a family have learnt to see it.
 _FAMILIES = (("<start_of_turn>", "gemma"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"))
@@ -37,7 +38,9 @@ def explain_refusal(template: ChatTemplate, row: Conversation, refusal: Template
                 messages = without(messages)
             if messages and _renders(template, replace(row, messages=messages)):
                 what = " and ".join(name for name, _, _ in chosen)
-                return RowError("template-error", f"the chat template refuses {what} ({said})", chosen[0][2](template))
+                return RowError(
+                    "template-error", f"the chat template refuses {what} ({said})", chosen[0][2](template)
+                )
     fix = "change the row to what the template accepts, or choose another with --chat-template"
     return RowError("template-error", f"the chat template refuses the row ({said})", fix)
 
@@ -70,11 +73,17 @@ def _without_reasoning_at_calls(messages: list[Message]) -> list[Message]:
 
 
 def _developer_as_system(messages: list[Message]) -> list[Message]:
-    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    return [
+        {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
+    ]
 
 
 def _first_of_each_run(messages: list[Message]) -> list[Message]:
-    return [message for index, message in enumerate(messages) if not index or message["role"] != messages[index - 1]["role"]]
+    return [
+        message
+        for index, message in enumerate(messages)
+        if not index or message["role"] != messages[index - 1]["role"]
+    ]
 
 
 def _system_fix(template: ChatTemplate) -> str:

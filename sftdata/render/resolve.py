@@ -88,7 +88,9 @@ def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolut
             found[key] = one if known is None else replace(known, count=known.count + 1)
 
     alone = next(_occurrences(marker, marker, 0, *encode([marker])[0])).ids
-    sequences = sorted(found.values(), key=lambda one: (-one.count, one.ids, one.starts_inside, one.ends_inside))
+    sequences = sorted(
+        found.values(), key=lambda one: (-one.count, one.ids, one.starts_inside, one.ends_inside)
+    )
     return Resolution(
         marker=marker,
         texts=len(texts),
@@ -107,7 +109,9 @@ def _encode_in_parts(texts: Sequence[str], rows: list[int], encode: Encode) -> I
         yield from zip(part, encode([texts[row] for row in part]), strict=True)
 
 
-def _occurrences(text: str, marker: str, row: int, ids: list[int], offsets: list[tuple[int, int]]) -> Iterator[MarkerIds]:
+def _occurrences(
+    text: str, marker: str, row: int, ids: list[int], offsets: list[tuple[int, int]]
+) -> Iterator[MarkerIds]:
     """Yield the covering run of tokens for every place where the marker stands, with a count of 1."""
     positions, starts, stops = _territories(offsets)
     for match in re.finditer(re.escape(marker), text):

@@ -128,7 +128,13 @@ class _Columns:
         self.weights: dict[int, list[float]] = {}  # of the texts whose ranges do not all weigh 1
 
     def add(
-        self, row: int, text: str, trained: Ranges | int, renderer: Renderer, tally: Tally, literal: Ranges | None = None
+        self,
+        row: int,
+        text: str,
+        trained: Ranges | int,
+        renderer: Renderer,
+        tally: Tally,
+        literal: Ranges | None = None,
     ) -> None:
         """Add one text that is trained in `trained`, or from that character to its end; markers, where given, decide instead."""
         _refuse_surrogate(text)
@@ -137,11 +143,17 @@ class _Columns:
             tally.count("rows_with_repeated_markers", row, marked.repeated)
             size = len(text.encode())
             # An answer left empty at the end still has its end token to be generated.
-            ending = [(size, size)] if marked.closed and (not marked.spans or marked.spans[-1][1] < size) else []
+            ending = (
+                [(size, size)] if marked.closed and (not marked.spans or marked.spans[-1][1] < size) else []
+            )
             spans, closed = marked.spans + ending, marked.closed
         else:
             # An empty completion still has its end token to be generated.
-            ranges = [(trained, len(text))] if isinstance(trained, int) else [pair for pair in trained if pair[0] < pair[1]]
+            ranges = (
+                [(trained, len(text))]
+                if isinstance(trained, int)
+                else [pair for pair in trained if pair[0] < pair[1]]
+            )
             spans, closed = byte_ranges(text, ranges), True
         self._append(row, text, spans, byte_ranges(text, literal or []), closed)
 
@@ -189,16 +201,24 @@ def _conversation(
 ) -> tuple[str, Ranges, Ranges, list[float] | None]:
     """Return text, trained and literal characters, and what each trained stretch weighs; None where all weigh 1."""
     if renderer.finder is None:
-        raise RowError("no-chat-template", "a conversation, and the tokenizer has no chat template", "--chat-template chatml")
+        raise RowError(
+            "no-chat-template",
+            "a conversation, and the tokenizer has no chat template",
+            "--chat-template chatml",
+        )
     if renderer.overrules and False in row.trained:
         what = f"messages[{row.trained.index(False)}] is switched off, and --{renderer.overrules} does not heed it."
-        raise RowError("switch-overruled", what, f"leave --{renderer.overrules} out, or take the switch off the message.")
+        raise RowError(
+            "switch-overruled", what, f"leave --{renderer.overrules} out, or take the switch off the message."
+        )
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns
     _count_turns(turns, index, tally)
     _count_names(rendered.counted, index, tally)
     tally.count("messages_swallowed", index, len(rendered.swallowed))
-    tally.count("rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder))
+    tally.count(
+        "rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder)
+    )
     tally.count("rows_with_control_tokens", index, bool(rendered.literal))
     if renderer.end_token and turns and not turns[-1].ended:
         calls = bool(row.messages[turns[-1].message].get("tool_calls"))
@@ -214,7 +234,9 @@ def _conversation(
         tally.count("messages_outside_generation", index, len(outside))
     chosen = [turn for turn in turns if turn.message in wanted and turn.start < turn.stop]
     if rendered.unthought:  # of turns that are only context, inference leaves it out too
-        tally.count("reasoning_swallowed", index, len({turn.message for turn in chosen} & {*rendered.unthought}))
+        tally.count(
+            "reasoning_swallowed", index, len({turn.message for turn in chosen} & {*rendered.unthought})
+        )
     return text, [(turn.start, turn.stop) for turn in chosen], rendered.literal, _weights(row, chosen)
 
 
@@ -247,12 +269,18 @@ def _wanted(row: Conversation, train_on: TrainOn) -> set[int]:
     first = 0 if train_on == "assistant" else row.prompt_messages
     if train_on == "last-assistant":
         first = max(assistants, default=0)
-    return {index for index in assistants if row.trained[index] or (row.trained[index] is None and index >= first)}
+    return {
+        index for index in assistants if row.trained[index] or (row.trained[index] is None and index >= first)
+    }
 
 
 def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:
     own = [row.trained[turn.message] for turn in turns]
-    return [float(1 if one is None else one) for one in own] if any(isinstance(one, float) for one in own) else None
+    return (
+        [float(1 if one is None else one) for one in own]
+        if any(isinstance(one, float) for one in own)
+        else None
+    )
 
 
 def _blanked(text: str, literal: Ranges) -> str:

@@ -80,7 +80,9 @@ class SpanFinder:
         control_tokens, plain_tokens = tuple(control_tokens), tuple(plain_tokens)
         self.template = template
         self.stops = find_stops(template, stop_tokens, (*control_tokens, *plain_tokens))
-        self.guarded = () if trust_control_tokens else guarded_tokens(template, control_tokens, plain_tokens, self.stops)
+        self.guarded = (
+            () if trust_control_tokens else guarded_tokens(template, control_tokens, plain_tokens, self.stops)
+        )
         self.call_end = find_call_end(template, self.stops)
         self._stop_shape = any_of(self.stops)
         self._renderer = ProvenRenderer(template, self.guarded, plain_tokens)
@@ -98,7 +100,10 @@ class SpanFinder:
         if filled is None:
             return self._render(row)[0]
         recipe, text, spans = filled
-        turns = [Turn(turn.message, *span, turn.ended, turn.parted) for turn, span in zip(recipe.turns, spans, strict=True)]
+        turns = [
+            Turn(turn.message, *span, turn.ended, turn.parted)
+            for turn, span in zip(recipe.turns, spans, strict=True)
+        ]
         return RenderedConversation(text, turns, [], [], [], row.counted)
 
     def fill(self, row: Conversation) -> tuple[Recipe, str, list[tuple[int, int]]] | None:
@@ -106,7 +111,9 @@ class SpanFinder:
         contents = self._book.contents(row)
         if contents is None:
             return None
-        empty = tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
+        empty = (
+            tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
+        )
         recipe = self._recipe(tuple([message["role"] for message in row.messages]), empty)
         if recipe is None or not self._book.admits(recipe, contents):
             return None
@@ -119,7 +126,9 @@ class SpanFinder:
             if len(self._recipes) >= MAX_RECIPES:
                 return None
             texts = ["" if number in empty else f"Text {number}." for number in range(len(roles))]
-            row = Conversation([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], [])
+            row = Conversation(
+                [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], []
+            )
             try:
                 rendered, marked = self._render(row)
             except RowError:
@@ -128,7 +137,9 @@ class SpanFinder:
             # Where a prompt opens what the turn does not, an answer that opens it itself begins behind that.
             parted = any(turn.parted for turn in rendered.turns)
             tags = find_tags("".join(filter(None, self._prompts.values()))) if parted else ()
-            self._recipes[shape] = None if rendered.swallowed else self._book.learn(row, marked, rendered.turns, tags)
+            self._recipes[shape] = (
+                None if rendered.swallowed else self._book.learn(row, marked, rendered.turns, tags)
+            )
         return self._recipes[shape]
 
     def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:
@@ -142,7 +153,9 @@ class SpanFinder:
             if later.start < earlier.stop:
                 raise _unproven(later.message, "its span overlaps the turn before it")
         swallowed, unthought = self._renderer.swallowed(row, marked)
-        return RenderedConversation(marked.text, turns, marked.literal, swallowed, unthought, row.counted), marked
+        return RenderedConversation(
+            marked.text, turns, marked.literal, swallowed, unthought, row.counted
+        ), marked
 
     # --------------------------------------------------------------------------------- derived turns
 
@@ -163,7 +176,9 @@ class SpanFinder:
             if not _calls_rendered(message, marked.text[start:stop]):
                 raise _calls_lost(index)
             header = marked.text[before.position if before else 0 : start]
-            if (after and not found) or _opens_another(header, marked.text[answered : found.start() if found else stop]):
+            if (after and not found) or _opens_another(
+                header, marked.text[answered : found.start() if found else stop]
+            ):
                 raise _unproven(index, "no stop token ends its tool call")
         elif not found:
             stop = answered + _trailing_space(message, marked.text, answered)
@@ -177,7 +192,13 @@ class SpanFinder:
         return None
 
     def _start(
-        self, row: Conversation, marked: MarkedText, index: int, before: Mark | None, own: list[Mark], limit: int
+        self,
+        row: Conversation,
+        marked: MarkedText,
+        index: int,
+        before: Mark | None,
+        own: list[Mark],
+        limit: int,
     ) -> tuple[int, bool]:
         """Return where a turn starts, and whether its prompt parts from the text."""
         origin = before.position if before else 0
@@ -198,22 +219,31 @@ class SpanFinder:
         if header is None and not own and not stopped and written[parting:].strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
         again = (
-            repeated_tag(written[parting:], marked.text[origin + parting : own[-1].position]) if own and not lead[parting:] else 0
+            repeated_tag(written[parting:], marked.text[origin + parting : own[-1].position])
+            if own and not lead[parting:]
+            else 0
         )
         return origin + parting + (header or again), True
 
-    def _written(self, row: Conversation, index: int, before: Mark | None, lead: str, answered: bool) -> str | None:
+    def _written(
+        self, row: Conversation, index: int, before: Mark | None, lead: str, answered: bool
+    ) -> str | None:
         """Return what the generation prompt writes behind the data before a turn; None where no prompt can be rendered.
 
         Remembered by kind of transition: the shapes of the messages around it and the text that leads to the answer.
         """
         previous = before.message if before else -1
-        shapes = tuple(self._renderer.shape(row.messages[place]) for place in (0, max(previous, 0), max(index - 1, 0), index))
+        shapes = tuple(
+            self._renderer.shape(row.messages[place])
+            for place in (0, max(previous, 0), max(index - 1, 0), index)
+        )
         key = (lead, shapes, index - previous, answered, row.tools is None, repr(row.template_kwargs))
         if key not in self._prompts:
             prompt = self._renderer.prompt(row, index)
             last = prompt.marks[-1] if prompt and prompt.marks else None
-            if prompt and (last and (last.message, last.closes)) != (before and (before.message, before.closes)):
+            if prompt and (last and (last.message, last.closes)) != (
+                before and (before.message, before.closes)
+            ):
                 raise _unproven(index, "its prompt does not end where the conversation before it ends")
             self._prompts[key] = prompt.text[last.position if last else 0 :] if prompt else None
         return self._prompts[key]
@@ -222,7 +252,11 @@ class SpanFinder:
         """Return what the generation prompt writes after a user's message: for a turn that no prompt can be rendered for."""
         user = [{"role": "user", "content": "A"}]
         try:
-            return self.template.render(user, add_generation_prompt=True).removeprefix(self.template.render(user)).lstrip()
+            return (
+                self.template.render(user, add_generation_prompt=True)
+                .removeprefix(self.template.render(user))
+                .lstrip()
+            )
         except TemplateRefusal:
             return ""
 
@@ -233,13 +267,19 @@ class SpanFinder:
         turns = []
         for start, stop in marked.generation:
             owner = _owner(marked.marks, start, stop, assistants)
-            turns.append(Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False))
+            turns.append(
+                Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False)
+            )
         for index in assistants:
             own = marked.places.get(index, [])
             _refuse_lost(row.messages[index], own, index)
             before, last = _neighbours(marked.marks, own, index)
-            last = marked.marks[own[-1]] if own else last  # behind a call's data, the tool's answer may name the function again
-            around = marked.text[before.position if before else 0 : last.position if last else len(marked.text)]
+            last = (
+                marked.marks[own[-1]] if own else last
+            )  # behind a call's data, the tool's answer may name the function again
+            around = marked.text[
+                before.position if before else 0 : last.position if last else len(marked.text)
+            ]
             if not _calls_rendered(row.messages[index], around):
                 raise _calls_lost(index)
         return turns
@@ -260,7 +300,9 @@ def _owner(marks: list[Mark], start: int, stop: int, assistants: list[int]) -> i
 def _neighbours(marks: list[Mark], own: list[int], index: int) -> tuple[Mark | None, Mark | None]:
     """Return the last mark before a turn's own marks and the first after them."""
     if own:
-        return (marks[own[0] - 1] if own[0] else None), (marks[own[-1] + 1] if own[-1] + 1 < len(marks) else None)
+        return (marks[own[0] - 1] if own[0] else None), (
+            marks[own[-1] + 1] if own[-1] + 1 < len(marks) else None
+        )
     earlier = [mark for mark in marks if mark.message < index]
     later = [mark for mark in marks if mark.message > index]
     return (earlier[-1] if earlier else None), (later[0] if later else None)
@@ -297,4 +339,6 @@ def _refuse_lost(message: dict[str, Any], own: list[int], index: int) -> None:
 
 
 def _calls_lost(index: int) -> RowError:
-    return RowError("tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", CALLS_FIX)
+    return RowError(
+        "tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", CALLS_FIX
+    )

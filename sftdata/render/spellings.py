@@ -30,8 +30,12 @@ def spellings(row: Conversation) -> Iterator[Conversation]:
             messages = [_with_arguments(fill(message), spell) for message in row.messages]
             if messages not in tried:
                 tried.append(messages)
-                filled = fill is _as_empty and messages != [_with_arguments(message, spell) for message in row.messages]
-                yield replace(row, messages=messages, counted=(*row.counted, NULL_AS_EMPTY) if filled else row.counted)
+                filled = fill is _as_empty and messages != [
+                    _with_arguments(message, spell) for message in row.messages
+                ]
+                yield replace(
+                    row, messages=messages, counted=(*row.counted, NULL_AS_EMPTY) if filled else row.counted
+                )
 
 
 def needs_spelling(row: Conversation) -> bool:
@@ -44,8 +48,17 @@ def misprinted(row: Conversation, text: str) -> bool:
 
     An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`).
     """
-    wrong = {form for message in row.messages for call in _calls(message) for form in _wrong_forms(call["function"]["arguments"])}
-    own = [text for message in row.messages for text in message_texts(message)] if any(form in text for form in wrong) else []
+    wrong = {
+        form
+        for message in row.messages
+        for call in _calls(message)
+        for form in _wrong_forms(call["function"]["arguments"])
+    }
+    own = (
+        [text for message in row.messages for text in message_texts(message)]
+        if any(form in text for form in wrong)
+        else []
+    )
     return any(text.count(form) > sum(one.count(form) for one in own) for form in wrong)
 
 
@@ -70,7 +83,9 @@ def _wrong_forms(arguments: Any) -> Iterator[str]:
 
 def _calls(message: Message) -> list[Message]:
     return [
-        call for call in message.get("tool_calls") or () if isinstance(call, dict) and "arguments" in (call.get("function") or ())
+        call
+        for call in message.get("tool_calls") or ()
+        if isinstance(call, dict) and "arguments" in (call.get("function") or ())
     ]
 
 

@@ -12,7 +12,9 @@ from sftdata.render.template import CONTROL_SHAPE, ChatTemplate
 _BRACKETED = re.compile(r"<[^\s<>]+>|[\[\]][^\s\[\]]+[\[\]]")
 
 
-def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]) -> tuple[str, ...]:
+def find_stops(
+    template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]
+) -> tuple[str, ...]:
     """Return the strings that end a turn of `template`.
 
     Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it does not, the model
@@ -22,16 +24,28 @@ def find_stops(template: ChatTemplate, stop_tokens: Sequence[str], control_token
     stands before it too only opens the next message.
     """
     known = [*control_tokens, *stop_tokens]
-    shape = re.compile("|".join([*sorted(map(re.escape, known), key=lambda token: (-len(token), token)), CONTROL_SHAPE.pattern]))
+    shape = re.compile(
+        "|".join(
+            [*sorted(map(re.escape, known), key=lambda token: (-len(token), token)), CONTROL_SHAPE.pattern]
+        )
+    )
     opening = _first_token(template, shape)
     stops = list(stop_tokens)
     for messages in ([USER, ANSWER], [USER, ANSWER, USER, ANSWER]):
         _, after = _around_second(template, messages)
-        stops += [] if any(stop in after for stop in stops) else _last_of_run(template, messages, after, shape, opening)
+        stops += (
+            []
+            if any(stop in after for stop in stops)
+            else _last_of_run(template, messages, after, shape, opening)
+        )
     for call in CALLS:
         for messages in ([USER, call], [USER, call, RESULT]):
             before, after = _around_second(template, messages)
-            run = [] if any(stop in after for stop in stops) else _last_of_run(template, messages, after, CONTROL_SHAPE, opening)
+            run = (
+                []
+                if any(stop in after for stop in stops)
+                else _last_of_run(template, messages, after, CONTROL_SHAPE, opening)
+            )
             stops += [stop for stop in run if stop not in before]
     return tuple(stop for stop in dict.fromkeys(stops) if stop.strip())
 
@@ -52,7 +66,9 @@ def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[s
     Where no known control token follows an answer, what stands in brackets right behind every answer must be one; and with it all
     that is written around messages in the same brackets (`[|user|]`).
     """
-    shape = re.compile("|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern]))
+    shape = re.compile(
+        "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern])
+    )
     found = [*frames(template, [USER, ANSWER, USER, ANSWER]), *frames(template, [USER, ANSWER])]
     behind = [frame.text for frame in found if frame.before in (1, 3)]
     ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in behind}

@@ -86,7 +86,9 @@ def choose_template(
         try:
             text = Path(choice).read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"--chat-template {choice}: not utf-8 at byte {error.start}.", "save it as utf-8.") from None
+            raise UsageError(
+                f"--chat-template {choice}: not utf-8 at byte {error.start}.", "save it as utf-8."
+            ) from None
         return TemplateChoice(text, f"file {Path(choice).name}", control_tokens(text))
     try:
         text_or_none, added, eos_token = clone(choice)
@@ -97,7 +99,10 @@ def choose_template(
             f"did you mean {near[0]!r}?" if near else "give one of these.",
         ) from None
     if text_or_none is None:
-        raise UsageError(f"--chat-template {choice}: that tokenizer has no chat template.", "name another, or a template file.")
+        raise UsageError(
+            f"--chat-template {choice}: that tokenizer has no chat template.",
+            "name another, or a template file.",
+        )
     tokens = tuple(token for token in added if token in text_or_none or token == eos_token)
     return TemplateChoice(text_or_none, f"cloned from {choice}", tokens, eos_token)
 
@@ -163,13 +168,19 @@ class ChatTemplate:
             self.names = frozenset(jinja2.meta.find_undeclared_variables(tree))
             self.takes_tools = "tools" in self.names
         except jinja2.TemplateSyntaxError as error:
-            raise UsageError(f"Chat template, line {error.lineno}: {error.message}.", "mend the template.") from None
+            raise UsageError(
+                f"Chat template, line {error.lineno}: {error.message}.", "mend the template."
+            ) from None
 
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:
         """Roles whose content the template takes as a list of parts only; nearly all templates take text."""
         self.__dict__["roles_in_parts"] = frozenset()  # while the question is open, contents go as they are
-        conversations = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "tool"))
+        conversations = (
+            ("user", "assistant"),
+            ("system", "user", "assistant"),
+            ("user", "assistant", "tool"),
+        )
         try:
             return frozenset().union(*map(self._iterated, conversations))
         except SandboxRefusal:  # it would be stopped again each time, after all its budget
@@ -180,9 +191,14 @@ class ChatTemplate:
         texts = {role: f"{role[0].upper()}0" for role in roles}
         for count in range(len(roles) + 1):
             for chosen in combinations(roles, count):
-                contents = {role: [{"type": "text", "text": texts[role]}] if role in chosen else texts[role] for role in roles}
+                contents = {
+                    role: [{"type": "text", "text": texts[role]}] if role in chosen else texts[role]
+                    for role in roles
+                }
                 try:
-                    shown = self.render([{"role": role, "content": content} for role, content in contents.items()])
+                    shown = self.render(
+                        [{"role": role, "content": content} for role, content in contents.items()]
+                    )
                 except SandboxRefusal:
                     raise
                 except TemplateRefusal:
@@ -213,7 +229,9 @@ class ChatTemplate:
         Raises:
             TemplateRefusal: the template raised.
         """
-        arguments = self.arguments(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)
+        arguments = self.arguments(
+            messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt
+        )
         try:
             text = join_bounded(self._compiled.root_render_func(self._compiled.new_context(arguments)))
         except jinja2.exceptions.SecurityError as error:
@@ -269,7 +287,9 @@ def _normal_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _compared_constants(tree: jinja2.nodes.Template) -> tuple[str, ...]:
     """Return the strings a template compares, searches or splits content with: what it can tell contents apart by."""
     found: set[str] = set()
-    for node in tree.find_all((jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)):
+    for node in tree.find_all(
+        (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)
+    ):
         found |= {
             constant.value
             for constant in node.find_all(jinja2.nodes.Const)

@@ -58,7 +58,10 @@ def trl_0_7_10_mask(
         UsageError: a template is empty.
     """
     if len(response_ids) == 0 or (instruction_ids is not None and len(instruction_ids) == 0):
-        raise UsageError("A response or instruction template has no token ids.", "give a template, or leave the option out.")
+        raise UsageError(
+            "A response or instruction template has no token ids.",
+            "give a template, or leave the option out.",
+        )
     labels = input_ids if pad_token_id is None else np.where(input_ids == pad_token_id, IGNORED, input_ids)
     trained = labels != IGNORED
     ends = _matches_by_row(labels, offsets, response_ids)
@@ -76,12 +79,16 @@ def trl_0_7_10_mask(
 
     before = np.concatenate([[0], np.cumsum(trained)])
     nothing_trained = before[offsets[1:]] == before[offsets[:-1]]
-    return TrlMask(trained, response_warned, instruction_warned, nothing_trained & ~response_warned & ~instruction_warned)
+    return TrlMask(
+        trained, response_warned, instruction_warned, nothing_trained & ~response_warned & ~instruction_warned
+    )
 
 
 def _rows(values: Bool, offsets: Int64) -> list[Bool]:
     """Return one view per row."""
-    return [values[start:stop] for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    return [
+        values[start:stop] for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
 
 
 def _matches_by_row(labels: Int32, offsets: Int64, pattern: Sequence[int]) -> list[Int64]:
@@ -89,7 +96,9 @@ def _matches_by_row(labels: Int32, offsets: Int64, pattern: Sequence[int]) -> li
     starts = match_ids(labels, offsets, pattern)
     bounds = np.searchsorted(starts, offsets).tolist()
     firsts = offsets[:-1].tolist()
-    return [starts[low:high] - first for low, high, first in zip(bounds[:-1], bounds[1:], firsts, strict=True)]
+    return [
+        starts[low:high] - first for low, high, first in zip(bounds[:-1], bounds[1:], firsts, strict=True)
+    ]
 
 
 def _mask_until_last(trained: Bool, ends: list[int]) -> None:
@@ -113,7 +122,10 @@ def _mask_turns(trained: Bool, starts: list[int], ends: list[int]) -> None:
 
 
 def trl_0_7_10_labels(
-    input_ids: Int32, response_ids: Sequence[int], instruction_ids: Sequence[int] | None = None, pad_token_id: int | None = None
+    input_ids: Int32,
+    response_ids: Sequence[int],
+    instruction_ids: Sequence[int] | None = None,
+    pad_token_id: int | None = None,
 ) -> Int32:
     """Return int32[T], the labels the collator gave one row: its ids where trained, -100 elsewhere.
 

@@ -61,7 +61,9 @@ def has_more(messages: list[dict[str, Any]]) -> bool:
     return any(not message.keys() <= KNOWN for message in messages)
 
 
-def unread_names(messages: list[WatchedMessage], arguments: Mapping[str, Any], read: frozenset[str]) -> tuple[str, ...]:
+def unread_names(
+    messages: list[WatchedMessage], arguments: Mapping[str, Any], read: frozenset[str]
+) -> tuple[str, ...]:
     """Return the counters of what a template did not read, one entry for each message that has it.
 
     Args:

@@ -29,7 +29,14 @@ from sftdata.shardset.atomic import digest_file, explained, remove, swap_folders
 from sftdata.shardset.card import CARD, CARD_NAME
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import LISTS, write_parts
-from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, partial_folder, read_manifest, write_manifest
+from sftdata.shardset.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    SetFile,
+    partial_folder,
+    read_manifest,
+    write_manifest,
+)
 from sftdata.shardset.shards import ShardInfo
 
 _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
@@ -67,13 +74,20 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
         except IntegrityError as error:
             if overwrite:
                 return None
-            raise IntegrityError(error.message, "replace the set with --overwrite, or choose another -o.") from None
+            raise IntegrityError(
+                error.message, "replace the set with --overwrite, or choose another -o."
+            ) from None
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder}: holds files, but is no set; nothing was touched.", "choose an empty or new folder for -o.")
+        raise UsageError(
+            f"{folder}: holds files, but is no set; nothing was touched.",
+            "choose an empty or new folder for -o.",
+        )
     if os.path.ismount(folder):
-        raise UsageError(f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}")
+        raise UsageError(
+            f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}"
+        )
     return None
 
 
@@ -105,7 +119,8 @@ class Build:
         try:
             if not _take(lock, self.folder):
                 raise UsageError(
-                    f"{self.folder}: another `sftdata prepare` is building this set.", "wait for it, or choose another -o."
+                    f"{self.folder}: another `sftdata prepare` is building this set.",
+                    "wait for it, or choose another -o.",
                 )
             yield self
         finally:
@@ -143,9 +158,15 @@ class Build:
     def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, SliceResult]:
         path = self.folder / _PLAN
         before = self._begun()
-        changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)) if before else []
+        changed = (
+            sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
+            if before
+            else []
+        )
         if changed and not overwrite and not self._refused.exists():
-            differences = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed)
+            differences = "; ".join(
+                f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed
+            )
             raise UsageError(
                 f"{self.folder}: an unfinished set made with other settings ({differences}).",
                 "run with the settings it was begun with, or start anew with --overwrite.",
@@ -156,15 +177,25 @@ class Build:
         with explained(self.folder):
             (self.folder / _SLICES).mkdir(exist_ok=True)
         done = [_read_result(found) for found in sorted((self.folder / _SLICES).glob("[0-9]*[0-9].json"))]
-        listed = [result for result in done if all(self._part(result.index, name).is_file() for name in LISTS)]
-        return {result.index: result for result in listed if all(_stands(self.folder, shard) for shard in result.shards)}
+        listed = [
+            result for result in done if all(self._part(result.index, name).is_file() for name in LISTS)
+        ]
+        return {
+            result.index: result
+            for result in listed
+            if all(_stands(self.folder, shard) for shard in result.shards)
+        }
 
     def _begun(self) -> dict[str, Any]:
         """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
         if (self.folder / _PLAN).exists():
             return _read_json(self.folder / _PLAN)
         sealed = self.sealed()
-        return {key: value for key, value in sealed.settings.items() if key not in ("inputs", "tokenizer")} if sealed else {}
+        return (
+            {key: value for key, value in sealed.settings.items() if key not in ("inputs", "tokenizer")}
+            if sealed
+            else {}
+        )
 
     def sealed(self) -> Manifest | None:
         """Return the manifest of a set that is finished but for its place, as a run leaves it that is stopped at the very end."""
@@ -210,7 +241,9 @@ class Build:
         with explained(self.folder / _TOKENIZER):
             copied = list(self._copy(tokenizer))
             if manifest.tokenizer.sha256 not in (file.sha256 for file in copied):
-                raise SftError(f"{tokenizer}: emptied or changed while the set was made.", "run the same command again.")
+                raise SftError(
+                    f"{tokenizer}: emptied or changed while the set was made.", "run the same command again."
+                )
             for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
                 sync_folder(folder)
         write_atomic(self.folder / CARD_NAME, partial(write_parts, [CARD]))

@@ -15,5 +15,7 @@ Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 ShardName = Annotated[str, Meta(pattern=r"^shard-[0-9]{5,9}\.arrow\Z")]
 
-PlainPath = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z", max_length=1024)]
+PlainPath = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z", max_length=1024)
+]
 """A path inside the folder of the set: no part is hidden, `.` or `..`, and none holds anything that a shell or a disk minds."""

@@ -33,11 +33,14 @@ def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
     width = np.diff(rows.row_offsets)
     yield from _rows(rows.segment_offsets, rows.seq_lengths < 1, "a document has no tokens")
     yield from _finding(
-        np.flatnonzero(np.diff(summed[rows.segment_offsets]) != width), "seq_lengths do not sum to the length of the row"
+        np.flatnonzero(np.diff(summed[rows.segment_offsets]) != width),
+        "seq_lengths do not sum to the length of the row",
     )
     yield from _finding(np.flatnonzero(np.diff(rows.segment_offsets) < 1), "the row holds nothing")
     if manifest.max_length is not None:
-        yield from _finding(np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long")
+        yield from _finding(
+            np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long"
+        )
 
 
 def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifest) -> None:
@@ -55,7 +58,9 @@ def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifes
 
 def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
     ids = rows.example_ids
-    known = sum(source.rows for source in manifest.sources)  # read_manifest saw that they share out all ids from 0 on
+    known = sum(
+        source.rows for source in manifest.sources
+    )  # read_manifest saw that they share out all ids from 0 on
     padding = ids == -1
     last = np.zeros(len(ids), np.bool_)
     last[rows.segment_offsets[1:] - 1] = True
@@ -73,20 +78,26 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
     yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != NOT_TRAINED], "padding is trained")
     pad_id = manifest.tokenizer.pad_id
-    yield from _rows_of(rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}")
+    yield from _rows_of(
+        rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}"
+    )
 
 
 def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
     # One unsigned comparison finds negative ids too.
     outside = rows.input_ids.view(np.uint32) >= manifest.tokenizer.vocab_size
     other = (rows.labels != NOT_TRAINED) & (rows.labels != rows.input_ids)
-    yield from _rows(rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}")
+    yield from _rows(
+        rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}"
+    )
     yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
     if rows.loss_weights is not None:
         # A weight that is no number is above nothing, and one without end is not finite.
         weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)
         wrong = np.where(rows.labels != NOT_TRAINED, ~weighs, rows.loss_weights != 0)
-        yield from _rows(rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere")
+        yield from _rows(
+            rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere"
+        )
 
 
 def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]:

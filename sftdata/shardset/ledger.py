@@ -81,7 +81,9 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         bins, counts = np.unique(length_bins(lengths), return_counts=True)
         _add(self.lengths, dict(zip(bins.tolist(), counts.tolist(), strict=True)))
 
-    def count_packed(self, rows: PackedRows, max_length: int | None, sources: Mapping[str, int] | None = None) -> None:
+    def count_packed(
+        self, rows: PackedRows, max_length: int | None, sources: Mapping[str, int] | None = None
+    ) -> None:
         """Add packed rows, as they stand in a shard.
 
         Args:
@@ -113,7 +115,9 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         lengths = {self.max_length, other.max_length} - {None}
         mixed = self.rows_packed and other.rows_packed and self.max_length != other.max_length
         if mixed or len(lengths) > 1:
-            raise ValueError(f"ledgers of rows of {self.max_length} and {other.max_length} tokens cannot be merged")
+            raise ValueError(
+                f"ledgers of rows of {self.max_length} and {other.max_length} tokens cannot be merged"
+            )
         for name in self.__struct_fields__:
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "examples":
@@ -131,7 +135,9 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Raises:
             IntegrityError: naming the equation that does not hold, with both sides.
         """
-        rejected, filtered, dropped = (sum(c.values()) for c in (self.rows_rejected, self.rows_filtered, self.rows_dropped))
+        rejected, filtered, dropped = (
+            sum(c.values()) for c in (self.rows_rejected, self.rows_filtered, self.rows_dropped)
+        )
         cut = sum(self.tokens_cut.values())
         _equal(
             where,
@@ -191,7 +197,9 @@ def distinct(ids: Int64) -> Int64:
     return kept
 
 
-def _count_sources(rows: PackedRows, is_document: Bool, sources: Mapping[str, int]) -> dict[str, SourceCounts]:
+def _count_sources(
+    rows: PackedRows, is_document: Bool, sources: Mapping[str, int]
+) -> dict[str, SourceCounts]:
     edges = offsets_of(rows.seq_lengths)
     trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != NOT_TRAINED), edges))
     ids = rows.example_ids[is_document]

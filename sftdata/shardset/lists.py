@@ -95,7 +95,11 @@ def read_counted(folder: Path) -> dict[str, Int64]:
     try:
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             counted = msgspec.json.decode(line, type=CountedRows)
-            found.setdefault(counted.counter, []).extend(np.arange(first, last + 1) for first, last in counted.examples)
+            found.setdefault(counted.counter, []).extend(
+                np.arange(first, last + 1) for first, last in counted.examples
+            )
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again.") from None
+        raise IntegrityError(
+            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again."
+        ) from None
     return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -179,7 +179,8 @@ def read_manifest(folder: Path) -> Manifest:
         version = msgspec.json.decode(raw, type=_Version).format_version
         if version != FORMAT_VERSION:
             raise UsageError(
-                f"{path}: format version {version}; this sftdata reads version {FORMAT_VERSION}.", "use a newer sftdata."
+                f"{path}: format version {version}; this sftdata reads version {FORMAT_VERSION}.",
+                "use a newer sftdata.",
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -211,14 +212,20 @@ def _not_a_set(folder: Path) -> UsageError:
 
 def _digest(manifest: Manifest) -> str:
     content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
-    content["settings"] = {key: value for key, value in content["settings"].items() if key not in _PLACES + _MANNER}
-    content["sources"] = [{key: value for key, value in source.items() if key != "unit"} for source in content["sources"]]
+    content["settings"] = {
+        key: value for key, value in content["settings"].items() if key not in _PLACES + _MANNER
+    }
+    content["sources"] = [
+        {key: value for key, value in source.items() if key != "unit"} for source in content["sources"]
+    ]
     content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
 def _checksum(manifest: Manifest) -> str:
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(manifest.to_json() | {"checksum": ""}, order="sorted"))
+    return xxhash.xxh3_128_hexdigest(
+        msgspec.json.encode(manifest.to_json() | {"checksum": ""}, order="sorted")
+    )
 
 
 def _check_seal(manifest: Manifest, path: Path) -> None:
@@ -226,7 +233,9 @@ def _check_seal(manifest: Manifest, path: Path) -> None:
         written = getattr(manifest, name)
         if written != found:
             said = f"{name} is {written!r}, the content gives {found}"
-            raise IntegrityError(f"{path}: changed after it was written: {said}.", "restore the file or prepare the set again.")
+            raise IntegrityError(
+                f"{path}: changed after it was written: {said}.", "restore the file or prepare the set again."
+            )
 
 
 def _check_sums(manifest: Manifest, where: str) -> None:
@@ -253,9 +262,14 @@ def _check_sources(manifest: Manifest, where: str) -> None:
     ends = list(accumulate((source.rows for source in manifest.sources), initial=0))
     for source, first in zip(manifest.sources, ends, strict=False):
         if source.first_id != first:
-            found = f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
+            found = (
+                f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
+            )
             raise IntegrityError(f"{where}: {found}.", "prepare the set again.")
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
         counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
-        raise IntegrityError(f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.", "prepare the set again.")
+        raise IntegrityError(
+            f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.",
+            "prepare the set again.",
+        )

@@ -60,7 +60,9 @@ class PackedRow:
         start = 0
         for length, example in zip(self.seq_lengths.tolist(), self.examples.tolist(), strict=True):
             if example >= 0:
-                yield Document(example, self.input_ids[start : start + length], self.labels[start : start + length])
+                yield Document(
+                    example, self.input_ids[start : start + length], self.labels[start : start + length]
+                )
             start += length
 
 
@@ -121,7 +123,11 @@ class ShardSet(Sequence[PackedRow]):
 
         shape = self.manifest.max_length, self.manifest.weighted
         self.hold()
-        batches = [batch for shard in self.manifest.shards for batch in read_batches(plain_file(self.folder, shard), *shape)]
+        batches = [
+            batch
+            for shard in self.manifest.shards
+            for batch in read_batches(plain_file(self.folder, shard), *shape)
+        ]
         self.refuse_replaced()
         return pa.Table.from_batches(batches, shard_schema(*shape))
 
@@ -181,7 +187,9 @@ class ShardSet(Sequence[PackedRow]):
             digest = read_manifest(self.folder).digest
         except (OSError, SftError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise IntegrityError(f"{self.folder}: gone while it was in use: {reason}.", "open the set again.") from None
+            raise IntegrityError(
+                f"{self.folder}: gone while it was in use: {reason}.", "open the set again."
+            ) from None
         if digest != self.manifest.digest:
             what = f"{self.folder}: replaced while it was in use: opened as {self.manifest.digest[:12]}, now {digest[:12]}."
             raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
@@ -208,7 +216,9 @@ class _Mapped:
         self._ends = list(accumulate(len(batch) for batch in batches))
         rows = self._ends[-1] if self._ends else 0
         if rows != info.rows:
-            raise IntegrityError(f"{path}: {rows} rows; the manifest says {info.rows}.", "run `sftdata verify`.")
+            raise IntegrityError(
+                f"{path}: {rows} rows; the manifest says {info.rows}.", "run `sftdata verify`."
+            )
 
     def row(self, row: int) -> PackedRow:
         index = bisect_right(self._ends, row)
@@ -242,7 +252,9 @@ def plain_file(folder: Path, info: ShardInfo | SetFile) -> Path:
     if not path.is_file():
         raise IntegrityError(f"{path}: missing.", "restore the file or prepare the set again.")
     if path.resolve() != folder.resolve() / info.name:
-        raise IntegrityError(f"{path}: reached through a link; a set holds its own files.", "copy the file in its place.")
+        raise IntegrityError(
+            f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
+        )
     if path.stat().st_size != info.bytes:
         found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
         raise IntegrityError(f"{path}: {found}.", "restore the file or prepare the set again.")

@@ -63,7 +63,9 @@ def encode_reject(reject: Reject) -> bytes:
 def first_reject(folder: Path, code: str) -> Reject:
     """Return the first row of a folder's rejects that was rejected for this reason."""
     with open(folder / REJECTS_NAME, "rb") as lines:
-        return next(reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code)
+        return next(
+            reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code
+        )
 
 
 def write_rejects(folder: Path, rejects: Iterable[Reject]) -> FileDigest:

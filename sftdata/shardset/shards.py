@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
 WEIGHTS = "loss_weights"
-_BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough that its cost is nothing
+_BATCH_TOKENS = (
+    1 << 20
+)  # 8 MiB of ids and labels: small enough to stream, large enough that its cost is nothing
 _LARGEST_OFFSET = 2**31 - 1
 
 
@@ -70,7 +72,9 @@ def shard_schema(max_length: int | None, weighted: bool = False) -> pa.Schema:
     types = (tokens, tokens, pa.list_(pa.int32()), pa.list_(pa.int64()))
     columns = list(zip(COLUMNS, types, strict=True))
     if weighted:
-        columns.append((WEIGHTS, pa.list_(pa.float32()) if max_length is None else pa.list_(pa.float32(), max_length)))
+        columns.append(
+            (WEIGHTS, pa.list_(pa.float32()) if max_length is None else pa.list_(pa.float32(), max_length))
+        )
     return pa.schema(columns)
 
 
@@ -126,20 +130,30 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
     try:
         # The views keep the mapping alive; closing gives the file descriptor back, so that 10,000 shards can be open.
         with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))  # nothing is decoded
+            reader = pa.ipc.open_file(
+                file, options=pa.ipc.IpcReadOptions(use_threads=False)
+            )  # nothing is decoded
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
-                raise IntegrityError(f"{path}: the columns are {found}; expected those of a shard with max_length {max_length}.")
+                raise IntegrityError(
+                    f"{path}: the columns are {found}; expected those of a shard with max_length {max_length}."
+                )
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count or _items(column).null_count for column in batch.columns):
                 raise IntegrityError(f"{path}: holds nulls; a shard has none.")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):  # what the system says, not what the file holds
+        if isinstance(error, MemoryError) or getattr(
+            error, "errno", None
+        ):  # what the system says, not what the file holds
             what = f"{path}: cannot be read here: {getattr(error, 'strerror', None) or error}."
-            raise SftError(what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged.") from error
-        raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again.") from error
+            raise SftError(
+                what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
+            ) from error
+        raise IntegrityError(
+            f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again."
+        ) from error
     return batches
 
 
@@ -198,14 +212,18 @@ def _rebased(offsets: Int64, first: int, last: int) -> Int32:
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
-    input_ids, labels, seq_lengths, example_ids, *weights = (_as_numpy(_items(column)) for column in batch.columns)
+    input_ids, labels, seq_lengths, example_ids, *weights = (
+        _as_numpy(_items(column)) for column in batch.columns
+    )
     ragged = batch.schema.names if max_length is None else COLUMNS[2:]
     offsets = {name: _list_offsets(batch[name]) for name in ragged}
     for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
         if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
             raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
-    return PackedRows(input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights)
+    return PackedRows(
+        input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights
+    )
 
 
 def _items(column: pa.Array) -> pa.Array:
@@ -239,5 +257,8 @@ def _as_numpy(values: pa.Array) -> Any:
     """Return a read-only view of an array of numbers without nulls."""
     dtype = np.dtype(values.type.to_pandas_dtype())
     return np.frombuffer(
-        values.buffers()[1] or b"", dtype, len(values) if values.buffers()[1] else 0, values.offset * dtype.itemsize
+        values.buffers()[1] or b"",
+        dtype,
+        len(values) if values.buffers()[1] else 0,
+        values.offset * dtype.itemsize,
     )

@@ -17,7 +17,12 @@ from sftdata.shardset.opened import plain_file
 from sftdata.shardset.shards import ShardInfo, read_shard
 
 _COUNTED = ("rows_packed", "documents", "tokens_trained", "tokens_context", "tokens_padding")
-_COUNTED_PER_SHARD = {"rows": "rows_packed", "documents": "documents", "tokens": "tokens", "tokens_trained": "tokens_trained"}
+_COUNTED_PER_SHARD = {
+    "rows": "rows_packed",
+    "documents": "documents",
+    "tokens": "tokens",
+    "tokens_trained": "tokens_trained",
+}
 _AGAIN = "restore the file or prepare the set again."
 
 
@@ -87,7 +92,9 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     return report
 
 
-def damaged_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> Iterator[tuple[ShardInfo | SetFile, str]]:
+def damaged_files(
+    folder: Path, manifest: Manifest, *, sha256: bool = False
+) -> Iterator[tuple[ShardInfo | SetFile, str]]:
     """Read every file of a set; yield it with what is wrong with its bytes, one line, empty when nothing is."""
     files: list[ShardInfo | SetFile] = [*manifest.shards, *manifest.files]
     names = {info.xxh3: info.name for info in files}
@@ -106,7 +113,11 @@ def _damage(folder: Path, info: ShardInfo | SetFile, names: dict[str, str], sha2
         return f"{folder / info.name}: cannot be read: {error.strerror}. Fix: {_AGAIN}"
     if found.xxh3 != info.xxh3:
         other = names.get(found.xxh3)
-        what = f"holds the bytes of {other}" if other else f"xxh3-128 is {found.xxh3}; the manifest says {info.xxh3}"
+        what = (
+            f"holds the bytes of {other}"
+            if other
+            else f"xxh3-128 is {found.xxh3}; the manifest says {info.xxh3}"
+        )
         return f"{path}: {what}. Fix: {_AGAIN}"
     if sha256 and found.sha256 != info.sha256:
         return f"{path}: sha256 is {found.sha256}; the manifest says {info.sha256}. Fix: {_AGAIN}"
@@ -132,7 +143,9 @@ class _Recount:
         for batch in batches:
             for rows, what in broken_laws(batch, self.manifest):
                 more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-                problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: prepare the set again.")
+                problems.append(
+                    f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: prepare the set again."
+                )
             shard.count_packed(batch, length)
             self._examples.append(distinct(batch.example_ids[batch.example_ids >= 0]))
             first += len(batch)
@@ -145,7 +158,11 @@ class _Recount:
         said, found = self.manifest.ledger, self.ledger
         pairs = [(name, getattr(said, name), getattr(found, name)) for name in _COUNTED]
         pairs.append(("rows_kept", said.rows_kept, len(distinct(np.concatenate(self._examples)))))
-        return [_differs(folder, name, expected, counted) for name, expected, counted in pairs if expected != counted]
+        return [
+            _differs(folder, name, expected, counted)
+            for name, expected, counted in pairs
+            if expected != counted
+        ]
 
 
 def _differs(path: Path, name: str, said: int, found: int) -> str:

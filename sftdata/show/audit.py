@@ -68,7 +68,9 @@ def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
     whole = sum(shard.tokens for shard in manifest.shards)
     chosen = manifest.shards[:: max(1, -(-whole // tokens))]
     looked, documents = (sum(shard.documents for shard in shards) for shards in (chosen, manifest.shards))
-    return Glance(audit_set(ShownSet(folder, msgspec.structs.replace(manifest, shards=chosen))), looked, documents)
+    return Glance(
+        audit_set(ShownSet(folder, msgspec.structs.replace(manifest, shards=chosen))), looked, documents
+    )
 
 
 def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool = False) -> list[Finding]:
@@ -134,7 +136,9 @@ class _Look:
     def _end_to_write(self) -> str:
         """Return the fix for answers without an end: by name the token that inference waits for, where the template tells."""
         named = self.shards.vocabulary.named.get("eos_token", "TOKEN")
-        if not self.shards.manifest.ledger.counters.get("turns"):  # texts are closed; ids are taken as they come
+        if not self.shards.manifest.ledger.counters.get(
+            "turns"
+        ):  # texts are closed; ids are taken as they come
             return f"let the ids of these rows, and their labels, end in that of {visible(named)}"
         return f"--eos-token '{visible((_turn_ends(self.shards) or (named,))[0])}'"
 
@@ -182,7 +186,9 @@ class _Look:
 
     def _has_prompt(self) -> Bool:
         """bool[E]: examples that lie whole in one place and have a prompt of more than a BOS."""
-        found: Bool = (self.stretches == 1) & (self.documents.prompt_length > 1) & (self.documents.trained > 0)
+        found: Bool = (
+            (self.stretches == 1) & (self.documents.prompt_length > 1) & (self.documents.trained > 0)
+        )
         return found
 
     def _repeated(self) -> Bool:
@@ -212,7 +218,9 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
     stops = generation_stops(shards.folder / "tokenizer")
     if stops and eos and tokenizer.eos_id not in stops:
         names = [visible(shards.vocabulary.text_of([stop])) for stop in stops]
-        ends_turns = shards.vocabulary.named.get("eos_token") in _turn_ends(shards)  # then another EOS would end no answer
+        ends_turns = shards.vocabulary.named.get("eos_token") in _turn_ends(
+            shards
+        )  # then another EOS would end no answer
         fix = f"list {eos} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
         fix = fix if ends_turns else f"--eos-token '{names[0]}', or {fix}"
         yield make_finding("eos-not-in-generation-config", 1, token=eos, stops=", ".join(names), fix=fix)

@@ -70,7 +70,9 @@ def histogram(bins: Sequence[LengthBin], max_length: int | None) -> str:
     whole = sum(found.examples for found in bins)
     label = f"{whole:,} examples of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
     marks = "".join(_ticks(bins)) + (_limit(bins, max_length) if max_length else "")
-    return f'<div class="histogram" role="img" aria-label="{label}"><div class="bins">{bars}</div>{marks}</div>'
+    return (
+        f'<div class="histogram" role="img" aria-label="{label}"><div class="bins">{bars}</div>{marks}</div>'
+    )
 
 
 def _ribbon(kind: str, upper: tuple[float, float], lower: tuple[float, float]) -> str:
@@ -93,13 +95,17 @@ def _limit(bins: Sequence[LengthBin], max_length: int) -> str:
         place = 0.0
     else:
         index = next(index for index, found in enumerate(bins) if found.stop > max_length)
-        place = (index + (max_length - bins[index].start) / (bins[index].stop - bins[index].start)) / len(bins)
+        place = (index + (max_length - bins[index].start) / (bins[index].stop - bins[index].start)) / len(
+            bins
+        )
     side = " left" if place > 0.5 else ""
     return f'<div class="limit{side}" style="left:{place:.3%}"><b>max_length {max_length:,}</b></div>'
 
 
 def _ticks(bins: Sequence[LengthBin]) -> Iterator[str]:
-    powers = [index for index, found in enumerate(bins) if found.start and found.start & (found.start - 1) == 0]
+    powers = [
+        index for index, found in enumerate(bins) if found.start and found.start & (found.start - 1) == 0
+    ]
     for index in powers[:: max(1, -(-len(powers) // _MOST_TICKS))]:
         yield f'<span class="tick" style="left:{index / len(bins):.3%}">{bins[index].start:,}</span>'
 

@@ -59,21 +59,30 @@ def line_chart(curves: Sequence[Curve], *, zero: bool = False) -> str:
         for stretch in _unbroken(drawn)
     )
     rules = "".join(
-        f'<div class="rule" style="top:{100 * (high - tick) / (high - low):.2f}%"><b>{short(tick)}</b></div>' for tick in ticks
+        f'<div class="rule" style="top:{100 * (high - tick) / (high - low):.2f}%"><b>{short(tick)}</b></div>'
+        for tick in ticks
     )
     marks = "".join(
         f'<span class="tick" style="left:{100 * (tick - left) / (right - left):.2f}%">{tick:,.0f}</span>'
         for tick in nice_ticks(left, right, 5)
         if left <= tick <= right and tick == round(tick)
     )
-    label = "; ".join(f"{_safe(c.name)} from {short(c.points[0][1])} to {short(c.points[-1][1])}" for c in curves if c.points)
+    label = "; ".join(
+        f"{_safe(c.name)} from {short(c.points[0][1])} to {short(c.points[-1][1])}"
+        for c in curves
+        if c.points
+    )
     svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
     return f'<div class="curves" role="img" aria-label="{label}">{rules}{svg}{marks}</div>'
 
 
 def key(curves: Sequence[Curve]) -> str:
     """Return the names of curves, with their last values."""
-    items = (f'<li><i class="{c.kind}"></i>{_safe(c.name)} <b>{short(c.points[-1][1])}</b></li>' for c in curves if c.points)
+    items = (
+        f'<li><i class="{c.kind}"></i>{_safe(c.name)} <b>{short(c.points[-1][1])}</b></li>'
+        for c in curves
+        if c.points
+    )
     return f'<ul class="keys">{"".join(items)}</ul>'
 
 
@@ -131,7 +140,9 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         broken = [point for point in stretch if not math.isfinite(point[1])]
-        kept += sorted({*broken[:1], *([] if broken else [min(stretch, key=_value), max(stretch, key=_value)])})
+        kept += sorted(
+            {*broken[:1], *([] if broken else [min(stretch, key=_value), max(stretch, key=_value)])}
+        )
     return kept
 
 

@@ -86,7 +86,9 @@ class DocumentReader:
 
     def __init__(self, vocabulary: Vocabulary, bos_id: int | None) -> None:
         self._vocabulary = vocabulary
-        self._control = np.array(sorted({*vocabulary.stop_ids, *([] if bos_id is None else [bos_id])}), np.int32)
+        self._control = np.array(
+            sorted({*vocabulary.stop_ids, *([] if bos_id is None else [bos_id])}), np.int32
+        )
         self._stops = np.array(sorted(vocabulary.stop_ids), np.int32)
         self._enders = np.array(sorted(vocabulary.enders), np.int32)
         self._blank = np.zeros(0, np.int8)  # by id: 0 not asked yet, 1 whitespace, 2 more than that
@@ -105,8 +107,13 @@ class DocumentReader:
         run_ends = (last >= 0) & stops[last]
         substance, control = _sums(~blank & ~stops), _sums(np.isin(trained, self._control))
         # The first token of a text may be its BOS: it stands where it should.
-        inside = control[runs.stop] - control[runs.start + (place[runs.start] == edges[runs.document])] - run_ends
-        first, final = np.searchsorted(runs.document, real), np.searchsorted(runs.document, real, side="right") - 1
+        inside = (
+            control[runs.stop] - control[runs.start + (place[runs.start] == edges[runs.document])] - run_ends
+        )
+        first, final = (
+            np.searchsorted(runs.document, real),
+            np.searchsorted(runs.document, real, side="right") - 1,
+        )
         has = final >= first
         ends, before = np.zeros((2, len(real)), np.int64)
         ends[has] = run_ends[final[has]]
@@ -163,7 +170,11 @@ class _Runs:
         begins[1:] = np.diff(place) > 1
         begins[np.searchsorted(place, edges[:-1][edges[:-1] <= place[-1]]) if len(place) else []] = True
         start = np.flatnonzero(begins)
-        return cls(start, np.append(start[1:], len(place))[: len(start)], np.searchsorted(edges, place[start], side="right") - 1)
+        return cls(
+            start,
+            np.append(start[1:], len(place))[: len(start)],
+            np.searchsorted(edges, place[start], side="right") - 1,
+        )
 
 
 def _any_run(runs: _Runs, holds: Bool, documents: int) -> Bool:

@@ -172,8 +172,19 @@ class Finding:
         return asdict(self) | {"examples": list(self.examples)}
 
 
-def make_finding(code: str, count: int, whole: int | None = None, examples: tuple[str, ...] = (), **slots: str) -> Finding:
+def make_finding(
+    code: str, count: int, whole: int | None = None, examples: tuple[str, ...] = (), **slots: str
+) -> Finding:
     """Fill in the sentences of a kind; `whole` is what `count` is a share of."""
     kind = KINDS[code]
     share = count / whole if whole else None
-    return Finding(code, kind.severity, kind.message.format(**slots), kind.fix.format(**slots), count, kind.of, share, examples)
+    return Finding(
+        code,
+        kind.severity,
+        kind.message.format(**slots),
+        kind.fix.format(**slots),
+        count,
+        kind.of,
+        share,
+        examples,
+    )

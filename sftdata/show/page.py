@@ -52,4 +52,6 @@ def write_page(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}.", "name another file with --html.") from None
+        raise UsageError(
+            f"{path}: cannot be written: {error.strerror}.", "name another file with --html."
+        ) from None

@@ -25,8 +25,16 @@ def make_report(shards: ShownSet) -> str:
     stats, manifest = measure(shards.manifest), shards.manifest
     name = _safe(shards.folder.resolve().name)
     sections = (
-        _section("From rows to trained tokens", "What came in, what is trained, and what was lost on the way.", _flow(stats)),
-        _section("Lengths", "Examples by their tokens before any cut; eight bars for each doubling.", _lengths(stats, manifest)),
+        _section(
+            "From rows to trained tokens",
+            "What came in, what is trained, and what was lost on the way.",
+            _flow(stats),
+        ),
+        _section(
+            "Lengths",
+            "Examples by their tokens before any cut; eight bars for each doubling.",
+            _lengths(stats, manifest),
+        ),
         _section("Sources", "Tokens of each source in the set, trained and context.", _sources(stats)),
         _section("Audit", "Supervision that nobody meant.", _audit(audit_set(shards))),
         _section("Examples", "As stored: colours are the labels in the shards.", _examples(shards)),
@@ -35,7 +43,9 @@ def make_report(shards: ShownSet) -> str:
     tokenizer = f"tokenizer <code>{_safe(manifest.tokenizer.name)}</code>"
     made = f'<p class="soft">digest <code>{stats.digest[:16]}</code> · {tokenizer}</p>'
     header = f"<header><h1>{name}</h1>{made}{_figures(stats)}</header>"
-    return make_page(f"{name}: report", f"{header}<main>{''.join(sections)}</main>", "charts", "report", "view")
+    return make_page(
+        f"{name}: report", f"{header}<main>{''.join(sections)}</main>", "charts", "report", "view"
+    )
 
 
 def notebook_summary(shards: ShownSet) -> str:
@@ -95,13 +105,21 @@ def _lengths(stats: Stats, manifest: Manifest) -> str:
     examples = max(sum(found.examples for found in stats.lengths), 1)
     ledger = manifest.ledger
     told = {"rows cut": "rows_cut", "of them without their ending": "rows_without_ending"}
-    lost = [f"{ledger.counters[counter]:,} {name}" for name, counter in told.items() if ledger.counters.get(counter)]
+    lost = [
+        f"{ledger.counters[counter]:,} {name}"
+        for name, counter in told.items()
+        if ledger.counters.get(counter)
+    ]
     lost += [f"{count:,} tokens lost" for count in [sum(ledger.tokens_cut.values())] if count]
     policy = _safe(str(manifest.settings.get("overlong", "")))
     outcome = f"<p>Over-long rows (<code>{policy}</code>): {', '.join(lost) or 'none'}.</p>" if policy else ""
     head = '<tr><th>at least</th><th class="n">examples</th><th class="n">share</th><th></th></tr>'
     rows = "".join(_reach(found, examples, stats.max_length) for found in stats.reach)
-    table = f"<details open><summary>How many are so long</summary><table>{head}{rows}</table></details>" if rows else ""
+    table = (
+        f"<details open><summary>How many are so long</summary><table>{head}{rows}</table></details>"
+        if rows
+        else ""
+    )
     return histogram(stats.lengths, stats.max_length) + outcome + table
 
 
@@ -118,14 +136,19 @@ def _sources(stats: Stats) -> str:
     whole = max(sum(source.tokens for source in stats.sources), 1)
     ranked = sorted(stats.sources, key=lambda source: (-source.tokens, source.name))
     rows = "".join(_source(source, whole, ranked[0].tokens) for source in ranked[:MOST_SOURCES])
-    more = f'<p class="soft">and {len(ranked) - MOST_SOURCES:,} more</p>' if len(ranked) > MOST_SOURCES else ""
+    more = (
+        f'<p class="soft">and {len(ranked) - MOST_SOURCES:,} more</p>' if len(ranked) > MOST_SOURCES else ""
+    )
     counts = '<th class="n wide">rows</th><th class="n wide">tokens</th>'
     head = f'<tr><th>source</th>{counts}<th class="n">share</th><th class="n">trained</th><th></th></tr>'
     return f"<table>{head}{rows}</table>{more}"
 
 
 def _source(source: SourceShare, whole: int, most: int) -> str:
-    parts = (Part("trained", "trained", source.tokens_trained), Part("context", "context", source.tokens - source.tokens_trained))
+    parts = (
+        Part("trained", "trained", source.tokens_trained),
+        Part("context", "context", source.tokens - source.tokens_trained),
+    )
     bar = f'<div style="width:{max(source.tokens / max(most, 1), 0.01):.2%}">{stacked_bar(parts, thin=True)}</div>'
     return (
         f'<tr><td>{_safe(source.name)}</td><td class="n wide">{source.rows:,}</td><td class="n wide">{source.tokens:,}</td>'
@@ -166,7 +189,9 @@ def _choose(shards: ShownSet) -> list[DocumentView]:
 
 def _made(stats: Stats, manifest: Manifest) -> str:
     notes = "".join(f"<li>{_safe(note)}</li>" for note in stats.notes)
-    counted = "".join(f"<li>{_safe(name.replace('_', ' '))}: {count:,}</li>" for name, count in stats.counters.items())
+    counted = "".join(
+        f"<li>{_safe(name.replace('_', ' '))}: {count:,}</li>" for name, count in stats.counters.items()
+    )
     settings = json.dumps(manifest.settings, indent=2, ensure_ascii=False, sort_keys=True)
     shards = "".join(_shard_rows(manifest))
     columns = "".join(f'<th class="n">{name}</th>' for name in ("rows", "tokens", "bytes"))

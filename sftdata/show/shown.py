@@ -54,10 +54,15 @@ class ShownSet(ShardSet):
             UsageError: there is no such row.
         """
         if not -len(self) <= number < len(self):
-            raise UsageError(f"{self.folder}: row {number}; the set has rows 0 to {len(self) - 1}.", "--row with one of these.")
+            raise UsageError(
+                f"{self.folder}: row {number}; the set has rows 0 to {len(self) - 1}.",
+                "--row with one of these.",
+            )
         row = super().__getitem__(number)
         columns = (row.input_ids, row.labels, row.seq_lengths, row.examples)
-        return view_row(columns, self.vocabulary, self.place, f"row {range(len(self))[number]} of {self.folder}")
+        return view_row(
+            columns, self.vocabulary, self.place, f"row {range(len(self))[number]} of {self.folder}"
+        )
 
     def view_example(self, example_id: int) -> View:
         """Return all stretches of one example, from whichever rows they lie in.
@@ -68,7 +73,12 @@ class ShownSet(ShardSet):
         rows = self._rows_of(example_id)
         if not rows:
             raise UsageError(*self._why_absent(example_id))
-        documents = [document for number in rows for document in self.view(number).documents if document.example_id == example_id]
+        documents = [
+            document
+            for number in rows
+            for document in self.view(number).documents
+            if document.example_id == example_id
+        ]
         where = f"row {', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}"
         return View(f"example {example_id} in {where} of {self.folder}", tuple(documents))
 
@@ -84,7 +94,9 @@ class ShownSet(ShardSet):
         rows, first = [], 0
         for batch in self.batches():
             found = np.flatnonzero(batch.example_ids == example_id)
-            rows += (first + np.unique(np.searchsorted(batch.segment_offsets, found, side="right") - 1)).tolist()
+            rows += (
+                first + np.unique(np.searchsorted(batch.segment_offsets, found, side="right") - 1)
+            ).tolist()
             first += len(batch)
         return rows
 
@@ -93,12 +105,21 @@ class ShownSet(ShardSet):
             origin, where = self.origin(example_id), self.place(example_id)
         except KeyError:
             last = max((source.first_id + source.rows for source in self.manifest.sources), default=0) - 1
-            return f"{self.folder}: example {example_id}; its sources hold examples 0 to {last}.", "--example with one of these."
+            return (
+                f"{self.folder}: example {example_id}; its sources hold examples 0 to {last}.",
+                "--example with one of these.",
+            )
         reject = next((found for found in self._rejects() if (found.file, found.record) == origin), None)
         if reject is not None:
             return f"{where}: rejected ({reject.code}): {reject.reason}.", reject.fix
-        dropped = ", ".join(sorted(self.manifest.ledger.rows_dropped | self.manifest.ledger.rows_filtered)) or "blank"
-        return f"{where}: read, but not in the set ({dropped}).", "`sftdata stats` counts the rows that were left out."
+        dropped = (
+            ", ".join(sorted(self.manifest.ledger.rows_dropped | self.manifest.ledger.rows_filtered))
+            or "blank"
+        )
+        return (
+            f"{where}: read, but not in the set ({dropped}).",
+            "`sftdata stats` counts the rows that were left out.",
+        )
 
     def _rejects(self) -> list[Reject]:
         path = self.folder / REJECTS_NAME

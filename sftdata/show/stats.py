@@ -116,7 +116,10 @@ def measure(manifest: Manifest) -> Stats:
         trained_share=ledger.tokens_trained / max(ledger.tokens, 1),
         lengths=bins,
         reach=_reach(bins),
-        sources=tuple(SourceShare(name, own.rows, own.tokens, own.tokens_trained) for name, own in ledger.sources.items()),
+        sources=tuple(
+            SourceShare(name, own.rows, own.tokens, own.tokens_trained)
+            for name, own in ledger.sources.items()
+        ),
         counters={name: count for name, count in sorted(ledger.counters.items()) if count},
         notes=manifest.notes,
     )
@@ -172,6 +175,8 @@ def _reach(bins: tuple[LengthBin, ...]) -> tuple[Reach, ...]:
         return ()
     longest = bins[-1].start
     powers = [1 << power for power in range(5, longest.bit_length())]
-    counted = (Reach(power, sum(found.examples for found in bins if found.start >= power)) for power in powers)
+    counted = (
+        Reach(power, sum(found.examples for found in bins if found.start >= power)) for power in powers
+    )
     whole = sum(found.examples for found in bins)
     return tuple(found for found in counted if found.examples < whole)

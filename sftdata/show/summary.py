@@ -43,7 +43,10 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
     for heading, lines in (
         ("lengths, in tokens before any cut", _histogram(stats.lengths, stats.max_length)),
         ("sources", _sources(stats.sources)),
-        ("counted", (Text(f"  {name.replace('_', ' '):<32}{count:>12,}") for name, count in stats.counters.items())),
+        (
+            "counted",
+            (Text(f"  {name.replace('_', ' '):<32}{count:>12,}") for name, count in stats.counters.items()),
+        ),
         ("decided", (Text(f"  {visible(note)}") for note in stats.notes)),
     ):
         found = list(lines)
@@ -57,10 +60,14 @@ def print_findings(findings: Sequence[Finding], console: Console, indent: str = 
     """Print what an audit found, defects first."""
     for finding in findings:
         head = (finding.severity, "red bold" if finding.severity == "defect" else "blue bold")
-        line = Text.assemble(indent, head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}")
+        line = Text.assemble(
+            indent, head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}"
+        )
         console.print(line, soft_wrap=True)
         if finding.examples:
-            console.print(Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True)
+            console.print(
+                Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True
+            )
         console.print(Text(f"{indent}       mend  {finding.fix}"), soft_wrap=True)
 
 
@@ -69,7 +76,9 @@ def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:
     yield Text.assemble((f"{name:<20}{whole:>14,}  ", "bold"), _bar(parts, whole))
     for part in parts:
         share = part.count / max(whole, 1)
-        yield Text.assemble("  ", _GLYPHS[part.kind], f" {visible(part.name):<30}{part.count:>14,}  {share:>6.1%}")
+        yield Text.assemble(
+            "  ", _GLYPHS[part.kind], f" {visible(part.name):<30}{part.count:>14,}  {share:>6.1%}"
+        )
 
 
 def _bar(parts: Sequence[Part], whole: int, length: int = _BAR) -> Text:
@@ -98,7 +107,9 @@ def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Te
             limit = None
         cells = max(round(count / most * _BAR), 1 if count else 0)
         yield Text.assemble(
-            f"  {low:>9,} – {max(2 * low - 1, low):<9,}  ", ("█" * cells, "yellow" if over else "green"), f" {count:,}"
+            f"  {low:>9,} – {max(2 * low - 1, low):<9,}  ",
+            ("█" * cells, "yellow" if over else "green"),
+            f" {count:,}",
         )
     if limit:
         yield limit
@@ -108,7 +119,14 @@ def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
     whole = max(sum(source.tokens for source in sources), 1)
     width = min(max((len(source.name) for source in sources), default=0), 44)
     for source in sources:
-        parts = (Part("", "trained", source.tokens_trained), Part("", "context", source.tokens - source.tokens_trained))
+        parts = (
+            Part("", "trained", source.tokens_trained),
+            Part("", "context", source.tokens - source.tokens_trained),
+        )
         share, trained = source.tokens / whole, source.tokens_trained / max(source.tokens, 1)
-        counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {share:>6.1%}, trained {trained:>6.1%} "
-        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens, _BAR // 2))
+        counts = (
+            f"{source.rows:>11,} rows {source.tokens:>13,} tokens {share:>6.1%}, trained {trained:>6.1%} "
+        )
+        yield Text.assemble(
+            f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens, _BAR // 2)
+        )

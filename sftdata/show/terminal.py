@@ -75,7 +75,10 @@ def _print_document(document: DocumentView, console: Console, styled: bool, ids:
         for index, part in enumerate(parts or [line]):
             speaker, place = (role, position) if index == 0 else ("", "")
             gutter = ((f" {speaker:<9}", "bold"), (f"{place:>7} ", QUIET))
-            console.print(Text.assemble(*gutter, ("┃ ", "green") if any_trained else ("│ ", QUIET), part), soft_wrap=True)
+            console.print(
+                Text.assemble(*gutter, ("┃ ", "green") if any_trained else ("│ ", QUIET), part),
+                soft_wrap=True,
+            )
 
 
 def _border(title: str, console: Console) -> Text:
@@ -93,14 +96,18 @@ def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[st
         position += sum(len(piece.ids) for piece in pieces)
 
 
-def _turn_lines(pieces: Sequence[Piece], begins: int, styled: bool, ids: bool) -> Iterator[tuple[int, bool, Text]]:
+def _turn_lines(
+    pieces: Sequence[Piece], begins: int, styled: bool, ids: bool
+) -> Iterator[tuple[int, bool, Text]]:
     position, line, trains = begins, Text(), False
     for piece in pieces:
         position += len(piece.ids)
         parts = visible(piece.text).splitlines(keepends=True)
         for index, part in enumerate(parts):
             text = part.removesuffix("\n")
-            line.append_text(_styled(text, piece, styled)).append_text(_styled(NEWLINE * (text != part), piece, styled))
+            line.append_text(_styled(text, piece, styled)).append_text(
+                _styled(NEWLINE * (text != part), piece, styled)
+            )
             trains |= piece.trained
             if ids and index == len(parts) - 1:
                 line.append(f"‹{' '.join(map(str, piece.ids))}›", QUIET)

@@ -70,7 +70,9 @@ class DocumentView:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         ids = [token_id for piece in self.pieces for token_id in piece.ids]
-        labels = [token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids]
+        labels = [
+            token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids
+        ]
         pieces = [asdict(piece) | {"role": role} for role, turn in self.turns() for piece in turn]
         place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
         return place | {"input_ids": ids, "labels": labels, "pieces": pieces}
@@ -102,7 +104,10 @@ class View:
 
 
 def view_row(
-    row: tuple[Int32, Int32, Int32, Int64], vocabulary: Vocabulary, place: Callable[[int], str], title: str = ""
+    row: tuple[Int32, Int32, Int32, Int64],
+    vocabulary: Vocabulary,
+    place: Callable[[int], str],
+    title: str = "",
 ) -> View:
     """Lay the text over a packed row.
 
@@ -132,7 +137,11 @@ def view_example(input_ids: Int32, labels: Int32, vocabulary: Vocabulary, origin
 def _pieces(input_ids: Int32, labels: Int32, vocabulary: Vocabulary) -> Iterator[Piece]:
     """Cut a document where labels change, then at whole characters."""
     trained = labels != NOT_TRAINED
-    edges = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:])).tolist() if len(trained) else []
+    edges = (
+        np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:])).tolist()
+        if len(trained)
+        else []
+    )
     for start, stop in pairwise(edges):
         yield from _stretch(input_ids[start:stop].tolist(), bool(trained[start]), vocabulary)
 
@@ -147,7 +156,9 @@ def _stretch(ids: Sequence[int], trained: bool, vocabulary: Vocabulary) -> Itera
         held += vocabulary.bytes_of(token_id)
         # Bytes that cannot become a character, however many follow, are spelled out rather than held forever.
         if not _is_open(held):
-            yield Piece(held.decode(errors="backslashreplace"), tuple(ids[first : index + 1]), trained, special)
+            yield Piece(
+                held.decode(errors="backslashreplace"), tuple(ids[first : index + 1]), trained, special
+            )
             first, held = index + 1, b""
     if first < len(ids):
         yield Piece(held.decode(errors="backslashreplace"), tuple(ids[first:]), trained, False)

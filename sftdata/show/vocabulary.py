@@ -39,7 +39,9 @@ def _byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of a byte-level vocabulary stands for: printable Latin-1 itself, the rest shifted."""
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = [byte for byte in range(256) if byte not in itself]
-    return {chr(byte): byte for byte in itself} | {chr(256 + index): byte for index, byte in enumerate(shifted)}
+    return {chr(byte): byte for byte in itself} | {
+        chr(256 + index): byte for index, byte in enumerate(shifted)
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,9 @@ class Vocabulary:
     @property
     def enders(self) -> frozenset[int]:
         """Ids of added tokens that may end a turn: all but tags such as `</tool_call>`, which are text."""
-        return frozenset(index for index, text in self.added.items() if index in self.special or not _TAG.fullmatch(text))
+        return frozenset(
+            index for index, text in self.added.items() if index in self.special or not _TAG.fullmatch(text)
+        )
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return what one id adds to the text, in bytes; an id without a token is spelled `<id 7>`."""
@@ -95,7 +99,9 @@ class Vocabulary:
     def is_blank(self, token_id: int) -> bool:
         """Say whether an id adds nothing but whitespace."""
         last = self.pieces.get(token_id, "")[-1:]
-        if last.isascii() and last.isalnum() and token_id not in self.added:  # most are words: no need to spell them
+        if (
+            last.isascii() and last.isalnum() and token_id not in self.added
+        ):  # most are words: no need to spell them
             return False
         return not self.text_of([token_id]).strip()
 
@@ -123,15 +129,25 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     file = _read(folder / "tokenizer.json", _TokenizerFile)
     if file is None:
-        raise UsageError(f"{folder}: no tokenizer.json, so ids cannot be turned into text.", "prepare the set again.")
+        raise UsageError(
+            f"{folder}: no tokenizer.json, so ids cannot be turned into text.", "prepare the set again."
+        )
     vocab = file.model.vocab
-    pieces = {index: piece for piece, index in vocab.items()} if isinstance(vocab, dict) else dict(enumerate(p for p, _ in vocab))
+    pieces = (
+        {index: piece for piece, index in vocab.items()}
+        if isinstance(vocab, dict)
+        else dict(enumerate(p for p, _ in vocab))
+    )
     config = _read(folder / "tokenizer_config.json", dict[str, Any]) or {}
     return Vocabulary(
         pieces=pieces,
         added={token.id: token.content for token in file.added_tokens},
         special=frozenset(token.id for token in file.added_tokens if token.special),
-        named={name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)},
+        named={
+            name: _content(value)
+            for name, value in config.items()
+            if name.endswith("_token") and _content(value)
+        },
         stop_ids=_stop_ids(folder, config, {token.content: token.id for token in file.added_tokens}),
         chat_template=_chat_template(folder, config),
         decoder=tuple(_flat(file.decoder)),
@@ -166,7 +182,11 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
         return []
-    return [part for child in decoder["decoders"] for part in _flat(child)] if decoder["type"] == "Sequence" else [decoder]
+    return (
+        [part for child in decoder["decoders"] for part in _flat(child)]
+        if decoder["type"] == "Sequence"
+        else [decoder]
+    )
 
 
 def _read(path: Path, kind: Any) -> Any:
@@ -175,4 +195,6 @@ def _read(path: Path, kind: Any) -> Any:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path}: damaged: {error}.", "restore the file or prepare the set again.") from None
+        raise IntegrityError(
+            f"{path}: damaged: {error}.", "restore the file or prepare the set again."
+        ) from None

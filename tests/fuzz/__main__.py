@@ -43,7 +43,9 @@ def lead(target: Target, seconds: float) -> int:
     print(done.stdout, end="", flush=True)
     if not ran:  # out of memory, out of time, or a crash below Python
         print(done.stderr[-4000:], flush=True)
-    print(f"{target.__name__}: {ran.group(1) if ran else 'broken off'} inputs, {failures} failures", flush=True)
+    print(
+        f"{target.__name__}: {ran.group(1) if ran else 'broken off'} inputs, {failures} failures", flush=True
+    )
     return max(failures, not ran)
 
 

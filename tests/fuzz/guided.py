@@ -15,7 +15,10 @@ def main() -> None:
 
     name, seconds = sys.argv[1:3]
     failures = Failures(next(target for target in TARGETS if target.__name__ == name))
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=64", "-rss_limit_mb=4096", "-timeout=60"], failures.run)
+    atheris.Setup(
+        [sys.argv[0], f"-max_total_time={seconds}", "-max_len=64", "-rss_limit_mb=4096", "-timeout=60"],
+        failures.run,
+    )
     atheris.Fuzz()  # ends the process
 
 

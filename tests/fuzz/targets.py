@@ -46,17 +46,52 @@ FRAGMENTS = (
         b"NaN",
         b"null",
     ),
-    *(b"1e999", b'"role": ', b'"content": null', b'"messages": [', b"\xe2\x80\xa8", b"9" * 40, b"-", b"true", b" " * 9, b"../"),
+    *(
+        b"1e999",
+        b'"role": ',
+        b'"content": null',
+        b'"messages": [',
+        b"\xe2\x80\xa8",
+        b"9" * 40,
+        b"-",
+        b"true",
+        b" " * 9,
+        b"../",
+    ),
     *(b'{"text": "a"}\n', b'"from": "gpt"', b"<|im_end|>", b"ARROW1"),
 )
 ROWS = b"\n".join(
-    [dumped(chat(USER, ANSWER)), dumped({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})] * 4
-    + [dumped(chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": [1]}}]}, ANSWER))]
+    [
+        dumped(chat(USER, ANSWER)),
+        dumped({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+    ]
+    * 4
+    + [
+        dumped(
+            chat(
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": [1]}}]},
+                ANSWER,
+            )
+        )
+    ]
 )
 SHAPES = (ROWS, b"[" + ROWS.replace(b"\n", b",\n") + b"]", json.dumps([chat(USER, ANSWER)] * 3, indent=1).encode(),
           b"prompt,completion\n" + b'a,"b, c"\nd,e\n' * 5)  # fmt: skip
 PIECES = (
-    *("Hi", " ", "\n", "<|im_end|>", "<|im_start|>assistant\n", "</think>", "<think>", "</s>", "[INST]", "### Response:\n", "é"),
+    *(
+        "Hi",
+        " ",
+        "\n",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "</think>",
+        "<think>",
+        "</s>",
+        "[INST]",
+        "### Response:\n",
+        "é",
+    ),
     *(
         "日本",
         "\u200d",
@@ -116,7 +151,9 @@ def rows(data: bytes) -> None:
             close_streams()
 
 
-def _read(path: Path, slice_bytes: int, limit: int) -> tuple[list[tuple[int, str]], list[tuple[int, str]], int]:
+def _read(
+    path: Path, slice_bytes: int, limit: int
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]], int]:
     plan = plan_source(open_source(str(path)), 0, slice_bytes, limit)
     good, bad = [], []
     for piece in plan.slices:
@@ -130,7 +167,9 @@ def _convert(path: Path, name: str) -> None:
     for piece in plan_source(open_source(str(path)), 0, 1 << 20).slices:
         batch, _ = read_slice(piece, 1 << 20)
         found = convert_rows(batch, name, FormatOptions())
-        assert sorted([*found.row.tolist(), *(index for index, _ in found.faults)]) == list(range(len(batch.rows)))
+        assert sorted([*found.row.tolist(), *(index for index, _ in found.faults)]) == list(
+            range(len(batch.rows))
+        )
 
 
 def masks(data: bytes) -> None:
@@ -156,7 +195,10 @@ def _messages(data: bytes) -> list[dict[str, Any]]:
             turns.append([])
         else:
             turns[-1].append(PIECES[byte % len(PIECES)])
-    pairs = [{"role": ("user", "assistant")[number % 2], "content": "".join(turn)} for number, turn in enumerate(turns)]
+    pairs = [
+        {"role": ("user", "assistant")[number % 2], "content": "".join(turn)}
+        for number, turn in enumerate(turns)
+    ]
     return pairs[: len(pairs) // 2 * 2]
 
 
@@ -197,7 +239,9 @@ def _damaged(name: str, edits: bytes) -> None:
         try:
             report = verify(Path(folder))
             assert read_manifest(Path(folder))
-            same = files[name] == sound or (name == "manifest.json" and json.loads(files[name]) == json.loads(sound))
+            same = files[name] == sound or (
+                name == "manifest.json" and json.loads(files[name]) == json.loads(sound)
+            )
             assert bool(report.problems) != same, report.problems
             assert all(name in line for line in report.problems)
             assert sum(len(row.input_ids) for row in open_set(folder)) > 0

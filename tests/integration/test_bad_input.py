@@ -28,19 +28,31 @@ def write_rows(path: Path, *rows: object) -> Path:
 
 def test_an_empty_completion_still_trains_its_end_token(tmp_path: Path) -> None:
     path = write_rows(
-        tmp_path / "rows.jsonl", {"prompt": "Say nothing.", "completion": ""}, {"prompt": "One", "completion": " two"}
+        tmp_path / "rows.jsonl",
+        {"prompt": "Say nothing.", "completion": ""},
+        {"prompt": "One", "completion": " two"},
     )
     manifest = sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64)
     assert manifest.ledger.rows_kept == 2
-    silent = next(document for row in sftdata.open(tmp_path / "set") for document in row.documents() if document.example_id == 0)
+    silent = next(
+        document
+        for row in sftdata.open(tmp_path / "set")
+        for document in row.documents()
+        if document.example_id == 0
+    )
     assert silent.labels[silent.labels != -100].tolist() == [manifest.tokenizer.eos_id]
 
 
 def test_tools_that_a_template_leaves_out_are_counted(tmp_path: Path) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+    }
     turns = [{"role": "user", "content": "Use weather!"}, {"role": "assistant", "content": "No."}]
     path = write_rows(tmp_path / "rows.jsonl", {"messages": turns, "tools": [tool]}, {"messages": turns})
-    manifest = sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, chat_template="chatml")
+    manifest = sftdata.prepare(
+        path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, chat_template="chatml"
+    )
     assert manifest.ledger.counters["rows_without_their_tools"] == 1
 
 
@@ -50,10 +62,25 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 BOT, OFF = {"role": "bot", "content": "b"}, TURNS[1] | {"weight": 0}
 # rows; settings of the run that is refused; the fix it offers; the settings that follow it
 MENDED: dict[str, tuple[list[Any], dict[str, Any], str, dict[str, Any]]] = {
-    "an unknown role": ([{"messages": [TURNS[0], BOT]}], {}, "--map-role bot=assistant", {"map_role": {"bot": "assistant"}}),
-    "too many rejects": ([{"messages": TURNS}, {"messages": []}], {}, "--max-rejects 1", {"max_rejects": "1"}),
+    "an unknown role": (
+        [{"messages": [TURNS[0], BOT]}],
+        {},
+        "--map-role bot=assistant",
+        {"map_role": {"bot": "assistant"}},
+    ),
+    "too many rejects": (
+        [{"messages": TURNS}, {"messages": []}],
+        {},
+        "--max-rejects 1",
+        {"max_rejects": "1"},
+    ),
     "no answer": ([{"messages": TURNS[:1]}], {}, "--train-on all", {"train_on": "all"}),
-    "cut before the answer": ([{"messages": TURNS}], {"max_length": 3}, "a larger --max-length", {"max_length": 64}),
+    "cut before the answer": (
+        [{"messages": TURNS}],
+        {"max_length": 3},
+        "a larger --max-length",
+        {"max_length": 64},
+    ),
     "longer than allowed": (
         [{"messages": TURNS}],
         {"max_length": 11, "overlong": "error"},
@@ -88,11 +115,17 @@ def test_the_fix_of_a_refused_run_works_where_the_run_was_refused(tmp_path: Path
     assert verify(output).problems == []
 
 
-def test_a_turn_that_is_switched_off_is_trained_once_it_is_switched_on_as_the_fix_says(tmp_path: Path) -> None:
+def test_a_turn_that_is_switched_off_is_trained_once_it_is_switched_on_as_the_fix_says(
+    tmp_path: Path,
+) -> None:
     inputs, output = tmp_path / "rows.jsonl", tmp_path / "set"
     with pytest.raises(DataError, match="switch turns on in the data"):
-        sftdata.prepare(write_rows(inputs, {"messages": [TURNS[0], OFF]}), tokenizer=TOKENIZER, output=output, workers=1)
-    made = sftdata.prepare(write_rows(inputs, {"messages": TURNS}), tokenizer=TOKENIZER, output=output, workers=1)
+        sftdata.prepare(
+            write_rows(inputs, {"messages": [TURNS[0], OFF]}), tokenizer=TOKENIZER, output=output, workers=1
+        )
+    made = sftdata.prepare(
+        write_rows(inputs, {"messages": TURNS}), tokenizer=TOKENIZER, output=output, workers=1
+    )
     assert made.ledger.rows_kept == 1
 
 
@@ -100,7 +133,9 @@ def test_a_turn_that_is_switched_off_is_trained_once_it_is_switched_on_as_the_fi
 def test_an_input_without_rows_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    with pytest.raises(SftError, match=r"rows\.jsonl: no rows\. Fix: give a file that holds rows\.") as refused:
+    with pytest.raises(
+        SftError, match=r"rows\.jsonl: no rows\. Fix: give a file that holds rows\."
+    ) as refused:
         sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", workers=1)
     assert refused.value.exit_code == DataError.exit_code
 
@@ -126,7 +161,11 @@ def test_an_unfinished_set_that_was_not_refused_is_kept_from_other_settings(
 # ---------------------------------------------------------------------------------------- said on the command line
 
 SAID: dict[str, tuple[list[str], int, str]] = {
-    "a preview of nothing": (["preview", "empty.jsonl"], 3, "empty.jsonl: no rows. Fix: give a file that holds rows."),
+    "a preview of nothing": (
+        ["preview", "empty.jsonl"],
+        3,
+        "empty.jsonl: no rows. Fix: give a file that holds rows.",
+    ),
     "no marker": (
         ["resolve", "rows.jsonl"],
         2,
@@ -143,8 +182,16 @@ SAID: dict[str, tuple[list[str], int, str]] = {
         2,
         "Tokenizer folder 'nowhere/' does not exist. Fix: check the path",
     ),
-    "an unknown format": (["preview", "rows.jsonl", "--format", "alpca"], 2, "no such format. Fix: did you mean 'alpaca'?"),
-    "a missing file": (["preview", "row.jsonl"], 2, "row.jsonl: no such file or folder. Fix: did you mean rows.jsonl?"),
+    "an unknown format": (
+        ["preview", "rows.jsonl", "--format", "alpca"],
+        2,
+        "no such format. Fix: did you mean 'alpaca'?",
+    ),
+    "a missing file": (
+        ["preview", "row.jsonl"],
+        2,
+        "row.jsonl: no such file or folder. Fix: did you mean rows.jsonl?",
+    ),
 }
 
 
@@ -168,9 +215,17 @@ def test_a_sentencepiece_tokenizer_and_one_without_a_chat_template_are_refused_w
     tmp_path: Path, shared_data: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
-    with pytest.raises(UsageError, match=r"holds tokenizer\.model but no tokenizer\.json\. Fix: convert it once: "):
-        sftdata.prepare(path, tokenizer=str(shared_data / "tokenizers" / "yi-chat-spm-only"), output=tmp_path / "set")
-    gpt2: dict[str, Any] = {"tokenizer": str(shared_data / "tokenizers" / "gpt2"), "output": tmp_path / "set", "workers": 1}
+    with pytest.raises(
+        UsageError, match=r"holds tokenizer\.model but no tokenizer\.json\. Fix: convert it once: "
+    ):
+        sftdata.prepare(
+            path, tokenizer=str(shared_data / "tokenizers" / "yi-chat-spm-only"), output=tmp_path / "set"
+        )
+    gpt2: dict[str, Any] = {
+        "tokenizer": str(shared_data / "tokenizers" / "gpt2"),
+        "output": tmp_path / "set",
+        "workers": 1,
+    }
     with pytest.raises(UsageError, match=r"gpt2 has no chat template\. Fix: --chat-template chatml "):
         sftdata.prepare(path, **gpt2)
     assert sftdata.prepare(path, **gpt2, chat_template="chatml").ledger.rows_kept == 1

@@ -46,7 +46,9 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_begins_with_an_example_that_can_be_copied(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_begins_with_an_example_that_can_be_copied(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     help_text = told(capsys, *command.split(), "--help")
     _, example = help_text.split("\n  Example:\n    ", maxsplit=1)
     assert example.startswith(f"sftdata {command} ")
@@ -55,7 +57,9 @@ def test_help_begins_with_an_example_that_can_be_copied(command: str, capsys: py
 
 def test_every_command_is_listed_with_its_first_sentence_whole(capsys: pytest.CaptureFixture[str]) -> None:
     listing = told(capsys, "--help").partition("Commands:")[2]
-    assert set(re.findall(r"^  ([a-z]+) ", listing, re.MULTILINE)) == {command.split()[0] for command in COMMANDS}
+    assert set(re.findall(r"^  ([a-z]+) ", listing, re.MULTILINE)) == {
+        command.split()[0] for command in COMMANDS
+    }
     assert "..." not in listing
 
 
@@ -96,7 +100,11 @@ def test_help_of_an_unknown_command_is_not_proposed(capsys: pytest.CaptureFixtur
 
 def completed(line: str) -> set[str]:
     """Return what bash would offer for the last word of a line."""
-    env = os.environ | {"_SFTDATA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    env = os.environ | {
+        "_SFTDATA_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }
     command = [sys.executable, "-m", "sftdata"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
     return set(result.stdout.split())
@@ -120,7 +128,10 @@ def test_completion_can_be_shown_for_the_shell() -> None:
 
 
 def test_init_writes_a_file_that_prepare_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["init", CHATS, "-t", TOKENIZER, "-o", "set", "--max-length", "256", "--map-role", "user=user"]) == 0
+    assert (
+        main(["init", CHATS, "-t", TOKENIZER, "-o", "set", "--max-length", "256", "--map-role", "user=user"])
+        == 0
+    )
     text = Path("sft.yaml").read_text(encoding="utf-8")
     assert set(re.findall(r"^#? ?(\w+):", text, re.MULTILINE)) >= set(PrepareConfig.model_fields)
     assert "40 of 40 sampled rows" in text
@@ -154,10 +165,14 @@ def test_the_schema_names_every_setting_with_its_choices(capsys: pytest.CaptureF
 
 def test_config_check_prints_what_prepare_would_use(capsys: pytest.CaptureFixture[str]) -> None:
     Path("sft.yaml").write_text("inputs: a.jsonl\ntokenizer: t\noutput: o\nmax-length: 8\n", encoding="utf-8")
-    checked: dict[str, Any] = yaml.safe_load(told(capsys, "config", "check", "sft.yaml", "--set", "packing=none"))
+    checked: dict[str, Any] = yaml.safe_load(
+        told(capsys, "config", "check", "sft.yaml", "--set", "packing=none")
+    )
     assert set(checked) == set(PrepareConfig.model_fields)
     assert (checked["inputs"], checked["max_length"], checked["packing"]) == (["a.jsonl"], 8, "none")
-    assert json.loads(told(capsys, "config", "check", "sft.yaml", "--set", "packing=none", "--json")) == checked
+    assert (
+        json.loads(told(capsys, "config", "check", "sft.yaml", "--set", "packing=none", "--json")) == checked
+    )
     Path("sft.yaml").write_text("inputs: a.jsonl\ntokenizr: t\n", encoding="utf-8")
     assert "tokenizer" in told(capsys, "config", "check", "sft.yaml", code=2)
 
@@ -165,7 +180,9 @@ def test_config_check_prints_what_prepare_would_use(capsys: pytest.CaptureFixtur
 # ------------------------------------------------------------------------------------------------------- versions
 
 
-def test_env_names_versions_and_no_paths(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_names_versions_and_no_paths(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     text = told(capsys, "env", "--json")
     found = json.loads(text)
@@ -182,7 +199,18 @@ def test_env_names_versions_and_no_paths(capsys: pytest.CaptureFixture[str], mon
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     line = json.dumps({"text": "The heron stands in the shallow water, and the gate creaks. " * 8}) + "\n"
     Path("big.jsonl").write_text(line * 12_000, encoding="utf-8")
-    settings = ["-o", "set", "--max-length", "256", "--set", "slice_bytes=200000", "--workers", "2", "--engine", "tokenizers"]
+    settings = [
+        "-o",
+        "set",
+        "--max-length",
+        "256",
+        "--set",
+        "slice_bytes=200000",
+        "--workers",
+        "2",
+        "--engine",
+        "tokenizers",
+    ]
     command = [sys.executable, "-m", "sftdata", "prepare", "big.jsonl", "-t", TOKENIZER, *settings]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_until(lambda: slices_done(Path("set")) or running.poll() is not None)
@@ -196,18 +224,24 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None
     assert re.search(r"Resuming: [1-9]\d*/\d+ slices complete; settings match\.", resumed.stderr)
 
 
-def test_ctrl_c_in_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_in_training_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sfttrain.run.train", interrupted)
     config = str(ROOT / "examples/tiny-model/config.json")
     assert sfttrain.cli.main(["run", "set", "--init-from-config", config, "-o", "out"]) == 130
-    assert capsys.readouterr().err == "Interrupted; what is finished is kept. Run the same command to go on.\n"
+    assert (
+        capsys.readouterr().err == "Interrupted; what is finished is kept. Run the same command to go on.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizr", "examples/tokeniser", "/{root}/examples/tokenizer2"])
-def test_a_mistyped_tokenizer_folder_is_answered_with_the_near_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_tokenizer_folder_is_answered_with_the_near_one(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = Path("examples/tokenizer" if "/" in name else "tokenizer")
     wanted.mkdir(parents=True)
     name = name.replace("/{root}", str(Path.cwd()))

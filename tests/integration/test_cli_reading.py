@@ -38,7 +38,10 @@ def told(*arguments: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("sets") / "set", [CHAT.format(f"What is {i}?", f"Number {i}.") for i in range(9)])
+    return write_set(
+        tmp_path_factory.mktemp("sets") / "set",
+        [CHAT.format(f"What is {i}?", f"Number {i}.") for i in range(9)],
+    )
 
 
 @pytest.fixture
@@ -103,7 +106,12 @@ def test_inspect_says_why_a_rejected_row_is_not_there(tmp_path: Path) -> None:
     lines[2] = '{"messages": [{"role": "bot", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     sftdata.prepare(
-        tmp_path / "chats.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=64, max_rejects="50%", workers=1
+        tmp_path / "chats.jsonl",
+        tokenizer=str(TOKENIZER),
+        output=tmp_path / "set",
+        max_length=64,
+        max_rejects="50%",
+        workers=1,
     )
     result = run("inspect", tmp_path / "set", "--example", 2)
     assert result.returncode == 2

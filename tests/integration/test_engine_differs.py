@@ -43,7 +43,9 @@ def _wrong_about_herons(monkeypatch: pytest.MonkeyPatch) -> None:
             ids = ids.copy()
             for index, text in enumerate(texts):
                 if NEEDLE in text:
-                    two = slice(offsets[index] + 8, offsets[index] + 10)  # as many bytes: lengths tell nothing
+                    two = slice(
+                        offsets[index] + 8, offsets[index] + 10
+                    )  # as many bytes: lengths tell nothing
                     ids[two] = ids[two][::-1]
             return ids, offsets
 
@@ -54,11 +56,19 @@ def _wrong_about_herons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(data: Path, output: Path, chosen: str) -> PrepareConfig:
     return PrepareConfig(
-        inputs=(str(data),), tokenizer=TOKENIZER, output=output, max_length=512, workers=1, engine=chosen, chat_template="chatml"
+        inputs=(str(data),),
+        tokenizer=TOKENIZER,
+        output=output,
+        max_length=512,
+        workers=1,
+        engine=chosen,
+        chat_template="chatml",
     )
 
 
-def prepare(config: PrepareConfig, progress: run.Progress | None = None, say: Callable[[str], None] = print) -> None:
+def prepare(
+    config: PrepareConfig, progress: run.Progress | None = None, say: Callable[[str], None] = print
+) -> None:
     with start_workers(config) as workers:
         run.prepare(config, workers, progress, say)
 
@@ -93,7 +103,9 @@ def test_samples_look_at_the_ends_of_long_texts_too() -> None:
 
 
 @pytest.mark.usefixtures("_wrong_about_herons")
-def test_the_heron_would_have_been_trained_wrongly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heron_would_have_been_trained_wrongly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sftdata.run.digest_ids", lambda *_: "")
     monkeypatch.setattr("sftdata.stages.digest_ids", lambda *_: "")
     prepare(settings(data, tmp_path / "right", "tokenizers"))

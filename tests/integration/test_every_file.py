@@ -41,7 +41,11 @@ def compatibility() -> ModuleType:
 def page_rows() -> dict[str, list[str]]:
     """The cells of the page's first table, by file."""
     table = (DOCS / "compatibility.md").read_text("utf-8").split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
@@ -57,9 +61,14 @@ def test_a_file_makes_a_set_that_verifies_as_the_page_says(
     assert cell.count("[") == len(outcome.refusals)
 
 
-def test_the_page_covers_every_file_with_every_tokenizer(compatibility: ModuleType, shared_data: Path) -> None:
+def test_the_page_covers_every_file_with_every_tokenizer(
+    compatibility: ModuleType, shared_data: Path
+) -> None:
     rows = page_rows()
-    files = [path.relative_to(shared_data / "datasets").as_posix() for path in compatibility.data_files(shared_data)]
+    files = [
+        path.relative_to(shared_data / "datasets").as_posix()
+        for path in compatibility.data_files(shared_data)
+    ]
     assert list(rows) == files, "run docs/make_compatibility.py"
     assert all(len(row) == 3 + len(compatibility.TOKENIZERS) for row in rows.values())
     assert not [file for file, row in rows.items() if any("FAILS" in cell for cell in row)]

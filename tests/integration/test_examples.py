@@ -16,7 +16,12 @@ EXAMPLES = ROOT / "examples"
 
 def build_tokenizer(folder: Path, hash_seed: str) -> None:
     env = {**os.environ, "PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": hash_seed}
-    subprocess.run([sys.executable, str(EXAMPLES / "build_tokenizer.py"), str(folder)], check=True, env=env, timeout=HANGS)
+    subprocess.run(
+        [sys.executable, str(EXAMPLES / "build_tokenizer.py"), str(folder)],
+        check=True,
+        env=env,
+        timeout=HANGS,
+    )
 
 
 def test_the_committed_tokenizer_is_what_its_script_builds(tmp_path: Path) -> None:
@@ -50,14 +55,19 @@ def test_the_tiny_model_fits_the_tokenizer() -> None:
 
 
 def test_the_corpus_holds_every_format_family() -> None:
-    conversations = [json.loads(line) for line in (EXAMPLES / "conversations.jsonl").read_text(encoding="utf-8").splitlines()]
+    conversations = [
+        json.loads(line)
+        for line in (EXAMPLES / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     messages = [message for row in conversations for message in row["messages"]]
     assert {message["role"] for message in messages} == {"system", "user", "assistant", "tool"}
     assert any("tool_calls" in message for message in messages)
     assert any(message.get("weight") == 0 for message in messages)
     instructions = json.loads((EXAMPLES / "instructions.json").read_text(encoding="utf-8"))
     assert all(set(row) == {"instruction", "input", "output"} for row in instructions)
-    completions = [json.loads(line) for line in (EXAMPLES / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    completions = [
+        json.loads(line) for line in (EXAMPLES / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert all(set(row) == {"prompt", "completion"} for row in completions)
     texts = (EXAMPLES / "text.txt").read_text(encoding="utf-8").splitlines()
     assert len(conversations) == len(instructions) == len(completions) == len(texts) == 40

@@ -17,7 +17,9 @@ LONG, SHORT = "word " * 200, "a short answer"
 
 
 def chat(answer: str, **switches: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": answer, **switches}]}
+    return {
+        "messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": answer, **switches}]
+    }
 
 
 def leave_out(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -29,7 +31,15 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
 
 
-ROWS = [chat(SHORT), chat(SHORT, train=False), chat("leave"), chat(LONG), chat(SHORT), chat("leave"), chat(LONG, train=False)]
+ROWS = [
+    chat(SHORT),
+    chat(SHORT, train=False),
+    chat("leave"),
+    chat(LONG),
+    chat(SHORT),
+    chat("leave"),
+    chat(LONG, train=False),
+]
 REASONS = {2: "nothing-trained", 3: "formatter", 4: "over-long", 6: "formatter", 7: "nothing-trained"}
 
 
@@ -49,7 +59,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @pytest.mark.parametrize("slice_bytes", [1 << 20, 200])
-def test_dropped_and_filtered_rows_are_listed_with_place_reason_and_tokens(suffix: str, slice_bytes: int, tmp_path: Path) -> None:
+def test_dropped_and_filtered_rows_are_listed_with_place_reason_and_tokens(
+    suffix: str, slice_bytes: int, tmp_path: Path
+) -> None:
     manifest = sftdata.prepare(
         write(tmp_path / f"rows{suffix}", ROWS), tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, overlong="drop",
         formatter=leave_out, slice_bytes=slice_bytes,
@@ -62,13 +74,19 @@ def test_dropped_and_filtered_rows_are_listed_with_place_reason_and_tokens(suffi
     ledger = manifest.ledger
     assert sum(row["tokens"] or 0 for row in found) == ledger.tokens_in_dropped_rows
     assert [row["tokens"] is None for row in found] == [row["reason"] == "formatter" for row in found]
-    assert len(found) == sum((ledger.rows_dropped | ledger.rows_filtered).values()) == ledger.rows_in - ledger.rows_kept
+    assert (
+        len(found)
+        == sum((ledger.rows_dropped | ledger.rows_filtered).values())
+        == ledger.rows_in - ledger.rows_kept
+    )
     assert verify(tmp_path / "set").problems == []
     (tmp_path / "set" / "dropped.jsonl").write_bytes(b"")
     assert "dropped.jsonl" in verify(tmp_path / "set").problems[0]
 
 
-def test_a_row_that_lost_its_trained_tokens_to_the_cut_is_listed_with_the_line_of_its_file(tmp_path: Path) -> None:
+def test_a_row_that_lost_its_trained_tokens_to_the_cut_is_listed_with_the_line_of_its_file(
+    tmp_path: Path,
+) -> None:
     table = f'question,answer\n"two\nlines",{SHORT}\n"{LONG}",{SHORT}\n'
     (tmp_path / "rows.csv").write_text(table)
     sftdata.prepare(tmp_path / "rows.csv", tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64)
@@ -83,8 +101,12 @@ def test_a_reject_of_a_csv_is_named_by_its_line_and_its_record(tmp_path: Path) -
         sftdata.prepare(tmp_path / "rows.csv", tokenizer=TOKENIZER, output=tmp_path / "set", max_rejects="0")
 
 
-@pytest.mark.parametrize(("suffix", "place"), [(".json", r"rows\.json, element 2"), (".parquet", r"rows\.parquet, row 2")])
-def test_a_reject_of_what_is_not_read_by_lines_is_named_by_its_number(suffix: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "place"), [(".json", r"rows\.json, element 2"), (".parquet", r"rows\.parquet, row 2")]
+)
+def test_a_reject_of_what_is_not_read_by_lines_is_named_by_its_number(
+    suffix: str, place: str, tmp_path: Path
+) -> None:
     bad = {"messages": [{"role": "user", "content": "Q?"}, {"role": "narrator", "content": "A."}]}
     path = write(tmp_path / f"rows{suffix}", [chat(SHORT), bad, chat(SHORT), chat(SHORT)])
     with pytest.raises(sftdata.errors.DataError, match=place + ": "):  # type: ignore[attr-defined]
@@ -120,7 +142,11 @@ def test_a_set_is_a_dataset_by_the_name_of_its_folder(tmp_path: Path) -> None:
 def test_the_same_command_is_up_to_date_though_its_set_lies_in_the_input(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "rows.jsonl", [chat(SHORT)])
-    first = sftdata.prepare(tmp_path / "in", tokenizer=TOKENIZER, output=tmp_path / "in" / "set", max_length=64)
-    again = sftdata.prepare(tmp_path / "in", tokenizer=TOKENIZER, output=tmp_path / "in" / "set", max_length=64)
+    first = sftdata.prepare(
+        tmp_path / "in", tokenizer=TOKENIZER, output=tmp_path / "in" / "set", max_length=64
+    )
+    again = sftdata.prepare(
+        tmp_path / "in", tokenizer=TOKENIZER, output=tmp_path / "in" / "set", max_length=64
+    )
     assert again.digest == first.digest
     assert again.ledger.rows_in == 1

@@ -32,7 +32,11 @@ FILES = [
     "tools/glaive_toolcall_en.json", "tools/glaive_toolcall_zh.json",
 ]  # fmt: skip
 # A thousand rows each: in `make test` with one tokenizer, in `make torture` with all.
-LONG = ("sharegpt/sharegpt_zh_1k.jsonl", "sharegpt/numina_cot_1k.jsonl", "sharegpt/emollm_xtuner_multiturn_zh.json")
+LONG = (
+    "sharegpt/sharegpt_zh_1k.jsonl",
+    "sharegpt/numina_cot_1k.jsonl",
+    "sharegpt/emollm_xtuner_multiturn_zh.json",
+)
 CASES = [
     pytest.param(name, file, marks=pytest.mark.torture if file in LONG and name != "qwen2.5-instruct" else ())
     for name in TOKENIZERS
@@ -86,7 +90,10 @@ def test_ids_are_those_of_apply_chat_template(name: str, file: str, shared_data:
         return
     tokens, counts = encode_batch(texts, encoder)
     with fixed_clock():
-        different = sum(not _same_as_reference(tokens, place, texts, conversations, reference) for place in range(len(texts)))
+        different = sum(
+            not _same_as_reference(tokens, place, texts, conversations, reference)
+            for place in range(len(texts))
+        )
     assert different <= counts.boundary_rows + counts.literal_rows
 
 

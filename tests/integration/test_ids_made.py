@@ -20,7 +20,9 @@ CHAT_TEMPLATES = [name for name, (_, config) in MADE.items() if "chat_template" 
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_a_set_holds_the_ids_of_inference_and_trains_what_the_oracle_says(name: str, home: Path, tmp_path: Path) -> None:
+def test_a_set_holds_the_ids_of_inference_and_trains_what_the_oracle_says(
+    name: str, home: Path, tmp_path: Path
+) -> None:
     folder = home / "tokenizers" / name
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS.values()))
     manifest = sftdata.prepare(
@@ -35,7 +37,10 @@ def test_a_set_holds_the_ids_of_inference_and_trains_what_the_oracle_says(name: 
     assert len(rows) >= 10
     for row in rows:
         chat = chats[int(row.examples[0])]
-        text, spans = form.render(chat["messages"], chat.get("tools")), trained_spans(form, chat["messages"], chat.get("tools"))
+        text, spans = (
+            form.render(chat["messages"], chat.get("tools")),
+            trained_spans(form, chat["messages"], chat.get("tools")),
+        )
         ids, labels = row.input_ids.tolist(), row.labels.tolist()
         different += ids != reference(text, add_special_tokens=False)["input_ids"]
         runs = _runs(labels)
@@ -47,7 +52,9 @@ def test_a_set_holds_the_ids_of_inference_and_trains_what_the_oracle_says(name: 
         assert ("|" if apart else "").join(_spelled(reference, run) for _, run in runs) == (
             meant if apart else meant.replace("|", "")
         )
-    assert different <= manifest.ledger.counters.get("boundary_rows", 0) + manifest.ledger.counters.get("literal_rows", 0)
+    assert different <= manifest.ledger.counters.get("boundary_rows", 0) + manifest.ledger.counters.get(
+        "literal_rows", 0
+    )
     assert different < len(rows) / 2
 
 

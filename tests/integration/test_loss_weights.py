@@ -16,7 +16,15 @@ from sftdata.shardset.shards import read_shard, write_shard
 from sftdata.shardset.verify import verify
 
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "tokenizer")
-WEIGHTS: list[list[Any]] = [[0.5, None], [0, 2.5], [1, 0.25], [None, None], [True, 0.125], [0.75, False], [3, 1.5]]
+WEIGHTS: list[list[Any]] = [
+    [0.5, None],
+    [0, 2.5],
+    [1, 0.25],
+    [None, None],
+    [True, 0.125],
+    [0.75, False],
+    [3, 1.5],
+]
 
 
 def _rows(switches: list[list[Any]], key: str = "weight") -> list[dict[str, Any]]:
@@ -28,7 +36,13 @@ def _rows(switches: list[list[Any]], key: str = "weight") -> list[dict[str, Any]
             {"role": "user", "content": "Again"},
             {"role": "assistant", "content": "Short.", key: second},
         ]
-        rows.append({"messages": [{name: value for name, value in one.items() if value is not None} for one in messages]})
+        rows.append(
+            {
+                "messages": [
+                    {name: value for name, value in one.items() if value is not None} for one in messages
+                ]
+            }
+        )
     return rows
 
 
@@ -48,14 +62,20 @@ def _by_example(folder: Path) -> dict[int, tuple[list[int], np.ndarray[Any, Any]
             weights = row.loss_weights[start:stop] if row.loss_weights is not None else np.zeros(stop - start)
             part = (row.input_ids[start:stop].tolist(), row.labels[start:stop] != -100, weights)
             before = found.setdefault(example, [[], np.zeros(0, bool), np.zeros(0)])
-            found[example] = [before[0] + part[0], np.append(before[1], part[1]), np.append(before[2], part[2])]
+            found[example] = [
+                before[0] + part[0],
+                np.append(before[1], part[1]),
+                np.append(before[2], part[2]),
+            ]
     return {example: tuple(columns) for example, columns in found.items()}
 
 
 @pytest.mark.feature("losses")
 @pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
 @pytest.mark.parametrize("boundary", ["split", "merge"])
-def test_every_trained_token_weighs_what_its_message_weighs(tmp_path: Path, packing: str, boundary: str) -> None:
+def test_every_trained_token_weighs_what_its_message_weighs(
+    tmp_path: Path, packing: str, boundary: str
+) -> None:
     shape = {"packing": packing, "boundary": boundary}
     _prepare(tmp_path / "weighted", _rows(WEIGHTS), loss_weights=True, **shape)
     found = _by_example(tmp_path / "weighted" / "set")
@@ -77,7 +97,13 @@ def test_weights_follow_tokens_through_a_cut_and_do_not_depend_on_workers(tmp_pa
     rows = _rows([pair for pair in WEIGHTS for _ in range(40)])
     digests = set()
     for workers in (1, 2):
-        settings = {"loss_weights": True, "max_length": 24, "overlong": "split", "slice_bytes": 4096, "workers": workers}
+        settings = {
+            "loss_weights": True,
+            "max_length": 24,
+            "overlong": "split",
+            "slice_bytes": 4096,
+            "workers": workers,
+        }
         manifest = _prepare(tmp_path / str(workers), rows, **settings)
         digests.add(manifest.digest)
         assert verify(tmp_path / str(workers) / "set").ok
@@ -120,7 +146,9 @@ def test_a_weight_that_float32_cannot_hold_is_a_rejected_row(tmp_path: Path, wei
 
 
 @pytest.mark.parametrize("settings", [{"train_on": "all"}, {"response_template": "<|im_start|>assistant"}])
-def test_weights_of_turns_and_masks_without_turns_are_not_mixed(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_weights_of_turns_and_masks_without_turns_are_not_mixed(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     with pytest.raises(UsageError, match="--loss-weights weighs turns"):
         _prepare(tmp_path / "a", _rows(WEIGHTS), loss_weights=True, **settings)
 
@@ -138,11 +166,17 @@ def test_verify_finds_a_weight_that_is_none(tmp_path: Path, wrong: float) -> Non
     assert not list(broken_laws(batch, manifest))
     (found,) = broken_laws(replace(batch, loss_weights=weights), manifest)
     assert "above 0 and finite where trained" in found[1]
-    write_shard(tmp_path / "a" / "set" / "shard-00000.arrow", replace(batch, loss_weights=weights), manifest.max_length)
+    write_shard(
+        tmp_path / "a" / "set" / "shard-00000.arrow",
+        replace(batch, loss_weights=weights),
+        manifest.max_length,
+    )
     assert not verify(tmp_path / "a" / "set").ok
 
 
 def test_a_stream_brings_the_weights_along() -> None:
     rows = list(sftdata.stream(_rows(WEIGHTS), tokenizer=TOKENIZER, max_length=64, loss_weights=True))
-    assert {0.5, 2.5, 0.25, 0.125, 0.75, 3.0, 1.5, 1.0} <= {float(one) for row in rows for one in row["loss_weights"]}
+    assert {0.5, 2.5, 0.25, 0.125, 0.75, 3.0, 1.5, 1.0} <= {
+        float(one) for row in rows for one in row["loss_weights"]
+    }
     assert all(((row["loss_weights"] > 0) == (row["labels"] != -100)).all() for row in rows)

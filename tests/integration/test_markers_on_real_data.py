@@ -25,13 +25,17 @@ Turns = list[tuple[str, str]]
 def _turns(row: dict[str, Any]) -> Turns:
     if "conversations" in row:
         markers = {"human": HUMAN, "gpt": BOT}
-        return [(markers[turn["from"]], turn["value"]) for turn in row["conversations"] if turn["from"] in markers]
+        return [
+            (markers[turn["from"]], turn["value"]) for turn in row["conversations"] if turn["from"] in markers
+        ]
     return [(HUMAN, f"{row['instruction']}\n{row['input']}".strip()), (BOT, row["output"])]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    rows: list[dict[str, Any]] = (
+        json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    )
     return rows
 
 
@@ -58,10 +62,14 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _encode(folder: Path, texts: list[str]) -> list[Encoded]:
-    return [(one.ids, one.offsets) for one in _tokenizer(folder).encode_batch(texts, add_special_tokens=False)]
+    return [
+        (one.ids, one.offsets) for one in _tokenizer(folder).encode_batch(texts, add_special_tokens=False)
+    ]
 
 
-def test_every_row_with_the_marker_is_found_and_trains_exactly_its_answers(conversations: list[Turns], texts: list[str]) -> None:
+def test_every_row_with_the_marker_is_found_and_trains_exactly_its_answers(
+    conversations: list[Turns], texts: list[str]
+) -> None:
     marked = mask_rows(texts, BOT, HUMAN)
     without = [row for row, turns in enumerate(conversations) if all(marker != BOT for marker, _ in turns)]
     assert list(marked.faults) == without
@@ -70,12 +78,16 @@ def test_every_row_with_the_marker_is_found_and_trains_exactly_its_answers(conve
         data = texts[row].encode()
         trained = [data[start:stop].decode() for start, stop in marked.spans[row]]
         answers = [(" " + value, position) for position, (marker, value) in enumerate(turns) if marker == BOT]
-        assert trained == [value + ("" if position == len(turns) - 1 else "\n") for value, position in answers]
+        assert trained == [
+            value + ("" if position == len(turns) - 1 else "\n") for value, position in answers
+        ]
         assert marked.closed[row] == (turns[-1][0] == BOT)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_trained_tokens_decode_to_the_answers(shared_data: Path, conversations: list[Turns], texts: list[str], name: str) -> None:
+def test_trained_tokens_decode_to_the_answers(
+    shared_data: Path, conversations: list[Turns], texts: list[str], name: str
+) -> None:
     folder = shared_data / "tokenizers" / name
     sample = range(0, len(texts), 2)
     spans = mask_rows(texts, BOT, HUMAN).spans
@@ -100,7 +112,9 @@ def _resolve(folder: Path, texts: list[str], marker: str) -> Resolution:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_resolving_in_context_finds_every_row_with_the_marker(shared_data: Path, texts: list[str], name: str) -> None:
+def test_resolving_in_context_finds_every_row_with_the_marker(
+    shared_data: Path, texts: list[str], name: str
+) -> None:
     result = _resolve(shared_data / "tokenizers" / name, texts[:400], BOT)
     holding = [text for text in texts[:400] if BOT in text]
     assert result.texts_with_marker == len(holding)
@@ -118,9 +132,13 @@ def test_a_llama_like_marker_alone_is_found_in_no_text_where_it_follows_a_newlin
     encoded = [ids for ids, _ in _encode(folder, texts[:400])]
     flat = np.array([token for ids in encoded for token in ids], np.int32)
     offsets = np.cumsum([0, *map(len, encoded)])
-    assert trl_0_7_10_mask(flat, offsets, result.alone).response_warned.all(), "the old collator masks every row"
+    assert trl_0_7_10_mask(flat, offsets, result.alone).response_warned.all(), (
+        "the old collator masks every row"
+    )
     (in_context,) = result.sequences
-    assert trl_0_7_10_mask(flat, offsets, in_context.ids).response_warned.sum() == sum(BOT not in text for text in texts[:400])
+    assert trl_0_7_10_mask(flat, offsets, in_context.ids).response_warned.sum() == sum(
+        BOT not in text for text in texts[:400]
+    )
 
 
 @pytest.mark.parametrize("name", LLAMA_LIKE)
@@ -135,7 +153,9 @@ def test_a_llama_like_question_marker_has_other_ids_at_the_start_than_later_on(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_markers_given_as_resolved_ids_train_the_same_tokens_as_text(shared_data: Path, texts: list[str], name: str) -> None:
+def test_markers_given_as_resolved_ids_train_the_same_tokens_as_text(
+    shared_data: Path, texts: list[str], name: str
+) -> None:
     folder = shared_data / "tokenizers" / name
     part = texts[:400]
     response = _resolve(folder, part, BOT).sequences[0].ids
@@ -163,7 +183,9 @@ def test_a_space_before_the_marker_hides_it_from_the_old_collator_but_not_from_t
     spaced = [text for text in spaced if f" {BOT}" in text]
     result = _resolve(folder, spaced, BOT)
     assert result.alone_count == 0
-    assert all(one.starts_inside for one in result.sequences), "the space and the marker's first characters are one token"
+    assert all(one.starts_inside for one in result.sequences), (
+        "the space and the marker's first characters are one token"
+    )
     encoded = [ids for ids, _ in _encode(folder, spaced)]
     flat = np.array([token for ids in encoded for token in ids], np.int32)
     assert trl_0_7_10_mask(flat, np.cumsum([0, *map(len, encoded)]), result.alone).response_warned.all()

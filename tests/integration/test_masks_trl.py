@@ -45,10 +45,15 @@ STOPS = {
     "llama3": "<|eot_id|>", "muse_glimmer": "<|eot|>", "phi3": "<|end|>", "phi3_5": "<|end|>",
 }  # fmt: skip
 # transformers ends a block at the first token of its last character; where that takes several, the others are left untrained.
-SHORT_IN_TRL = {("diffusion_gemma", "edges", "real"): "👦", ("diffusion_gemma", "edges", "made"): "²\ufffd\ufffd\ufffd"}
+SHORT_IN_TRL = {
+    ("diffusion_gemma", "edges", "real"): "👦",
+    ("diffusion_gemma", "edges", "made"): "²\ufffd\ufffd\ufffd",
+}
 IMAGE_MODELS = {"idefics3", "llava_next", "smolvlm"}  # these templates take lists of parts only
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of trl and accelerate
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # of trl and accelerate
 
 
 def _source(name: str) -> str:
@@ -58,11 +63,15 @@ def _source(name: str) -> str:
 @cache
 def _encoder(folder: Path) -> Encoder:
     """Load a tokenizer that knows the control tokens of all templates."""
-    tokens = dict.fromkeys(token for path in sorted(FOLDER.glob("*.jinja")) for token in control_tokens(path.read_text("utf-8")))
+    tokens = dict.fromkeys(
+        token for path in sorted(FOLDER.glob("*.jinja")) for token in control_tokens(path.read_text("utf-8"))
+    )
     eos_token = "<|endoftext|>" if folder.name == "gpt2" else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFTDATA_CACHE", str(CACHE))
-        return load_encoder(resolve_tokenizer(str(folder), add_tokens=list(tokens), eos_token=eos_token), "tokenizers")
+        return load_encoder(
+            resolve_tokenizer(str(folder), add_tokens=list(tokens), eos_token=eos_token), "tokenizers"
+        )
 
 
 @cache
@@ -74,20 +83,31 @@ def _folder(home: Path, pair: str) -> Path:
     """Choose a tokenizer: one that has a BOS token where the template asks for it, else by turns."""
     made = (home / "tokenizers" / MADE[0]).is_dir()
     with_bos, names = ("made-turns", MADE) if made else ("llama-3.2-instruct", TOKENIZERS)
-    return home / "tokenizers" / (with_bos if "bos_token" in _source(pair) else names[PAIRS.index(pair) % len(names)])
+    return (
+        home
+        / "tokenizers"
+        / (with_bos if "bos_token" in _source(pair) else names[PAIRS.index(pair) % len(names)])
+    )
 
 
 def _rows(chats: dict[str, Chat]) -> list[Conversation]:
-    return [Conversation(chat["messages"], [None] * len(chat["messages"]), chat.get("tools")) for chat in chats.values()]
+    return [
+        Conversation(chat["messages"], [None] * len(chat["messages"]), chat.get("tools"))
+        for chat in chats.values()
+    ]
 
 
-def _finder(source: str, encoder: Encoder, told: list[str] | None = None, *, trust: bool = False) -> SpanFinder:
+def _finder(
+    source: str, encoder: Encoder, told: list[str] | None = None, *, trust: bool = False
+) -> SpanFinder:
     resolved = encoder.resolved
     template = ChatTemplate(source, resolved.special_tokens)
     return SpanFinder(template, told or resolved.stop_tokens, *resolved.by_mark, trust_control_tokens=trust)
 
 
-def _ours(finder: SpanFinder, encoder: Encoder, chats: dict[str, Chat], boundary: Any) -> dict[str, tuple[list[int], list[int]]]:
+def _ours(
+    finder: SpanFinder, encoder: Encoder, chats: dict[str, Chat], boundary: Any
+) -> dict[str, tuple[list[int], list[int]]]:
     rendered = render_rows(_rows(chats), np.arange(len(chats)), Renderer(finder))
     if rendered.conversations is None:
         return {}
@@ -100,10 +120,17 @@ def _ours(finder: SpanFinder, encoder: Encoder, chats: dict[str, Chat], boundary
     return labelled
 
 
-def _theirs(source: str, tokenizer: Any, chats: dict[str, Chat], folder: Path) -> dict[str, tuple[list[int], list[int]]]:
+def _theirs(
+    source: str, tokenizer: Any, chats: dict[str, Chat], folder: Path
+) -> dict[str, tuple[list[int], list[int]]]:
     """Run the rows through `SFTTrainer._prepare_dataset`, one by one: one row without assistant tokens ends TRL's run."""
     arguments = SFTConfig(
-        output_dir=str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, bf16=False, report_to=[]
+        output_dir=str(folder),
+        assistant_only_loss=True,
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
     )
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=source, completion_only_loss=False)
     labelled = {}
@@ -112,8 +139,18 @@ def _theirs(source: str, tokenizer: Any, chats: dict[str, Chat], folder: Path) -
         dataset = IterableDataset.from_generator(lambda rows=rows: iter(rows))
         with fixed_clock():
             try:
-                prepared = next(iter(SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, False, None, "train")))
-            except (jinja2.TemplateError, TypeError, RuntimeError):  # the template refuses the row, or TRL one without answers
+                prepared = next(
+                    iter(
+                        SFTTrainer._prepare_dataset(
+                            trainer, dataset, tokenizer, arguments, False, None, "train"
+                        )
+                    )
+                )
+            except (
+                jinja2.TemplateError,
+                TypeError,
+                RuntimeError,
+            ):  # the template refuses the row, or TRL one without answers
                 continue
         labelled[title] = (prepared["input_ids"], prepared["labels"])
     return labelled
@@ -127,7 +164,9 @@ def _as_taken(pair: str) -> dict[str, Chat]:
 
 @pytest.mark.parametrize("name", ["made", "real"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, name: str, home: Path, tmp_path: Path) -> None:
+def test_training_templates_give_the_ids_and_labels_of_trl(
+    pair: str, name: str, home: Path, tmp_path: Path
+) -> None:
     folder = _folder(home, pair)
     encoder = _encoder(folder)
     ours = _ours(_finder(_source(f"{pair}_training"), encoder), encoder, CHATS, "merge")
@@ -135,7 +174,11 @@ def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, name: str,
     for title, (ids, labels) in ours.items():
         if (pair, title, name) in SHORT_IN_TRL:
             assert theirs[title][0] == ids
-            missed = [at for at, (label, other) in enumerate(zip(labels, theirs[title][1], strict=True)) if label != other]
+            missed = [
+                at
+                for at, (label, other) in enumerate(zip(labels, theirs[title][1], strict=True))
+                if label != other
+            ]
             short = _reference(folder).decode([ids[missed[0] - 1], *(labels[at] for at in missed)])
             assert short == SHORT_IN_TRL[pair, title, name]
         elif title in theirs:
@@ -150,12 +193,20 @@ def test_training_templates_give_the_ids_and_labels_of_trl(pair: str, name: str,
 def test_plain_templates_train_what_the_oracle_says(pair: str, name: str, home: Path) -> None:
     folder = _folder(home, pair)
     encoder, tokenizer = _encoder(folder), _reference(folder)
-    special, as_text = encoder.resolved.special_tokens, pair == "deepseekv3"  # it joins tool arguments as text
-    form = Format(_source(pair), STOPS.get(pair, "<|im_end|>").split(), special, pair in IMAGE_MODELS, as_text)
+    special, as_text = (
+        encoder.resolved.special_tokens,
+        pair == "deepseekv3",
+    )  # it joins tool arguments as text
+    form = Format(
+        _source(pair), STOPS.get(pair, "<|im_end|>").split(), special, pair in IMAGE_MODELS, as_text
+    )
     labelled = _ours(_finder(form.source, encoder, TOLD.get(pair)), encoder, CHATS, "split")
     for title, (ids, labels) in labelled.items():
         chat = CHATS[title]
-        text, spans = form.render(chat["messages"], chat.get("tools")), trained_spans(form, chat["messages"], chat.get("tools"))
+        text, spans = (
+            form.render(chat["messages"], chat.get("tools")),
+            trained_spans(form, chat["messages"], chat.get("tools")),
+        )
         assert tokenizer.decode(ids) == text, title
         trained = tokenizer.decode([label for label in labels if label >= 0])
         assert trained == "".join(text[slice(*span)] for span in spans.values()), title

@@ -36,7 +36,9 @@ class Outcome:
         form = Format(source, STOPS.get(name.partition("/")[2], "</s>").split(), SPECIAL | more)
         special, plain = facts.by_mark
         control = [*special, *control_tokens(source), *SPECIAL.values()]
-        self.finder = SpanFinder(ChatTemplate(source, SPECIAL, template_kwargs=more), ("</s>",), control, plain)
+        self.finder = SpanFinder(
+            ChatTemplate(source, SPECIAL, template_kwargs=more), ("</s>",), control, plain
+        )
         self.backend = reference(shared_data, TOKENIZER)
         self.encoder = encoder(shared_data, TOKENIZER, "tokenizers")
         self.verdicts: Counter[str] = Counter()
@@ -68,7 +70,9 @@ class Outcome:
         first = int(np.argmax(tokens.trained))
         if tokens.trained.any():
             prompt = rendered.text[: min(spans)[0]]
-            assert tokens.input_ids[:first].tolist() == self.backend.encode(prompt, add_special_tokens=False).ids, title
+            assert (
+                tokens.input_ids[:first].tolist() == self.backend.encode(prompt, add_special_tokens=False).ids
+            ), title
 
 
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)

@@ -28,7 +28,10 @@ LONG = " and so on" * 99
 
 
 def chat(*texts: str, **keys: Any) -> list[dict[str, Any]]:
-    return [{"role": "assistant" if number % 2 else "user", "content": text} | keys for number, text in enumerate(texts)]
+    return [
+        {"role": "assistant" if number % 2 else "user", "content": text} | keys
+        for number, text in enumerate(texts)
+    ]
 
 
 # Each kind of input, with something in it for every setting that can act on such rows.
@@ -39,7 +42,11 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         {"messages": chat("R ### A:", "B")},
     ],
     "prompts as messages": [
-        {"prompt": chat("Hi ### A: <|im_end|>", "Hello.", "Go on"), "completion": chat("", f"### A: So{LONG}")[1:], "more": "x"},
+        {
+            "prompt": chat("Hi ### A: <|im_end|>", "Hello.", "Go on"),
+            "completion": chat("", f"### A: So{LONG}")[1:],
+            "more": "x",
+        },
         {"prompt": chat("Q ### A:"), "completion": chat("", "A")[1:]},
         {"prompt": chat("R ### A:"), "completion": chat("", "B")[1:]},
     ],
@@ -53,14 +60,21 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         {"instruction": "Q ### A:", "output": "B"},
         {"instruction": "R ### A:", "output": "C"},
     ],
-    "text": [{"text": f"<|im_end|> ### A: wor{LONG}", "more": "x"}, {"text": "Q ### A: B"}, {"text": "R ### A: C"}],
+    "text": [
+        {"text": f"<|im_end|> ### A: wor{LONG}", "more": "x"},
+        {"text": "Q ### A: B"},
+        {"text": "R ### A: C"},
+    ],
     "ids": [
         {"input_ids": [5, 6, 7] * 99, "labels": [-100, 6, 7] * 99, "more": "x"},
         {"input_ids": [5, 6, PAD, 7], "labels": [-100, 6, PAD, 7]},
         {"input_ids": [5, 6, 8], "labels": [-100, 6, 8]},
     ],
 }
-CHATS, TALK = {"conversations", "prompts as messages", "instructions"}, {"conversations", "prompts as messages"}
+CHATS, TALK = (
+    {"conversations", "prompts as messages", "instructions"},
+    {"conversations", "prompts as messages"},
+)
 TEXTS = {*CHATS, "completions", "text"}
 # setting -> values to try, and the kinds of input on which it acts; on all others it is refused by its name.
 ACTS: dict[str, list[tuple[Any, set[str]]]] = {
@@ -68,7 +82,11 @@ ACTS: dict[str, list[tuple[Any, set[str]]]] = {
     "map": [({"system": "more"}, {*CHATS, "completions"})],
     "map_role": [({"user": "tool"}, TALK)],
     "formatter": [("tests.integration.test_nothing_ignored:as_text", {*KINDS})],
-    "kind": [("conversation", {"completions"}), ("completion", {"instructions"}), ("text", {"completions", "instructions"})],
+    "kind": [
+        ("conversation", {"completions"}),
+        ("completion", {"instructions"}),
+        ("text", {"completions", "instructions"}),
+    ],
     "prompt_template": [("prompt.txt", set())],
     "chat_template": [("chatml", {*KINDS})],  # it is stored with the tokenizer of the set
     "template_kwargs": [({"shout": True}, CHATS), ({"shuot": True}, set())],
@@ -129,17 +147,28 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def made(source: str, **settings: Any) -> tuple[Any, ...]:
     """Return all that a set of this input would hold: its rows, its tokenizer, its template."""
-    settings = {"chat_template": "chat.jinja", "max_length": 200, "tokenizer": TOKENIZER, "output": "out"} | settings
+    settings = {
+        "chat_template": "chat.jinja",
+        "max_length": 200,
+        "tokenizer": TOKENIZER,
+        "output": "out",
+    } | settings
     plan = make_plan(make_config(inputs=f"{source}.jsonl", **settings))
     stages, config = load_stages(plan.job), plan.job.config
-    found: list[Any] = [plan.job.tokenizer.sha256, plan.job.tokenizer.eos_id, plan.job.tokenizer.chat_template]
+    found: list[Any] = [
+        plan.job.tokenizer.sha256,
+        plan.job.tokenizer.eos_id,
+        plan.job.tokenizer.chat_template,
+    ]
     for index, planned in enumerate(plan.sources):
         for piece in planned.slices:
             done = prepare_piece(stages, Piece(index, piece))
             found.append([reject.code for reject in done.rejects])
             length, weighted = plan.job.max_length, config.loss_weights
             packs = plan_packs(done.tokens.lengths, length, config.packing)
-            rows = gather(done.tokens, done.example_ids, packs, length, PAD, constant=plan.job.packed, weighted=weighted)
+            rows = gather(
+                done.tokens, done.example_ids, packs, length, PAD, constant=plan.job.packed, weighted=weighted
+            )
             columns = (rows.input_ids, rows.labels, rows.seq_lengths, rows.row_offsets, rows.loss_weights)
             found += [None if column is None else column.tolist() for column in columns]
     return tuple(found)
@@ -148,7 +177,9 @@ def made(source: str, **settings: Any) -> tuple[Any, ...]:
 TRIED = [(name, value, acts) for name, values in ACTS.items() for value, acts in values]
 
 
-@pytest.mark.parametrize(("name", "value", "acts"), TRIED, ids=[f"{name}={value}" for name, value, _ in TRIED])
+@pytest.mark.parametrize(
+    ("name", "value", "acts"), TRIED, ids=[f"{name}={value}" for name, value, _ in TRIED]
+)
 def test_a_setting_acts_or_is_refused(name: str, value: Any, acts: set[str], place: Path) -> None:
     word = name.replace("_", "[-_]") if name != "format" else "columns"
     for kind in KINDS:
@@ -181,7 +212,9 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_needs_another_setting_acts_with_it(pair: str, place: Path) -> None:
     kind, settings = PAIRS[pair]
     last = list(settings)[0 if pair.startswith("a prompt") else -1]
-    assert made(kind, **settings) != made(kind, **{name: value for name, value in settings.items() if name != last})
+    assert made(kind, **settings) != made(
+        kind, **{name: value for name, value in settings.items() if name != last}
+    )
 
 
 AGAINST: dict[str, dict[str, Any]] = {
@@ -203,18 +236,25 @@ def test_settings_that_leave_each_other_nothing_to_do_are_refused(flag: str, pla
 def test_one_source_on_which_a_setting_acts_is_enough(place: Path) -> None:
     settings = {"tokenizer": TOKENIZER, "output": "out", "trust_control_tokens": True}
     assert make_plan(make_config(inputs=["text.jsonl", "conversations.jsonl"], **settings))
-    with pytest.raises(UsageError, match=r"text\.jsonl holds running text \(text\); ids\.jsonl holds ids \(tokens\)"):
+    with pytest.raises(
+        UsageError, match=r"text\.jsonl holds running text \(text\); ids\.jsonl holds ids \(tokens\)"
+    ):
         make_plan(make_config(inputs=["text.jsonl", "ids.jsonl"], **settings))
 
 
 def test_a_text_marker_is_refused_beside_any_ids(place: Path) -> None:
-    config = make_config(inputs=["text.jsonl", "ids.jsonl"], tokenizer=TOKENIZER, output="out", response_template="### A:")
+    config = make_config(
+        inputs=["text.jsonl", "ids.jsonl"], tokenizer=TOKENIZER, output="out", response_template="### A:"
+    )
     with pytest.raises(UsageError, match=r"--response-template '### A:' is text, and ids\.jsonl holds ids"):
         make_plan(config)
 
 
 def test_a_role_that_no_message_has_is_refused_with_those_that_there_are(place: Path) -> None:
-    with pytest.raises(UsageError, match=r"no message has the role 'usr'; there are assistant, user\..* did you mean 'user'\?"):
+    with pytest.raises(
+        UsageError,
+        match=r"no message has the role 'usr'; there are assistant, user\..* did you mean 'user'\?",
+    ):
         made("conversations", map_role={"usr": "tool"})
 
 
@@ -231,7 +271,9 @@ def test_a_role_that_the_sample_lacks_is_said_where_there_is_more(place: Path) -
 
 def notes_on(rows: list[dict[str, Any]], **settings: Any) -> str:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return "\n".join(make_plan(make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", **settings)).notes)
+    return "\n".join(
+        make_plan(make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", **settings)).notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,8 +283,13 @@ def notes_on(rows: list[dict[str, Any]], **settings: Any) -> str:
         ("\nUser:", "\nAssistant:"), ("<|im_start|>user\n", "<|im_start|>assistant\n"), ("[INST]", "[/INST]"),
     ],
 )  # fmt: skip
-def test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers(asked: str, answered: str, place: Path) -> None:
-    rows = [{"text": f"{asked} What is {n}?\n{answered} It is {n}.\n{asked} And?\n{answered} Done."} for n in range(6)]
+def test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers(
+    asked: str, answered: str, place: Path
+) -> None:
+    rows = [
+        {"text": f"{asked} What is {n}?\n{answered} It is {n}.\n{asked} And?\n{answered} Done."}
+        for n in range(6)
+    ]
     said = notes_on(rows)
     flags = re.search(r"--response-template (.+) --instruction-template (.+)$", said, re.MULTILINE)
     assert flags, said
@@ -251,13 +298,17 @@ def test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers(a
     settings = {"response_template": answered, "instruction_template": asked}
     assert "--response-template" not in notes_on(rows, **settings)
     assert "--response-template" not in notes_on(rows, train_on="all")
-    plan = make_plan(make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", packing="none", **settings))
+    plan = make_plan(
+        make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", packing="none", **settings)
+    )
     done = prepare_piece(load_stages(plan.job), Piece(0, plan.sources[0].slices[0]))
     assert not done.rejects
 
 
 def test_text_without_turns_is_hinted_at_in_no_way(place: Path) -> None:
-    assert "--response-template" not in notes_on([{"text": f"# Title {n}\nA text: of lines.\n"} for n in range(6)])
+    assert "--response-template" not in notes_on(
+        [{"text": f"# Title {n}\nA text: of lines.\n"} for n in range(6)]
+    )
 
 
 def test_raw_prompts_are_said_to_be_raw_with_the_way_to_the_template(place: Path) -> None:
@@ -265,6 +316,8 @@ def test_raw_prompts_are_said_to_be_raw_with_the_way_to_the_template(place: Path
     assert "--kind conversation renders them" in notes_on(rows)
     for kind in ("conversation", "completion"):
         assert "--kind" not in notes_on(rows, kind=kind)
-    rendered = [{"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "response": "Hello."}] * 3
+    rendered = [
+        {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "response": "Hello."}
+    ] * 3
     assert "--kind" not in notes_on(rendered)
     assert "--kind" not in notes_on([{"prompt": "### Human: Hi\n### Assistant:", "response": "Hello."}] * 3)

@@ -31,7 +31,9 @@ def write_shards(folder: Path, strategy: Strategy = "bfd") -> tuple[TokenBatch, 
         start, stop = tokens.offsets[part[0]], tokens.offsets[part[-1] + 1]
         offsets = tokens.offsets[part[0] : part[-1] + 2] - start
         half = TokenBatch(tokens.input_ids[start:stop], tokens.trained[start:stop], offsets, part)
-        rows = gather(half, part, plan_packs(half.lengths, MAX_LENGTH, strategy), MAX_LENGTH, 0, strategy != "none")
+        rows = gather(
+            half, part, plan_packs(half.lengths, MAX_LENGTH, strategy), MAX_LENGTH, 0, strategy != "none"
+        )
         write_shard(folder / shard_name(index), rows, length)
         names.append(str(folder / shard_name(index)))
     return tokens, names
@@ -57,7 +59,9 @@ def test_datasets_loads_the_shards_and_sees_every_token(tmp_path: Path, strategy
             found.setdefault(example, []).extend(row["input_ids"][at : at + length])
             at += length
     found.pop(-1, None)
-    assert found == {i: tokens.input_ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() for i in range(len(tokens))}
+    assert found == {
+        i: tokens.input_ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() for i in range(len(tokens))
+    }
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "none"])
@@ -91,7 +95,10 @@ def trl_parts() -> tuple[Any, Any]:
     )  # fmt: skip
     words = {f"t{i}": i for i in range(VOCAB)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t1")), unk_token="t1", pad_token="t0", eos_token="t2"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t1")),
+        unk_token="t1",
+        pad_token="t0",
+        eos_token="t2",
     )
     return Qwen2ForCausalLM(config).float().eval(), tokenizer
 

@@ -20,7 +20,9 @@ from tests.shown_sets import CHAT, write_set
 from tests.waiting import HANGS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
+)
 
 PHONE, DESK = 360, 1200
 # The pages run no script, so a frame around them measures. Luminance and contrast: WCAG 2.2, 1.4.3.
@@ -58,7 +60,11 @@ def pages(folder: Path) -> dict[str, str]:
     shards = open_shown(
         write_set(
             folder / "a-set-with-quite-a-long-name",
-            [CHAT.format(f"What is {i}? " * (i % 5 + 1), "Long" * 40 if i == 3 else f"{i}.") for i in range(30)] + ["⟦Endless⟧"],
+            [
+                CHAT.format(f"What is {i}? " * (i % 5 + 1), "Long" * 40 if i == 3 else f"{i}.")
+                for i in range(30)
+            ]
+            + ["⟦Endless⟧"],
             cut=5,
             max_length=128,
         )
@@ -66,11 +72,16 @@ def pages(folder: Path) -> dict[str, str]:
     run = folder / "run"
     run.mkdir()
     lines = [
-        {"step": i, "loss": 9 / i, "grad_norm": i % 3, "learning_rate": 1e-4, "tokens_per_second": 9e5} for i in range(1, 300)
+        {"step": i, "loss": 9 / i, "grad_norm": i % 3, "learning_rate": 1e-4, "tokens_per_second": 9e5}
+        for i in range(1, 300)
     ]
     lines += [{"step": i, "eval_a_set_with_a_long_name_loss": 3.25} for i in (100, 200)]
     (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return {"report": make_report(shards), "view": view_page(shards.view(0), ids=True), "training": make_training_report(run)}
+    return {
+        "report": make_report(shards),
+        "view": view_page(shards.view(0), ids=True),
+        "training": make_training_report(run),
+    }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -78,7 +89,9 @@ def test_pages_fit_a_phone_are_readable_and_say_nothing_on_the_console(tmp_path:
     found = {}
     for name, text in pages(tmp_path).items():
         write_page(tmp_path / f"{name}.html", text)
-        frames = "".join(f'<iframe src="{name}.html" width="{width}" height="900"></iframe>' for width in (PHONE, DESK))
+        frames = "".join(
+            f'<iframe src="{name}.html" width="{width}" height="900"></iframe>' for width in (PHONE, DESK)
+        )
         (tmp_path / "measure.html").write_text(MEASURE + frames)
         done = subprocess.run(
             [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",

@@ -22,7 +22,13 @@ from tests.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
-WORDS = ("quick brown fox jumps over a lazy dog", "seven bright stars look on", "and say nothing", "at all", "while it rains")
+WORDS = (
+    "quick brown fox jumps over a lazy dog",
+    "seven bright stars look on",
+    "and say nothing",
+    "at all",
+    "while it rains",
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +48,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_digest(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,12 +69,19 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def test_three_formats_become_one_verified_set(tmp_path: Path) -> None:
-    inputs = [EXAMPLES / name for name in ("conversations.jsonl", "instructions.json", "text.txt") if (EXAMPLES / name).exists()]
+    inputs = [
+        EXAMPLES / name
+        for name in ("conversations.jsonl", "instructions.json", "text.txt")
+        if (EXAMPLES / name).exists()
+    ]
     manifest = sftdata.prepare(inputs, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=256)
     assert verify(tmp_path / "set").problems == []
     assert manifest.ledger.rows_in == manifest.ledger.rows_kept > 80
     assert len(manifest.ledger.sources) == len(inputs)
-    assert sum(source.tokens_trained for source in manifest.ledger.sources.values()) == manifest.ledger.tokens_trained
+    assert (
+        sum(source.tokens_trained for source in manifest.ledger.sources.values())
+        == manifest.ledger.tokens_trained
+    )
 
 
 def test_every_row_of_a_set_leads_back_to_its_line(tmp_path: Path, chats: Path) -> None:
@@ -87,7 +104,12 @@ def test_labels_are_the_answers_and_their_end_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     rows = [
-        {"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"question {n}"},
+                {"role": "assistant", "content": f"answer {n}"},
+            ]
+        }
         for n in range(5)
     ]
     path = tmp_path / "rows.json"
@@ -106,9 +128,16 @@ def test_labels_are_the_answers_and_their_end_token(tmp_path: Path) -> None:
     ("packing", "overlong"),
     [*product(["bfd", "none"], ["truncate", "truncate-left", "drop", "split"]), ("wrapped", "truncate")],
 )
-def test_rows_and_tokens_are_conserved_under_every_policy(tmp_path: Path, chats: Path, packing: str, overlong: str) -> None:
+def test_rows_and_tokens_are_conserved_under_every_policy(
+    tmp_path: Path, chats: Path, packing: str, overlong: str
+) -> None:
     manifest = sftdata.prepare(
-        chats, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=200, packing=packing, overlong=overlong
+        chats,
+        tokenizer=TOKENIZER,
+        output=tmp_path / "set",
+        max_length=200,
+        packing=packing,
+        overlong=overlong,
     )
     manifest.ledger.check()
     assert verify(tmp_path / "set").problems == []
@@ -131,7 +160,10 @@ def test_bad_rows_are_rejected_one_by_one_and_the_file_runs_through_once_mended(
     manifest = sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_rejects="2")
     assert manifest.ledger.rows_kept == 3
     rejects = [json.loads(line) for line in (tmp_path / "set/rejects.jsonl").read_text().splitlines()]
-    assert [(reject["line"], reject["code"]) for reject in rejects] == [(2, "invalid-json"), (4, "unknown-role")]
+    assert [(reject["line"], reject["code"]) for reject in rejects] == [
+        (2, "invalid-json"),
+        (4, "unknown-role"),
+    ]
     assert rejects[1]["byte_offset"] == path.read_bytes().index(bad_role.encode())
     assert "--map-role bot=assistant" in rejects[1]["fix"]
 
@@ -152,7 +184,9 @@ def test_too_many_rejects_fail_with_exit_3_and_say_what_mends_them(tmp_path: Pat
     assert "--map-role bot=assistant" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "set").exists()
-    mended = command("prepare", path, "-t", TOKENIZER, "-o", tmp_path / "set", "--map-role", "bot=assistant", "--overwrite")
+    mended = command(
+        "prepare", path, "-t", TOKENIZER, "-o", tmp_path / "set", "--map-role", "bot=assistant", "--overwrite"
+    )
     assert mended.returncode == 0, mended.stderr
 
 
@@ -178,20 +212,45 @@ def test_workers_hash_seeds_locale_and_clock_do_not_change_a_byte(tmp_path: Path
     ):
         folder = tmp_path / str(number) / "set"
         folder.parent.mkdir()
-        done = command("prepare", chats, "-t", TOKENIZER, "-o", folder, "--max-length", 512, "--workers", workers, **environment)
+        done = command(
+            "prepare",
+            chats,
+            "-t",
+            TOKENIZER,
+            "-o",
+            folder,
+            "--max-length",
+            512,
+            "--workers",
+            workers,
+            **environment,
+        )
         assert done.returncode == 0, done.stderr
         reference = reference or folder_digest(folder)
         assert folder_digest(folder) == reference
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, chats: Path) -> None:
-    arguments = ["prepare", str(chats), "-t", TOKENIZER, "--max-length", "512", "--set", "slice_bytes=300000", "--workers", "2"]
+    arguments = [
+        "prepare",
+        str(chats),
+        "-t",
+        TOKENIZER,
+        "--max-length",
+        "512",
+        "--set",
+        "slice_bytes=300000",
+        "--workers",
+        "2",
+    ]
     whole = command(*arguments, "-o", tmp_path / "whole/set")
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "killed" / "set"
     folder.parent.mkdir()
     for slices in (1, 3, 5):
-        run = subprocess.Popen([sys.executable, "-m", "sftdata", *arguments, "-o", str(folder)], stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "sftdata", *arguments, "-o", str(folder)], stderr=subprocess.DEVNULL
+        )
         wait_until(lambda slices=slices: slices_done(folder) >= slices or run.poll() is not None)  # noqa: B023
         assert run.poll() is None, "it ended before it could be killed"
         run.send_signal(signal.SIGKILL)
@@ -209,7 +268,9 @@ def test_the_same_command_again_does_nothing_and_changed_settings_are_refused(tm
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")} == before
     with pytest.raises(UsageError, match="max_length"):
         sftdata.prepare(EXAMPLES / "conversations.jsonl", **settings | {"max_length": 64})
-    replaced = sftdata.prepare(EXAMPLES / "conversations.jsonl", **settings | {"max_length": 64}, overwrite=True)
+    replaced = sftdata.prepare(
+        EXAMPLES / "conversations.jsonl", **settings | {"max_length": 64}, overwrite=True
+    )
     assert replaced.max_length == 64
     assert verify(tmp_path / "set").problems == []
 
@@ -217,7 +278,14 @@ def test_the_same_command_again_does_nothing_and_changed_settings_are_refused(tm
 def test_both_engines_give_the_same_bytes(tmp_path: Path, chats: Path) -> None:
     for engine in ("gigatoken", "tokenizers"):
         (tmp_path / engine).mkdir()
-        sftdata.prepare(chats, tokenizer=TOKENIZER, output=tmp_path / engine / "set", max_length=512, engine=engine, workers=1)
+        sftdata.prepare(
+            chats,
+            tokenizer=TOKENIZER,
+            output=tmp_path / engine / "set",
+            max_length=512,
+            engine=engine,
+            workers=1,
+        )
     assert folder_digest(tmp_path / "gigatoken/set") == folder_digest(tmp_path / "tokenizers/set")
 
 
@@ -228,15 +296,25 @@ def test_both_engines_give_the_same_bytes(tmp_path: Path, chats: Path) -> None:
     ("arguments", "code", "said"),
     [
         (["missing.jsonl", "-t", TOKENIZER], 2, "missing.jsonl"),
-        ([str(EXAMPLES / "conversations.jsonl"), "-t", "no/such/tokenizer/folder"], 2, "no/such/tokenizer/folder"),
-        ([str(EXAMPLES / "conversations.jsonl"), "-t", TOKENIZER, "--set", "max_lenght=3"], 2, "did you mean 'max_length'"),
+        (
+            [str(EXAMPLES / "conversations.jsonl"), "-t", "no/such/tokenizer/folder"],
+            2,
+            "no/such/tokenizer/folder",
+        ),
+        (
+            [str(EXAMPLES / "conversations.jsonl"), "-t", TOKENIZER, "--set", "max_lenght=3"],
+            2,
+            "did you mean 'max_length'",
+        ),
         ([str(EXAMPLES / "conversations.jsonl"), "-t", TOKENIZER, "--max-length", "0"], 2, "max_length"),
         ([str(EXAMPLES / "conversations.jsonl"), "-t", TOKENIZER, "--format", "alpca"], 2, "alpaca"),
         ([str(EXAMPLES / "conversations.jsonl"), "-t", TOKENIZER, "--chat-template", "chatmll"], 2, "chatml"),
         ([str(EXAMPLES / "conversations.jsonl")], 2, "-t"),
     ],
 )
-def test_a_wrong_command_is_one_line_with_the_fix(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+def test_a_wrong_command_is_one_line_with_the_fix(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
     failed = command("prepare", *arguments, "-o", tmp_path / "set")
     assert failed.returncode == code
     (line,) = failed.stderr.splitlines()[-1:]
@@ -246,7 +324,9 @@ def test_a_wrong_command_is_one_line_with_the_fix(tmp_path: Path, arguments: lis
 
 
 def test_json_goes_to_stdout_alone(tmp_path: Path) -> None:
-    done = command("prepare", EXAMPLES / "conversations.jsonl", "-t", TOKENIZER, "-o", tmp_path / "set", "--json")
+    done = command(
+        "prepare", EXAMPLES / "conversations.jsonl", "-t", TOKENIZER, "-o", tmp_path / "set", "--json"
+    )
     assert json.loads(done.stdout)["ledger"]["rows_in"] == 40
     assert np.array(json.loads(done.stdout)["shards"]).size
 
@@ -254,7 +334,16 @@ def test_json_goes_to_stdout_alone(tmp_path: Path) -> None:
 def test_the_summary_tells_what_the_audit_found_with_its_line_and_what_mends_it(tmp_path: Path) -> None:
     rows = [{"prompt": f"Question {i}?", "completion": "" if i == 3 else "Yes."} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ("prepare", tmp_path / "rows.jsonl", "-t", TOKENIZER, "--max-length", "64", "-o", tmp_path / "set")
+    arguments = (
+        "prepare",
+        tmp_path / "rows.jsonl",
+        "-t",
+        TOKENIZER,
+        "--max-length",
+        "64",
+        "-o",
+        tmp_path / "set",
+    )
     said = command(*arguments).stderr
     assert "    defect empty-answer  1 example (11.1%)" in said
     assert "at    rows.jsonl:4\n" in said
@@ -265,7 +354,9 @@ def test_the_summary_tells_what_the_audit_found_with_its_line_and_what_mends_it(
     assert (told["documents"], told["documents_looked_at"]) == (9, 9)
     finding, note = told["findings"]
     assert (finding["code"], finding["count"], finding["examples"]) == ("empty-answer", 1, ["rows.jsonl:4"])
-    assert note["code"] == "raw-prompts"  # the tokenizer has a chat template, and these rows are not asked for in chats
+    assert (
+        note["code"] == "raw-prompts"
+    )  # the tokenizer has a chat template, and these rows are not asked for in chats
 
 
 def test_two_runs_on_one_folder_the_second_refuses(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def test_a_preview_of_a_small_input_is_what_prepare_makes(
     monkeypatch.chdir(tmp_path)
     seen = told(capsys, str(EXAMPLES / "conversations.jsonl"), "-n", "40")
     assert list(tmp_path.iterdir()) == []
-    manifest = sftdata.prepare(EXAMPLES / "conversations.jsonl", tokenizer=TOKENIZER, output="set", max_length=256)
+    manifest = sftdata.prepare(
+        EXAMPLES / "conversations.jsonl", tokenizer=TOKENIZER, output="set", max_length=256
+    )
     ledger = manifest.ledger
     assert seen["projected"]["rows"] == ledger.rows_in
     assert seen["projected"]["tokens"] == ledger.tokens
@@ -60,7 +62,9 @@ def test_a_sample_foretells_a_large_input(tmp_path: Path, capsys: pytest.Capture
     assert projected["seconds_at_most"] > 0
 
 
-def test_a_large_input_is_not_sampled_more_than_a_small_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_large_input_is_not_sampled_more_than_a_small_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = (json.dumps({"text": "All the same words. " * 10}) + "\n").encode()
     sampled = []
     for name, megabytes in (("large", 4), ("larger", 16)):
@@ -70,7 +74,9 @@ def test_a_large_input_is_not_sampled_more_than_a_small_one(tmp_path: Path, caps
         sampled.append(seen["ledger"]["tokens_in"])
         rows = path.read_bytes().count(b"\n")
         assert seen["projected"]["rows"] == rows
-        assert seen["projected"]["tokens"] == pytest.approx(rows * len(seen["examples"][0]["input_ids"]), rel=0.01)
+        assert seen["projected"]["tokens"] == pytest.approx(
+            rows * len(seen["examples"][0]["input_ids"]), rel=0.01
+        )
     assert sampled[1] == pytest.approx(sampled[0], rel=0.05)
 
 

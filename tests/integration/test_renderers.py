@@ -31,19 +31,34 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "template", "config", "differs", "same"), MODELS, ids=[model[0] for model in MODELS])
+@pytest.mark.parametrize(
+    ("name", "template", "config", "differs", "same"), MODELS, ids=[model[0] for model in MODELS]
+)
 def test_what_the_model_samples_is_what_is_trained(
-    name: str, template: str | None, config: str, differs: set[str], same: int, shared_data: Path, tmp_path: Path
+    name: str,
+    template: str | None,
+    config: str,
+    differs: set[str],
+    same: int,
+    shared_data: Path,
+    tmp_path: Path,
 ) -> None:
     renderers = pytest.importorskip("renderers", reason="the package `renderers` is not installed")
     from transformers import AutoTokenizer
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    facts, tokenizer = resolved(shared_data, name), AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
-    source = (shared_data / f"templates/{template}.jinja").read_text() if template else str(facts.chat_template)
+    facts, tokenizer = (
+        resolved(shared_data, name),
+        AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name),
+    )
+    source = (
+        (shared_data / f"templates/{template}.jinja").read_text() if template else str(facts.chat_template)
+    )
     theirs = renderers.create_renderer(tokenizer, getattr(renderers, config)())
     # Its Llama 3 has the date of Llama's own template.
-    finder = SpanFinder(ChatTemplate(source, facts.special_tokens, "2024-07-26"), facts.stop_tokens, *facts.by_mark)
+    finder = SpanFinder(
+        ChatTemplate(source, facts.special_tokens, "2024-07-26"), facts.stop_tokens, *facts.by_mark
+    )
     equal, different = 0, set()
     for title, row in read_shapes(tmp_path).items():
         assert isinstance(row, Conversation)
@@ -65,4 +80,6 @@ def _sampled(theirs: Any, row: Conversation) -> tuple[list[int], list[bool]]:
     found = theirs.render(messages, tools=row.tools)
     answers = [message["role"] == "assistant" for message in messages]
     owners = zip(found.sampled_mask, found.message_indices, strict=True)
-    return list(found.token_ids), [bool(sampled) and owner >= 0 and answers[owner] for sampled, owner in owners]
+    return list(found.token_ids), [
+        bool(sampled) and owner >= 0 and answers[owner] for sampled, owner in owners
+    ]

@@ -56,7 +56,11 @@ def test_all_that_fills_the_last_row_is_untrained() -> None:
 @pytest.mark.feature("constant-length stream")
 def test_an_infinite_stream_goes_on_with_the_tail_of_the_pass_before() -> None:
     wanted = [token for ids in _alone() for token in ids]
-    rows = list(islice(sftdata.stream(TEXTS, tokenizer=TOKENIZER, max_length=64, infinite=True), 3 * len(wanted) // 64))
+    rows = list(
+        islice(
+            sftdata.stream(TEXTS, tokenizer=TOKENIZER, max_length=64, infinite=True), 3 * len(wanted) // 64
+        )
+    )
     found = np.concatenate([row["input_ids"] for row in rows]).tolist()
     assert found == (wanted * 4)[: len(found)]
     with pytest.raises(UsageError, match="give a list"):
@@ -93,14 +97,35 @@ def test_chats_are_masked_in_a_stream_as_in_a_set(tmp_path: Path) -> None:
     path = EXAMPLES / "conversations.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     streamed = list(sftdata.stream(rows, tokenizer=TOKENIZER, max_length=96, buffer_rows=3))
-    sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=96, packing="wrapped", workers=1)
+    sftdata.prepare(
+        path, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=96, packing="wrapped", workers=1
+    )
     stored = sftdata.open(tmp_path / "set")
     assert [row["labels"].tolist() for row in streamed] == [row.labels.tolist() for row in stored]
 
 
 SETTINGS = {
-    *("tokenizer", "formatter", "format", "map", "map_role", "kind", "prompt_template", "revision", "chat_template", "date"),
-    *("template_kwargs", "train_on", "response_template", "instruction_template", "mask_mode", "loss_weights", "boundary"),
+    *(
+        "tokenizer",
+        "formatter",
+        "format",
+        "map",
+        "map_role",
+        "kind",
+        "prompt_template",
+        "revision",
+        "chat_template",
+        "date",
+    ),
+    *(
+        "template_kwargs",
+        "train_on",
+        "response_template",
+        "instruction_template",
+        "mask_mode",
+        "loss_weights",
+        "boundary",
+    ),
     *("eos_token", "trust_control_tokens", "max_length", "engine"),
 }
 
@@ -118,7 +143,11 @@ def test_bad_rows_are_counted_and_a_buffer_of_them_stops_the_stream() -> None:
         list(stream)
     assert stream.rejected == {"null-field": 1}
     with pytest.raises(DataError, match="Nothing to train on in 2 rows"):
-        list(sftdata.stream([*TEXTS, {"text": None}, {"text": None}], tokenizer=TOKENIZER, buffer_rows=len(TEXTS)))
+        list(
+            sftdata.stream(
+                [*TEXTS, {"text": None}, {"text": None}], tokenizer=TOKENIZER, buffer_rows=len(TEXTS)
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------- formatters
@@ -126,7 +155,9 @@ def test_bad_rows_are_counted_and_a_buffer_of_them_stops_the_stream() -> None:
 
 def _pairs(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"q": f"What is {n}?", "a": f"A number, {n}."}) + "\n" for n in range(20)))
+    path.write_text(
+        "".join(json.dumps({"q": f"What is {n}?", "a": f"A number, {n}."}) + "\n" for n in range(20))
+    )
     return path
 
 
@@ -137,7 +168,9 @@ def test_a_function_given_as_it_is_makes_the_rows(tmp_path: Path) -> None:
     def formatter(row: dict[str, str]) -> str:
         return f"{row['q']} {note}{row['a']}"
 
-    manifest = sftdata.prepare(_pairs(tmp_path), tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, formatter=formatter)
+    manifest = sftdata.prepare(
+        _pairs(tmp_path), tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, formatter=formatter
+    )
     assert manifest.ledger.rows_kept == 20
     assert note.strip() in _text(tmp_path / "set")
 
@@ -159,7 +192,9 @@ def test_a_batched_function_takes_columns_and_a_bad_row_costs_no_other(tmp_path:
         return [f"{q} {a}" for q, a in zip(columns["q"], columns["a"], strict=True)]
 
     path = _pairs(tmp_path)
-    manifest = sftdata.prepare(path, tokenizer=TOKENIZER, output=tmp_path / "set", formatter=formatter, max_rejects="1")
+    manifest = sftdata.prepare(
+        path, tokenizer=TOKENIZER, output=tmp_path / "set", formatter=formatter, max_rejects="1"
+    )
     assert (manifest.ledger.rows_kept, manifest.ledger.rows_rejected) == (19, {"formatter-error": 1})
 
 
@@ -172,7 +207,9 @@ def test_a_list_from_a_function_of_rows_is_refused_with_the_mark_that_mends_it(t
 
 @pytest.mark.feature("formatting function")
 def test_a_formatter_wins_over_messages_in_the_data() -> None:
-    rows = [{"messages": [{"role": "user", "content": "never"}, {"role": "assistant", "content": "seen"}]}] * 3
+    rows = [
+        {"messages": [{"role": "user", "content": "never"}, {"role": "assistant", "content": "seen"}]}
+    ] * 3
     stream = sftdata.stream(rows, tokenizer=TOKENIZER, max_length=32, formatter=lambda row: "always this")
     from transformers import AutoTokenizer
 

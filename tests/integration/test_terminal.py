@@ -44,11 +44,15 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evil") / f"a{EVIL}\nb"
     folder.mkdir()
     message = {"role": "user", "content": f"Hi {EVIL}"}
-    rows = [{"messages": [message, {"role": "assistant", "content": f"Yes {EVIL}"}], EVIL: 1} for _ in range(9)]
+    rows = [
+        {"messages": [message, {"role": "assistant", "content": f"Yes {EVIL}"}], EVIL: 1} for _ in range(9)
+    ]
     rows.append({"messages": [message | {"role": EVIL}], EVIL: 1})
     (folder / f"rows{EVIL}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (folder / f"notes{EVIL}").touch()
-    sftdata.prepare(folder, tokenizer=TOKENIZER, output=folder / "set", max_length=64, max_rejects="50%", workers=1)
+    sftdata.prepare(
+        folder, tokenizer=TOKENIZER, output=folder / "set", max_length=64, max_rejects="50%", workers=1
+    )
     shutil.move(folder / "set", folder.parent / f"set{EVIL}")
     return folder
 
@@ -106,7 +110,9 @@ def test_no_channel_of_a_row_lets_escapes_through(
     row = DATA[channel]
     (tmp_path / "rows.jsonl").write_text((row if isinstance(row, str) else json.dumps(row)) + "\n")
     more = ["-o", tmp_path / "set", "--workers", "1"] if command == "prepare" else []
-    text = said([command, tmp_path / "rows.jsonl", *(["-t", TOKENIZER] if command != "detect" else []), *more], capfd)
+    text = said(
+        [command, tmp_path / "rows.jsonl", *(["-t", TOKENIZER] if command != "detect" else []), *more], capfd
+    )
     assert not ACTS.search(text), repr(text)
 
 
@@ -123,7 +129,16 @@ ARGUMENTS = {
     "map-name": ["prepare", "{rows}", "-t", TOKENIZER, "-o", "set", "--map", f"{EVIL}=prompt"],
     "choice": ["prepare", "{rows}", "-t", TOKENIZER, "-o", "set", "--packing", EVIL],
     "set": ["prepare", "{rows}", "-t", TOKENIZER, "-o", "set", "--set", f"{EVIL}=1"],
-    "set-value": ["prepare", "{rows}", "-t", TOKENIZER, "-o", "set", "--set", f"max_rejects={json.dumps(EVIL)}"],
+    "set-value": [
+        "prepare",
+        "{rows}",
+        "-t",
+        TOKENIZER,
+        "-o",
+        "set",
+        "--set",
+        f"max_rejects={json.dumps(EVIL)}",
+    ],
     "settings": ["prepare", "{rows}", "-c", f"no{EVIL}.yaml"],
     "option": ["prepare", f"--no{EVIL}"],
     "command": [f"prepare{EVIL}"],
@@ -139,7 +154,12 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
 def test_no_argument_comes_back_as_an_escape(
-    evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str, debug: bool
+    evil: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    debug: bool,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = write_chats(tmp_path / "rows.jsonl", 9)
@@ -152,9 +172,14 @@ def test_no_argument_comes_back_as_an_escape(
     harmless(said([*arguments, *["--debug"] * debug], capfd))
 
 
-def test_a_name_with_a_newline_does_not_split_the_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_name_with_a_newline_does_not_split_the_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = write_chats(tmp_path / "one\ntwo.jsonl", 9)
-    text = said(["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--workers", 1, "--max-rejects", "50%"], capfd)
+    text = said(
+        ["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--workers", 1, "--max-rejects", "50%"],
+        capfd,
+    )
     assert "one␊two.jsonl: messages" in text
     assert not [line for line in text.splitlines() if line.startswith("two.jsonl")]
 
@@ -178,14 +203,21 @@ def run(arguments: Sequence[object], shell: str) -> subprocess.CompletedProcess[
     command = [sys.executable, "-m", "sftdata", *map(str, arguments)]
     path = {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        ["sh", "-c", f'exec "$@" {shell}', "sh", *command], capture_output=True, text=True, check=False, env=os.environ | path
+        ["sh", "-c", f'exec "$@" {shell}', "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | path,
     )
 
 
 @pytest.mark.parametrize("shell", ["1>&-", "2>&-", "1>&- 2>&-", "0<&-", "0<&- 1>&- 2>&-"])
 def test_a_closed_stream_is_no_accident(tmp_path: Path, shell: str) -> None:
     rows = write_chats(tmp_path / "rows.jsonl", 30)
-    done = run(["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--max-rejects", "50%", "--workers", 2], shell)
+    done = run(
+        ["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--max-rejects", "50%", "--workers", 2],
+        shell,
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert run(["stats", tmp_path / "set", "--json"], shell).returncode == 0
@@ -196,7 +228,10 @@ def test_a_closed_stream_is_no_accident(tmp_path: Path, shell: str) -> None:
 
 def test_output_to_a_full_disk_is_one_line(tmp_path: Path) -> None:
     rows = write_chats(tmp_path / "rows.jsonl", 30)
-    assert run(["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--max-rejects", "50%"], "").returncode == 0
+    assert (
+        run(["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--max-rejects", "50%"], "").returncode
+        == 0
+    )
     done = run(["stats", tmp_path / "set", "--json"], "> /dev/full")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -206,7 +241,10 @@ def test_output_to_a_full_disk_is_one_line(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _signals_that_stop() -> Iterator[None]:
     """Signals as a terminal leaves them: what a shell starts in the background ignores some."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    before = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -221,7 +259,18 @@ def test_a_signal_is_one_line_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     rows = write_chats(tmp_path / "rows.jsonl", 60)
-    command = ["prepare", rows, "-t", TOKENIZER, "-o", tmp_path / "set", "--max-rejects", "50%", "--workers", 1]
+    command = [
+        "prepare",
+        rows,
+        "-t",
+        TOKENIZER,
+        "-o",
+        tmp_path / "set",
+        "--max-rejects",
+        "50%",
+        "--workers",
+        1,
+    ]
     command += ["--set", "slice_bytes=4000", "--max-length", 64]
     commit: Callable[..., None] = Build.commit
 
@@ -242,7 +291,11 @@ def test_a_signal_is_one_line_and_keeps_what_is_done(
 
 def test_a_run_under_nohup_is_not_stopped_by_a_hangup(tmp_path: Path) -> None:
     script = "import os, signal, typer\nfrom sftdata.cli.run import run_app\napp = typer.Typer()\n"
-    script += "@app.command()\ndef hang() -> None:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('on')\n"
+    script += (
+        "@app.command()\ndef hang() -> None:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('on')\n"
+    )
     script += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nraise SystemExit(run_app(app, 'sftdata', []))\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert (done.returncode, done.stdout) == (0, "on\n")

@@ -104,7 +104,11 @@ def test_few_added_tokens_get_trained_rows_of_the_embeddings(
 
 @pytest.mark.feature("LoRA")
 def test_many_added_tokens_train_the_tables_and_tied_ones_stay_tied(
-    grown: Path, tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    grown: Path,
+    tied: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sfttrain.adapters.FEW_TOKENS", 2)
     trainer = train_in_process(grown, tied, tmp_path / "out", QUICK, lora={"r": 4})
@@ -117,7 +121,9 @@ def test_many_added_tokens_train_the_tables_and_tied_ones_stay_tied(
 def test_the_chunked_loss_sees_trained_rows_of_the_head(grown: Path, model: Path, tmp_path: Path) -> None:
     losses = {}
     for loss in ("chunked", "plain"):
-        trainer = train_in_process(grown, model, tmp_path / loss, {**QUICK, "logging_steps": 1}, lora={"r": 4}, loss=loss)
+        trainer = train_in_process(
+            grown, model, tmp_path / loss, {**QUICK, "logging_steps": 1}, lora={"r": 4}, loss=loss
+        )
         losses[loss] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses["chunked"] == pytest.approx(losses["plain"], rel=1e-4)
 
@@ -126,14 +132,18 @@ def test_the_chunked_loss_sees_trained_rows_of_the_head(grown: Path, model: Path
 def test_adapters_on_the_head_are_trained_with_the_models_own_loss(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = train_in_process(shards, model, tmp_path / "out", QUICK, lora={"r": 4, "target": "q_proj+lm_head"})
+    trainer = train_in_process(
+        shards, model, tmp_path / "out", QUICK, lora={"r": 4, "target": "q_proj+lm_head"}
+    )
     assert "adapters on the head" in capsys.readouterr().err
     assert not trainer.fused
     assert trainer.model.get_base_model().lm_head.lora_B["default"].weight.abs().max() > 0
 
 
 @pytest.mark.feature("LoRA")
-def test_control_tokens_that_the_base_never_learnt_are_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_tokens_that_the_base_never_learnt_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import LlamaForCausalLM
 
     folder = make_set(tmp_path / "set", rows=6, vocabulary=512)
@@ -145,7 +155,9 @@ def test_control_tokens_that_the_base_never_learnt_are_trained(tmp_path: Path, c
     trainer = train_in_process(folder, base, tmp_path / "out", QUICK, lora={"r": 4})
     assert "1 rows of embed_tokens" in capsys.readouterr().err
     inner = trainer.model.get_base_model()
-    before = inner.get_output_embeddings().original_module.weight[2]  # nothing follows an end token, but it is predicted
+    before = inner.get_output_embeddings().original_module.weight[
+        2
+    ]  # nothing follows an end token, but it is predicted
     assert not torch.equal(inner.get_output_embeddings().weight[2], before)
 
 
@@ -160,11 +172,15 @@ def test_an_adapter_is_trained_on_and_its_base_is_found(shards: Path, adapter: P
 
 
 @pytest.mark.feature("continue an adapter")
-def test_a_peft_model_object_is_trained_as_it_is(shards: Path, adapter: Path, model: Path, tmp_path: Path) -> None:
+def test_a_peft_model_object_is_trained_as_it_is(
+    shards: Path, adapter: Path, model: Path, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=True)
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=True
+    )
     trainer = sfttrain.train(shards, model=adapted, output=tmp_path / "out", **QUICK)
     assert trainer.model is adapted
     before, after = _lora_weights(adapter), _lora_weights(tmp_path / "out")
@@ -172,7 +188,9 @@ def test_a_peft_model_object_is_trained_as_it_is(shards: Path, adapter: Path, mo
 
 
 @pytest.mark.feature("continue an adapter")
-def test_an_adapter_of_another_base_is_refused_in_one_line(shards: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused_in_one_line(
+    shards: Path, adapter: Path, tmp_path: Path
+) -> None:
     other = tiny_llama(tmp_path / "other")
     with pytest.raises(UsageError, match=r"adapters of .*llama; the model is .*other\. Fix: set --model"):
         train_in_process(shards, other, tmp_path / "out", QUICK, adapter=adapter)

@@ -19,7 +19,12 @@ STEPS = 20
 def test_twenty_steps_equal_trl(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set", rows=64)
     model = tiny_llama(tmp_path / "model")
-    settings = {"learning_rate": 1e-3, "max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 2}
+    settings = {
+        "learning_rate": 1e-3,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+    }
     settings |= {
         "max_grad_norm": 1.0,
         "train_sampling_strategy": "sequential",
@@ -35,7 +40,9 @@ def test_twenty_steps_equal_trl(tmp_path: Path) -> None:
         assert mine["grad_norm"] == pytest.approx(his["grad_norm"], abs=1e-5)
 
 
-def _train_with_trl(shards: Path, model: Path, output: Path, settings: dict[str, Any]) -> list[dict[str, float]]:
+def _train_with_trl(
+    shards: Path, model: Path, output: Path, settings: dict[str, Any]
+) -> list[dict[str, float]]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer

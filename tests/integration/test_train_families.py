@@ -25,7 +25,13 @@ from sfttrain.shrink import depends_on_row_length, shrunk
 
 LENGTHS = ((19, 4, 9), (12, 3))  # others than the proof's
 ROPE = {"rope_theta": 10000.0}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "factor": 4.0, **ROPE}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 48,
+    "long_factor": [4.0] * 48,
+    "factor": 4.0,
+    **ROPE,
+}
 # What default configs leave open, and shapes in which the kind of a family shows.
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_group": 8, "topk_group": 3, "num_experts_per_tok": 6},
@@ -133,7 +139,9 @@ def _largest_difference(family: str, boundaries: bool, apart: bool = True, confi
     with torch.no_grad():
         logits = packed(**batch).logits.float()
         found = [
-            part for one, row in zip(logits, rows, strict=True) for part in one[: sum(map(len, row))].split([*map(len, row)])
+            part
+            for one, row in zip(logits, rows, strict=True)
+            for part in one[: sum(map(len, row))].split([*map(len, row)])
         ]
         documents = [document for row in rows for document in row]
         fresh = _model(config, False)
@@ -155,9 +163,13 @@ def _model(config: Any, apart: bool) -> Any:
     for small in shrunk(config):
         try:
             torch.manual_seed(5)
-            model = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(
+                small, attn_implementation="eager", dtype=torch.float32
+            ).eval()
             disable_cache(model)
-            copy.deepcopy(model)(input_ids=torch.arange(3, 36)[None])  # which leaves its mark on dynamic factors
+            copy.deepcopy(model)(
+                input_ids=torch.arange(3, 36)[None]
+            )  # which leaves its mark on dynamic factors
             break
         except Exception:  # some families know no smaller one
             continue

@@ -13,7 +13,13 @@ from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
-QUICK = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 4, "logging_steps": 1}
+QUICK = {
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,9 @@ def test_an_unsloth_model_trains_on_shards(shards: Path, model: Path, tmp_path: 
     unsloth = pytest.importorskip("unsloth")
     given, _ = unsloth.FastLanguageModel.from_pretrained(str(model), max_seq_length=64, load_in_4bit=False)
     given = unsloth.FastLanguageModel.get_peft_model(given, r=4)
-    losses = _losses(sfttrain.train(shards, model=given, output=tmp_path / "out", **{**QUICK, "max_steps": 20}))
+    losses = _losses(
+        sfttrain.train(shards, model=given, output=tmp_path / "out", **{**QUICK, "max_steps": 20})
+    )
     assert losses[-1] < losses[0]
 
 
@@ -53,7 +61,9 @@ def test_offloaded_activations_change_no_weight(shards: Path, model: Path, tmp_p
 @pytest.mark.gpu
 @pytest.mark.feature("attention")
 @pytest.mark.parametrize("attention", ["varlen", "flex_attention", "sdpa", "sdpa:flash", "sdpa:efficient"])
-def test_each_attention_of_the_gpu_trains_with_the_same_loss(shards: Path, model: Path, tmp_path: Path, attention: str) -> None:
+def test_each_attention_of_the_gpu_trains_with_the_same_loss(
+    shards: Path, model: Path, tmp_path: Path, attention: str
+) -> None:
     eager = train_in_process(shards, model, tmp_path / "eager", QUICK, attention="eager")
     found = train_in_process(shards, model, tmp_path / attention, QUICK, attention=attention)
     assert _losses(found) == pytest.approx(_losses(eager), rel=2e-2)
@@ -71,7 +81,9 @@ def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, 
     ids = torch.arange(3, 40)[None].cuda()
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(model).cuda()(input_ids=ids).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", device_map="cuda")(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", device_map="cuda")(
+            input_ids=ids
+        ).logits
     assert (wanted - found).abs().max() < 0.1 * wanted.abs().max()
 
 
@@ -79,7 +91,9 @@ def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, 
 @pytest.mark.gpu
 @pytest.mark.feature("Liger")
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_liger_gives_the_loss_that_is_given_without_it(shards: Path, model: Path, tmp_path: Path, kind: str) -> None:
+def test_liger_gives_the_loss_that_is_given_without_it(
+    shards: Path, model: Path, tmp_path: Path, kind: str
+) -> None:
     pytest.importorskip("liger_kernel")
     more = {"lora": {"r": 4}} if kind == "lora" else {}
     ours = train_in_process(shards, model, tmp_path / "ours", QUICK, **more)

@@ -15,13 +15,23 @@ from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
-BASE = {"max_steps": 4, "save_steps": 2, "logging_steps": 2, "learning_rate": 0.01, "gradient_accumulation_steps": 2}
+BASE = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "logging_steps": 2,
+    "learning_rate": 0.01,
+    "gradient_accumulation_steps": 2,
+}
 # What decides what is trained: (fields of TrainingArguments, settings of our own, the name that must be said).
 DECIDING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"learning_rate": 0.5}, {}, "learning_rate"),
     ({"weight_decay": 0.1}, {}, "weight_decay"),
     ({"lr_scheduler_type": "cosine"}, {}, "lr_scheduler_type"),
-    ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}, {}, "lr_scheduler_kwargs"),
+    (
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}},
+        {},
+        "lr_scheduler_kwargs",
+    ),
     ({"warmup_steps": 2}, {}, "warmup_steps"),
     ({"optim": "sgd"}, {}, "optim"),
     ({"adam_beta1": 0.5}, {}, "adam_beta1"),
@@ -32,7 +42,11 @@ DECIDING: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha"),
     ({"seed": 7}, {}, "seed"),
     ({"data_seed": 7}, {}, "data_seed"),
-    ({"gradient_accumulation_steps": 1}, {}, "global_batch (per_device_train_batch_size x gradient_accumulation_steps"),
+    (
+        {"gradient_accumulation_steps": 1},
+        {},
+        "global_batch (per_device_train_batch_size x gradient_accumulation_steps",
+    ),
     ({"per_device_train_batch_size": 2}, {}, "global_batch (per_device_train_batch_size"),
     ({"train_sampling_strategy": "sequential"}, {}, "train_sampling_strategy"),
     ({"bf16": True}, {}, "bf16"),
@@ -68,7 +82,9 @@ def done(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return folder / "done"
 
 
-def _again(done: Path, folder: Path, shards: Path, training: dict[str, Any], own: dict[str, Any], *, broken: bool) -> Any:
+def _again(
+    done: Path, folder: Path, shards: Path, training: dict[str, Any], own: dict[str, Any], *, broken: bool
+) -> Any:
     """Run in a copy of a finished run; `broken` takes it back to how a kill in step 3 leaves it."""
     shutil.copytree(done, folder)
     if broken:
@@ -91,9 +107,17 @@ def test_the_table_has_thirty_settings() -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["finished", "resumed"])
-@pytest.mark.parametrize(("training", "own", "name"), DECIDING, ids=[name.split(" ")[0] for *_, name in DECIDING])
+@pytest.mark.parametrize(
+    ("training", "own", "name"), DECIDING, ids=[name.split(" ")[0] for *_, name in DECIDING]
+)
 def test_what_decides_on_the_weights_is_refused_by_name_and_nothing_is_touched(
-    done: Path, shards: Path, tmp_path: Path, training: dict[str, Any], own: dict[str, Any], name: str, broken: bool
+    done: Path,
+    shards: Path,
+    tmp_path: Path,
+    training: dict[str, Any],
+    own: dict[str, Any],
+    name: str,
+    broken: bool,
 ) -> None:
     folder = tmp_path / "out"
     with pytest.raises(UsageError) as refused:
@@ -138,25 +162,53 @@ def test_the_same_command_says_so_and_touches_nothing(
     done: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _again(done, tmp_path / "out", shards, {}, {}, broken=False) is None
-    assert "is up to date: finished after 4 steps with the same data and the same settings" in capsys.readouterr().err
+    assert (
+        "is up to date: finished after 4 steps with the same data and the same settings"
+        in capsys.readouterr().err
+    )
     assert _content(tmp_path / "out") == _content(done)
 
 
-def test_settings_given_at_their_defaults_are_the_same_settings(done: Path, shards: Path, tmp_path: Path) -> None:
-    defaults = {"weight_decay": 0.0, "lr_scheduler_type": "linear", "adam_beta1": "0.9", "save_total_limit": 2, "seed": 42}
-    assert _again(done, tmp_path / "out", shards, defaults, {"objective": "nll", "weights": (1.0,)}, broken=False) is None
+def test_settings_given_at_their_defaults_are_the_same_settings(
+    done: Path, shards: Path, tmp_path: Path
+) -> None:
+    defaults = {
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "linear",
+        "adam_beta1": "0.9",
+        "save_total_limit": 2,
+        "seed": 42,
+    }
+    assert (
+        _again(
+            done, tmp_path / "out", shards, defaults, {"objective": "nll", "weights": (1.0,)}, broken=False
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     "training",
     [
         {},
-        {"activation_checkpointing": True, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        {
+            "activation_checkpointing": True,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        },
         {"eval_strategy": "steps", "load_best_model_at_end": True, "logging_steps": 2, "save_steps": 2},
-        {"optim": "sgd", "warmup_steps": 0.5, "report_to": "none", "bf16": False, "dataloader_num_workers": 0},
+        {
+            "optim": "sgd",
+            "warmup_steps": 0.5,
+            "report_to": "none",
+            "bf16": False,
+            "dataloader_num_workers": 0,
+        },
     ],
 )
-def test_the_settings_that_a_run_recorded_are_the_same_settings(tmp_path: Path, shards: Path, training: dict[str, Any]) -> None:
+def test_the_settings_that_a_run_recorded_are_the_same_settings(
+    tmp_path: Path, shards: Path, training: dict[str, Any]
+) -> None:
     from sfttrain.acting import Run, refuse_inert
     from sfttrain.arguments import effective_settings, training_arguments
     from sfttrain.config import read_settings
@@ -166,7 +218,13 @@ def test_the_settings_that_a_run_recorded_are_the_same_settings(tmp_path: Path, 
         config = read_settings(file, [], given)
         return Run(config, training_arguments(config), {}, evaluated=True)
 
-    given = {"model": "m", "output": tmp_path / "out", "sets": shards, "eval": {"held": shards}, "training": training}
+    given = {
+        "model": "m",
+        "output": tmp_path / "out",
+        "sets": shards,
+        "eval": {"held": shards},
+        "training": training,
+    }
     first = run(None, given)
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(effective_settings(first)))
     again = run(tmp_path / "settings.yaml", {})
@@ -180,13 +238,23 @@ def test_other_data_is_refused_of_a_finished_run(done: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "polynomial", "inverse_sqrt"])
-def test_a_run_made_longer_follows_the_schedule_of_the_new_length(shards: Path, tmp_path: Path, scheduler: str) -> None:
+def test_a_run_made_longer_follows_the_schedule_of_the_new_length(
+    shards: Path, tmp_path: Path, scheduler: str
+) -> None:
     model = tiny_llama(tmp_path / "model")
-    settings = {"save_steps": 1, "save_total_limit": 9, "logging_steps": 1, "learning_rate": 0.01, "lr_scheduler_type": scheduler}
+    settings = {
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": scheduler,
+    }
     train_in_process(shards, model, tmp_path / "long", {**settings, "max_steps": 8})
     for steps in (4, 8):
         train_in_process(shards, model, tmp_path / "out", {**settings, "max_steps": steps})
-    rates, long = ({line["step"]: line["learning_rate"] for line in _log(tmp_path / name)} for name in ("out", "long"))
+    rates, long = (
+        {line["step"]: line["learning_rate"] for line in _log(tmp_path / name)} for name in ("out", "long")
+    )
     assert {step: rates[step] for step in range(5, 9)} == {step: long[step] for step in range(5, 9)}
     assert rates[5] > 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 8
@@ -194,7 +262,9 @@ def test_a_run_made_longer_follows_the_schedule_of_the_new_length(shards: Path, 
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(done: Path, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"has taken 4 steps; max_steps and num_train_epochs ask for 3.*higher max_steps"):
+    with pytest.raises(
+        UsageError, match=r"has taken 4 steps; max_steps and num_train_epochs ask for 3.*higher max_steps"
+    ):
         _again(done, tmp_path / "out", shards, {"max_steps": 3}, {}, broken=False)
     assert _content(tmp_path / "out") == _content(done)
 
@@ -222,20 +292,31 @@ def test_runs_of_an_earlier_version_are_resumed_aloud_and_finished_ones_are_not_
     def forget(folder: Path) -> Path:
         sealed = checkpoint.read_seal(folder / "checkpoint-2")
         assert sealed is not None
-        run = {name: value for name, value in sealed.run.items() if name not in ("settings", "compute", "adapter")}
+        run = {
+            name: value
+            for name, value in sealed.run.items()
+            if name not in ("settings", "compute", "adapter")
+        }
         checkpoint.seal(folder / "checkpoint-2", 2, run)
         finished = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps({name: finished[name] for name in (*run, "finished", "steps")}))
+        (folder / "run.json").write_text(
+            json.dumps({name: finished[name] for name in (*run, "finished", "steps")})
+        )
         return folder
 
     old = forget(shutil.copytree(done, tmp_path / "old"))
     shutil.copytree(done.parent / "model", tmp_path / "model")
-    with pytest.raises(UsageError, match="finished run of an earlier version, which recorded no settings to compare with"):
+    with pytest.raises(
+        UsageError, match="finished run of an earlier version, which recorded no settings to compare with"
+    ):
         train_in_process(shards, done.parent / "model", old, BASE)
     (old / "run.json").unlink()
     shutil.rmtree(old / "checkpoint-4")
     with pytest.raises(UsageError, match="global_batch .* was 2, is 1"):
         train_in_process(shards, done.parent / "model", old, {**BASE, "gradient_accumulation_steps": 1})
     train_in_process(shards, done.parent / "model", old, BASE)
-    assert "an earlier version wrote it without settings; they are taken to be the same as now" in capsys.readouterr().err
+    assert (
+        "an earlier version wrote it without settings; they are taken to be the same as now"
+        in capsys.readouterr().err
+    )
     assert (old / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()

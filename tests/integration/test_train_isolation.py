@@ -93,10 +93,14 @@ def test_the_proof_holds_for_dense_families_at_their_default_size(name: str) -> 
 
 def _model(name: str, attention: str) -> Any:
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model(name)), attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_config(
+        shrink(AutoConfig.for_model(name)), attn_implementation=attention
+    ).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=1.2 / weight.shape[-1] ** 0.5)  # far enough from zero for a leak to show
+            torch.nn.init.normal_(
+                weight, std=1.2 / weight.shape[-1] ** 0.5
+            )  # far enough from zero for a leak to show
     model.config.use_cache = False
     return model
 

@@ -99,7 +99,9 @@ def test_a_step_is_the_same_in_one_batch_and_in_several() -> None:
 @pytest.mark.feature("iterative training")
 def test_padding_of_the_caller_is_taken_off() -> None:
     plain = IterativeTrainer(_causal()).step([[5, 6, 7]])
-    padded = IterativeTrainer(_causal()).step(torch.tensor([[0, 0, 5, 6, 7]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    padded = IterativeTrainer(_causal()).step(
+        torch.tensor([[0, 0, 5, 6, 7]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1]])
+    )
     assert padded["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert padded["tokens"] == 3
 

@@ -22,8 +22,16 @@ def _tiny(folder: Path, family: str, **shape: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    settings = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "eos_token_id": 2, "pad_token_id": 0}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings, **shape)).save_pretrained(folder)
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings, **shape)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -58,7 +66,9 @@ def test_a_generation_config_that_cannot_be_saved_is_fixed_aloud_and_no_other_is
     assert bool(said) is changed
 
 
-def test_mamba_gets_adapters_where_it_can_take_them(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mamba_gets_adapters_where_it_can_take_them(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = _tiny(tmp_path / "model", "mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, expand=2)
     train_in_process(shards, model, tmp_path / "out", QUICK, lora={"r": 2})
     assert "lora: adapters on 1 weights: in_proj; none on " in capsys.readouterr().err
@@ -80,7 +90,9 @@ def test_experts_are_named_as_left_out_and_get_adapters_where_they_are_asked_for
     assert left_out == "router"
     assert merge(tmp_path / "experts", tmp_path / "merged", str(model), lambda _: None) < 1e-3
     with pytest.raises(UsageError, match="parameters='experts.nothing'"):
-        train_in_process(shards, model, tmp_path / "none", QUICK, lora={"r": 2, "parameters": "experts.nothing"})
+        train_in_process(
+            shards, model, tmp_path / "none", QUICK, lora={"r": 2, "parameters": "experts.nothing"}
+        )
 
 
 def test_fields_of_the_config_reach_it(shards: Path, model: Path, tmp_path: Path) -> None:
@@ -88,7 +100,9 @@ def test_fields_of_the_config_reach_it(shards: Path, model: Path, tmp_path: Path
     trainer = train_in_process(shards, model, tmp_path / "out", QUICK, model_init_kwargs=given)
     assert trainer.model.config.rms_norm_eps == 0.5
     assert trainer.model.model.norm.variance_epsilon == 0.5
-    with pytest.raises(UsageError, match="model_init_kwargs.nonsense: neither a field of its config nor an argument"):
+    with pytest.raises(
+        UsageError, match="model_init_kwargs.nonsense: neither a field of its config nor an argument"
+    ):
         train_in_process(shards, model, tmp_path / "bad", QUICK, model_init_kwargs={"nonsense": 1})
     fresh = {"init_from_config": model / "config.json", "model_init_kwargs": {"low_cpu_mem_usage": True}}
     with pytest.raises(UsageError, match="model_init_kwargs.low_cpu_mem_usage: llama has no such field"):

@@ -15,7 +15,13 @@ from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.varlen_signatures import SIGNATURES
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
-QUICK = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 2, "logging_steps": 1}
+QUICK = {
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+}
 SIXTEEN = {**QUICK, "bf16": True}
 
 
@@ -39,7 +45,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.feature("attention")
 @pytest.mark.parametrize("release", list(SIGNATURES))
 def test_the_default_of_a_gpu_trains_with_each_signature_of_varlen(
-    shards: Path, wide: Path, tmp_path: Path, kernels: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], release: str
+    shards: Path,
+    wide: Path,
+    tmp_path: Path,
+    kernels: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    release: str,
 ) -> None:
     calls: list[str] = []
 
@@ -70,11 +81,22 @@ def _leaking(
     """Attend over the whole row, as if it were one document."""
     whole = torch.tensor([0, len(query)], dtype=torch.int32)
     return SIGNATURES["2.12"](
-        query, key, value, whole, whole, len(query), len(query), scale=scale, window_size=window_size, enable_gqa=enable_gqa
+        query,
+        key,
+        value,
+        whole,
+        whole,
+        len(query),
+        len(query),
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=enable_gqa,
     )
 
 
-@pytest.mark.parametrize(("kernel", "reason"), [(_broken, "no such kernel here"), (_leaking, "rounds .* times as much")])
+@pytest.mark.parametrize(
+    ("kernel", "reason"), [(_broken, "no such kernel here"), (_leaking, "rounds .* times as much")]
+)
 def test_after_a_failed_proof_the_next_attention_packs(
     shards: Path,
     wide: Path,
@@ -113,7 +135,10 @@ def test_without_any_proof_documents_are_trained_one_by_one(
     kernels.setattr("sfttrain.path.prove", _unprovable)
     trainer = train_in_process(shards, wide, tmp_path / "out", SIXTEEN)
     said = capsys.readouterr().err
-    assert "packing: could not be tried on this architecture (cannot be made small); every document is trained in a row" in said
+    assert (
+        "packing: could not be tried on this architecture (cannot be made small); every document is trained in a row"
+        in said
+    )
     assert not trainer.data_collator.flatten
     assert trainer.model.config._attn_implementation != "varlen"
     assert not trainer.fused

@@ -65,7 +65,9 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(runs: d
     total = count = 0.0
     for row in Order([21], [1.0], seed=42, batch_size=8).rows(0)[:8].tolist():
         for document in opened[row].documents():
-            ids, labels = (torch.from_numpy(part.astype("int64")) for part in (document.input_ids, document.labels))
+            ids, labels = (
+                torch.from_numpy(part.astype("int64")) for part in (document.input_ids, document.labels)
+            )
             with torch.no_grad():
                 chances = model(input_ids=ids[None]).logits[0].log_softmax(-1)
             for position in range(1, len(ids)):

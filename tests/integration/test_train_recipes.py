@@ -27,14 +27,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_set(folder / "shards", rows=16)
     make_set(folder / "held", rows=4, seed=5)
     model = tiny_llama(folder / "model", hidden_size=64, intermediate_size=128)
-    train_in_process(folder / "shards", model, folder / "out/lora", {"max_steps": 1, "save_strategy": "no"}, lora={"r": 4})
+    train_in_process(
+        folder / "shards", model, folder / "out/lora", {"max_steps": 1, "save_strategy": "no"}, lora={"r": 4}
+    )
     (folder / "examples").symlink_to(EXAMPLES)
     return folder
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.feature("recipes")
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in ON_A_GPU], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.stem not in ON_A_GPU], ids=lambda path: path.stem
+)
 def test_a_recipe_runs(
     recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +68,9 @@ def test_the_settings_of_a_recipe_for_a_gpu_are_read(
     assert "its kernels need a GPU" in capsys.readouterr().err
 
 
-def _run(recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def _run(
+    recipe: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Run two steps of a recipe."""
     monkeypatch.chdir(workplace)
     settings = yaml.safe_load(recipe.read_text("utf-8"))
@@ -108,11 +114,15 @@ def test_two_ranks_with_parts_of_a_model_train_as_one(workplace: Path, kind: str
     ]  # fmt: skip
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
+    result = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     alone = {**training, "per_device_train_batch_size": 4}
     train_in_process(workplace / "shards", workplace / "model", workplace / f"out/alone-{kind}", alone)
-    sharded, whole = (load_file(workplace / f"out/{name}/model.safetensors") for name in (kind, f"alone-{kind}"))
+    sharded, whole = (
+        load_file(workplace / f"out/{name}/model.safetensors") for name in (kind, f"alone-{kind}")
+    )
     assert sharded.keys() == whole.keys()
     for name, weight in whole.items():
         assert (sharded[name] - weight).abs().max() < 1e-4, name  # two steps move weights by 2e-2

@@ -34,8 +34,19 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
         (["--push-to-hub", "me/model"], "HF_HUB_OFFLINE is set"),
         (["--push-to-hub", "model"], "name it as user/model"),
         (["--set", "objective=dft", "--set", "loss=plain"], "set loss=auto"),
-        (["--set", "objective=dft", "--lora", "r=4,target=q_proj+lm_head"], "adapters on the head. Fix: set objective=nll"),
-        (["--set", "activation_checkpointing=true", "--set", "activation_checkpointing_kwargs.offload=true"], "leave it out"),
+        (
+            ["--set", "objective=dft", "--lora", "r=4,target=q_proj+lm_head"],
+            "adapters on the head. Fix: set objective=nll",
+        ),
+        (
+            [
+                "--set",
+                "activation_checkpointing=true",
+                "--set",
+                "activation_checkpointing_kwargs.offload=true",
+            ],
+            "leave it out",
+        ),
         (["--adapter", "nowhere"], "adapter_config.json is missing"),
         (["--lora", "r=4", "--adapter", "nowhere"], "adapter brings its own shape"),
         (["--lora", "r=4,target=nothing"], "name modules of this model"),
@@ -43,10 +54,22 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
         (["--set", "model_init_kwargs.load_in_8bit=true"], "Fix: --quantize int8 --lora r=16"),
         (["--set", "model_init_kwargs.use_flash_attention_2=true"], "Fix: --attention flash_attention_2"),
         (["--set", "model_init_kwargs.dtype=float16", "--set", "dtype=float32"], "set one of them"),
-        (["--attention", "sdpa:cudnn"], "PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto"),
-        (["--attention", "flash_attention_2"], "it needs CUDA and the device is cpu. Fix: set attention=auto"),
-        (["--set", "eval_strategy=steps"], "there is nothing to evaluate on. Fix: name a set, as --eval held=FOLDER"),
-        (["--set", "deepspeed=zero3.json"], "deepspeed needs the package deepspeed. Fix: pip install deepspeed"),
+        (
+            ["--attention", "sdpa:cudnn"],
+            "PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto",
+        ),
+        (
+            ["--attention", "flash_attention_2"],
+            "it needs CUDA and the device is cpu. Fix: set attention=auto",
+        ),
+        (
+            ["--set", "eval_strategy=steps"],
+            "there is nothing to evaluate on. Fix: name a set, as --eval held=FOLDER",
+        ),
+        (
+            ["--set", "deepspeed=zero3.json"],
+            "deepspeed needs the package deepspeed. Fix: pip install deepspeed",
+        ),
         (["--set", "fsdp=full_shard"], "one process has nothing to shard over. Fix: accelerate launch"),
         (["--set", "weights=[1, 2]"], "Settings: 2 weights for 1 sets. Fix:"),
         (["--set", "learning_rate=fast"], "Setting 'learning_rate': expected a number; found 'fast'. Fix:"),
@@ -54,9 +77,26 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
     ],
 )
 def test_a_wrong_combination_is_one_line_with_its_fix(
-    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
 ) -> None:
-    code = cli.main(["run", str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--max-steps", "1", *arguments])
+    code = cli.main(
+        [
+            "run",
+            str(shards),
+            "--model",
+            str(model),
+            "-o",
+            str(tmp_path / "out"),
+            "--max-steps",
+            "1",
+            *arguments,
+        ]
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if "Fix:" in line]
     assert code == 2
     assert len(lines) == 1
@@ -65,11 +105,15 @@ def test_a_wrong_combination_is_one_line_with_its_fix(
 
 
 @pytest.mark.feature("wrong combinations")
-def test_a_sequence_to_sequence_model_is_sent_to_the_trainer_that_takes_it(shards: Path, tmp_path: Path) -> None:
+def test_a_sequence_to_sequence_model_is_sent_to_the_trainer_that_takes_it(
+    shards: Path, tmp_path: Path
+) -> None:
     from transformers import T5Config
 
     T5Config(vocab_size=128).save_pretrained(tmp_path / "t5")
-    with pytest.raises(UsageError, match=r"t5 is a sequence-to-sequence model.*Fix: sfttrain\.IterativeTrainer"):
+    with pytest.raises(
+        UsageError, match=r"t5 is a sequence-to-sequence model.*Fix: sfttrain\.IterativeTrainer"
+    ):
         train_in_process(shards, tmp_path / "t5", tmp_path / "out", QUICK)
 
 
@@ -83,11 +127,17 @@ def test_a_quantized_base_is_neither_trained_in_full_nor_quantized_again_nor_mer
     config = json.loads((model / "config.json").read_text())
     quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    with pytest.raises(UsageError, match="are quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"):
+    with pytest.raises(
+        UsageError, match="are quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"
+    ):
         train_in_process(shards, base, tmp_path / "out", QUICK)
-    with pytest.raises(UsageError, match="is quantized already; quantize=nf4 would do so twice. Fix: leave quantize out"):
+    with pytest.raises(
+        UsageError, match="is quantized already; quantize=nf4 would do so twice. Fix: leave quantize out"
+    ):
         train_in_process(shards, base, tmp_path / "out", QUICK, quantize="nf4", lora={"r": 2})
-    with pytest.raises(UsageError, match="is quantized; adapters are added to whole weights. Fix: name the unquantized base"):
+    with pytest.raises(
+        UsageError, match="is quantized; adapters are added to whole weights. Fix: name the unquantized base"
+    ):
         merge(tmp_path / "adapter", tmp_path / "merged", str(base))
 
 
@@ -108,17 +158,27 @@ def test_settings_that_an_object_would_ignore_are_refused(
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(UsageError, match=words):
-        sfttrain.train(shards, model=AutoModelForCausalLM.from_pretrained(model), output=tmp_path / "out", **settings, **QUICK)
+        sfttrain.train(
+            shards,
+            model=AutoModelForCausalLM.from_pretrained(model),
+            output=tmp_path / "out",
+            **settings,
+            **QUICK,
+        )
 
 
 @pytest.mark.feature("wrong combinations")
-def test_adapters_on_a_model_object_are_neither_doubled_nor_frozen(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_adapters_on_a_model_object_are_neither_doubled_nor_frozen(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     train_in_process(shards, model, tmp_path / "adapter", QUICK, lora={"r": 2})
     frozen = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
-    with pytest.raises(UsageError, match="No weight of the model is trained. Fix: load adapters with is_trainable=True"):
+    with pytest.raises(
+        UsageError, match="No weight of the model is trained. Fix: load adapters with is_trainable=True"
+    ):
         sfttrain.train(shards, model=frozen, output=tmp_path / "out", **QUICK)
     with pytest.raises(UsageError, match="carries adapters already"):
         sfttrain.train(shards, model=frozen, output=tmp_path / "out", lora="r=2", **QUICK)
@@ -129,7 +189,9 @@ def test_sets_of_two_tokenizers_are_not_mixed(shards: Path, model: Path, tmp_pat
     other = make_set(tmp_path / "other", rows=4, tokenizer="1")
     for more in ({}, {"eval": {"held": other}}):
         sets = [shards] if more else [shards, other]
-        with pytest.raises(UsageError, match="whose ids are others. Fix: prepare both with the tokenizer of the model"):
+        with pytest.raises(
+            UsageError, match="whose ids are others. Fix: prepare both with the tokenizer of the model"
+        ):
             train_in_process(sets, model, tmp_path / "out", QUICK, **more)
 
 
@@ -139,8 +201,12 @@ def test_documents_longer_than_the_models_positions_are_refused_or_said(
 ) -> None:
     from transformers import GPT2Config
 
-    GPT2Config(vocab_size=128, n_positions=16, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(UsageError, match="was made for 16 and has no positions beyond. Fix: prepare with --max-length 16"):
+    GPT2Config(vocab_size=128, n_positions=16, n_embd=32, n_layer=1, n_head=2).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    with pytest.raises(
+        UsageError, match="was made for 16 and has no positions beyond. Fix: prepare with --max-length 16"
+    ):
         train_in_process(shards, tmp_path / "gpt2", tmp_path / "out", QUICK)
     turning = tiny_llama(tmp_path / "llama", max_position_embeddings=16)
     train_in_process(shards, turning, tmp_path / "out", QUICK)
@@ -148,8 +214,16 @@ def test_documents_longer_than_the_models_positions_are_refused_or_said(
 
 
 @pytest.mark.feature("wrong combinations")
-def test_a_metric_that_evaluation_does_not_give_is_refused_before_the_run(shards: Path, model: Path, tmp_path: Path) -> None:
-    training = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+def test_a_metric_that_evaluation_does_not_give_is_refused_before_the_run(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
+    training = {
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
     with pytest.raises(UsageError, match="set metric_for_best_model=eval_held_loss"):
         train_in_process(shards, model, tmp_path / "out", training, eval={"held": shards})
 
@@ -180,7 +254,9 @@ def test_one_process_takes_one_gpu_and_says_how_to_use_the_others() -> None:
 
 
 @pytest.mark.feature("memory")
-def test_the_older_names_of_activation_checkpoints_are_the_same_setting(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_the_older_names_of_activation_checkpoints_are_the_same_setting(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
     training = {**QUICK, "gradient_checkpointing": True}
     trainer = train_in_process(shards, model, tmp_path / "out", training)
     assert trainer.args.activation_checkpointing is True
@@ -214,7 +290,9 @@ def test_under_zero3_models_are_made_whole_and_trained_with_their_own_loss(
 
 
 @pytest.mark.feature("wrong combinations")
-def test_gptq_takes_no_adapters(shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gptq_takes_no_adapters(
+    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_in_process(shards, model, tmp_path / "adapter", QUICK, lora={"r": 2})
     code = cli.main(["export", str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--set", str(shards)])
     assert code == 2

@@ -25,7 +25,9 @@ def fleet() -> Fleet:
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("full", 1), ("lora", 2)])
-def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path: Path, fleet: Fleet, kind: str, ranks: int) -> None:
+def test_killed_runs_end_with_the_weights_of_an_unbroken_one(
+    tmp_path: Path, fleet: Fleet, kind: str, ranks: int
+) -> None:
     kills, _ = _torture(tmp_path, fleet, kind, ranks, kills=2)
     assert kills == 2
 
@@ -56,7 +58,9 @@ def _torture(folder: Path, fleet: Fleet, kind: str, ranks: int, kills: int) -> t
             if _start_and_kill(processes, output, chance, in_save=killed % 4 == 3):
                 killed += 1
                 saves_cut += _saving(output)
-        assert fleet.finish(_arguments(shards, model, output, kind), ranks, log) == [0] * ranks, log.read_text()
+        assert fleet.finish(_arguments(shards, model, output, kind), ranks, log) == [0] * ranks, (
+            log.read_text()
+        )
         _assert_same(unbroken, output, kind)
     return killed, saves_cut
 
@@ -93,7 +97,16 @@ def _arguments(shards: Path, model: Path, output: Path, kind: str) -> list[str]:
         "per_device_train_batch_size": 1, "seed": 3,
     }  # fmt: skip
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return ["run", str(shards), "--model", str(model), "-o", str(output), *overrides, *(ADAPTERS if kind == "lora" else [])]
+    return [
+        "run",
+        str(shards),
+        "--model",
+        str(model),
+        "-o",
+        str(output),
+        *overrides,
+        *(ADAPTERS if kind == "lora" else []),
+    ]
 
 
 def _assert_same(unbroken: Path, broken: Path, kind: str) -> None:

@@ -103,14 +103,18 @@ def test_a_set_without_its_tokenizer_trains_and_says_so(
 
 def test_an_unpacked_set_trains(model: Path, tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set", rows=24, packed=False)
-    trainer = train_in_process(shards, model, tmp_path / "out", {"max_steps": 20, "learning_rate": 1e-2, "logging_steps": 5})
+    trainer = train_in_process(
+        shards, model, tmp_path / "out", {"max_steps": 20, "learning_rate": 1e-2, "logging_steps": 5}
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
 
 
 def test_two_sets_are_trained_by_weight(model: Path, shards: Path, tmp_path: Path) -> None:
     other = make_set(tmp_path / "other", rows=10, seed=9)
-    trainer = train_in_process([shards, other], model, tmp_path / "out", {"num_train_epochs": 1}, weights=(0.5, 2.0))
+    trainer = train_in_process(
+        [shards, other], model, tmp_path / "out", {"num_train_epochs": 1}, weights=(0.5, 2.0)
+    )
     assert trainer.state.global_step == 24 + 20
 
 
@@ -120,9 +124,18 @@ def test_tokens_that_the_set_added_grow_the_embeddings(model: Path, tmp_path: Pa
     assert trainer.model.get_input_embeddings().weight.shape[0] == 131
 
 
-def test_a_leaking_architecture_is_trained_unpacked(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leaking_architecture_is_trained_unpacked(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "config.json"
-    settings = {"model_type": "mamba2", "vocab_size": 128, "hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8}
+    settings = {
+        "model_type": "mamba2",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+    }
     config.write_text(json.dumps(settings | {"num_hidden_layers": 1, "n_groups": 1, "expand": 2}))
     trainer = train_in_process(shards, None, tmp_path / "out", {"max_steps": 1}, init_from_config=config)
     assert "leaks between packed documents" in capsys.readouterr().err
@@ -140,7 +153,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return code, said.splitlines()[-1]
 
 
-def test_a_folder_without_manifest_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_manifest_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, line = _refused(capsys, str(tmp_path), "--model", str(model), "-o", str(tmp_path / "out"))
     assert code == 2
     assert "manifest.json" in line
@@ -161,14 +176,18 @@ def test_one_flipped_byte_is_found_before_step_one(
     assert "shard-00001.arrow: xxh3-128 is" in line
 
 
-def test_a_model_with_too_small_a_vocabulary_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_too_small_a_vocabulary_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     large = make_set(tmp_path / "set", vocabulary=500)
     code, line = _refused(capsys, str(large), "--model", str(model), "-o", str(tmp_path / "out"))
     assert code == 2
     assert "500 ids; the model has embeddings for 128" in line
 
 
-def test_a_pickle_is_not_loaded(shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickle_is_not_loaded(
+    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pickled = tmp_path / "model"
     shutil.copytree(model, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -189,7 +208,9 @@ def test_a_pickle_is_not_loaded(shards: Path, model: Path, tmp_path: Path, capsy
 def test_a_wrong_setting_names_the_right_one(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, hint: str
 ) -> None:
-    code, line = _refused(capsys, str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--set", setting)
+    code, line = _refused(
+        capsys, str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--set", setting
+    )
     assert code == 2
     assert hint in line
 
@@ -208,7 +229,11 @@ def test_a_set_that_changed_since_the_checkpoint_is_an_error(
 
 
 def test_a_full_disk_ends_in_one_line_and_counts_for_nothing(
-    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch
 
@@ -216,7 +241,9 @@ def test_a_full_disk_ends_in_one_line_and_counts_for_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    code, line = _refused(capsys, str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--max-steps", "2")
+    code, line = _refused(
+        capsys, str(shards), "--model", str(model), "-o", str(tmp_path / "out"), "--max-steps", "2"
+    )
     assert code == 1
     assert "No space left on device" in line
     assert "resumes from the checkpoint before" in line
@@ -224,7 +251,11 @@ def test_a_full_disk_ends_in_one_line_and_counts_for_nothing(
 
 
 def test_too_little_room_is_said_before_step_one(
-    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -233,8 +264,23 @@ def test_too_little_room_is_said_before_step_one(
     assert "a checkpoint beside the one before it needs" in line
 
 
-def test_config_prints_what_run_would_use(shards: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(["config", str(shards), "--model", str(model), "-o", "out", "--lora", "r=8", "--set", "save_strategy=no"])
+def test_config_prints_what_run_would_use(
+    shards: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(
+        [
+            "config",
+            str(shards),
+            "--model",
+            str(model),
+            "-o",
+            "out",
+            "--lora",
+            "r=8",
+            "--set",
+            "save_strategy=no",
+        ]
+    )
     settings = yaml.safe_load(capsys.readouterr().out)
     assert code == 0
     assert settings["lora"]["r"] == 8
@@ -246,7 +292,9 @@ def test_help_is_light() -> None:
     import subprocess
     import sys
 
-    script = "import sys; from sfttrain.cli import main; main(['run', '--help']); sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys; from sfttrain.cli import main; main(['run', '--help']); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 

@@ -37,7 +37,9 @@ class _Kill(TrainerCallback):
             os.kill(os.getpid(), self._number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["SIGTERM", "SIGHUP"]
+)
 def test_a_signal_ends_the_step_and_saves_it_and_the_same_command_goes_on(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
@@ -83,7 +85,9 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -97,7 +101,15 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(shards: Path, m
         "except StoppedError as stop:\n"
         "    print('stopped', stop.exit_code, flush=True)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command += [str(shards), str(model), str(tmp_path / "out")]
     done = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -108,7 +120,10 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(shards: Path, m
 
 
 def test_a_folder_is_written_by_one_run_at_a_time(shards: Path, model: Path, tmp_path: Path) -> None:
-    with take(tmp_path / "out"), pytest.raises(UsageError, match="another `sfttrain run` is writing here. Fix: wait for it"):
+    with (
+        take(tmp_path / "out"),
+        pytest.raises(UsageError, match="another `sfttrain run` is writing here. Fix: wait for it"),
+    ):
         train_in_process(shards, model, tmp_path / "out", SHORT)
     assert not (tmp_path / "out").exists()  # nothing was written, so nothing is left
 
@@ -153,7 +168,10 @@ def test_a_pickle_in_a_checkpoint_is_refused_in_one_line_and_not_run(
     assert sealed is not None
     (folder / name).write_bytes(pickle.dumps(Trap(), protocol=2))
     checkpoint.seal(folder, 3, sealed.run)
-    with pytest.raises(IntegrityError, match=r"checkpoint-3: holds a pickle that is more than tensors.*Fix: remove the folder"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"checkpoint-3: holds a pickle that is more than tensors.*Fix: remove the folder",
+    ):
         train_in_process(shards, model, tmp_path / "out", SHORT)
     assert not (tmp_path / "sprung").exists()
 

@@ -70,7 +70,9 @@ def test_arguments_of_from_pretrained_reach_the_model(
 @pytest.mark.feature("chat format")
 def test_grown_embeddings_begin_at_the_mean_in_whole_multiples(model: Path, tmp_path: Path) -> None:
     grown = make_set(tmp_path / "set", rows=4, vocabulary=131, tokens_added=3)
-    trainer = train_in_process(grown, model, tmp_path / "out", {**QUICK, "learning_rate": 0.0}, resize_to_multiple_of=16)
+    trainer = train_in_process(
+        grown, model, tmp_path / "out", {**QUICK, "learning_rate": 0.0}, resize_to_multiple_of=16
+    )
     weight, before = trainer.model.get_input_embeddings().weight, _load(model).get_input_embeddings().weight
     assert weight.shape[0] == 144
     assert torch.allclose(weight[128:], before.mean(0).expand(16, -1), atol=1e-6)
@@ -81,8 +83,12 @@ def test_grown_embeddings_begin_at_the_mean_in_whole_multiples(model: Path, tmp_
 
 
 @pytest.mark.feature("custom data")
-@pytest.mark.parametrize("columns", [("labels",), ("completion_mask",), ("assistant_masks", "completion_mask"), ()])
-def test_each_kind_of_columns_trains_its_own_tokens(model: Path, tmp_path: Path, columns: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "columns", [("labels",), ("completion_mask",), ("assistant_masks", "completion_mask"), ()]
+)
+def test_each_kind_of_columns_trains_its_own_tokens(
+    model: Path, tmp_path: Path, columns: tuple[str, ...]
+) -> None:
     from datasets import Dataset
 
     ids = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -91,13 +97,17 @@ def test_each_kind_of_columns_trains_its_own_tokens(model: Path, tmp_path: Path,
         "completion_mask": [[0, 0, 1, 1, 1], [0, 1, 1]],
         "assistant_masks": [[1, 1, 1, 1, 0], [0, 1, 1]],
     }
-    trained = {("labels",): 5, ("completion_mask",): 5, ("assistant_masks", "completion_mask"): 4, (): 6}[columns]
+    trained = {("labels",): 5, ("completion_mask",): 5, ("assistant_masks", "completion_mask"): 4, (): 6}[
+        columns
+    ]
     data = Dataset.from_dict({"input_ids": ids, **{name: made[name] for name in columns}})
     training = {**QUICK, "max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2}
     trainer = sfttrain.train(data, model=model, output=tmp_path / "out", **training)
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert int((batch["labels"] != -100).sum()) == trained
-    total = [_nll(_load(model), row, label) for row, label in zip(ids, _labels(ids, made, columns), strict=True)]
+    total = [
+        _nll(_load(model), row, label) for row, label in zip(ids, _labels(ids, made, columns), strict=True)
+    ]
     wanted = sum(loss for loss, _ in total) / sum(count for _, count in total)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-3)
 
@@ -115,7 +125,9 @@ def _labels(ids: list[list[int]], made: dict[str, Any], columns: tuple[str, ...]
 def test_a_stream_trains_and_needs_max_steps(model: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
-    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[-100, 6, 7, 8]] * 8}).to_iterable_dataset()
+    rows = Dataset.from_dict(
+        {"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[-100, 6, 7, 8]] * 8}
+    ).to_iterable_dataset()
     trainer = sfttrain.train(rows, model=model, output=tmp_path / "out", **QUICK)
     assert trainer.state.global_step == 2
     with pytest.raises(UsageError, match="set max_steps"):
@@ -140,17 +152,23 @@ def test_rows_without_ids_or_with_other_lengths_are_named(model: Path, tmp_path:
     with pytest.raises(UsageError, match="columns text; expected input_ids"):
         sfttrain.train(Dataset.from_dict({"text": ["a"]}), model=model, output=tmp_path / "out")
     with pytest.raises(DataError, match="row 0: 3 input_ids, 2 labels"):
-        sfttrain.train([{"input_ids": [1, 2, 3], "labels": [1, 2]}], model=model, output=tmp_path / "out", **QUICK)
+        sfttrain.train(
+            [{"input_ids": [1, 2, 3], "labels": [1, 2]}], model=model, output=tmp_path / "out", **QUICK
+        )
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.feature("evaluation")
-def test_eval_loss_is_the_mean_of_a_token_for_any_batch_size_and_per_source(model: Path, tmp_path: Path) -> None:
+def test_eval_loss_is_the_mean_of_a_token_for_any_batch_size_and_per_source(
+    model: Path, tmp_path: Path
+) -> None:
     packed = make_set(tmp_path / "packed", rows=5, sources=2)
     unpacked = make_set(tmp_path / "unpacked", rows=7, packed=False, seed=3)
-    wanted = {name: _wanted(open_set(folder), _load(model)) for name, folder in (("a", packed), ("b", unpacked))}
+    wanted = {
+        name: _wanted(open_set(folder), _load(model)) for name, folder in (("a", packed), ("b", unpacked))
+    }
     for size in (1, 4):
         trainer = train_in_process(
             packed, model, tmp_path / f"out{size}", {**QUICK, "per_device_eval_batch_size": size, "learning_rate": 0.0},
@@ -190,21 +208,29 @@ def test_metrics_are_computed_from_predictions_made_small(shards: Path, model: P
     )  # fmt: skip
     found = trainer.evaluate()
     assert 0 <= found["eval_held_accuracy"] <= 1
-    assert found["eval_held_loss"] == pytest.approx(_wanted(open_set(shards), trainer.model.eval())[""], rel=1e-4)
+    assert found["eval_held_loss"] == pytest.approx(
+        _wanted(open_set(shards), trainer.model.eval())[""], rel=1e-4
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.feature("losses")
-@pytest.mark.parametrize("objective", [Objective(dft=True), Objective(smoothing=0.1), Objective(dft=True, smoothing=0.2)])
+@pytest.mark.parametrize(
+    "objective", [Objective(dft=True), Objective(smoothing=0.1), Objective(dft=True, smoothing=0.2)]
+)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_each_objective_and_its_gradient_follow_the_formula(objective: Objective, softcap: float | None) -> None:
+def test_each_objective_and_its_gradient_follow_the_formula(
+    objective: Objective, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     labels = torch.randint(0, 40, (2, 9))
     labels[0, :4] = -100
-    loss, _, _, token_losses = supervised_loss(hidden, labels, Head(weight, softcap=softcap), objective=objective)
+    loss, _, _, token_losses = supervised_loss(
+        hidden, labels, Head(weight, softcap=softcap), objective=objective
+    )
     loss.backward()
     found = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -224,9 +250,13 @@ def test_each_objective_and_its_gradient_follow_the_formula(objective: Objective
 
 
 @pytest.mark.feature("losses")
-def test_smoothing_is_the_one_of_transformers_and_dft_is_smaller(shards: Path, model: Path, tmp_path: Path) -> None:
+def test_smoothing_is_the_one_of_transformers_and_dft_is_smaller(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
     def first_loss(name: str, training: dict[str, Any] | None = None, **settings: Any) -> float:
-        trainer = train_in_process(shards, model, tmp_path / name, {**QUICK, "logging_steps": 1, **(training or {})}, **settings)
+        trainer = train_in_process(
+            shards, model, tmp_path / name, {**QUICK, "logging_steps": 1, **(training or {})}, **settings
+        )
         return float(trainer.state.log_history[0]["loss"])
 
     smooth = {"label_smoothing_factor": 0.1}
@@ -254,7 +284,9 @@ def test_noise_is_added_while_training_and_gone_after(shards: Path, model: Path,
                 seen["eval"] = (model.eval().get_input_embeddings()(ids) - plain).abs().max().item()
             model.train()
 
-    trainer = sfttrain.train(shards, model=model, output=tmp_path / "out", neftune_noise_alpha=5, callbacks=[Look()], **QUICK)
+    trainer = sfttrain.train(
+        shards, model=model, output=tmp_path / "out", neftune_noise_alpha=5, callbacks=[Look()], **QUICK
+    )
     bound = 5 / math.sqrt(ids.numel() * 32)
     assert 0.5 * bound < seen["train"] <= bound
     assert seen["eval"] == 0
@@ -266,10 +298,14 @@ def test_noise_is_added_while_training_and_gone_after(shards: Path, model: Path,
 
 @pytest.mark.feature("memory")
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_activation_checkpoints_change_no_weight(shards: Path, model: Path, tmp_path: Path, kind: str) -> None:
+def test_activation_checkpoints_change_no_weight(
+    shards: Path, model: Path, tmp_path: Path, kind: str
+) -> None:
     lora = {"lora": {"r": 4}} if kind == "lora" else {}
     plain = train_in_process(shards, model, tmp_path / "plain", QUICK, **lora)
-    saving = train_in_process(shards, model, tmp_path / "saving", {**QUICK, "activation_checkpointing": True}, **lora)
+    saving = train_in_process(
+        shards, model, tmp_path / "saving", {**QUICK, "activation_checkpointing": True}, **lora
+    )
     assert saving.args.activation_checkpointing_kwargs["use_reentrant"] is False
     for one, other in zip(plain.model.parameters(), saving.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
@@ -293,7 +329,9 @@ def test_adapters_learn_on_a_quantized_base(shards: Path, tmp_path: Path, kind: 
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     stored = layer.weight.qdata if kind == "torchao-int8" else layer.weight
     assert stored.dtype in (torch.uint8, torch.int8)
-    assert type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao-int8": "Linear"}[kind]
+    assert (
+        type(layer).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao-int8": "Linear"}[kind]
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     lowest = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
@@ -308,10 +346,14 @@ def test_a_quantized_model_object_gets_its_adapters(shards: Path, tmp_path: Path
     base = tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
     eight = BitsAndBytesConfig(load_in_8bit=True)
     given = AutoModelForCausalLM.from_pretrained(base, quantization_config=eight, device_map={"": "cpu"})
-    with pytest.raises(UsageError, match="quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"):
+    with pytest.raises(
+        UsageError, match="quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"
+    ):
         sfttrain.train(shards, model=given, output=tmp_path / "out", **QUICK)
     trainer = sfttrain.train(shards, model=given, output=tmp_path / "out", lora="r=4", **QUICK)
-    assert {name.partition("lora")[1] for name, one in trainer.model.named_parameters() if one.requires_grad} == {"lora"}
+    assert {
+        name.partition("lora")[1] for name, one in trainer.model.named_parameters() if one.requires_grad
+    } == {"lora"}
     norms = [one for name, one in trainer.model.named_parameters() if "norm" in name]
     assert {norm.dtype for norm in norms} == {torch.float32}
 
@@ -340,7 +382,11 @@ def test_a_forced_kernel_of_sdpa_is_the_one_that_runs(
 
 @pytest.mark.feature("attention")
 def test_a_forced_kernel_that_takes_no_mask_is_given_none(
-    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As FlashAttention on a GPU: every document then has a row of its own."""
     monkeypatch.setattr("sfttrain.path.takes_no_mask", lambda *_: True)
@@ -364,7 +410,15 @@ def test_a_forced_kernel_that_takes_no_mask_is_given_none(
 def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_path: Path) -> None:
     trainer = train_in_process(shards, model, tmp_path / "out", QUICK)
     assert trainer.args.report_to == []
-    ours = {"DefaultFlowCallback", "GoOn", "LogEnds", "StopAtStepEnd", "TrainLog", "Progress", "_EpochOfOrder"}
+    ours = {
+        "DefaultFlowCallback",
+        "GoOn",
+        "LogEnds",
+        "StopAtStepEnd",
+        "TrainLog",
+        "Progress",
+        "_EpochOfOrder",
+    }
     assert {type(callback).__name__ for callback in trainer.callback_handler.callbacks} == ours
 
 
@@ -394,12 +448,17 @@ def test_what_is_pushed_holds_no_local_path_and_no_log(
     private = tmp_path / "private-place"
     shards = make_set(private / "chats", rows=8)
     (shards / "tokenizer").mkdir()
-    (shards / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(private / "chats")}))
+    (shards / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"name_or_path": str(private / "chats")})
+    )
     (shards / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     base = shutil.copytree(model, private / "base")
     out = private / "out"
     training = {**QUICK, "save_strategy": "steps", "eval_strategy": "steps"}
-    kinds = ((base, {"lora": {"r": 2}}, "adapter_model"), (None, {"init_from_config": base / "config.json"}, "model"))
+    kinds = (
+        (base, {"lora": {"r": 2}}, "adapter_model"),
+        (None, {"init_from_config": base / "config.json"}, "model"),
+    )
     for given, settings, kind in kinds:
         pushed.clear()
         again = {"push_to_hub": "me/model", "overwrite": kind == "model", "eval": {"held": shards}}
@@ -412,14 +471,18 @@ def test_what_is_pushed_holds_no_local_path_and_no_log(
         assert not [name for name in pushed if name.startswith(("checkpoint-", "events"))]
         leaks = (str(tmp_path), "private-place", socket.gethostname())
         texts = {name: content for name, content in pushed.items() if not name.endswith(".safetensors")}
-        assert [(name, word) for name, content in texts.items() for word in leaks if word.encode() in content] == []
+        assert [
+            (name, word) for name, content in texts.items() for word in leaks if word.encode() in content
+        ] == []
         assert b"private-place" not in pushed[f"{kind}.safetensors"]
     assert yaml.safe_load(pushed["settings.yaml"])["sets"] == ["chats"]
     assert json.loads((out / "run.json").read_text())["pushed"] == "me/model"
     pushed.clear()
     assert train_in_process(shards, given, out, training, **settings, **again | {"overwrite": False}) is None
     assert not pushed
-    train_in_process(shards, given, out, training, **settings, **again | {"overwrite": False, "push_to_hub": "me/other"})
+    train_in_process(
+        shards, given, out, training, **settings, **again | {"overwrite": False, "push_to_hub": "me/other"}
+    )
     assert "model.safetensors" in pushed
 
 

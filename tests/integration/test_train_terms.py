@@ -16,7 +16,13 @@ from tests.train_runs import OUR_WARNINGS, Fleet, train_in_process
 from tests.train_sets import make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
-ONE = {"max_steps": 1, "learning_rate": 1e-9, "save_strategy": "no", "logging_steps": 1, "train_sampling_strategy": "sequential"}
+ONE = {
+    "max_steps": 1,
+    "learning_rate": 1e-9,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "train_sampling_strategy": "sequential",
+}
 WEIGHT = 0.05
 
 
@@ -43,9 +49,20 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _loss(
-    shards: Path, model: Path, output: Path, batch: int, accumulation: int, more: dict[str, Any] | None = None, **own: Any
+    shards: Path,
+    model: Path,
+    output: Path,
+    batch: int,
+    accumulation: int,
+    more: dict[str, Any] | None = None,
+    **own: Any,
 ) -> float:
-    training = {**ONE, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, **(more or {})}
+    training = {
+        **ONE,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        **(more or {}),
+    }
     trainer = train_in_process(shards, model, output, training, **own)
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
@@ -99,7 +116,9 @@ def test_a_router_loss_is_the_mean_over_the_micro_batches_that_train(
     parts = [list(range(start, min(6, start + batch))) for start in range(0, 6, batch)]
     cross_entropy, router = _expected(shards, mixture, parts)
     found = _loss(shards, mixture, tmp_path / "out", batch, accumulation, {"bf16": bf16})
-    assert found == pytest.approx(cross_entropy + WEIGHT * router, abs=1e-5 if not bf16 else 0.25 * WEIGHT * router)
+    assert found == pytest.approx(
+        cross_entropy + WEIGHT * router, abs=1e-5 if not bf16 else 0.25 * WEIGHT * router
+    )
 
 
 def test_with_the_plain_loss_the_router_counts_as_much(shards: Path, mixture: Path, tmp_path: Path) -> None:
@@ -136,7 +155,10 @@ def test_the_trial_step_keeps_no_more_for_the_gradient_than_a_step_of_training(
         def run(*given: Any, **options: Any) -> Any:
             seen: dict[int, int] = {}
             with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: seen.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor,
+                lambda tensor: (
+                    seen.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()})
+                    or tensor
+                ),
                 lambda tensor: tensor,
             ):
                 found = own(*given, **options)
@@ -152,7 +174,10 @@ def test_the_trial_step_keeps_no_more_for_the_gradient_than_a_step_of_training(
     assert 0 < sizes["trial"] <= sizes["training"]
     if checkpoints:
         free = counted(
-            "free", lambda: train_in_process(shards, model, tmp_path / "free", {**training, "activation_checkpointing": False})
+            "free",
+            lambda: train_in_process(
+                shards, model, tmp_path / "free", {**training, "activation_checkpointing": False}
+            ),
         )
         sizes.pop("training")
         free()
@@ -175,13 +200,21 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_the_last_good_checkpoint(
         return loss * float("nan") if self.state.global_step == 3 else loss
 
     monkeypatch.setattr(SftTrainer, "compute_loss", compute_loss)
-    training = {"max_steps": 6, "save_strategy": saved, "logging_steps": 1} | ({"save_steps": 1} if saved == "steps" else {})
+    training = {"max_steps": 6, "save_strategy": saved, "logging_steps": 1} | (
+        {"save_steps": 1} if saved == "steps" else {}
+    )
     output = tmp_path / "out"
-    where = f"{output / 'checkpoint-3'} is the last good checkpoint" if saved == "steps" else "no checkpoint was written before"
+    where = (
+        f"{output / 'checkpoint-3'} is the last good checkpoint"
+        if saved == "steps"
+        else "no checkpoint was written before"
+    )
     with pytest.raises(DataError, match=f"step 4: the loss or the weights are not finite .*{where}"):
         train_in_process(shards, model, output, training)
     assert not (output / "model.safetensors").exists()
-    assert sorted(path.name for path in output.glob("checkpoint-*"))[-1:] == (["checkpoint-3"] if saved == "steps" else [])
+    assert sorted(path.name for path in output.glob("checkpoint-*"))[-1:] == (
+        ["checkpoint-3"] if saved == "steps" else []
+    )
 
 
 def test_weights_that_are_no_numbers_are_not_saved(
@@ -217,7 +250,13 @@ def test_text_trains_a_multimodal_class_on_two_ranks_with_its_tower_frozen(tmp_p
     torch.manual_seed(0)
     text = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
     config = Gemma3Config(
         text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4, image_token_index=120,
         boi_token_index=121, eoi_token_index=122,
@@ -228,22 +267,40 @@ def test_text_trains_a_multimodal_class_on_two_ranks_with_its_tower_frozen(tmp_p
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     log = tmp_path / "log"
     codes = Fleet().finish(
-        ["run", str(shards), "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *overrides], 2, log
+        ["run", str(shards), "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out"), *overrides],
+        2,
+        log,
     )
     assert codes == [0, 0], log.read_text()
-    assert "frozen: model.vision_tower, model.multi_modal_projector (they get nothing from text)" in log.read_text()
+    assert (
+        "frozen: model.vision_tower, model.multi_modal_projector (they get nothing from text)"
+        in log.read_text()
+    )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
     for name in before:
         assert torch.equal(before[name], after[name]) == ("vision_tower" in name or "projector" in name)
     assert (
-        len([line for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines() if "loss" in json.loads(line)]) >= 2
+        len(
+            [
+                line
+                for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()
+                if "loss" in json.loads(line)
+            ]
+        )
+        >= 2
     )
 
 
 def test_an_encoder_is_refused_since_it_sees_its_own_answers(shards: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 128,
+    }
     BertLMHeadModel(BertConfig(**shape)).save_pretrained(tmp_path / "bert")
     with pytest.raises(UsageError, match="bert: each token sees those behind it.*is_decoder=true"):
         train_in_process(shards, tmp_path / "bert", tmp_path / "out", ONE)

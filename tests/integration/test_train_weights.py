@@ -76,20 +76,26 @@ def _plain(model: Path, shards: Path) -> tuple[float, float]:
                     weights += weight
             start += length
     (total / weights).backward()
-    norm = torch.stack([parameter.grad.norm() for parameter in network.parameters() if parameter.grad is not None]).norm()
+    norm = torch.stack(
+        [parameter.grad.norm() for parameter in network.parameters() if parameter.grad is not None]
+    ).norm()
     return float(total.detach()) / weights, float(norm)
 
 
 @pytest.mark.feature("losses")
 @pytest.mark.parametrize("objective", [Objective(), Objective(dft=True), Objective(smoothing=0.1)])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_a_weighted_loss_and_its_gradient_follow_the_formula(objective: Objective, softcap: float | None) -> None:
+def test_a_weighted_loss_and_its_gradient_follow_the_formula(
+    objective: Objective, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     labels, weights = torch.randint(0, 40, (2, 9)), torch.rand(2, 9) * 3
     labels[0, :4] = -100
     head = Head(weight, softcap=softcap)
-    loss, _, _, token_losses = supervised_loss(hidden, labels, head, objective=objective, loss_weights=weights)
+    loss, _, _, token_losses = supervised_loss(
+        hidden, labels, head, objective=objective, loss_weights=weights
+    )
     loss.backward()
     found = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
@@ -161,7 +167,10 @@ def test_a_step_is_the_same_on_one_rank_and_on_two(shards: Path, model: Path, tm
 def test_evaluation_of_a_weighted_set_is_the_plain_loss(shards: Path, model: Path, tmp_path: Path) -> None:
     trainer = train_in_process(shards, model, tmp_path / "out", STEP, eval={"held": shards})
     found = trainer.evaluate()["eval_held_loss"]
-    labels = [{"input_ids": row.input_ids, "labels": row.labels, "seq_lengths": row.seq_lengths} for row in open_set(shards)]
+    labels = [
+        {"input_ids": row.input_ids, "labels": row.labels, "seq_lengths": row.seq_lengths}
+        for row in open_set(shards)
+    ]
     unweighted = sfttrain.train(labels, model=str(model), output=tmp_path / "plain", **STEP)
     assert found == pytest.approx(unweighted.state.log_history[0]["loss"], abs=1e-5)
     assert found != pytest.approx(trainer.state.log_history[0]["loss"], abs=1e-3)
@@ -171,7 +180,9 @@ def test_evaluation_of_a_weighted_set_is_the_plain_loss(shards: Path, model: Pat
 def test_weights_of_ones_own_rows_are_used_and_checked(model: Path, tmp_path: Path) -> None:
     def first(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
         training = {**STEP, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}
-        return dict(sfttrain.train(rows, model=str(model), output=tmp_path / name, **training).state.log_history[0])
+        return dict(
+            sfttrain.train(rows, model=str(model), output=tmp_path / name, **training).state.log_history[0]
+        )
 
     ids = [5, 6, 7, 8]
     off = first("off", [{"input_ids": ids, "loss_weights": [1, 1, 0, 1]}])
@@ -183,7 +194,11 @@ def test_weights_of_ones_own_rows_are_used_and_checked(model: Path, tmp_path: Pa
 
 
 @pytest.mark.feature("wrong combinations")
-@pytest.mark.parametrize("settings", [{"loss": "plain"}, {"compute_loss_func": lambda *_, **__: torch.zeros(())}])
-def test_a_loss_that_knows_no_weights_is_refused(shards: Path, model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"loss": "plain"}, {"compute_loss_func": lambda *_, **__: torch.zeros(())}]
+)
+def test_a_loss_that_knows_no_weights_is_refused(
+    shards: Path, model: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     with pytest.raises(UsageError, match="have loss_weights, which .* Fix: set loss=auto"):
         sfttrain.train(shards, model=str(model), output=tmp_path / "out", **settings, **STEP)

@@ -31,11 +31,18 @@ RESULT = {"role": "tool", "content": "4 mm"}
 SPOKEN_CALL = 'look{"city": "Oslo"}'
 
 
-def prepared(folder: Path, template: str, chats: list[list[dict[str, Any]]], tokenizer: Path = TOKENIZER, **more: Any) -> Path:
+def prepared(
+    folder: Path, template: str, chats: list[list[dict[str, Any]]], tokenizer: Path = TOKENIZER, **more: Any
+) -> Path:
     folder.mkdir()
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (folder / "own.jinja").write_text(template)
-    settings = {"packing": "none", "max_length": 256, "workers": 1, "chat_template": str(folder / "own.jinja")} | more
+    settings = {
+        "packing": "none",
+        "max_length": 256,
+        "workers": 1,
+        "chat_template": str(folder / "own.jinja"),
+    } | more
     sftdata.prepare(folder / "chats.jsonl", tokenizer=str(tokenizer), output=folder / "set", **settings)
     return folder / "set"
 
@@ -66,7 +73,12 @@ def test_last_turns_without_an_end_are_closed_with_what_inference_waits_for(tmp_
     assert advice.fix == "--eos-token '<|user|>'"
     after = prepared(tmp_path / "after", NEXT_HEADER, chats, eos_token=shlex.split(advice.fix)[1])
     call = f"<call>{SPOKEN_CALL}</call><|tool|>"
-    assert trained(after) == [["It rains.<|user|>"], ["It rains.<|user|>"] * 2, [call], [call, "It rains.<|user|>"]]
+    assert trained(after) == [
+        ["It rains.<|user|>"],
+        ["It rains.<|user|>"] * 2,
+        [call],
+        [call, "It rains.<|user|>"],
+    ]
     assert "no-trained-end" not in {found.code for found in audit(after)}
 
 

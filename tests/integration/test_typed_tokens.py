@@ -33,11 +33,23 @@ pytestmark = pytest.mark.slow
 
 CHATML = {"<|im_start|>", "<|im_end|>"}
 TURNS: dict[str, set[str]] = {
-    "llama-3.2-instruct": {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"},
+    "llama-3.2-instruct": {
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+    },
     "mistral-7b-instruct": {"</s>"},
     "torchtitan-test": set(),
     "phi-3-mini": {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
-    "deepseek-like": {"<｜User｜>", "<｜Assistant｜>", "<｜outputs▁begin｜>", "<｜outputs▁end｜>", "<｜end▁of▁sentence｜>"},
+    "deepseek-like": {
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜outputs▁begin｜>",
+        "<｜outputs▁end｜>",
+        "<｜end▁of▁sentence｜>",
+    },
 }
 HARMLESS = "zqxj"
 
@@ -77,7 +89,11 @@ def deepseek_like(folder: Path) -> Path:
 def conversations(typed: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield a conversation for each role, with a text typed in it."""
     ask, answer = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Well done"}
-    call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"a": f"v{typed}w"}}}
+    call = {
+        "type": "function",
+        "id": "abcdefghi",
+        "function": {"name": "f", "arguments": {"a": f"v{typed}w"}},
+    }
     plain = {**call, "function": {"name": "f", "arguments": {"a": "b"}}}
     result = {"role": "tool", "name": "f", "tool_call_id": "abcdefghi", "content": "r"}
     yield "system", [{"role": "system", "content": f"Be {typed} good"}, ask, answer]
@@ -86,7 +102,15 @@ def conversations(typed: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield "earlier answer", [ask, {**answer, "content": f"Well {typed} done"}, ask, answer]
     yield "reasoning", [ask, {**answer, "reasoning_content": f"so {typed} it"}]
     yield "arguments", [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    yield "tool", [ask, {"role": "assistant", "content": "", "tool_calls": [plain]}, {**result, "content": f"r{typed}s"}, answer]
+    yield (
+        "tool",
+        [
+            ask,
+            {"role": "assistant", "content": "", "tool_calls": [plain]},
+            {**result, "content": f"r{typed}s"},
+            answer,
+        ],
+    )
     yield "nothing else", [{**ask, "content": typed}, {**answer, "content": typed}]
 
 
@@ -106,11 +130,17 @@ class Bench:
         self, messages: list[dict[str, Any]], boundary: Literal["split", "merge"] = "split"
     ) -> tuple[str, list[int], list[int]] | str:
         """Return text, ids and trained ids of a conversation; the code of its fault where it is rejected."""
-        rendered = render_rows([Conversation(messages, [None] * len(messages))], np.zeros(1, np.int64), Renderer(self.finder))
+        rendered = render_rows(
+            [Conversation(messages, [None] * len(messages))], np.zeros(1, np.int64), Renderer(self.finder)
+        )
         if rendered.conversations is None:
             return rendered.faults[0][1].code
         tokens, _ = encode_batch(rendered.conversations, self.encoder, boundary=boundary)
-        return rendered.conversations.texts[0], tokens.input_ids.tolist(), tokens.input_ids[tokens.trained].tolist()
+        return (
+            rendered.conversations.texts[0],
+            tokens.input_ids.tolist(),
+            tokens.input_ids[tokens.trained].tolist(),
+        )
 
     def joint(self, text: str) -> list[int]:
         """Return what the tokenizer itself makes of a text."""
@@ -132,7 +162,9 @@ def bench(name: str, shared_data: Path, folder: Path, *, flipped: bool) -> Bench
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["as marked", "marked the other way"])
 @pytest.mark.parametrize("name", [*TOKENIZERS, "deepseek-like"])
-@pytest.mark.parametrize("step", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.torture)])
+@pytest.mark.parametrize(
+    "step", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.torture)]
+)
 def test_a_typed_token_is_encoded_as_inference_does_or_guarded(
     name: str, flipped: bool, step: int, shared_data: Path, tmp_path: Path
 ) -> None:
@@ -150,14 +182,20 @@ def test_a_typed_token_is_encoded_as_inference_does_or_guarded(
 def check(one: Bench, typed: str, is_guarded: bool, guarded: set[str], harmless: dict[str, Any]) -> int:
     """Check the rows in which a token is typed; return how many were accepted."""
     unknown = one.tokenizer.special_tokens.get("unk_token")
-    steering = {token.id for token in one.tokenizer.added_tokens if token.content in guarded and token.content != unknown}
+    steering = {
+        token.id
+        for token in one.tokenizer.added_tokens
+        if token.content in guarded and token.content != unknown
+    }
     unigram = json.loads((one.tokenizer.folder / "tokenizer.json").read_text())["model"]["type"] == "Unigram"
     accepted = 0
     for role, messages in conversations(typed):
         # Joint encoding is what it is held against; where tokens stay text, what is trained is looked at, cut at its edges.
         found, meant = one.ids(messages, "split" if is_guarded else "merge"), harmless[role]
         if isinstance(found, str):
-            assert found == meant or typed in ("</think>", "<think>"), f"{typed!r} in {role}: {found}"  # templates cut there
+            assert found == meant or typed in ("</think>", "<think>"), (
+                f"{typed!r} in {role}: {found}"
+            )  # templates cut there
             continue
         text, ids, trained = found
         accepted += 1
@@ -174,11 +212,18 @@ def check(one: Bench, typed: str, is_guarded: bool, guarded: set[str], harmless:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-like"])
-def test_trusted_tokens_are_all_encoded_as_inference_does(name: str, shared_data: Path, tmp_path: Path) -> None:
+def test_trusted_tokens_are_all_encoded_as_inference_does(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
     one = bench(name, shared_data, tmp_path, flipped=False)
-    one.finder = SpanFinder(one.finder.template, one.tokenizer.stop_tokens, *one.tokenizer.by_mark, trust_control_tokens=True)
+    one.finder = SpanFinder(
+        one.finder.template, one.tokenizer.stop_tokens, *one.tokenizer.by_mark, trust_control_tokens=True
+    )
     for token in one.tokenizer.added_tokens:
-        messages = [{"role": "user", "content": f"Hi {token.content} there"}, {"role": "assistant", "content": "Yes"}]
+        messages = [
+            {"role": "user", "content": f"Hi {token.content} there"},
+            {"role": "assistant", "content": "Yes"},
+        ]
         found = one.ids(messages, "merge")
         assert not isinstance(found, str)
         assert found[1] == one.joint(found[0]), token.content

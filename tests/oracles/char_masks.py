@@ -52,7 +52,9 @@ class Format:
 
     def spell(self, messages: Messages) -> Messages:
         """Return messages as this template takes them, nulls left out."""
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages = [
+            {key: value for key, value in message.items() if value is not None} for message in messages
+        ]
         for message in messages:
             if self.parts and isinstance(message.get("content"), str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
@@ -60,21 +62,33 @@ class Format:
                 message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
         return messages
 
-    def render(self, messages: Messages, tools: list[dict[str, Any]] | None = None, prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, tools: list[dict[str, Any]] | None = None, prompt: bool = False
+    ) -> str:
         """Render as `apply_chat_template(tokenize=False)` does, on 2025-01-01."""
         messages = self.spell(messages)
         with fixed_clock():
             texts, _ = chat_template_utils.render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, add_generation_prompt=prompt, **self.arguments
+                [messages],
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=prompt,
+                **self.arguments,
             )
         return str(texts[0])
 
-    def generated(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[tuple[int, int]]:
+    def generated(
+        self, messages: Messages, tools: list[dict[str, Any]] | None = None
+    ) -> list[tuple[int, int]]:
         """Return transformers' own character ranges of the `{% generation %}` blocks."""
         messages = self.spell(messages)
         with fixed_clock():
             _, ranges = chat_template_utils.render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, return_assistant_tokens_mask=True, **self.arguments
+                [messages],
+                tools=tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self.arguments,
             )
         return [(start, stop) for start, stop in ranges[0] if start < stop]
 
@@ -85,7 +99,9 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": text}}
 
 
-def trained_spans(form: Format, messages: Messages, tools: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, int]]:
+def trained_spans(
+    form: Format, messages: Messages, tools: list[dict[str, Any]] | None = None
+) -> dict[int, tuple[int, int]]:
     """Return (start, stop) of what the model must generate for each assistant message, characters of the rendered text."""
     text = form.render(messages, tools)
     places = [_place(form, messages, tools, index) for index in range(len(messages))]
@@ -145,7 +161,9 @@ def _behind(written: str, text: str, origin: int, limit: int) -> int:
         return origin + len(written)
     parting = _common(written, region)
     for side in (written, region):
-        parting = min([tag.start() for tag in TAG.finditer(side) if tag.start() < parting < tag.end()], default=parting)
+        parting = min(
+            [tag.start() for tag in TAG.finditer(side) if tag.start() < parting < tag.end()], default=parting
+        )
     # What is left of the prompt, or the last of its tags with all behind them, may stand there after other text.
     for cut in [0, *(tag.start() for tag in TAG.finditer(written[parting:]))]:
         header = written[parting + cut :].strip()
@@ -194,7 +212,9 @@ def _place(
     first, last = differing[0], differing[-1] + 1
     pieces = _pieces(messages[index])
     before = max((_common(_head(piece)[::-1], text[:first][::-1]) for piece in pieces), default=0)
-    behind = max((_common(_tail(piece), text[last:]) for piece in pieces if _same_end(piece, text[:last])), default=0)
+    behind = max(
+        (_common(_tail(piece), text[last:]) for piece in pieces if _same_end(piece, text[:last])), default=0
+    )
     return first - before, last + behind
 
 
@@ -226,7 +246,11 @@ def _pieces(message: dict[str, Any]) -> list[str]:
     for call in message.get("tool_calls", []):
         arguments = call["function"]["arguments"]
         texts += [arguments] if isinstance(arguments, str) else arguments.values()
-    split = [re.split("</?think>", text) if "</think>" in text else [text] for text in texts if isinstance(text, str)]
+    split = [
+        re.split("</?think>", text) if "</think>" in text else [text]
+        for text in texts
+        if isinstance(text, str)
+    ]
     pieces = [piece.strip() for parts in split for piece in parts]
     return [piece for piece in pieces if _vary(piece) != piece]
 

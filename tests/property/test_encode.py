@@ -49,21 +49,29 @@ def cases(home: Path, name: str, seed: int) -> Iterator[tuple[str, Spans]]:
     torn = re.compile("|".join(re.escape(content) for content in added if content.strip()))
     real = corpus(home)
     for _ in range(ROWS):
-        parts = [random_.choice(added if random_.random() < 0.15 else PARTS) for _ in range(random_.randint(0, 25))]
+        parts = [
+            random_.choice(added if random_.random() < 0.15 else PARTS) for _ in range(random_.randint(0, 25))
+        ]
         text = random_.choice(real) if random_.random() < 0.3 else "".join(parts)
         inside = {at for found in torn.finditer(text) for at in range(found.start() + 1, found.end())}
         places = [
-            at for at in range(len(text) + 1) if at not in inside and not (at < len(text) and unicodedata.combining(text[at]))
+            at
+            for at in range(len(text) + 1)
+            if at not in inside and not (at < len(text) and unicodedata.combining(text[at]))
         ]
         edges = sorted(random_.sample(places, min(len(places) // 2, random_.randint(0, 3)) * 2))
         yield text, list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def encoded(home: Path, name: str, rows: list[tuple[str, Spans]], boundary: str) -> tuple[TokenBatch, EncodeCounts]:
+def encoded(
+    home: Path, name: str, rows: list[tuple[str, Spans]], boundary: str
+) -> tuple[TokenBatch, EncodeCounts]:
     spans = [[(len(text[:a].encode()), len(text[:b].encode())) for a, b in spans] for text, spans in rows]
     nothing = Ragged.from_lists([[] for _ in rows])
     texts = [text for text, _ in rows]
-    batch = TextBatch(texts, Ragged.from_lists(spans), nothing, np.arange(len(rows)), False, np.zeros(len(rows), np.bool_))
+    batch = TextBatch(
+        texts, Ragged.from_lists(spans), nothing, np.arange(len(rows)), False, np.zeros(len(rows), np.bool_)
+    )
     return encode_batch(batch, encoder(home, name), boundary=boundary)  # type: ignore[arg-type]
 
 
@@ -73,7 +81,9 @@ def row_of(batch: TokenBatch, index: int) -> tuple[list[int], list[bool]]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_ids_before_a_span_are_those_of_inference_and_nothing_before_it_is_trained(home: Path, name: str) -> None:
+def test_ids_before_a_span_are_those_of_inference_and_nothing_before_it_is_trained(
+    home: Path, name: str
+) -> None:
     rows = list(cases(home, name, 1))
     batch, _ = encoded(home, name, rows, "split")
     for index, (text, spans) in enumerate(rows):
@@ -118,7 +128,9 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_merge_keeps_the_joint_ids_and_trains_what_the_reference_maps_to_the_span(home: Path, name: str) -> None:
+def test_merge_keeps_the_joint_ids_and_trains_what_the_reference_maps_to_the_span(
+    home: Path, name: str
+) -> None:
     tokenizer = reference(home, name)
     rows = list(cases(home, name, 3))
     batch, _ = encoded(home, name, rows, "merge")
@@ -133,7 +145,9 @@ def test_merge_keeps_the_joint_ids_and_trains_what_the_reference_maps_to_the_spa
                 assert all(trained[first : last + 1])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-3.2-instruct", "minimind", "qwen3", "made-bytes", "made-turns"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama-3.2-instruct", "minimind", "qwen3", "made-bytes", "made-turns"]
+)
 def test_flags_equal_the_reference_offsets_where_spans_meet_its_tokens(home: Path, name: str) -> None:
     random_ = random.Random(name)
     rows, expected = [], []
@@ -146,7 +160,12 @@ def test_flags_equal_the_reference_offsets_where_spans_meet_its_tokens(home: Pat
             start = ends[first - 1] if first else 0
             rows.append((text, [(start, ends[stop])]))
             tokens = zip([0, *ends], ends, strict=False)
-            expected.append((joint.ids, [start <= begin and end <= ends[stop] and begin < ends[stop] for begin, end in tokens]))
+            expected.append(
+                (
+                    joint.ids,
+                    [start <= begin and end <= ends[stop] and begin < ends[stop] for begin, end in tokens],
+                )
+            )
     batch, _ = encoded(home, name, rows, "split")
     compared = 0
     for index, (ids, trained) in enumerate(expected):

@@ -16,7 +16,9 @@ texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 markers = st.sampled_from(["#H:", "#A:", "#", "#A", "A:", "aa", "é", "你", "H:#A"])
 
 
-def oracle(row: Sequence[object], response: Sequence[object], instruction: Sequence[object] | None) -> list[bool] | None:
+def oracle(
+    row: Sequence[object], response: Sequence[object], instruction: Sequence[object] | None
+) -> list[bool] | None:
     """Say for every element whether it is trained; None where the row has to be refused."""
     trained = [False] * len(row)
     seen = []
@@ -45,8 +47,12 @@ def flags(text: str, response: str, instruction: str | None) -> list[bool] | Non
     except RowError:
         return None
     ends = np.cumsum([0] + [len(character.encode()) for character in text])
-    covered = [any(start <= ends[i] and ends[i + 1] <= stop for start, stop in spans) for i in range(len(text))]
-    assert sum(stop - start for start, stop in spans) == sum(len(c.encode()) for c, on in zip(text, covered, strict=True) if on)
+    covered = [
+        any(start <= ends[i] and ends[i + 1] <= stop for start, stop in spans) for i in range(len(text))
+    ]
+    assert sum(stop - start for start, stop in spans) == sum(
+        len(c.encode()) for c, on in zip(text, covered, strict=True) if on
+    )
     return covered
 
 
@@ -57,7 +63,9 @@ def test_text_masks_equal_the_oracle(text: str, response: str, instruction: str 
 
 
 @given(st.lists(texts, max_size=6), markers, st.none() | markers)
-def test_id_masks_equal_the_oracle_row_by_row(rows: list[str], response: str, instruction: str | None) -> None:
+def test_id_masks_equal_the_oracle_row_by_row(
+    rows: list[str], response: str, instruction: str | None
+) -> None:
     if response == instruction:
         return
     ids = np.array([ord(character) for row in rows for character in row], np.int32)
@@ -67,11 +75,15 @@ def test_id_masks_equal_the_oracle_row_by_row(rows: list[str], response: str, in
     for index, row in enumerate(rows):
         expected = oracle(row, response, instruction)
         assert (index in marked.faults) == (expected is None)
-        assert marked.trained[offsets[index] : offsets[index + 1]].tolist() == (expected or [False] * len(row))
+        assert marked.trained[offsets[index] : offsets[index + 1]].tolist() == (
+            expected or [False] * len(row)
+        )
 
 
 @given(st.lists(texts, max_size=6), markers, st.none() | markers)
-def test_text_and_ids_agree_on_faults_and_repeats(rows: list[str], response: str, instruction: str | None) -> None:
+def test_text_and_ids_agree_on_faults_and_repeats(
+    rows: list[str], response: str, instruction: str | None
+) -> None:
     if response == instruction:
         return
     ids = np.array([ord(character) for row in rows for character in row], np.int32)

@@ -23,7 +23,9 @@ def batches(draw: st.DrawFn, fitting: bool) -> tuple[TokenBatch, int]:
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     total = int(offsets[-1])
     trained = np.array(draw(st.lists(st.booleans(), min_size=total, max_size=total)), bool)
-    return TokenBatch(np.arange(1, total + 1, dtype=np.int32), trained, offsets, np.arange(len(lengths))), max_length
+    return TokenBatch(
+        np.arange(1, total + 1, dtype=np.int32), trained, offsets, np.arange(len(lengths))
+    ), max_length
 
 
 def documents(rows: PackedRows) -> list[tuple[int, int, list[int], list[int]]]:
@@ -54,7 +56,9 @@ def expected_labels(tokens: TokenBatch, ids: list[int], constant: bool) -> list[
 def test_pack_never_splits_an_example(batch: tuple[TokenBatch, int]) -> None:
     tokens, max_length = batch
     whole = {i + 1000: tokens.input_ids[a:b].tolist() for i, (a, b) in enumerate(pairwise(tokens.offsets))}
-    found = {example: ids for _, example, ids, _ in documents(pack(tokens, max_length, "bfd")) if example >= 0}
+    found = {
+        example: ids for _, example, ids, _ in documents(pack(tokens, max_length, "bfd")) if example >= 0
+    }
     assert found == {example: ids for example, ids in whole.items() if ids}
 
 
@@ -73,7 +77,9 @@ def test_each_example_is_packed_once_and_in_input_order_inside_its_row(batch: tu
 def test_wrapped_gives_the_stream_back_token_for_token(batch: tuple[TokenBatch, int]) -> None:
     tokens, max_length = batch
     found = documents(pack(tokens, max_length, "wrapped"))
-    assert [token for _, example, ids, _ in found if example >= 0 for token in ids] == tokens.input_ids.tolist()
+    assert [
+        token for _, example, ids, _ in found if example >= 0 for token in ids
+    ] == tokens.input_ids.tolist()
     for _, example, ids, _ in found:
         if example >= 0:
             start, stop = tokens.offsets[example - 1000 : example - 998]
@@ -90,7 +96,9 @@ def test_every_packed_row_is_exactly_max_length(batch: tuple[TokenBatch, int], s
 
 
 @given(batches(fitting=True), st.sampled_from(["bfd", "wrapped", "none"]))
-def test_labels_are_the_trained_ids_but_for_the_first_of_a_packed_document(batch: tuple[TokenBatch, int], strategy: str) -> None:
+def test_labels_are_the_trained_ids_but_for_the_first_of_a_packed_document(
+    batch: tuple[TokenBatch, int], strategy: str
+) -> None:
     tokens, max_length = batch
     for _, example, ids, labels in documents(pack(tokens, max_length, strategy)):
         if example >= 0:

@@ -23,7 +23,9 @@ sizes = st.integers(1, 200)
 Place = tuple[int, int, int]  # example id, line, byte offset
 
 
-def read_in_slices(data: bytes, slice_bytes: int, name: str) -> tuple[SourcePlan, list[tuple[RowBatch, list[Unreadable]]]]:
+def read_in_slices(
+    data: bytes, slice_bytes: int, name: str
+) -> tuple[SourcePlan, list[tuple[RowBatch, list[Unreadable]]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)
@@ -33,11 +35,15 @@ def read_in_slices(data: bytes, slice_bytes: int, name: str) -> tuple[SourcePlan
     return plan, read
 
 
-def flatten(read: list[tuple[RowBatch, list[Unreadable]]]) -> tuple[list[tuple[Place, Any]], list[tuple[Place, str]]]:
+def flatten(
+    read: list[tuple[RowBatch, list[Unreadable]]],
+) -> tuple[list[tuple[Place, Any]], list[tuple[Place, str]]]:
     good = [
         ((int(i), int(line), int(at)), row)
         for batch, _ in read
-        for i, line, at, row in zip(batch.example_ids, batch.lines, batch.byte_offsets, batch.rows, strict=True)
+        for i, line, at, row in zip(
+            batch.example_ids, batch.lines, batch.byte_offsets, batch.rows, strict=True
+        )
     ]
     return good, [((one.example_id, one.line, one.byte_offset), one.raw) for _, bad in read for one in bad]
 
@@ -54,7 +60,9 @@ lines = st.one_of(
 def test_lines_in_slices_are_the_lines_of_the_file(
     body: list[bytes], slice_bytes: int, crlf: bool, final: bool, packed: bool
 ) -> None:
-    good = [json.dumps({"prompt": str(n), "completion": ""}).encode() for n in range(len(body) + 2)]  # the most are JSON lines
+    good = [
+        json.dumps({"prompt": str(n), "completion": ""}).encode() for n in range(len(body) + 2)
+    ]  # the most are JSON lines
     newline = b"\r\n" if crlf else b"\n"
     body = [*good, *body]
     data = newline.join(body) + newline * final
@@ -94,7 +102,9 @@ def test_elements_in_slices_are_the_elements_of_the_array(
     assert bad == []
     assert [place[:2] for place, _ in found] == [(1000 + n, n + 1) for n in range(len(array))]
     decode = json.JSONDecoder().raw_decode
-    assert [decode(data[place[2] :].decode())[0] for place, _ in found] == array  # the offset is where the element starts
+    assert [
+        decode(data[place[2] :].decode())[0] for place, _ in found
+    ] == array  # the offset is where the element starts
     assert plan.records == len(array)
 
 
@@ -151,11 +161,16 @@ def test_records_in_slices_are_the_records_that_the_csv_module_reads(
 @given(table=st.lists(st.text(max_size=10), max_size=50))
 @settings(deadline=None, max_examples=20)
 def test_documents_in_slices_are_the_lines_of_the_text(slice_bytes: int, table: list[str]) -> None:
-    documents = ["prose.", *(line.replace("\n", " ").replace("\r", " ").replace("\x00", " ") for line in table)]
+    documents = [
+        "prose.",
+        *(line.replace("\n", " ").replace("\r", " ").replace("\x00", " ") for line in table),
+    ]
     data = "\n".join(documents).encode("utf-8", "replace")
     plan, read = read_in_slices(data, slice_bytes, "a.txt")
     found, bad = flatten(read)
     expected = data.decode().split("\n")
     assert bad == []
-    assert [(place[1], row) for place, row in found] == [(n, line) for n, line in enumerate(expected, 1) if line.encode().strip()]
+    assert [(place[1], row) for place, row in found] == [
+        (n, line) for n, line in enumerate(expected, 1) if line.encode().strip()
+    ]
     assert plan.records == len(expected) - (expected[-1] == "")

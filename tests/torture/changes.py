@@ -25,7 +25,16 @@ from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.verify import verify
 from tests.torture.runs import TOKENIZER, Command
 
-FLAGS = ("--max-length", "256", "--max-rejects", "0", "--set", "slice_bytes=40000", "--set", "engine=tokenizers")
+FLAGS = (
+    "--max-length",
+    "256",
+    "--max-rejects",
+    "0",
+    "--set",
+    "slice_bytes=40000",
+    "--set",
+    "engine=tokenizers",
+)
 WORDS = {"old": "alpha", "new": "bravo"}
 ROWS = 1500
 SLOW = "import time\ndef f(row):\n    time.sleep(0.0005)\n"  # so that there is a middle to change things in
@@ -45,14 +54,18 @@ def as_jsonl(rows: list[dict[str, str]]) -> bytes:
 
 def as_parquet(rows: list[dict[str, str]]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=100, compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.Table.from_pylist(rows), sink, row_group_size=100, compression="none", use_dictionary=False
+    )
     return bytes(sink.getvalue())
 
 
 KINDS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
     "jsonl": as_jsonl,
     "json": lambda rows: json.dumps(rows).encode(),
-    "csv": lambda rows: b"prompt,completion\n" + b"".join(f"{r['prompt']},{r['completion']}\n".encode() for r in rows),
+    "csv": lambda rows: (
+        b"prompt,completion\n" + b"".join(f"{r['prompt']},{r['completion']}\n".encode() for r in rows)
+    ),
     "jsonl.gz": lambda rows: gzip.compress(as_jsonl(rows), mtime=0),
     "parquet": as_parquet,
 }
@@ -201,7 +214,9 @@ def play_one(ground: Ground, known: dict[str, str], rng: random.Random) -> str:
     if made:
         assert not verify(ground.output).problems, what
         manifest = read_manifest(ground.output)
-        cut = truncate in actions and manifest.sources[0].bytes == len(ground.bytes["old"]) // 2  # before it was planned
+        cut = (
+            truncate in actions and manifest.sources[0].bytes == len(ground.bytes["old"]) // 2
+        )  # before it was planned
         assert manifest.digest in known or cut, f"a set of no version: {what}"
     # The same command, with nothing changing any more, ends in the set of what lies there now, or says why not.
     if not ground.input.exists() or ground.input.read_bytes() not in ground.bytes.values():
@@ -214,14 +229,18 @@ def play_one(ground: Ground, known: dict[str, str], rng: random.Random) -> str:
 
 
 def main() -> None:
-    rounds, seed = (int(sys.argv[at]) if len(sys.argv) > at else default for at, default in ((1, 300), (2, 0)))
+    rounds, seed = (
+        int(sys.argv[at]) if len(sys.argv) > at else default for at, default in ((1, 300), (2, 0))
+    )
     memory, began = Path("/dev/shm"), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="changes-", dir=memory if memory.is_dir() else None))
     try:
         ends = play(folder, rounds, seed)
     finally:
         shutil.rmtree(folder)
-    print(f"{rounds} rounds in {time.monotonic() - began:.0f} s: {', '.join(f'{ends[end]} {end}' for end in sorted(ends))}")
+    print(
+        f"{rounds} rounds in {time.monotonic() - began:.0f} s: {', '.join(f'{ends[end]} {end}' for end in sorted(ends))}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from sftdata.shardset import build as build_module
 from tests.torture.runs import content, prepare, write_chats
 
 
@@ -39,3 +40,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     digest = prepare(data, folder / "set").digest
     assert len(list((folder / "set").glob("*.arrow"))) == 3
     return Unbroken(data, content(folder / "set"), digest)
+
+
+@pytest.fixture
+def at_first_slice(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Let something happen once the first slice is committed."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        real, waiting = build_module.Build.commit, [act]
+
+        def commit(build: build_module.Build, result: object, rejects: bytes) -> None:
+            real(build, result, rejects)  # type: ignore[arg-type]
+            if waiting:
+                waiting.pop()()
+
+        monkeypatch.setattr(build_module.Build, "commit", commit)
+
+    return arrange

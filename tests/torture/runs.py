@@ -26,9 +26,27 @@ from tests.waiting import HANGS
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
 SMALL = ("--max-length", "64", "--max-rejects", "50%", "--set", "slice_bytes=20000")
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bright", "stars", "look", "on")
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "bright",
+    "stars",
+    "look",
+    "on",
+)
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "sftdata.stages", "tokenizers", "pyarrow", "jinja2"])
+_forks.set_forkserver_preload(
+    ["tests.torture.runs", "sftdata.pipeline", "sftdata.stages", "tokenizers", "pyarrow", "jinja2"]
+)
 
 
 def write_chats(path: Path, rows: int, seed: int = 5) -> Path:
@@ -37,7 +55,10 @@ def write_chats(path: Path, rows: int, seed: int = 5) -> Path:
     with path.open("w") as lines:
         for number in range(rows):
             turns = [
-                {"role": role if number % 10 else "bot", "content": " ".join(rng.choices(WORDS, k=rng.randint(2, 30)))}
+                {
+                    "role": role if number % 10 else "bot",
+                    "content": " ".join(rng.choices(WORDS, k=rng.randint(2, 30))),
+                }
                 for role in ("user", "assistant")
             ]
             lines.write(json.dumps({"messages": turns}) + "\n")
@@ -45,7 +66,13 @@ def write_chats(path: Path, rows: int, seed: int = 5) -> Path:
 
 
 def settings(data: Path, output: Path, **more: Any) -> dict[str, Any]:
-    basic = {"max_length": 64, "slice_bytes": 2000, "max_rejects": "50%", "engine": "tokenizers", "workers": 1}
+    basic = {
+        "max_length": 64,
+        "slice_bytes": 2000,
+        "max_rejects": "50%",
+        "engine": "tokenizers",
+        "workers": 1,
+    }
     return {"inputs": data, "tokenizer": TOKENIZER, "output": output} | basic | more
 
 
@@ -55,7 +82,11 @@ def prepare(data: Path, output: Path, **more: Any) -> Any:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Return every file of a set."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def forked(given: dict[str, Any], fault: Fault) -> int:
@@ -85,7 +116,18 @@ class Command:
         if fault:
             environment["SFT_FAULT"] = json.dumps(asdict(fault) | {"folder": str(output.parent)})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sftdata", "prepare", str(data), "-t", TOKENIZER, "-o", str(output), *flags],
+            [
+                sys.executable,
+                "-m",
+                "sftdata",
+                "prepare",
+                str(data),
+                "-t",
+                TOKENIZER,
+                "-o",
+                str(output),
+                *flags,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -115,7 +157,9 @@ def look(folder: Path) -> str | None:
     except UsageError:
         return None
     problems = verify(folder).problems
-    if problems and manifest.digest == read_manifest(folder).digest:  # else it was replaced while it was verified
+    if (
+        problems and manifest.digest == read_manifest(folder).digest
+    ):  # else it was replaced while it was verified
         raise IntegrityError(problems[0])
     return manifest.digest
 

@@ -32,7 +32,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir=sys.argv[2] if len(sys.argv) > 2 else None))
     try:
         free = shutil.disk_usage(folder).free
-        assert free > size * DISK_PER_BYTE, f"{folder}: {free >> 30} GiB free, {size * DISK_PER_BYTE >> 30} wanted"
+        assert free > size * DISK_PER_BYTE, (
+            f"{folder}: {free >> 30} GiB free, {size * DISK_PER_BYTE >> 30} wanted"
+        )
         soak(folder, size)
     finally:
         shutil.rmtree(folder)
@@ -47,7 +49,9 @@ def soak(folder: Path, size: int) -> None:
     watch, output, rng, begun = Watch(), folder / "set", random.Random(0), time.monotonic()
     for kill in range(1, KILLS + 1):
         command, done = start(folder), slices(output)
-        while command.process.poll() is None and slices(output) < max(done + 1, kill * size // (8 << 20) // (KILLS + 1)):
+        while command.process.poll() is None and slices(output) < max(
+            done + 1, kill * size // (8 << 20) // (KILLS + 1)
+        ):
             watch.look_at(command.process.pid)
         time.sleep(rng.random())
         assert command.process.poll() is None, command.process.stderr and command.process.stderr.read()
@@ -62,9 +66,13 @@ def soak(folder: Path, size: int) -> None:
     code, said = command.finish()
     assert code == 0, said
     assert resumed(said).startswith(f"Resuming: {done}/"), said
-    print(f"finished in {time.monotonic() - begun:.0f} s, {KILLS} kills and the plans made again included; {resumed(said)}")
+    print(
+        f"finished in {time.monotonic() - begun:.0f} s, {KILLS} kills and the plans made again included; {resumed(said)}"
+    )
     check(output, rows)
-    print(f"peak memory: {watch.largest >> 10} MiB the largest process, {watch.together >> 10} MiB all together")
+    print(
+        f"peak memory: {watch.largest >> 10} MiB the largest process, {watch.together >> 10} MiB all together"
+    )
 
 
 def write_rows(path: Path, size: int) -> Counter[str]:
@@ -128,10 +136,16 @@ def check(output: Path, rows: Counter[str]) -> None:
     report.raise_if_broken()
     seconds = time.monotonic() - begun
     assert ledger.rows_in == rows.total()
-    assert sum(ledger.rows_rejected.values()) == rows["bad"] == sum(1 for _ in (output / "rejects.jsonl").open("rb"))
+    assert (
+        sum(ledger.rows_rejected.values())
+        == rows["bad"]
+        == sum(1 for _ in (output / "rejects.jsonl").open("rb"))
+    )
     assert ledger.rows_kept == rows["good"]
     assert ledger.tokens_in == ledger.tokens_trained + ledger.tokens_context + sum(ledger.tokens_cut.values())
-    print(f"kept {ledger.rows_kept:,} rows, {ledger.tokens:,} tokens, {report.bytes / 1e9:.1f} GB, every row accounted for")
+    print(
+        f"kept {ledger.rows_kept:,} rows, {ledger.tokens:,} tokens, {report.bytes / 1e9:.1f} GB, every row accounted for"
+    )
     print(f"verified in {seconds:.0f} s, {report.bytes / seconds / 1e9:.2f} GB/s")
     assert sorted(os.listdir(output.parent)) == ["rows.jsonl", "set"]
 

@@ -15,7 +15,6 @@ from sftdata.read.code import code_sha256, read_code
 from sftdata.read.formatter import formatter_sha256, load_formatter
 from sftdata.shardset.verify import verify
 from tests.torture.runs import Command, prepare, settings, write_chats
-from tests.torture.test_changing_inputs import at_first_slice  # noqa: F401  a fixture
 
 KEEP = "def f(row):\n    return row\n"
 DROP = "def f(row):\n    return {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'BRAVO'}]}\n"
@@ -47,7 +46,9 @@ def test_a_finished_set_of_other_code_is_not_up_to_date(here: Path) -> None:
     assert other.ledger.rows_rejected == {}
 
 
-def test_an_unfinished_run_of_other_code_is_not_resumed(here: Path, at_first_slice: Callable[..., None]) -> None:  # noqa: F811
+def test_an_unfinished_run_of_other_code_is_not_resumed(
+    here: Path, at_first_slice: Callable[..., None]
+) -> None:
     data = write_chats(here / "rows.jsonl", 60)
     (here / "forms.py").write_text(KEEP)
 
@@ -66,7 +67,9 @@ def test_an_unfinished_run_of_other_code_is_not_resumed(here: Path, at_first_sli
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_code_that_changes_while_a_run_begins_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_code_that_changes_while_a_run_begins_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     """Between planning and the first row of a worker."""
     data = write_chats(here / "rows.jsonl", 60)
     (here / "forms.py").write_text(KEEP)
@@ -88,7 +91,9 @@ def test_code_that_changes_while_a_run_begins_is_one_line(here: Path, monkeypatc
     assert made.digest == prepare(data, here / "whole" / "set", formatter="forms:f").digest
 
 
-def test_code_that_changes_later_does_not_reach_a_run(here: Path, at_first_slice: Callable[..., None]) -> None:  # noqa: F811
+def test_code_that_changes_later_does_not_reach_a_run(
+    here: Path, at_first_slice: Callable[..., None]
+) -> None:
     data = write_chats(here / "rows.jsonl", 60)
     (here / "forms.py").write_text(KEEP)
     whole = prepare(data, here / "whole" / "set", formatter="forms:f")

@@ -11,7 +11,6 @@ import msgspec
 import pytest
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.shardset import build as build_module
 from sftdata.shardset.manifest import read_manifest, seal, write_manifest
 from sftdata.shardset.verify import verify
 from tests.torture.runs import content, prepare, write_chats
@@ -24,26 +23,12 @@ def chats(path: Path, rows: int, word: str) -> Path:
     """Rows of one length, whatever the word of five letters."""
     with path.open("w") as lines:
         for number in range(rows):
-            turns = [{"role": "user", "content": f"{number:05}"}, {"role": "assistant", "content": f"{word} " * 40}]
+            turns = [
+                {"role": "user", "content": f"{number:05}"},
+                {"role": "assistant", "content": f"{word} " * 40},
+            ]
             lines.write(json.dumps({"messages": turns}) + "\n")
     return path
-
-
-@pytest.fixture
-def at_first_slice(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Let something happen once the first slice is committed."""
-
-    def arrange(act: Callable[[], object]) -> None:
-        real, waiting = build_module.Build.commit, [act]
-
-        def commit(build: build_module.Build, result: object, rejects: bytes) -> None:
-            real(build, result, rejects)  # type: ignore[arg-type]
-            if waiting:
-                waiting.pop()()
-
-        monkeypatch.setattr(build_module.Build, "commit", commit)
-
-    return arrange
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -54,7 +39,9 @@ def test_an_input_that_changes_stops_the_run_and_the_next_one_is_right(
     old, new = data.read_bytes(), chats(place / "new.jsonl", 2000, "BRAVO").read_bytes()
     wanted = prepare(data, place / "alpha" / "set", **SLICES).digest
     at_first_slice(lambda: CHANGES[change](data, new))
-    with pytest.raises(DataError, match=f"{data}: changed while it was read; .* Fix: run the same command again") as caught:
+    with pytest.raises(
+        DataError, match=f"{data}: changed while it was read; .* Fix: run the same command again"
+    ) as caught:
         prepare(data, place / "set", **SLICES)
     assert caught.value.exit_code == 3
     now = data.read_bytes()
@@ -85,7 +72,9 @@ def test_two_versions_of_a_prompt_template_are_never_mixed(
     place: Path, at_first_slice: Callable[[Callable[[], object]], None]
 ) -> None:
     data = place / "rows.jsonl"
-    data.write_text("".join(json.dumps({"instruction": f"{n}", "output": "yes " * 40}) + "\n" for n in range(2000)))
+    data.write_text(
+        "".join(json.dumps({"instruction": f"{n}", "output": "yes " * 40}) + "\n" for n in range(2000))
+    )
     template = place / "template.txt"
     template.write_text("ALPHA {instruction}\n{output}")
     more = {"prompt_template": str(template), "kind": "text", "format": "alpaca"} | SLICES

@@ -44,14 +44,20 @@ def steering(tokenizer: ResolvedTokenizer) -> dict[int, str]:
     """
     unknown = tokenizer.special_tokens.get("unk_token")
     special = [token for token in tokenizer.added_tokens if token.special]
-    return {token.id: token.content for token in special if token.content.strip() and token.content != unknown}
+    return {
+        token.id: token.content for token in special if token.content.strip() and token.content != unknown
+    }
 
 
-def prepared(folder: Path, name: str, tokenizer: ResolvedTokenizer, step: int) -> dict[tuple[str, str], PackedRow]:
+def prepared(
+    folder: Path, name: str, tokenizer: ResolvedTokenizer, step: int
+) -> dict[tuple[str, str], PackedRow]:
     """Return the row of each (typed text, field), of every `step`-th token; rows that are rejected are left out."""
     typed = [HARMLESS, *list(steering(tokenizer).values())[::step]]
     keys = [(text, field, messages) for text in typed for field, messages in conversations(text)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for _, _, messages in keys))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for _, _, messages in keys)
+    )
     given: dict[str, Any] = {} if tokenizer.chat_template else {"chat_template": "chatml"}
     sftdata.prepare(
         folder / "rows.jsonl",
@@ -82,7 +88,9 @@ def check(folder: Path, name: str, step: int = 1) -> int:
         if typed == HARMLESS:
             continue
         harmless = rows[HARMLESS, field]
-        found, expected = (Counter(id for id in r.input_ids.tolist() if id in steers) for r in (row, harmless))
+        found, expected = (
+            Counter(id for id in r.input_ids.tolist() if id in steers) for r in (row, harmless)
+        )
         assert found == expected, f"{typed!r} in {field}"
         said, meant = (decode(r.labels[r.labels != -100].tolist()) for r in (row, harmless))
         shown = typed if knows is None else "".join(char if char in knows else "<unk>" for char in typed)
@@ -111,7 +119,9 @@ def _without_blanks(text: str) -> str:
         *((name, 1) for name in MADE),
     ],
 )
-def test_no_control_id_is_born_from_data_and_masks_stay(name: str, step: int, home: Path, tmp_path: Path) -> None:
+def test_no_control_id_is_born_from_data_and_masks_stay(
+    name: str, step: int, home: Path, tmp_path: Path
+) -> None:
     assert check(tmp_path, str(home / "tokenizers" / name), step) >= 5
 
 

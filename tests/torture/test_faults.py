@@ -63,7 +63,9 @@ def sweep(small: Unbroken, place: Path, action: str, step: int = 1) -> int:
 
 
 @pytest.mark.parametrize(("action", "step"), [("ENOSPC", 4), ("EIO", 11), ("EACCES", 11)])
-def test_a_disk_that_fails_is_one_line_and_the_next_run_goes_on(small: Unbroken, place: Path, action: str, step: int) -> None:
+def test_a_disk_that_fails_is_one_line_and_the_next_run_goes_on(
+    small: Unbroken, place: Path, action: str, step: int
+) -> None:
     assert sweep(small, place, action, step) > 60 // step
 
 
@@ -74,10 +76,14 @@ def test_a_disk_may_fail_at_every_operation(small: Unbroken, place: Path, action
 
 
 def test_a_full_disk_is_one_line_of_the_command_and_exit_code_1(small: Unbroken, place: Path) -> None:
-    code, said = Command(small.data, place / "set", 1, Fault("ENOSPC", name="fsync", path="*.arrow.tmp")).finish()
+    code, said = Command(
+        small.data, place / "set", 1, Fault("ENOSPC", name="fsync", path="*.arrow.tmp")
+    ).finish()
     assert code == 1
     line = said.splitlines()[-1]
-    assert line.startswith(f"{place}/set.partial/shard-00000.arrow: cannot be written: No space left on device (ENOSPC).")
+    assert line.startswith(
+        f"{place}/set.partial/shard-00000.arrow: cannot be written: No space left on device (ENOSPC)."
+    )
     assert "free some space, then run the same command again" in line
     assert "Traceback" not in said
 
@@ -110,19 +116,27 @@ def test_an_input_that_cannot_be_read_is_one_line(
     small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     data = place / "chats.jsonl"
-    data.write_bytes(small.data.read_bytes() if compression == "none" else gzip.compress(small.data.read_bytes()))
+    data.write_bytes(
+        small.data.read_bytes() if compression == "none" else gzip.compress(small.data.read_bytes())
+    )
 
     class Broken(io.BufferedReader):
         def read(self, size: int | None = -1, /) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("sftdata.read.streams.open", lambda path, mode: Broken(io.FileIO(path)), raising=False)
-    with pytest.raises(SftError, match=rf"{data}: cannot be read: Input/output error. Fix: check the disk") as caught:
+    monkeypatch.setattr(
+        "sftdata.read.streams.open", lambda path, mode: Broken(io.FileIO(path)), raising=False
+    )
+    with pytest.raises(
+        SftError, match=rf"{data}: cannot be read: Input/output error. Fix: check the disk"
+    ) as caught:
         prepare(data, place / "set")
     assert caught.value.exit_code == 1
 
 
-def test_an_error_that_no_stage_foresaw_is_one_line(small: Unbroken, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_no_stage_foresaw_is_one_line(
+    small: Unbroken, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import typer
 
     app = typer.Typer()
@@ -154,7 +168,9 @@ def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place
     assert look(place / "other") == read_manifest(place / "other").digest
 
 
-@pytest.mark.parametrize("before", ["sftdata.pipeline.load_stages", "sftdata.run.conclude"], ids=["slices", "finish"])
+@pytest.mark.parametrize(
+    "before", ["sftdata.pipeline.load_stages", "sftdata.run.conclude"], ids=["slices", "finish"]
+)
 def test_a_tokenizer_that_is_removed_in_mid_run_is_one_line_and_the_next_run_goes_on(
     small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
@@ -179,14 +195,21 @@ def test_a_tokenizer_that_is_removed_in_mid_run_is_one_line_and_the_next_run_goe
     assert content(place / "set") == small.files
 
 
-def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_disturbed(small: Unbroken, place: Path) -> None:
-    with Build(place / "set").locked(), pytest.raises(UsageError, match="another `sftdata prepare` is building this set"):
+def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_disturbed(
+    small: Unbroken, place: Path
+) -> None:
+    with (
+        Build(place / "set").locked(),
+        pytest.raises(UsageError, match="another `sftdata prepare` is building this set"),
+    ):
         prepare(small.data, place / "set")
     prepare(small.data, place / "set")
     assert content(place / "set") == small.files
 
 
-def test_a_folder_that_was_renamed_before_it_could_be_locked_is_not_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_was_renamed_before_it_could_be_locked_is_not_taken(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build = Build(place / "set")
     real = os.open
 
@@ -204,7 +227,10 @@ def test_a_folder_that_was_renamed_before_it_could_be_locked_is_not_taken(place:
 def test_a_finished_set_outlives_a_failed_overwrite(small: Unbroken, place: Path) -> None:
     output = place / "set"
     prepare(small.data, output)
-    with Tap(str(place), Fault("ENOSPC", name="fsync", path="*manifest.json.tmp")).installed(), pytest.raises(SftError):
+    with (
+        Tap(str(place), Fault("ENOSPC", name="fsync", path="*manifest.json.tmp")).installed(),
+        pytest.raises(SftError),
+    ):
         prepare(small.data, output, max_length=32, overwrite=True)
     assert content(output) == small.files
     prepare(small.data, output, max_length=32, overwrite=True)
@@ -221,7 +247,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_manifest_is_named_and_overwritten_on_demand_alone(small: Unbroken, place: Path, kind: str) -> None:
+def test_a_damaged_manifest_is_named_and_overwritten_on_demand_alone(
+    small: Unbroken, place: Path, kind: str
+) -> None:
     output = place / "set"
     prepare(small.data, output)
     (output / "manifest.json").write_bytes(DAMAGE[kind])
@@ -240,10 +268,15 @@ def test_a_damaged_manifest_is_named_and_overwritten_on_demand_alone(small: Unbr
 def test_a_damaged_record_of_an_unfinished_run_is_named_and_overwritten_on_demand_alone(
     small: Unbroken, place: Path, name: str
 ) -> None:
-    with Tap(str(place), Fault("EIO", name="fsync", path="*manifest.json.tmp")).installed(), pytest.raises(SftError):
+    with (
+        Tap(str(place), Fault("EIO", name="fsync", path="*manifest.json.tmp")).installed(),
+        pytest.raises(SftError),
+    ):
         prepare(small.data, place / "set")
     (place / "set.partial" / name).write_bytes(b'{"index": ')
-    with pytest.raises(IntegrityError, match=rf"{place}/set.partial/{name}: damaged: .* Fix: start anew with --overwrite."):
+    with pytest.raises(
+        IntegrityError, match=rf"{place}/set.partial/{name}: damaged: .* Fix: start anew with --overwrite."
+    ):
         prepare(small.data, place / "set")
     prepare(small.data, place / "set", overwrite=True)
     assert content(place / "set") == small.files
@@ -258,7 +291,10 @@ def test_a_set_is_replaced_where_folders_cannot_be_swapped(
 
     prepare(small.data, place / "set", max_length=32)
     monkeypatch.setattr("sftdata.shardset.build.swap_folders", refuse)
-    with Tap(str(place), Fault("EIO", name="rename", path=f"{place}/set")).installed(), pytest.raises(SftError):
+    with (
+        Tap(str(place), Fault("EIO", name="rename", path=f"{place}/set")).installed(),
+        pytest.raises(SftError),
+    ):
         prepare(small.data, place / "set", overwrite=True)
     assert look(place / "set") is None  # between the two renames; the finished set waits
     prepare(small.data, place / "set")

@@ -130,8 +130,24 @@ def test_no_bomb_takes_long_or_512_megabytes() -> None:
 
 # What would run code that came with data, reach the network, or start a program.
 FORBIDDEN = (
-    *("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "ftplib.connect", "urllib.Request"),
-    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "webbrowser.open"),
+    *(
+        "pickle.find_class",
+        "socket.connect",
+        "socket.bind",
+        "socket.getaddrinfo",
+        "ftplib.connect",
+        "urllib.Request",
+    ),
+    *(
+        "subprocess.Popen",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.fork",
+        "os.forkpty",
+        "webbrowser.open",
+    ),
 )
 WATCH = """
 import sys
@@ -165,7 +181,19 @@ def watched(*arguments: object) -> tuple[list[list[str]], list[list[str]]]:
 
 def test_no_command_unpickles_connects_or_starts_a_program(place: Path) -> None:
     data = write_chats(place / "chats.jsonl", 40)
-    prepare = ("prepare", data, "-t", TOKENIZER, "--max-length", 64, "--max-rejects", "50%", "--workers", 1, "-o")
+    prepare = (
+        "prepare",
+        data,
+        "-t",
+        TOKENIZER,
+        "--max-length",
+        64,
+        "--max-rejects",
+        "50%",
+        "--workers",
+        1,
+        "-o",
+    )
     watched(*prepare, place / "first")  # from here on the tokenizer is in the cache
     commands = [
         (*prepare, place / "set"),
@@ -178,14 +206,20 @@ def test_no_command_unpickles_connects_or_starts_a_program(place: Path) -> None:
     for command in commands:
         seen, opened = watched(*command)
         assert not seen, command
-        written = [path for path, mode in opened if set(mode) & set("wax+") and not path.startswith((str(place), "/dev/"))]
+        written = [
+            path
+            for path, mode in opened
+            if set(mode) & set("wax+") and not path.startswith((str(place), "/dev/"))
+        ]
         assert not written, command
 
 
 def test_settings_are_plain_yaml(place: Path) -> None:
     """No tag of a settings file makes an object."""
     marker = place / "marker"
-    (place / "run.yaml").write_text(f"inputs: !!python/object/apply:os.system ['touch {marker}']\ntokenizer: x\noutput: y\n")
+    (place / "run.yaml").write_text(
+        f"inputs: !!python/object/apply:os.system ['touch {marker}']\ntokenizer: x\noutput: y\n"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "sftdata", "prepare", str(place / "run.yaml")],
         capture_output=True,
@@ -203,7 +237,9 @@ def test_a_template_in_a_run_that_never_ends_is_a_reject(place: Path) -> None:
     from sftdata.errors import DataError
 
     data = write_chats(place / "chats.jsonl", 3, seed=1)
-    (place / "bomb.jinja").write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    (place / "bomb.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
     begun = time.process_time()
     with pytest.raises(DataError, match="template"):
         sftdata.prepare(**settings(data, place / "set", chat_template=str(place / "bomb.jinja")))

@@ -114,7 +114,9 @@ def test_every_flipped_bit_of_any_file_is_named_and_refused(set_folder: Path, fl
 def test_every_truncation_of_any_file_is_named_and_refused(set_folder: Path, cuts: int) -> None:
     rng, files = np.random.default_rng(cuts), written(set_folder)
     places = [(name, size) for name in files for size in (0, len(files[name]) - 1)]
-    places += [(name, size) for name, raw in files.items() if name.endswith(".arrow") for size in boundaries(raw)]
+    places += [
+        (name, size) for name, raw in files.items() if name.endswith(".arrow") for size in boundaries(raw)
+    ]
     rng.shuffle(places)
     while len(places) < cuts:
         name = str(rng.choice(sorted(files)))
@@ -181,7 +183,9 @@ MIXED = (swap, lose, double, repeat, add_foreign, replace_by_foreign, link, forg
 
 
 @pytest.mark.parametrize("mix", MIXED, ids=lambda mix: mix.__name__)
-def test_shards_that_are_not_where_they_belong_are_named_and_refused(set_folder: Path, mix: Callable[[Path], str]) -> None:
+def test_shards_that_are_not_where_they_belong_are_named_and_refused(
+    set_folder: Path, mix: Callable[[Path], str]
+) -> None:
     name = mix(set_folder)
     assert any(line.startswith(f"{set_folder / name}: ") for line in verified(set_folder))
     assert (trained(set_folder) or "").startswith(f"{set_folder / name}: ")
@@ -204,7 +208,9 @@ def test_a_run_on_a_damaged_set_ends_before_it_writes_anything(
 
 def test_the_command_ends_with_one_line_and_exit_code_4(set_folder: Path, model: Path, place: Path) -> None:
     name = repeat(set_folder)
-    code, _, said = run(["run", str(set_folder), "--model", str(model), "-o", str(place / "out"), "--max-steps", "1"])
+    code, _, said = run(
+        ["run", str(set_folder), "--model", str(model), "-o", str(place / "out"), "--max-steps", "1"]
+    )
     assert code == 4
     assert said.splitlines()[-1].startswith(f"{set_folder / name}: ")
     assert "Traceback" not in said

@@ -12,7 +12,17 @@ import pytest
 
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
-from tests.torture.runs import Command, content, forked, look, prepare, settings, slices_done, watch, write_chats
+from tests.torture.runs import (
+    Command,
+    content,
+    forked,
+    look,
+    prepare,
+    settings,
+    slices_done,
+    watch,
+    write_chats,
+)
 
 # The places where the commit protocol takes a step, each killed just before and just after.
 FAILPOINTS = [
@@ -67,7 +77,9 @@ def kill_and_resume(small: Unbroken, place: Path, fault: Fault, **more: object) 
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone"])
-def test_a_resume_makes_a_shard_anew_that_is_not_as_it_was_left(small: Unbroken, place: Path, damage: str) -> None:
+def test_a_resume_makes_a_shard_anew_that_is_not_as_it_was_left(
+    small: Unbroken, place: Path, damage: str
+) -> None:
     given = settings(small.data, place / "set")
     assert forked(given, Fault("kill", name="replace", path="*/slices/00001.json", after=True)) == -9
     shard = place / "set.partial" / "shard-00000.arrow"
@@ -89,7 +101,9 @@ def kill_everywhere(small: Unbroken, place: Path, step: int, **more: object) -> 
     return kills
 
 
-def kill_at_random(chats: Path, unbroken: dict[str, bytes], place: Path, workers: int, kills: int, seed: int) -> int:
+def kill_at_random(
+    chats: Path, unbroken: dict[str, bytes], place: Path, workers: int, kills: int, seed: int
+) -> int:
     """Kill whole groups at random moments, begin anew when a set is finished; return how often a set was finished."""
     rng, finished, output, accepted = random.Random(seed), 0, place / "set", set()
     for _ in range(kills):
@@ -109,7 +123,9 @@ def kill_at_random(chats: Path, unbroken: dict[str, bytes], place: Path, workers
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_run_killed_at_any_step_of_the_protocol_resumes_to_the_same_bytes(small: Unbroken, place: Path, after: bool) -> None:
+def test_a_run_killed_at_any_step_of_the_protocol_resumes_to_the_same_bytes(
+    small: Unbroken, place: Path, after: bool
+) -> None:
     hit = [
         kill_and_resume(small, place, Fault("kill", name=name, path=path, after=after))
         for name, path in FAILPOINTS[:-1][after::2]
@@ -140,7 +156,9 @@ def test_every_operation(small: Unbroken, place: Path, more: dict[str, object]) 
 
 @pytest.mark.torture
 @pytest.mark.parametrize(("workers", "kills"), [(1, 70), (2, 70), (4, 60)])
-def test_two_hundred_random_moments(chats: Path, unbroken: dict[str, bytes], place: Path, workers: int, kills: int) -> None:
+def test_two_hundred_random_moments(
+    chats: Path, unbroken: dict[str, bytes], place: Path, workers: int, kills: int
+) -> None:
     kill_at_random(chats, unbroken, place, workers, kills, seed=workers)
 
 

@@ -61,15 +61,25 @@ def test_a_link_that_leads_nowhere_is_refused_before_anything_is_read(
         prepare(data, place / "link")
 
 
-def test_files_whose_names_are_not_utf8_are_read_like_any_other(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_files_whose_names_are_not_utf8_are_read_like_any_other(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = place / "data"
     folder.mkdir()
     write_chats(folder / "rows.jsonl", 30)
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines() if '"bot"' not in line]
+    rows = [
+        json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines() if '"bot"' not in line
+    ]
     odd = os.fsencode(folder) + b"/sur\xff."
     for number, kind in enumerate((b"jsonl", b"csv", b"json")):
         with open(odd + kind, "w") as file:
-            file.write("prompt,completion\na,b\n" if number == 1 else json.dumps(rows) if number == 2 else json.dumps(rows[0]))
+            file.write(
+                "prompt,completion\na,b\n"
+                if number == 1
+                else json.dumps(rows)
+                if number == 2
+                else json.dumps(rows[0])
+            )
     with open(odd + b"parquet", "wb") as file:
         pq.write_table(pa.Table.from_pylist(rows), file)
     with (
@@ -80,12 +90,21 @@ def test_files_whose_names_are_not_utf8_are_read_like_any_other(place: Path, cap
     os.rename(folder / "x", odd + b"arrow")
     made = prepare(folder, place / "set")
     names = [source.name for source in made.sources]
-    assert names == ["rows.jsonl", *(f"sur\\xff.{kind}" for kind in ("arrow", "csv", "json", "jsonl", "parquet"))]
+    assert names == [
+        "rows.jsonl",
+        *(f"sur\\xff.{kind}" for kind in ("arrow", "csv", "json", "jsonl", "parquet")),
+    ]
     assert not verify(place / "set").problems
     assert sftdata.open(place / "set").view(0)
-    commands = [["detect", str(folder)], ["detect", str(folder), "--json"], ["preview", str(folder), "-t", TOKENIZER]]
+    commands = [
+        ["detect", str(folder)],
+        ["detect", str(folder), "--json"],
+        ["preview", str(folder), "-t", TOKENIZER],
+    ]
     commands += [[name, str(place / "set")] for name in ("stats", "audit", "inspect", "verify")]
-    commands.append(["prepare", os.fsdecode(odd + b"jsonl"), "-t", TOKENIZER, "-o", str(place / "one"), "--workers", "2"])
+    commands.append(
+        ["prepare", os.fsdecode(odd + b"jsonl"), "-t", TOKENIZER, "-o", str(place / "one"), "--workers", "2"]
+    )
     for command in commands:
         assert main(command) == 0, command
     assert "sur" in "".join(capfd.readouterr())
@@ -112,7 +131,19 @@ def test_a_set_tells_nothing_of_the_folders_of_the_machine(data: Path, place: Pa
     assert made.tokenizer.name == "tokenizer"
 
 
-def test_rows_that_are_mostly_padding_are_said_to_be(data: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["prepare", str(data), "-t", TOKENIZER, "-o", str(place / "set"), "--max-rejects", "50%", "--max-length"]
+def test_rows_that_are_mostly_padding_are_said_to_be(
+    data: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "prepare",
+        str(data),
+        "-t",
+        TOKENIZER,
+        "-o",
+        str(place / "set"),
+        "--max-rejects",
+        "50%",
+        "--max-length",
+    ]
     assert main([*command, str(1 << 24)]) == 0
     assert "0.1 GB of rows that are padding for the most part" in capsys.readouterr().err

@@ -72,11 +72,15 @@ def test_each_good_row_is_kept_and_every_row_accounted_for(poisoned: Path) -> No
     shards = sftdata.open(poisoned / "set")
     ledger = shards.manifest.ledger
     held = {example for row in shards for example in row.examples.tolist() if example >= 0}
-    good = {2 * index for index, case in enumerate(CASES) if case.code is None} | {2 * index + 1 for index in range(len(CASES))}
+    good = {2 * index for index, case in enumerate(CASES) if case.code is None} | {
+        2 * index + 1 for index in range(len(CASES))
+    }
     assert held <= good
     assert len(good - held) == sum(ledger.rows_dropped.values()) < 5
     assert ledger.rows_in == 2 * len(CASES)
-    assert ledger.rows_in == ledger.rows_kept + sum(ledger.rows_rejected.values()) + sum(ledger.rows_dropped.values())
+    assert ledger.rows_in == ledger.rows_kept + sum(ledger.rows_rejected.values()) + sum(
+        ledger.rows_dropped.values()
+    )
 
 
 def test_rejects_that_are_mended_run_through(poisoned: Path, tmp_path: Path) -> None:
@@ -94,7 +98,8 @@ def test_rejects_that_are_not_mended_are_rejected_again(poisoned: Path, tmp_path
     first = rejects(poisoned / "set")
     good = [{"messages": [USER, ANSWER]}] * len(first)
     (tmp_path / "again.jsonl").write_bytes(
-        (poisoned / "set" / "rejects.jsonl").read_bytes() + "".join(json.dumps(row) + "\n" for row in good).encode()
+        (poisoned / "set" / "rejects.jsonl").read_bytes()
+        + "".join(json.dumps(row) + "\n" for row in good).encode()
     )
     prepare(tmp_path / "again.jsonl", tmp_path / "set", max_rejects="100%")
     assert [reject["line"] for reject in rejects(tmp_path / "set")] == list(range(1, len(first) + 1))
@@ -105,13 +110,18 @@ def test_rejects_that_are_not_mended_are_rejected_again(poisoned: Path, tmp_path
 
 def test_the_fix_of_an_unknown_role_is_a_flag_that_works(tmp_path: Path) -> None:
     for role in ("bot", "asistant", "AI", "model"):
-        (tmp_path / "rows.jsonl").write_bytes(dumped(chat({**USER, "role": role}, ANSWER)) + b"\n" + GOOD + b"\n")
+        (tmp_path / "rows.jsonl").write_bytes(
+            dumped(chat({**USER, "role": role}, ANSWER)) + b"\n" + GOOD + b"\n"
+        )
         prepare(tmp_path / "rows.jsonl", tmp_path / role, max_rejects="100%")
         (reject,) = rejects(tmp_path / role)
         flag, mapping = reject["fix"].split()
         assert flag == "--map-role"
         manifest = prepare(
-            tmp_path / "rows.jsonl", tmp_path / f"{role}-mended", map_role=dict([mapping.split("=")]), max_rejects="0"
+            tmp_path / "rows.jsonl",
+            tmp_path / f"{role}-mended",
+            map_role=dict([mapping.split("=")]),
+            max_rejects="0",
         )
         assert manifest.ledger.rows_kept == 2
 
@@ -164,13 +174,18 @@ def test_a_hopeless_file_is_one_line(tmp_path: Path, name: str) -> None:
         ("array", b"[" + b",\n".join([GOOD] * 5) + b"]"),
         ("array that is not closed", b"[" + b",\n".join([GOOD] * 5)),
         ("array with a comma too many", b"[" + b",\n".join([GOOD] * 5) + b",]"),
-        ("two gzip members", gzip.compress(LINES[: len(LINES) // 5]) + gzip.compress(LINES[len(LINES) // 5 :])),
+        (
+            "two gzip members",
+            gzip.compress(LINES[: len(LINES) // 5]) + gzip.compress(LINES[len(LINES) // 5 :]),
+        ),
         ("first line of another schema", b'{"text": "a"}\n' + LINES),
     ],
 )
 def test_an_odd_file_gives_all_its_rows(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / "rows").write_bytes(data)
-    assert prepare(tmp_path / "rows", tmp_path / "set", max_rejects="1", format="messages").ledger.rows_kept == 5
+    assert (
+        prepare(tmp_path / "rows", tmp_path / "set", max_rejects="1", format="messages").ledger.rows_kept == 5
+    )
 
 
 # ------------------------------------------------------------------------------------------- bombs and endless lines
@@ -192,9 +207,17 @@ def peak_of(data: Path, output: Path, **more: Any) -> tuple[int, int]:
         "rejected = sum(sftdata.prepare(**given).ledger.rows_rejected.values())\n"
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) >> 10, rejected)\n"
     )
-    given = settings(data, output, **more) | {"inputs": str(data), "output": str(output), "slice_bytes": 32 << 20}
+    given = settings(data, output, **more) | {
+        "inputs": str(data),
+        "output": str(output),
+        "slice_bytes": 32 << 20,
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True, timeout=HANGS, check=False
+        [sys.executable, "-c", script, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peak, rejected = map(int, done.stdout.split())

@@ -46,7 +46,9 @@ def test_every_prefix_of_the_operations_is_the_old_set_or_the_new(
         for kept, whole in disk.survivors(rng):
             disk.write_out(place / "found", kept, whole)
             found.add(look(place / "found" / "set"))
-            look(place / "found" / "set.partial")  # with a manifest it must be whole: the next run puts it in place
+            look(
+                place / "found" / "set.partial"
+            )  # with a manifest it must be whole: the next run puts it in place
             states += 1
             if states % max(len(operations) * 4 // resumed, 1) == 0:
                 prepare(small.data, place / "found" / "set", overwrite=True)

@@ -29,7 +29,13 @@ if __name__ == "__main__":
 WORLDS = [
     {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "UTC"},
     {"PYTHONHASHSEED": "2", "LC_ALL": "C.UTF-8", "TZ": "Asia/Kathmandu", "WARP": "3e8"},
-    {"PYTHONHASHSEED": "random", "LC_ALL": "tr_TR.UTF-8", "TZ": "America/Lima", "WARP": "-5e8", "PYTHONUTF8": "0"},
+    {
+        "PYTHONHASHSEED": "random",
+        "LC_ALL": "tr_TR.UTF-8",
+        "TZ": "America/Lima",
+        "WARP": "-5e8",
+        "PYTHONUTF8": "0",
+    },
 ]
 RUNS = list(itertools.product((1, 2, 4, 8), ("gigatoken", "tokenizers"), range(3)))
 
@@ -48,10 +54,25 @@ def made(folder: Path, workers: int, engine: str, world: int) -> dict[str, bytes
     output = folder / f"{workers}-{engine}-{world}" / "set"
     output.parent.mkdir()
     flags = ["--max-length", "128", "--max-rejects", "50%", "--set", "slice_bytes=20000"]
-    command = ["prepare", str(folder / "data"), "-t", TOKENIZER, "-o", str(output), "--workers", str(workers), "--engine", engine]
+    command = [
+        "prepare",
+        str(folder / "data"),
+        "-t",
+        TOKENIZER,
+        "-o",
+        str(output),
+        "--workers",
+        str(workers),
+        "--engine",
+        engine,
+    ]
     environment = os.environ | WORLDS[world] | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", WARP, *command, *flags], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", WARP, *command, *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return content(output)
@@ -66,8 +87,14 @@ def reference(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=() if number in (10, 17) else pytest.mark.torture) for number, run in enumerate(RUNS)]
+    "run",
+    [
+        pytest.param(run, marks=() if number in (10, 17) else pytest.mark.torture)
+        for number, run in enumerate(RUNS)
+    ],
 )
-def test_every_run_gives_the_same_bytes(folder: Path, reference: dict[str, bytes], run: tuple[int, str, int]) -> None:
+def test_every_run_gives_the_same_bytes(
+    folder: Path, reference: dict[str, bytes], run: tuple[int, str, int]
+) -> None:
     if run != RUNS[0]:
         assert made(folder, *run) == reference

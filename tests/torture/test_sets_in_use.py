@@ -45,7 +45,9 @@ def replace_set(data: Path, folder: Path) -> None:
     assert after.digest != before.digest
 
 
-REPLACED = "set: replaced while it was in use: opened as [0-9a-f]{12}, now [0-9a-f]{12}. Fix: open the set again"
+REPLACED = (
+    "set: replaced while it was in use: opened as [0-9a-f]{12}, now [0-9a-f]{12}. Fix: open the set again"
+)
 USES: dict[str, Callable[[ShardSet], object]] = {
     "last row": lambda opened: opened[-1],
     "batches": lambda opened: list(opened.batches()),
@@ -93,7 +95,9 @@ def labels_of(opened: ShardSet, into: multiprocessing.SimpleQueue[object]) -> No
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_have_the_bytes_of_a_set_that_is_held_or_say_that_they_have_not(data: Path, place: Path, method: str) -> None:
+def test_workers_have_the_bytes_of_a_set_that_is_held_or_say_that_they_have_not(
+    data: Path, place: Path, method: str
+) -> None:
     wanted = prepare(data, place / "set").ledger.tokens_trained
     opened = open_set(place / "set")
     verify_sets([opened])
@@ -171,11 +175,20 @@ def test_a_forged_set_is_one_line_for_whoever_opens_it(
     prepare(data, place / "set", workers=1)
     forge(place / "set", change)
     assert verify(place / "set").problems
-    readers: list[Callable[[ShardSet], object]] = [lambda opened: opened[0], ShardSet.arrow, lambda opened: verify_sets([opened])]
+    readers: list[Callable[[ShardSet], object]] = [
+        lambda opened: opened[0],
+        ShardSet.arrow,
+        lambda opened: verify_sets([opened]),
+    ]
     for read in readers:
         with pytest.raises(IntegrityError, match=r"shard-00000.arrow: row 0: .* Fix: prepare the set again."):
             read(open_set(place / "set"))
-    for command in (["audit"], ["inspect"], ["inspect", "--row", "0", "--ids"], ["inspect", "--example", "1"]):
+    for command in (
+        ["audit"],
+        ["inspect"],
+        ["inspect", "--row", "0", "--ids"],
+        ["inspect", "--example", "1"],
+    ):
         capsys.readouterr()
         assert main([*command, str(place / "set")]) == 4
         said = capsys.readouterr().err
@@ -187,7 +200,9 @@ def test_the_trainer_refuses_a_forged_set_before_its_first_step(place: Path) -> 
     make_set(place / "set")
     forge(place / "set", bad_id)
     model = tiny_llama(place / "model")
-    code, _, said = run(["run", str(place / "set"), "--model", str(model), "-o", str(place / "out"), "--max-steps", "1"])
+    code, _, said = run(
+        ["run", str(place / "set"), "--model", str(model), "-o", str(place / "out"), "--max-steps", "1"]
+    )
     assert code == 4
     assert "a token id is outside the vocabulary" in said.splitlines()[-1]
 
@@ -206,7 +221,9 @@ def test_a_machine_without_memory_is_not_called_damage(
         raise error
 
     monkeypatch.setattr(pa, "memory_map", fail)
-    with pytest.raises(SftError, match="cannot be read here: .* Fix: free memory or raise the limit") as caught:
+    with pytest.raises(
+        SftError, match="cannot be read here: .* Fix: free memory or raise the limit"
+    ) as caught:
         open_set(place / "set")[0]
     assert caught.value.exit_code == 1
 
@@ -218,7 +235,9 @@ def several_batches() -> Iterator[None]:
         yield
 
 
-def test_the_row_that_breaks_a_law_is_counted_over_all_batches(data: Path, place: Path, several_batches: None) -> None:
+def test_the_row_that_breaks_a_law_is_counted_over_all_batches(
+    data: Path, place: Path, several_batches: None
+) -> None:
     made: Manifest = prepare(data, place / "set", slice_bytes=1 << 20)
     batches = read_batches(place / "set" / made.shards[0].name, made.max_length)
     assert len(batches) > 2

@@ -34,29 +34,41 @@ SetBuilder = Callable[..., Manifest]
 def build_set(tmp_path: Path) -> SetBuilder:
     """Build a set at `tmp_path / "set"`: one shard for each list of example lengths, one source for each shard."""
 
-    def build(slices: list[list[int]], max_length: int = 32, strategy: Strategy = "bfd", folder: Path | None = None) -> Manifest:
+    def build(
+        slices: list[list[int]], max_length: int = 32, strategy: Strategy = "bfd", folder: Path | None = None
+    ) -> Manifest:
         folder = folder or tmp_path / "set"
         folder.mkdir()
         constant = strategy != "none"
         ledger, shards, sources, first_id = Ledger(), [], [], 0
         for index, lengths in enumerate(slices):
             tokens, ids = random_tokens(lengths, seed=index), np.arange(first_id, first_id + len(lengths))
-            rows = gather(tokens, ids, plan_packs(tokens.lengths, max_length, strategy), max_length, PAD, constant)
+            rows = gather(
+                tokens, ids, plan_packs(tokens.lengths, max_length, strategy), max_length, PAD, constant
+            )
             shards.append(write_shard(folder / shard_name(index), rows, max_length if constant else None))
             counts = Ledger(rows_in=len(lengths), rows_kept=len(lengths), tokens_in=sum(lengths))
             counts.count_lengths(tokens.lengths)
             counts.count_packed(rows, max_length if constant else None, {f"part-{index}.jsonl": first_id})
             ledger.merge(counts)
-            sources.append(SourceInfo(name=f"part-{index}.jsonl", bytes=99, xxh3="0" * 32, rows=len(lengths), first_id=first_id))
+            sources.append(
+                SourceInfo(
+                    name=f"part-{index}.jsonl", bytes=99, xxh3="0" * 32, rows=len(lengths), first_id=first_id
+                )
+            )
             first_id += len(lengths)
         rejects = write_rejects(folder, [])
         manifest = Manifest(
             settings={"inputs": ["data/*.jsonl"], "max_length": max_length, "packing": strategy},
-            tokenizer=TokenizerInfo(name="toy", sha256="a" * 64, vocab_size=VOCAB, eos_id=1, pad_id=PAD, bos_id=None),
+            tokenizer=TokenizerInfo(
+                name="toy", sha256="a" * 64, vocab_size=VOCAB, eos_id=1, pad_id=PAD, bos_id=None
+            ),
             sources=tuple(sources),
             ledger=ledger,
             shards=tuple(shards),
-            files=(SetFile(name="rejects.jsonl", bytes=rejects.bytes, xxh3=rejects.xxh3, sha256=rejects.sha256),),
+            files=(
+                SetFile(name="rejects.jsonl", bytes=rejects.bytes, xxh3=rejects.xxh3, sha256=rejects.sha256),
+            ),
         )
         return write_manifest(folder, manifest)
 

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from sftdata.read.source import open_source, plan_source, read_slice
 
 documents = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(codec="utf-8"), max_size=6),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.text(st.characters(codec="utf-8"), max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
     max_leaves=6,
 )
@@ -86,10 +89,16 @@ def test_text_that_looks_like_json_stays_text_where_the_schema_says_text(tmp_pat
     ]
 
 
-def test_maps_are_objects_with_their_own_nulls_and_structs_lose_those_that_arrow_added(tmp_path: Path) -> None:
+def test_maps_are_objects_with_their_own_nulls_and_structs_lose_those_that_arrow_added(
+    tmp_path: Path,
+) -> None:
     kind = pa.map_(pa.string(), pa.struct([("a", pa.int64()), ("b", pa.int64())]))
     table = pa.table({"text": pa.array([[("x", {"a": 1}), ("y", None)], None, []], kind)})
-    assert written(table, "parquet", tmp_path / "rows") == [{"text": {"x": {"a": 1}, "y": None}}, {"text": None}, {"text": {}}]
+    assert written(table, "parquet", tmp_path / "rows") == [
+        {"text": {"x": {"a": 1}, "y": None}},
+        {"text": None},
+        {"text": {}},
+    ]
 
 
 @pytest.mark.parametrize("null_first", [True, False])
@@ -112,7 +121,12 @@ def test_saved_datasets_give_what_their_parquet_gives(tmp_path: Path) -> None:
     import datasets
 
     rows = [
-        {"messages": [{"role": "user", "content": "a", "extra": None}, {"role": "assistant", "content": "b", "extra": 1}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a", "extra": None},
+                {"role": "assistant", "content": "b", "extra": 1},
+            ]
+        },
         {"messages": [{"role": "user", "content": "c", "extra": 2}]},
     ]
     saved = datasets.Dataset.from_list(rows)

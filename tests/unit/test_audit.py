@@ -95,19 +95,25 @@ def test_the_fix_for_a_turn_end_that_is_no_stop_names_the_token(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["last", "first"])
-def test_where_other_answers_end_in_the_stop_token_the_fix_is_another_stop(tmp_path: Path, place: str) -> None:
+def test_where_other_answers_end_in_the_stop_token_the_fix_is_another_stop(
+    tmp_path: Path, place: str
+) -> None:
     """As with the end of a tool call beside that of answers: another EOS would take the stop from the others."""
     odd = SEEDED["turn-end-not-a-stop"]
     row = f"{CHAT.format('Hi', 'Hello')}{odd}" if place == "last" else f"{odd}\n{CHAT.format('Hi', 'Hello')}"
     finding = found(write_set(tmp_path / "set", [*CLEAN, row]))["turn-end-not-a-stop"]
     assert (finding.count, finding.examples) == (1, ("data.jsonl:13",))
-    assert finding.fix.startswith("list <|endoftext|> in eos_token_id of the tokenizer's generation_config.json")
+    assert finding.fix.startswith(
+        "list <|endoftext|> in eos_token_id of the tokenizer's generation_config.json"
+    )
     assert not audit(write_set(tmp_path / "followed", [*CLEAN, row], tokenizer=with_stops(tmp_path, [0, 2])))
 
 
 def test_every_turn_of_a_chat_is_looked_at(tmp_path: Path) -> None:
     row = f"{SEEDED['no-trained-end']}{CHAT.format('Hi', 'Hello')}"
-    assert not audit(write_set(tmp_path / "markers", [*CLEAN, row]))  # where markers say what is trained, turns have no end
+    assert not audit(
+        write_set(tmp_path / "markers", [*CLEAN, row])
+    )  # where markers say what is trained, turns have no end
     counters = {"turns": 14, "turns_without_stop": 1}
     finding = found(write_set(tmp_path / "chat", [*CLEAN, row], counters=counters))["no-trained-end"]
     assert (finding.count, finding.examples) == (1, ("data.jsonl:13",))
@@ -166,7 +172,9 @@ def without_template(tmp_path: Path) -> Path:
 )
 def test_what_the_tokenizer_disagrees_on_is_noted(tmp_path: Path, facts: dict[str, Any], code: str) -> None:
     rows, stops = [CHAT.format("Q", "A")], with_stops(tmp_path, [2])
-    folder = write_set(tmp_path / "set", rows, max_length=len(encode_marked(rows[0])[0]), tokenizer=stops, **facts)
+    folder = write_set(
+        tmp_path / "set", rows, max_length=len(encode_marked(rows[0])[0]), tokenizer=stops, **facts
+    )
     assert found(folder)[code].severity == "note"
 
 
@@ -189,7 +197,12 @@ TOOL = {
 @pytest.mark.parametrize(
     ("seeded", "settings", "code", "count"),
     [
-        ({"messages": [{"role": "system", "content": "Be kind."}]}, {"chat_template": TURNS}, "message-swallowed", 1),
+        (
+            {"messages": [{"role": "system", "content": "Be kind."}]},
+            {"chat_template": TURNS},
+            "message-swallowed",
+            1,
+        ),
         ({"tools": [TOOL]}, {"chat_template": TURNS}, "tools-left-out", 1),
         ({"messages": [{"role": "user", "content": "What is <|im_end|>?"}]}, {}, "control-token-in-data", 1),
         ({}, {"eos_token": "<|fin|>"}, "tokens-added", 1),
@@ -198,7 +211,10 @@ TOOL = {
 def test_what_prepare_counts_in_seeded_rows_is_told(
     tmp_path: Path, seeded: dict[str, Any], settings: dict[str, Any], code: str, count: int
 ) -> None:
-    said = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."}] for i in range(9)]
+    said = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": "A number."}]
+        for i in range(9)
+    ]
     rows: list[dict[str, Any]] = [{"messages": turns} for turns in said]
     rows[4] |= seeded
     rows[4]["messages"] = [*seeded.get("messages", []), *said[4][-1 if "What" in str(seeded) else 0 :]]
@@ -207,7 +223,12 @@ def test_what_prepare_counts_in_seeded_rows_is_told(
         (tmp_path / "template.jinja").write_text(settings["chat_template"])
         settings = {"chat_template": str(tmp_path / "template.jinja")}
     sftdata.prepare(
-        tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=128, workers=1, **settings
+        tmp_path / "rows.jsonl",
+        tokenizer=str(TOKENIZER),
+        output=tmp_path / "set",
+        max_length=128,
+        workers=1,
+        **settings,
     )
     (finding,) = (finding for finding in audit(tmp_path / "set") if finding.severity == KINDS[code].severity)
     assert (finding.code, finding.count) == (code, count)
@@ -218,7 +239,9 @@ def test_raw_prompts_beside_a_chat_template_are_noted(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {i}?", "completion": " A number."} for i in range(5)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for kind, codes in (("auto", {"raw-prompts"}), ("completion", set()), ("conversation", set())):
-        sftdata.prepare(tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / kind, workers=1, kind=kind)
+        sftdata.prepare(
+            tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / kind, workers=1, kind=kind
+        )
         assert {finding.code for finding in audit(tmp_path / kind)} & {"raw-prompts"} == codes
 
 
@@ -238,9 +261,16 @@ def test_a_clean_set_has_no_findings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
 def test_the_example_corpus_is_clean_however_it_is_packed(tmp_path: Path, packing: str) -> None:
-    inputs = [EXAMPLES / name for name in ("conversations.jsonl", "instructions.json", "completions.jsonl", "text.txt")]
-    sftdata.prepare(inputs, tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=256, packing=packing, workers=1)
-    assert [finding.code for finding in audit(tmp_path / "set")] == ["raw-prompts"]  # completions.jsonl, which is meant so
+    inputs = [
+        EXAMPLES / name
+        for name in ("conversations.jsonl", "instructions.json", "completions.jsonl", "text.txt")
+    ]
+    sftdata.prepare(
+        inputs, tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=256, packing=packing, workers=1
+    )
+    assert [finding.code for finding in audit(tmp_path / "set")] == [
+        "raw-prompts"
+    ]  # completions.jsonl, which is meant so
 
 
 def test_a_glance_at_all_shards_finds_what_the_audit_finds(tmp_path: Path) -> None:
@@ -250,10 +280,17 @@ def test_a_glance_at_all_shards_finds_what_the_audit_finds(tmp_path: Path) -> No
 
 
 def test_a_glance_looks_at_whole_shards_and_says_how_much_it_saw(tmp_path: Path) -> None:
-    rows = [json.dumps({"prompt": f"Question {i}?", "completion": "" if i % 2 else "Yes."}) for i in range(400)]
+    rows = [
+        json.dumps({"prompt": f"Question {i}?", "completion": "" if i % 2 else "Yes."}) for i in range(400)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     made = sftdata.prepare(
-        tmp_path / "rows.jsonl", tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=64, slice_bytes=4096, workers=1
+        tmp_path / "rows.jsonl",
+        tokenizer=str(TOKENIZER),
+        output=tmp_path / "set",
+        max_length=64,
+        slice_bytes=4096,
+        workers=1,
     )
     assert len(made.shards) > 2
     seen = glance(tmp_path / "set", made, tokens=made.ledger.tokens // 3)
@@ -269,7 +306,9 @@ def test_the_same_set_gives_the_same_findings(tmp_path: Path) -> None:
 
 
 def test_defects_come_before_notes(tmp_path: Path) -> None:
-    severities = [finding.severity for finding in audit(write_set(tmp_path / "set", [*CLEAN, *SEEDED.values()]))]
+    severities = [
+        finding.severity for finding in audit(write_set(tmp_path / "set", [*CLEAN, *SEEDED.values()]))
+    ]
     assert severities == sorted(severities)
     assert set(severities) == {"defect", "note"}
 
@@ -277,7 +316,9 @@ def test_defects_come_before_notes(tmp_path: Path) -> None:
 def test_prompts_that_the_evaluation_set_has_too_are_found(tmp_path: Path) -> None:
     train = write_set(tmp_path / "train", CLEAN)
     leaking = write_set(
-        tmp_path / "eval", [CHAT.format("What is 5?", "Unlike."), CHAT.format("What is 99?", "New.")], max_length=80
+        tmp_path / "eval",
+        [CHAT.format("What is 5?", "Unlike."), CHAT.format("What is 99?", "New.")],
+        max_length=80,
     )
     (finding,) = audit(train, leaking)
     assert (finding.code, finding.examples) == ("prompt-in-other-set", ("data.jsonl:6",))
@@ -323,11 +364,17 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
         return run
 
     last = [ids[core(run)[-1]] if core(run) else -1 for run in runs]
-    enders = {token for token in vocabulary.added if token not in vocabulary.stop_ids and vocabulary.added[token].strip()}
+    enders = {
+        token
+        for token in vocabulary.added
+        if token not in vocabulary.stop_ids and vocabulary.added[token].strip()
+    }
     ended = [bool(core(run)) and ids[core(run)[-1]] in vocabulary.stop_ids for run in runs]
     ends = bool(runs) and ended[-1]
     controls = [
-        sum(ids[position] in vocabulary.stop_ids or ids[position] == bos for position in run if position) - is_ended > 0
+        sum(ids[position] in vocabulary.stop_ids or ids[position] == bos for position in run if position)
+        - is_ended
+        > 0
         for run, is_ended in zip(runs, ended, strict=True)
     ]
     return {
@@ -335,7 +382,10 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
         "ends": ends,
         "cut": labels[-1] != -100 and not ends,
         "empty": any(
-            all(ids[position] in vocabulary.stop_ids or not vocabulary.text_of([ids[position]]).strip() for position in run)
+            all(
+                ids[position] in vocabulary.stop_ids or not vocabulary.text_of([ids[position]]).strip()
+                for position in run
+            )
             for run in runs
         ),
         "control": any(controls),
@@ -348,7 +398,9 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
 VOCABULARY = read_vocabulary(TOKENIZER)
 SPACE = encode_marked(" ")[0][0]
 NEWLINE = encode_marked("\n")[0][0]
-DOCUMENT = st.lists(st.tuples(st.sampled_from([0, 2, SPACE, NEWLINE, 50, 60, 70]), st.booleans()), min_size=1, max_size=9)
+DOCUMENT = st.lists(
+    st.tuples(st.sampled_from([0, 2, SPACE, NEWLINE, 50, 60, 70]), st.booleans()), min_size=1, max_size=9
+)
 
 
 @given(st.lists(st.tuples(DOCUMENT, st.integers(0, 3)), min_size=1, max_size=5))
@@ -384,6 +436,13 @@ def test_columns_say_what_a_walk_over_the_tokens_says(rows: list[tuple[list[tupl
 def test_stretches_of_one_example_are_judged_together() -> None:
     ids = np.array([50, 60, 70, 50, 60, 2], np.int32)
     labels = np.array([-100, 60, 70, -100, 60, 2], np.int32)
-    packed = PackedRows(ids, labels, np.array([0, 6]), np.array([3, 3], np.int32), np.array([9, 9]), np.array([0, 2]))
+    packed = PackedRows(
+        ids, labels, np.array([0, 6]), np.array([3, 3], np.int32), np.array([9, 9]), np.array([0, 2])
+    )
     merged, stretches = Documents.join([DocumentReader(VOCABULARY, None).read(packed)]).by_example()
-    assert (len(merged), stretches.tolist(), merged.ends.tolist(), merged.trained.tolist()) == (1, [2], [True], [4])
+    assert (len(merged), stretches.tolist(), merged.ends.tolist(), merged.trained.tolist()) == (
+        1,
+        [2],
+        [True],
+        [4],
+    )

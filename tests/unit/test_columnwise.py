@@ -16,13 +16,17 @@ from sftdata.read.source import open_source, plan_source
 TABLES = {
     "alpaca": [{"instruction": f"Do {n}", "output": f"Done {n}."} for n in range(12)],
     "chats": [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": str(n)}], "id": n} for n in range(3)
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": str(n)}], "id": n}
+        for n in range(3)
     ],
     "one row": [{"question": "Q", "answer": "A"}],
 }
 SHAPES = {
     "lists": (lambda rows: {name: [row[name] for row in rows] for name in rows[0]}, "by columns"),
-    "objects": (lambda rows: {name: {str(n): row[name] for n, row in enumerate(rows)} for name in rows[0]}, "by columns"),
+    "objects": (
+        lambda rows: {name: {str(n): row[name] for n, row in enumerate(rows)} for name in rows[0]},
+        "by columns",
+    ),
     "split": (
         lambda rows: {"columns": list(rows[0]), "index": [0], "data": [list(row.values()) for row in rows]},
         "orient=split",
@@ -43,7 +47,11 @@ def test_a_table_by_columns_is_named_and_the_advice_gives_its_rows(
     with pytest.raises(UsageError, match=said) as refused:
         detect([plan_source(open_source(str(path)), 0, 1 << 20)])
     assert shutil.which("jq"), "the advice is tried with jq: apt-get install jq"
-    command = refused.value.fix.partition(": ")[2].replace("FILE", str(path)).replace("rows.jsonl", str(tmp_path / "rows.jsonl"))
+    command = (
+        refused.value.fix.partition(": ")[2]
+        .replace("FILE", str(path))
+        .replace("rows.jsonl", str(tmp_path / "rows.jsonl"))
+    )
     subprocess.run(command, shell=True, check=True)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == TABLES[table]
 
@@ -51,7 +59,10 @@ def test_a_table_by_columns_is_named_and_the_advice_gives_its_rows(
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{}, {}]},
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "tools": [{}, {}],
+        },
         {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     ],
 )

@@ -27,11 +27,17 @@ ALPACA = "alpaca: instruction, output, input"
 EXPECTED = {
     "dirty/axolotl_conversation_missingturns.json": ("json", "sharegpt: conversations"),
     "dirty/belle_1k_jsonl_named.json": ("jsonl", ALPACA),
-    "dirty/gorilla_huggingface_api_nulls_mixed.jsonl": ("jsonl", "fits: 936 of 936 sampled rows have the columns api_"),
+    "dirty/gorilla_huggingface_api_nulls_mixed.jsonl": (
+        "jsonl",
+        "fits: 936 of 936 sampled rows have the columns api_",
+    ),
     "dirty/huatuo_8658_jsonl_named.json": ("jsonl", ALPACA),
     "dirty/huatuo_liver_cancer_inline_turns.json": ("json", ALPACA),
     "dirty/instruction_null_field_5rows.json": ("json", "alpaca: instruction, output"),
-    "dirty/new_codealpaca_two_answer_columns.json.gz": ("json", "--map output=output or --map output=response"),
+    "dirty/new_codealpaca_two_answer_columns.json.gz": (
+        "json",
+        "--map output=output or --map output=response",
+    ),
     "dirty/ruozhiba_emo_json_array_named.jsonl": ("json", "xtuner: conversation"),
     "instruction/alpaca_5000.json": ("json", ALPACA),
     "instruction/code_alpaca_2k.json": ("json", ALPACA),
@@ -63,11 +69,20 @@ EXPECTED = {
     "text/mlx_wikisql_train.jsonl": ("jsonl", "text: text"),
     "text/multilingual.txt": ("text", "lines: "),
     "text/wiki_demo.txt": ("text", "lines: "),
-    "tools/bfcl_v4_live_multiple.jsonl.gz": ("jsonl", "the column 'question' asks, but there is no answer column"),
-    "tools/bfcl_v4_live_simple_jsonl_named.json": ("jsonl", "the column 'question' asks, but there is no answer column"),
+    "tools/bfcl_v4_live_multiple.jsonl.gz": (
+        "jsonl",
+        "the column 'question' asks, but there is no answer column",
+    ),
+    "tools/bfcl_v4_live_simple_jsonl_named.json": (
+        "jsonl",
+        "the column 'question' asks, but there is no answer column",
+    ),
     "tools/glaive_toolcall_en.json": ("json", "sharegpt: conversations, tools"),
     "tools/glaive_toolcall_zh.json": ("json", "sharegpt: conversations, tools"),
-    "tools/gorilla_openfunctions_v1_test.json": ("json", "if 'model_answer' is the answer: --map answer=model_answer."),
+    "tools/gorilla_openfunctions_v1_test.json": (
+        "json",
+        "if 'model_answer' is the answer: --map answer=model_answer.",
+    ),
     "vision/lf_mllm_demo.json": ("json", "pictures, sound or film in the column 'images'"),
     "vision/lf_v1_multimodal_demo.jsonl": ("jsonl", "pictures, sound or film in the content of messages"),
     "vision/llava_instruct_100.json": ("json", "pictures, sound or film in the column 'image'"),
@@ -95,7 +110,11 @@ def words_of(path: Path) -> str:
 
 def test_the_table_names_every_real_file(shared_data: Path) -> None:
     folder = shared_data / "datasets"
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix != ".jpg"}
+    files = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".jpg"
+    }
     assert files == set(EXPECTED)
 
 
@@ -148,7 +167,9 @@ def test_detection_is_the_same_under_ten_hash_seeds(shared_data: Path) -> None:
     outputs = set()
     for seed in range(10):
         environment = os.environ | {"PYTHONHASHSEED": str(seed)}
-        done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *files], capture_output=True, text=True, check=True, env=environment
+        )
         outputs.add(done.stdout)
     assert len(outputs) == 1
     assert len(outputs.pop().splitlines()) == len(files)
@@ -169,7 +190,10 @@ def test_the_fix_of_a_refusal_works(shared_data: Path) -> None:
 
 
 def test_every_row_of_a_real_file_is_converted_but_the_known_bad_ones(shared_data: Path) -> None:
-    known_bad = {"dirty/instruction_null_field_5rows.json": ["null-field"], "sharegpt/sharegpt_zh_1k.jsonl": ["no-assistant"]}
+    known_bad = {
+        "dirty/instruction_null_field_5rows.json": ["null-field"],
+        "sharegpt/sharegpt_zh_1k.jsonl": ["no-assistant"],
+    }
     for name, (_, expected) in EXPECTED.items():
         format_name = expected.partition(": ")[0]
         if format_name not in FORMATS or "t0_train" in name:
@@ -192,15 +216,24 @@ def detect_rows(folder: Path, rows: list[Any], **options: Any) -> Detection:
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 AMBIGUOUS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two answer columns": (
-        {"instruction": "Q", "output": "A", "response": "B"}, ["--map output=output", "--map output=response"]
+        {"instruction": "Q", "output": "A", "response": "B"},
+        ["--map output=output", "--map output=response"],
     ),
-    "two answers to a prompt": ({"prompt": "Q", "completion": "A", "answer": "B"}, ["--map completion=completion"]),
-    "text beside instruction": ({"instruction": "Q", "output": "A", "text": "T"}, ["--format alpaca", "--format text"]),
+    "two answers to a prompt": (
+        {"prompt": "Q", "completion": "A", "answer": "B"},
+        ["--map completion=completion"],
+    ),
+    "text beside instruction": (
+        {"instruction": "Q", "output": "A", "text": "T"},
+        ["--format alpaca", "--format text"],
+    ),
     "messages beside a prompt": (
-        {"messages": TURNS, "prompt": "Q", "completion": "A"}, ["--format messages", "--format prompt-completion"]
+        {"messages": TURNS, "prompt": "Q", "completion": "A"},
+        ["--format messages", "--format prompt-completion"],
     ),
     "input beside context": (
-        {"instruction": "Q", "input": "I", "context": "C", "output": "A"}, ["--format alpaca", "--format dolly"]
+        {"instruction": "Q", "input": "I", "context": "C", "output": "A"},
+        ["--format alpaca", "--format dolly"],
     ),
     "text and content": ({"text": "T", "content": "C"}, ["--map text=text", "--map text=content"]),
     "ids beside text": ({"input_ids": [1], "text": "T"}, ["--format text", "--format tokens"]),
@@ -220,22 +253,59 @@ def test_two_readings_are_refused_with_the_flags_that_choose(kind: str, tmp_path
         assert found.format in str(caught.value)
         converted = convert_rows(
             read_slice(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1000).slices[0])[0],
-            found.format, FormatOptions(columns=chosen.get("columns", {})),
+            found.format,
+            FormatOptions(columns=chosen.get("columns", {})),
         )
         assert len(converted.rows) == 9
 
 
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "several answers": ({"prompt": "P", "completions": ["a", "b"]}, "'completions' is a list of answers", "--formatter"),
-    "prompts alone": ({"prompt": "P"}, "the column 'prompt' asks, but there is no answer column", "add an answer"),
-    "prompts as messages": ({"question": [[{"role": "user", "content": "Q"}]], "id": "a"}, "no answer column", "--formatter"),
-    "an answer under another name": ({"question": "Q", "solution": "A", "id": "1"}, "no answer column", "--map answer=solution"),
-    "preference pairs": ({"prompt": "P", "chosen": "a", "rejected": "b"}, "preference pairs", "--map completion=chosen"),
-    "preferred conversations": ({"chosen": TURNS, "rejected": TURNS}, "preference pairs", "--map messages=chosen"),
+    "several answers": (
+        {"prompt": "P", "completions": ["a", "b"]},
+        "'completions' is a list of answers",
+        "--formatter",
+    ),
+    "prompts alone": (
+        {"prompt": "P"},
+        "the column 'prompt' asks, but there is no answer column",
+        "add an answer",
+    ),
+    "prompts as messages": (
+        {"question": [[{"role": "user", "content": "Q"}]], "id": "a"},
+        "no answer column",
+        "--formatter",
+    ),
+    "an answer under another name": (
+        {"question": "Q", "solution": "A", "id": "1"},
+        "no answer column",
+        "--map answer=solution",
+    ),
+    "preference pairs": (
+        {"prompt": "P", "chosen": "a", "rejected": "b"},
+        "preference pairs",
+        "--map completion=chosen",
+    ),
+    "preferred conversations": (
+        {"chosen": TURNS, "rejected": TURNS},
+        "preference pairs",
+        "--map messages=chosen",
+    ),
     "single messages": ({"role": "user", "content": "Q"}, "one message of a conversation", "messages"),
-    "pictures": ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]}, "pictures", "--formatter"),
-    "rows inside an object": ({"version": 1, "data": [{"prompt": "P", "completion": "C"}]}, "under 'data'", "jq -c '.data[]'"),
-    "nothing known": ({"foo": 1, "bar": "x"}, "no known row format fits: 9 of 9 sampled rows have the columns bar, foo", "--map"),
+    "pictures": (
+        {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]},
+        "pictures",
+        "--formatter",
+    ),
+    "rows inside an object": (
+        {"version": 1, "data": [{"prompt": "P", "completion": "C"}]},
+        "under 'data'",
+        "jq -c '.data[]'",
+    ),
+    "nothing known": (
+        {"foo": 1, "bar": "x"},
+        "no known row format fits: 9 of 9 sampled rows have the columns bar, foo",
+        "--map",
+    ),
 }
 
 
@@ -257,10 +327,14 @@ def test_most_rows_decide_and_the_others_are_counted(tmp_path: Path) -> None:
     found = detect_rows(tmp_path, rows)
     assert (found.format, found.matched, found.sampled) == ("messages", 20, 26)
     assert dict(found.alternatives) == {
-        "text": 3, "alpaca (instruction, output) or alpaca (instruction, response)": 2, "no known format": 1
+        "text": 3,
+        "alpaca (instruction, output) or alpaca (instruction, response)": 2,
+        "no known format": 1,
     }
     piece = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1 << 20).slices[0]
-    faults = [fault.code for _, fault in convert_rows(read_slice(piece)[0], "messages", FormatOptions()).faults]
+    faults = [
+        fault.code for _, fault in convert_rows(read_slice(piece)[0], "messages", FormatOptions()).faults
+    ]
     assert faults == ["wrong-format"] * 5 + ["missing-column"]
 
 
@@ -285,7 +359,9 @@ def test_damaged_rows_are_counted_in_the_evidence(tmp_path: Path) -> None:
 def test_a_format_that_the_user_names_is_checked(tmp_path: Path) -> None:
     rows = [{"instruction": "Q", "output": "A", "text": "T"}] * 5
     assert detect_rows(tmp_path, rows, format="text").columns == {"text": "text"}
-    with pytest.raises(UsageError, match=r"5 of 5 sampled rows have the columns instruction, output, text; dolly needs "):
+    with pytest.raises(
+        UsageError, match=r"5 of 5 sampled rows have the columns instruction, output, text; dolly needs "
+    ):
         detect_rows(tmp_path, rows, format="dolly")
     with pytest.raises(UsageError, match=r"--format alpacca: no such format.*did you mean 'alpaca'"):
         detect_rows(tmp_path, rows, format="alpacca")
@@ -293,9 +369,13 @@ def test_a_format_that_the_user_names_is_checked(tmp_path: Path) -> None:
 
 def test_a_mapping_that_names_nothing_is_refused_with_the_nearest(tmp_path: Path) -> None:
     rows = [{"instruction": "Q", "response": "A"}] * 5
-    with pytest.raises(UsageError, match=r"no sampled row has a column 'respons'.*did you mean --map output=response"):
+    with pytest.raises(
+        UsageError, match=r"no sampled row has a column 'respons'.*did you mean --map output=response"
+    ):
         detect_rows(tmp_path, rows, columns={"output": "respons"})
-    with pytest.raises(UsageError, match=r"--map outptu: no such column of any format.*did you mean 'output'"):
+    with pytest.raises(
+        UsageError, match=r"--map outptu: no such column of any format.*did you mean 'output'"
+    ):
         detect_rows(tmp_path, rows, columns={"outptu": "response"})
 
 
@@ -304,7 +384,9 @@ def test_an_input_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no row could be read"):
         detect_file(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text("{'text': 1}\n{'text': 2}\n")
-    with pytest.raises(UsageError, match=r"b\.jsonl: no row could be read \(record 1: .*object keys must be strings"):
+    with pytest.raises(
+        UsageError, match=r"b\.jsonl: no row could be read \(record 1: .*object keys must be strings"
+    ):
         detect_file(tmp_path / "b.jsonl")
 
 

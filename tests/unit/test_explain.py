@@ -19,14 +19,21 @@ from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.show.findings import COUNTED, KINDS
 
 SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
-COMPUTED = {"MEDIA[kind]": set(MEDIA.values()), "code": set()}  # `code`: RowError hands its argument on to Fault
+COMPUTED = {
+    "MEDIA[kind]": set(MEDIA.values()),
+    "code": set(),
+}  # `code`: RowError hands its argument on to Fault
 
 
 def calls() -> Iterator[tuple[str, ast.expr]]:
     """Yield (place, first argument) of everything in the source that makes a fault."""
     for path in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Fault", "RowError"):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("Fault", "RowError")
+            ):
                 yield f"{path.name}:{node.lineno}", node.args[0] if node.args else node.keywords[0].value
 
 
@@ -36,7 +43,9 @@ def fault_codes() -> set[str]:
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
             codes.add(argument.value)
         else:
-            assert ast.unparse(argument) in COMPUTED, f"{place}: name the code itself, so that its paragraph can be checked"
+            assert ast.unparse(argument) in COMPUTED, (
+                f"{place}: name the code itself, so that its paragraph can be checked"
+            )
             codes |= COMPUTED[ast.unparse(argument)]
     return codes
 

@@ -42,7 +42,9 @@ def imported(path: Path) -> Iterator[str]:
 def test_what_is_not_always_installed_is_imported_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = {name.split(">")[0].split("=")[0] for name in project["dependencies"]}
-    core = {MODULES.get(name, name) for name in core} | WITH_OTHERS | {"sftdata"} | set(sys.stdlib_module_names)
+    core = (
+        {MODULES.get(name, name) for name in core} | WITH_OTHERS | {"sftdata"} | set(sys.stdlib_module_names)
+    )
     strangers = {
         (str(path.relative_to(ROOT)), name)
         for path in (ROOT / "sftdata").rglob("*.py")
@@ -65,7 +67,9 @@ def test_extras_that_are_named_exist_and_hold_the_package(monkeypatch: pytest.Mo
     for module, extra in asked:
         assert any(str(package).startswith(str(module)) for package in extras[extra])
         monkeypatch.setitem(sys.modules, str(module), None)
-        with pytest.raises(UsageError, match=rf"the rows.*{module} is not installed.*pip install 'sftdata\[{extra}\]'"):
+        with pytest.raises(
+            UsageError, match=rf"the rows.*{module} is not installed.*pip install 'sftdata\[{extra}\]'"
+        ):
             need(str(module), str(extra), "the rows are a dataset")
 
 
@@ -76,7 +80,9 @@ class Dataset:
 @pytest.mark.parametrize(
     "inputs", [Dataset(), [Dataset()], ["rows.jsonl", Dataset()], [{"messages": []}], {"train": "a"}, 5, None]
 )
-def test_rows_where_paths_are_expected_are_answered_with_how_to_write_them(inputs: Any, tmp_path: Path) -> None:
+def test_rows_where_paths_are_expected_are_answered_with_how_to_write_them(
+    inputs: Any, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=r"inputs: found a \w+; expected paths.*to_parquet"):
         sftdata.prepare(inputs, tokenizer="tok", output=tmp_path / "set")
 

@@ -56,27 +56,53 @@ SIMPLE: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "messages": ("messages", {"messages": TURN}, TURN),
     "messages under conversations": ("messages", {"conversations": TURN}, TURN),
     "messages as JSON text": ("messages", {"messages": json.dumps(TURN)}, TURN),
-    "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, TURN),
-    "sharegpt, other names": (
-        "sharegpt", {"conversations": [{"from": "user", "value": "Q"}, {"from": "chatgpt", "value": "A"}]}, TURN
+    "sharegpt": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        TURN,
     ),
-    "xtuner": ("xtuner", {"conversation": [{"system": "S", "input": "Q", "output": "A"}]}, [*say(("system", "S")), *TURN]),
+    "sharegpt, other names": (
+        "sharegpt",
+        {"conversations": [{"from": "user", "value": "Q"}, {"from": "chatgpt", "value": "A"}]},
+        TURN,
+    ),
+    "xtuner": (
+        "xtuner",
+        {"conversation": [{"system": "S", "input": "Q", "output": "A"}]},
+        [*say(("system", "S")), *TURN],
+    ),
     "alpaca": ("alpaca", {"instruction": "Q", "input": "", "output": "A"}, TURN),
     "alpaca without input": ("alpaca", {"instruction": "Q", "output": "A"}, TURN),
     "alpaca with null input": ("alpaca", {"instruction": "Q", "input": None, "output": "A"}, TURN),
     "alpaca with an input": (
-        "alpaca", {"instruction": "Q", "input": "I", "output": "A"}, say(("user", "Q\nI"), ("assistant", "A"))
+        "alpaca",
+        {"instruction": "Q", "input": "I", "output": "A"},
+        say(("user", "Q\nI"), ("assistant", "A")),
     ),
     "alpaca with only an input": ("alpaca", {"instruction": "", "input": "Q", "output": "A"}, TURN),
     "alpaca with response": ("alpaca", {"instruction": "Q", "response": "A"}, TURN),
-    "alpaca with system": ("alpaca", {"instruction": "Q", "output": "A", "system": "S"}, [*say(("system", "S")), *TURN]),
-    "alpaca with history": (
-        "alpaca", {"instruction": "Q", "output": "A", "history": [["q", "a"]]}, [*say(("user", "q"), ("assistant", "a")), *TURN]
+    "alpaca with system": (
+        "alpaca",
+        {"instruction": "Q", "output": "A", "system": "S"},
+        [*say(("system", "S")), *TURN],
     ),
-    "dolly": ("dolly", {"instruction": "Q", "context": "C", "response": "A"}, say(("user", "Q\nC"), ("assistant", "A"))),
+    "alpaca with history": (
+        "alpaca",
+        {"instruction": "Q", "output": "A", "history": [["q", "a"]]},
+        [*say(("user", "q"), ("assistant", "a")), *TURN],
+    ),
+    "dolly": (
+        "dolly",
+        {"instruction": "Q", "context": "C", "response": "A"},
+        say(("user", "Q\nC"), ("assistant", "A")),
+    ),
     "question-answer": ("question-answer", {"question": "Q", "answer": "A"}, TURN),
     "query-response": ("query-response", {"query": "Q", "response": "A"}, TURN),
-    "prompt-completion of messages": ("prompt-completion", {"prompt": TURN[:1], "completion": TURN[1:]}, TURN),
+    "prompt-completion of messages": (
+        "prompt-completion",
+        {"prompt": TURN[:1], "completion": TURN[1:]},
+        TURN,
+    ),
     "prompt-completion, half messages": ("prompt-completion", {"prompt": TURN[:1], "completion": "A"}, TURN),
 }
 
@@ -98,8 +124,13 @@ def test_each_row_reads_as_exactly_one_format(name: str) -> None:
 @pytest.mark.parametrize("answer", ["completion", "response", "answer", "output"])
 def test_prompt_and_completion_strings_are_taken_as_rendered_text(answer: str) -> None:
     assert convert({"prompt": "2+2=", answer: "4"}, "prompt-completion") == Completion("2+2=", "4")
-    assert talk({"prompt": "Q", answer: "A"}, "prompt-completion", FormatOptions(kind="conversation")).messages == TURN
-    assert convert({"prompt": "a", answer: "b"}, "prompt-completion", FormatOptions(kind="text")) == Text("ab")
+    assert (
+        talk({"prompt": "Q", answer: "A"}, "prompt-completion", FormatOptions(kind="conversation")).messages
+        == TURN
+    )
+    assert convert({"prompt": "a", answer: "b"}, "prompt-completion", FormatOptions(kind="text")) == Text(
+        "ab"
+    )
 
 
 def test_prompt_messages_are_counted_with_the_system_text() -> None:
@@ -148,7 +179,9 @@ def test_parts_of_content_become_text_reasoning_and_calls() -> None:
 
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALLS: dict[str, Any] = {
-    "as the API has it, arguments as text": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    "as the API has it, arguments as text": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    ],
     "arguments as an object": [CALL],
     "bare": [{"name": "f", "arguments": {"x": 1}}],
     "all as JSON text": '[{"name": "f", "arguments": {"x": 1}}]',
@@ -158,7 +191,9 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", CALLS)
 def test_tool_calls_come_out_in_one_form_with_arguments_as_the_row_has_them(form: str) -> None:
-    row = {"messages": [*say(("user", "Q")), {"role": "assistant", "content": None, "tool_calls": CALLS[form]}]}
+    row = {
+        "messages": [*say(("user", "Q")), {"role": "assistant", "content": None, "tool_calls": CALLS[form]}]
+    }
     text = {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
     expected = CALL | (text if "as the API" in form else {})
     assert talk(row, "messages").messages[1] == {"role": "assistant", "tool_calls": [expected]}
@@ -188,9 +223,15 @@ SWITCHES = [None, True, False]
 @pytest.mark.parametrize("content", ["", "Let me look."])
 @pytest.mark.parametrize("first", SWITCHES)
 @pytest.mark.parametrize("second", SWITCHES)
-def test_a_call_joins_the_answer_before_it_unless_one_of_them_alone_is_off(content: str, first: Any, second: Any) -> None:
+def test_a_call_joins_the_answer_before_it_unless_one_of_them_alone_is_off(
+    content: str, first: Any, second: Any
+) -> None:
     call = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}
-    rows = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, "loss": first}, call | {"loss": second}]
+    rows = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": content, "loss": first},
+        call | {"loss": second},
+    ]
     found = talk({"messages": [*rows, call | {"loss": second}]}, "messages")
     if (first is False) != (second is False):
         assert found.trained == [None, first, second]
@@ -235,12 +276,17 @@ def test_a_message_may_switch_its_own_training(key: str, value: Any) -> None:
 
 
 def test_one_switch_off_is_off() -> None:
-    assert talk({"messages": [TURN[0], TURN[1] | {"weight": 1, "train": False}]}, "messages").trained == [None, False]
+    assert talk({"messages": [TURN[0], TURN[1] | {"weight": 1, "train": False}]}, "messages").trained == [
+        None,
+        False,
+    ]
     turn = {"input": "Q", "output": "A", "output_with_loss": False}
     assert talk({"conversation": [turn]}, "xtuner").trained == [None, False]
 
 
-@pytest.mark.parametrize("switch", [{"train": False}, {"weight": 0}, {"masked": True}, {"output_with_loss": 0}], ids=str)
+@pytest.mark.parametrize(
+    "switch", [{"train": False}, {"weight": 0}, {"masked": True}, {"output_with_loss": 0}], ids=str
+)
 def test_a_turn_of_xtuner_is_switched_as_a_message_is(switch: dict[str, Any]) -> None:
     found = talk({"conversation": [{"input": "Q", "output": "A"} | switch]}, "xtuner")
     assert found.trained == [None, False]
@@ -260,7 +306,9 @@ def test_a_switch_that_is_a_text_is_refused_with_a_fix_that_helps(key: str) -> N
 
 def test_null_keys_are_dropped_and_other_keys_reach_the_template() -> None:
     message = {"role": "assistant", "content": "A", "tool_calls": None, "name": "n", "reasoning_content": "r"}
-    found = talk({"messages": [TURN[0], message], "chat_template_kwargs": {"enable_thinking": False}}, "messages")
+    found = talk(
+        {"messages": [TURN[0], message], "chat_template_kwargs": {"enable_thinking": False}}, "messages"
+    )
     assert found.messages[1] == {"role": "assistant", "content": "A", "name": "n", "reasoning_content": "r"}
     assert found.template_kwargs == {"enable_thinking": False}
 
@@ -282,51 +330,159 @@ def asked(part: dict[str, Any]) -> dict[str, Any]:
 
 BAD: dict[str, tuple[str, Any, str, str]] = {
     "unknown role": (
-        "messages", {"messages": [TURN[0], {"role": "bot", "content": "A"}]}, "unknown-role",
+        "messages",
+        {"messages": [TURN[0], {"role": "bot", "content": "A"}]},
+        "unknown-role",
         "messages[1].role is 'bot'; expected one of system, developer, user, assistant, tool.",
     ),
     "no role": ("messages", {"messages": [{"content": "A"}]}, "unknown-role", "messages[0].role is null"),
     "no messages": ("messages", {"messages": []}, "no-messages", "empty"),
-    "messages of another kind": ("messages", {"messages": {"role": "user"}}, "no-messages", "messages is an object"),
-    "a message that is text": ("messages", {"messages": [TURN[0], "A"]}, "not-a-message", "messages[1] is a string"),
-    "no assistant": ("messages", {"messages": TURN[:1]}, "no-assistant", "found only user"),
-    "null content": ("messages", {"messages": [TURN[0], {"role": "assistant", "content": None}]}, "no-content", "messages[1]"),
-    "no content": ("sharegpt", {"conversations": [{"from": "gpt"}]}, "no-content", "conversations[0]"),
-    "content of another kind": ("messages", {"messages": [TURN[0], {"role": "assistant", "content": 3}]}, "not-text", "a number"),
-    "an image part": (
-        "messages", {"messages": [asked({"type": "image_url"}), TURN[1]]}, "image-part", "messages[0].content[0] is 'image_url'"
+    "messages of another kind": (
+        "messages",
+        {"messages": {"role": "user"}},
+        "no-messages",
+        "messages is an object",
     ),
-    "an audio part": ("messages", {"messages": [asked({"type": "input_audio"}), TURN[1]]}, "audio-part", "'input_audio'"),
+    "a message that is text": (
+        "messages",
+        {"messages": [TURN[0], "A"]},
+        "not-a-message",
+        "messages[1] is a string",
+    ),
+    "no assistant": ("messages", {"messages": TURN[:1]}, "no-assistant", "found only user"),
+    "null content": (
+        "messages",
+        {"messages": [TURN[0], {"role": "assistant", "content": None}]},
+        "no-content",
+        "messages[1]",
+    ),
+    "no content": ("sharegpt", {"conversations": [{"from": "gpt"}]}, "no-content", "conversations[0]"),
+    "content of another kind": (
+        "messages",
+        {"messages": [TURN[0], {"role": "assistant", "content": 3}]},
+        "not-text",
+        "a number",
+    ),
+    "an image part": (
+        "messages",
+        {"messages": [asked({"type": "image_url"}), TURN[1]]},
+        "image-part",
+        "messages[0].content[0] is 'image_url'",
+    ),
+    "an audio part": (
+        "messages",
+        {"messages": [asked({"type": "input_audio"}), TURN[1]]},
+        "audio-part",
+        "'input_audio'",
+    ),
     "a video part": ("messages", {"messages": [asked({"type": "video"}), TURN[1]]}, "video-part", "'video'"),
-    "an unknown part": ("messages", {"messages": [asked({"type": "refusal"}), TURN[1]]}, "unknown-part", "refusal"),
+    "an unknown part": (
+        "messages",
+        {"messages": [asked({"type": "refusal"}), TURN[1]]},
+        "unknown-part",
+        "refusal",
+    ),
     "parts that would change places": (
         "messages",
-        {"messages": [TURN[0], {"role": "assistant", "content": [
-            {"type": "tool_call", "value": '{"name": "f"}'}, {"type": "text", "text": "after"},
-        ]}]},
-        "part-order", "messages[1].content[1]",
+        {
+            "messages": [
+                TURN[0],
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "tool_call", "value": '{"name": "f"}'},
+                        {"type": "text", "text": "after"},
+                    ],
+                },
+            ]
+        },
+        "part-order",
+        "messages[1].content[1]",
     ),
-    "half a weight": ("messages", {"messages": [TURN[0], TURN[1] | {"weight": 0.5}]}, "fractional-weight", "weight is 0.5"),
-    "a call without a name": ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "bad-tool-call", "[0]"),
-    "a call that is no JSON": ("sharegpt", {"conversations": [{"from": "function_call", "value": "f()"}]}, "bad-tool-call", ""),
+    "half a weight": (
+        "messages",
+        {"messages": [TURN[0], TURN[1] | {"weight": 0.5}]},
+        "fractional-weight",
+        "weight is 0.5",
+    ),
+    "a call without a name": (
+        "messages",
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        "bad-tool-call",
+        "[0]",
+    ),
+    "a call that is no JSON": (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "f()"}]},
+        "bad-tool-call",
+        "",
+    ),
     "tools that are not JSON": ("messages", {"messages": TURN, "tools": "f, g"}, "bad-tools", "a string"),
     "template arguments of another kind": (
-        "messages", {"messages": TURN, "chat_template_kwargs": [1]}, "bad-template-arguments", "an array"
+        "messages",
+        {"messages": TURN, "chat_template_kwargs": [1]},
+        "bad-template-arguments",
+        "an array",
     ),
     "null instruction": ("alpaca", {"instruction": None, "output": "A"}, "null-field", "instruction is null"),
     "null output": ("alpaca", {"instruction": "Q", "output": None}, "null-field", "output is null"),
-    "a number for an answer": ("question-answer", {"question": "Q", "answer": 4}, "not-text", "answer is a number"),
-    "nothing asked": ("alpaca", {"instruction": " ", "input": "", "output": "A"}, "empty-prompt", "instruction is empty"),
+    "a number for an answer": (
+        "question-answer",
+        {"question": "Q", "answer": 4},
+        "not-text",
+        "answer is a number",
+    ),
+    "nothing asked": (
+        "alpaca",
+        {"instruction": " ", "input": "", "output": "A"},
+        "empty-prompt",
+        "instruction is empty",
+    ),
     "no answer column": ("alpaca", {"instruction": "Q"}, "missing-column", "output or response"),
-    "two answer columns": ("alpaca", {"instruction": "Q", "output": "A", "response": "B"}, "two-columns", "output and response"),
-    "a bad history": ("alpaca", {"instruction": "Q", "output": "A", "history": [["q"]]}, "bad-history", "history[0]"),
-    "null completion": ("prompt-completion", {"prompt": "P", "completion": None}, "null-field", "completion is null"),
+    "two answer columns": (
+        "alpaca",
+        {"instruction": "Q", "output": "A", "response": "B"},
+        "two-columns",
+        "output and response",
+    ),
+    "a bad history": (
+        "alpaca",
+        {"instruction": "Q", "output": "A", "history": [["q"]]},
+        "bad-history",
+        "history[0]",
+    ),
+    "null completion": (
+        "prompt-completion",
+        {"prompt": "P", "completion": None},
+        "null-field",
+        "completion is null",
+    ),
     "both empty": ("prompt-completion", {"prompt": "", "completion": ""}, "empty-row", "both empty"),
     "empty text": ("text", {"text": " \n"}, "empty-text", "text is empty"),
-    "another format": ("alpaca", {"messages": TURN}, "wrong-format", "the row reads as messages, the input as alpaca"),
-    "another format of chat": ("messages", {"conversation": [{"input": "Q", "output": "A"}]}, "wrong-format", "reads as xtuner"),
-    "a picture": ("sharegpt", {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]}, "media-row", "image"),
-    "labels too short": ("tokens", {"input_ids": [1, 2], "labels": [1]}, "bad-tokens", "labels has 1 entries, input_ids has 2"),
+    "another format": (
+        "alpaca",
+        {"messages": TURN},
+        "wrong-format",
+        "the row reads as messages, the input as alpaca",
+    ),
+    "another format of chat": (
+        "messages",
+        {"conversation": [{"input": "Q", "output": "A"}]},
+        "wrong-format",
+        "reads as xtuner",
+    ),
+    "a picture": (
+        "sharegpt",
+        {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]},
+        "media-row",
+        "image",
+    ),
+    "labels too short": (
+        "tokens",
+        {"input_ids": [1, 2], "labels": [1]},
+        "bad-tokens",
+        "labels has 1 entries, input_ids has 2",
+    ),
     "ids of another kind": ("tokens", {"input_ids": [1, "2"]}, "bad-tokens", "input_ids"),
     "no ids": ("tokens", {"input_ids": []}, "bad-tokens", "empty"),
 }
@@ -349,7 +505,12 @@ def test_an_unknown_role_is_mended_by_the_flag_that_its_fault_names() -> None:
     row = {"messages": [TURN[0], {"role": "bot", "content": "A"}]}
     assert fault_of(row, "messages").fix == "--map-role bot=assistant"
     assert talk(row, "messages", FormatOptions(roles={"bot": "assistant"})).messages == TURN
-    assert talk({"messages": [{"role": "User", "content": "Q"}, {"role": " GPT ", "content": "A"}]}, "messages").messages == TURN
+    assert (
+        talk(
+            {"messages": [{"role": "User", "content": "Q"}, {"role": " GPT ", "content": "A"}]}, "messages"
+        ).messages
+        == TURN
+    )
 
 
 def test_a_mapped_role_may_be_any_that_the_template_knows() -> None:
@@ -362,7 +523,10 @@ def test_a_conversation_without_an_assistant_passes_when_all_is_trained() -> Non
 
 
 def test_an_empty_answer_is_an_answer() -> None:
-    assert talk({"instruction": "Q", "output": ""}, "alpaca").messages[1] == {"role": "assistant", "content": ""}
+    assert talk({"instruction": "Q", "output": ""}, "alpaca").messages[1] == {
+        "role": "assistant",
+        "content": "",
+    }
     assert convert({"prompt": "P", "completion": ""}, "prompt-completion") == Completion("P", "")
 
 
@@ -390,7 +554,11 @@ def test_columns_that_nothing_reads_are_named_with_the_rows_that_have_them() -> 
 
 def test_every_row_is_kept_or_faulted_or_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = convert_rows(batch_of({"text": "a"}, {"text": None}, {"no": 1}, {"text": "d"}), "text", CHAT)
-    assert (found.row.tolist(), [index for index, _ in found.faults], found.filtered.tolist()) == ([0, 3], [1, 2], [])
+    assert (found.row.tolist(), [index for index, _ in found.faults], found.filtered.tolist()) == (
+        [0, 3],
+        [1, 2],
+        [],
+    )
 
 
 def test_an_unknown_format_names_the_known_ones() -> None:
@@ -408,7 +576,8 @@ def test_without_a_chat_template_instructions_are_laid_out_as_stanford_alpaca_di
         f"{head}. {tail}### Response:\n", "A"
     )
     assert convert({"instruction": "Q", "input": "I", "output": "A"}, "alpaca", PLAIN) == Completion(
-        f"{head}, paired with an input that provides further context. {tail}### Input:\nI\n\n### Response:\n", "A"
+        f"{head}, paired with an input that provides further context. {tail}### Input:\nI\n\n### Response:\n",
+        "A",
     )
     question = convert({"question": "Q", "answer": "A"}, "question-answer", PLAIN)
     assert question == Completion(f"{head}. {tail}### Response:\n", "A")
@@ -425,12 +594,21 @@ def test_a_built_in_prompt_is_what_a_real_dataset_holds(shared_data: Path) -> No
 
 
 def test_braces_in_data_are_data_and_never_slots() -> None:
-    row = {"instruction": "{input} {{name}} {% raw %} {0} {output}", "input": "{instruction}", "output": "I am {{name}}."}
+    row = {
+        "instruction": "{input} {{name}} {% raw %} {0} {output}",
+        "input": "{instruction}",
+        "output": "I am {{name}}.",
+    }
     found = convert(row, "alpaca", PLAIN)
     assert isinstance(found, Completion)
-    assert "### Instruction:\n{input} {{name}} {% raw %} {0} {output}\n\n### Input:\n{instruction}\n\n" in found.prompt
+    assert (
+        "### Instruction:\n{input} {{name}} {% raw %} {0} {output}\n\n### Input:\n{instruction}\n\n"
+        in found.prompt
+    )
     assert found.completion == "I am {{name}}."
-    assert talk(row, "alpaca").messages[0]["content"] == "{input} {{name}} {% raw %} {0} {output}\n{instruction}"
+    assert (
+        talk(row, "alpaca").messages[0]["content"] == "{input} {{name}} {% raw %} {0} {output}\n{instruction}"
+    )
 
 
 def test_earlier_turns_and_the_system_text_are_laid_out_too() -> None:
@@ -473,7 +651,7 @@ def test_options_are_small_and_picklable() -> None:
 
 # -------------------------------------------------------------------------------------------- the user's formatter
 
-FORMATTERS = '''
+FORMATTERS = """
 def to_text(row): return row["q"] + row["a"]
 def to_dict(row): return {"prompt": row["q"], "completion": row["a"]}
 def to_messages(row): return [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]
@@ -491,7 +669,7 @@ def to_weighted(row):
     from sftdata.batches import Conversation
     return Conversation(to_messages(row), [None, 0.5])
 not_a_function = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -541,7 +719,9 @@ def test_a_formatter_that_returns_none_filters_the_row(formatters: str) -> None:
         ("to_two", "formatter-output", "read as prompt-completion and text"),
     ],
 )
-def test_what_a_formatter_does_wrong_is_a_fault_of_the_row(formatters: str, name: str, code: str, reason: str) -> None:
+def test_what_a_formatter_does_wrong_is_a_fault_of_the_row(
+    formatters: str, name: str, code: str, reason: str
+) -> None:
     ((_, fault),) = format_with(f"{formatters}:{name}").faults
     assert (fault.code, reason in fault.reason) == (code, True)
 
@@ -563,7 +743,11 @@ def test_a_formatter_that_cannot_be_found_is_one_line(formatters: str, spec: str
 
 
 def rows_of(path: Path) -> list[Any]:
-    return [row for piece in plan_source(open_source(str(path)), 0, 1 << 30).slices for row in read_slice(piece)[0].rows]
+    return [
+        row
+        for piece in plan_source(open_source(str(path)), 0, 1 << 30).slices
+        for row in read_slice(piece)[0].rows
+    ]
 
 
 def test_real_reasoning_and_tool_rows_keep_every_word(shared_data: Path) -> None:
@@ -574,9 +758,13 @@ def test_real_reasoning_and_tool_rows_keep_every_word(shared_data: Path) -> None
         for message, raw in zip(found.messages, row["messages"], strict=True):
             said = {"reasoning": message.get("reasoning_content"), "text": message.get("content")}
             for kind, text in said.items():
-                assert (text or "") == "".join(part["value"] for part in raw["content"] if part["type"] == kind)
+                assert (text or "") == "".join(
+                    part["value"] for part in raw["content"] if part["type"] == kind
+                )
             calls = [json.loads(part["value"]) for part in raw["content"] if part["type"] == "tool_call"]
-            assert [call["function"]["name"] for call in message.get("tool_calls", [])] == [call["name"] for call in calls]
+            assert [call["function"]["name"] for call in message.get("tool_calls", [])] == [
+                call["name"] for call in calls
+            ]
 
 
 def test_real_loss_weights_become_switches(shared_data: Path) -> None:

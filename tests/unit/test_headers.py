@@ -68,7 +68,9 @@ def test_a_named_table_is_read_with_the_true_line_of_every_record(
     for piece in plan_source(source, 7, slice_bytes).slices:
         batch, bad = read_slice(piece)
         assert bad == []
-        for row, line, example in zip(batch.rows, batch.lines.tolist(), batch.example_ids.tolist(), strict=True):
+        for row, line, example in zip(
+            batch.rows, batch.lines.tolist(), batch.example_ids.tolist(), strict=True
+        ):
             read = {name: value for name, value in row.items() if not name.startswith("Unnamed: ")}
             found.append((read, line, piece.record_of(example)))
     close_streams()

@@ -49,8 +49,14 @@ def test_a_balanced_ledger_passes() -> None:
 @pytest.mark.parametrize(
     ("leak", "equation"),
     [
-        ({"rows_in": 11}, "rows_in = rows_kept 6 + rejected 2 + filtered 1 + dropped 1 does not hold: 11 is not 10"),
-        ({"rows_rejected": {}}, "rows_in = rows_kept 6 + rejected 0 + filtered 1 + dropped 1 does not hold: 10 is not 8"),
+        (
+            {"rows_in": 11},
+            "rows_in = rows_kept 6 + rejected 2 + filtered 1 + dropped 1 does not hold: 11 is not 10",
+        ),
+        (
+            {"rows_rejected": {}},
+            "rows_in = rows_kept 6 + rejected 0 + filtered 1 + dropped 1 does not hold: 10 is not 8",
+        ),
         (
             {"tokens_cut": {"t": 19}},
             "tokens_in = trained 40 + context 30 + cut 19 + in dropped rows 10 does not hold: 100 is not 99",
@@ -59,7 +65,10 @@ def test_a_balanced_ledger_passes() -> None:
             {"tokens_padding": 9},
             "rows_packed 8 * max_length 10 = trained 40 + context 30 + padding 9 does not hold: 80 is not 79",
         ),
-        ({"max_length": None}, "tokens_padding = 0, as rows keep their own length does not hold: 10 is not 0"),
+        (
+            {"max_length": None},
+            "tokens_padding = 0, as rows keep their own length does not hold: 10 is not 0",
+        ),
     ],
 )
 def test_a_leak_is_named_with_its_equation_and_both_sides(leak: dict[str, object], equation: str) -> None:
@@ -72,10 +81,26 @@ def test_a_leak_is_named_with_its_equation_and_both_sides(leak: dict[str, object
 
 def test_merging_adds_every_count_in_any_order() -> None:
     parts = [
-        Ledger(rows_in=1, rows_rejected={"b": 1}, counters={"boundary_splits": 3}, examples={"cut": [9, 4]}, lengths={7: 1}),
-        Ledger(rows_in=2, rows_rejected={"a": 1, "b": 1}, rows_packed=1, max_length=8, examples={"cut": [7, 8, 2]}),
+        Ledger(
+            rows_in=1,
+            rows_rejected={"b": 1},
+            counters={"boundary_splits": 3},
+            examples={"cut": [9, 4]},
+            lengths={7: 1},
+        ),
+        Ledger(
+            rows_in=2,
+            rows_rejected={"a": 1, "b": 1},
+            rows_packed=1,
+            max_length=8,
+            examples={"cut": [7, 8, 2]},
+        ),
         Ledger(rows_in=1, sources={"x": SourceCounts(tokens=5)}, examples={"cut": [1, 4], "none": []}),
-        Ledger(rows_in=3, lengths={5: 2, 7: 1}, sources={"x": SourceCounts(rows=3, tokens=6), "a": SourceCounts()}),
+        Ledger(
+            rows_in=3,
+            lengths={5: 2, 7: 1},
+            sources={"x": SourceCounts(rows=3, tokens=6), "a": SourceCounts()},
+        ),
     ]
     texts = set()
     for order in permutations(parts):

@@ -16,7 +16,9 @@ def batch_of(*examples: str) -> TokenBatch:
     text = "".join(examples)
     offsets = np.append(0, np.cumsum([len(example) for example in examples])).astype(np.int64)
     ids = np.array([ord(letter) for letter in text], np.int32)
-    return TokenBatch(ids, np.array([letter.isupper() for letter in text], np.bool_), offsets, np.arange(len(examples)) * 10)
+    return TokenBatch(
+        ids, np.array([letter.isupper() for letter in text], np.bool_), offsets, np.arange(len(examples)) * 10
+    )
 
 
 def words(batch: TokenBatch) -> list[tuple[int, str]]:
@@ -35,13 +37,18 @@ def test_truncate_keeps_the_start_and_says_which_rows_lost_their_ending() -> Non
     kept, counts = limited("truncate", "abCDEF", "aBcdef", "ab", "aBC")
     assert kept == [(0, "abCD"), (10, "aBcd"), (30, "aBC")]
     assert (counts.tokens_cut, counts.rows_cut, counts.rows_without_ending) == (4, 2, 1)
-    assert (counts.rows_dropped, counts.tokens_in_dropped_rows) == ({"nothing-trained": 1}, {"nothing-trained": 2})
+    assert (counts.rows_dropped, counts.tokens_in_dropped_rows) == (
+        {"nothing-trained": 1},
+        {"nothing-trained": 2},
+    )
 
 
 def test_truncate_drops_a_row_whose_trained_tokens_all_lie_beyond_the_cut() -> None:
     kept, counts = limited("truncate", "abcdEF")
     assert kept == []
-    assert counts == LengthCounts(0, {"no-trained-tokens": 6}, {"no-trained-tokens": 1}, 0, 0, [(0, "no-trained-tokens", 6)])
+    assert counts == LengthCounts(
+        0, {"no-trained-tokens": 6}, {"no-trained-tokens": 1}, 0, 0, [(0, "no-trained-tokens", 6)]
+    )
 
 
 def test_truncate_left_keeps_the_end() -> None:
@@ -65,7 +72,9 @@ def test_split_keeps_every_piece_that_trains_something_under_its_row() -> None:
 
 
 def test_error_names_the_first_overlong_row() -> None:
-    with pytest.raises(OverlongError, match=r"row 10 has 6 tokens; max_length is 4\. Fix: --overlong") as caught:
+    with pytest.raises(
+        OverlongError, match=r"row 10 has 6 tokens; max_length is 4\. Fix: --overlong"
+    ) as caught:
         limited("error", "aB", "abCDEF", "abCDEFG")
     assert caught.value.row == 10
     assert limited("error", "aB", "abCD")[0] == [(0, "aB"), (10, "abCD")]
@@ -85,8 +94,15 @@ def test_no_limit_leaves_everything_but_what_trains_nothing() -> None:
 
 
 @settings(max_examples=300)
-@given(st.lists(st.text("abAB", max_size=13), max_size=6), st.integers(1, 6), st.sampled_from(POLICIES), st.booleans())
-def test_every_token_and_every_row_is_accounted_for(examples: list[str], limit: int, policy: str, packed: bool) -> None:
+@given(
+    st.lists(st.text("abAB", max_size=13), max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(POLICIES),
+    st.booleans(),
+)
+def test_every_token_and_every_row_is_accounted_for(
+    examples: list[str], limit: int, policy: str, packed: bool
+) -> None:
     result, counts = limit_length(batch_of(*examples), limit, policy, packed=packed)  # type: ignore[arg-type]
     kept = words(result)
     assert all(len(word) <= limit and any(letter.isupper() for letter in word[packed:]) for _, word in kept)

@@ -53,9 +53,16 @@ def test_a_manifest_reads_back_as_it_was_written(build_set: Build, tmp_path: Pat
 
 def test_the_same_set_made_elsewhere_or_otherwise_has_the_same_digest(build_set: Build) -> None:
     sealed = build_set([[5, 9, 20]])
-    settings = sealed.settings | {"inputs": ["/elsewhere/x.jsonl"], "output": "other", "workers": 8, "engine": "tokenizers"}
+    settings = sealed.settings | {
+        "inputs": ["/elsewhere/x.jsonl"],
+        "output": "other",
+        "workers": 8,
+        "engine": "tokenizers",
+    }
     tokenizer = msgspec.structs.replace(sealed.tokenizer, name="/x")
-    moved = msgspec.structs.replace(sealed, settings=settings, tokenizer=tokenizer, notes=("a note",), software={"numpy": "9"})
+    moved = msgspec.structs.replace(
+        sealed, settings=settings, tokenizer=tokenizer, notes=("a note",), software={"numpy": "9"}
+    )
     assert seal(moved).digest == sealed.digest
     assert seal(moved).checksum != sealed.checksum
 
@@ -90,7 +97,9 @@ def test_a_manifest_that_does_not_balance_is_never_written(build_set: Build, tmp
 
 
 def test_a_folder_without_manifest_is_not_a_finished_set(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gone: no such folder. Fix: name the folder that `sftdata prepare -o` wrote"):
+    with pytest.raises(
+        UsageError, match=r"gone: no such folder. Fix: name the folder that `sftdata prepare -o` wrote"
+    ):
         read_manifest(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"not a finished set, as it has no manifest.json"):
@@ -100,7 +109,10 @@ def test_a_folder_without_manifest_is_not_a_finished_set(tmp_path: Path) -> None
 def test_an_unfinished_run_is_named_with_the_way_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "set.partial").mkdir()
     for folder in (tmp_path / "set", tmp_path / "set.partial"):
-        with pytest.raises(UsageError, match=r"set.partial holds an unfinished run. Fix: run the same `sftdata prepare` again"):
+        with pytest.raises(
+            UsageError,
+            match=r"set.partial holds an unfinished run. Fix: run the same `sftdata prepare` again",
+        ):
             read_manifest(folder)
 
 
@@ -155,7 +167,9 @@ def test_a_hostile_manifest_is_refused_in_one_line(build_set: Build, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format_version":1}', b"NaN"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format_version":1}', b"NaN"]
+)
 def test_what_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(raw)
     with pytest.raises(IntegrityError, match="not a manifest") as caught:
@@ -185,12 +199,17 @@ def test_every_single_changed_character_is_noticed(build_set: Build, tmp_path: P
 
 
 @pytest.mark.parametrize(("strategy", "max_length"), [("bfd", 32), ("wrapped", 32), ("none", 32)])
-def test_rows_are_a_sequence_over_all_shards(build_set: Build, tmp_path: Path, strategy: str, max_length: int) -> None:
+def test_rows_are_a_sequence_over_all_shards(
+    build_set: Build, tmp_path: Path, strategy: str, max_length: int
+) -> None:
     manifest = build_set([[5, 9, 20, 31, 7], [3, 3, 31]], max_length, strategy)
     opened = open_set(tmp_path / "set")
     assert len(opened) == manifest.ledger.rows_packed == len(list(opened))
     assert opened[-1].input_ids.tolist() == opened[len(opened) - 1].input_ids.tolist()
-    assert [row.examples.tolist() for row in opened[1:3]] == [opened[1].examples.tolist(), opened[2].examples.tolist()]
+    assert [row.examples.tolist() for row in opened[1:3]] == [
+        opened[1].examples.tolist(),
+        opened[2].examples.tolist(),
+    ]
     with pytest.raises(IndexError):
         opened[len(opened)]
     documents = [document for row in opened for document in row.documents()]
@@ -254,7 +273,9 @@ def test_opening_a_thousand_shards_touches_none_and_takes_few_steps(build_set: B
     assert steps(lambda: open_set(tmp_path / "set")) < 20_000
 
 
-def test_a_shard_that_is_missing_cut_or_linked_is_refused_when_it_is_read(build_set: Build, tmp_path: Path) -> None:
+def test_a_shard_that_is_missing_cut_or_linked_is_refused_when_it_is_read(
+    build_set: Build, tmp_path: Path
+) -> None:
     build_set([[31] * 10])
     path = tmp_path / "set" / "shard-00000.arrow"
     shutil.copy(path, tmp_path / "kept")
@@ -279,7 +300,9 @@ def test_a_set_behind_a_linked_folder_opens(build_set: Build, tmp_path: Path) ->
 
 
 def reject(row: object) -> Reject:
-    return Reject(file="a.jsonl", line=3, record=2, byte_offset=90, code="bad-role", reason="r", fix="f", row=row)
+    return Reject(
+        file="a.jsonl", line=3, record=2, byte_offset=90, code="bad-role", reason="r", fix="f", row=row
+    )
 
 
 def test_rejects_are_json_lines_in_the_order_given(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def test_a_lone_surrogate_is_left_to_the_encoder_and_stops_no_batch() -> None:
         (BOT, (1, 2), "not of one kind"),
     ],
 )
-def test_markers_that_cannot_tell_turns_apart_are_refused(response: object, instruction: object, message: str) -> None:
+def test_markers_that_cannot_tell_turns_apart_are_refused(
+    response: object, instruction: object, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         check_markers(response, instruction)  # type: ignore[arg-type]
 

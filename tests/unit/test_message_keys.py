@@ -78,12 +78,24 @@ def outcome(message: dict[str, Any], template: str = CHATML) -> tuple[str, list[
     if rendered.faults:
         return rendered.faults[0][1]
     assert rendered.conversations is not None
-    return rendered.conversations.texts[0], rendered.conversations.trained[0].tolist(), dict(rendered.tally.counts)
+    return (
+        rendered.conversations.texts[0],
+        rendered.conversations.trained[0].tolist(),
+        dict(rendered.tally.counts),
+    )
 
 
-@pytest.mark.parametrize(("key", "value", "wanted"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_a_key_of_another_tools_messages_is_read_counted_or_refused(key: str, value: Any, wanted: str) -> None:
-    plain = {"from": "gpt", "value": "Yes."} if key in ("from", "value") else {"role": "assistant", "content": "Yes."}
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_a_key_of_another_tools_messages_is_read_counted_or_refused(
+    key: str, value: Any, wanted: str
+) -> None:
+    plain = (
+        {"from": "gpt", "value": "Yes."}
+        if key in ("from", "value")
+        else {"role": "assistant", "content": "Yes."}
+    )
     before, after = outcome(plain), outcome(plain | {key: value})
     assert isinstance(before, tuple)
     if isinstance(after, Fault):
@@ -91,7 +103,11 @@ def test_a_key_of_another_tools_messages_is_read_counted_or_refused(key: str, va
         assert key in after.reason
         return
     changed = after[:2] != before[:2]
-    counted = {name for name in after[2].keys() - before[2].keys() if name.partition(":")[2] in (key, "") and "turns" not in name}
+    counted = {
+        name
+        for name in after[2].keys() - before[2].keys()
+        if name.partition(":")[2] in (key, "") and "turns" not in name
+    }
     if wanted == "read":
         assert changed or plain.get(key) == value, "neither text nor labels changed"
         assert not counted
@@ -156,7 +172,9 @@ def test_switches_are_all_heard(message: dict[str, Any], trained: bool | None) -
 
 
 def test_a_question_that_is_switched_on_is_counted() -> None:
-    chat = {"messages": [{"role": "user", "content": "Q", "train": True}, {"role": "assistant", "content": "A"}]}
+    chat = {
+        "messages": [{"role": "user", "content": "Q", "train": True}, {"role": "assistant", "content": "A"}]
+    }
     [row] = convert_rows(RowBatch([chat], *np.zeros((3, 1), np.int64)), "messages", FormatOptions()).rows
     assert isinstance(row, Conversation)
     assert row.counted == ("switches_of_other_roles",)
@@ -164,7 +182,11 @@ def test_a_question_that_is_switched_on_is_counted() -> None:
 
 def test_template_arguments_that_nothing_reads_are_counted() -> None:
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    row = Conversation(messages, [None, None], template_kwargs={"enable_thinking": False, "add_generation_prompt": False})
-    tally = render_rows([row], np.zeros(1, np.int64), Renderer(SpanFinder(ChatTemplate(CHATML), ("<|im_end|>",)))).tally
+    row = Conversation(
+        messages, [None, None], template_kwargs={"enable_thinking": False, "add_generation_prompt": False}
+    )
+    tally = render_rows(
+        [row], np.zeros(1, np.int64), Renderer(SpanFinder(ChatTemplate(CHATML), ("<|im_end|>",)))
+    ).tally
     assert tally.counts["template_argument_unused:enable_thinking"] == 1
     assert "template_argument_unused:add_generation_prompt" not in tally.counts

@@ -55,7 +55,11 @@ def rows() -> dict[str, tuple[str, str]]:
 def test_every_argument_of_the_version_is_named(version: str) -> None:
     table = rows()
     missing = [name for name in ARGUMENTS[version].split() if name not in table]
-    unmarked = [name for name in ARGUMENTS[version].split() if name in table and version not in versions_of(table[name][0])]
+    unmarked = [
+        name
+        for name in ARGUMENTS[version].split()
+        if name in table and version not in versions_of(table[name][0])
+    ]
     assert not missing
     assert not unmarked
 

@@ -24,7 +24,9 @@ from sftdata.render.near_miss import describe_missing, nearest_variant, shell_qu
         ("  ", "a b", None),
     ],
 )
-def test_the_nearest_variant_differs_in_spacing_case_or_colon_only(marker: str, text: str, variant: str | None) -> None:
+def test_the_nearest_variant_differs_in_spacing_case_or_colon_only(
+    marker: str, text: str, variant: str | None
+) -> None:
     assert nearest_variant(marker, text) == variant
 
 
@@ -40,7 +42,11 @@ def test_a_text_without_headers_is_shown_by_its_beginning() -> None:
     assert reason.endswith(f"which begins '{'x' * 40}'.")
 
 
-@pytest.mark.parametrize("value", ["### Assistant:", "\n### Assistant:", "it's", "\tit's\\n", "é\n🙂", "答："])
+@pytest.mark.parametrize(
+    "value", ["### Assistant:", "\n### Assistant:", "it's", "\tit's\\n", "é\n🙂", "答："]
+)
 def test_the_fix_can_be_pasted_into_a_shell(value: str) -> None:
-    printed = subprocess.run(["bash", "-c", f"printf %s {shell_quote(value)}"], capture_output=True, check=True)
+    printed = subprocess.run(
+        ["bash", "-c", f"printf %s {shell_quote(value)}"], capture_output=True, check=True
+    )
     assert printed.stdout.decode() == value

@@ -21,7 +21,9 @@ from sftdata.read.source import open_source, plan_source, read_slice
 from sftdata.read.streams import close_streams
 
 ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
-HUMAN, GPT, OTHER = ({"from": name, "value": text} for name, text in (("human", "Q"), ("gpt", "A"), ("gpt", "B")))
+HUMAN, GPT, OTHER = (
+    {"from": name, "value": text} for name, text in (("human", "Q"), ("gpt", "A"), ("gpt", "B"))
+)
 
 
 def look(folder: Path, rows: list[Any], name: str = "rows.jsonl", **options: Any) -> Detection:
@@ -50,7 +52,9 @@ def read(folder: Path, format_name: str, **options: Any) -> Converted:
 
 def followed(fix: str, folder: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     """Do what a fix says, to the letter; return the canonical rows."""
-    if written := re.search(r"--formatter rows:fix, with a file rows\.py that holds: (def fix\(row\): return [^;]+)", fix):
+    if written := re.search(
+        r"--formatter rows:fix, with a file rows\.py that holds: (def fix\(row\): return [^;]+)", fix
+    ):
         (folder / "rows.py").write_text(written[1].rstrip("."), encoding="utf-8")
         monkeypatch.chdir(folder)
         sys.modules.pop("rows", None)
@@ -254,7 +258,12 @@ def test_a_column_as_we_spell_it_goes_before_one_in_another_case(tmp_path: Path)
 def test_two_columns_that_differ_in_case_alone_are_ambiguous(tmp_path: Path) -> None:
     reason, fix = refusal(tmp_path, [{"question": "Q", "ANSWER": "A", "Answer": "B"}])
     assert "2 readings fit" in reason
-    assert look(tmp_path, [{"question": "Q", "ANSWER": "A", "Answer": "B"}], columns={"answer": "Answer"}).matched == 1
+    assert (
+        look(
+            tmp_path, [{"question": "Q", "ANSWER": "A", "Answer": "B"}], columns={"answer": "Answer"}
+        ).matched
+        == 1
+    )
     assert "--map answer=Answer" in fix
 
 
@@ -264,8 +273,10 @@ def test_two_columns_that_differ_in_case_alone_are_ambiguous(tmp_path: Path) -> 
 @pytest.mark.parametrize("layout", ["lines", "array", "wide array"])
 def test_a_bare_list_of_messages_is_a_conversation(layout: str, tmp_path: Path) -> None:
     chats = [[ASKED, SAID], [HUMAN, GPT], [ASKED, SAID]]
-    text = "".join(json.dumps(chat) + "\n" for chat in chats) if layout == "lines" else json.dumps(
-        chats, indent=1 if layout == "wide array" else None
+    text = (
+        "".join(json.dumps(chat) + "\n" for chat in chats)
+        if layout == "lines"
+        else json.dumps(chats, indent=1 if layout == "wide array" else None)
     )
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     plan = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 32 << 20)
@@ -285,5 +296,3 @@ def test_one_array_of_messages_is_still_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="each row is one message of a conversation"):
         detect([plan_source(open_source(str(tmp_path / "rows.json")), 0, 32 << 20)])
     close_streams()
-
-

@@ -16,7 +16,9 @@ from tests.waiting import steps
 def tokens_of(examples: list[list[int]], trained: list[list[bool]] | None = None) -> TokenBatch:
     offsets = np.append(0, np.cumsum([len(example) for example in examples])).astype(np.int64)
     ids = np.array([token for example in examples for token in example], np.int32)
-    mask = np.array([flag for flags in trained for flag in flags], bool) if trained else np.ones(len(ids), bool)
+    mask = (
+        np.array([flag for flags in trained for flag in flags], bool) if trained else np.ones(len(ids), bool)
+    )
     return TokenBatch(ids, mask, offsets, np.arange(len(examples)))
 
 
@@ -40,7 +42,9 @@ LENGTH_MIXES = {
     "short chats": lambda rng: rng.lognormal(5, 1, 20_000),
     "uniform": lambda rng: rng.integers(1, 2049, 20_000),
     "long documents": lambda rng: rng.lognormal(7.2, 0.8, 20_000),
-    "two humps": lambda rng: np.where(rng.random(20_000) < 0.95, rng.normal(60, 15, 20_000), rng.normal(1500, 200, 20_000)),
+    "two humps": lambda rng: np.where(
+        rng.random(20_000) < 0.95, rng.normal(60, 15, 20_000), rng.normal(1500, 200, 20_000)
+    ),
 }
 
 
@@ -80,7 +84,12 @@ def test_wrapped_cuts_the_stream_and_keeps_the_tail() -> None:
     tokens = tokens_of([[11, 12, 13], [21, 22, 23, 24], [31]])
     rows = gather(tokens, np.arange(3), plan_packs(tokens.lengths, 5, "wrapped"), max_length=5, pad_id=0)
     assert as_lists(rows) == [
-        {"input_ids": [11, 12, 13, 21, 22], "labels": [-100, 12, 13, -100, 22], "seq_lengths": [3, 2], "example_ids": [0, 1]},
+        {
+            "input_ids": [11, 12, 13, 21, 22],
+            "labels": [-100, 12, 13, -100, 22],
+            "seq_lengths": [3, 2],
+            "example_ids": [0, 1],
+        },
         {
             "input_ids": [23, 24, 31, 0, 0],
             "labels": [-100, 24, -100, -100, -100],
@@ -99,7 +108,14 @@ def test_wrapped_spreads_one_long_example_over_rows() -> None:
 
 def test_without_packing_rows_keep_their_length_and_every_label() -> None:
     tokens = tokens_of([[11, 12, 13], [21]])
-    rows = gather(tokens, np.array([3, 9]), plan_packs(tokens.lengths, 4, "none"), max_length=4, pad_id=0, constant=False)
+    rows = gather(
+        tokens,
+        np.array([3, 9]),
+        plan_packs(tokens.lengths, 4, "none"),
+        max_length=4,
+        pad_id=0,
+        constant=False,
+    )
     assert as_lists(rows) == [
         {"input_ids": [11, 12, 13], "labels": [11, 12, 13], "seq_lengths": [3], "example_ids": [3]},
         {"input_ids": [21], "labels": [21], "seq_lengths": [1], "example_ids": [9]},
@@ -109,7 +125,9 @@ def test_without_packing_rows_keep_their_length_and_every_label() -> None:
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped", "none"])
 def test_nothing_in_gives_nothing_out(strategy: str) -> None:
     tokens = tokens_of([])
-    rows = gather(tokens, np.empty(0, np.int64), plan_packs(tokens.lengths, 8, strategy), 8, 0, strategy != "none")
+    rows = gather(
+        tokens, np.empty(0, np.int64), plan_packs(tokens.lengths, 8, strategy), 8, 0, strategy != "none"
+    )
     assert len(rows) == 0
     assert len(rows.input_ids) == len(rows.seq_lengths) == 0
 
@@ -164,7 +182,9 @@ def test_rows_are_at_least_as_full_as_those_of_trl(name: str, max_length: int) -
 
 @pytest.mark.parametrize("name", ["short chats", "uniform", "two humps"])
 @pytest.mark.parametrize("max_length", [2048, 8193])
-def test_rows_are_within_half_a_percent_of_the_lower_bound_where_short_examples_exist(name: str, max_length: int) -> None:
+def test_rows_are_within_half_a_percent_of_the_lower_bound_where_short_examples_exist(
+    name: str, max_length: int
+) -> None:
     lengths = mix(name, max_length)
     bound = -(-int(lengths.sum()) // max_length)
     assert len(plan_packs(lengths, max_length)) <= bound * 1.005
@@ -187,7 +207,12 @@ def test_any_stretch_of_packs_holds_long_and_short_examples_from_all_over_the_in
 
 def test_the_plan_of_known_lengths_never_changes() -> None:
     plan = plan_packs(np.array([5, 3, 7, 2, 2, 8, 1, 4, 4]), 10)
-    assert [plan.example[a:b].tolist() for a, b in pairwise(plan.offsets)] == [[3, 5], [0, 6, 7], [1, 2], [4, 8]]
+    assert [plan.example[a:b].tolist() for a, b in pairwise(plan.offsets)] == [
+        [3, 5],
+        [0, 6, 7],
+        [1, 2],
+        [4, 8],
+    ]
 
 
 def test_planning_a_million_lengths_takes_few_steps_more_than_a_hundred_thousand() -> None:

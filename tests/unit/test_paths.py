@@ -52,7 +52,9 @@ COMMANDS: dict[str, Callable[[Path, Path, str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_other_output_is_written_to_a_url(rows: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_no_other_output_is_written_to_a_url(
+    rows: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     prepare(rows, rows.parent / "set")
     capsys.readouterr()
     assert main(COMMANDS[name](rows, rows.parent / "set", URLS[0])) == 2
@@ -69,7 +71,10 @@ def test_the_trainer_writes_to_no_url_either(rows: Path, capsys: pytest.CaptureF
         ["export", "model", "-o", URLS[0], "--set", "set"],
     ):
         assert trainer(command) == 2
-        assert "is the URL of s3; outputs are written to local paths only. Fix: " in capsys.readouterr().err.splitlines()[-1]
+        assert (
+            "is the URL of s3; outputs are written to local paths only. Fix: "
+            in capsys.readouterr().err.splitlines()[-1]
+        )
         assert not list(Path.cwd().iterdir()), "something was written"
 
 
@@ -95,7 +100,9 @@ def test_links_lead_to_what_they_stand_for(tmp_path: Path) -> None:
     assert behind_links(tmp_path / "second") == (tmp_path / "real").resolve()
     assert behind_links(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"dangling: a link to .*/nowhere, which is not there. Fix: mkdir -p "):
+    with pytest.raises(
+        UsageError, match=r"dangling: a link to .*/nowhere, which is not there. Fix: mkdir -p "
+    ):
         behind_links(tmp_path / "dangling")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UsageError, match="loop: a link that leads in a circle"):

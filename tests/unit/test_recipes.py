@@ -53,8 +53,15 @@ def test_recipes_equal_rendering_on_every_template_shape_and_text(name: str, lea
                 *zip(TEXTS, TEXTS, strict=True),
             ]:
                 said = {"system": "Be brief.", "user": user, "assistant": assistant}
-                row = Conversation([{"role": role, "content": said[role]} for role in shape], [None] * len(shape))
-                assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True), (path.name, shape, user, assistant)
+                row = Conversation(
+                    [{"role": role, "content": said[role]} for role in shape], [None] * len(shape)
+                )
+                assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True), (
+                    path.name,
+                    shape,
+                    user,
+                    assistant,
+                )
         learnt += any(recipe is not None for recipe in finder._recipes.values())
     assert learnt >= least
 
@@ -81,19 +88,27 @@ def test_a_template_that_looks_into_texts_gets_no_recipe_or_a_true_one(body: str
     text = f"{{% for m in messages %}}{{% set c = m['content'] %}}<|{{{{ m['role'] }}}}|>{body}{{{{ c }}}}</s>{{% endfor %}}"
     finder = finder_of(text)
     for content in ("Text 0.", "eee", "m", "TtT", " x ", "12", "{}", "ab" * 9, 'a < b & "c"', "a\nb", "é"):
-        row = Conversation([{"role": "user", "content": content}, {"role": "assistant", "content": content}], [None, None])
+        row = Conversation(
+            [{"role": "user", "content": content}, {"role": "assistant", "content": content}], [None, None]
+        )
         assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True)
 
 
 def test_rows_that_need_care_are_not_filled_in() -> None:
-    template = ChatTemplate("{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}", SPECIAL)
+    template = ChatTemplate(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}", SPECIAL
+    )
     book = RecipeBook(template, ["</s>", "<|user|>"])
     finder = SpanFinder(template, ["</s>"], ["</s>", "<|user|>"])
     recipe = finder._recipe(("user", "assistant"))
     assert recipe is not None
     assert book.admits(recipe, ["a", "b < c"])
-    assert not any(book.admits(recipe, ["a", text]) for text in (" ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000"))
-    unanswered = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], [None, None])
+    assert not any(
+        book.admits(recipe, ["a", text]) for text in (" ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000")
+    )
+    unanswered = Conversation(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], [None, None]
+    )
     filled = finder.fill(unanswered)
     assert filled is not None
     assert filled[0] is finder._recipe(("user", "assistant"), (1,)) is not recipe

@@ -36,7 +36,9 @@ def built_in(name: str) -> str:
 
 def test_a_system_message_is_named_where_the_template_speaks_of_alternation() -> None:
     fault = fault_of(MISTRAL, system("Be brief."), user("Hi"), bot("Hi."))
-    assert fault.reason.startswith("the chat template refuses its system message (Conversation roles must alternate")
+    assert fault.reason.startswith(
+        "the chat template refuses its system message (Conversation roles must alternate"
+    )
     assert fault.fix.startswith("--chat-template mistral,")
     row = [system("Be brief."), user("Hi"), bot("Hi.")]
     assert "Be brief." in ChatTemplate(built_in("mistral"), SPECIAL).render(row)

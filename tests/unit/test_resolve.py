@@ -49,7 +49,10 @@ def test_bos_and_eos_are_no_part_of_a_marker() -> None:
 
 def test_a_character_of_several_tokens_keeps_them_all() -> None:
     def halves(texts: list[str]) -> list[Encoded]:
-        return [([n for c in t for n in (ord(c), 0)], [(i, i + 1) for i in range(len(t)) for _ in "ab"]) for t in texts]
+        return [
+            ([n for c in t for n in (ord(c), 0)], [(i, i + 1) for i in range(len(t)) for _ in "ab"])
+            for t in texts
+        ]
 
     (only,) = resolve_marker(["x#y"], "#", halves).sequences
     assert (only.ids, only.starts_inside, only.ends_inside) == ((35, 0), False, False)

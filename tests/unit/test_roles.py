@@ -29,7 +29,10 @@ def turns(marked: str) -> list[tuple[str, str]]:
         for part in re.split(r"(⟦.*?⟧)", marked, flags=re.DOTALL)
         for word in re.findall(r"<[^<>]+>|\[/?[A-Z_]+\]|\s+|[^\s<\[]+", part.strip("⟦⟧"))
     ]
-    return [(turn.role, "".join(piece.text for piece in pieces[turn.start : turn.stop])) for turn in find_turns(pieces)]
+    return [
+        (turn.role, "".join(piece.text for piece in pieces[turn.start : turn.stop]))
+        for turn in find_turns(pieces)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,9 @@ def test_roles_are_those_of_the_headers(marked: str, roles: str) -> None:
 
 
 def test_a_header_that_the_data_spells_is_text() -> None:
-    typed = [token for part in ("<|", "im", "_start", "|>", "assistant", "\n") for token in encode_marked(part)[0]]
+    typed = [
+        token for part in ("<|", "im", "_start", "|>", "assistant", "\n") for token in encode_marked(part)[0]
+    ]
     before, after = encode_marked("<|im_start|>user\n")[0], encode_marked("<|im_end|>")[0]
     ids = np.array([*before, *typed, *after], np.int32)
     document = view_example(ids, np.full(len(ids), -100, np.int32), read_vocabulary(TOKENIZER))
@@ -75,13 +80,23 @@ def test_every_face_names_the_roles_and_puts_each_at_its_turn(tmp_path: Path) ->
     assert list(dict.fromkeys(roles)) == ["user", "assistant"]
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-instruct", "minicpm3-4b", "minimind", "phi-3-mini", "qwen2.5-instruct", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-instruct", "minicpm3-4b", "minimind", "phi-3-mini", "qwen2.5-instruct", "qwen3"]
+)
 def test_real_templates_are_told_apart(shared_data: Path, tmp_path: Path, name: str) -> None:
-    said = [("system", "Be kind."), ("user", "Zero?"), ("assistant", "One."), ("user", "Two?"), ("assistant", "Three.")]
+    said = [
+        ("system", "Be kind."),
+        ("user", "Zero?"),
+        ("assistant", "One."),
+        ("user", "Two?"),
+        ("assistant", "Three."),
+    ]
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row))
     folder = shared_data / "tokenizers" / name
-    config = PrepareConfig(inputs=[str(tmp_path / "chat.jsonl")], tokenizer=str(folder), output=tmp_path / "none", max_length=256)
+    config = PrepareConfig(
+        inputs=[str(tmp_path / "chat.jsonl")], tokenizer=str(folder), output=tmp_path / "none", max_length=256
+    )
     (example,) = preview(config, 1).examples
     document = view_example(example.input_ids, example.labels, read_vocabulary(folder))
     found = [(role, "".join(piece.text for piece in pieces)) for role, pieces in document.turns()]

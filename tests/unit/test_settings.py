@@ -119,8 +119,16 @@ def test_a_file_keeps_its_values_and_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.yml"
     path.write_text("x: 1\n\nmax-length: 2\nm: {y: 3}\n", encoding="utf-8")
     values, places = read_settings_file(path)
-    assert values == {"x": 1, "max_length": 2, "m": {"y": 3}} == yaml.safe_load(path.read_text().replace("max-", "max_"))
-    assert {key: place.rpartition(":")[2] for key, place in places.items()} == {"x": "1", "max_length": "3", "m": "4"}
+    assert (
+        values
+        == {"x": 1, "max_length": 2, "m": {"y": 3}}
+        == yaml.safe_load(path.read_text().replace("max-", "max_"))
+    )
+    assert {key: place.rpartition(":")[2] for key, place in places.items()} == {
+        "x": "1",
+        "max_length": "3",
+        "m": "4",
+    }
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -131,7 +139,9 @@ NUMBERS = ["max_line_bytes", "max_length", "slice_bytes", "workers"]
 
 def test_every_number_is_tried() -> None:
     fields = PrepareConfig.model_fields.items()
-    assert [name for name, field in fields if "int" in str(field.annotation) and "template" not in name] == NUMBERS
+    assert [
+        name for name, field in fields if "int" in str(field.annotation) and "template" not in name
+    ] == NUMBERS
 
 
 @pytest.mark.parametrize("name", NUMBERS)

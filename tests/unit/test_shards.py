@@ -28,7 +28,9 @@ def packed(count: int = 200, max_length: int = 64, strategy: Strategy = "bfd") -
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     ids, trained = rng.integers(0, 999, offsets[-1]).astype(np.int32), rng.random(offsets[-1]) < 0.5
     tokens = TokenBatch(ids, trained, offsets, np.arange(count))
-    return gather(tokens, tokens.row, plan_packs(lengths, max_length, strategy), max_length, 0, strategy != "none")
+    return gather(
+        tokens, tokens.row, plan_packs(lengths, max_length, strategy), max_length, 0, strategy != "none"
+    )
 
 
 def joined(batches: list[PackedRows], column: str) -> list[int]:
@@ -65,7 +67,9 @@ def test_the_columns_are_read_only_views_of_the_mapped_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("strategy", "max_length"), [("bfd", 64), ("none", None)])
-def test_reading_imports_none_of_what_is_slow_to_start(tmp_path: Path, strategy: Strategy, max_length: int | None) -> None:
+def test_reading_imports_none_of_what_is_slow_to_start(
+    tmp_path: Path, strategy: Strategy, max_length: int | None
+) -> None:
     write_shard(tmp_path / "shard-00000.arrow", packed(strategy=strategy), max_length)
     script = (
         "import sys\n"
@@ -74,7 +78,9 @@ def test_reading_imports_none_of_what_is_slow_to_start(tmp_path: Path, strategy:
         "from sftdata.shardset.shards import read_shard\n"
         f"print(sum(map(len, read_shard(Path('shard-00000.arrow'), {max_length}))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) == len(packed(strategy=strategy))
 
@@ -130,7 +136,9 @@ def test_other_columns_other_lengths_nulls_and_unequal_lists_are_refused(tmp_pat
     for bad, message in (([[1], None], "nulls"), ([[1], [2, 2]], "input_ids and labels differ in length")):
         good = pa.array([[1], [2]], pa.list_(pa.int32()))
         ids = pa.array([[0], [1]], pa.list_(pa.int64()))
-        table = pa.table([good, pa.array(bad, pa.list_(pa.int32())), good, ids], schema=shards.shard_schema(None))
+        table = pa.table(
+            [good, pa.array(bad, pa.list_(pa.int32())), good, ids], schema=shards.shard_schema(None)
+        )
         with pa.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table)
         with pytest.raises(IntegrityError, match=message):
@@ -154,7 +162,9 @@ def test_reading_damaged_bytes_never_crashes(tmp_path: Path) -> None:
         bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
         path.write_bytes(bad)
         try:
-            outcome = sum(int(batch.input_ids.sum() + batch.example_ids.sum()) for batch in read_shard(path, 64))
+            outcome = sum(
+                int(batch.input_ids.sum() + batch.example_ids.sum()) for batch in read_shard(path, 64)
+            )
         except IntegrityError as error:
             outcome = str(error)
         assert "\n" not in str(outcome)
@@ -172,11 +182,15 @@ def test_a_thousand_open_shards_hold_no_file_descriptors(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ the one writer
 
 
-def test_a_file_is_synced_before_its_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_before_its_rename_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     for name in ("write", "fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(atomic.os, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1])
+        monkeypatch.setattr(
+            atomic.os, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1]
+        )
     write_atomic(tmp_path / "x", lambda sink: sink.write(b"abc"))
     assert calls == ["write", "fsync", "replace", "fsync"]
     assert os.listdir(tmp_path) == ["x"]

@@ -25,7 +25,11 @@ from sftdata.read.slices import Source, Unreadable
 from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_slice
 
 ROWS: list[dict[str, Any]] = [
-    {"instruction": f"Count to {n}.", "input": "", "output": 'one, "two"\nthree → 三' if n % 3 else "\\ }{][ \u2028"}
+    {
+        "instruction": f"Count to {n}.",
+        "input": "",
+        "output": 'one, "two"\nthree → 三' if n % 3 else "\\ }{][ \u2028",
+    }
     for n in range(40)
 ]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -43,7 +47,9 @@ def _no_stream_is_left_open() -> Iterator[None]:
     streams.close_streams()
 
 
-def read_all(path: Path | str, slice_bytes: int = 1 << 20, limit: int = 1 << 20) -> tuple[list[Any], list[Unreadable], str]:
+def read_all(
+    path: Path | str, slice_bytes: int = 1 << 20, limit: int = 1 << 20
+) -> tuple[list[Any], list[Unreadable], str]:
     """Return the rows, the unreadable rows and the container of a file."""
     source = open_source(str(path))
     rows: list[Any] = []
@@ -76,9 +82,15 @@ TEXTS = {
     "array on one line": (json.dumps(ROWS).encode(), "json"),
     "array, indented": (json.dumps(ROWS, indent=2, ensure_ascii=False).encode(), "json"),
     "array, flush left": (json.dumps(ROWS, indent=0).encode(), "json"),
-    "array, one element a line": (b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]\n", "json"),
+    "array, one element a line": (
+        b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]\n",
+        "json",
+    ),
     "array with a byte order mark": (b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode(), "json"),
-    "objects, indented, one after another": (b"\n".join(json.dumps(row, indent=2).encode() for row in ROWS), "json"),
+    "objects, indented, one after another": (
+        b"\n".join(json.dumps(row, indent=2).encode() for row in ROWS),
+        "json",
+    ),
     "CSV": (as_csv(ROWS, ","), "csv"),
     "TSV": (as_csv(ROWS, "\t"), "csv"),
     "CSV with semicolons": (as_csv(ROWS, ";"), "csv"),
@@ -88,7 +100,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("shape", TEXTS)
-def test_container_is_recognised_by_content_whatever_its_name(shape: str, compression: str, tmp_path: Path) -> None:
+def test_container_is_recognised_by_content_whatever_its_name(
+    shape: str, compression: str, tmp_path: Path
+) -> None:
     data, container = TEXTS[shape]
     for name in ("rows.jsonl", "rows.json", "rows"):
         path = tmp_path / name
@@ -117,7 +131,9 @@ def test_prose_with_commas_is_text_unless_it_is_named_as_a_table(tmp_path: Path)
     (tmp_path / "a.txt").write_text(prose)
     (tmp_path / "a.csv").write_text(prose)
     assert read_all(tmp_path / "a.txt")[0] == ["Hello, world", "Good, evening"]
-    assert read_all(tmp_path / "a.csv")[2] == "csv"  # a file that is named so is a table, whatever its header holds
+    assert (
+        read_all(tmp_path / "a.csv")[2] == "csv"
+    )  # a file that is named so is a table, whatever its header holds
     (tmp_path / "b.csv").write_text("greeting,whom\nHello,world\n")
     assert read_all(tmp_path / "b.csv")[0] == [{"greeting": "Hello", "whom": "world"}]
 
@@ -148,7 +164,11 @@ def test_nulls_that_arrow_put_into_structs_are_left_out(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     rows = [
         {"messages": [{"role": "user", "content": "a"}, call]},
-        {"messages": [{"role": "assistant", "content": "b", "tool_calls": [{"name": "g", "arguments": {"y": "2"}}]}]},
+        {
+            "messages": [
+                {"role": "assistant", "content": "b", "tool_calls": [{"name": "g", "arguments": {"y": "2"}}]}
+            ]
+        },
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert read_all(tmp_path / "rows.parquet")[0] == rows
@@ -160,7 +180,11 @@ def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(t
     half = {"train": datasets.Dataset.from_list(ROWS[:25]), "test": datasets.Dataset.from_list(ROWS[25:])}
     datasets.DatasetDict(half).save_to_disk(str(tmp_path / "both"))
     half["train"].save_to_disk(str(tmp_path / "one"), num_shards=2)
-    for folder, split, expected in (("both", "train", ROWS[:25]), ("both", "test", ROWS[25:]), ("one", "train", ROWS[:25])):
+    for folder, split, expected in (
+        ("both", "train", ROWS[:25]),
+        ("both", "test", ROWS[25:]),
+        ("one", "train", ROWS[:25]),
+    ):
         source = open_source(str(tmp_path / folder), split=split)
         plan = plan_source(source, 0, 200)
         assert source.container == "saved"
@@ -169,7 +193,9 @@ def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(t
         plan_source(open_source(str(tmp_path / "both"), split="valid"), 0, 200)
     with pytest.raises(UsageError, match=r"holds the splits train, test.*--split train"):
         plan_source(open_source(str(tmp_path / "both")), 0, 200)
-    with pytest.raises(UsageError, match=r"--split test: .*found train"):  # a dataset of one split has that one
+    with pytest.raises(
+        UsageError, match=r"--split test: .*found train"
+    ):  # a dataset of one split has that one
         plan_source(open_source(str(tmp_path / "one"), split="test"), 0, 200)
 
 
@@ -184,7 +210,9 @@ def test_hub_ids_go_through_load_dataset(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows == ROWS
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_cannot_be_had_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         plan_source(open_source("no-such-owner/no-such-dataset"), 0, 100)
@@ -200,7 +228,11 @@ def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path
     (tmp_path / "a.gz").write_bytes(data)
     (tmp_path / "b.txt").write_bytes(b"x\n\ny\n")
     first, second = plan_sources([open_source(str(tmp_path / name)) for name in ("a.gz", "b.txt")], 100)
-    assert (first.raw_bytes, first.xxh3_128, first.records) == (len(data), xxhash.xxh3_128_hexdigest(data), 40)
+    assert (first.raw_bytes, first.xxh3_128, first.records) == (
+        len(data),
+        xxhash.xxh3_128_hexdigest(data),
+        40,
+    )
     assert (second.base_id, second.records) == (40, 3)
     (piece,) = second.slices
     batch, _ = read_slice(piece)
@@ -228,7 +260,9 @@ def test_samples_reach_from_the_first_row_to_the_last(tmp_path: Path) -> None:
     assert plan.samples[-1].stop == plan.slices[-1].stop
 
 
-def test_a_worker_decompresses_a_file_once_for_slices_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_decompresses_a_file_once_for_slices_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS * 50)))
     plan = plan_source(open_source(str(tmp_path / "a.jsonl.gz")), 0, 5_000)
     opened = []
@@ -306,7 +340,9 @@ def test_a_bad_line_is_one_fault_and_its_neighbours_stay(kind: str, last: bool, 
         rows, bad, container = read_all(path, slice_bytes)
         assert container == "jsonl"
         assert len(rows) == 20 + lines.count(GOOD)
-        assert [(one.fault.code, one.line, one.example_id) for one in bad] == [(code, *((22, 21) if last else (23, 22)))]
+        assert [(one.fault.code, one.line, one.example_id) for one in bad] == [
+            (code, *((22, 21) if last else (23, 22)))
+        ]
         start = bad[0].byte_offset
         assert path.read_bytes()[start - 1 : start + len(line)] == b"\n" + line
         assert bad[0].fault.reason
@@ -364,8 +400,16 @@ def test_a_line_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Path) ->
 
 
 ENDLESS = {
-    "array": (b"[%s, %s, %s]", b'{"text": ["x", %s1]}', b'{"a": [1, "it says ]} and \\\\\\" for some time"]}, '),
-    "array, indented": (b"[\n  %s,\n  %s,\n  %s\n]\n", b'{"text":\n "%s"}', b"\\\\ it says ]}, { for some time"),
+    "array": (
+        b"[%s, %s, %s]",
+        b'{"text": ["x", %s1]}',
+        b'{"a": [1, "it says ]} and \\\\\\" for some time"]}, ',
+    ),
+    "array, indented": (
+        b"[\n  %s,\n  %s,\n  %s\n]\n",
+        b'{"text":\n "%s"}',
+        b"\\\\ it says ]}, { for some time",
+    ),
     "objects, indented": (b"%s\n%s\n%s\n", b'{\n "text": "%s"\n}', b"\\n[[[[[[[[[[[[[[[["),
     "array of texts": (b"[%s, %s, %s]", b'"%s"', b"{{{{{{{{"),
     "array of numbers": (b"[%s, %s, %s]", b"%s", b"12345678"),
@@ -502,7 +546,9 @@ def test_elements_do_not_depend_on_how_the_stream_comes(
     assert read_all(tmp_path / "a.json", 50, limit=70) == whole
 
 
-@pytest.mark.parametrize("text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"])
+@pytest.mark.parametrize(
+    "text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"]
+)
 def test_an_element_that_a_block_cuts_is_never_taken_for_damage(text: str) -> None:
     from sftdata.read.elements import Elements
 
@@ -523,7 +569,9 @@ def test_an_array_without_its_end_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "xz", "bz2"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_compressed_stream_is_one_line_that_names_the_file(compression: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_compressed_stream_is_one_line_that_names_the_file(
+    compression: str, damage: str, tmp_path: Path
+) -> None:
     data = random.Random(0).randbytes(50_000).hex().encode()
     text = b"\n".join(b'{"text": "' + data[i : i + 100] + b'"}' for i in range(0, len(data), 100))
     packed = bytearray(COMPRESS[compression](text))
@@ -564,7 +612,11 @@ def test_lines_that_end_in_cr_alone_are_refused_with_the_command_that_converts_t
     assert len(read_all(tmp_path / "lines.txt")[0]) == 2
 
 
-FOREIGN = {"zip": b"PK\x03\x04rest", "pickle": b"\x80\x04\x95rest", "binary": bytes(200) + bytes(range(256)) * 9}
+FOREIGN = {
+    "zip": b"PK\x03\x04rest",
+    "pickle": b"\x80\x04\x95rest",
+    "binary": bytes(200) + bytes(range(256)) * 9,
+}
 
 
 @pytest.mark.parametrize("what", FOREIGN)
@@ -608,13 +660,22 @@ def test_folders_and_globs_are_sorted_by_name_and_say_what_they_leave_out(tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     paths, notes = expand_inputs([str(tmp_path)])
-    assert [Path(path).relative_to(tmp_path).as_posix() for path in paths] == ["a.json.gz", "b.jsonl", "sub/c.csv"]
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in paths] == [
+        "a.json.gz",
+        "b.jsonl",
+        "sub/c.csv",
+    ]
     assert [note.removeprefix(str(tmp_path)) for note in notes] == [
         ": left out (hidden): .hidden.jsonl, sub/.git.",
         "/README.md: left out (not named as data; name a file itself to read it).",
     ]
-    assert expand_inputs([str(tmp_path / "*.json*")])[0] == [str(tmp_path / "a.json.gz"), str(tmp_path / "b.jsonl")]
-    assert expand_inputs([str(tmp_path / "README.md")])[0] == [str(tmp_path / "README.md")]  # named outright: read
+    assert expand_inputs([str(tmp_path / "*.json*")])[0] == [
+        str(tmp_path / "a.json.gz"),
+        str(tmp_path / "b.jsonl"),
+    ]
+    assert expand_inputs([str(tmp_path / "README.md")])[0] == [
+        str(tmp_path / "README.md")
+    ]  # named outright: read
 
 
 def test_inputs_keep_the_order_given(tmp_path: Path) -> None:
@@ -626,7 +687,9 @@ def test_inputs_keep_the_order_given(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(UsageError, match=r"trian\.jsonl: no such file or folder.*did you mean .*/train\.jsonl"):
+    with pytest.raises(
+        UsageError, match=r"trian\.jsonl: no such file or folder.*did you mean .*/train\.jsonl"
+    ):
         expand_inputs([str(tmp_path / "trian.jsonl")])
     with pytest.raises(UsageError, match="the nearest folder that exists is"):
         expand_inputs([str(tmp_path / "data" / "deep" / "train.jsonl")])
@@ -637,7 +700,9 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         expand_inputs([str(tmp_path / "empty")])
 
 
-def test_owner_and_name_is_a_hub_id_only_where_no_such_path_can_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owner_and_name_is_a_hub_id_only_where_no_such_path_can_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert expand_inputs(["owner/name"])[0] == ["owner/name"]
     (tmp_path / "owner").mkdir()

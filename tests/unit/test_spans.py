@@ -85,7 +85,9 @@ TEMPLATES = [
 def _format(data: Path, name: str, folder: str = "plain") -> Format:
     source = (data / f"templates/{folder}/{name}.jinja").read_text(encoding="utf-8")
     more = {"functions": "[]", "datetime": "today"} if name == "firefunction-v2" else {}
-    return Format(source, STOPS.get(name, "</s>").split(), SPECIAL | more, "llava-next" in name, name in TEXT_ARGUMENTS)
+    return Format(
+        source, STOPS.get(name, "</s>").split(), SPECIAL | more, "llava-next" in name, name in TEXT_ARGUMENTS
+    )
 
 
 def _finder(form: Format, stop_tokens: tuple[str, ...] = ("</s>",), **options: Any) -> SpanFinder:
@@ -191,7 +193,9 @@ BY_EYE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "title", "expected"), BY_EYE, ids=[f"{name}-{title}" for name, title, _ in BY_EYE])
+@pytest.mark.parametrize(
+    ("name", "title", "expected"), BY_EYE, ids=[f"{name}-{title}" for name, title, _ in BY_EYE]
+)
 def test_these_texts_are_trained(name: str, title: str, expected: str, home: Path) -> None:
     form = _format(home, name)
     rendered = _render(_finder(form, TOLD.get(name, ("</s>",))), CHATS[title])
@@ -278,7 +282,9 @@ SPEAKS: dict[str, Callable[[dict[str, Any], bool], bool]] = {
 }
 
 
-def _counted(source: str, messages: list[dict[str, Any]], trained: list[Any] | None = None, **settings: Any) -> tuple[int, str]:
+def _counted(
+    source: str, messages: list[dict[str, Any]], trained: list[Any] | None = None, **settings: Any
+) -> tuple[int, str]:
     """Return how many messages are counted as outside generation blocks, and the trained text."""
     row = Conversation(messages, trained or [None] * len(messages))
     found = render_rows([row], np.zeros(1, np.int64), Renderer(_finder(Format(source), ("<e>",)), **settings))
@@ -308,7 +314,9 @@ def test_the_last_assistant_message_is_not_replaced_by_an_earlier_one_that_has_a
 
 
 def test_without_the_generation_tags_every_turn_is_trained() -> None:
-    source = SPARING.replace("SPEAKS", "false").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    source = (
+        SPARING.replace("SPEAKS", "false").replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    )
     count, trained = _counted(source, TALKS["calls"])
     assert (count, trained.count("<e>"), "Oslo" in trained) == (0, 3, True)
 
@@ -340,13 +348,21 @@ CALLS = {
 @pytest.mark.parametrize("name", ["f<|im_end|>", "<|im_end|>f", "<|im_end|>", "f<|im_end|><|im_start|>"])
 @pytest.mark.parametrize("order", CALLS)
 def test_a_stop_token_in_a_call_ends_no_turn(order: str, name: str, arguments: dict[str, Any]) -> None:
-    source = CHATML.replace("+ m.content +", "+ (m.content or '') }}{% for c in m.tool_calls or [] %}CALL{% endfor %}{{")
+    source = CHATML.replace(
+        "+ m.content +", "+ (m.content or '') }}{% for c in m.tool_calls or [] %}CALL{% endfor %}{{"
+    )
     form = Format(source.replace("CALL", CALLS[order]))
-    calls = [{"type": "function", "function": {"name": called, "arguments": arguments}} for called in (name, "g")]
-    chat = {"messages": [user("Hi"), bot("", tool_calls=calls), {"role": "tool", "content": "ok"}, bot("Done.")]}
+    calls = [
+        {"type": "function", "function": {"name": called, "arguments": arguments}} for called in (name, "g")
+    ]
+    chat = {
+        "messages": [user("Hi"), bot("", tool_calls=calls), {"role": "tool", "content": "ok"}, bot("Done.")]
+    }
     whole = form.render(chat["messages"][:2]).rpartition("<|im_start|>assistant\n")[2].removesuffix("\n")
     finder = _finder(form, ("<|im_end|>",))
-    assert _trained(_render(finder, {"messages": [user("Hi"), bot("", tool_calls=calls[1:])]}))[0].endswith("<|im_end|>")
+    assert _trained(_render(finder, {"messages": [user("Hi"), bot("", tool_calls=calls[1:])]}))[0].endswith(
+        "<|im_end|>"
+    )
     outcome = _outcome(finder, chat)
     # Where no mark of the row's data stands behind the name, its end cannot be proven.
     assert outcome == "spans-unproven" or _trained(outcome) == [whole, "Done.<|im_end|>"]
@@ -356,7 +372,9 @@ def test_a_stop_token_in_a_call_ends_no_turn(order: str, name: str, arguments: d
 
 @pytest.mark.parametrize("shown", ["loop.last", "m.role == 'user'", "loop.first or m.content != 'Good day.'"])
 @pytest.mark.parametrize("generation", [False, True])
-def test_an_answer_that_a_template_leaves_out_is_not_taught_as_an_empty_one(shown: str, generation: bool) -> None:
+def test_an_answer_that_a_template_leaves_out_is_not_taught_as_an_empty_one(
+    shown: str, generation: bool
+) -> None:
     opened, closed = ("{% generation %}", "{% endgeneration %}") if generation else ("", "")
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -369,7 +387,9 @@ def test_an_answer_that_a_template_leaves_out_is_not_taught_as_an_empty_one(show
 
 
 @pytest.mark.parametrize("generation", [False, True])
-def test_a_call_that_a_template_leaves_out_is_refused_though_another_names_the_function(generation: bool) -> None:
+def test_a_call_that_a_template_leaves_out_is_refused_though_another_names_the_function(
+    generation: bool,
+) -> None:
     opened, closed = ("{% generation %}", "{% endgeneration %}") if generation else ("", "")
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -388,12 +408,23 @@ def test_a_call_that_a_template_leaves_out_is_refused_though_another_names_the_f
 
 @pytest.mark.parametrize("content", ["a", "think", "Hm.", "Yes, Hm. indeed."])
 @pytest.mark.parametrize("thought", ["think", "Hm.", "Hello", "a"])
-def test_lost_reasoning_is_told_apart_from_a_lost_text_wherever_its_words_recur(content: str, thought: str) -> None:
+def test_lost_reasoning_is_told_apart_from_a_lost_text_wherever_its_words_recur(
+    content: str, thought: str
+) -> None:
     source = CHATML.replace("m.content", "('<think>' if m.role == 'assistant' else '') + m.content")
     writes = source.replace("'<think>'", "'<think>' + m.reasoning_content")
     loses = source.replace("+ m.content", "+ (m.reasoning_content or m.content)")
-    chat = {"messages": [user("Hello"), bot(content, reasoning_content=thought), user("Hm."), bot("Done", reasoning_content="")]}
-    found = {name: _render(_finder(Format(text)), chat) for name, text in (("source", source), ("writes", writes))}
+    chat = {
+        "messages": [
+            user("Hello"),
+            bot(content, reasoning_content=thought),
+            user("Hm."),
+            bot("Done", reasoning_content=""),
+        ]
+    }
+    found = {
+        name: _render(_finder(Format(text)), chat) for name, text in (("source", source), ("writes", writes))
+    }
     assert [(one.swallowed, one.unthought) for one in found.values()] == [([], [1]), ([], [])]
     if content != thought:  # which of two equal texts is left out, no render tells
         kept = _render(_finder(Format(loses)), chat)
@@ -419,7 +450,15 @@ def test_private_characters_in_data_are_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3-thinking", "gpt-oss-harmony", "gemma-4", "mistral-v3-tekken-tools", "alpaca", *made_templates.PLAIN]
+    "name",
+    [
+        "qwen3-thinking",
+        "gpt-oss-harmony",
+        "gemma-4",
+        "mistral-v3-tekken-tools",
+        "alpaca",
+        *made_templates.PLAIN,
+    ],
 )
 def test_the_first_row_never_decides_for_the_others(name: str, home: Path) -> None:
     """Prompts are remembered by kind of transition; whatever came before, a row gets the spans it gets alone."""
@@ -431,14 +470,23 @@ def test_the_first_row_never_decides_for_the_others(name: str, home: Path) -> No
 
 
 def test_left_out_texts_are_named() -> None:
-    chat = {"messages": [user("Two and two?"), bot("Four.", reasoning_content="Pairs."), user("Good"), bot("Thanks")]}
+    chat = {
+        "messages": [
+            user("Two and two?"),
+            bot("Four.", reasoning_content="Pairs."),
+            user("Good"),
+            bot("Thanks"),
+        ]
+    }
     assert _render(_finder(Format(CHATML)), chat).unthought == [1]
     assert _render(_finder(Format(CHATML)), chat).swallowed == []
     assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
 
 
 @pytest.mark.parametrize(("name", "break_"), [("qwen2.5-instruct", "\n"), ("made-tools", "")])
-def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_out(name: str, break_: str, home: Path) -> None:
+def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_out(
+    name: str, break_: str, home: Path
+) -> None:
     area = {"type": "function", "function": {"name": "area", "arguments": {"radius": 1.5}}}
     calling = {"role": "assistant", "reasoning_content": "A circle.", "tool_calls": [area]}
     rendered = _render(_finder(_format(home, name)), {"messages": [user("Radius 1.5"), calling]})
@@ -451,7 +499,14 @@ def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_
 @pytest.mark.parametrize(
     "name",
     [
-        *("qwen2.5-instruct", "qwen3-thinking", "gpt-oss-harmony", "llama-3.1-8b-instruct", "alpaca", "gemma-4"),
+        *(
+            "qwen2.5-instruct",
+            "qwen3-thinking",
+            "gpt-oss-harmony",
+            "llama-3.1-8b-instruct",
+            "alpaca",
+            "gemma-4",
+        ),
         *made_templates.PLAIN,
     ],
 )
@@ -478,7 +533,13 @@ def test_eighty_turns_with_tools_cost_no_more_renders_than_eight(name: str, home
 
 
 def _long_chat(turns: int) -> Chat:
-    return {"messages": [message for turn in range(turns) for message in (user(f"Question {turn}?"), bot(f"Answer {turn}."))]}
+    return {
+        "messages": [
+            message
+            for turn in range(turns)
+            for message in (user(f"Question {turn}?"), bot(f"Answer {turn}."))
+        ]
+    }
 
 
 def _count_renders(finder: SpanFinder, chat: Chat) -> int:

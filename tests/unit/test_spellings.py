@@ -32,7 +32,9 @@ WAYS = {
 def template(way: str, content: str = "(m.content or '')") -> str:
     return (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + " + content + " }}"
-        "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }} {{ " + WAYS[way] + " }}{{ '</call>' }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }} {{ "
+        + WAYS[way]
+        + " }}{{ '</call>' }}{% endfor %}"
         "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 
@@ -44,7 +46,9 @@ def render(source: str, *messages: dict[str, Any], **columns: Any) -> RenderedCo
         RowError: it is rejected.
     """
     found = convert_rows(
-        RowBatch([{"messages": list(messages), **columns}], *np.zeros((3, 1), np.int64)), "messages", FormatOptions()
+        RowBatch([{"messages": list(messages), **columns}], *np.zeros((3, 1), np.int64)),
+        "messages",
+        FormatOptions(),
     )
     if found.faults:
         fault = found.faults[0][1]
@@ -59,14 +63,20 @@ def trained(rendered: RenderedConversation) -> list[str]:
 
 
 def calling(arguments: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}], **more}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        **more,
+    }
 
 
 ASK = {"role": "user", "content": "Go."}
 values = st.recursive(
     st.one_of(st.booleans(), st.integers(-(2**40), 2**40), st.text("ab'\"{}é🙂\\ ", max_size=6)),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=2), st.dictionaries(st.text("kl'", min_size=1, max_size=3), inner, max_size=2)
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.text("kl'", min_size=1, max_size=3), inner, max_size=2),
     ),
     max_leaves=5,
 )
@@ -99,13 +109,17 @@ def test_a_quote_of_python_in_the_data_is_no_misprint() -> None:
 
 
 def test_arguments_that_come_out_wrong_in_any_form_are_rejected() -> None:
-    shouting = template("prints").replace(ARGUMENTS, "'%s' | format(" + ARGUMENTS + ') | replace(\'"\', "\\\\\\"")')
+    shouting = template("prints").replace(
+        ARGUMENTS, "'%s' | format(" + ARGUMENTS + ') | replace(\'"\', "\\\\\\"")'
+    )
     with pytest.raises(RowError) as caught:
         render(shouting, ASK, calling('{"n": "x"}'))
     assert caught.value.fault.code == "arguments-misprinted"
 
 
-@pytest.mark.parametrize("bad", ['{"c": "Ulm"', "{'c': 'Ulm'}", "[1]", '"Ulm"', "Ulm", "3", 3, ["Ulm"], '{"c": NaN}', True])
+@pytest.mark.parametrize(
+    "bad", ['{"c": "Ulm"', "{'c': 'Ulm'}", "[1]", '"Ulm"', "Ulm", "3", 3, ["Ulm"], '{"c": NaN}', True]
+)
 def test_arguments_that_are_no_object_are_rejected(bad: Any) -> None:
     with pytest.raises(RowError) as caught:
         render(template("asks first"), ASK, calling(bad))
@@ -130,8 +144,12 @@ def test_arguments_encoded_twice_lose_one_layer_and_are_counted(spelling: str) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("content", ["m.content", "m.content | trim", "(m.content or '')", "m.content.split('x')[0]"])
-def test_a_null_content_beside_a_call_reads_as_empty_where_the_template_needs_a_text(way: str, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["m.content", "m.content | trim", "(m.content or '')", "m.content.split('x')[0]"]
+)
+def test_a_null_content_beside_a_call_reads_as_empty_where_the_template_needs_a_text(
+    way: str, content: str
+) -> None:
     row = [
         ASK,
         calling({"c": "Ulm"}) | {"content": None},
@@ -150,7 +168,10 @@ def test_a_null_content_beside_a_call_reads_as_empty_where_the_template_needs_a_
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+    }
 
 
 INNER = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -159,7 +180,11 @@ NULLS: dict[str, tuple[Any, Any, Any]] = {
     "declared": ({"x": 1, "y": None}, [tool("f", x={}, y={})], {"x": 1, "y": None}),
     "in text": ('{"x": 1, "y": null}', [tool("f", x={})], {"x": 1}),
     "inside": ({"x": {"a": 1, "b": None}}, [tool("f", x=INNER)], {"x": {"a": 1}}),
-    "inside a list": ({"x": [{"a": None, "b": None}]}, [tool("f", x={"type": "array", "items": INNER})], {"x": [{"a": None}]}),
+    "inside a list": (
+        {"x": [{"a": None, "b": None}]},
+        [tool("f", x={"type": "array", "items": INNER})],
+        {"x": [{"a": None}]},
+    ),
     "of another tool": ({"x": 1, "y": None}, [tool("g", y={}), tool("f", x={})], {"x": 1}),
     "of a tool that is not there": ({"x": 1, "y": None}, [tool("g", y={})], {"x": 1, "y": None}),
     "without tools": ({"y": None}, None, {"y": None}),
@@ -168,7 +193,11 @@ NULLS: dict[str, tuple[Any, Any, Any]] = {
         [{"name": "f", "parameters": {"type": "object", "properties": {}, "additionalProperties": True}}],
         {"y": None},
     ),
-    "where the schema says nothing": ({"y": None}, [{"name": "f", "parameters": {"type": "object"}}], {"y": None}),
+    "where the schema says nothing": (
+        {"y": None},
+        [{"name": "f", "parameters": {"type": "object"}}],
+        {"y": None},
+    ),
 }
 
 
@@ -203,9 +232,15 @@ EITHER = (
 @pytest.mark.parametrize("in_parts", [True, False], ids=["parts", "text"])
 def test_a_template_is_given_parts_or_text_as_it_takes_them(source: str, in_parts: bool) -> None:
     texts = [("system", "Be brief."), ("user", "A green vegetable?"), ("assistant", "Chard.")]
-    row = [{"role": role, "content": [{"type": "text", "text": text}] if in_parts else text} for role, text in texts]
+    row = [
+        {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+        for role, text in texts
+    ]
     rendered = render(source, *row)
-    assert rendered.text == "system: Be brief.<|im_end|>user: A green vegetable?<|im_end|>assistant: Chard.<|im_end|>"
+    assert (
+        rendered.text
+        == "system: Be brief.<|im_end|>user: A green vegetable?<|im_end|>assistant: Chard.<|im_end|>"
+    )
     assert trained(rendered) == ["Chard.<|im_end|>"]
     assert (rendered.swallowed, rendered.counted) == ([], ())
 
@@ -295,11 +330,23 @@ def test_roles_are_known_in_any_case(spelling: str, role: str) -> None:
 
 
 def test_null_roles_are_read_by_from_and_value() -> None:
-    rendered = render(DROPS, {"role": None, "from": "human", "content": None, "value": "Hi"}, {"from": "gpt", "value": "Hello."})
+    rendered = render(
+        DROPS,
+        {"role": None, "from": "human", "content": None, "value": "Hi"},
+        {"from": "gpt", "value": "Hello."},
+    )
     assert trained(rendered) == ["Hello.<|im_end|>"]
 
 
-STRANGERS = ["prompt_giver", "context", "environment", "assistant_result", "tool_results_of_assistant", "observer", "critic"]
+STRANGERS = [
+    "prompt_giver",
+    "context",
+    "environment",
+    "assistant_result",
+    "tool_results_of_assistant",
+    "observer",
+    "critic",
+]
 
 
 @pytest.mark.parametrize("role", STRANGERS)
@@ -329,11 +376,15 @@ def test_all_unknown_roles_of_a_row_are_named_at_once_each_with_its_flag() -> No
 
 
 def test_messages_of_calls_are_one_turn_where_they_stand_together() -> None:
-    calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in ("f", "g")]
+    calls = [
+        {"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in ("f", "g")
+    ]
     results = [{"role": "tool_response", "content": "1"}, {"role": "tool_response", "content": "2"}]
     together = render(DROPS.replace("'' + ", ""), ASK, *calls, *results, ANSWER)
     assert trained(together) == ["<call>f {}</call><call>g {}</call><|im_end|>", "Dry.<|im_end|>"]
     spoken = render(DROPS, ASK, {"role": "assistant", "content": "Let me see."}, calls[0], results[0], ANSWER)
     assert trained(spoken)[0] == "Let me see.<call>f {}</call><|im_end|>"
-    switched = render(DROPS, ASK, {"role": "assistant", "content": "See.", "loss": False}, calls[0], results[0], ANSWER)
+    switched = render(
+        DROPS, ASK, {"role": "assistant", "content": "See.", "loss": False}, calls[0], results[0], ANSWER
+    )
     assert len(trained(switched)) == 3

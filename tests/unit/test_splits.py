@@ -31,7 +31,21 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 words = st.sampled_from(
-    ["train", "test", "dev", "val", "valid", "eval", "training", "validation", "evaluation", "testing", "chats", "latest", "data"]
+    [
+        "train",
+        "test",
+        "dev",
+        "val",
+        "valid",
+        "eval",
+        "training",
+        "validation",
+        "evaluation",
+        "testing",
+        "chats",
+        "latest",
+        "data",
+    ]
 )
 marks = st.sampled_from(["-", "_", ".", " ", "0", "x"])
 stems = st.builds(lambda a, mark, b: a + mark + b, words, marks, words) | words
@@ -43,7 +57,9 @@ files = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(names=st.lists(files, min_size=1, max_size=6, unique=True))
-def test_splits_are_those_that_datasets_finds(names: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_splits_are_those_that_datasets_finds(
+    names: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Names with a number of shards count wherever they lie; `datasets` sees them in data/ alone, and only them there."""
     from datasets.data_files import get_data_patterns, resolve_pattern
 
@@ -112,7 +128,9 @@ def test_a_file_that_was_named_is_read_without_a_split(name: str, tmp_path: Path
 def test_test_files_beside_files_of_no_split_are_asked_about_in_a_folder_only(tmp_path: Path) -> None:
     for name in ("chats.jsonl", "test.jsonl"):
         write(tmp_path / name, [name])
-    with pytest.raises(UsageError, match=r"the split test beside files of no split.*--split test, or name the files"):
+    with pytest.raises(
+        UsageError, match=r"the split test beside files of no split.*--split test, or name the files"
+    ):
         plan_inputs([str(tmp_path)], None, None, SIZES)
     named = [str(tmp_path / "chats.jsonl"), str(tmp_path / "test.jsonl")]
     assert rows_of(plan_inputs(named, None, None, SIZES)[0]) == ["chats.jsonl", "test.jsonl"]
@@ -135,7 +153,9 @@ def bound(text: str, total: int, default: int) -> int:
 
 numbers = st.integers(-12, 12).map(str)
 shares = st.integers(-100, 100).map(lambda share: f"{share}%")
-parts = st.tuples(st.just("") | numbers, st.just("") | numbers) | st.tuples(st.just("") | shares, st.just("") | shares)
+parts = st.tuples(st.just("") | numbers, st.just("") | numbers) | st.tuples(
+    st.just("") | shares, st.just("") | shares
+)
 CONTAINERS = ("jsonl", "csv", "json", "parquet", "txt")
 
 
@@ -147,7 +167,11 @@ CONTAINERS = ("jsonl", "csv", "json", "parquet", "txt")
     slice_bytes=st.integers(1, 60),
 )
 def test_parts_of_a_split_are_the_rows_that_datasets_would_take(
-    container: str, counts: list[int], spec: list[tuple[str, str]], slice_bytes: int, tmp_path_factory: pytest.TempPathFactory
+    container: str,
+    counts: list[int],
+    spec: list[tuple[str, str]],
+    slice_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Rows are counted over the files of the split, blank lines are not."""
     folder = tmp_path_factory.mktemp("p")
@@ -168,7 +192,12 @@ def test_parts_of_a_split_are_the_rows_that_datasets_would_take(
         for row in read_slice(piece)[0].rows
     ]
     assert found == wanted
-    ids = [int(example) for plan in plans for piece in plan.slices for example in read_slice(piece)[0].example_ids]
+    ids = [
+        int(example)
+        for plan in plans
+        for piece in plan.slices
+        for example in read_slice(piece)[0].example_ids
+    ]
     assert len(set(ids)) == len(ids) == len(wanted)
     assert [plan.base_id for plan in plans] == [plan.base_id for plan in numbered(plans)]
 
@@ -191,7 +220,9 @@ def _write_as(path: Path, texts: list[str]) -> None:
             path.write_text("\n \n" + "\n\n".join(map(json.dumps, rows)) + "\n\n")
 
 
-@pytest.mark.parametrize("spec", ["train[:x]", "train[5]", "train[:110%]", "[:5]", "train:5", "train[::2]", ""])
+@pytest.mark.parametrize(
+    "spec", ["train[:x]", "train[5]", "train[:110%]", "[:5]", "train:5", "train[::2]", ""]
+)
 def test_a_split_that_cannot_be_cut_is_one_line(spec: str, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", list("abc"))
     with pytest.raises(UsageError, match=r"rows\.jsonl: --split .*found train"):
@@ -211,7 +242,9 @@ def test_the_advice_on_splits_gives_the_right_rows(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as asked:
         plan_inputs([str(tmp_path)], "tran", None, SIZES)
     advised = re.findall(r"--split ('[^']+'|\w+)", asked.value.fix)
-    assert [rows_of(plan_inputs([str(tmp_path)], split.strip("'"), None, SIZES)[0]) for split in advised] == [["test.jsonl"]] * 2
+    assert [rows_of(plan_inputs([str(tmp_path)], split.strip("'"), None, SIZES)[0]) for split in advised] == [
+        ["test.jsonl"]
+    ] * 2
 
 
 def test_a_subset_of_what_is_no_hub_dataset_is_refused(tmp_path: Path) -> None:
@@ -301,7 +334,10 @@ def test_a_shard_is_known_by_its_columns_wherever_it_lies(tmp_path: Path) -> Non
 def test_a_pattern_in_a_url_is_listed_or_refused_in_words(tmp_path: Path) -> None:
     for name in ("a-1.jsonl", "a-2.jsonl", "b.jsonl"):
         write(tmp_path / name, [name])
-    assert rows_of(plan_inputs([f"file://{tmp_path}/a-*.jsonl"], None, None, SIZES)[0]) == ["a-1.jsonl", "a-2.jsonl"]
+    assert rows_of(plan_inputs([f"file://{tmp_path}/a-*.jsonl"], None, None, SIZES)[0]) == [
+        "a-1.jsonl",
+        "a-2.jsonl",
+    ]
     with pytest.raises(UsageError, match="no file matches"):
         expand_inputs([f"file://{tmp_path}/c-*.jsonl"])
     with pytest.raises(UsageError, match="memory://nowhere/.*no file matches"):

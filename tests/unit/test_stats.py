@@ -27,7 +27,9 @@ ROWS = [CHAT.format("What is it? " * (number % 5 + 1), "This. " * (number % 3 + 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> ShownSet:
-    folder = write_set(tmp_path / "set", [*ROWS, CHAT.format("<b>x</b>", "\x1b[31m")], cut=17, counters={"rows_cut": 2})
+    folder = write_set(
+        tmp_path / "set", [*ROWS, CHAT.format("<b>x</b>", "\x1b[31m")], cut=17, counters={"rows_cut": 2}
+    )
     return open_shown(folder)
 
 
@@ -46,7 +48,9 @@ def test_the_numbers_are_those_of_the_labels(shards: ShownSet) -> None:
     assert sum(part.count for part in stats.slots) == stats.rows_packed * 96
     assert stats.fill == total / (stats.rows_packed * 96)
     assert stats.trained_share == trained / total
-    assert [(source.name, source.rows, source.tokens) for source in stats.sources] == [("data.jsonl", 31, total)]
+    assert [(source.name, source.rows, source.tokens) for source in stats.sources] == [
+        ("data.jsonl", 31, total)
+    ]
 
 
 def test_the_parts_of_every_bar_add_up_to_the_laws(shards: ShownSet) -> None:
@@ -66,7 +70,9 @@ def test_the_histogram_holds_every_length_once_and_has_no_gaps(lengths: list[int
     ledger = Ledger()
     ledger.count_lengths(np.array(lengths))
     bins = length_histogram(ledger.lengths)
-    assert [sum(found.start <= length < found.stop for length in lengths) for found in bins] == [found.examples for found in bins]
+    assert [sum(found.start <= length < found.stop for length in lengths) for found in bins] == [
+        found.examples for found in bins
+    ]
     assert all(left.stop == right.start for left, right in pairwise(bins))
     assert sum(found.examples for found in bins) == len(lengths)
     assert set(length_bins(np.array(lengths)).tolist()) <= {found.start for found in bins}
@@ -84,7 +90,10 @@ def test_parts_take_stretches_that_follow_each_other_to_the_end(counts: list[int
 
 
 def test_a_part_of_nothing_draws_nothing() -> None:
-    assert "context" not in stacked_bar([Part("trained", "trained", 5), Part("c", "context", 0)]).split("aria-label")[0]
+    assert (
+        "context"
+        not in stacked_bar([Part("trained", "trained", 5), Part("c", "context", 0)]).split("aria-label")[0]
+    )
 
 
 @pytest.mark.parametrize(("max_length", "place"), [(16, 0), (32, 8 / 16), (40, 10 / 16), (2, 0)])

@@ -24,12 +24,18 @@ def _templates(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("name", "count"), [("made", 12), ("real", 69)])
 @pytest.mark.parametrize("part", range(4))
-def test_every_template_renders_every_conversation_as_transformers_does(part: int, name: str, count: int, home: Path) -> None:
+def test_every_template_renders_every_conversation_as_transformers_does(
+    part: int, name: str, count: int, home: Path
+) -> None:
     paths = _templates(home)
     assert len(paths) == count
     for path in paths[part::4]:
-        more: dict[str, Any] = {"functions": "[]", "datetime": "today"} if path.stem == "firefunction-v2" else {}
-        form = Format(path.read_text(encoding="utf-8"), arguments=SPECIAL | more, parts="llava-next" in path.stem)
+        more: dict[str, Any] = (
+            {"functions": "[]", "datetime": "today"} if path.stem == "firefunction-v2" else {}
+        )
+        form = Format(
+            path.read_text(encoding="utf-8"), arguments=SPECIAL | more, parts="llava-next" in path.stem
+        )
         template = ChatTemplate(form.source, SPECIAL)
         for title, chat in CHATS.items():
             for prompt in (False, True):
@@ -38,7 +44,9 @@ def test_every_template_renders_every_conversation_as_transformers_does(part: in
                 except Exception:  # templates raise whatever they like
                     expected = None
                 try:
-                    rendered = template.render(chat["messages"], chat.get("tools"), more, add_generation_prompt=prompt)
+                    rendered = template.render(
+                        chat["messages"], chat.get("tools"), more, add_generation_prompt=prompt
+                    )
                 except TemplateRefusal:
                     rendered = None
                 assert rendered == expected, (path.stem, title, prompt)
@@ -51,7 +59,9 @@ def test_the_clock_stands_still() -> None:
 
 
 def test_null_fields_are_left_out_and_reasoning_goes_by_every_name() -> None:
-    template = ChatTemplate("{% for m in messages %}{{ [m.thinking, m.reasoning_content, m.name is defined] }}{% endfor %}")
+    template = ChatTemplate(
+        "{% for m in messages %}{{ [m.thinking, m.reasoning_content, m.name is defined] }}{% endfor %}"
+    )
     assert template.render([bot("x", reasoning="why", name=None)]) == "['why', 'why', False]"
 
 
@@ -133,7 +143,9 @@ def test_a_template_cannot_exhaust_the_machine(source: str) -> None:
     with pytest.raises(TemplateRefusal):
         template.render(HELLO)
     assert time.process_time() - begun < 12 * pace()
-    assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "Hello"  # the next render has a budget of its own
+    assert (
+        ChatTemplate("{{ messages[0].content }}").render(HELLO) == "Hello"
+    )  # the next render has a budget of its own
 
 
 @pytest.mark.parametrize("source", ["{{ lipsum() }}", "{{ messages | random }}"])
@@ -171,15 +183,16 @@ UPSTREAM = {
 }  # fmt: skip
 # Their models (Qwen, Zephyr) have no BOS in front of a chat.
 WITHOUT_BOS = {"chatml", "zephyr"}
-STANFORD = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+STANFORD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_a_built_in_template_writes_the_well_known_format(name: str, shared_data: Path) -> None:
     source = (shared_data / f"templates/plain/{UPSTREAM[name]}.jinja").read_text(encoding="utf-8")
-    if "\n    " in source and name not in ("gemma", "llama-3"):  # pretty-printed: its README says to strip this first
+    if "\n    " in source and name not in (
+        "gemma",
+        "llama-3",
+    ):  # pretty-printed: its README says to strip this first
         source = source.replace("    ", "").replace("\n", "")
     upstream = Format(source, arguments=SPECIAL)
     chosen = choose_template(name, None, _no_clone)
@@ -191,10 +204,14 @@ def test_a_built_in_template_writes_the_well_known_format(name: str, shared_data
             continue  # the original refuses it; the built-in merges it into the first user message
         prompt = messages[-1]["role"] == "user"
         rendered = template.render(messages, add_generation_prompt=prompt)
-        if name == "mistral" and messages[0]["role"] == "system":  # inside the first instruction, as mistral-common writes it
+        if (
+            name == "mistral" and messages[0]["role"] == "system"
+        ):  # inside the first instruction, as mistral-common writes it
             messages = [user("Be brief.\n\nName a colour."), *chat[1:]]
         expected = upstream.render(messages, prompt=prompt)
-        if name == "alpaca" and messages[0]["role"] != "system":  # the original work begins every prompt with this
+        if (
+            name == "alpaca" and messages[0]["role"] != "system"
+        ):  # the original work begins every prompt with this
             expected = expected.replace("<s>", f"<s>{STANFORD}\n\n", 1)
         assert rendered == (expected.removeprefix("<s>") if name in WITHOUT_BOS else expected)
 
@@ -225,9 +242,15 @@ def test_a_file_that_is_not_text_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_template_is_cloned_with_the_tokens_it_writes() -> None:
-    chosen = choose_template("other", None, lambda _: ("<|a|>{{ messages }}", ["<|a|>", "<|z|>", "<|e|>"], "<|e|>"))
+    chosen = choose_template(
+        "other", None, lambda _: ("<|a|>{{ messages }}", ["<|a|>", "<|z|>", "<|e|>"], "<|e|>")
+    )
     assert chosen is not None
-    assert (chosen.origin, chosen.tokens, chosen.eos_token) == ("cloned from other", ("<|a|>", "<|e|>"), "<|e|>")
+    assert (chosen.origin, chosen.tokens, chosen.eos_token) == (
+        "cloned from other",
+        ("<|a|>", "<|e|>"),
+        "<|e|>",
+    )
 
 
 def test_a_choice_that_is_nothing_lists_what_there_is() -> None:
@@ -238,5 +261,13 @@ def test_a_choice_that_is_nothing_lists_what_there_is() -> None:
 
 
 def test_control_tokens_are_told_from_tags() -> None:
-    text = "<|im_start|> <think> </tool_call> <|tool_response> <tool_call|> <start_of_turn> <｜User｜> a<|b c|>"
-    assert control_tokens(text) == ("<|im_start|>", "<|tool_response>", "<tool_call|>", "<start_of_turn>", "<｜User｜>")
+    text = (
+        "<|im_start|> <think> </tool_call> <|tool_response> <tool_call|> <start_of_turn> <｜User｜> a<|b c|>"
+    )
+    assert control_tokens(text) == (
+        "<|im_start|>",
+        "<|tool_response>",
+        "<tool_call|>",
+        "<start_of_turn>",
+        "<｜User｜>",
+    )

@@ -41,7 +41,14 @@ def test_a_mask_of_what_is_trained_is_honoured(name: str, kind: type) -> None:
 
 
 def test_a_mask_of_the_prompt_is_honoured() -> None:
-    assert convert({"input_ids": IDS, "prompt_mask": [1, 1, 1, 0, 0, 0]}).labels == [-100, -100, -100, 13, 14, 15]
+    assert convert({"input_ids": IDS, "prompt_mask": [1, 1, 1, 0, 0, 0]}).labels == [
+        -100,
+        -100,
+        -100,
+        13,
+        14,
+        15,
+    ]
 
 
 def slow(row: dict[str, Any]) -> list[tuple[int, int]]:
@@ -84,7 +91,10 @@ def test_masks_that_come_together_all_count() -> None:
         ({"position_ids": [0, 1, 2, 0, 1, 2]}, "packed-row: position_ids start anew at token 3"),
         ({"position_ids": [0, 1, 2, 3, 2, 3]}, "packed-row: position_ids start anew at token 4"),
         ({"seq_lengths": [4, 2]}, "packed-row: seq_lengths counts 2 documents"),
-        ({"loss_mask": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]}, "bad-tokens: loss_mask is an array, not a list of integers"),
+        (
+            {"loss_mask": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]},
+            "bad-tokens: loss_mask is an array, not a list of integers",
+        ),
         ({"loss_mask": [0, 2, 1, 1, 1, 1]}, "bad-tokens: loss_mask holds 2; expected 0 or 1"),
         ({"loss_weights": [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]}, "unread-mask: loss_weights"),
         ({"segment_ids": [1, 1, 1, 2, 2, 2]}, "unread-mask: segment_ids"),

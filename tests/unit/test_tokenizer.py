@@ -46,7 +46,9 @@ def small(made_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("space", "merge"), [("x", "h x"), (" ", ["h", " "])], ids=["text", "pairs"])
-def test_merges_are_saved_as_text_unless_a_token_holds_a_space(cache: Path, tmp_path: Path, space: str, merge: object) -> None:
+def test_merges_are_saved_as_text_unless_a_token_holds_a_space(
+    cache: Path, tmp_path: Path, space: str, merge: object
+) -> None:
     model = models.BPE({"h": 0, space: 1, f"h{space}": 2, "</s>": 3}, [("h", space)])
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens(["</s>"])
@@ -108,7 +110,9 @@ def test_gigatoken_by_name_is_refused_where_it_cannot_serve(home: Path, name: st
 
 
 def test_facts_of_real_tokenizers(shared_data: Path) -> None:
-    llama, mistral, t5 = (resolved(shared_data, name) for name in ("llama-3.2-instruct", "mistral-7b-instruct", "t5-small"))
+    llama, mistral, t5 = (
+        resolved(shared_data, name) for name in ("llama-3.2-instruct", "mistral-7b-instruct", "t5-small")
+    )
     assert llama.stop_tokens == ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
     assert (llama.prefix_ids, llama.suffix_ids, llama.closing_ids) == ((128000,), (), (128009,))
     assert (mistral.prefix_ids, mistral.model_max_length) == ((1,), 2**31 - 1)
@@ -162,7 +166,10 @@ def test_the_cache_follows_content_not_names_or_times(small: Path, cache: Path, 
 
 def test_tokens_end_token_and_template_can_be_given(small: Path, cache: Path) -> None:
     known = resolve_tokenizer(
-        str(small), add_tokens=["<|new|>", "<|im_start|>"], chat_template="{{ eos_token }}", eos_token="<|new|>"
+        str(small),
+        add_tokens=["<|new|>", "<|im_start|>"],
+        chat_template="{{ eos_token }}",
+        eos_token="<|new|>",
     )
     new = resolve_tokenizer(str(small)).vocab_size
     assert known.tokens_added == (("<|new|>", new),)
@@ -170,7 +177,11 @@ def test_tokens_end_token_and_template_can_be_given(small: Path, cache: Path) ->
     ids, _ = load_encoder(known, "tokenizers").encode(["a<|new|>"])
     assert ids.tolist()[-1] == new
     saved = automatic(known.folder)
-    assert (saved.eos_token, saved.chat_template, saved("a<|new|>")["input_ids"]) == ("<|new|>", "{{ eos_token }}", ids.tolist())
+    assert (saved.eos_token, saved.chat_template, saved("a<|new|>")["input_ids"]) == (
+        "<|new|>",
+        "{{ eos_token }}",
+        ids.tolist(),
+    )
 
 
 def test_a_hub_id_goes_through_the_hub_cache(small: Path, tmp_path: Path) -> None:
@@ -179,7 +190,12 @@ def test_a_hub_id_goes_through_the_hub_cache(small: Path, tmp_path: Path) -> Non
     (repo / "refs" / "main").write_text("a" * 40)
     shutil.copytree(small, repo / "snapshots" / ("a" * 40))
     code = "from sftdata.encode.tokenizer import resolve_tokenizer as r; t = r('org/tiny'); print(t.name, t.eos_token)"
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "SFTDATA_CACHE": str(tmp_path / "c")}
+    env = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "SFTDATA_CACHE": str(tmp_path / "c"),
+    }
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.stdout.split() == ["org/tiny", "<|im_end|>"], done.stderr
@@ -194,7 +210,9 @@ def refused(name: str, **settings: str) -> str:
     return message
 
 
-def test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works(shared_data: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works(
+    shared_data: Path, tmp_path: Path, cache: Path
+) -> None:
     folder = shared_data / "tokenizers" / "yi-chat-spm-only"
     message = refused(str(folder))
     assert "tokenizer.model but no tokenizer.json" in message

@@ -49,16 +49,26 @@ class Result:
     """Tokens of a batch as (piece, trained) pairs."""
 
     def __init__(
-        self, data: Path, name: str, *texts: str, boundary: str = "split", raw: bool = False, closed: bool = True
+        self,
+        data: Path,
+        name: str,
+        *texts: str,
+        boundary: str = "split",
+        raw: bool = False,
+        closed: bool = True,
     ) -> None:
         self.reference = reference(data, name)
-        batch, self.counts = encode_batch(batch_of(*texts, raw=raw, closed=closed), encoder(data, name), boundary=boundary)  # type: ignore[arg-type]
+        batch, self.counts = encode_batch(
+            batch_of(*texts, raw=raw, closed=closed), encoder(data, name), boundary=boundary
+        )  # type: ignore[arg-type]
         bounds = batch.offsets.tolist()
         self.ids = [batch.input_ids[a:b].tolist() for a, b in pairwise(bounds)]
         self.trained = [batch.trained[a:b].tolist() for a, b in pairwise(bounds)]
 
     def trained_pieces(self, row: int = 0) -> list[str | None]:
-        return [self.reference.id_to_token(i) for i, t in zip(self.ids[row], self.trained[row], strict=True) if t]
+        return [
+            self.reference.id_to_token(i) for i, t in zip(self.ids[row], self.trained[row], strict=True) if t
+        ]
 
     def pieces(self, row: int = 0) -> list[str | None]:
         return [self.reference.id_to_token(i) for i in self.ids[row]]
@@ -69,7 +79,12 @@ def test_exactly_the_answer_and_its_end_are_trained(home: Path, name: str) -> No
     done = Result(home, name, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Good day<|im_end|>⟧\n")
     assert done.trained_pieces() == ["Good", "Ġday", "<|im_end|>"]
     assert done.counts == EncodeCounts()
-    assert done.ids[0] == done.reference.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGood day<|im_end|>\n").ids
+    assert (
+        done.ids[0]
+        == done.reference.encode(
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nGood day<|im_end|>\n"
+        ).ids
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "made-bytes"])
@@ -102,12 +117,16 @@ def test_words_that_look_ahead_are_cut_although_no_token_lies_across(home: Path,
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral-7b-instruct", "phi-3-mini", "minicpm3-4b", "made-prepend", "made-metaspace", "made-strips"]
+    "name",
+    ["mistral-7b-instruct", "phi-3-mini", "minicpm3-4b", "made-prepend", "made-metaspace", "made-strips"],
 )
 def test_no_space_is_invented_where_a_text_was_cut(home: Path, name: str) -> None:
     done = Result(home, name, "Answer: ⟦yes 日本⟧ and no")
     assert done.reference.decode(done.ids[0], skip_special_tokens=False) == "Answer: yes 日本 and no"
-    assert done.reference.decode([i for i, t in zip(done.ids[0], done.trained[0], strict=True) if t]) == "yes 日本"
+    assert (
+        done.reference.decode([i for i, t in zip(done.ids[0], done.trained[0], strict=True) if t])
+        == "yes 日本"
+    )
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-instruct", "made-prepend", "made-strips"])
@@ -119,10 +138,14 @@ def test_an_invented_space_belongs_to_the_text_after_it(home: Path, name: str) -
 
 
 @pytest.mark.parametrize(("name", "word"), [("phi-3-mini", "ok"), ("made-strips", "▁ok")])
-def test_whitespace_that_phi_swallows_is_context_after_a_turn_and_kept_before_an_answer(home: Path, name: str, word: str) -> None:
+def test_whitespace_that_phi_swallows_is_context_after_a_turn_and_kept_before_an_answer(
+    home: Path, name: str, word: str
+) -> None:
     plain = "<|user|>\nHi<|end|>\n<|assistant|>\n"
     done = Result(home, name, plain + "⟦ok<|end|>⟧\n<|endoftext|>", plain + "⟦\n ok<|end|>⟧\n")
-    assert done.ids[0] == done.reference.encode(plain + "ok<|end|>\n<|endoftext|>", add_special_tokens=False).ids
+    assert (
+        done.ids[0] == done.reference.encode(plain + "ok<|end|>\n<|endoftext|>", add_special_tokens=False).ids
+    )
     assert done.trained_pieces(0) == [word, "<|end|>"]
     assert done.trained_pieces(1) == ["<0x0A>", "▁ok", "<|end|>"]
     assert done.counts.boundary_splits == 1
@@ -134,14 +157,23 @@ def test_whitespace_that_the_next_token_would_swallow_is_kept_before_an_answer(m
     done = Result(made_data, "made-strips", *texts)
     inference = [done.reference.encode(text.partition("⟦")[0]).ids for text in texts]
     assert [ids[: len(prompt)] for ids, prompt in zip(done.ids, inference, strict=True)] == inference
-    assert [done.trained_pieces(row) for row in range(5)] == [["<mask>"], ["<mask>"], ["▁ok"], ["<mask>"], ["<mask>"]]
+    assert [done.trained_pieces(row) for row in range(5)] == [
+        ["<mask>"],
+        ["<mask>"],
+        ["▁ok"],
+        ["<mask>"],
+        ["<mask>"],
+    ]
     assert (done.counts.boundary_splits, done.counts.slow_rows) == (2, 0)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "made-bytes"])
 def test_normalized_text_is_placed_exactly_and_counted_as_slow(home: Path, name: str) -> None:
     done = Result(home, name, "cafe\u0301 ⟦cafe\u0301 x⟧ y")
-    assert done.reference.decode([i for i, t in zip(done.ids[0], done.trained[0], strict=True) if t]).strip() == "café x"
+    assert (
+        done.reference.decode([i for i, t in zip(done.ids[0], done.trained[0], strict=True) if t]).strip()
+        == "café x"
+    )
     assert done.counts.slow_rows == 1
 
 
@@ -224,7 +256,12 @@ def test_white_space_in_data_that_spells_a_token_is_still_swallowed(made_data: P
 
 
 def test_openings_are_cut_once_and_only_where_they_must_be(made_data: Path) -> None:
-    texts = ["x\n\t\t⟦xyzzy⟧ y\n⟦z⟧", "x\n\t\t⟦xyzzy⟧\n\t\t⟦z⟧", "say ⟪<|im_end|>⟫\n⟦ok⟧", "⟪<|im_end|>⟫\n\t\t⟦ok⟧"]
+    texts = [
+        "x\n\t\t⟦xyzzy⟧ y\n⟦z⟧",
+        "x\n\t\t⟦xyzzy⟧\n\t\t⟦z⟧",
+        "say ⟪<|im_end|>⟫\n⟦ok⟧",
+        "⟪<|im_end|>⟫\n\t\t⟦ok⟧",
+    ]
     splits = [Result(made_data, "made-bytes", text).counts.boundary_splits for text in texts]
     assert splits == [1, 2, 0, 1]
 
@@ -244,24 +281,41 @@ def test_control_tokens_in_data_end_where_a_trained_span_does(home: Path, name: 
         ("made-turns", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     ],
 )
-def test_raw_text_begins_and_ends_as_the_reference_says_and_never_twice(home: Path, name: str, bos: str, eos: str) -> None:
+def test_raw_text_begins_and_ends_as_the_reference_says_and_never_twice(
+    home: Path, name: str, bos: str, eos: str
+) -> None:
     done = Result(home, name, "⟦Hi⟧", f"⟦{bos}Hi{eos}⟧", "⟦Hi⟧ there", "", raw=True)
-    assert [done.pieces(row) for row in range(4)] == [[bos, "Hi", eos], [bos, "Hi", eos], [bos, "Hi", "Ġthere", eos], [bos, eos]]
-    assert done.trained == [[False, True, True], [True, True, True], [False, True, False, False], [False, False]]
+    assert [done.pieces(row) for row in range(4)] == [
+        [bos, "Hi", eos],
+        [bos, "Hi", eos],
+        [bos, "Hi", "Ġthere", eos],
+        [bos, eos],
+    ]
+    assert done.trained == [
+        [False, True, True],
+        [True, True, True],
+        [False, True, False, False],
+        [False, False],
+    ]
     assert (done.counts.bos_found, done.counts.eos_found, done.counts.eos_added) == (1, 1, 3)
 
 
-@pytest.mark.parametrize(("name", "end"), [("gpt2", "<|endoftext|>"), ("made-bytes", "<|im_end|>"), ("made-unigram", "</s>")])
+@pytest.mark.parametrize(
+    ("name", "end"), [("gpt2", "<|endoftext|>"), ("made-bytes", "<|im_end|>"), ("made-unigram", "</s>")]
+)
 def test_an_empty_completion_trains_its_end(home: Path, name: str, end: str) -> None:
     done = Result(home, name, "prompt⟦⟧", f"prompt⟦{end}⟧", raw=True)
     assert [done.trained_pieces(row) for row in range(2)] == [[end], [end]]
 
 
 @pytest.mark.parametrize(
-    ("name", "end"), [("gpt2", "<|endoftext|>"), ("made-turns", "<｜end▁of▁sentence｜>"), ("made-unigram", "</s>")]
+    ("name", "end"),
+    [("gpt2", "<|endoftext|>"), ("made-turns", "<｜end▁of▁sentence｜>"), ("made-unigram", "</s>")],
 )
 def test_an_end_is_trained_only_where_a_span_reaches_it(home: Path, name: str, end: str) -> None:
-    done = Result(home, name, "⟦Hi⟧", "⟦Hi⟧ there", "Hi there", "⟦Hi⟧ there⟦⟧", f"⟦Hi⟧{end}", "⟦⟧Hi", raw=True)
+    done = Result(
+        home, name, "⟦Hi⟧", "⟦Hi⟧ there", "Hi there", "⟦Hi⟧ there⟦⟧", f"⟦Hi⟧{end}", "⟦⟧Hi", raw=True
+    )
     assert [pieces[-1] for pieces in (done.pieces(row) for row in range(6))] == [end] * 6
     assert [trained[-1] for trained in done.trained] == [True, False, False, True, False, False]
 
@@ -275,7 +329,11 @@ def test_an_end_is_trained_only_where_a_span_reaches_it(home: Path, name: str, e
 def test_a_text_that_a_template_closed_gets_no_second_end_and_trains_nothing_behind_it(
     home: Path, name: str, end: str, blank: str
 ) -> None:
-    texts = [f"Hi ⟦ hello{end}{blank}⟧", f"⟦Hi{end}{blank}hello{end}{blank}⟧", f"⟦Hi{end}{blank}hello{blank}⟧"]
+    texts = [
+        f"Hi ⟦ hello{end}{blank}⟧",
+        f"⟦Hi{end}{blank}hello{end}{blank}⟧",
+        f"⟦Hi{end}{blank}hello{blank}⟧",
+    ]
     result = Result(home, name, *texts, raw=True)
     number = result.reference.token_to_id(end)
     assert (result.counts.eos_found, result.counts.eos_added) == (2, 1)
@@ -316,8 +374,17 @@ def test_an_empty_batch_is_encoded_to_nothing(home: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in NO_GIGATOKEN])
 def test_engines_give_the_same_batch(home: Path, name: str) -> None:
-    texts = ["Q: a \n⟦e\u0301 b⟧ c", "⟦▁x⟧", "Answer: ⟦yes ⟪<s>⟫</s>⟧ <|end|> \n⟦<|im_end|>⟧", "", "日⟦本⟧👩‍👩‍👧"]
-    batches = [encode_batch(batch_of(*texts, raw=True), encoder(home, name, engine)) for engine in ("gigatoken", "tokenizers")]
+    texts = [
+        "Q: a \n⟦e\u0301 b⟧ c",
+        "⟦▁x⟧",
+        "Answer: ⟦yes ⟪<s>⟫</s>⟧ <|end|> \n⟦<|im_end|>⟧",
+        "",
+        "日⟦本⟧👩‍👩‍👧",
+    ]
+    batches = [
+        encode_batch(batch_of(*texts, raw=True), encoder(home, name, engine))
+        for engine in ("gigatoken", "tokenizers")
+    ]
     (fast, fast_counts), (slow, slow_counts) = batches
     assert fast_counts == slow_counts
     for column in ("input_ids", "trained", "offsets"):
@@ -325,7 +392,9 @@ def test_engines_give_the_same_batch(home: Path, name: str) -> None:
 
 
 def given_rows(data: Path, *rows: tuple[list, list]) -> tuple[TokenBatch, dict[int, str]]:
-    batch, faults = encode_tokens_rows([Tokens(*row) for row in rows], np.arange(len(rows)) + 5, resolved(data, "made-bytes"))
+    batch, faults = encode_tokens_rows(
+        [Tokens(*row) for row in rows], np.arange(len(rows)) + 5, resolved(data, "made-bytes")
+    )
     return batch, {index: fault.code for index, fault in faults}
 
 

@@ -73,16 +73,27 @@ def test_a_setting_that_cannot_act_is_refused_by_name(tmp_path: Path, name: str)
     assert refused.value.fix
 
 
-@pytest.mark.parametrize("name", sorted(BY_OBJECTS - {"optim_args", "optim_target_modules", "optim", "lr_scheduler_type"}))
+@pytest.mark.parametrize(
+    "name", sorted(BY_OBJECTS - {"optim_args", "optim_target_modules", "optim", "lr_scheduler_type"})
+)
 def test_an_object_that_decides_leaves_nothing_to_a_setting(tmp_path: Path, name: str) -> None:
     objects = {"optimizers": (object(), object()), "compute_loss_func": print}
     with pytest.raises(UsageError, match=f"{name}=.* needs .* left out"):
         refuse_inert(_run(tmp_path, {name: 0.5}, objects))
 
 
-def test_settings_at_their_defaults_are_not_refused_and_what_cannot_act_is_not_recorded(tmp_path: Path) -> None:
-    defaults = {name: value for name, value in training_defaults().items() if name not in ("output_dir", "learning_rate")}
-    run = _run(tmp_path, {**defaults, "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "save_strategy": "no"})
+def test_settings_at_their_defaults_are_not_refused_and_what_cannot_act_is_not_recorded(
+    tmp_path: Path,
+) -> None:
+    defaults = {
+        name: value
+        for name, value in training_defaults().items()
+        if name not in ("output_dir", "learning_rate")
+    }
+    run = _run(
+        tmp_path,
+        {**defaults, "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "save_strategy": "no"},
+    )
     refuse_inert(run)
     recorded = effective_settings(run)["training"]
     assert not {"save_steps", "save_total_limit", "warmup_steps", "num_train_epochs", "eval_steps", "adam_beta1", "hub_token",
@@ -93,15 +104,33 @@ def test_settings_at_their_defaults_are_not_refused_and_what_cannot_act_is_not_r
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1=0.5: optim=sgd does not read it. Fix: leave it out"),
-        ({"optim": "adafactor", "adam_epsilon": 1e-3}, "adam_epsilon=0.001: optim=adafactor does not read it"),
-        ({"optim": "adamw_torch", "optim_args": "nonsense=1"}, "optim_args=nonsense=1: optim=adamw_torch does not read it"),
+        (
+            {"optim": "sgd", "adam_beta1": 0.5},
+            "adam_beta1=0.5: optim=sgd does not read it. Fix: leave it out",
+        ),
+        (
+            {"optim": "adafactor", "adam_epsilon": 1e-3},
+            "adam_epsilon=0.001: optim=adafactor does not read it",
+        ),
+        (
+            {"optim": "adamw_torch", "optim_args": "nonsense=1"},
+            "optim_args=nonsense=1: optim=adamw_torch does not read it",
+        ),
         ({"optim": "adamw_torch", "optim_target_modules": ["q_proj"]}, "optim_target_modules="),
-        ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "optim=galore_adamw: cannot be used: "),
+        (
+            {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+            "optim=galore_adamw: cannot be used: ",
+        ),
         ({"optim": "schedule_free_adamw"}, "optim=schedule_free_adamw: cannot be used: "),
         ({"optim": "lomo"}, "optim=lomo: cannot be used: "),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr: cannot be used: "),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay: cannot be used: "),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type=cosine_with_min_lr: cannot be used: ",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type=warmup_stable_decay: cannot be used: ",
+        ),
         ({"lr_scheduler_kwargs": {"speed": 1}}, "lr_scheduler_kwargs={'speed': 1}: cannot be used"),
     ],
 )
@@ -114,8 +143,12 @@ def test_an_optimizer_or_schedule_that_lacks_something_is_refused_before_the_fir
     assert "Fix: " in str(refused.value)
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "inverse_sqrt"])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"])
+@pytest.mark.parametrize(
+    "scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "inverse_sqrt"]
+)
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop"]
+)
 def test_what_can_be_used_is_not_refused(tmp_path: Path, optim: str, scheduler: str) -> None:
     try_optimizer(_run(tmp_path, {"optim": optim, "lr_scheduler_type": scheduler}), None, 10)
 
@@ -131,13 +164,17 @@ def test_a_length_on_the_command_line_replaces_the_other_length_of_a_file(tmp_pa
 @pytest.mark.parametrize("training", [1, "max_steps", [2], None])
 def test_training_that_holds_no_settings_is_one_line(training: Any) -> None:
     if training is None:
-        assert read_settings(None, [], {"sets": ("set",), "model": "m", "output": "o", "training": None}).training
+        assert read_settings(
+            None, [], {"sets": ("set",), "model": "m", "output": "o", "training": None}
+        ).training
         return
     with pytest.raises(UsageError, match="expected fields of TrainingArguments"):
         read_settings(None, [], {"sets": ("set",), "model": "m", "output": "o", "training": training})
 
 
-@pytest.mark.parametrize("text", ["sets.0=x", "model.name=x", "seed.x=2", "optim.name=adam", "training.seed.x=2"])
+@pytest.mark.parametrize(
+    "text", ["sets.0=x", "model.name=x", "seed.x=2", "optim.name=adam", "training.seed.x=2"]
+)
 def test_a_dot_reaches_into_nothing_that_holds_no_settings(text: str) -> None:
     with pytest.raises(UsageError, match=r"set (sets|model|seed|optim) whole"):
         training_arguments(read_settings(None, [text], {"sets": ("set",), "model": "m", "output": "o"}))

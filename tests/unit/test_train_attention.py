@@ -44,7 +44,11 @@ def _install(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str]) -> None:
 
 
 def _choose(
-    family: str, requested: str = "auto", device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: Any
+    family: str,
+    requested: str = "auto",
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
 ) -> Choice:
     return choose_attention(requested, AutoConfig.for_model(family, **changes), device, dtype)
 
@@ -65,7 +69,11 @@ def test_a_gpu_takes_pytorch_s_own_varlen_when_nothing_is_installed() -> None:
 
 @pytest.mark.feature("attention")
 def test_an_installed_flash_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    two, three, four = {"flash-attn": "flash_attn"}, {"flash-attn-3": "flash_attn_interface"}, {"flash-attn-4": "flash_attn"}
+    two, three, four = (
+        {"flash-attn": "flash_attn"},
+        {"flash-attn-3": "flash_attn_interface"},
+        {"flash-attn-4": "flash_attn"},
+    )
     for packages, best in ((two, 2), (two | three, 3), (two | three | four, 4), (four, 4)):
         with monkeypatch.context() as patch:
             _install(patch, packages)
@@ -91,7 +99,11 @@ def test_a_model_object_keeps_its_attention_where_that_is_usable() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"dtype": torch.float32}, "16 bit"), ({"attention_dropout": 0.1}, "dropout"), ({"head_dim": 20}, "20 wide")],
+    [
+        ({"dtype": torch.float32}, "16 bit"),
+        ({"attention_dropout": 0.1}, "dropout"),
+        ({"head_dim": 20}, "20 wide"),
+    ],
 )
 def test_varlen_is_passed_over_for_a_reason(changes: dict[str, Any], reason: str) -> None:
     choice = _choose("qwen2", **changes)
@@ -120,7 +132,10 @@ def test_a_forced_kernel_of_sdpa_is_tried_before_it_is_promised() -> None:
             assert _choose("llama", name, device="cpu", dtype=torch.float32)[:2] == (name, "asked for")
             assert not takes_no_mask(name, AutoConfig.for_model("llama"), "cpu", torch.float32)
         else:
-            with pytest.raises(UsageError, match="PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto"):
+            with pytest.raises(
+                UsageError,
+                match="PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto",
+            ):
                 _choose("llama", name, device="cpu", dtype=torch.float32)
 
 
@@ -199,8 +214,13 @@ def test_varlen_is_called_by_the_signature_that_is_there(
 def test_the_stand_in_of_the_proof_does_what_the_kernels_do(window: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 14, 16) for heads in (4, 2, 2))
-    found, _ = stand_in_forward(torch.nn.Module(), query, key, value, None, 0.2, window, **_lengths([0, 9, 14]))
-    wanted = [_plain(*(states[0, :, part] for states in (query, key, value)), 0.2, window) for part in (slice(9), slice(9, 14))]
+    found, _ = stand_in_forward(
+        torch.nn.Module(), query, key, value, None, 0.2, window, **_lengths([0, 9, 14])
+    )
+    wanted = [
+        _plain(*(states[0, :, part] for states in (query, key, value)), 0.2, window)
+        for part in (slice(9), slice(9, 14))
+    ]
     torch.testing.assert_close(found[0], torch.cat(wanted))
 
 
@@ -209,7 +229,9 @@ def _lengths(starts: list[int]) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": int(ends.diff().max())}
 
 
-def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
+def _plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
+) -> torch.Tensor:
     """One document, [H, T, D] to [T, H, D], by PyTorch's own attention."""
     row, column = torch.arange(query.shape[1])[:, None], torch.arange(query.shape[1])
     seen = (column <= row) if window is None else (column <= row) & (row - column < window)

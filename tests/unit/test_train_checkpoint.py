@@ -51,7 +51,11 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [(name, damage) for name in ("model.safetensors", "inner/rng") for damage in ("flip", "truncate", "remove")]
+    [
+        (name, damage)
+        for name in ("model.safetensors", "inner/rng")
+        for damage in ("flip", "truncate", "remove")
+    ]
     + [(checkpoint.SEAL, "truncate"), (checkpoint.SEAL, "remove")],
 )
 def test_any_damage_sends_the_run_to_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
@@ -96,7 +100,11 @@ def test_a_checkpoint_with_a_seal_is_whole_whenever_the_power_fails(tmp_path: Pa
     with Tap(str(output), record=True).installed() as tap:
         _save(output / "checkpoint-5")
         checkpoint.seal(output / "checkpoint-5", 5, RUN)
-    assert {os.path.basename(operation.paths[-1]) for operation in tap.operations} >= {"weights", "rng", checkpoint.SEAL}
+    assert {os.path.basename(operation.paths[-1]) for operation in tap.operations} >= {
+        "weights",
+        "rng",
+        checkpoint.SEAL,
+    }
     disk, rng, sealed = Disk(str(output)), random.Random(0), []
     for operation in tap.operations:
         disk.apply(operation)

@@ -52,7 +52,9 @@ def test_every_token_is_told_its_source(tmp_path: Path, unpack: bool) -> None:
     for number, source in enumerate(opened.manifest.sources):
         own |= dict.fromkeys(range(source.first_id, source.first_id + source.rows), number)
     documents = [document for row in opened for document in row.documents()]
-    found = np.concatenate([_without_padding(rows[index], opened[index] if not unpack else None) for index in range(len(rows))])
+    found = np.concatenate(
+        [_without_padding(rows[index], opened[index] if not unpack else None) for index in range(len(rows))]
+    )
     assert found.tolist() == [own[document.example_id] for document in documents for _ in document.input_ids]
 
 

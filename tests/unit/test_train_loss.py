@@ -23,7 +23,9 @@ def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor,
     return hidden, weight, bias, labels
 
 
-def _plain(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     """Full logits, full softmax: the slow way."""
     logits = (hidden @ weight.T + bias).float() * scale
     if softcap is not None:
@@ -120,7 +122,13 @@ def test_pytorch_s_own_engine_agrees() -> None:
 def test_a_fused_model_still_gives_logits_when_asked() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     model = LlamaForCausalLM(config)
     ids = torch.randint(VOCABULARY, (1, 9))
     expected = model(input_ids=ids, labels=ids)
@@ -136,7 +144,9 @@ def test_the_largest_tensor_is_one_chunk_of_logits(monkeypatch: pytest.MonkeyPat
     hidden, weight, bias, labels = _inputs()
     seen: list[int] = []
     own = loss_module._chunk
-    monkeypatch.setattr(loss_module, "_chunk", lambda inputs, *rest: seen.append(len(inputs)) or own(inputs, *rest))
+    monkeypatch.setattr(
+        loss_module, "_chunk", lambda inputs, *rest: seen.append(len(inputs)) or own(inputs, *rest)
+    )
     supervised_loss(hidden, labels, Head(weight, bias))
     assert max(seen) == 5
     assert sum(seen) == int((labels[:, 1:] != -100).sum())

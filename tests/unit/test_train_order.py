@@ -16,7 +16,15 @@ def _steps(sizes: list[int], shape: tuple[int, int, int], epoch: int = 0, seed: 
     """Rows of every global batch, gathered from all ranks."""
     batch_size, accumulation, ranks = shape
     orders = [
-        Order(sizes, [1.0] * len(sizes), seed=seed, batch_size=batch_size, accumulation=accumulation, rank=rank, ranks=ranks)
+        Order(
+            sizes,
+            [1.0] * len(sizes),
+            seed=seed,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=rank,
+            ranks=ranks,
+        )
         for rank in range(ranks)
     ]
     for order in orders:
@@ -25,7 +33,10 @@ def _steps(sizes: list[int], shape: tuple[int, int, int], epoch: int = 0, seed: 
     assert len({len(part) for part in batches}) == 1
     assert {len(part) for part in batches} == {len(order) for order in orders}
     firsts = range(0, len(batches[0]), accumulation)
-    return [[row for micro in range(first, first + accumulation) for part in batches for row in part[micro]] for first in firsts]
+    return [
+        [row for micro in range(first, first + accumulation) for part in batches for row in part[micro]]
+        for first in firsts
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -39,7 +50,9 @@ def test_every_row_comes_exactly_once_an_epoch(rows: int, shape: tuple[int, int,
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_global_batches_do_not_depend_on_how_they_are_split(shape: tuple[int, int, int]) -> None:
-    assert [sorted(step) for step in _steps([29], shape)] == [sorted(step) for step in _steps([29], SHAPES[0])]
+    assert [sorted(step) for step in _steps([29], shape)] == [
+        sorted(step) for step in _steps([29], SHAPES[0])
+    ]
 
 
 def test_fillers_come_in_the_last_global_batch_only() -> None:

@@ -25,12 +25,20 @@ def write_run(folder: Path, lines: list[dict[str, Any]], *, finished: bool = Tru
     (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         (folder / "run.json").write_text(json.dumps({"finished": True, "model": "tiny", "sets": ["ab" * 32]}))
-        (folder / "settings.yaml").write_text("model: tiny\nlora: {r: 16}\ntraining: {learning_rate: 0.001, seed: 42}\n")
+        (folder / "settings.yaml").write_text(
+            "model: tiny\nlora: {r: 16}\ntraining: {learning_rate: 0.001, seed: 42}\n"
+        )
     return folder
 
 
 def logged(step: int, loss: float) -> dict[str, Any]:
-    figures = {"grad_norm": 1.0, "learning_rate": 0.001, "tokens": 100 * step, "seconds": 2.0, "tokens_per_second": 50.0}
+    figures = {
+        "grad_norm": 1.0,
+        "learning_rate": 0.001,
+        "tokens": 100 * step,
+        "seconds": 2.0,
+        "tokens_per_second": 50.0,
+    }
     return {"step": step, "loss": loss, **figures}
 
 
@@ -45,7 +53,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         reaching = tag in {"script", "link", "img", "iframe", "object", "base", "form"}
-        self.outside += [tag] * reaching + [name for name, _ in attrs if name in {"src", "href"} or name.startswith("on")]
+        self.outside += [tag] * reaching + [
+            name for name, _ in attrs if name in {"src", "href"} or name.startswith("on")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -53,16 +63,31 @@ class Page(HTMLParser):
 
 def test_the_page_tells_the_figures_of_the_log(tmp_path: Path) -> None:
     lines = [logged(step, 4.0 / step) for step in range(1, 9)]
-    lines += [{"step": 4, "eval_held_out_loss": 2.5}, {"step": 8, "eval_held_out_loss": 3.5, "eval_held_out_runtime": 9.0}]
+    lines += [
+        {"step": 4, "eval_held_out_loss": 2.5},
+        {"step": 8, "eval_held_out_loss": 3.5, "eval_held_out_runtime": 9.0},
+    ]
     page = Page(make_report(write_run(tmp_path / "run", lines)))
-    for told in ("0.5", "loss, from 4", "800", "0:16 min", "held_out loss", "2.5 at step 4", "3.5", "r=16", "learning_rate"):
+    for told in (
+        "0.5",
+        "loss, from 4",
+        "800",
+        "0:16 min",
+        "held_out loss",
+        "2.5 at step 4",
+        "3.5",
+        "r=16",
+        "learning_rate",
+    ):
         assert told in " ".join(page.text.split()), told
     assert "runtime" not in page.text
     assert not page.outside
 
 
 def test_names_of_sets_cannot_act_on_the_page(tmp_path: Path) -> None:
-    html = make_report(write_run(tmp_path / "run", [logged(1, 1.0), {"step": 1, "eval_<script>alert(1)</script>_loss": 1.0}]))
+    html = make_report(
+        write_run(tmp_path / "run", [logged(1, 1.0), {"step": 1, "eval_<script>alert(1)</script>_loss": 1.0}])
+    )
     assert not Page(html).outside
     assert "<script>alert(1)</script>" in Page(html).text
 
@@ -76,7 +101,11 @@ def test_a_run_that_goes_on_has_a_report_and_a_torn_last_line_is_left_out(tmp_pa
 
 
 def test_values_that_are_no_numbers_are_told_and_leave_a_gap(tmp_path: Path) -> None:
-    html = make_report(write_run(tmp_path / "run", [logged(1, 2.0), logged(2, math.nan), logged(3, math.inf), logged(4, 1.0)]))
+    html = make_report(
+        write_run(
+            tmp_path / "run", [logged(1, 2.0), logged(2, math.nan), logged(3, math.inf), logged(4, 1.0)]
+        )
+    )
     assert "2 logged values are no finite number" in Page(html).text
     assert "nan" not in "".join(re.findall(r'points="([^"]*)"', html))
 
@@ -116,7 +145,11 @@ def test_ticks_are_even_and_enclose_the_values(one: float, other: float) -> None
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
 def test_the_highest_and_the_lowest_value_are_drawn_however_many_there_are(values: list[float]) -> None:
     html = line_chart([Curve("loss", "trained", list(enumerate(values)), noisy=False)])
-    heights = [float(point.split(",")[1]) for points in re.findall(r'points="([^"]*)"', html) for point in points.split()]
+    heights = [
+        float(point.split(",")[1])
+        for points in re.findall(r'points="([^"]*)"', html)
+        for point in points.split()
+    ]
     ticks = nice_ticks(min(values), max(values))
     for value in (min(values), max(values)):
         wanted = 100 * (ticks[-1] - value) / (ticks[-1] - ticks[0])

@@ -15,12 +15,16 @@ H, A = [8], [9]
 EOS = 2
 
 
-def mask(*rows: list[int], response: list[int] = A, instruction: list[int] | None = H, pad: int | None = None) -> TrlMask:
+def mask(
+    *rows: list[int], response: list[int] = A, instruction: list[int] | None = H, pad: int | None = None
+) -> TrlMask:
     ids = np.array([token for row in rows for token in row], np.int32)
     return trl_0_7_10_mask(ids, np.cumsum([0, *map(len, rows)]), response, instruction, pad)
 
 
-def kept(row: list[int], response: list[int] = A, instruction: list[int] | None = H, pad: int | None = None) -> list[int]:
+def kept(
+    row: list[int], response: list[int] = A, instruction: list[int] | None = H, pad: int | None = None
+) -> list[int]:
     """The ids that a row trains."""
     labels = trl_0_7_10_labels(np.array(row, np.int32), response, instruction, pad)
     assert labels.dtype == np.int32

@@ -37,7 +37,9 @@ STYLES = {
     "one token and a newline": Style("<|end|>", "<|end|>", "<|start|>%s\n", "\n"),
     "another token behind calls": Style("<|end|>", "<|call|>", "<|start|>%s<|message|>"),
     "a run behind calls": Style("<|im_end|>", "<|/tc|><|calls|>", "<|im_start|>%s\n", "\n"),
-    "a run behind calls, headers side by side": Style("<|im_end|>", "<|/tc|><|calls|>", "<|im_start|>%s<|sep|>"),
+    "a run behind calls, headers side by side": Style(
+        "<|im_end|>", "<|/tc|><|calls|>", "<|im_start|>%s<|sep|>"
+    ),
     "a run behind answers": Style("<|/answer|><|end|>", "<|/tc|><|end|>", "<|turn|>%s<|sep|>"),
     "three tokens": Style("<|/a|><|/b|><|/c|>", "<|/x|><|/y|><|/z|>", "<|%s|>"),
     "brackets that are no tokens": Style("<|end|>", "</call></calls><|hand|>", "<|%s|>\n", "\n"),
@@ -90,7 +92,9 @@ NEXT_HEADER = """{% for m in messages %}{{ '<|' + (m.role if m.role != 'tool' el
 
 
 def test_without_an_end_of_its_own_a_turn_ends_in_the_first_token_of_the_next_header() -> None:
-    finder = SpanFinder(ChatTemplate(NEXT_HEADER), ("<|endoftext|>",), ("<|user|>", "<|assistant|>", "<|observation|>"))
+    finder = SpanFinder(
+        ChatTemplate(NEXT_HEADER), ("<|endoftext|>",), ("<|user|>", "<|assistant|>", "<|observation|>")
+    )
     messages = CHATS["a call, its result, an answer"] + [ASK, ANSWER]
     rendered = finder.render(Conversation(messages, [None] * len(messages)))
     assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
@@ -115,12 +119,18 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("turns", [1, 3])
-def test_what_the_generation_prompt_holds_is_not_trained_where_the_turn_repeats_it(answer: str, turns: int) -> None:
-    finder = SpanFinder(ChatTemplate(OPENS_THINKING), ("<|end|>",), ("<|start|>", "<|end|>"), ("<think>", "</think>"))
+def test_what_the_generation_prompt_holds_is_not_trained_where_the_turn_repeats_it(
+    answer: str, turns: int
+) -> None:
+    finder = SpanFinder(
+        ChatTemplate(OPENS_THINKING), ("<|end|>",), ("<|start|>", "<|end|>"), ("<think>", "</think>")
+    )
     for _ in range(2):  # the second time by what was learnt from the first
         messages = [ASK, {"role": "assistant", "content": answer}] * turns
         rendered = finder.render(Conversation(messages, [None] * len(messages)))
-        assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [ANSWERS[answer] + "<|end|>"] * turns
+        assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [
+            ANSWERS[answer] + "<|end|>"
+        ] * turns
         finder.render(Conversation([ASK, ANSWER] * turns, [None] * 2 * turns))
 
 
@@ -133,11 +143,16 @@ R1_LIKE = (
 
 @pytest.mark.parametrize("blank", ["", "\n", "\n\n"])
 def test_reasoning_that_a_template_cuts_off_an_answer_is_named(blank: str) -> None:
-    finder = SpanFinder(ChatTemplate(R1_LIKE), ("<|end|>",), ("<|user|>", "<|assistant|>", "<|end|>"), ("<think>", "</think>"))
+    finder = SpanFinder(
+        ChatTemplate(R1_LIKE), ("<|end|>",), ("<|user|>", "<|assistant|>", "<|end|>"), ("<think>", "</think>")
+    )
     thought = {"role": "assistant", "content": f"<think>\nClouds.\n</think>{blank}Yes."}
     rendered = finder.render(Conversation([ASK, thought, ASK, ANSWER], [None] * 4))
     assert rendered.unthought == [1]
-    assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [f"{blank}Yes.<|end|>", "It rains.<|end|>"]
+    assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [
+        f"{blank}Yes.<|end|>",
+        "It rains.<|end|>",
+    ]
 
 
 ENDS = ["[|endofturn|]", "[|end|]", "[e~[", "<seed:eos>", "<sep>", "<_end>", "</s>", "<eod>"]
@@ -145,9 +160,17 @@ ROLES = {"[|%s|]": ["[|user|]", "[|assistant|]"], "### %s:\n": [], "]~b]%s\n": [
 
 
 def _plain(header: str, end: str) -> ChatTemplate:
-    spoken = "{{ '" + header.replace("%s", "' + m.role + '").replace("\n", "\\n") + "' + m.content + '" + end + "\\n' }}"
+    spoken = (
+        "{{ '"
+        + header.replace("%s", "' + m.role + '").replace("\n", "\\n")
+        + "' + m.content + '"
+        + end
+        + "\\n' }}"
+    )
     prompt = header.replace("%s", "assistant")
-    return ChatTemplate(f"{{% for m in messages %}}{spoken}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}")
+    return ChatTemplate(
+        f"{{% for m in messages %}}{spoken}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
 
 
 @pytest.mark.parametrize(("header", "end"), list(product(ROLES, ENDS)))

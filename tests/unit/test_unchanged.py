@@ -23,7 +23,9 @@ from sftdata.read.source import open_source, plan_source, read_slice
 from sftdata.read.streams import close_streams
 from sftdata.read.unchanged import BLOCK_BYTES, InputChangedError
 
-ROWS = [{"prompt": f"{number:06} " + "what " * (number % 40), "completion": f"{number}"} for number in range(3000)]
+ROWS = [
+    {"prompt": f"{number:06} " + "what " * (number % 40), "completion": f"{number}"} for number in range(3000)
+]
 OTHER = [{"prompt": row["prompt"].replace("what", "WHAT"), "completion": row["completion"]} for row in ROWS]
 
 
@@ -32,12 +34,16 @@ def as_jsonl(rows: list[dict[str, str]]) -> bytes:
 
 
 def as_csv(rows: list[dict[str, str]]) -> bytes:
-    return b"prompt,completion\n" + b"".join(f'"{row["prompt"]}",{row["completion"]}\n'.encode() for row in rows)
+    return b"prompt,completion\n" + b"".join(
+        f'"{row["prompt"]}",{row["completion"]}\n'.encode() for row in rows
+    )
 
 
 def as_parquet(rows: list[dict[str, str]]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=500, compression="none", use_dictionary=False)
+    pq.write_table(
+        pa.Table.from_pylist(rows), sink, row_group_size=500, compression="none", use_dictionary=False
+    )
     return bytes(sink.getvalue())
 
 
@@ -170,7 +176,9 @@ def test_a_header_that_changes_between_recognition_and_planning_is_a_change(tmp_
     path.write_bytes(as_csv(ROWS[:50]))
     source = open_source(str(path))
     path.write_bytes(as_csv(ROWS[:50]).replace(b"prompt,completion", b"completion,prompt"))
-    with pytest.raises(InputChangedError, match=f"{path}: changed while it was read; .* Fix: run the same command again"):
+    with pytest.raises(
+        InputChangedError, match=f"{path}: changed while it was read; .* Fix: run the same command again"
+    ):
         plan_source(source, 0, 20_000)
 
 

@@ -76,7 +76,9 @@ def test_every_truncation_is_found_and_its_file_named(build_set: Build, tmp_path
     build_set(SLICES)
     path = tmp_path / "set" / "shard-00001.arrow"
     raw = path.read_bytes()
-    boundaries = [position for position in range(0, len(raw), 8) if raw[position : position + 4] == b"\xff\xff\xff\xff"]
+    boundaries = [
+        position for position in range(0, len(raw), 8) if raw[position : position + 4] == b"\xff\xff\xff\xff"
+    ]
     for size in {0, 1, 8, *boundaries, *range(16, len(raw), len(raw) // 100), len(raw) - 1}:
         path.write_bytes(raw[:size])
         assert problem(tmp_path / "set").startswith(f"{path}: {size} bytes; the manifest says {len(raw)}")
@@ -121,7 +123,9 @@ def test_a_changed_file_beside_the_shards_is_named(build_set: Build, tmp_path: P
     assert "rejects.jsonl: 3 bytes; the manifest says 0" in problem(tmp_path / "set")
 
 
-def test_a_file_that_cannot_be_read_is_named(build_set: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    build_set: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build_set([[5]])
     from sftdata.shardset import verify as module
 
@@ -212,7 +216,9 @@ def resealed(folder: Path, manifest: Manifest, change: Callable[[PackedRows], No
     """Break a law in the first shard, and write digests, counts and seal as if it were right."""
     path = folder / "shard-00000.arrow"
     (view,) = read_shard(path, manifest.max_length)
-    rows = PackedRows(*(getattr(view, name).copy() for name in PackedRows.__slots__ if name != "loss_weights"))
+    rows = PackedRows(
+        *(getattr(view, name).copy() for name in PackedRows.__slots__ if name != "loss_weights")
+    )
     change(rows)
     info = write_shard(path, rows, manifest.max_length)
     counted = Ledger()
@@ -223,7 +229,10 @@ def resealed(folder: Path, manifest: Manifest, change: Callable[[PackedRows], No
     for name in ("tokens_trained", "tokens_context", "tokens_padding", "documents"):
         setattr(ledger, name, getattr(counted, name))
     ledger.tokens_in = ledger.tokens
-    if manifest.max_length and ledger.rows_packed * manifest.max_length != ledger.tokens + ledger.tokens_padding:
+    if (
+        manifest.max_length
+        and ledger.rows_packed * manifest.max_length != ledger.tokens + ledger.tokens_padding
+    ):
         ledger.tokens_padding = ledger.rows_packed * manifest.max_length - ledger.tokens
     write_manifest(folder, msgspec.structs.replace(manifest, shards=(info, *manifest.shards[1:])))
 
@@ -232,12 +241,17 @@ def resealed(folder: Path, manifest: Manifest, change: Callable[[PackedRows], No
 def test_a_broken_law_is_found_although_all_digests_fit(build_set: Build, tmp_path: Path, what: str) -> None:
     resealed(tmp_path / "set", build_set(SLICES), LAWS[what])
     problems = verify(tmp_path / "set").problems
-    assert any(what in line and line.startswith(f"{tmp_path / 'set' / 'shard-00000.arrow'}: row ") for line in problems), problems
+    assert any(
+        what in line and line.startswith(f"{tmp_path / 'set' / 'shard-00000.arrow'}: row ")
+        for line in problems
+    ), problems
     assert all("\n" not in line for line in problems)
 
 
 @pytest.mark.parametrize("name", ["rows", "documents", "tokens", "tokens_trained"])
-def test_counts_that_the_shards_do_not_bear_out_are_named(build_set: Build, tmp_path: Path, name: str) -> None:
+def test_counts_that_the_shards_do_not_bear_out_are_named(
+    build_set: Build, tmp_path: Path, name: str
+) -> None:
     sealed = build_set(SLICES)
     first, second, *rest = sealed.shards
     forged = (
@@ -261,10 +275,16 @@ def test_rows_kept_is_counted_again_from_example_ids(build_set: Build, tmp_path:
     assert "rows_kept is 13 when counted; the manifest says 14" in problem(tmp_path / "set")
 
 
-def test_a_shard_whose_rows_contradict_the_manifest_is_not_read_row_by_row(build_set: Build, tmp_path: Path) -> None:
+def test_a_shard_whose_rows_contradict_the_manifest_is_not_read_row_by_row(
+    build_set: Build, tmp_path: Path
+) -> None:
     sealed = build_set(SLICES)
     first, second, *rest = sealed.shards
-    moved = (msgspec.structs.replace(first, rows=first.rows + 1), msgspec.structs.replace(second, rows=second.rows - 1), *rest)
+    moved = (
+        msgspec.structs.replace(first, rows=first.rows + 1),
+        msgspec.structs.replace(second, rows=second.rows - 1),
+        *rest,
+    )
     write_manifest(tmp_path / "set", msgspec.structs.replace(sealed, shards=moved))
     with pytest.raises(IntegrityError, match="Fix: run `sftdata verify`"):
         open_set(tmp_path / "set")[0]

@@ -110,7 +110,11 @@ class TrainedSpans(HTMLParser):
 def test_what_the_page_marks_are_the_stored_labels(shown: Path) -> None:
     shards = open_shown(shown)
     for row in range(len(shards)):
-        for html in (view_page(shards.view(row)), view_fragment(shards.view(row), ids=True), shards[row]._repr_html_()):
+        for html in (
+            view_page(shards.view(row)),
+            view_fragment(shards.view(row), ids=True),
+            shards[row]._repr_html_(),
+        ):
             parser = TrainedSpans()
             parser.feed(html)
             assert parser.ids == stored_trained_ids(shown, row)
@@ -125,7 +129,9 @@ def test_json_gives_back_ids_and_labels(shown: Path) -> None:
     assert ids == packed.input_ids[: len(ids)].tolist()
     assert labels == packed.labels[: len(ids)].tolist()
     assert len(ids) + view["padding"] == len(packed.input_ids)
-    assert [document["origin"] for document in view["documents"]] == [f"data.jsonl:{i + 1}" for i in packed.examples if i >= 0]
+    assert [document["origin"] for document in view["documents"]] == [
+        f"data.jsonl:{i + 1}" for i in packed.examples if i >= 0
+    ]
 
 
 def test_no_color_keeps_the_underline(shown: Path) -> None:
@@ -178,7 +184,8 @@ def test_a_control_token_is_told_from_text_that_spells_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "llama-3.2-instruct", "minicpm3-4b", "minimind", "mistral-7b-instruct", "phi-3-mini", "qwen3"]
+    "name",
+    ["gpt2", "llama-3.2-instruct", "minicpm3-4b", "minimind", "mistral-7b-instruct", "phi-3-mini", "qwen3"],
 )
 def test_real_tokenizers_spell_the_text_exactly(shared_data: Path, name: str) -> None:
     text = "Hello 日本語 👩‍👩‍👧 é\n\n  x\ty ﷽ don't"
@@ -196,10 +203,14 @@ def test_data_cannot_act_on_the_terminal(shown: Path) -> None:
     shards = open_shown(shown)
     for styled in (True, False):
         for width in (40, 10_000):
-            text = "".join(render(shards.view(row), styled=styled, ids=False, width=width) for row in range(len(shards)))
+            text = "".join(
+                render(shards.view(row), styled=styled, ids=False, width=width) for row in range(len(shards))
+            )
             ours = re.sub(r"\x1b\[[\d;]*m", "", text) if styled else text
             assert "\x1b[31m" not in text
-            acting = {character for character in ours if character != "\n" and visible(character) != character}
+            acting = {
+                character for character in ours if character != "\n" and visible(character) != character
+            }
             assert not acting
     assert "␛[31mred␛[0m ␇␈␍\\x9b2J \\u202egnol" in text
 
@@ -232,7 +243,9 @@ def test_visible_leaves_writing_alone(text: str) -> None:
 
 def test_an_example_is_found_in_whichever_row_it_lies(tmp_path: Path) -> None:
     shards = open_shown(
-        write_set(tmp_path / "set", [CHAT.format(f"Number {i}?", f"It is {i}.") for i in range(20)], max_length=64)
+        write_set(
+            tmp_path / "set", [CHAT.format(f"Number {i}?", f"It is {i}.") for i in range(20)], max_length=64
+        )
     )
     for example in range(20):
         (document,) = shards.view_example(example).documents
