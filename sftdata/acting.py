@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from sftdata.batches import Completion, Conversation, Text, Tokens
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sftdata.looks import INSTRUCTIONS, Look
 from sftdata.other_tools import flag_of
 from sftdata.read.formats import FORMATS
@@ -193,11 +192,9 @@ def _refuse_unread_arguments(config: PrepareConfig, tokenizer: ResolvedTokenizer
         return
     known = variables_of(tokenizer.chat_template)
     if unread := sorted(set(config.template_kwargs) - known):
-        near = difflib.get_close_matches(unread[0], sorted(known), n=1)
         what = f"--set template_kwargs.{unread[0]}: the chat template reads no such argument."
-        raise UsageError(
-            what, f"did you mean {near[0]!r}?" if near else "leave it out, or choose another --chat-template."
-        )
+        fix = did_you_mean(unread[0], known, "leave it out, or choose another --chat-template.")
+        raise UsageError(what, fix)
     if config.date != _default("date") and "strftime_now" not in known:
         raise UsageError(f"--date {config.date}: the chat template writes no date.", "leave it out.")
 
@@ -209,8 +206,7 @@ def _roles_not_met(config: PrepareConfig, looks: Sequence[Look]) -> list[str]:
     for role in config.map_role.keys() - met:
         what = f"--map-role {role}={config.map_role[role]}: no {'' if _whole(looks) else 'sampled '}message has the role {role!r}"
         if _whole(looks):
-            near = difflib.get_close_matches(role, sorted(met), n=1)
-            fix = f"did you mean {near[0]!r}?" if near else "leave it out."
+            fix = did_you_mean(role, met, "leave it out.")
             raise UsageError(f"{what}; there are {', '.join(sorted(met))}.", fix)
         notes.append(f"{what}.")
     return sorted(notes)

@@ -5,7 +5,6 @@ Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sftdata import other_tools
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sftdata.paths import local_output
 
 DEFAULT_DATE = "2025-01-01"
@@ -200,8 +199,7 @@ def check_settings(settings: Mapping[str, Any], places: Mapping[str, str]) -> Pr
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        near = difflib.get_close_matches(str(first.get("input")), first["msg"].split("'")[1::2], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else _meaning(where)
+        hint = did_you_mean(str(first.get("input")), first["msg"].split("'")[1::2], _meaning(where))
         found = f"found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
         place = places.get(where.partition(".")[0], "")
         name = (
@@ -228,9 +226,8 @@ def refuse_unknown(settings: Mapping[str, Any], places: Mapping[str, str]) -> No
 
 def _known(key: str) -> str:
     """Return what an unknown setting may have meant: ours of the same meaning, or of nearly the same name."""
-    known = set(PrepareConfig.model_fields)
-    near = difflib.get_close_matches(key, known, n=1)
-    meant = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}."
+    known = sorted(PrepareConfig.model_fields)
+    meant = did_you_mean(key, known, f"known settings: {', '.join(known)}.")
     return other_tools.answer(key, "sftdata") or meant
 
 

@@ -10,6 +10,8 @@ A bad *row* is not an error: a stage reports it as a `Fault` and goes on with th
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -69,3 +71,18 @@ class RowError(Exception):
     def __init__(self, code: str, reason: str, fix: str) -> None:
         super().__init__(reason)
         self.fault = Fault(code, reason, fix)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the fix for a word that is not among the known ones: the nearest of them, or `otherwise` where none is near.
+
+    >>> did_you_mean("packin", ["packing", "split"]), did_you_mean("x", ["packing"], "choose one of packing.")
+    ("did you mean 'packing'?", 'choose one of packing.')
+    """
+    near = nearest(word, known)
+    return otherwise if near is None else f"did you mean {near!r}?"
+
+
+def nearest(word: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
+    """Return the known word most like this one; None where none is alike by this ratio of `difflib`."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=similarity)), None)

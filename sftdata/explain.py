@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 
 
 def explain(code: str) -> str:
@@ -22,9 +21,8 @@ def explain(code: str) -> str:
     known = {entry.replace("_", "-"): entry for entry in codes}  # the summary writes counters with spaces
     found = known.get(name.lower().replace("_", "-").replace(" ", "-"))
     if found is None:
-        near = difflib.get_close_matches(name, codes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`sftdata explain` lists them all."
-        raise UsageError(f"{code}: no such code.", hint)
+        fix = did_you_mean(name, codes, "`sftdata explain` lists them all.")
+        raise UsageError(f"{code}: no such code.", fix)
     section, paragraph = codes[found]
     return f"{found} ({section[0].lower()}{section[1:]}): {paragraph}"
 

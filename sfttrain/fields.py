@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sfttrain.config import RENAMED, TRAINING_DEFAULTS, TrainConfig
 
 
@@ -37,11 +36,8 @@ def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
     known = training_fields()
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, [*TrainConfig.model_fields, *known], n=1)
-            raise UsageError(
-                f"Unknown setting {key!r}.",
-                f"did you mean {near[0]!r}?" if near else "see `sfttrain config`.",
-            )
+            fix = did_you_mean(key, [*TrainConfig.model_fields, *known], "see `sfttrain config`.")
+            raise UsageError(f"Unknown setting {key!r}.", fix)
     return {key: _coerced(key, value, known[key]) for key, value in given.items()}
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib.util import find_spec
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 
 _TRAINER = ("torch", "transformers", "accelerate", "peft", "safetensors")
 TRACKERS = {
@@ -54,12 +53,8 @@ def require_tracker(name: str) -> None:
     if name in ("none", "all"):
         return
     if name not in INTEGRATION_TO_CALLBACK:
-        near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-        fix = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
-        )
+        choices = f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+        fix = did_you_mean(name, INTEGRATION_TO_CALLBACK, choices)
         raise UsageError(f"report_to={name}: there is no such tracker.", fix)
     if name in TRACKERS:  # of the others, transformers knows what they need
         require_package(TRACKERS[name], f"report_to={name}")

@@ -75,6 +75,10 @@ def test_every_module_says_what_it_is_for() -> None:
     assert not silent
 
 
+def test_what_a_word_may_have_meant_is_asked_in_one_place() -> None:
+    assert [str(path) for path, source in modules(*PACKAGES) if "difflib" in source] == ["sftdata/errors.py"]
+
+
 def test_nothing_is_left_for_later() -> None:
     words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "raise " + "NotImplemented")))
     found = [

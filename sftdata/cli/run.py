@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
@@ -14,7 +13,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sftdata import other_tools
-from sftdata.errors import SftError
+from sftdata.errors import SftError, did_you_mean
 from sftdata.outlet import StoppedError, guarded, one_line, stoppable
 
 INTERRUPTED = 130
@@ -104,8 +103,7 @@ def explain_usage(text: str, program: other_tools.Program = "sftdata") -> tuple[
     for pattern in _WRONG:
         if found := pattern.fullmatch(text):
             known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", found["known"])
-            near = difflib.get_close_matches(found["wrong"], known, n=1)
-            return found["text"].rstrip(".") + ".", f"did you mean {near[0]!r}?" if near else ""
+            return found["text"].rstrip(".") + ".", did_you_mean(found["wrong"], known)
     return text.rstrip(".") + ".", ""
 
 

@@ -8,7 +8,6 @@ The child keeps transformers (and torch, which it would pull in) out of this pro
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ from typing import Any
 import msgspec
 
 from sftdata.encode.layout import Layout
-from sftdata.errors import SftError, UsageError
+from sftdata.errors import SftError, UsageError, nearest
 
 CACHE_FORMAT = 3
 FACTS_FILE = "resolved.json"
@@ -173,10 +172,8 @@ def _source_folder(name: str, revision: str | None) -> Path:
 def _nearest(folder: Path) -> str:
     """Return the fix for a mistyped folder, empty where no folder beside it is near."""
     beside = {path.name: path for path in folder.parent.glob("*") if path.is_dir()}
-    return "".join(
-        f"did you mean -t {beside[near]}?"
-        for near in difflib.get_close_matches(folder.name, sorted(beside), n=1)
-    )
+    near = nearest(folder.name, beside)
+    return f"did you mean -t {beside[near]}?" if near else ""
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -5,13 +5,12 @@ Every sampled row gets one verdict; the most frequent verdict decides, so that n
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean, nearest
 from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.near_misses import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
@@ -267,11 +266,9 @@ def _check_names(format: str | None, columns: Mapping[str, str]) -> None:
         *(("--map", name, spellings) for name in columns),
     ]:
         if name is not None and name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."
-            raise UsageError(
-                f"{flag} {name}: no such {'format' if flag == '--format' else 'column of any format'}.", fix
-            )
+            kind = "format" if flag == "--format" else "column of any format"
+            fix = did_you_mean(name, known, f"choose one of {', '.join(sorted(known))}.")
+            raise UsageError(f"{flag} {name}: no such {kind}.", fix)
 
 
 def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> None:
@@ -279,9 +276,9 @@ def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[s
     present = {name for row in rows for name in row}
     for canonical, actual in columns.items():
         if actual not in present:
-            near = difflib.get_close_matches(actual, sorted(present), n=1)
+            near = nearest(actual, present)
             fix = (
-                f"did you mean --map {canonical}={near[0]}?"
+                f"did you mean --map {canonical}={near}?"
                 if near
                 else f"the columns are {', '.join(sorted(present)[:12])}."
             )

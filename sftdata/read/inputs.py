@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, nearest
 from sftdata.read.folders import (
     COMPRESSED_SUFFIXES,
     DATA_SUFFIXES,
@@ -197,9 +196,7 @@ def _nearest(path: Path) -> str:
         folder = folder.parent
     if folder != path.parent:
         return f"the nearest folder that exists is {folder}."
-    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=1)
+    near = nearest(path.name, (entry.name for entry in folder.iterdir()))
     return (
-        f"did you mean {folder / near[0]}?"
-        if near
-        else "check the path; a Hub dataset is written owner/name."
+        f"did you mean {folder / near}?" if near else "check the path; a Hub dataset is written owner/name."
     )

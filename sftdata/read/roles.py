@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftdata.errors import RowError
+from sftdata.errors import RowError, nearest
 from sftdata.read.fields import kind_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -73,8 +72,8 @@ def unknown_roles(messages: Sequence[Any], column: str, mapping: Mapping[str, st
 
 def _advice(name: str) -> str:
     plain = plain_name(name)
-    near = difflib.get_close_matches(plain, [*ROLES, *ALIASES], n=1, cutoff=_TYPO)
-    target = "assistant" if plain in _OF_MODELS else ALIASES.get(near[0], near[0]) if near else None
+    near = nearest(plain, [*ROLES, *ALIASES], _TYPO)
+    target = "assistant" if plain in _OF_MODELS else ALIASES.get(near, near) if near else None
     if target:
         return f"--map-role {name}={target}"
     return f"--map-role {name}=ROLE, where ROLE is system, user, assistant (trained) or tool"

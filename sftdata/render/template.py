@@ -6,7 +6,6 @@ not cost.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ import jinja2.exceptions
 import jinja2.meta
 import jinja2.nodes
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sftdata.render.budget import BoundedEnvironment, join_bounded
 from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN, make_environment
 from sftdata.render.unread import WatchedMessage
@@ -93,10 +92,11 @@ def choose_template(
     try:
         text_or_none, added, eos_token = clone(choice)
     except UsageError as error:
-        names, near = ", ".join(sorted(BUILT_IN)), difflib.get_close_matches(choice, BUILT_IN, n=1)
+        names = ", ".join(sorted(BUILT_IN))
         raise UsageError(
-            f"--chat-template {choice}: neither a built-in template ({names}), a file, nor a tokenizer ({error.message})",
-            f"did you mean {near[0]!r}?" if near else "give one of these.",
+            f"--chat-template {choice}: neither a built-in template ({names}), a file,"
+            f" nor a tokenizer ({error.message})",
+            did_you_mean(choice, BUILT_IN, "give one of these."),
         ) from None
     if text_or_none is None:
         raise UsageError(
