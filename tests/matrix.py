@@ -143,10 +143,10 @@ def _read(message: Message, arguments: str, null: str, parts: str) -> Message:
     content = message.get("content")
     if content is None and null != "given":
         message["content"] = null
-    elif isinstance(content, list) and parts == "text":
-        message["content"] = "".join(part["text"] for part in content)
-    elif isinstance(content, str) and parts == "parts":
-        message["content"] = [{"type": "text", "text": content}]
+    elif content is not None and parts != "given":
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        # Some templates read the first part only: a text that came in two is one there.
+        message["content"] = text if parts == "text" else [{"type": "text", "text": text}]
     if "tool_calls" in message and arguments != "given":
         message["tool_calls"] = [_read_call(call, arguments) for call in message["tool_calls"]]
     return message
