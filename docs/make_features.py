@@ -33,7 +33,7 @@ ROWS = {
     "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; `--loss-weights` of `prepare` keeps weights of messages: the"
     " weighted sum over the sum of the weights. On supervised positions, a chunk of logits at a time.",
     "custom data": "Any dataset, stream or list of rows with `input_ids` and labels, `completion_mask` or `assistant_masks`.",
-    "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.batched`; it decides.",
+    "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.by_columns`; it decides.",
     "constant-length stream": "`sftdata.stream(...)`: bounded buffers, `infinite`, `shuffle`, end tokens, no lost tails.",
     "iterative training": "`sfttrain.IterativeTrainer(model).step(...)`: ids or texts, causal and sequence-to-sequence models.",
     "several GPUs": "torchrun or accelerate launch; ranks prepare no data, and a changed number of ranks sees the same batches.",

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from sftdata.engine.local import usable_cores
+from sftdata.version import __version__
 
 VARIABLES = (
     "HF_HUB_OFFLINE", "NO_COLOR", "OMP_NUM_THREADS", "PYTHONHASHSEED", "RAYON_NUM_THREADS",
@@ -21,7 +22,7 @@ VARIABLES = (
 def describe_environment() -> dict[str, Any]:
     """Return plain JSON data to put into a report of a fault; it holds no paths, user names or secrets."""
     return {
-        "sftdata": version("sftdata"),
+        "sftdata": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),

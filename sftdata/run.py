@@ -29,6 +29,7 @@ from sftdata.shardset.lists import DROPPED_NAME
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.shardset.rejects import REJECTS_NAME, first_reject
 from sftdata.stages import load_engine, load_shared, load_stages
+from sftdata.version import __version__
 
 # What mends a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
@@ -48,14 +49,14 @@ def prepare(
     config: PrepareConfig,
     workers: Workers,
     progress: Progress | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Build a set: plan, prepare every slice that is not done, write the manifest, put the set in its place.
 
     Args:
         config: the settings.
         workers: of `launch.start_workers`.
-        progress: called after each slice with its result and the number of slices.
+        progress: called after each slice with its result and the number of slices that this run has to do.
         say: told, in one sentence each, what was decided for the user.
 
     Raises:
@@ -70,7 +71,7 @@ def prepare(
     return build_set(config, plan, old, workers, progress, say)
 
 
-def note_padding(plan: Plan, say: Callable[[str], None]) -> None:
+def note_padding(plan: Plan, say: Callable[[str], object]) -> None:
     """Say what rows cost that will be padding for the most part, before they are built."""
     length, rows = plan.job.max_length, len(plan.tasks)
     if plan.job.packed and length * rows > max(4 * plan.size, PADDING_NOTED):
@@ -84,7 +85,7 @@ def build_set(
     old: Manifest | None,
     workers: Workers,
     progress: Progress | None,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> Manifest:
     """Build what was planned, unless it stands already or only waits to be put in its place."""
     changed = plan.difference(old) if old is not None else []
@@ -141,7 +142,7 @@ def run_slices(
             agreed &= digest_ids(oracle, result.sample) == result.sample_xxh3
         results[result.index] = msgspec.structs.replace(result, sample=(), sample_xxh3="")
         if progress and result.index not in done:
-            progress(result, len(plan.tasks))
+            progress(result, len(todo))
     return [results[task.index] for task in plan.tasks], agreed
 
 
@@ -192,7 +193,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
         shards=tuple(shard for result in results for shard in result.shards),
         notes=tuple(map(without_folders, notes)),
         blank_lines=blank,
-        software={name: version(name) for name in ("sftdata", "tokenizers", "pyarrow")},
+        software={"sftdata": __version__} | {name: version(name) for name in ("tokenizers", "pyarrow")},
     )
 
 

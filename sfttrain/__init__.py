@@ -2,19 +2,26 @@
 
 >>> import sfttrain
 >>> trainer = sfttrain.train("shards/", model="Qwen/Qwen2.5-0.5B", output="out/", lora="r=16")  # doctest: +SKIP
+
+What `__all__` names is the public interface; docs/versioning.md says what may change in it, and when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from sftdata.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
     from sfttrain.iterative import IterativeTrainer
     from sfttrain.trainer import SftTrainer
 
-__all__ = ["IterativeTrainer", "train"]
+__all__ = ["IterativeTrainer", "__version__", "train"]
 
 # What transformers' Trainer takes as objects; everything else is a setting.
 _OBJECTS = (
@@ -23,43 +30,90 @@ _OBJECTS = (
 )  # fmt: skip
 
 
-def train(data: Any, *, model: Any, output: str | Path, **settings: Any) -> SftTrainer | None:
-    """Train a model; the same function as `sfttrain run`.
+def train(
+    data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *,
+    output: str | Path,
+    model: str | Path | torch.nn.Module | None = None,
+    on_note: Callable[[str], object] | None = None,
+    # ---- settings of ours; None: not given
+    weights: Sequence[float] | None = None,
+    eval: Mapping[str, str | Path] | None = None,
+    init_from_config: str | Path | None = None,
+    revision: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    lora: str | Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
+    resize_to_multiple_of: int | None = None,
+    quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
+    trust_remote_code: bool | None = None,
+    attention: str | None = None,
+    loss: Literal["auto", "chunked", "torch", "liger", "plain"] | None = None,
+    objective: Literal["nll", "dft"] | None = None,
+    packing: Literal["auto", "require", "unpack"] | None = None,
+    overwrite: bool | None = None,
+    push_to_hub: str | None = None,
+    # ---- objects of transformers' Trainer
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+    compute_loss_func: Callable[..., Any] | None = None,
+    compute_metrics: Callable[..., dict[str, Any]] | None = None,
+    eval_dataset: Any = None,
+    optimizers: tuple[Any, Any] | None = None,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    **training: Any,
+) -> SftTrainer | None:  # fmt: skip
+    """Train a model; the same function as `sfttrain run`, and the same call resumes a broken run.
 
     Args:
         data: folders of sets, or a dataset of rows with token ids (`datasets.Dataset`, `IterableDataset`, a list of dicts).
-        model: folder or Hub id, or a model object, which may carry adapters.
         output: folder of the run.
-        settings: any setting of `sfttrain run` or of transformers' TrainingArguments, and what its Trainer takes as objects.
+        model: folder or Hub id, or a model object, which may carry adapters; None with `init_from_config` or `adapter`.
+        on_note: called with each decision that was made for you, in one sentence. Default: a line on standard error.
+        training: fields of transformers' TrainingArguments, as `learning_rate=1e-4`.
+
+    The other arguments are those of `sfttrain config` and of transformers' Trainer, whose `callbacks` also see every step.
 
     Returns:
         The trainer; None where the output already holds this run, finished.
 
     Raises:
-        sftdata.errors.SftError: in one line, what is wrong and what to do.
+        sftdata.SftError: in one line, what is wrong and how to fix it.
     """
+    return _train(**locals())
+
+
+def _train(data: Any, model: Any, on_note: Any, training: dict[str, Any], **given: Any) -> SftTrainer | None:
+    """Sort what was given into settings and objects, and run."""
     from sfttrain.config import read_settings
     from sfttrain.run import train as run
+    from sfttrain.talk import notes_to
 
-    objects = {name: settings.pop(name) for name in _OBJECTS if name in settings}
-    named = isinstance(model, str | Path)
-    settings |= {"model": str(model) if named else _name_of(model), "output": output}
+    given = {name: value for name, value in given.items() if value is not None} | training
+    objects = {name: given.pop(name) for name in _OBJECTS if name in given}
+    named = model is None or isinstance(model, str | Path)
+    if model is not None:
+        given["model"] = str(model) if named else _name_of(model)
     folders = isinstance(data, str | Path) or (
         isinstance(data, Sequence) and all(isinstance(part, str | Path) for part in data)
     )
     if folders:
-        settings["sets"] = data
-    config = read_settings(None, [], settings)
-    return run(config, model=None if named else model, data=None if folders else data, **objects)
+        given["sets"] = data
+    with notes_to(on_note):
+        config = read_settings(None, [], given)
+        return run(config, model=None if named else model, data=None if folders else data, **objects)
 
 
 def _name_of(model: Any) -> str:
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "IterativeTrainer":
-        from sfttrain.iterative import IterativeTrainer
+if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
-        return IterativeTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name == "IterativeTrainer":
+            from sfttrain.iterative import IterativeTrainer
+
+            return IterativeTrainer
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sftdata.cli.run import run_app
+from sftdata.cli.run import options_of_all, run_app
 from sftdata.errors import UsageError
 from sfttrain.talk import rank
 
@@ -16,6 +16,8 @@ app = typer.Typer(
     help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip
+
+app.callback()(options_of_all)
 
 Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
+
+_listener: Say | None = None
 
 
 def rank() -> int:
@@ -15,6 +18,20 @@ def rank() -> int:
 
 
 def say(text: str) -> None:
-    """Print a sentence, where this is the main process."""
+    """Give a sentence to who listens, or print it, where this is the main process."""
     if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        if _listener is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            _listener(text)
+
+
+@contextmanager
+def notes_to(listener: Say | None) -> Iterator[None]:
+    """Give what is said meanwhile to `listener`; None leaves it on standard error."""
+    global _listener
+    _listener, before = listener, _listener
+    try:
+        yield
+    finally:
+        _listener = before

@@ -215,8 +215,17 @@ def cost_of(statement: str) -> tuple[int, set[str]]:
         RUN_HELP.format(package="sftdata", arguments=["--help"]),
         RUN_HELP.format(package="sftdata", arguments=["prepare", "--help"]),
         RUN_HELP.format(package="sfttrain", arguments=["--help"]),
+        RUN_HELP.format(package="sftdata", arguments=["--version"]),
+        RUN_HELP.format(package="sfttrain", arguments=["--version"]),
     ],
-    ids=["import sftdata", "sftdata --help", "sftdata prepare --help", "sfttrain --help"],
+    ids=[
+        "import sftdata",
+        "sftdata --help",
+        "sftdata prepare --help",
+        "sfttrain --help",
+        "sftdata --version",
+        "sfttrain --version",
+    ],
 )
 def test_starting_is_light(statement: str) -> None:
     calls, heavy = cost_of(statement)

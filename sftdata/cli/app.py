@@ -18,6 +18,7 @@ from sftdata.cli.inspect import inspect
 from sftdata.cli.prepare import prepare
 from sftdata.cli.preview import preview
 from sftdata.cli.resolve import resolve
+from sftdata.cli.run import options_of_all
 from sftdata.cli.stats import stats
 from sftdata.cli.verify import verify
 
@@ -33,6 +34,7 @@ def build_app() -> typer.Typer:
     """Put the commands together."""
     about = "Turn SFT data into verified constant-length shards.\n\nExample: sftdata preview chats.jsonl -t TOKENIZER"
     app = typer.Typer(name="sftdata", help=with_example(about), add_completion=True, **LOOK, **SETTINGS)
+    app.callback()(options_of_all)
     for command in COMMANDS:
         _add(app, command, no_args_is_help=command not in NEED_NOTHING)
     config = typer.Typer(

@@ -25,7 +25,7 @@ def preview(
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
     from sftdata.cli.talk import print_json, print_line
-    from sftdata.preview import preview as run
+    from sftdata.previewing import preview as run
     from sftdata.show.terminal import print_examples
     from sftdata.show.view import view_example
     from sftdata.show.vocabulary import read_vocabulary

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
@@ -15,8 +16,24 @@ from typer.exceptions import Abort, TyperException
 from sftdata import other_tools
 from sftdata.errors import SftError, did_you_mean
 from sftdata.outlet import StoppedError, guarded, one_line, stoppable
+from sftdata.version import __version__
 
 INTERRUPTED = 130
+
+
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        print(f"{context.info_name} {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+]
+
+
+def options_of_all(version: Version = False) -> None:
+    """Take what stands before a command; `--version` acts as it is parsed."""
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str = "") -> int:

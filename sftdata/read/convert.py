@@ -172,7 +172,7 @@ class _Converter:
         if formatted is None or isinstance(formatted, dict | Conversation | Completion | Text | Tokens):
             return formatted
         what = f"{self.options.formatter} returned {kind_of(formatted)}; expected a string, a dict, a list of messages or None."
-        fix = "return one example for each row; mark a function of columns with @sftdata.batched."
+        fix = "return one example for each row; mark a function of columns with @sftdata.by_columns."
         raise RowError("formatter-output", what, fix)
 
     def _recognise(self, row: dict[str, Any]) -> Format:

@@ -18,7 +18,7 @@ from sftdata.read.source import open_source, plan_source, plan_sources
 from sftdata.read.splits import choose_files
 
 Item = TypeVar("Item")
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 MANY = 20  # files that are still named one by one
 SECONDS = 10.0  # between two lines on how far the work is
 

@@ -185,7 +185,7 @@ def test_other_code_of_a_formatter_makes_another_set(tmp_path: Path) -> None:
 
 @pytest.mark.feature("formatting function")
 def test_a_batched_function_takes_columns_and_a_bad_row_costs_no_other(tmp_path: Path) -> None:
-    @sftdata.batched
+    @sftdata.by_columns
     def formatter(columns: dict[str, list[str]]) -> list[str]:
         if columns["q"] == ["What is 3?"]:
             raise ValueError("not three")

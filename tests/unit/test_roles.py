@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from sftdata.config import PrepareConfig
-from sftdata.preview import preview
+from sftdata.previewing import preview
 from sftdata.show.html import view_fragment
 from sftdata.show.roles import find_turns
 from sftdata.show.shown import open_shown

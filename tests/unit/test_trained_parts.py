@@ -14,7 +14,7 @@ from sftdata.batches import Conversation
 from sftdata.config import PrepareConfig
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError
-from sftdata.preview import preview
+from sftdata.previewing import preview
 from sftdata.render.rows import Renderer, TrainOn, render_rows
 from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate

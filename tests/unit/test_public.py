@@ -1,0 +1,198 @@
+"""The public interface: its names and signatures are written down here, so that changing them is a decision."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+
+import sftdata
+import sfttrain
+from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
+from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
+from sfttrain.config import TrainConfig
+from tests.waiting import HANGS
+
+ROOT = Path(__file__).resolve().parents[2]
+CHATS = ROOT / "examples/conversations.jsonl"
+TOKENIZER = ROOT / "examples/tokenizer"
+
+# Keep it in step with docs/versioning.md: after 1.0, taking a name away or asking for more is a major version.
+SURFACE = {
+    "sftdata": """
+Completion(prompt, completion)
+Conversation(messages, trained, tools = None, template_kwargs = <factory>, prompt_messages = 0, counted = ())
+DataError(message: str, fix: str = '') -> None
+IntegrityError(message: str, fix: str = '') -> None
+Progress(done, total, tokens, rejected)
+SftError(message: str, fix: str = '') -> None
+Text(text)
+Tokens(input_ids, labels)
+UsageError(message: str, fix: str = '') -> None
+audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]
+by_columns(formatter: _Function) -> _Function
+open(folder: str | Path) -> ShownSet
+prepare(inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,\
+ on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
+ **settings: Unpack[PrepareSettings]) -> Manifest
+preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Formatter = None,\
+ **settings: Unpack[PrepareSettings]) -> Preview
+stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
+ infinite: bool = False, shuffle: bool = False, seed: int = 0, **settings: Unpack[RowSettings]) -> Stream
+verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport
+""",
+    "sfttrain": """
+IterativeTrainer(model: Any, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
+ scheduler: Any = None, max_length: int | None = None,\
+ truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
+train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, output: str | Path,\
+ model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
+ weights: Sequence[float] | None = None, eval: Mapping[str, str | Path] | None = None,\
+ init_from_config: str | Path | None = None, revision: str | None = None,\
+ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None,\
+ model_init_kwargs: Mapping[str, Any] | None = None, lora: str | Mapping[str, Any] | None = None,\
+ adapter: str | Path | None = None, resize_to_multiple_of: int | None = None,\
+ quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool | None = None,\
+ attention: str | None = None, loss: Literal['auto', 'chunked', 'torch', 'liger', 'plain'] | None = None,\
+ objective: Literal['nll', 'dft'] | None = None, packing: Literal['auto', 'require', 'unpack'] | None = None,\
+ overwrite: bool | None = None, push_to_hub: str | None = None,\
+ callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\
+ compute_loss_func: Callable[..., Any] | None = None, compute_metrics: Callable[..., dict[str, Any]] | None = None,\
+ eval_dataset: Any = None, optimizers: tuple[Any, Any] | None = None,\
+ optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,\
+ preprocess_logits_for_metrics: Callable[..., Any] | None = None,\
+ processing_class: PreTrainedTokenizerBase | None = None, **training: Any) -> SftTrainer | None
+""",
+}
+
+
+def written(parameter: inspect.Parameter) -> str:
+    """Return a parameter as it is written in the source, whatever the version of Python prints."""
+    text = "**" * (parameter.kind is parameter.VAR_KEYWORD) + parameter.name
+    text += f": {parameter.annotation}" if isinstance(parameter.annotation, str) else ""
+    return text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}"
+
+
+def described(package: Any) -> list[str]:
+    """Return name and signature of all that is public."""
+    found = []
+    for name in filter(lambda name: callable(getattr(package, name)), package.__all__):
+        signature = inspect.signature(getattr(package, name))
+        parts = [written(parameter) for parameter in signature.parameters.values()]
+        named = [place for place, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY]
+        if named:
+            parts.insert(named[0], "*")
+        found.append(
+            f"{name}({', '.join(parts)}) -> {signature.return_annotation}".removesuffix(
+                " -> <class 'inspect._empty'>"
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("package", [sftdata, sfttrain], ids=lambda package: package.__name__)
+def test_public_names_and_signatures_change_by_decision_only(package: Any) -> None:
+    assert described(package) == SURFACE[package.__name__].strip().split("\n")
+
+
+@pytest.mark.parametrize("package", [sftdata, sfttrain], ids=lambda package: package.__name__)
+def test_all_that_is_public_says_what_it_does(package: Any) -> None:
+    assert not [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
+
+
+def test_the_typed_keywords_are_the_settings() -> None:
+    own = {"inputs", "tokenizer", "output", "formatter"}
+    keywords = get_type_hints(PrepareSettings)
+    assert set(keywords) == set(PrepareConfig.model_fields) - own
+    assert set(get_type_hints(RowSettings)) == set(PrepareConfig.model_fields) - own - NOT_STREAMED
+    fields = {name: field.annotation for name, field in PrepareConfig.model_fields.items()}
+    chosen = {name for name in keywords if "Literal" in str(fields[name])}
+    assert {name: keywords[name] for name in chosen} == {name: fields[name] for name in chosen}
+    for name, kind in keywords.items():
+        given = {get_origin(part) or part for part in get_args(kind) or [kind]}
+        if type(None) not in given:
+            assert not PrepareConfig.model_fields[name].is_required()
+        assert (type(None) in given) == (PrepareConfig.model_fields[name].default is None), name
+
+
+def test_the_keywords_of_train_are_its_settings_and_the_objects_of_transformers() -> None:
+    keywords = set(inspect.signature(sfttrain.train).parameters)
+    assert keywords - {"data", "on_note", "training"} == (
+        set(TrainConfig.model_fields) - {"sets", "training"} | set(sfttrain._OBJECTS)
+    )
+
+
+def test_the_rows_buffered_by_default_are_written_in_the_signature() -> None:
+    assert inspect.signature(sftdata.stream).parameters["buffer_rows"].default == BUFFER_ROWS
+
+
+def test_a_name_that_is_not_public_is_refused() -> None:
+    for package in (sftdata, sfttrain):
+        with pytest.raises(AttributeError, match="no attribute 'prepair'"):
+            package.prepair  # noqa: B018
+
+
+@pytest.mark.parametrize("program", ["sftdata", "sfttrain"])
+def test_the_version_is_one_for_packages_and_programs(program: str) -> None:
+    command = [sys.executable, "-m", program, "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True).stdout
+    assert printed == f"{program} {sftdata.__version__}\n"
+    assert sfttrain.__version__ == sftdata.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sftdata.__version__)
+
+
+def test_notes_and_progress_reach_who_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notes: list[str] = []
+    steps: list[sftdata.Progress] = []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(CHATS.read_bytes() * 3)
+    manifest = sftdata.prepare(
+        rows, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=256, workers=1, slice_bytes=4096,
+        on_note=notes.append, on_progress=steps.append,
+    )  # fmt: skip
+    assert any(note.startswith("Engine: ") for note in notes)
+    assert len(steps) > 1
+    assert [step.done for step in steps] == list(range(1, steps[-1].total + 1))
+    assert {step.total for step in steps} == {len(steps)}
+    assert steps[-1].tokens == manifest.ledger.tokens
+    with caplog.at_level(logging.INFO, logger="sftdata"):
+        sftdata.prepare(
+            rows, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=256, workers=1, slice_bytes=4096
+        )
+    assert [record.message for record in caplog.records if "is up to date" in record.message]
+
+
+def test_the_functions_are_those_of_the_commands(tmp_path: Path) -> None:
+    seen = sftdata.preview(CHATS, tokenizer=TOKENIZER, number=1, max_length=256)
+    assert callable(sftdata.preview)  # no module of that name has taken its place
+    manifest = sftdata.prepare(CHATS, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=256, workers=1)
+    assert len(seen.examples) == 1
+    assert seen.ledger.rows_in == manifest.ledger.rows_in
+    report = sftdata.verify(tmp_path / "set", sha256=True)
+    assert report.ok
+    assert report.digest == manifest.digest
+    assert [finding.severity for finding in sftdata.audit(tmp_path / "set")] == [
+        finding.severity for finding in sftdata.audit(tmp_path / "set", every=True)
+    ]
+    assert sum(len(row.input_ids) for row in sftdata.open(tmp_path / "set")) == 256 * len(
+        sftdata.open(tmp_path / "set")
+    )
+
+
+def test_rows_of_the_public_types_come_from_a_formatter(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n', encoding="utf-8")
+    made = iter([
+        sftdata.Conversation([{"role": "user", "content": "Red?"}, {"role": "assistant", "content": "Beet."}], [None, None]),
+        sftdata.Completion("Green? ", "Chard."), sftdata.Text("Both grow."),
+    ])  # fmt: skip
+    manifest = sftdata.prepare(
+        rows, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, formatter=lambda _: next(made)
+    )
+    assert manifest.ledger.rows_kept == 3
