@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PYTHON := python3
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+ALL := -m "not gpu and not network and not torture"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types check torture soak fuzz bench docs notebooks clean
+.PHONY: help install demo test test-all lint types check mutants torture soak fuzz bench docs notebooks clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 # torch comes first and alone, so that pip keeps the build it finds for this machine (CPU or CUDA). Compiled as pip compiles what
 # it installs: tests and benchmarks start hundreds of processes, and some machines keep no bytecode.
@@ -26,8 +27,11 @@ install: $(STAMP) ## Make the virtual environment with everything in it
 demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
-test: $(STAMP) ## Run every test that needs neither a GPU nor the network, and the notebooks
-	$(PYTEST) --nbmake --nbmake-timeout=300
+test: $(STAMP) ## Run the quick tests: units, properties, rules of the house, a thin line from end to end (two minutes)
+	$(PYTEST)
+
+test-all: $(STAMP) ## Run every test that needs neither a GPU nor the network, and the notebooks
+	$(PYTEST) $(ALL) --nbmake --nbmake-timeout=300
 
 lint: $(STAMP) ## Check style and import rules
 	$(BIN)/ruff check .
@@ -37,7 +41,10 @@ lint: $(STAMP) ## Check style and import rules
 types: $(STAMP) ## Check types (mypy --strict)
 	$(BIN)/mypy
 
-check: lint types test ## Check everything a change must pass
+check: lint types test ## Check what every change must pass; CI runs test-all
+
+mutants: $(STAMP) ## Break the product in thirty places, one at a time, and see that the quick tests notice each
+	$(BIN)/python -m tests.mutants
 
 torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest, resumed training (about 25 minutes)
 	$(PYTEST) -m torture tests
@@ -56,7 +63,7 @@ bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated ta
 
 docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/
 	$(BIN)/python docs/make_reference.py
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest $(ALL) tests/test_docs.py
 
 notebooks: $(STAMP) ## Execute the notebooks
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks

@@ -1,17 +1,60 @@
-"""Fixtures shared by all tests: where the real data and the tokenizers made here lie, and offline habits."""
+"""Fixtures and rules shared by all tests: real data and tokenizers made here, the quick and the long suite, offline habits."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+settings.register_profile("long", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("long"), max_examples=25)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What the quick suite leaves out. The other marks need a GPU, the internet or half an hour; `slow` alone is the long suite.
+LONG = ("slow", "gpu", "network", "torture")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the quick suite try fewer examples of each property."""
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "long")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move whatever needs the folder of real data to the long suite."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "shared_data" in fixtures or ("home" in fixtures and not _is_made(item)):
+            item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what the quick suite left out, so that nobody takes a file's quick tests for all of them."""
+    left_out = terminalreporter.stats.get("deselected", ())
+    slow = sum(item.get_closest_marker("slow") is not None for item in left_out)
+    if slow:
+        terminalreporter.write_line(
+            f"{slow} tests of the long suite left out; -m 'not gpu and not network and not torture' runs them"
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a quick test that skips: whoever has only this project is told nothing by a test that does not run."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and not any(map(item.get_closest_marker, LONG)):
+        report.outcome = "failed"
+        report.longrepr = f"a test of the quick suite never skips: {report.longrepr}"
+    return report
+
+
+def _is_made(item: pytest.Item) -> bool:
+    """Whether the tokenizer or template that the test's `name` names is one made here."""
+    return str(item.callspec.params["name"]).startswith("made")  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +81,4 @@ def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(request: pytest.FixtureRequest) -> Path:
     """The folder of the tokenizer or template that the test's `name` names; skips where it is a real one that is not there."""
-    made = request.node.callspec.params["name"].startswith("made")
-    return request.getfixturevalue("made_data" if made else "shared_data")
+    return request.getfixturevalue("made_data" if _is_made(request.node) else "shared_data")

@@ -302,6 +302,7 @@ def trained_of(folder: str) -> list[str]:
     return [tokenizer.decode(one.labels[one.labels != -100]) for one in documents]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("advice", FOLLOWED)
 def test_advice_that_is_followed_gives_the_set_that_is_meant(
     advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -19,6 +19,8 @@ from sftdata.shardset.build import Build
 from sftdata.show.audit import audit
 from tests.advice import ROOT
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = ROOT / "examples/tokenizer"
 Row = dict[str, Any]
 END, ASKED = "<|im_end|>", {"role": "user", "content": "Q"}

@@ -16,7 +16,7 @@ from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, tiny_llama
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def run(snippet: Snippet, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_snippet_of_the_page_runs(page: Path, reader: Path) -> None:
     for snippet in snippets(page.read_text(encoding="utf-8")):
@@ -142,6 +143,7 @@ def test_pages_told_by_the_code_are_up_to_date() -> None:
     assert not stale, "run `make docs`"
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_model_whose_loss_fell(reader: Path) -> None:
     result = run(Snippet(0, "bash", "examples/demo.sh demo"), reader)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -23,7 +23,11 @@ from tests.waiting import HANGS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sftdata", "sfttrain")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LINTERS = [("ruff", "check", "--output-format=concise", "."), ("lint-imports", "--no-logo"), ("mypy",)]
+LINTERS = [
+    ("ruff", "check", "--output-format=concise", "."),
+    ("lint-imports", "--no-logo"),
+    pytest.param(("mypy",), marks=pytest.mark.slow),  # half a minute where it has no cache
+]
 HEAVY = {"accelerate", "datasets", "pandas", "peft", "polars", "pyarrow", "torch", "transformers"}
 
 
@@ -286,12 +290,18 @@ def test_the_console_scripts_point_at_functions(script: str) -> None:
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert "\nmake test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("\nmake test")
+def test_ci_runs_every_test_and_the_readme_names_both_suites() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert re.findall(
+            "^make test(?:-all)? ", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE
+        ) == [
+            "make test ",
+            "make test-all ",
+        ]
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("\nmake test-all")
 
 
 def test_make_explains_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    assert phony.split() == re.findall(r"^(\w+):.* ## \w", makefile, re.MULTILINE)
+    assert phony.split() == re.findall(r"^([\w-]+):.* ## \w", makefile, re.MULTILINE)

@@ -14,6 +14,8 @@ from sftdata.cli.run import run_app
 from sftdata.errors import DataError, SftError, UsageError
 from sftdata.shardset.verify import verify
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
 

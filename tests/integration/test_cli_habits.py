@@ -20,6 +20,8 @@ from sftdata.config import PrepareConfig
 from tests.torture.runs import slices_done
 from tests.waiting import HANGS, wait_until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CHATS, TOKENIZER = str(ROOT / "examples/conversations.jsonl"), str(ROOT / "examples/tokenizer")
 COMMANDS = (

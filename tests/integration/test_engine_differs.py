@@ -15,6 +15,8 @@ from sftdata.launch import start_workers
 from sftdata.stages import SAMPLE_CHARS
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 
+pytestmark = pytest.mark.slow
+
 NEEDLE = "the heron that no hard text knows"
 
 

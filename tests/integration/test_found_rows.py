@@ -13,6 +13,8 @@ from sftdata.shardset.verify import verify
 from sftdata.show.audit import audit
 from tests.integration.test_prepare import TOKENIZER
 
+pytestmark = pytest.mark.slow
+
 LONG, SHORT = "word " * 200, "a short answer"
 
 

@@ -15,6 +15,8 @@ from sftdata.shardset.opened import open_set
 from sftdata.shardset.shards import read_shard, write_shard
 from sftdata.shardset.verify import verify
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "tokenizer")
 WEIGHTS: list[list[Any]] = [
     [0.5, None],

@@ -15,6 +15,8 @@ from sftdata.render.markers import find_id_spans, mask_rows
 from sftdata.render.resolve import Encoded, Resolution, resolve_marker
 from sftdata.render.trl_masks import trl_0_7_10_mask
 
+pytestmark = pytest.mark.slow
+
 HUMAN, BOT = "### Human:", "### Assistant:"
 TOKENIZERS = ["mistral-7b-instruct", "phi-3-mini", "llama-3.2-instruct", "gpt2"]
 LLAMA_LIKE = ["mistral-7b-instruct", "phi-3-mini"]

@@ -51,9 +51,10 @@ SHORT_IN_TRL = {
 }
 IMAGE_MODELS = {"idefics3", "llava_next", "smolvlm"}  # these templates take lists of parts only
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # of trl and accelerate
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # of trl and accelerate
 
 
 def _source(name: str) -> str:

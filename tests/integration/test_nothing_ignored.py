@@ -16,6 +16,8 @@ from sftdata.pipeline import prepare_piece
 from sftdata.plan import Piece, make_plan
 from sftdata.stages import load_stages
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "examples/tokenizer")
 TEMPLATE = (

@@ -12,6 +12,8 @@ from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
 from sftdata.shardset.shards import shard_name, write_shard
 
+pytestmark = pytest.mark.slow
+
 VOCAB, MAX_LENGTH = 128, 48
 
 

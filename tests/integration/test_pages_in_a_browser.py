@@ -20,9 +20,12 @@ from tests.shown_sets import CHAT, write_set
 from tests.waiting import HANGS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
+    ),
+]
 
 PHONE, DESK = 360, 1200
 # The pages run no script, so a frame around them measures. Luminance and contrast: WCAG 2.2, 1.4.3.

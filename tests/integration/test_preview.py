@@ -12,6 +12,8 @@ import pytest
 import sftdata
 from sftdata.cli import main
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
 

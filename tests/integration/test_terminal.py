@@ -21,6 +21,8 @@ from sftdata.cli.run import run_app
 from sftdata.shardset.build import Build
 from tests.torture.runs import ROOT, TOKENIZER, write_chats
 
+pytestmark = pytest.mark.slow
+
 EVIL = "\x1b]0;PWN\x07\x1b[31m\x9b1m\r\u202e"
 ACTS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

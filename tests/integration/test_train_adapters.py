@@ -16,7 +16,7 @@ from sfttrain.merge import merge
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICK = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no", "per_device_train_batch_size": 12}
 

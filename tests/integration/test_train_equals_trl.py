@@ -12,6 +12,8 @@ import torch
 from tests.train_runs import tiny_llama, train_in_process
 from tests.train_sets import make_set
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

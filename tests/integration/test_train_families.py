@@ -23,6 +23,8 @@ from sfttrain.model import disable_cache
 from sfttrain.rotary import keep_rotary_apart
 from sfttrain.shrink import depends_on_row_length, shrunk
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = ((19, 4, 9), (12, 3))  # others than the proof's
 ROPE = {"rope_theta": 10000.0}
 LONGROPE = {

@@ -14,7 +14,7 @@ from sftdata.errors import UsageError
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 BASE = {
     "max_steps": 4,
     "save_steps": 2,

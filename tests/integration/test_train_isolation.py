@@ -18,6 +18,8 @@ from sfttrain.isolation import Surroundings, prove
 from sfttrain.shrink import shrink
 from tests.varlen_signatures import SIGNATURES
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]
 NO_SDPA = {"gemma2"}  # it caps attention logits; transformers refuses
 NO_FLEX = {"gpt2"}  # transformers refuses

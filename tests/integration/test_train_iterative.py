@@ -11,6 +11,8 @@ import torch
 from sftdata.errors import UsageError
 from sfttrain import IterativeTrainer
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "tokenizer")
 QUESTIONS, ANSWERS = ["What is two and two? ", "Say yes. "], ["It is four.", "yes"]
 

@@ -14,7 +14,7 @@ from sfttrain.generation import ready_generation
 from sfttrain.merge import merge
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 QUICK = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.01}
 
 

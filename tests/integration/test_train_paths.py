@@ -14,7 +14,7 @@ from sftdata.errors import UsageError
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.varlen_signatures import SIGNATURES
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 QUICK = {
     "max_steps": 2,
     "learning_rate": 1e-3,

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tests.train_runs import Fleet, tiny_llama
 from tests.train_sets import make_set
 
+pytestmark = pytest.mark.slow
+
 SPLITS = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2 ranks x4": (1, 4, 2)}
 
 

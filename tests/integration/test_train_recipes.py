@@ -14,7 +14,7 @@ from tests.train_runs import OUR_WARNINGS, ROOT, _free_port, tiny_llama, train_i
 from tests.train_sets import make_set
 from tests.waiting import HANGS
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 ON_A_GPU = {"liger"}

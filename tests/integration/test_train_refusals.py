@@ -16,7 +16,7 @@ from sfttrain.merge import merge
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 QUICK = {"max_steps": 1, "save_strategy": "no"}
 
 

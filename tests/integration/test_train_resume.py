@@ -15,6 +15,8 @@ import pytest
 from tests.train_runs import Fleet, tiny_llama
 from tests.train_sets import make_set
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 ADAPTERS = ["--lora", "r=4,alpha=8,dropout=0.2"]
 

@@ -22,7 +22,7 @@ from sfttrain.output import take
 from sfttrain.stop import listening
 from tests.train_runs import OUR_WARNINGS, ROOT, train_in_process
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 SHORT = {"max_steps": 5, "save_strategy": "no", "learning_rate": 0.01}
 
 

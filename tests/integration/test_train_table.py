@@ -22,7 +22,7 @@ from sfttrain.loss import Head, Objective, supervised_loss
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 QUICK = {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "per_device_train_batch_size": 4}
 
 

@@ -15,7 +15,7 @@ from sfttrain import preflight
 from tests.train_runs import OUR_WARNINGS, Fleet, train_in_process
 from tests.train_sets import make_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 ONE = {
     "max_steps": 1,
     "learning_rate": 1e-9,

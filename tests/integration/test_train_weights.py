@@ -17,7 +17,7 @@ from sftdata.shardset.opened import open_set
 from sfttrain.loss import Head, Objective, supervised_loss
 from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "tokenizer")
 STEP = {
     "max_steps": 1, "learning_rate": 0.0, "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 2,

@@ -8,11 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import sftdata
 from sftdata.show.audit import audit
 from sftdata.show.findings import Finding
 from sftdata.show.vocabulary import read_vocabulary
 from tests.shown_sets import TOKENIZER
+
+pytestmark = pytest.mark.slow
 
 # As GLM-4: no message has an end of its own; inference waits for the next header.
 NEXT_HEADER = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}

@@ -16,6 +16,8 @@ from sftdata.read.formatter import formatter_sha256, load_formatter
 from sftdata.shardset.verify import verify
 from tests.torture.runs import Command, prepare, settings, write_chats
 
+pytestmark = pytest.mark.slow
+
 KEEP = "def f(row):\n    return row\n"
 DROP = "def f(row):\n    return {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'BRAVO'}]}\n"
 

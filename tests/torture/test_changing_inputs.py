@@ -16,6 +16,8 @@ from sftdata.shardset.verify import verify
 from tests.torture.runs import content, prepare, write_chats
 from tests.unit.test_unchanged import CHANGES, overwrite
 
+pytestmark = pytest.mark.slow
+
 SLICES = {"slice_bytes": 100_000, "max_length": 256}
 
 

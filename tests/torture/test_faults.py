@@ -24,6 +24,8 @@ from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
 from tests.torture.runs import TOKENIZER, Command, content, look, prepare, write_chats
 
+pytestmark = pytest.mark.slow
+
 
 def operations(small: Unbroken, place: Path) -> int:
     with Tap(str(place), record=True).installed() as tap:

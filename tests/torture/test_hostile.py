@@ -17,6 +17,8 @@ from tests.torture.runs import ROOT, TOKENIZER, settings, write_chats
 from tests.unit.test_template import BOMBS, ESCAPES
 from tests.waiting import pace
 
+pytestmark = pytest.mark.slow
+
 HELLO = [{"role": "user", "content": "Hello"}]
 # What a render may give instead of a refusal: nothing, or text that holds no secret.
 MORE_ESCAPES = [

@@ -19,6 +19,8 @@ from sfttrain.sets import verify_sets
 from tests.torture.runs import content, prepare, write_chats
 from tests.train_runs import run, tiny_llama, train_in_process
 
+pytestmark = pytest.mark.slow
+
 Files = dict[str, bytes]
 MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
 

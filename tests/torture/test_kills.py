@@ -24,6 +24,8 @@ from tests.torture.runs import (
     write_chats,
 )
 
+pytestmark = pytest.mark.slow
+
 # The places where the commit protocol takes a step, each killed just before and just after.
 FAILPOINTS = [
     ("write", "*/.plan.json.tmp"),

@@ -17,6 +17,8 @@ from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.verify import verify
 from tests.torture.runs import TOKENIZER, content, prepare, write_chats
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(place: Path) -> Path:

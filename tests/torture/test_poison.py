@@ -22,6 +22,8 @@ from tests.poison import ANSWER, USER, cases, chat, dumped
 from tests.torture.runs import prepare, settings
 from tests.waiting import HANGS
 
+pytestmark = pytest.mark.slow
+
 GOOD = dumped(chat(USER, ANSWER))
 CASES = cases()
 

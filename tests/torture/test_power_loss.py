@@ -14,6 +14,8 @@ from tests.torture.disk import Disk
 from tests.torture.faults import Operation, Tap
 from tests.torture.runs import content, look, prepare
 
+pytestmark = pytest.mark.slow
+
 
 def recorded(small: Unbroken, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
     """Record a first set and its replacement by another."""

@@ -13,6 +13,8 @@ import pytest
 
 from tests.torture.runs import ROOT, TOKENIZER, content, write_chats
 
+pytestmark = pytest.mark.slow
+
 # A clock years away and a folder listed backwards, whatever the disk says.
 WARP = """
 import os, random, sys, time

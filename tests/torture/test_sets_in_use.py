@@ -28,6 +28,8 @@ from tests.torture.test_changing_inputs import chats
 from tests.train_runs import run, tiny_llama
 from tests.train_sets import make_set
 
+pytestmark = pytest.mark.slow
+
 Columns = dict[str, np.ndarray]
 
 

@@ -167,6 +167,7 @@ def test_best_fit_over_a_histogram_opens_as_many_rows_as_best_fit_one_by_one(nam
     assert len(plan_packs(lengths, 2048)) == slow_best_fit_rows(lengths, 2048)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LENGTH_MIXES)
 @pytest.mark.parametrize("max_length", [2048, 8193])
 def test_rows_are_at_least_as_full_as_those_of_trl(name: str, max_length: int) -> None:

@@ -417,7 +417,7 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("compression", ["none", pytest.param("gzip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", ENDLESS)
 def test_an_element_too_long_is_never_held_in_memory(shape: str, compression: str, tmp_path: Path) -> None:
     around, element, inside = ENDLESS[shape]

@@ -1,0 +1,213 @@
+"""Break the product in one line at a time: the quick suite must notice each fault, with nothing at hand but this project.
+
+    python -m tests.mutants [WORD ...]      all faults, or those whose sentence holds one of the words
+
+A fault replaces a text that occurs once in the product; one whose text is gone, or no longer alone, stops the run. It is
+made in a copy of the tree, and the tests of the quick suite that are named beside it must fail there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("sftdata", "sfttrain")
+TESTS_FAILED = 1  # the exit code of pytest; others mean that no test could speak
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong line: what it does, the text it replaces, what stands there instead, and the tests that should notice it."""
+
+    what: str
+    text: str
+    instead: str
+    tests: str
+
+    def place(self, root: Path) -> tuple[Path, str]:
+        """Return the file that holds the text, and all of that file.
+
+        Raises:
+            LookupError: no file holds it, or it occurs more than once.
+        """
+        files = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+        found = [
+            (path, source) for path in files if self.text in (source := path.read_text(encoding="utf-8"))
+        ]
+        if len(found) != 1 or found[0][1].count(self.text) != 1:
+            places = ", ".join(str(path.relative_to(root)) for path, _ in found) or "nowhere"
+            raise LookupError(f"{self.what}: {self.text!r} should occur once; found in {places}")
+        return found[0]
+
+
+# fmt: off
+FAULTS = [
+    # ------------------------------------------------------------------------- masks: turns of a conversation
+    Fault("--train-on last-assistant trains every answer",
+          'if train_on == "last-assistant":', "if False:", "unit/test_trained_parts.py"),
+    Fault("answers inside a prompt are trained",
+          'first = 0 if train_on == "assistant" else row.prompt_messages',
+          "first = 0", "unit/test_trained_parts.py"),
+    Fault("a message that is switched off is trained",
+          "if row.trained[index] or (row.trained[index] is None and index >= first)",
+          "if index >= first", "unit/test_trained_parts.py"),
+    Fault("the end of a turn is not trained",
+          "stop = found.end() if found else limit",
+          "stop = found.start() if found else limit", "unit/test_spans.py"),
+    Fault("a stop token that data brought ends the turn",
+          "if not any(literal[0] <= found.start() < literal[1] for literal in marked.literal):",
+          "if True:", "unit/test_spans.py"),
+    Fault("the generation prompt is trained",
+          "return origin + len(written), False", "return origin, False", "unit/test_spans.py"),
+    Fault("control tokens that data spells count as such",
+          "() if trust_control_tokens else guarded_tokens(",
+          "() if True else guarded_tokens(", "unit/test_spans.py"),
+    # --------------------------------------------------------------------- masks: markers, ids that are given
+    Fault("without an instruction marker every answer is trained",
+          "answers = answers[-1:]", "pass", "unit/test_markers.py"),
+    Fault("a text that ends in a question earns an end token",
+          "if span[0] < span[1]], markers[-1][2], repeated)",
+          "if span[0] < span[1]], True, repeated)", "unit/test_markers.py"),
+    Fault("a token is trained although its label is another",
+          "& (labels != ids)", "& (labels != labels)", "unit/test_tokens.py"),
+    # ------------------------------------------------------------------------------------------- texts to ids
+    Fault("white space that the token before an answer swallows is lost",
+          "by_last = (before >= first) & encoder.strips_right[ids[before]]",
+          "by_last = np.zeros(len(token), np.bool_)", "unit/test_tokens.py"),
+    Fault("white space that the answer's first token swallows is lost",
+          "by_next = (token < stop) & encoder.strips_left[ids[token]]",
+          "by_next = np.zeros(len(token), np.bool_)", "unit/test_tokens.py"),
+    Fault("a token over the edge of an answer is not cut",
+          "bad: Bool = start < edges.position", "bad: Bool = start < 0", "unit/test_tokens.py"),
+    Fault("words that look ahead are not cut",
+          "if encoder.resolved.layout.looks_ahead:", "if False:", "unit/test_tokens.py"),
+    Fault("EOS is trained where no span ends",
+          "trained[tails + column] = runs_to_end[after > 0]",
+          "trained[tails + column] = True", "unit/test_tokens.py"),
+    Fault("BOS is written twice",
+          "before = np.where(opened, 0, len(prefix))",
+          "before = np.where(opened, len(prefix), len(prefix))", "unit/test_tokens.py"),
+    Fault("EOS is written twice",
+          "after = np.where(closed & ~ended, len(suffix), 0)",
+          "after = np.where(closed, len(suffix), 0)", "unit/test_tokens.py"),
+    Fault("white space behind the end is trained",
+          "tokens.trained[stop - blank[index] : stop] = False", "pass", "unit/test_tokens.py"),
+    # ------------------------------------------------------------------------------------- length and packing
+    Fault("a row that lost its answer stays",
+          "~labelled.any(start, stop)]", "np.zeros(len(start), np.bool_)]", "unit/test_length.py"),
+    Fault("padding is trained",
+          "input_ids[padding], labels[padding] = ", "input_ids[padding], labels[:0] = ", "unit/test_pack.py"),
+    Fault("the first token of a document is trained",
+          "labels[target[:-1]] = ", "labels[:0] = ", "unit/test_pack.py"),
+    Fault("a wrapped row begins one token late",
+          "row_starts = np.arange(0, total, max_length)",
+          "row_starts = np.arange(0, total, max_length + 1)", "unit/test_pack.py property/test_pack.py"),
+    # ----------------------------------------------------------------------------------------- verify, resume
+    Fault("verify does not compare digests",
+          "if found.xxh3 != info.xxh3:", "if False:", "unit/test_verify.py"),
+    Fault("verify does not count tokens again",
+          "report.problems += count.compare(folder)", "pass", "unit/test_verify.py"),
+    Fault("verify takes a label that is not its token's id",
+          "& (rows.labels != rows.input_ids)", "& (rows.labels != rows.labels)", "unit/test_verify.py"),
+    Fault("a resume takes a shard of any size",
+          "return path.is_file() and path.stat().st_size == shard.bytes",
+          "return path.is_file()", "unit/test_build.py"),
+    Fault("a resume goes on with other settings",
+          "if changed and not overwrite and not self._refused.exists():", "if False:", "unit/test_build.py"),
+    # ------------------------------------------------------------------------------------------------ trainer
+    Fault("a checkpoint is sealed before it is on disk",
+          "os.fsync(file.fileno())", "pass", "unit/test_train_checkpoint.py"),
+    Fault("a damaged checkpoint is resumed",
+          "return digest_file(path, sha256=False).xxh3 == file.xxh3",
+          "return True", "unit/test_train_checkpoint.py"),
+    Fault("positions run on through a packed row",
+          "np.repeat(ends - lengths, lengths)",
+          "np.repeat(ends[:1] - lengths[:1], ends[-1])", "unit/test_train_data.py"),
+    Fault("a flattened batch asks a document of the one before",
+          "labels[np.cumsum(flat) - flat] = ", "labels[:1] = ", "unit/test_train_data.py"),
+    Fault("documents are one for variable-length attention",
+          "ends = torch.from_numpy(np.concatenate([[0], np.cumsum(flat)])",
+          "ends = torch.from_numpy(np.array([0, flat.sum()])", "unit/test_train_data.py"),
+    Fault("a label trains the position of its own token",
+          "rows, targets = hidden[:, :-1][chosen], targets[chosen]",
+          "rows, targets = hidden[:, 1:][chosen], targets[chosen]", "unit/test_train_loss.py"),
+    Fault("the gradient of the loss lacks its target",
+          "targets.ids] -= 1 - objective.smoothing",
+          "targets.ids] -= objective.smoothing", "unit/test_train_loss.py"),
+    Fault("ranks train the same rows",
+          "return iter(blocks[:, self.rank].tolist())",
+          "return iter(blocks[:, 0].tolist())", "unit/test_train_order.py"),
+]
+# fmt: on
+
+
+def copy_tree(root: Path) -> None:
+    """Copy what git tracks, or would, to a new repository at `root`."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )  # fmt: skip
+    for name in filter(None, listing.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    subprocess.run(["git", "add", "-A"], cwd=root, check=True)
+
+
+def fails(root: Path, tests: str = "") -> bool:
+    """Run some of the quick tests of a copy, all by default; say whether one fails.
+
+    Raises:
+        RuntimeError: they could not run at all.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "SFTDATA_TEST_DATA"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{name}" for name in tests.split()),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, TESTS_FAILED):
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return done.returncode == TESTS_FAILED
+
+
+def main(words: list[str]) -> int:
+    """Try every fault; return how many were not noticed."""
+    faults = [fault for fault in FAULTS if not words or any(word in fault.what for word in words)]
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        root = Path(folder)
+        copy_tree(root)
+        places = [fault.place(root) for fault in faults]
+        if fails(root, " ".join(sorted({fault.tests for fault in faults}))):
+            raise RuntimeError("tests fail before anything is broken: run make test")
+        for fault, (path, source) in zip(faults, places, strict=True):
+            path.write_text(source.replace(fault.text, fault.instead), encoding="utf-8")
+            noticed = fails(root, fault.tests)
+            path.write_text(source, encoding="utf-8")
+            print(f"{'noticed' if noticed else 'SURVIVES'}  {fault.what} ({fault.tests})", flush=True)
+            survivors += not noticed
+    print(f"{len(faults) - survivors} of {len(faults)} faults turn the quick suite red")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))
