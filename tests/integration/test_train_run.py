@@ -85,6 +85,7 @@ def test_the_effective_settings_can_be_run_again(output: Path, tmp_path: Path) -
     assert again.training["max_steps"] == 40
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_trains_nothing_more(output: Path) -> None:
     before = (output / "model.safetensors").read_bytes()
     code, _, stderr = run(["run", "-c", str(output / "settings.yaml")])
@@ -93,6 +94,7 @@ def test_a_finished_run_started_again_trains_nothing_more(output: Path) -> None:
     assert (output / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_set_without_its_tokenizer_trains_and_says_so(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_set_without_its_tokenizer_trains_and_says_so(
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_an_unpacked_set_trains(model: Path, tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set", rows=24, packed=False)
     trainer = train_in_process(
@@ -110,6 +113,7 @@ def test_an_unpacked_set_trains(model: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_two_sets_are_trained_by_weight(model: Path, shards: Path, tmp_path: Path) -> None:
     other = make_set(tmp_path / "other", rows=10, seed=9)
     trainer = train_in_process(
@@ -118,12 +122,14 @@ def test_two_sets_are_trained_by_weight(model: Path, shards: Path, tmp_path: Pat
     assert trainer.state.global_step == 24 + 20
 
 
+@pytest.mark.slow
 def test_tokens_that_the_set_added_grow_the_embeddings(model: Path, tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set", vocabulary=131, tokens_added=3)
     trainer = train_in_process(shards, model, tmp_path / "out", {"max_steps": 1})
     assert trainer.model.get_input_embeddings().weight.shape[0] == 131
 
 
+@pytest.mark.slow
 def test_a_leaking_architecture_is_trained_unpacked(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +221,7 @@ def test_a_wrong_setting_names_the_right_one(
     assert hint in line
 
 
+@pytest.mark.slow
 def test_a_set_that_changed_since_the_checkpoint_is_an_error(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +235,7 @@ def test_a_set_that_changed_since_the_checkpoint_is_an_error(
     assert cli.main(["run", *arguments, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_counts_for_nothing(
     shards: Path,
     model: Path,
