@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from sftdata.batches import Conversation
-from sftdata.render.spans import SpanFinder
+from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import BUILT_IN, ChatTemplate
 
 TURNS = (10, 20, 40, 80)

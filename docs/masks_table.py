@@ -12,7 +12,7 @@ import trl
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.spans import SpanFinder
+from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 
 PAGE = Path(__file__).with_name("masks.md")
@@ -25,7 +25,31 @@ CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "Another?"},
     {"role": "assistant", "content": "Green."},
 ]
-HEAD = """# Our masks and TRL's, template by template
+HEAD = """# Why is this token trained?
+
+A token has a label if and only if the model must generate it. One package decides it:
+[sftdata/masks](../sftdata/masks/__init__.py). `choose_mask` picks the mask once, in the plan, and nothing decides it
+later. To answer the question for one token, follow its row:
+
+1. **Spans** (`Mask.spans`): which bytes of the row's text are trained. They are turns of the assistant, the completion,
+   all of a text, or what lies behind response markers.
+2. **Tokens** (`masks/tokens.py`): a token is trained where it begins inside a span; a text is cut where a token would
+   lie across an edge. BOS is never trained; EOS is, where a span runs to the end of a raw text. Ids that come with
+   labels keep those.
+3. **Flags** (`Mask.flags`): markers given as ids, and trl 0.7.10, look in the ids and decide anew.
+4. **Cut** (`limit_length`): a cut takes labels away with their tokens and never adds one.
+5. **First token** (`pack.py`): it has no label in packed rows, as nothing stands before it in its document.
+
+| settings | mask | trains |
+|---|---|---|
+| none, or `--train-on` | `Mask` | by the kind of the row; [a turn's ends](templates-and-masks.md) come from the template |
+| `--response-template TEXT` | `TextMarkers` | what lies [behind the markers](response-templates.md) |
+| `--response-template IDS` | `IdMarkers` | the same, looked for in the ids |
+| `--mask-mode trl-0.7.10` | `TRL0710` | what the old collator did, quirks included |
+
+`sftdata preview` and `sftdata inspect` show the labels in colour.
+
+## Our masks and TRL's, template by template
 
 Made by `python docs/masks_table.py` from the template pairs of trl {version}; `tests/integration/test_masks_trl.py` repeats it.
 

@@ -22,6 +22,9 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+IGNORE_INDEX = -100
+"""The label of a token that is not trained, as torch and transformers have it."""
+
 
 # ---------------------------------------------------------------------------------------------- read
 

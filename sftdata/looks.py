@@ -11,6 +11,7 @@ from sftdata.batches import Completion, Conversation, Row, RowBatch, Text
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
+from sftdata.masks.markers import shell_quote
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import Detection, detect
 from sftdata.read.fields import FormatOptions, from_json
@@ -19,7 +20,6 @@ from sftdata.read.instructions import from_messages, is_messages
 from sftdata.read.prompts import ALPACA, load_prompt_template
 from sftdata.read.source import Slice, SourcePlan
 from sftdata.read.turn_markers import find_turn_markers
-from sftdata.render.near_miss import shell_quote
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"

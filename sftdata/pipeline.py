@@ -16,13 +16,13 @@ import numpy as np
 
 from sftdata.batches import EXAMPLES, Int64, RowBatch, Tally, TokenBatch, Tokens
 from sftdata.encode.length import LengthCounts, OverlongError, limit_length
-from sftdata.encode.tokens import encode_batch, encode_tokens_rows
 from sftdata.errors import DataError, Fault
+from sftdata.masks.texts import render_rows
+from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.pack import gather, plan_packs
 from sftdata.plan import Job, Piece, Task
 from sftdata.read.convert import Converted, convert_rows
 from sftdata.read.source import Slice, Unreadable, read_slice
-from sftdata.render.rows import render_rows
 from sftdata.shardset.build import Build, SliceResult
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import COUNTED_NAME, DROPPED_NAME, LISTS, Dropped, counted_rows, encode_lines
@@ -54,7 +54,7 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
         example_ids,
         packs,
         job.max_length,
-        job.pad_id,
+        job.tokenizer.filler_id,
         constant=job.packed,
         weighted=job.config.loss_weights,
     )
@@ -104,7 +104,7 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     rows, unreadable = read_slice(piece.slice, config.max_line_bytes)
     converted = convert_rows(rows, job.formats[piece.source], job.options)
     tokens, faults, tally, texts = tokenize(stages, converted)
-    tokens, marker_faults = stages.mask(tokens, tally)
+    tokens, marker_faults = job.mask.flags(tokens, tally)
     faults = [*converted.faults, *faults, *marker_faults]
     kept, cut = cut_length(job, piece, rows, tokens)
 
@@ -159,7 +159,7 @@ def tokenize(
     given = np.array([isinstance(row, Tokens) for row in converted.rows], np.bool_)
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
     rendered = render_rows(texts, converted.row[~given], stages.renderer)
-    batch, faults = encode_tokens_rows(
+    batch, faults = read_given(
         [row for row in converted.rows if isinstance(row, Tokens)], converted.row[given], stages.job.tokenizer
     )
     parts, tally, encoded_texts = [batch], rendered.tally, list[str]()

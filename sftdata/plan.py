@@ -19,6 +19,7 @@ from sftdata.encode.engine import Engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import UsageError
 from sftdata.looks import Look, format_options, look_at
+from sftdata.masks import Mask, choose_mask
 from sftdata.paths import written
 from sftdata.places import Unit
 from sftdata.read import planning
@@ -44,6 +45,7 @@ class Job:
         options: how rows are read.
         sources: name of each source, relative to what all have in common, and its first example id.
         engine: which tokenizer engine encodes.
+        mask: what is trained.
     """
 
     config: PrepareConfig
@@ -52,18 +54,13 @@ class Job:
     options: FormatOptions
     sources: dict[str, int]
     engine: Engine
+    mask: Mask
 
     @property
     def max_length(self) -> int:
         """Tokens per packed row."""
         assert self.config.max_length is not None
         return self.config.max_length
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills the end of packed rows; never trained, whatever it is."""
-        known = (self.tokenizer.pad_id, self.tokenizer.eos_id, 0)
-        return next(pad for pad in known if pad is not None)
 
     @property
     def packed(self) -> bool:
@@ -179,6 +176,7 @@ def make_plan(
             )
         ),
         engine="tokenizers",
+        mask=choose_mask(config, tokenizer),
     )
     return Plan(job, cut_tasks(sources, config.slice_bytes), tuple(sources), (*left_out, *notes))
 

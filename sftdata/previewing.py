@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,15 @@ import numpy as np
 
 from sftdata.batches import Int32
 from sftdata.config import PrepareConfig
-from sftdata.encode.engine import char_offsets
 from sftdata.engine.local import usable_cores
-from sftdata.errors import DataError, UsageError
+from sftdata.errors import DataError
 from sftdata.pack import plan_packs
 from sftdata.pipeline import PreparedPiece, prepare_piece
 from sftdata.places import Unit, place
 from sftdata.plan import Piece, Plan, make_plan
-from sftdata.read.convert import convert_rows
 from sftdata.read.source import Slice, read_slice
-from sftdata.render.resolve import Resolution, resolve_marker
-from sftdata.render.rows import render_rows
 from sftdata.shardset.ledger import Ledger
-from sftdata.stages import Stages, load_shared, load_stages
+from sftdata.stages import load_shared, load_stages
 
 PART = 0.25  # of each stretch of a large input
 IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose slices are counted in bytes, not in rows
@@ -217,42 +212,3 @@ def _examples(plan: Plan, piece: PreparedPiece) -> Iterator[Example]:
         span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
         labels = np.where(tokens.trained[span], tokens.input_ids[span], -100).astype(np.int32)
         yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)
-
-
-def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
-    """Find out which token ids the response and instruction templates have in the texts of up to `rows` rows.
-
-    Raises:
-        UsageError: no template is given, or one is given as ids.
-        DataError: no row can be rendered.
-    """
-    markers = [
-        marker for marker in (config.response_template, config.instruction_template) if marker is not None
-    ]
-    if not markers or not all(isinstance(marker, str) for marker in markers):
-        raise UsageError(
-            "No marker is given as text, so there is nothing to resolve.",
-            "--response-template '### Assistant:'",
-        )
-    plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
-    stages = Stages(plan.job)
-    texts: list[str] = []
-    for number, source in enumerate(plan.sources):
-        for piece in source.slices:
-            batch = read_slice(piece, config.max_line_bytes)[0]
-            converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
-            rendered = render_rows(converted.rows, converted.row, stages.renderer)
-            texts += [
-                text
-                for part in (rendered.conversations, rendered.raw)
-                if part is not None
-                for text in part.texts
-            ]
-            if len(texts) >= rows:
-                break
-    if not texts:
-        raise DataError("No row could be rendered.", "see `sftdata preview` for the reasons.")
-    return [
-        resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer))
-        for marker in markers
-    ]

@@ -173,7 +173,7 @@ def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            pad_id=plan.job.pad_id,
+            pad_id=tokenizer.filler_id,
             bos_id=tokenizer.bos_id,
             tokens_added=tuple(token for token, _ in tokenizer.tokens_added),
         ),

@@ -9,18 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Tally, TokenBatch
-from sftdata.config import PrepareConfig
 from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.errors import Fault
+from sftdata.masks.texts import Renderer
+from sftdata.masks.turns import SpanFinder
 from sftdata.plan import Job
 from sftdata.render.guards import describe_tokens
-from sftdata.render.markers import find_id_spans
-from sftdata.render.rows import Renderer
-from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate
-from sftdata.render.trl_masks import trl_0_7_10_mask
 
 SAMPLE_TEXTS = 16
 SAMPLE_CHARS = (
@@ -30,7 +25,7 @@ SAMPLE_CHARS = (
 
 @dataclass(frozen=True)
 class Stages:
-    """Renderer, encoder and marker masks of one job."""
+    """Renderer and encoder of one job."""
 
     job: Job
 
@@ -46,17 +41,7 @@ class Stages:
             finder = SpanFinder(
                 template, tokenizer.stop_tokens, *tokenizer.by_mark, config.trust_control_tokens
             )
-        by_text = isinstance(config.response_template, str) and config.mask_mode == "default"
-        return Renderer(
-            finder=finder,
-            train_on=config.train_on,
-            response=str(config.response_template) if by_text else None,
-            instruction=config.instruction_template
-            if by_text and isinstance(config.instruction_template, str)
-            else None,
-            end_token=config.eos_token or "",
-            overrules=_overrules(config),
-        )
+        return Renderer(finder, self.job.mask, config.eos_token or "")
 
     @cached_property
     def names(self) -> list[str]:
@@ -85,49 +70,6 @@ class Stages:
         windows = np.linspace(0, 1, len(chosen)).tolist()
         sample = tuple(_window(texts[index], where) for index, where in zip(chosen, windows, strict=True))
         return sample, digest_ids(self.encoder, sample)
-
-    def mask(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
-        """Mask by response template where it is given as ids, or in the way of trl 0.7.10; else leave tokens as they are.
-
-        Args:
-            tally: where rows are counted of which the old collator would have warned.
-
-        Returns:
-            tokens, and faults (index into the RowBatch, why).
-        """
-        config = self.job.config
-        if config.response_template is None or self.renderer.response is not None:
-            return tokens, []
-        response, instruction = self._ids(config.response_template), self._ids(config.instruction_template)
-        if config.mask_mode == "trl-0.7.10":
-            pad = self.job.pad_id
-            masked = trl_0_7_10_mask(tokens.input_ids, tokens.offsets, response, instruction or None, pad)
-            tally.count_rows("rows_without_response_marker", tokens.row[masked.response_warned])
-            tally.count_rows("rows_without_instruction_marker", tokens.row[masked.instruction_warned])
-            tally.count_rows("rows_masked_without_warning", tokens.row[masked.silently_masked])
-            return TokenBatch(tokens.input_ids, masked.trained, tokens.offsets, tokens.row), []
-        found = find_id_spans(tokens.input_ids, tokens.offsets, response, instruction or None)
-        tokens = TokenBatch(tokens.input_ids, found.trained, tokens.offsets, tokens.row)
-        tally.count_rows("rows_with_repeated_markers", tokens.row[found.repeated])
-        faults = [(int(tokens.row[index]), fault) for index, fault in sorted(found.faults.items())]
-        keep = np.ones(len(tokens), np.bool_)
-        keep[list(found.faults)] = False
-        return tokens.select(keep), faults
-
-    def _ids(self, template: str | Sequence[int] | None) -> list[int]:
-        if template is None:
-            return []
-        if isinstance(template, str):
-            ids: list[int] = self.encoder.encode([template])[0].tolist()
-            return ids
-        return list(template)
-
-
-def _overrules(config: PrepareConfig) -> str:
-    """Return the flag, without its dashes, that decides what is trained whatever messages say of themselves; "" for none."""
-    if config.response_template is not None:
-        return "response-template"
-    return "train-on all" if config.train_on == "all" else ""
 
 
 def _window(text: str, where: float) -> str:

@@ -23,6 +23,7 @@ from sftdata.encode.engine import choose_engine
 from sftdata.encode.length import limit_length
 from sftdata.errors import DataError, UsageError
 from sftdata.looks import format_options, look_at
+from sftdata.masks import choose_mask
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import tokenize
 from sftdata.plan import Job, choose_tokenizer
@@ -131,7 +132,9 @@ class Stream(Iterable[StreamedRow]):
                 refuse_idle(config, [look] if look else [], tokenizer)
         options = format_options(config, chat=tokenizer.chat_template is not None)
         engine, _ = choose_engine(tokenizer, config.engine, worth_it=False)
-        return Stages(Job(config, tokenizer, (name,), options, {"stream": 0}, engine))
+        return Stages(
+            Job(config, tokenizer, (name,), options, {"stream": 0}, engine, choose_mask(config, tokenizer))
+        )
 
     def _tokens(self, stages: Stages, buffer: list[Any], number: int) -> TokenBatch:
         ids = np.arange(len(buffer), dtype=np.int64)
@@ -143,7 +146,7 @@ class Stream(Iterable[StreamedRow]):
         )
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
         tokens, faults, tally, _ = tokenize(stages, converted)
-        tokens, unmarked = stages.mask(tokens, tally)
+        tokens, unmarked = stages.job.mask.flags(tokens, tally)
         tokens, cut = limit_length(tokens, None, "truncate", packed=True)
         faults = [*converted.faults, *faults, *unmarked]
         self.rejected.update(fault.code for _, fault in faults)
@@ -179,7 +182,7 @@ def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
         np.zeros(len(tokens), np.int64),
         packs,
         job.max_length,
-        job.pad_id,
+        job.tokenizer.filler_id,
         weighted=job.config.loss_weights,
     )
     for index in range(len(rows)):

@@ -15,8 +15,8 @@ from torch import Tensor
 from sftdata.batches import Int32, Ragged, TextBatch
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
-from sftdata.encode.tokens import encode_batch
 from sftdata.errors import UsageError
+from sftdata.masks.tokens import encode_batch
 from sfttrain.loss import IGNORE
 
 LEARNING_RATE = 2e-5

@@ -15,10 +15,10 @@ from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
 from sftdata.read.source import open_source, plan_source, read_slice
-from sftdata.render.spans import RenderedConversation, SpanFinder
 from tests.chats import WEATHER
 from tests.oracles.char_masks import Format, Unsure, trained_spans
 

@@ -26,7 +26,7 @@ def resolve(
     from dataclasses import asdict
 
     from sftdata.cli.talk import print_json, print_line
-    from sftdata.previewing import resolve_markers
+    from sftdata.resolve import resolve_markers
 
     found = resolve_markers(config, rows)
     if as_json:

@@ -114,6 +114,11 @@ class ResolvedTokenizer:
         return special, [token.content for token in self.added_tokens if token.content not in {*special}]
 
     @property
+    def filler_id(self) -> int:
+        """Id that fills the end of packed rows; never trained, whatever it is."""
+        return next(pad for pad in (self.pad_id, self.eos_id, 0) if pad is not None)
+
+    @property
     def closing_ids(self) -> tuple[int, ...]:
         """What ends a raw text: the reference's own suffix where it holds EOS, else EOS; empty without an EOS token."""
         if self.eos_id is None or self.eos_id in self.suffix_ids:

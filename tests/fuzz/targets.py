@@ -12,13 +12,13 @@ from unittest.mock import patch
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError, SftError
+from sftdata.masks.turns import SpanFinder
 from sftdata.read import delimited, elements, streams
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.source import open_source, plan_source, read_slice
 from sftdata.read.streams import close_streams
-from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate, choose_template, control_tokens
 from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import open_set

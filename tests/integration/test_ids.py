@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 
 from sftdata.batches import Conversation, TextBatch, TokenBatch
 from sftdata.encode.engine import Encoder, load_encoder
-from sftdata.encode.tokens import encode_batch
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.tokens import encode_batch
+from sftdata.masks.turns import SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.source import open_source, plan_source, read_slice
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate
 from tests.encoders import resolved
 from tests.oracles.char_masks import fixed_clock

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from sftdata.render.markers import find_id_spans, mask_rows
-from sftdata.render.resolve import Encoded, Resolution, resolve_marker
-from sftdata.render.trl_masks import trl_0_7_10_mask
+from sftdata.masks.markers import find_id_spans
+from sftdata.masks.trl_0_7_10 import trl_0_7_10_mask
+from sftdata.resolve import Encoded, Resolution, resolve_marker
+from tests.marked_texts import mask_rows
 
 pytestmark = pytest.mark.slow
 

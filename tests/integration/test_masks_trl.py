@@ -23,9 +23,9 @@ from docs.masks_table import PAGE, page
 from sftdata.batches import Conversation
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
-from sftdata.encode.tokens import encode_batch
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import SpanFinder
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.tokens import encode_batch
+from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests.chats import CHATS, Chat
 from tests.encoders import CACHE

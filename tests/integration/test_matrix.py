@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Conversation
-from sftdata.encode.tokens import encode_batch
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import RenderedConversation, SpanFinder
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.tokens import encode_batch
+from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests.encoders import encoder, reference, resolved
 from tests.matrix import SHAPES, judge, read_shapes

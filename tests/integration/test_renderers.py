@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Conversation
-from sftdata.encode.tokens import encode_batch
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import SpanFinder
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.tokens import encode_batch
+from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate
 from tests.encoders import encoder, resolved
 from tests.matrix import read_shapes

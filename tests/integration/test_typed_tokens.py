@@ -22,10 +22,10 @@ from sftdata.batches import Conversation
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.encode.tokens import encode_batch
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.tokens import encode_batch
+from sftdata.masks.turns import SpanFinder
 from sftdata.plan import choose_tokenizer
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate
 from tests.encoders import TOKENIZERS
 

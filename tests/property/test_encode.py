@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Ragged, TextBatch, TokenBatch
-from sftdata.encode.tokens import EncodeCounts, encode_batch
+from sftdata.masks.tokens import EncodeCounts, encode_batch
 from tests.encoders import EVERY, encoder, reference, resolved
 
 ROWS = 150

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftdata.errors import RowError
-from sftdata.render.markers import find_id_spans, find_spans, mask_rows
+from sftdata.masks.markers import find_id_spans, find_spans
+from tests.marked_texts import mask_rows
 
 PIECES = ["#H:", "#A:", "#H", "#", "A:", "#A:#H:", " ", "é", "你好", "🙂", "a", "\n"]
 texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)

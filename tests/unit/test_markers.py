@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sftdata.errors import RowError, UsageError
-from sftdata.render.markers import check_markers, find_id_spans, find_spans, mask_rows, match_ids
+from sftdata.masks.markers import check_markers, find_id_spans, find_spans, match_ids
 
 HUMAN, BOT = "### Human:", "### Assistant:"
 
@@ -103,22 +103,8 @@ def test_one_answer_without_any_instruction_marker_is_trained_to_the_end() -> No
     assert trained_text(f"Some context.\n{BOT} b") == [" b"]
 
 
-def test_a_faulty_text_does_not_disturb_its_neighbours() -> None:
-    good = f"{HUMAN} a\n{BOT} b"
-    marked = mask_rows([good, "nothing here", good], BOT, HUMAN)
-    assert marked.spans[0] == marked.spans[2] == find_spans(good, BOT, HUMAN).spans
-    assert marked.spans[1] == []
-    assert list(marked.faults) == [1]
-    assert marked.closed.tolist() == [True, False, True]
-
-
-def test_no_texts_give_no_masks() -> None:
-    marked = mask_rows([], BOT, HUMAN)
-    assert (marked.spans, len(marked.closed), marked.faults) == ([], 0, {})
-
-
 def test_a_lone_surrogate_is_left_to_the_encoder_and_stops_no_batch() -> None:
-    assert len(mask_rows([f"\ud800 {BOT} b"], BOT).spans[0]) == 1
+    assert len(find_spans(f"\ud800 {BOT} b", BOT).spans) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import Fault
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.turns import SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import SpanFinder
 from sftdata.render.template import ChatTemplate
 
 CHATML = (

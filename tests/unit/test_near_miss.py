@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from sftdata.render.near_miss import describe_missing, nearest_variant, shell_quote
+from sftdata.masks.markers import describe_missing, nearest_variant, shell_quote
 
 
 @pytest.mark.parametrize(

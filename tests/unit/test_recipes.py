@@ -9,8 +9,8 @@ import pytest
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.recipes import RecipeBook
-from sftdata.render.spans import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

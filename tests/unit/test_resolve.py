@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sftdata.errors import UsageError
-from sftdata.render.resolve import Encoded, resolve_marker
+from sftdata.resolve import Encoded, resolve_marker
 
 
 def words(texts: list[str]) -> list[Encoded]:

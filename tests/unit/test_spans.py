@@ -11,8 +11,9 @@ import pytest
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.rows import Renderer, render_rows
-from sftdata.render.spans import RenderedConversation, SpanFinder
+from sftdata.masks import Mask, TextMarkers
+from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests import made_templates
 from tests.chats import CHATS, WEATHER, Chat, bot, call, quoting, result, system, typing, user
@@ -283,11 +284,13 @@ SPEAKS: dict[str, Callable[[dict[str, Any], bool], bool]] = {
 
 
 def _counted(
-    source: str, messages: list[dict[str, Any]], trained: list[Any] | None = None, **settings: Any
+    source: str, messages: list[dict[str, Any]], trained: list[Any] | None = None, mask: Mask | None = None
 ) -> tuple[int, str]:
     """Return how many messages are counted as outside generation blocks, and the trained text."""
     row = Conversation(messages, trained or [None] * len(messages))
-    found = render_rows([row], np.zeros(1, np.int64), Renderer(_finder(Format(source), ("<e>",)), **settings))
+    found = render_rows(
+        [row], np.zeros(1, np.int64), Renderer(_finder(Format(source), ("<e>",)), mask or Mask())
+    )
     assert found.conversations is not None
     spans = found.conversations.trained[0].tolist()
     count = found.tally.counts.get("messages_outside_generation", 0)
@@ -303,14 +306,14 @@ def test_an_assistant_message_that_no_generation_block_speaks_for_is_counted(spe
     assert _counted(source, messages)[0] == len(outside)
     off = [False if index in outside else None for index in range(len(messages))]
     assert _counted(source, messages, off)[0] == 0  # not wanted, so not missed
-    assert _counted(source, messages, train_on="all")[0] == 0
-    assert _counted(source, messages, response="assistant\n")[0] == 0
+    assert _counted(source, messages, mask=Mask("all"))[0] == 0
+    assert _counted(source, messages, mask=TextMarkers(response="assistant\n"))[0] == 0
 
 
 def test_the_last_assistant_message_is_not_replaced_by_an_earlier_one_that_has_a_generation_block() -> None:
     source = SPARING.replace("SPEAKS", "not loop.last")
     messages = [user("Hi"), bot("Hello."), user("So?"), bot("Yes.")]
-    assert _counted(source, messages, train_on="last-assistant") == (1, "")
+    assert _counted(source, messages, mask=Mask("last-assistant")) == (1, "")
 
 
 def test_without_the_generation_tags_every_turn_is_trained() -> None:

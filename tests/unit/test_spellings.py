@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import RowError
+from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
-from sftdata.render.spans import RenderedConversation, SpanFinder
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.render.template import ChatTemplate
 

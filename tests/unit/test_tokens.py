@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Ragged, TextBatch, TokenBatch, Tokens
-from sftdata.encode.tokens import EncodeCounts, encode_batch, encode_tokens_rows
 from sftdata.errors import UsageError
+from sftdata.masks.tokens import EncodeCounts, encode_batch, read_given
 from tests.encoders import EVERY, NO_GIGATOKEN, encoder, reference, resolved
 from tests.made_tokenizers import MADE
 
@@ -392,7 +392,7 @@ def test_engines_give_the_same_batch(home: Path, name: str) -> None:
 
 
 def given_rows(data: Path, *rows: tuple[list, list]) -> tuple[TokenBatch, dict[int, str]]:
-    batch, faults = encode_tokens_rows(
+    batch, faults = read_given(
         [Tokens(*row) for row in rows], np.arange(len(rows)) + 5, resolved(data, "made-bytes")
     )
     return batch, {index: fault.code for index, fault in faults}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.render.trl_masks import TrlMask, trl_0_7_10_labels, trl_0_7_10_mask
+from sftdata.masks.trl_0_7_10 import TrlMask, trl_0_7_10_mask
 
 H, A = [8], [9]
 EOS = 2
@@ -24,13 +24,18 @@ def mask(
     return trl_0_7_10_mask(ids, np.cumsum([0, *map(len, rows)]), response, instruction, pad)
 
 
+def labels_of(
+    row: list[int], response: list[int], instruction: list[int] | None, pad: int | None
+) -> list[int]:
+    trained = mask(row, response=response, instruction=instruction, pad=pad).trained.tolist()
+    return [token if label else -100 for token, label in zip(row, trained, strict=True)]
+
+
 def kept(
     row: list[int], response: list[int] = A, instruction: list[int] | None = H, pad: int | None = None
 ) -> list[int]:
     """The ids that a row trains."""
-    labels = trl_0_7_10_labels(np.array(row, np.int32), response, instruction, pad)
-    assert labels.dtype == np.int32
-    return [int(label) for label in labels if label != -100]
+    return [label for label in labels_of(row, response, instruction, pad) if label != -100]
 
 
 def test_without_instruction_the_last_response_wins_and_all_before_it_is_masked() -> None:
@@ -175,9 +180,9 @@ def test_600_results_of_the_real_collator_are_met_label_for_label(shared_data: P
     for case in cases:
         ids, pad = case["input_ids"], case["pad_token_id"]
         response, instruction = case["response_template"], case["instruction_template"]
-        labels = trl_0_7_10_labels(np.array(ids, np.int32), response, instruction, pad)
+        labels = labels_of(ids, response, instruction, pad)
         found = mask(ids, response=response, instruction=instruction, pad=pad)
-        assert labels.tolist() == case["labels"], case
+        assert labels == case["labels"], case
         assert int(found.response_warned.sum() + found.instruction_warned.sum()) == case["warned"], case
 
 

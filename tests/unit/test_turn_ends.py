@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from sftdata.batches import Conversation
-from sftdata.render.spans import SpanFinder
+from sftdata.masks.turns import SpanFinder
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, control_tokens
 

@@ -1,7 +1,8 @@
 """Which token ids a marker really has in the user's texts: the work behind `sftdata resolve`.
 
-A tokenizer may give a marker other ids inside a text than alone: a Llama-2-like one writes `### Assistant:` with a leading
-space mark at the start of a text and without it after a newline, and any BPE may join its edge with what stands beside it.
+A tokenizer may give a marker other ids inside a text than alone: a Llama-2-like one writes `### Assistant:`
+with a leading space mark at the start of a text and without it after a newline, and any BPE may join its edge
+with what stands beside it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from sftdata.batches import Int64
-from sftdata.render.markers import check_markers
+from sftdata.config import PrepareConfig
+from sftdata.encode.engine import char_offsets
+from sftdata.errors import DataError, UsageError
+from sftdata.masks.markers import check_markers
+from sftdata.masks.texts import render_rows
+from sftdata.plan import make_plan
+from sftdata.read.convert import convert_rows
+from sftdata.read.source import read_slice
+from sftdata.stages import Stages
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 Encode = Callable[[list[str]], list[Encoded]]
@@ -61,6 +71,45 @@ class Resolution:
     alone: tuple[int, ...]
     alone_count: int
     sequences: tuple[MarkerIds, ...]
+
+
+def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
+    """Find out which token ids the response and instruction templates have in the texts of up to `rows` rows.
+
+    Raises:
+        UsageError: no template is given, or one is given as ids.
+        DataError: no row can be rendered.
+    """
+    markers = [
+        marker for marker in (config.response_template, config.instruction_template) if marker is not None
+    ]
+    if not markers or not all(isinstance(marker, str) for marker in markers):
+        raise UsageError(
+            "No marker is given as text, so there is nothing to resolve.",
+            "--response-template '### Assistant:'",
+        )
+    plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
+    stages = Stages(plan.job)
+    texts: list[str] = []
+    for number, source in enumerate(plan.sources):
+        for piece in source.slices:
+            batch = read_slice(piece, config.max_line_bytes)[0]
+            converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
+            rendered = render_rows(converted.rows, converted.row, stages.renderer)
+            texts += [
+                text
+                for part in (rendered.conversations, rendered.raw)
+                if part is not None
+                for text in part.texts
+            ]
+            if len(texts) >= rows:
+                break
+    if not texts:
+        raise DataError("No row could be rendered.", "see `sftdata preview` for the reasons.")
+    return [
+        resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer))
+        for marker in markers
+    ]
 
 
 def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolution:
@@ -133,7 +182,8 @@ def _occurrences(
 def _territories(offsets: list[tuple[int, int]]) -> tuple[Int64, Int64, Int64]:
     """Return index, start and stop of the tokens that stand for characters (BOS and EOS stand for none).
 
-    Characters no token claims, as the spaces of a tokenizer that trims its offsets, belong to the token after them.
+    Characters no token claims, as the spaces of a tokenizer that trims its offsets, belong to the token after
+    them.
     """
     pairs = np.array(offsets, np.int64).reshape(-1, 2)
     positions = np.flatnonzero(pairs[:, 1] > pairs[:, 0])

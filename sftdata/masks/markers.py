@@ -1,20 +1,25 @@
 """Response and instruction markers in running text: which stretch of each text or token row is trained.
 
-A text that carries its own markers (`### Human:` ... `### Assistant:` ...) says itself where the answers are. Markers are
-looked for in the *text*, before any tokenizer, so it does not matter into which ids a tokenizer turns them there. Markers
-given as token ids are looked for in the ids instead, with the same rules:
+A text that carries its own markers (`### Human:` ... `### Assistant:` ...) says itself where the answers are.
+Markers are looked for in the *text*, before any tokenizer, so it does not matter into which ids a tokenizer
+turns them there. Markers given as token ids are looked for in the ids instead, with the same rules:
 
 1. Markers are found left to right without overlap; where two begin at one place the longer one counts.
-2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of the row.
+2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of
+   the row.
    A marker itself is never trained: at inference it is given, not generated.
 3. Without an instruction marker nobody can say where an earlier answer ends and the next question begins,
-   so only the stretch after the *last* response marker is trained. `repeated` counts the rows where that left answers out.
-4. A row without a response marker is a fault (`no-response-marker`). So is a row with several response markers and none of
-   the instruction markers that were asked for (`no-instruction-marker`): there, questions would be trained as answers.
+   so only the stretch after the *last* response marker is trained. `repeated` counts the rows where that left
+   answers out.
+4. A row without a response marker is a fault (`no-response-marker`). So is a row with several response
+   markers and none of the instruction markers that were asked for (`no-instruction-marker`): there, questions
+   would be trained as answers.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,10 +29,12 @@ import numpy as np
 
 from sftdata.batches import Bool, Int32, Int64
 from sftdata.errors import Fault, RowError, UsageError
-from sftdata.render.near_miss import describe_missing
 
 Span = tuple[int, int]
 Template = str | tuple[int, ...]
+_HEADERS_SHOWN = 3
+_TEXT_SHOWN = 40
+_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 
 
 class Marked(NamedTuple):
@@ -42,22 +49,6 @@ class Marked(NamedTuple):
     spans: list[Span]
     closed: bool
     repeated: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MarkedTexts:
-    """What N texts train: `Marked` as columns. A faulty row has no spans.
-
-    Attributes:
-        spans: byte ranges (utf-8) of each text.
-        closed, repeated: bool[N].
-        faults: index of a text -> why it cannot be used.
-    """
-
-    spans: list[list[Span]]
-    closed: Bool
-    repeated: Bool
-    faults: dict[int, Fault]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +95,8 @@ def find_spans(text: str, response: str, instruction: str | None = None) -> Mark
     r"""Find the byte ranges of a text that follow its response markers.
 
     Raises:
-        RowError: `no-response-marker` or `no-instruction-marker`; the fix names the nearest variant the text holds.
+        RowError: `no-response-marker` or `no-instruction-marker`; the fix names the nearest variant the text
+            holds.
         UsageError: the markers are unusable, see `check_markers`.
 
     >>> find_spans("Human: hi\nBot: hé\nHuman: bye\nBot: ok", "Bot:", "Human:").spans
@@ -129,7 +121,8 @@ def find_spans(text: str, response: str, instruction: str | None = None) -> Mark
 
 def _text_markers(data: bytes, response: str, instruction: str | None) -> list[tuple[int, int, bool]]:
     """Return start, stop and whether it is a response, of all markers in order, without overlap."""
-    # utf-8 never matches inside a character, so a byte search finds what a text search finds, byte positions included.
+    # utf-8 never matches inside a character, so a byte search finds what a text search finds, byte positions
+    # included.
     found = [
         (start, -size, True) for start, size in _find_all(data, response.encode("utf-8", "surrogatepass"))
     ]
@@ -150,28 +143,6 @@ def _find_all(data: bytes, marker: bytes) -> Iterator[tuple[int, int]]:
     while start >= 0:
         yield start, len(marker)
         start = data.find(marker, start + 1)
-
-
-def mask_rows(texts: Sequence[str], response: str, instruction: str | None = None) -> MarkedTexts:
-    """Find the trained byte ranges of every text; a text without its markers is a fault, not an exception.
-
-    Raises:
-        UsageError: the markers are unusable, see `check_markers`.
-    """
-    rows: list[Marked] = []
-    faults: dict[int, Fault] = {}
-    for index, text in enumerate(texts):
-        try:
-            rows.append(find_spans(text, response, instruction))
-        except RowError as error:
-            rows.append(Marked([], False, False))
-            faults[index] = error.fault
-    return MarkedTexts(
-        spans=[row.spans for row in rows],
-        closed=np.array([row.closed for row in rows], np.bool_),
-        repeated=np.array([row.repeated for row in rows], np.bool_),
-        faults=faults,
-    )
 
 
 # --------------------------------------------------------------------------------------------- tokens
@@ -205,7 +176,7 @@ def find_id_spans(
     response_ids: Sequence[int],
     instruction_ids: Sequence[int] | None = None,
 ) -> MarkedTokens:
-    """Mark the tokens that follow response markers given as ids. An EOS at the end of an answer is one of them.
+    """Mark the tokens that follow response markers given as ids, the EOS at the end of an answer included.
 
     Args:
         input_ids: int32[T], the ids of all rows end to end, BOS and EOS included.
@@ -278,3 +249,62 @@ def _paint(size: int, starts: Int64, stops: Int64) -> Bool:
     steps[starts] += 1
     steps[stops] -= 1
     return np.cumsum(steps[:-1], dtype=np.int8) > 0
+
+
+# ------------------------------------------------------------------------------------- a missing marker
+
+
+def describe_missing(kind: str, marker: str, text: str) -> tuple[str, str]:
+    r"""Return reason and fix for a text in which a marker does not occur.
+
+    Args:
+        kind: `response` or `instruction`, as in the option's name.
+        marker: what was looked for.
+        text: where.
+
+    >>> describe_missing("response", "### Assistant:", "### Human: hi\n### assistant : yes")[0]
+    "the response template '### Assistant:' does not occur in the text; found '### assistant :'."
+    """
+    reason = f"the {kind} template {marker!r} does not occur in the text"
+    if near := nearest_variant(marker, text):
+        return f"{reason}; found {near!r}.", f"--{kind}-template {shell_quote(near)}, or mend the row."
+    fix = f"set --{kind}-template to the marker that this text uses, or take the row out."
+    if headers := _headers_like(marker, text):
+        return f"{reason}; it has {', '.join(map(repr, headers))}.", fix
+    return f"{reason}, which begins {text[:_TEXT_SHOWN]!r}.", fix
+
+
+def nearest_variant(marker: str, text: str) -> str | None:
+    r"""Return the first stretch of the text that is the marker but for spacing, case, or colon width.
+
+    A marker typed with a backslash and an n, as shells pass it, is tried as the newline it stands for.
+
+    >>> nearest_variant("\\n### Answer:", "x\n### Answer: y")
+    '\n### Answer:'
+    """
+    unescaped = marker.replace(r"\n", "\n").replace(r"\t", "\t")
+    if unescaped in text:
+        return unescaped
+    pieces = [
+        re.escape(piece) if piece not in ":：" else "[:：]" for piece in re.findall(r"\w+|[^\w\s]", unescaped)
+    ]
+    found = re.search(r"\s*".join(pieces), text, re.IGNORECASE) if pieces else None
+    return found.group() if found else None
+
+
+def _headers_like(marker: str, text: str) -> list[str]:
+    """Return the first distinct line starts with the marker's own punctuation (`###`, `<|`, `[`)."""
+    lead = re.match(r"\s*([^\w\s]+)", marker)
+    if lead is None:
+        return []
+    header = rf"^[ \t]*({re.escape(lead.group(1))}[^\n:\]>]{{0,24}}[:\]>]?)"
+    return list(dict.fromkeys(re.findall(header, text, re.MULTILINE)))[:_HEADERS_SHOWN]
+
+
+def shell_quote(value: str) -> str:
+    r"""Return a value as a shell takes it; one with a newline or tab in `$'...'` form.
+
+    >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
+    ("'### Answer:'", "$'\\n### Answer:'")
+    """
+    return f"$'{value.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", value) else shlex.quote(value)

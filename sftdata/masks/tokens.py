@@ -1,9 +1,9 @@
-"""Texts with trained spans become tokens with a trained flag each: exactly the tokens that the model must generate.
+"""Turn texts with trained spans into tokens, each with a flag: whether the model must generate it.
 
-    place ──> cut what straddles an edge ──> flag the tokens inside spans ──> BOS before, EOS after (raw texts)
+    place ──> cut what straddles an edge ──> flag the tokens inside spans ──> BOS and EOS (raw texts)
 
-All of it is array work over the whole batch; single rows are touched only where a position is in doubt, where data spells a
-control token, or where a text must be cut at the edge of a span.
+All of it is array work over the whole batch; single rows are touched only where a position is in doubt, where
+data spells a control token, or where a text must be cut at the edge of a span.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Float32, Int32, Int64, TextBatch, TokenBatch, Tokens
+from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TextBatch, TokenBatch, Tokens
 from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, locate
@@ -22,15 +22,14 @@ from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault, RowError, UsageError
 from sftdata.ragged import offsets_of, positions_of
 
-IGNORED = -100
-
 
 @dataclass(frozen=True, slots=True)
 class EncodeCounts:
     """What encoding had to do beyond the ordinary.
 
     Attributes:
-        boundary_splits: places where a text was cut at the edge of a span (with "merge": edges inside a token).
+        boundary_splits: places where a text was cut at the edge of a span (with "merge": edges inside a
+            token).
         boundary_rows: rows with such a place.
         literal_rows: rows whose data spells a control token.
         slow_rows: rows placed by the reference's own offsets.
@@ -60,8 +59,9 @@ def encode_batch(
     Args:
         batch: texts with their trained and literal byte ranges.
         encoder: the tokenizer with one of its engines; ids do not depend on which.
-        boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before it equal those of
-            the text before it; "merge" keeps the joint encoding and trains every token that overlaps a range, as TRL 1.x does.
+        boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before
+            it equal those of the text before it; "merge" keeps the joint encoding and trains every token that
+            overlaps a range, as TRL 1.x does.
 
     Raises:
         UsageError: texts must be closed and the tokenizer has no end token.
@@ -86,7 +86,7 @@ def encode_batch(
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
-    """bool[T]: tokens that start inside a range; with `merge`, all that overlap one. With them float32[T], what they weigh."""
+    """bool[T], tokens that start inside a range (with `merge`: overlap one), and float32[T], their weights."""
     row = np.repeat(np.arange(len(batch)), np.diff(batch.trained.offsets))
     filled = batch.trained.values[:, 1] > batch.trained.values[:, 0]
     row = row[filled]
@@ -117,7 +117,7 @@ def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
 
 
 def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTokenizer) -> Int64:
-    """int64[N]: tokens of white space behind an EOS that the text itself ends in, as chat templates write; none is trained."""
+    """int64[N], tokens of white space behind an EOS that ends the text, as templates write; none is trained."""
     blank = np.zeros(len(batch), np.int64)
     for index, text in enumerate(batch.texts):
         if (
@@ -180,7 +180,7 @@ def _ends_with(tokens: TokenBatch, wanted: Int32) -> Bool:
     return found if len(wanted) else np.zeros_like(found)
 
 
-def encode_tokens_rows(
+def read_given(
     rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer
 ) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
     """Turn pre-tokenized rows into a batch; a token is trained where its label is its own id.
@@ -221,13 +221,13 @@ def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
     if len(outside):
         found = f"token id {ids[outside[0]]} is outside 0..{resolved.vocab_size - 1} of tokenizer {resolved.name!r}"
         raise RowError("id-outside-vocabulary", found, "use the tokenizer that made the ids (-t)")
-    other = np.flatnonzero((labels != IGNORED) & (labels != ids))
+    other = np.flatnonzero((labels != IGNORE_INDEX) & (labels != ids))
     if len(other):
         found = f"labels[{other[0]}] is {labels[other[0]]}, input_ids[{other[0]}] is {ids[other[0]]}"
         raise RowError(
             "label-not-the-id", found, "give unshifted labels: the id itself where trained, -100 elsewhere"
         )
-    return ids.astype(np.int32), labels != IGNORED
+    return ids.astype(np.int32), labels != IGNORE_INDEX
 
 
 def _integers(name: str, values: list[int]) -> Int64:

@@ -1,7 +1,7 @@
-"""The masks of DataCollatorForCompletionOnlyLM in trl 0.7.10, quirks included, for sets that must match an old run.
+"""The masks of trl 0.7.10's DataCollatorForCompletionOnlyLM, quirks included, to match an old run.
 
-Prefer the default of `markers.py`; this mode trains some instructions, loses some answers and misses markers whose ids
-differ in context. It exists so that an old experiment can be continued label for label.
+Prefer the default of `markers.py`; this mode trains some instructions, loses some answers and misses markers
+whose ids differ in context. It exists so that an old experiment can be continued label for label.
 
 Source: behaviour of the released trl 0.7.10 wheel, recorded on 600 random cases.
 """
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64
 from sftdata.errors import UsageError
-from sftdata.render.markers import match_ids
-
-IGNORED = -100
+from sftdata.masks.markers import match_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +49,8 @@ def trl_0_7_10_mask(
         offsets: int64[N + 1], where rows begin.
         response_ids: the response template; a text was encoded alone there, without special tokens.
         instruction_ids: the instruction template, likewise.
-        pad_token_id: tokens with this id are masked *before* the search: when it is the EOS, no EOS is ever trained, and a
-            template that holds it is never found.
+        pad_token_id: tokens with this id are masked *before* the search: when it is the EOS, no EOS is ever
+            trained, and a template that holds it is never found.
 
     Raises:
         UsageError: a template is empty.
@@ -62,8 +60,10 @@ def trl_0_7_10_mask(
             "A response or instruction template has no token ids.",
             "give a template, or leave the option out.",
         )
-    labels = input_ids if pad_token_id is None else np.where(input_ids == pad_token_id, IGNORED, input_ids)
-    trained = labels != IGNORED
+    labels = input_ids
+    if pad_token_id is not None:
+        labels = np.where(input_ids == pad_token_id, IGNORE_INDEX, input_ids)
+    trained = labels != IGNORE_INDEX
     ends = _matches_by_row(labels, offsets, response_ids)
     response_warned = np.array([len(row) == 0 for row in ends], np.bool_)
     instruction_warned = np.zeros(len(ends), np.bool_)
@@ -107,7 +107,7 @@ def _mask_until_last(trained: Bool, ends: list[int]) -> None:
 
 
 def _mask_turns(trained: Bool, starts: list[int], ends: list[int]) -> None:
-    """Unmark from the i-th instruction to the end of the i-th response marker: paired by rank, not by position."""
+    """Unmark from the i-th instruction to the end of the i-th response marker: paired by rank."""
     if not starts or not ends:
         trained[:] = False
         return
@@ -119,22 +119,3 @@ def _mask_turns(trained: Bool, starts: list[int], ends: list[int]) -> None:
         trained[start:end] = False
     if len(ends) < len(starts):
         trained[starts[-1] :] = False
-
-
-def trl_0_7_10_labels(
-    input_ids: Int32,
-    response_ids: Sequence[int],
-    instruction_ids: Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-) -> Int32:
-    """Return int32[T], the labels the collator gave one row: its ids where trained, -100 elsewhere.
-
-    Raises:
-        UsageError: a template is empty.
-
-    >>> trl_0_7_10_labels(np.array([5, 9, 6, 9, 7, 1], np.int32), [9]).tolist()
-    [-100, -100, -100, -100, 7, 1]
-    """
-    offsets = np.array([0, len(input_ids)], np.int64)
-    trained = trl_0_7_10_mask(input_ids, offsets, response_ids, instruction_ids, pad_token_id).trained
-    return np.where(trained, input_ids, IGNORED).astype(np.int32)
