@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 ALL := -m "not gpu and not network and not torture"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types check mutants torture soak fuzz bench docs notebooks clean
+.PHONY: help install demo test test-all lint types check mutants torture soak fuzz bench docs wheel notebooks clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -61,9 +61,19 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/all.py
 
-docs: $(STAMP) ## Write the pages told by the code, and run every command and snippet of README.md and docs/
+docs: $(STAMP) ## Write the pages that the code knows, and build the site in build/site; a link that leads nowhere stops it
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/make_reference.py
-	$(BIN)/python -m pytest $(ALL) tests/test_docs.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -c docs -d build/doctrees . build/site
+
+wheel: ## Build dist/, and use the wheel in a clean environment without the source tree
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --quiet build
+	build/wheel/bin/python -m build --outdir dist
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cp -r examples build/wheel
+	cd build/wheel && bin/sftdata prepare examples/prepare.yaml -o set --overwrite && bin/sftdata verify set
 
 notebooks: $(STAMP) ## Execute the notebooks
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks

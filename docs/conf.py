@@ -1,6 +1,6 @@
 """The site of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/, by Sphinx with MyST; `make docs` builds it in build/site.
 
-The navigation is the table of docs/index.md, links are those that work on the pages as they are in the repository.
+The navigation is the table of docs/index.md; links are written as they work in the repository.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from docutils.nodes import Node
+from docutils.nodes import document
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 
 from sftdata.version import __version__
 
@@ -28,33 +27,38 @@ html_title = f"sftdata {release}"
 
 
 def navigation(index: str) -> str:
-    """Return the hidden tables of contents that docs/index.md shows as one table."""
+    """Return the tables of contents that docs/index.md shows as one table, for its end; they are not shown there."""
     found = ""
     for row in ROW.finditer(index):
-        start = f":hidden:\n:caption: {row['section']}\n" if row["section"] else ":hidden:\n"
         if row["section"] or not found:
-            found += f"{'```' if found else ''}\n\n```{{toctree}}\n{start}\n"
+            caption = f":caption: {row['section']}\n" if row["section"] else ""
+            found += f"{'```' if found else ''}\n\n```{{toctree}}\n:hidden:\n{caption}\n"
         if row["page"]:
             found += f"{row['page']}\n"
     return f"{found}```\n"
 
 
+def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
+    """Make docs/index.md the root of all pages."""
+    if name == root_doc:
+        source[0] += navigation(source[0])
+
+
+def unlink_folders(app: Sphinx, page: document) -> None:
+    """Leave the text of links to folders of the repository, which have no page here."""
+    for link in list(page.findall(pending_xref)):
+        if (Path(page["source"]).parent / link["reftarget"]).is_dir():
+            link.replace_self(link.children)
+
+
+def lead_to_index(app: Sphinx, failure: Exception | None) -> None:
+    """Let the folder of the site open at docs/index.html."""
+    to_index = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
+    (Path(app.outdir) / "index.html").write_text(to_index, encoding="utf-8")
+
+
 def setup(app: Sphinx) -> None:
-    """Let the front page of the site be docs/index.md, with its table as the navigation."""
-
-    def read(app: Sphinx, name: str, source: list[str]) -> None:
-        if name == root_doc:
-            source[0] += navigation(source[0])
-
-    def lead(app: Sphinx, failure: Exception | None) -> None:
-        (Path(app.outdir) / "index.html").write_text(
-            '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n', encoding="utf-8"
-        )
-
-    def folder(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Node) -> Node | None:
-        page = Path(env.doc2path(node["refdoc"]))
-        return text if (page.parent / node["reftarget"]).is_dir() else None
-
-    app.connect("source-read", read)
-    app.connect("missing-reference", folder)  # links to folders of the repository have no page here
-    app.connect("build-finished", lead)
+    """Register what is done on the way."""
+    app.connect("source-read", add_navigation)
+    app.connect("doctree-read", unlink_folders)
+    app.connect("build-finished", lead_to_index)

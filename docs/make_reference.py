@@ -1,18 +1,22 @@
-"""Write what is told by the code: docs/cli.md, errors.md, audit.md, and the table of formats.md. `make docs` runs it."""
+"""Write the pages that the code knows: docs/cli.md, python.md, errors.md, audit.md, and the table of formats.md."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import html
+import inspect
 import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import sftdata.cli
 import sfttrain.cli
+from sftdata import config
 from sftdata.explain import read_codes
 from sftdata.read.formats import FORMATS, LINE
 from sftdata.show.findings import KINDS
@@ -62,6 +66,69 @@ def cli_page() -> str:
     for package in ("sftdata", "sfttrain"):
         for command, text in commands(package):
             parts.append(f"{'#' * min(len(command) + 1, 3)} {' '.join(command)}\n\n```text\n{text}```\n")
+    return "\n".join(parts)
+
+
+WRITTEN_IN = {
+    "sftdata": ("__init__.py", "batches.py", "errors.py"),
+    "sfttrain": ("__init__.py", "iterative.py"),
+}
+PYTHON = """# The Python interface
+
+All that is public; [versioning](versioning.md) says what may change. This page is written by `make docs` from the
+source. The settings are those of [the command line](cli.md), by the same names.
+
+```python
+import sftdata
+
+seen = sftdata.preview("examples/conversations.jsonl", tokenizer="examples/tokenizer", max_length=256)
+print(seen.projected(batch_size=8))
+manifest = sftdata.prepare(
+    "examples/conversations.jsonl",
+    tokenizer="examples/tokenizer",
+    output="chats",
+    max_length=256,
+    on_note=print,
+    on_progress=lambda progress: print(f"{progress.done}/{progress.total}, {progress.tokens:,} tokens"),
+)
+assert sftdata.verify("chats").ok
+for finding in sftdata.audit("chats"):
+    print(finding.code, finding.count)
+```
+"""
+
+
+def definitions(package: ModuleType) -> Iterator[tuple[str, str]]:
+    """Yield each public function and class of a package, with its head and docstring as they are written."""
+    for path in WRITTEN_IN[package.__name__]:
+        source = (DOCS.parent / package.__name__ / path).read_text("utf-8")
+        found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        for node in sorted(found, key=lambda node: isinstance(node, ast.ClassDef)):
+            if node.name in package.__all__:
+                yield node.name, "\n".join(source.splitlines()[node.lineno - 1 : node.body[0].end_lineno])
+
+
+def settings_table(keywords: type) -> str:
+    """Return the settings that are keywords of a function, with their types there."""
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for field in ast.walk(ast.parse(inspect.getsource(keywords))):
+        if isinstance(field, ast.AnnAssign):
+            name, kind = ast.unparse(field.target), ast.unparse(field.annotation).replace("|", "\\|")
+            setting = config.PrepareConfig.model_fields[name]
+            default = setting.get_default(call_default_factory=True)
+            lines.append(f"| `{name}` | `{kind}` | `{default!r}` | {setting.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def python_page() -> str:
+    """Return docs/python.md."""
+    parts = [PYTHON]
+    for package in (sftdata, sfttrain):
+        parts.append(f"## {package.__name__}\n")
+        for name, head in definitions(package):
+            parts.append(f"### {package.__name__}.{name}\n\n```py\n{head}\n```\n")
+    parts.append(f"## Settings of prepare, preview and stream\n\n{settings_table(config.RowSettings)}")
+    parts.append(f"## Settings of prepare and preview\n\n{settings_table(config.PrepareSettings)}")
     return "\n".join(parts)
 
 
@@ -125,6 +192,7 @@ def pages() -> dict[Path, str]:
     table = TABLE.sub(lambda _: formats_table(), formats.read_text("utf-8"))
     return {
         DOCS / "cli.md": cli_page(),
+        DOCS / "python.md": python_page(),
         DOCS / "errors.md": errors_page(),
         DOCS / "audit.md": audit_page(),
         formats: table,
