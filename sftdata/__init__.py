@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
     from sftdata.previewing import Preview
-    from sftdata.shardset.build import SliceResult
+    from sftdata.shardset.build import ShardResult
     from sftdata.shardset.manifest import Manifest
     from sftdata.shardset.verify import VerifyReport
     from sftdata.show.findings import Finding
@@ -245,11 +245,11 @@ def _config(
     return make_config(inputs=inputs, tokenizer=tokenizer, output=output, formatter=name, **settings), alone
 
 
-def _counting(listener: Callable[[Progress], object]) -> Callable[[SliceResult, int], None]:
+def _counting(listener: Callable[[Progress], object]) -> Callable[[ShardResult, int], None]:
     """Add up what a run reports of each task."""
     now = Progress(0, 0, 0, 0)
 
-    def count(result: SliceResult, total: int) -> None:
+    def count(result: ShardResult, total: int) -> None:
         nonlocal now
         if now.done == now.total:  # the first task; of another run, where the first engine was not equal
             now = Progress(0, total, 0, 0)

@@ -2,7 +2,7 @@
 
     RowBatch ── canonical ──> list[Row] ── render ──> TextBatch ── encode ──> TokenBatch ── pack ──> PackPlan
 
-`row` columns point back into the slice's RowBatch, so that every later value knows where it came from.
+`row` columns point back into the chunk's RowBatch, so that every later value knows where it came from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBatch:
-    """The rows of one slice, as parsed.
+    """The rows of one chunk, as parsed.
 
     Attributes:
         rows: one JSON object each (`str` for a line of plain text).

@@ -18,7 +18,7 @@ from sftdata.read.fields import FormatOptions, from_json
 from sftdata.read.formatter import formatter_sha256
 from sftdata.read.instructions import from_messages, is_messages
 from sftdata.read.prompts import ALPACA, load_prompt_template
-from sftdata.read.source import Slice, SourcePlan
+from sftdata.read.source import Chunk, SourcePlan
 from sftdata.read.turn_markers import find_turn_markers
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
@@ -67,7 +67,7 @@ def _look(config: PrepareConfig, source: SourcePlan, found: Detection, rows: lis
         asks=found.format in INSTRUCTIONS
         or any(not is_messages(from_messages(prompt)) for prompt in prompts),
         roles=frozenset(_roles(found)) if config.map_role else frozenset(),
-        whole=_size(source.samples) == _size(source.slices),
+        whole=_size(source.samples) == _size(source.chunks),
     )
 
 
@@ -82,8 +82,8 @@ def _roles(found: Detection) -> Iterator[str]:
                 )
 
 
-def _size(pieces: Sequence[Slice]) -> int:
-    return sum(piece.stop - piece.start for piece in pieces)
+def _size(chunks: Sequence[Chunk]) -> int:
+    return sum(chunk.stop - chunk.start for chunk in chunks)
 
 
 def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:

@@ -1,10 +1,10 @@
-"""From a slice of the input to a shard. Read me first.
+"""From chunks of the input to a shard. Read me first.
 
-    make_plan:      inputs -> sources -> format of each, chat template, tokenizer, slices by input size alone   (plan.py)
-    prepare_slice:  slice -> rows -> canonical rows -> texts + spans -> tokens + trained -> packs -> shard
-    prepare:        plan, map prepare_slice over the slices on any engine, then the manifest, last             (run.py)
+    make_plan:      inputs -> sources -> format of each, chat template, tokenizer, shard tasks by input size     (plan.py)
+    prepare_shard:  chunks -> rows -> canonical rows -> texts + spans -> tokens + trained -> packs -> shard
+    prepare:        plan, map prepare_shard over the tasks on any engine, then the manifest, last              (run.py)
 
-A slice is one pure function of the plan, so workers, engines, kills and resumes cannot change a byte.
+A shard is a pure function of the plan and its task, so workers, engines, kills and resumes cannot change a byte.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sftdata.errors import DataError, Fault
 from sftdata.masks.texts import render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.pack import gather, plan_packs
-from sftdata.plan import Job, Piece, Task
+from sftdata.plan import Job, ShardTask
 from sftdata.read.convert import Converted, convert_rows
-from sftdata.read.source import Slice, Unreadable, read_slice
-from sftdata.shardset.build import Build, SliceResult
+from sftdata.read.source import Chunk, Unreadable, read_chunk
+from sftdata.shardset.build import Build, ShardResult
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import COUNTED_NAME, DROPPED_NAME, LISTS, Dropped, counted_rows, encode_lines
 from sftdata.shardset.rejects import REJECTS_NAME, Reject, encode_reject
@@ -31,15 +31,15 @@ from sftdata.shardset.shards import shard_name, write_shard
 from sftdata.stages import Stages, load_stages
 
 
-def prepare_slice(job: Job, task: Task) -> SliceResult:
-    """Turn one slice of the input into one shard, and commit it."""
+def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
+    """Turn the chunks of one task into one shard, and commit it."""
     stages = load_stages(job)
     build = Build(job.config.output)
     ledger, examples, ids = Ledger(), [], []
     texts: list[str] = []
     lists = dict.fromkeys(LISTS, b"")
-    for piece in task.pieces:
-        done = prepare_piece(stages, piece)
+    for chunk in task.chunks:
+        done = prepare_chunk(stages, chunk)
         texts = texts or done.texts
         ledger.merge(done.ledger)
         for name, lines in done.lists().items():
@@ -47,7 +47,7 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
         examples.append(done.tokens)
         ids.append(done.example_ids)
     tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
-    examples.clear()  # the most that a slice needs is needed from here on
+    examples.clear()  # free the inputs: memory peaks below
     packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
     rows = gather(
         tokens,
@@ -63,7 +63,7 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
     shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()
     sample, digest = stages.sample(texts)
     rejects = sum(ledger.rows_rejected.values())
-    result = SliceResult(
+    result = ShardResult(
         index=task.index, shards=shards, ledger=ledger, rejects=rejects, sample=sample, sample_xxh3=digest
     )
     build.commit(result, lists)
@@ -71,8 +71,8 @@ def prepare_slice(job: Job, task: Task) -> SliceResult:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedPiece:
-    """The examples of a piece, ready to pack.
+class PreparedChunk:
+    """The examples of a chunk, ready to pack.
 
     Attributes:
         tokens: within `max_length`, each with something to train.
@@ -98,15 +98,15 @@ class PreparedPiece:
         return {REJECTS_NAME: rejects, DROPPED_NAME: encode_lines(self.dropped), COUNTED_NAME: counted}
 
 
-def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
-    """Read, convert, render, encode, mask and cut the rows of one piece."""
+def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
+    """Read, convert, render, encode, mask and cut the rows of one chunk."""
     job, config = stages.job, stages.job.config
-    rows, unreadable = read_slice(piece.slice, config.max_line_bytes)
-    converted = convert_rows(rows, job.formats[piece.source], job.options)
+    rows, unreadable = read_chunk(chunk, config.max_line_bytes)
+    converted = convert_rows(rows, job.formats[chunk.number], job.options)
     tokens, faults, tally, texts = tokenize(stages, converted)
     tokens, marker_faults = job.mask.flags(tokens, tally)
     faults = [*converted.faults, *faults, *marker_faults]
-    kept, cut = cut_length(job, piece, rows, tokens)
+    kept, cut = cut_length(job, chunk, rows, tokens)
 
     counted = {name: rows.example_ids[np.unique(indices)] for name, indices in tally.rows.items() if indices}
 
@@ -128,13 +128,13 @@ def prepare_piece(stages: Stages, piece: Piece) -> PreparedPiece:
     )
     ledger.count_lengths(tokens.lengths)
     ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
-    rejects = make_rejects(stages.names[piece.source], piece.slice, rows, unreadable, faults)
+    rejects = make_rejects(stages.names[chunk.number], chunk, rows, unreadable, faults)
     gone = [*((index, "formatter", None) for index in converted.filtered.tolist()), *cut.dropped]
-    dropped = make_dropped(stages.names[piece.source], piece.slice, rows, gone)
-    return PreparedPiece(kept, rows.example_ids[kept.row], ledger, rejects, dropped, counted, texts)
+    dropped = make_dropped(stages.names[chunk.number], chunk, rows, gone)
+    return PreparedChunk(kept, rows.example_ids[kept.row], ledger, rejects, dropped, counted, texts)
 
 
-def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tuple[TokenBatch, LengthCounts]:
+def cut_length(job: Job, chunk: Chunk, rows: RowBatch, tokens: TokenBatch) -> tuple[TokenBatch, LengthCounts]:
     """Apply the over-long policy; the one cut stream of `wrapped` has room for any example.
 
     Raises:
@@ -144,7 +144,7 @@ def cut_length(job: Job, piece: Piece, rows: RowBatch, tokens: TokenBatch) -> tu
     try:
         return limit_length(tokens, limit, job.config.overlong, packed=job.packed)
     except OverlongError as error:
-        where = piece.slice.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
+        where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
@@ -173,14 +173,14 @@ def tokenize(
 
 
 def make_dropped(
-    name: str, piece: Slice, rows: RowBatch, gone: list[tuple[int, str, int | None]]
+    name: str, chunk: Chunk, rows: RowBatch, gone: list[tuple[int, str, int | None]]
 ) -> list[Dropped]:
     """Return what is listed of rows that are left out: index in the batch, reason and tokens of each."""
     return [
         Dropped(
             file=name,
-            line=piece.line_of(int(rows.lines[index])),
-            record=piece.record_of(int(rows.example_ids[index])),
+            line=chunk.line_of(int(rows.lines[index])),
+            record=chunk.record_of(int(rows.example_ids[index])),
             reason=reason,
             tokens=tokens,
         )
@@ -189,9 +189,9 @@ def make_dropped(
 
 
 def make_rejects(
-    name: str, piece: Slice, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]
+    name: str, chunk: Chunk, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]
 ) -> list[Reject]:
-    """Return the rejects of a piece in the order of their rows; a formatter's rows come as they were read."""
+    """Return the rejects of a chunk in the order of their rows; a formatter's rows come as they were read."""
     rejects = [(row.example_id, row.line, row.byte_offset, row.fault, row.raw) for row in unreadable] + [
         (
             int(rows.example_ids[index]),
@@ -205,8 +205,8 @@ def make_rejects(
     return [
         Reject(
             file=name,
-            line=piece.line_of(line),
-            record=piece.record_of(example_id),
+            line=chunk.line_of(line),
+            record=chunk.record_of(example_id),
             byte_offset=offset,
             code=fault.code,
             reason=fault.reason,

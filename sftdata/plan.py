@@ -1,7 +1,7 @@
-"""Decide everything before the first row is prepared: sources, formats, chat template, tokenizer, length, slices.
+"""Decide everything before the first row is prepared: sources, formats, template, tokenizer, mask, length, tasks.
 
-A `Job` says how rows become tokens, a `Task` names the rows of one shard. Both are small and travel to worker processes; nothing
-in them depends on how many there are.
+A `Job` says how rows become tokens, a `ShardTask` names the rows of one shard. Both are small and travel to
+worker processes; nothing in them depends on how many there are.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from sftdata.places import Unit
 from sftdata.read import planning
 from sftdata.read.fields import FormatOptions
 from sftdata.read.planning import Say, grouped, short_names, told
-from sftdata.read.source import Slice, SourcePlan
+from sftdata.read.source import Chunk, SourcePlan
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.shardset.manifest import Manifest
 
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 TASKS_WANTED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all slices share.
+    """What all shard tasks share.
 
     Attributes:
         config: the settings, `max_length` filled in.
@@ -69,19 +69,11 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of one source, small enough to be one batch."""
-
-    source: int
-    slice: Slice
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What becomes one shard: pieces that follow each other in the input."""
+class ShardTask:
+    """What becomes one shard: chunks that follow each other in the input, each small enough to be one batch."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +86,15 @@ class Plan:
     """
 
     job: Job
-    tasks: tuple[Task, ...]
+    tasks: tuple[ShardTask, ...]
     sources: tuple[SourcePlan, ...]
     notes: tuple[str, ...]
 
     @property
     def size(self) -> int:
         """Bytes of the input, decompressed."""
-        return sum(
-            _size(self.sources[piece.source], piece.slice) for task in self.tasks for piece in task.pieces
-        )
+        chunks = (chunk for task in self.tasks for chunk in task.chunks)
+        return sum(_size(self.sources[chunk.number], chunk) for chunk in chunks)
 
     def locate(self, example_id: int) -> tuple[str, int, Unit]:
         """Return the path, the 1-based number of an example's row in it, and what is numbered."""
@@ -183,7 +174,7 @@ def make_plan(
 
 def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans and what was left out."""
-    sizes = min(PIECE_BYTES, config.slice_bytes), config.max_line_bytes
+    sizes = min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes
     return planning.plan_inputs(config.inputs, config.split, config.subset, sizes, say)
 
 
@@ -232,24 +223,24 @@ def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
     return other.chat_template, [token.content for token in other.added_tokens], other.eos_token
 
 
-def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[Task, ...]:
-    """Join pieces to tasks by size alone: about sixteen, each of at least a piece and at most `slice_bytes`."""
-    pieces = [Piece(number, piece) for number, source in enumerate(sources) for piece in source.slices]
-    sizes = [_size(sources[piece.source], piece.slice) for piece in pieces]
-    wanted = min(slice_bytes, max(PIECE_BYTES, sum(sizes) // TASKS_WANTED))
-    groups: list[list[Piece]] = []
+def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTask, ...]:
+    """Join chunks to tasks by size alone: about sixteen, each of at least a chunk and at most `slice_bytes`."""
+    chunks = [chunk for source in sources for chunk in source.chunks]
+    sizes = [_size(sources[chunk.number], chunk) for chunk in chunks]
+    wanted = min(slice_bytes, max(CHUNK_BYTES, sum(sizes) // TASKS_WANTED))
+    groups: list[list[Chunk]] = []
     filled = wanted
-    for piece, size in zip(pieces, sizes, strict=True):
+    for chunk, size in zip(chunks, sizes, strict=True):
         if filled >= wanted:
             groups.append([])
             filled = 0
-        groups[-1].append(piece)
+        groups[-1].append(chunk)
         filled += size
-    return tuple(Task(index, tuple(group)) for index, group in enumerate(groups))
+    return tuple(ShardTask(index, tuple(group)) for index, group in enumerate(groups))
 
 
-def _size(source: SourcePlan, piece: Slice) -> int:
-    """Return the size of a piece in bytes; rows of a columnar source count by their share of the file."""
+def _size(source: SourcePlan, chunk: Chunk) -> int:
+    """Return the size of a chunk in bytes; rows of a columnar source count by their share of the file."""
     if source.source.container in ("parquet", "arrow", "saved", "hub"):
-        return (piece.stop - piece.start) * max(source.raw_bytes, source.records) // max(source.records, 1)
-    return piece.stop - piece.start  # bytes of the decompressed stream
+        return (chunk.stop - chunk.start) * max(source.raw_bytes, source.records) // max(source.records, 1)
+    return chunk.stop - chunk.start  # bytes of the decompressed stream

@@ -16,15 +16,15 @@ from sftdata.config import PrepareConfig
 from sftdata.engine.local import usable_cores
 from sftdata.errors import DataError
 from sftdata.pack import plan_packs
-from sftdata.pipeline import PreparedPiece, prepare_piece
+from sftdata.pipeline import PreparedChunk, prepare_chunk
 from sftdata.places import Unit, place
-from sftdata.plan import Piece, Plan, make_plan
-from sftdata.read.source import Slice, read_slice
+from sftdata.plan import Plan, make_plan
+from sftdata.read.source import Chunk, read_chunk
 from sftdata.shardset.ledger import Ledger
 from sftdata.stages import load_shared, load_stages
 
 PART = 0.25  # of each stretch of a large input
-IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose slices are counted in bytes, not in rows
+IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose chunks are counted in bytes, not in rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,24 +145,24 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     """
     plan = make_plan(config)
     load_shared(plan.job)  # takes as long for any input, so it is no part of the seconds
-    stages, sample = load_stages(plan.job), sample_pieces(plan)
+    stages, sample = load_stages(plan.job), sample_chunks(plan)
     began = time.monotonic()
-    pieces = [prepare_piece(stages, taken) for taken in sample]
+    chunks = [prepare_chunk(stages, taken) for taken in sample]
     seconds = time.monotonic() - began
     ledger = Ledger()
-    for piece in pieces:
-        ledger.merge(piece.ledger)
+    for chunk in chunks:
+        ledger.merge(chunk.ledger)
     if not ledger.rows_in:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
-    lengths = np.concatenate([piece.tokens.lengths for piece in pieces]) if pieces else np.zeros(0, np.int64)
+    lengths = np.concatenate([chunk.tokens.lengths for chunk in chunks]) if chunks else np.zeros(0, np.int64)
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.max_length if plan.job.packed else int(lengths.sum())
     return Preview(
-        examples=[example for piece in pieces for example in _examples(plan, piece)][
-            :: _stride(pieces, number)
+        examples=[example for chunk in chunks for example in _examples(plan, chunk)][
+            :: _stride(chunks, number)
         ][:number],
         ledger=ledger,
-        rejects=[f"{reject.place}: {reject.reason}" for piece in pieces for reject in piece.rejects],
+        rejects=[f"{reject.place}: {reject.reason}" for chunk in chunks for reject in chunk.rejects],
         share=_share(plan, sample),
         records=sum(source.records for source in plan.sources),
         seconds=seconds,
@@ -174,41 +174,41 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     )
 
 
-def sample_pieces(plan: Plan) -> list[Piece]:
+def sample_chunks(plan: Plan) -> list[Chunk]:
     """Return small stretches of every source, evenly spaced: all of a small input, the beginning of each of a large one."""
-    found = [Piece(number, piece) for number, source in enumerate(plan.sources) for piece in source.samples]
+    found = [chunk for source in plan.sources for chunk in source.samples]
     if _share(plan, found) == 1:
         return found
-    return [replace(piece, slice=_beginning(piece.slice, plan.job.config.max_line_bytes)) for piece in found]
+    return [_beginning(chunk, plan.job.config.max_line_bytes) for chunk in found]
 
 
-def _beginning(stretch: Slice, max_line_bytes: int) -> Slice:
+def _beginning(stretch: Chunk, max_line_bytes: int) -> Chunk:
     """Return a part of a stretch, cut between rows: many rows of one place tell little more than a few.
 
     The same part of each, so that no place counts for more than another.
     """
     wanted = stretch.start + max(1, round((stretch.stop - stretch.start) * PART))
     if stretch.source.container in IN_BYTES:
-        starts = read_slice(stretch, max_line_bytes)[0].byte_offsets
+        starts = read_chunk(stretch, max_line_bytes)[0].byte_offsets
         wanted = next((start for start in starts.tolist() if start >= wanted), stretch.stop)
     return replace(stretch, stop=wanted, records=None)
 
 
-def _share(plan: Plan, sample: list[Piece]) -> float:
-    def size(pieces: Iterable[Slice]) -> int:
-        return sum(piece.stop - piece.start for piece in pieces)
+def _share(plan: Plan, sample: list[Chunk]) -> float:
+    def size(chunks: Iterable[Chunk]) -> int:
+        return sum(chunk.stop - chunk.start for chunk in chunks)
 
-    whole = sum(size(source.slices) for source in plan.sources)
-    return min(1.0, size(piece.slice for piece in sample) / whole) if whole else 1.0
-
-
-def _stride(pieces: list[PreparedPiece], number: int) -> int:
-    return max(1, sum(len(piece.tokens) for piece in pieces) // number)
+    whole = sum(size(source.chunks) for source in plan.sources)
+    return min(1.0, size(sample) / whole) if whole else 1.0
 
 
-def _examples(plan: Plan, piece: PreparedPiece) -> Iterator[Example]:
-    tokens = piece.tokens
-    for index, example_id in enumerate(piece.example_ids.tolist()):
+def _stride(chunks: list[PreparedChunk], number: int) -> int:
+    return max(1, sum(len(chunk.tokens) for chunk in chunks) // number)
+
+
+def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
+    tokens = chunk.tokens
+    for index, example_id in enumerate(chunk.example_ids.tolist()):
         span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
         labels = np.where(tokens.trained[span], tokens.input_ids[span], -100).astype(np.int32)
         yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)

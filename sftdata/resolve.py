@@ -22,7 +22,7 @@ from sftdata.masks.markers import check_markers
 from sftdata.masks.texts import render_rows
 from sftdata.plan import make_plan
 from sftdata.read.convert import convert_rows
-from sftdata.read.source import read_slice
+from sftdata.read.source import read_chunk
 from sftdata.stages import Stages
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -92,8 +92,8 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
     stages = Stages(plan.job)
     texts: list[str] = []
     for number, source in enumerate(plan.sources):
-        for piece in source.slices:
-            batch = read_slice(piece, config.max_line_bytes)[0]
+        for chunk in source.chunks:
+            batch = read_chunk(chunk, config.max_line_bytes)[0]
             converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
             rendered = render_rows(converted.rows, converted.row, stages.renderer)
             texts += [

@@ -1,4 +1,4 @@
-"""A run, from its settings to a finished set: plan, map `prepare_slice` over the slices on any engine, the manifest last.
+"""A run, from its settings to a finished set: plan, map `prepare_shard` over the tasks on any engine, the manifest last.
 
 What happens to the rows stands in pipeline.py. Here is what happens around them: an old set, an unfinished one, a choice of
 engine, the limits of loss, and the manifest.
@@ -21,9 +21,9 @@ from sftdata.engine.local import Workers
 from sftdata.errors import DataError, UsageError
 from sftdata.launch import WORTH_A_FAST_ENGINE
 from sftdata.paths import behind_links, without_folders
-from sftdata.pipeline import prepare_slice
+from sftdata.pipeline import prepare_shard
 from sftdata.plan import Plan, make_plan
-from sftdata.shardset.build import Build, SliceResult, finished_set
+from sftdata.shardset.build import Build, ShardResult, finished_set
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import DROPPED_NAME
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
@@ -42,7 +42,7 @@ UNTRAINED_FIXES = {
 ROW_BYTES = 8  # an id and a label for each token of a row
 PADDING_NOTED = 1 << 23  # tokens
 
-Progress = Callable[[SliceResult, int], None]
+Progress = Callable[[ShardResult, int], None]
 
 
 def prepare(
@@ -51,16 +51,16 @@ def prepare(
     progress: Progress | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
-    """Build a set: plan, prepare every slice that is not done, write the manifest, put the set in its place.
+    """Build a set: plan, prepare every task that is not done, write the manifest, put the set in its place.
 
     Args:
         config: the settings.
         workers: of `launch.start_workers`.
-        progress: called after each slice with its result and the number of slices that this run has to do.
+        progress: called after each task with its result and the number of tasks that this run has to do.
         say: told, in one sentence each, what was decided for the user.
 
     Raises:
-        SftError: whatever stops the run; finished slices are kept, and the same command goes on from there.
+        SftError: whatever stops the run; finished tasks are kept, and the same command goes on from there.
     """
     config = config.model_copy(update={"output": behind_links(config.output)})
     old = finished_set(config.output, overwrite=config.overwrite)
@@ -108,7 +108,7 @@ def build_set(
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
-            results, agreed = run_slices(plan, done, workers, progress)
+            results, agreed = run_tasks(plan, done, workers, progress)
             if not agreed:
                 say(
                     f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
@@ -116,25 +116,25 @@ def build_set(
                 build.clear()
                 plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
                 build.start(plan.identity(), overwrite=True)
-                results, _ = run_slices(plan, {}, workers, progress)
+                results, _ = run_tasks(plan, {}, workers, progress)
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
 def with_engine(plan: Plan) -> tuple[Plan, str]:
-    """Choose the tokenizer engine; return the plan with it, and why. Each slice checks it again on its own texts."""
+    """Choose the tokenizer engine; return the plan with it, and why. Each task checks it again on its own texts."""
     engine, why = choose_engine(
         plan.job.tokenizer, plan.job.config.engine, worth_it=plan.size >= WORTH_A_FAST_ENGINE
     )
     return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
-def run_slices(
-    plan: Plan, done: dict[int, SliceResult], workers: Workers, progress: Progress | None
-) -> tuple[list[SliceResult], bool]:
-    """Prepare the slices that are not done; return all results in order, and whether the engine equals the oracle on samples."""
+def run_tasks(
+    plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: Progress | None
+) -> tuple[list[ShardResult], bool]:
+    """Prepare the tasks that are not done; return all results in order, and whether the engine equals the oracle on samples."""
     todo = [task for task in plan.tasks if task.index not in done]
-    coming = workers.map(prepare_slice, plan.job, todo, load_shared)
-    # Loaded here and now, while the workers get ready: one oracle serves all slices.
+    coming = workers.map(prepare_shard, plan.job, todo, load_shared)
+    # Loaded here and now, while the workers get ready: one oracle serves all tasks.
     oracle = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
     results, agreed = {}, True
     for result in chain(done.values(), coming):
@@ -146,8 +146,8 @@ def run_slices(
     return [results[task.index] for task in plan.tasks], agreed
 
 
-def conclude(plan: Plan, results: list[SliceResult], build: Build) -> Manifest:
-    """Merge what the slices counted, hold it against the limits, and say what the set is.
+def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
+    """Merge what the tasks counted, hold it against the limits, and say what the set is.
 
     Raises:
         DataError: too many rejected rows, or nothing to train on.

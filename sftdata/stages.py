@@ -1,4 +1,4 @@
-"""The loaded stages of a job: what a worker process builds once and every slice goes through."""
+"""The loaded stages of a job: what a worker process builds once and every task goes through."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Stages:
     def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
         """Return windows of some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
 
-        Whoever waits for the slice holds them against the oracle, which then need not be loaded here.
+        Whoever waits for the task holds them against the oracle, which then need not be loaded here.
         """
         if not texts or self.encoder.engine == "tokenizers":
             return (), ""
@@ -90,7 +90,7 @@ def load_stages(job: Job) -> Stages:
 
 
 def load_shared(job: Job) -> None:
-    """Load the stages that every slice of a job needs."""
+    """Load the stages that every task of a job needs."""
     stages = load_stages(job)
     _ = stages.renderer, stages.encoder.strips_right
     if job.tokenizer.layout.kind != "none":

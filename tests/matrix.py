@@ -18,7 +18,7 @@ from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from tests.chats import WEATHER
 from tests.oracles.char_masks import Format, Unsure, trained_spans
 
@@ -169,7 +169,7 @@ def read_shapes(folder: Path) -> dict[str, Conversation | str]:
     path = folder / "shapes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in SHAPES.values()))
     plan = plan_source(open_source(str(path)), 0, 1 << 30)
-    batch, _ = read_slice(plan.slices[0])
+    batch, _ = read_chunk(plan.chunks[0])
     converted = convert_rows(batch, "messages", FormatOptions())
     names = list(SHAPES)
     found: dict[str, Conversation | str] = {names[index]: fault.code for index, fault in converted.faults}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sftdata.outlet import json_visible, one_line, unguarded
-from sftdata.shardset.build import SliceResult
+from sftdata.shardset.build import ShardResult
 from sftdata.shardset.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Talk:
         print_line(sentence, err=True)
         sys.stderr.flush()
 
-    def progress(self, result: SliceResult, slices: int) -> None:
+    def progress(self, result: ShardResult, slices: int) -> None:
         """Count one finished slice of `slices`."""
         self._done += 1
         self._tokens += result.ledger.tokens

@@ -1,6 +1,6 @@
-"""Run slices on the cores of this machine: worker processes that take whole slices, forked from one clean leader.
+"""Run tasks on the cores of this machine: worker processes that take whole tasks, forked from one clean leader.
 
-    this process ── spawns ──> leader: imports, loads what all slices share ── forks ──> workers
+    this process ── spawns ──> leader: imports, loads what all tasks share ── forks ──> workers
 
 The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is copied; what it loaded
 is in memory once, however many workers there are. Results come back as they finish: nothing about a set depends on their order.
@@ -39,7 +39,7 @@ def usable_cores() -> int:
 
 
 class Workers:
-    """Processes that take whole slices; none are started for one worker or one task.
+    """Processes that take whole tasks; none are started for one worker or one task.
 
     Args:
         number: how many.
@@ -58,7 +58,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         if self._channel is not None:
-            self._channel.close()  # tells the leader that nobody waits any more; slices begun are finished
+            self._channel.close()  # tells the leader that nobody waits any more; tasks begun are finished
         if self._leader is not None:
             self._leader.join()
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
 from sftdata.read.elements import Begins, DamagedArrayError, Element, Elements
 from sftdata.read.jsonrows import parse_row
 from sftdata.read.lines import SHOWN_BYTES, too_long
-from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
 
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -58,10 +58,10 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> Marks:
     return Marks(positions, records, end, total, slice_bytes, *raw, anchors, notes, seal=count.blocks.seal())
 
 
-def read_array(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
-    """Parse the elements of a slice."""
-    found = Gathered(piece)
-    for record, element in enumerate(_elements(piece, max_line_bytes), piece.first_record):
+def read_array(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+    """Parse the elements of a chunk."""
+    found = Gathered(chunk)
+    for record, element in enumerate(_elements(chunk, max_line_bytes), chunk.first_record):
         if element.length > max_line_bytes:
             found.reject(
                 too_long(element.length, max_line_bytes), element.text[:SHOWN_BYTES], record, element.start
@@ -75,15 +75,15 @@ def read_array(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unread
     return found.finish()
 
 
-def _elements(piece: Slice, limit: int) -> Iterator[Element]:
-    """Return the elements of a slice: all at once where they are sound and of usual size."""
-    blocks = read_range(piece)
-    if piece.stop - piece.start <= limit:
+def _elements(chunk: Chunk, limit: int) -> Iterator[Element]:
+    """Return the elements of a chunk: all at once where they are sound and of usual size."""
+    blocks = read_range(chunk)
+    if chunk.stop - chunk.start <= limit:
         text = b"".join(blocks)
         with suppress(msgspec.DecodeError, RecursionError):
-            return _located(text, piece.start, _split(b"[" + text.rstrip(b", \t\r\n") + b"]"))
+            return _located(text, chunk.start, _split(b"[" + text.rstrip(b", \t\r\n") + b"]"))
         blocks = iter([text])
-    return iter(Elements(blocks, piece.start, limit, _among(piece.anchors)))
+    return iter(Elements(blocks, chunk.start, limit, _among(chunk.anchors)))
 
 
 def _located(text: bytes, offset: int, values: list[msgspec.Raw]) -> Iterator[Element]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
 from sftdata.read.lines import SHOWN_BYTES, parse_text, split_lines, too_long
-from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
 
 RECORD_LIMIT = 16 << 20  # a longer record is not held, bytes
@@ -65,15 +65,15 @@ def plan_delimited(source: Source, slice_bytes: int) -> Marks:
     return Marks(starts, numbers, end, total, slice_bytes, *raw, lines=texts, seal=count.blocks.seal())
 
 
-def read_delimited(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
-    """Parse the records of a slice into dicts of strings."""
-    found = Gathered(piece)
-    source, limit = piece.source, min(max_line_bytes, RECORD_LIMIT)
+def read_delimited(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+    """Parse the records of a chunk into dicts of strings."""
+    found = Gathered(chunk)
+    source, limit = chunk.source, min(max_line_bytes, RECORD_LIMIT)
     records = records_of(
-        read_range(piece), piece.start, source.delimiter, RECORD_LIMIT, partial(read_range, piece)
+        read_range(chunk), chunk.start, source.delimiter, RECORD_LIMIT, partial(read_range, chunk)
     )
-    line = piece.first_line
-    for record, (offset, text, length, closed, lines) in enumerate(records, piece.first_record):
+    line = chunk.first_line
+    for record, (offset, text, length, closed, lines) in enumerate(records, chunk.first_record):
         row: dict[str, str] | Fault | None
         if length > limit + 1:
             row = too_long(length, limit) if limit == max_line_bytes else _too_long_for_csv(length)

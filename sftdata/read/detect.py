@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sftdata.errors import UsageError, did_you_mean, nearest
+from sftdata.read.chunks import SourcePlan, Unreadable
 from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.near_misses import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
 from sftdata.read.odd_values import explain_odd_value
 from sftdata.read.preferences import UNJUDGED, is_unanswered_preference
-from sftdata.read.slices import SourcePlan, Unreadable
-from sftdata.read.source import read_slice
+from sftdata.read.source import read_chunk
 
 Names = tuple[tuple[str, str], ...]  # (canonical column, column in the data)
 Reading = tuple[str, Names]  # a format, and where it finds its columns
@@ -164,8 +164,8 @@ def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Unr
     rows: list[dict[str, Any]] = []
     unreadable: list[Unreadable] = []
     for plan in plans:
-        for piece in plan.samples:
-            batch, bad = read_slice(piece, plan.max_line_bytes)
+        for chunk in plan.samples:
+            batch, bad = read_chunk(chunk, plan.max_line_bytes)
             rows += [{LINE: row} if isinstance(row, str) else row for row in batch.rows]
             unreadable += bad
     return rows, unreadable

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from sftdata.read.chunks import GRAIN_BYTES
 from sftdata.read.lines import SHOWN_BYTES
 from sftdata.read.nesting import Nesting, brackets_end
-from sftdata.read.slices import GRAIN_BYTES
 from sftdata.read.streams import BLOCK_BYTES, in_pieces
 
 Begins = Callable[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftdata.errors import UsageError
 from sftdata.extras import need
-from sftdata.read.slices import Source
+from sftdata.read.chunks import Source
 from sftdata.read.splits import several_splits, wrong_split
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
 from sftdata.read.jsonrows import parse_row
-from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import RawCount, read_all, read_range
 
 SHOWN_BYTES = 1000  # of a line that is too long to keep
@@ -76,13 +76,13 @@ def too_long(length: int, limit: int) -> Fault:
     return Fault("line-too-long", what, "split the row, or raise the limit with --set max_line_bytes=N.")
 
 
-def read_lines(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
-    """Parse the lines of a slice; blank lines use up an id but are no rows."""
-    parse = parse_text if piece.source.container == "text" else parse_row
-    found = Gathered(piece)
-    offset = piece.start
-    blocks = read_range(piece)
-    for record, (line, length) in enumerate(split_lines(blocks, max_line_bytes), piece.first_record):
+def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+    """Parse the lines of a chunk; blank lines use up an id but are no rows."""
+    parse = parse_text if chunk.source.container == "text" else parse_row
+    found = Gathered(chunk)
+    offset = chunk.start
+    blocks = read_range(chunk)
+    for record, (line, length) in enumerate(split_lines(blocks, max_line_bytes), chunk.first_record):
         if length - 1 > max_line_bytes:
             found.reject(too_long(length, max_line_bytes), line[:SHOWN_BYTES], record, offset)
         elif line and not line.isspace():

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from sftdata.errors import UsageError
 from sftdata.paths import written
+from sftdata.read.chunks import SourcePlan
 from sftdata.read.inputs import find_inputs, is_hub_id, joined
 from sftdata.read.selection import select_rows
-from sftdata.read.slices import SourcePlan
 from sftdata.read.source import open_source, plan_source, plan_sources
 from sftdata.read.splits import choose_files
 
@@ -70,11 +70,11 @@ def plan_inputs(
 
 
 def numbered(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
-    """Return the plans with example ids that run on from one to the next."""
+    """Return the plans with numbers and example ids that run on from one to the next."""
     found: list[SourcePlan] = []
     base_id = 0
-    for plan in plans:
-        found.append(plan.moved(base_id))
+    for number, plan in enumerate(plans):
+        found.append(plan.placed(number, base_id))
         base_id += plan.records
     return found
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from sftdata.batches import Int64
 from sftdata.extras import need
-from sftdata.read.slices import Slice, SourcePlan
-from sftdata.read.source import read_slice
+from sftdata.read.chunks import Chunk, SourcePlan
+from sftdata.read.source import read_chunk
 from sftdata.read.splits import Chosen, wrong_split
 
 
@@ -47,8 +47,8 @@ def select_rows(name: str, chosen: Chosen, plans: dict[int, SourcePlan]) -> list
 def _records_with_rows(plan: SourcePlan) -> Int64:
     """int64[N]: the records, from 0, that hold a row, readable or not; blank lines hold none."""
     found = [np.zeros(0, np.int64)]
-    for piece in plan.slices:
-        batch, bad = read_slice(piece, plan.max_line_bytes)
+    for chunk in plan.chunks:
+        batch, bad = read_chunk(chunk, plan.max_line_bytes)
         ids = np.sort(
             np.concatenate([batch.example_ids, np.array([row.example_id for row in bad], np.int64)])
         )
@@ -59,13 +59,13 @@ def _records_with_rows(plan: SourcePlan) -> Int64:
 def _cut(plan: SourcePlan, first: int, stop: int) -> SourcePlan:
     """Return the plan with its records `first:stop` alone."""
 
-    def inside(pieces: Sequence[Slice]) -> tuple[Slice, ...]:
-        ends = [*(piece.first_record for piece in pieces[1:]), plan.records]
+    def inside(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
+        ends = [*(chunk.first_record for chunk in chunks[1:]), plan.records]
         kept = (
-            piece
-            for piece, end in zip(pieces, ends, strict=True)
-            if piece.first_record < stop and end > first
+            chunk
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.first_record < stop and end > first
         )
-        return tuple(replace(piece, only=(first, stop)) for piece in kept)
+        return tuple(replace(chunk, only=(first, stop)) for chunk in kept)
 
-    return replace(plan, slices=inside(plan.slices), samples=inside(plan.samples))
+    return replace(plan, chunks=inside(plan.chunks), samples=inside(plan.samples))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from sftdata.errors import UsageError
+from sftdata.read.chunks import Compression, Container, Source
 from sftdata.read.headers import find_header
-from sftdata.read.slices import Compression, Container, Source
 from sftdata.read.streams import RawCount, compression_of, read_all
 from sftdata.read.unchanged import block_hashes
 

@@ -1,6 +1,6 @@
-"""Open an input, plan it in one pass, and read its slices: the face of `sftdata.read` towards the pipeline.
+"""Open an input, plan it in one pass, and read its chunks: the face of `sftdata.read` towards the pipeline.
 
-names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_slice ──> RowBatch, Unreadable
+names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_chunk ──> RowBatch, Unreadable
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 from sftdata.batches import RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.read.arrays import plan_array, read_array
+from sftdata.read.chunks import Chunk, Marks, Source, SourcePlan, Unreadable, make_plan
 from sftdata.read.delimited import plan_delimited, read_delimited
 from sftdata.read.folders import is_saved_dataset
 from sftdata.read.inputs import expand_inputs, is_hub_id, is_url
 from sftdata.read.lines import plan_lines, read_lines
-from sftdata.read.slices import Marks, Slice, Source, SourcePlan, Unreadable, make_plan
 from sftdata.read.sniff import sniff
 from sftdata.read.streams import RawCount, read_all
 from sftdata.read.tables import plan_table, read_table
 
 __all__ = [
-    "Slice",
+    "Chunk",
     "Source",
     "SourcePlan",
     "Unreadable",
@@ -31,7 +31,7 @@ __all__ = [
     "open_source",
     "plan_source",
     "plan_sources",
-    "read_slice",
+    "read_chunk",
 ]
 
 
@@ -55,12 +55,12 @@ def open_source(path: str, *, split: str | None = None, subset: str | None = Non
 def plan_source(
     source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
 ) -> SourcePlan:
-    """Read a source once: hash it, count its records, and cut it into slices by size alone.
+    """Read a source once: hash it, count its records, and cut it into chunks by size alone.
 
     Args:
         base_id: example id of its first record.
-        slice_bytes: bytes of the decompressed stream (or of the file, for columnar sources) per slice.
-        max_line_bytes: a longer row is not held; the same as for `read_slice`.
+        slice_bytes: bytes of the decompressed stream (or of the file, for columnar sources) per chunk.
+        max_line_bytes: a longer row is not held; the same as for `read_chunk`.
 
     Raises:
         IntegrityError: a damaged compressed stream.
@@ -91,32 +91,32 @@ def plan_sources(
     return plans
 
 
-def read_slice(piece: Slice, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
-    """Return the rows of a slice, and the rows that could not be parsed.
+def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
+    """Return the rows of a chunk, and the rows that could not be parsed.
 
     Raises:
         InputChangedError: the source holds other bytes than when it was planned.
     """
-    found = _read_whole(piece, max_line_bytes)
-    return found if piece.only is None else _only(piece, *found)
+    found = _read_whole(chunk, max_line_bytes)
+    return found if chunk.only is None else _only(chunk, *found)
 
 
-def _read_whole(piece: Slice, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
-    match piece.source.container:
+def _read_whole(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+    match chunk.source.container:
         case "jsonl" | "text":
-            return read_lines(piece, max_line_bytes)
+            return read_lines(chunk, max_line_bytes)
         case "json":
-            return read_array(piece, max_line_bytes)
+            return read_array(chunk, max_line_bytes)
         case "csv":
-            return read_delimited(piece, max_line_bytes)
+            return read_delimited(chunk, max_line_bytes)
         case _:
-            return read_table(piece)
+            return read_table(chunk)
 
 
-def _only(piece: Slice, batch: RowBatch, unreadable: list[Unreadable]) -> tuple[RowBatch, list[Unreadable]]:
+def _only(chunk: Chunk, batch: RowBatch, unreadable: list[Unreadable]) -> tuple[RowBatch, list[Unreadable]]:
     """Keep the rows of the records that are meant."""
-    assert piece.only is not None
-    first, stop = (piece.first_id - piece.first_record + record for record in piece.only)
+    assert chunk.only is not None
+    first, stop = (chunk.first_id - chunk.first_record + record for record in chunk.only)
     keep = np.flatnonzero((batch.example_ids >= first) & (batch.example_ids < stop))
     rows = [batch.rows[index] for index in keep.tolist()]
     kept = RowBatch(rows, batch.example_ids[keep], batch.lines[keep], batch.byte_offsets[keep])

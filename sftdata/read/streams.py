@@ -1,7 +1,7 @@
 """Bytes of a source, decompressed, from anywhere to anywhere; damage is an error that names the file.
 
-A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that takes slices
-in increasing order decompresses a file once, not once per slice.
+A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that takes chunks
+in increasing order decompresses a file once, not once per chunk.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.read.chunks import Chunk, Compression, Source
 from sftdata.read.inputs import is_url
-from sftdata.read.slices import Compression, Slice, Source
 from sftdata.read.unchanged import BLOCK_BYTES as HASHED_BYTES
 from sftdata.read.unchanged import BlockHashes, changed, unchanged
 
@@ -260,20 +260,20 @@ def _regrouped(blocks: Iterable[bytes]) -> Iterator[bytes]:
 _last: dict[Source, _Forward] = {}
 
 
-def read_range(piece: Slice, start: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a slice of the decompressed stream, in blocks.
+def read_range(chunk: Chunk, start: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a chunk of the decompressed stream, in blocks.
 
     Args:
-        start: where to begin; default: where the slice does.
+        start: where to begin; default: where the chunk does.
 
     Raises:
         InputChangedError: they are not those that were planned.
     """
-    assert piece.seal is not None
-    start = piece.start if start is None else start
-    if start < piece.stop:
-        blocks = _blocks_from(piece.source, start // HASHED_BYTES)
-        yield from unchanged(piece.source.path, blocks, piece.seal, start, piece.stop)
+    assert chunk.seal is not None
+    start = chunk.start if start is None else start
+    if start < chunk.stop:
+        blocks = _blocks_from(chunk.source, start // HASHED_BYTES)
+        yield from unchanged(chunk.source.path, blocks, chunk.seal, start, chunk.stop)
 
 
 def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
@@ -294,7 +294,7 @@ def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
 
 
 def close_streams() -> None:
-    """Close the stream kept open for the next slice."""
+    """Close the stream kept open for the next chunk."""
     for forward in _last.values():
         forward.stream.close()
     _last.clear()

@@ -1,4 +1,4 @@
-"""Columnar sources: Parquet, Arrow files and streams, datasets saved to disk, Hub datasets. A slice is a range of rows."""
+"""Columnar sources: Parquet, Arrow files and streams, datasets saved to disk, Hub datasets. A chunk is a range of rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sftdata.batches import RowBatch
 from sftdata.errors import Fault, UsageError
 from sftdata.paths import written
 from sftdata.read.arrowtypes import Convert, converters
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
 from sftdata.read.hub import load_dataset
 from sftdata.read.inputs import is_url
 from sftdata.read.lines import SHOWN_BYTES
-from sftdata.read.slices import GRAIN_BYTES, Gathered, Marks, Slice, Source, Unreadable
 from sftdata.read.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 from sftdata.read.unchanged import Stamp, changed, states_of
 
@@ -60,15 +60,15 @@ def _hashed(files: Sequence[str]) -> RawCount:
     return count
 
 
-def read_table(piece: Slice) -> tuple[RowBatch, list[Unreadable]]:
-    """Return the rows of a slice as dicts of JSON data.
+def read_table(chunk: Chunk) -> tuple[RowBatch, list[Unreadable]]:
+    """Return the rows of a chunk as dicts of JSON data.
 
     Raises:
         InputChangedError: the files hold other bytes than when they were planned.
     """
-    found = Gathered(piece)
-    rows, convert = _read_planned(piece)
-    for record, row in enumerate(rows, piece.start):
+    found = Gathered(chunk)
+    rows, convert = _read_planned(chunk)
+    for record, row in enumerate(rows, chunk.start):
         try:
             found.add(row | {name: to_json(row[name]) for name, to_json in convert.items()}, record, -1)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -84,16 +84,16 @@ def read_table(piece: Slice) -> tuple[RowBatch, list[Unreadable]]:
 _stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
 
 
-def _read_planned(piece: Slice) -> tuple[list[dict[str, Any]], dict[str, Convert]]:
+def _read_planned(chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Convert]]:
     """Read rows while the files are, before and after, those that were planned; return them with what makes them JSON data."""
-    if piece.stamp is None:
-        table = _open(piece.source)
-        return table.read(piece.start, piece.stop), table.converters
+    if chunk.stamp is None:
+        table = _open(chunk.source)
+        return table.read(chunk.start, chunk.stop), table.converters
     for _ in range(_ATTEMPTS):
-        stamp = _stamps.get(piece.stamp, piece.stamp)
+        stamp = _stamps.get(chunk.stamp, chunk.stamp)
         if stamp.holds():
-            table = _open(piece.source)
-            rows = table.read(piece.start, piece.stop)
+            table = _open(chunk.source)
+            rows = table.read(chunk.start, chunk.stop)
             if stamp.holds():
                 return rows, table.converters
         _open.cache_clear()  # what it holds may be mapped from what is gone
@@ -101,13 +101,13 @@ def _read_planned(piece: Slice) -> tuple[list[dict[str, Any]], dict[str, Convert
         again = Stamp(states_of(files), _hashed(files).hasher.hexdigest())
         if again.xxh3_128 != stamp.xxh3_128:
             break
-        _stamps[piece.stamp] = again
-    raise changed(piece.source.path)
+        _stamps[chunk.stamp] = again
+    raise changed(chunk.source.path)
 
 
 @lru_cache(maxsize=1)
 def _open(source: Source) -> _Table:
-    """Open a source; kept open between slices.
+    """Open a source; kept open between chunks.
 
     Raises:
         UsageError: the file or dataset cannot be opened, or is a shard of a finished set.

@@ -1,6 +1,6 @@
-"""Hold what a slice reads against what was planned, so that a set is made of the very bytes whose hash its manifest has.
+"""Hold what a chunk reads against what was planned, so that a set is made of the very bytes whose hash its manifest has.
 
-A stream of bytes is hashed block by block while it is planned, and each block again when a slice reads it: whatever was written
+A stream of bytes is hashed block by block while it is planned, and each block again when a chunk reads it: whatever was written
 in between is found, even in place, of the same length and with its old times. Columnar files are mapped by their libraries; there
 the state of the files is compared before and after each read, and they are hashed again where it differs.
 """

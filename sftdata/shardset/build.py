@@ -1,8 +1,8 @@
-"""A set while it is being built: `DIR.partial`, one record a finished slice, and one rename at the end.
+"""A set while it is being built: `DIR.partial`, one record a finished task, and one rename at the end.
 
     DIR.partial/
       plan.json             what is being built: another plan refuses to go on here
-      shard-00000.arrow     written by its slice, final from then on
+      shard-00000.arrow     written by its task, final from then on
       slices/00000.json     written after the slice's shard and its parts of the lists (00000.rejects.jsonl, ...): it is done
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
@@ -43,8 +43,8 @@ _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
 _NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 
 
-class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a finished slice gave.
+class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished task gave.
 
     Attributes:
         index: its number in the plan.
@@ -137,8 +137,8 @@ class Build:
                 self._refused.touch()
             raise
 
-    def start(self, plan: dict[str, Any], *, overwrite: bool) -> dict[int, SliceResult]:
-        """Begin or resume; return the slices that are done.
+    def start(self, plan: dict[str, Any], *, overwrite: bool) -> dict[int, ShardResult]:
+        """Begin or resume; return the tasks that are done.
 
         Args:
             plan: all that decides the bytes of the set, as plain JSON data, flat.
@@ -155,7 +155,7 @@ class Build:
             self.clear()
             return self._resume(plan, overwrite)
 
-    def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, SliceResult]:
+    def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, ShardResult]:
         path = self.folder / _PLAN
         before = self._begun()
         changed = (
@@ -222,15 +222,15 @@ class Build:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             (self.folder / _SLICES).mkdir()
 
-    def commit(self, result: SliceResult, lists: Mapping[str, bytes]) -> None:
-        """Record a finished slice, its shards already in place; `lists` are its lines of each of `LISTS`."""
+    def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> None:
+        """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
         for name in LISTS:
             write_atomic(self._part(result.index, name), partial(write_parts, [lists[name]]))
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
 
     def write_lists(self, slices: Sequence[int]) -> None:
-        """Join the slices' parts of the lists of rows, in order."""
+        """Join the tasks' parts of the lists of rows, in order."""
         for name in LISTS:
             with explained(self.folder / name):
                 parts = [self._part(index, name).read_bytes() for index in slices]
@@ -321,9 +321,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 
-def _read_result(path: Path) -> SliceResult:
+def _read_result(path: Path) -> ShardResult:
     try:
-        return msgspec.convert(_read_json(path), SliceResult, str_keys=True)
+        return msgspec.convert(_read_json(path), ShardResult, str_keys=True)
     except msgspec.ValidationError as error:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 

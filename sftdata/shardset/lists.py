@@ -1,4 +1,4 @@
-"""Lists of rows beside the shards, one JSON object a line: each slice writes its part, and the set joins them in order.
+"""Lists of rows beside the shards, one JSON object a line: each task writes its part, and the set joins them in order.
 
 rejects.jsonl   rows that cannot be used, with the row itself (rejects.py)
 dropped.jsonl   rows that were read and are not in the shards, with the reason
@@ -39,7 +39,7 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CountedRows(msgspec.Struct, frozen=True, kw_only=True):
-    """The rows that one slice added to a counter.
+    """The rows that one task added to a counter.
 
     Attributes:
         counter: its name in the ledger.
@@ -72,7 +72,7 @@ def runs_of(ids: Int64) -> list[tuple[int, int]]:
 
 
 def counted_rows(rows: Mapping[str, Int64]) -> Iterator[CountedRows]:
-    """Yield what one slice counted, by name; `rows` are example ids, int64[N], of each counter."""
+    """Yield what one task counted, by name; `rows` are example ids, int64[N], of each counter."""
     for name in sorted(rows):
         if len(rows[name]):
             yield CountedRows(counter=name, examples=runs_of(rows[name]))

@@ -17,7 +17,7 @@ from sftdata.read import delimited, elements, streams
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 from sftdata.render.template import ChatTemplate, choose_template, control_tokens
 from sftdata.shardset.manifest import read_manifest
@@ -156,16 +156,16 @@ def _read(
 ) -> tuple[list[tuple[int, str]], list[tuple[int, str]], int]:
     plan = plan_source(open_source(str(path)), 0, slice_bytes, limit)
     good, bad = [], []
-    for piece in plan.slices:
-        batch, unreadable = read_slice(piece, limit)
+    for piece in plan.chunks:
+        batch, unreadable = read_chunk(piece, limit)
         good += list(zip(batch.example_ids.tolist(), map(repr, batch.rows), strict=True))
         bad += [(row.example_id, row.fault.code) for row in unreadable]
     return good, bad, plan.records
 
 
 def _convert(path: Path, name: str) -> None:
-    for piece in plan_source(open_source(str(path)), 0, 1 << 20).slices:
-        batch, _ = read_slice(piece, 1 << 20)
+    for piece in plan_source(open_source(str(path)), 0, 1 << 20).chunks:
+        batch, _ = read_chunk(piece, 1 << 20)
         found = convert_rows(batch, name, FormatOptions())
         assert sorted([*found.row.tolist(), *(index for index, _ in found.faults)]) == list(
             range(len(batch.rows))

@@ -19,7 +19,7 @@ from sftdata.masks.turns import SpanFinder
 from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.render.template import ChatTemplate
 from tests.encoders import resolved
 from tests.oracles.char_masks import fixed_clock
@@ -56,8 +56,8 @@ def _conversations(path: Path) -> list[Conversation]:
     plan = plan_source(open_source(str(path)), 0, 1 << 30)
     reading = detect([plan])
     rows: list[Any] = []
-    for piece in plan.slices:
-        batch, _ = read_slice(piece)
+    for piece in plan.chunks:
+        batch, _ = read_chunk(piece)
         rows += convert_rows(batch, reading.format, FormatOptions()).rows
     return [row for row in rows if isinstance(row, Conversation)]
 

@@ -12,8 +12,8 @@ import pytest
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.pack import gather, plan_packs
-from sftdata.pipeline import prepare_piece
-from sftdata.plan import Piece, make_plan
+from sftdata.pipeline import prepare_chunk
+from sftdata.plan import make_plan
 from sftdata.stages import load_stages
 
 pytestmark = pytest.mark.slow
@@ -162,9 +162,9 @@ def made(source: str, **settings: Any) -> tuple[Any, ...]:
         plan.job.tokenizer.eos_id,
         plan.job.tokenizer.chat_template,
     ]
-    for index, planned in enumerate(plan.sources):
-        for piece in planned.slices:
-            done = prepare_piece(stages, Piece(index, piece))
+    for planned in plan.sources:
+        for piece in planned.chunks:
+            done = prepare_chunk(stages, piece)
             found.append([reject.code for reject in done.rejects])
             length, weighted = plan.job.max_length, config.loss_weights
             packs = plan_packs(done.tokens.lengths, length, config.packing)
@@ -303,7 +303,7 @@ def test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers(
     plan = make_plan(
         make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", packing="none", **settings)
     )
-    done = prepare_piece(load_stages(plan.job), Piece(0, plan.sources[0].slices[0]))
+    done = prepare_chunk(load_stages(plan.job), plan.sources[0].chunks[0])
     assert not done.rejects
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.batches import RowBatch
-from sftdata.read.slices import SourcePlan, Unreadable
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.chunks import SourcePlan, Unreadable
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -30,7 +30,7 @@ def read_in_slices(
         path = Path(folder) / name
         path.write_bytes(data)
         plan = plan_source(open_source(str(path)), 1000, slice_bytes)
-        read = [read_slice(piece) for piece in plan.slices]
+        read = [read_chunk(piece) for piece in plan.chunks]
         close_streams()
     return plan, read
 

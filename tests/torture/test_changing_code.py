@@ -77,14 +77,14 @@ def test_code_that_changes_while_a_run_begins_is_one_line(
     (here / "forms.py").write_text(KEEP)
     from sftdata import run
 
-    real = run.run_slices
+    real = run.run_tasks
 
     def change(*arguments: object) -> object:
         (here / "forms.py").write_text(DROP)
         load_formatter.cache_clear()
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "run_slices", change)
+    monkeypatch.setattr(run, "run_tasks", change)
     with pytest.raises(DataError, match="--formatter forms:f: its code changed while it was in use"):
         sftdata.prepare(**settings(data, here / "set", formatter="forms:f", workers=workers))
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 
 documents = st.recursive(
     st.none()
@@ -65,7 +65,7 @@ def written(table: pa.Table, kind: str, path: Path) -> list[Any]:
         with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(str(path), table.schema) as writer:
             writer.write_table(table)
     plan = plan_source(open_source(str(path)), 0, 64)
-    return [row for piece in plan.slices for row in read_slice(piece)[0].rows]
+    return [row for piece in plan.chunks for row in read_chunk(piece)[0].rows]
 
 
 @settings(deadline=None, max_examples=60)
@@ -112,7 +112,7 @@ def test_a_document_that_is_not_json_costs_its_row_alone(tmp_path: Path) -> None
     storage = pa.array(['{"a": 1}', "{", "2"], pa.string())
     pq.write_table(pa.table({"text": pa.ExtensionArray.from_storage(pa.json_(), storage)}), tmp_path / "rows")
     plan = plan_source(open_source(str(tmp_path / "rows")), 0, 1 << 20)
-    batch, bad = read_slice(plan.slices[0])
+    batch, bad = read_chunk(plan.chunks[0])
     assert [row["text"] for row in batch.rows] == [{"a": 1}, 2]
     assert [(row.line, row.fault.code) for row in bad] == [(2, "invalid-json")]
 
@@ -135,6 +135,6 @@ def test_saved_datasets_give_what_their_parquet_gives(tmp_path: Path) -> None:
     found = []
     for name in ("saved", "rows.parquet"):
         plan = plan_source(open_source(str(tmp_path / name)), 0, 1 << 20)
-        found.append([row for piece in plan.slices for row in read_slice(piece)[0].rows])
+        found.append([row for piece in plan.chunks for row in read_chunk(piece)[0].rows])
     assert found[0] == found[1]
     assert "extra" not in found[0][0]["messages"][0]

@@ -38,7 +38,7 @@ def committing(monkeypatch: pytest.MonkeyPatch, *, slices: int) -> Iterator[list
     """Let a run commit so many slices and then stop; the list takes their numbers."""
     real, done = build_module.Build.commit, list[int]()
 
-    def commit(build: build_module.Build, result: build_module.SliceResult, lists: dict[str, bytes]) -> None:
+    def commit(build: build_module.Build, result: build_module.ShardResult, lists: dict[str, bytes]) -> None:
         if len(done) == slices:
             raise Stopped
         real(build, result, lists)

@@ -19,7 +19,7 @@ from sftdata.read.convert import convert_rows
 from sftdata.read.detect import Detection, detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 
 # Written by hand from what the files hold: container; format and columns in their canonical order, or words of the refusal.
@@ -129,8 +129,8 @@ def test_a_real_file_is_read_as_what_it_is(name: str, shared_data: Path) -> None
 
 
 def rows_of(path: Path) -> list[Any]:
-    pieces = plan_source(open_source(str(path)), 0, 1 << 30).slices
-    rows = [row for piece in pieces for row in read_slice(piece)[0].rows]
+    pieces = plan_source(open_source(str(path)), 0, 1 << 30).chunks
+    rows = [row for piece in pieces for row in read_chunk(piece)[0].rows]
     close_streams()
     return rows
 
@@ -184,8 +184,8 @@ def test_the_fix_of_a_refusal_works(shared_data: Path) -> None:
     gorilla = shared_data / "datasets" / "tools" / "gorilla_openfunctions_v1_test.json"
     columns = {"answer": "model_answer"}
     assert detect_file(gorilla, columns=columns).format == "question-answer"
-    (piece,) = plan_source(open_source(str(gorilla)), 0, 1 << 30).slices
-    converted = convert_rows(read_slice(piece)[0], "question-answer", FormatOptions(columns=columns))
+    (piece,) = plan_source(open_source(str(gorilla)), 0, 1 << 30).chunks
+    converted = convert_rows(read_chunk(piece)[0], "question-answer", FormatOptions(columns=columns))
     assert (len(converted.rows), converted.faults, converted.unused) == (112, [], {"function": 112})
 
 
@@ -199,8 +199,8 @@ def test_every_row_of_a_real_file_is_converted_but_the_known_bad_ones(shared_dat
         if format_name not in FORMATS or "t0_train" in name:
             continue
         plan = plan_source(open_source(str(shared_data / "datasets" / name)), 0, 1 << 30)
-        for piece in plan.slices:
-            found = convert_rows(read_slice(piece)[0], format_name, FormatOptions())
+        for piece in plan.chunks:
+            found = convert_rows(read_chunk(piece)[0], format_name, FormatOptions())
             assert [fault.code for _, fault in found.faults] == known_bad.get(name, []), name
 
 
@@ -252,7 +252,7 @@ def test_two_readings_are_refused_with_the_flags_that_choose(kind: str, tmp_path
         found = detect_rows(tmp_path, [row] * 9, **chosen)
         assert found.format in str(caught.value)
         converted = convert_rows(
-            read_slice(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1000).slices[0])[0],
+            read_chunk(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1000).chunks[0])[0],
             found.format,
             FormatOptions(columns=chosen.get("columns", {})),
         )
@@ -331,9 +331,9 @@ def test_most_rows_decide_and_the_others_are_counted(tmp_path: Path) -> None:
         "alpaca (instruction, output) or alpaca (instruction, response)": 2,
         "no known format": 1,
     }
-    piece = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1 << 20).slices[0]
+    piece = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1 << 20).chunks[0]
     faults = [
-        fault.code for _, fault in convert_rows(read_slice(piece)[0], "messages", FormatOptions()).faults
+        fault.code for _, fault in convert_rows(read_chunk(piece)[0], "messages", FormatOptions()).faults
     ]
     assert faults == ["wrong-format"] * 5 + ["missing-column"]
 

@@ -15,7 +15,7 @@ from sftdata.read.convert import Converted, convert_rows
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
 from sftdata.read.prompts import ALPACA, PromptTemplate, load_prompt_template
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 
 CHAT = FormatOptions()
 PLAIN = FormatOptions(chat=False)
@@ -587,8 +587,8 @@ def test_without_a_chat_template_instructions_are_laid_out_as_stanford_alpaca_di
 
 def test_a_built_in_prompt_is_what_a_real_dataset_holds(shared_data: Path) -> None:
     path = shared_data / "datasets" / "prompt_completion" / "dolly_hhrlhf_train_small.jsonl"
-    (piece,) = plan_source(open_source(str(path)), 0, 1 << 30).slices
-    prompt = read_slice(piece)[0].rows[0]["prompt"]
+    (piece,) = plan_source(open_source(str(path)), 0, 1 << 30).chunks
+    prompt = read_chunk(piece)[0].rows[0]["prompt"]
     question = prompt.split("### Instruction:\n")[1].split("\n\n### Response:")[0]
     assert convert({"question": question, "answer": ""}, "question-answer", PLAIN) == Completion(prompt, "")
 
@@ -745,8 +745,8 @@ def test_a_formatter_that_cannot_be_found_is_one_line(formatters: str, spec: str
 def rows_of(path: Path) -> list[Any]:
     return [
         row
-        for piece in plan_source(open_source(str(path)), 0, 1 << 30).slices
-        for row in read_slice(piece)[0].rows
+        for piece in plan_source(open_source(str(path)), 0, 1 << 30).chunks
+        for row in read_chunk(piece)[0].rows
     ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 
 NAMES = ("question", "answer", "Notes (ü), 2", "id")
@@ -65,8 +65,8 @@ def test_a_named_table_is_read_with_the_true_line_of_every_record(
     source = open_source(str(path))
     assert (source.container, source.delimiter) == ("csv", delimiter)
     found = []
-    for piece in plan_source(source, 7, slice_bytes).slices:
-        batch, bad = read_slice(piece)
+    for piece in plan_source(source, 7, slice_bytes).chunks:
+        batch, bad = read_chunk(piece)
         assert bad == []
         for row, line, example in zip(
             batch.rows, batch.lines.tolist(), batch.example_ids.tolist(), strict=True

@@ -17,7 +17,7 @@ from sftdata.read.detect import Detection, detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
 from sftdata.read.formatter import load_formatter
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 
 ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -45,7 +45,7 @@ def refusal(folder: Path, rows: list[Any], **options: Any) -> tuple[str, str]:
 def read(folder: Path, format_name: str, **options: Any) -> Converted:
     plan = plan_source(open_source(str(folder / "rows.jsonl")), 0, 32 << 20)
     try:
-        return convert_rows(read_slice(plan.slices[0])[0], format_name, FormatOptions(**options))
+        return convert_rows(read_chunk(plan.chunks[0])[0], format_name, FormatOptions(**options))
     finally:
         close_streams()
 
@@ -281,7 +281,7 @@ def test_a_bare_list_of_messages_is_a_conversation(layout: str, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     plan = plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 32 << 20)
     assert detect([plan]).format == "messages"
-    rows = [row for piece in plan.slices for row in read_slice(piece)[0].rows]
+    rows = [row for piece in plan.chunks for row in read_chunk(piece)[0].rows]
     close_streams()
     assert rows == [{"messages": chat} for chat in chats]
 

@@ -21,8 +21,8 @@ import zstandard
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.read import streams
-from sftdata.read.slices import Source, Unreadable
-from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_slice
+from sftdata.read.chunks import Source, Unreadable
+from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -54,8 +54,8 @@ def read_all(
     source = open_source(str(path))
     rows: list[Any] = []
     bad: list[Unreadable] = []
-    for piece in plan_source(source, 0, slice_bytes, limit).slices:
-        batch, unreadable = read_slice(piece, limit)
+    for piece in plan_source(source, 0, slice_bytes, limit).chunks:
+        batch, unreadable = read_chunk(piece, limit)
         rows += batch.rows
         bad += unreadable
     return rows, bad, source.container
@@ -188,7 +188,7 @@ def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(t
         source = open_source(str(tmp_path / folder), split=split)
         plan = plan_source(source, 0, 200)
         assert source.container == "saved"
-        assert [row for piece in plan.slices for row in read_slice(piece)[0].rows] == expected
+        assert [row for piece in plan.chunks for row in read_chunk(piece)[0].rows] == expected
     with pytest.raises(UsageError, match=r"--split valid: .*found test, train.*--split test"):
         plan_source(open_source(str(tmp_path / "both"), split="valid"), 0, 200)
     with pytest.raises(UsageError, match=r"holds the splits train, test.*--split train"):
@@ -206,7 +206,7 @@ def test_hub_ids_go_through_load_dataset(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes(as_lines(ROWS))
     source = Source(str(tmp_path / "data"), "hub")  # a folder stands in for the Hub: the same call loads it
-    rows = [row for piece in plan_source(source, 0, 500).slices for row in read_slice(piece)[0].rows]
+    rows = [row for piece in plan_source(source, 0, 500).chunks for row in read_chunk(piece)[0].rows]
     assert rows == ROWS
 
 
@@ -234,8 +234,8 @@ def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path
         40,
     )
     assert (second.base_id, second.records) == (40, 3)
-    (piece,) = second.slices
-    batch, _ = read_slice(piece)
+    (piece,) = second.chunks
+    batch, _ = read_chunk(piece)
     assert batch.example_ids.tolist() == [40, 42]  # the blank line uses up an id
     assert batch.lines.tolist() == [1, 3]
     assert batch.byte_offsets.tolist() == [0, 3]
@@ -245,11 +245,11 @@ def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path
 def test_slices_are_cut_by_size_and_small_to_send(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS * 100))
     plan = plan_source(open_source(str(tmp_path / "a.jsonl")), 0, 10_000)
-    assert plan.slices[0].start == 0
-    assert [piece.stop for piece in plan.slices[:-1]] == [piece.start for piece in plan.slices[1:]]
-    assert all(9_000 < piece.stop - piece.start < 11_000 for piece in plan.slices[:-1])
-    assert len(pickle.dumps(plan.slices[1])) < 500
-    assert pickle.loads(pickle.dumps(plan.slices)) == plan.slices
+    assert plan.chunks[0].start == 0
+    assert [piece.stop for piece in plan.chunks[:-1]] == [piece.start for piece in plan.chunks[1:]]
+    assert all(9_000 < piece.stop - piece.start < 11_000 for piece in plan.chunks[:-1])
+    assert len(pickle.dumps(plan.chunks[1])) < 500
+    assert pickle.loads(pickle.dumps(plan.chunks)) == plan.chunks
 
 
 def test_samples_reach_from_the_first_row_to_the_last(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_samples_reach_from_the_first_row_to_the_last(tmp_path: Path) -> None:
     plan = plan_source(open_source(str(tmp_path / "a.jsonl")), 0, 32 << 20)
     assert len(plan.samples) == 32
     assert plan.samples[0].first_record == 0
-    assert plan.samples[-1].stop == plan.slices[-1].stop
+    assert plan.samples[-1].stop == plan.chunks[-1].stop
 
 
 def test_a_worker_decompresses_a_file_once_for_slices_in_order(
@@ -268,11 +268,11 @@ def test_a_worker_decompresses_a_file_once_for_slices_in_order(
     opened = []
     real = streams.open_raw
     monkeypatch.setattr(streams, "open_raw", lambda path: (opened.append(path), real(path))[1])
-    rows = [row for piece in plan.slices[::2] for row in read_slice(piece)[0].rows]
+    rows = [row for piece in plan.chunks[::2] for row in read_chunk(piece)[0].rows]
     assert len(opened) == 1
-    assert len(plan.slices) > 10
+    assert len(plan.chunks) > 10
     assert rows[0] == ROWS[0]
-    again, _ = read_slice(plan.slices[0])  # going back starts anew
+    again, _ = read_chunk(plan.chunks[0])  # going back starts anew
     assert again.rows[0] == ROWS[0]
     assert len(opened) == 2
 
@@ -281,7 +281,7 @@ def test_an_empty_file_has_no_rows_and_says_so(tmp_path: Path) -> None:
     for name, data in (("a.jsonl", b""), ("b.json", b" \n\n"), ("c.gz", gzip.compress(b""))):
         (tmp_path / name).write_bytes(data)
         plan = plan_source(open_source(str(tmp_path / name)), 0, 100)
-        assert (plan.slices, plan.samples, plan.records) == ((), (), 0)
+        assert (plan.chunks, plan.samples, plan.records) == ((), (), 0)
         assert plan.notes == (f"{tmp_path / name}: the file is empty.",)
 
 

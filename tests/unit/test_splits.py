@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
+from sftdata.read.chunks import SourcePlan
 from sftdata.read.inputs import expand_inputs
 from sftdata.read.planning import numbered, plan_inputs
-from sftdata.read.slices import SourcePlan
-from sftdata.read.source import read_slice
+from sftdata.read.source import read_chunk
 from sftdata.read.splits import splits_of
 
 SIZES = (1 << 20, 1 << 20)
 
 
 def rows_of(plans: list[SourcePlan]) -> list[Any]:
-    return [row["text"] for plan in plans for piece in plan.slices for row in read_slice(piece)[0].rows]
+    return [row["text"] for plan in plans for piece in plan.chunks for row in read_chunk(piece)[0].rows]
 
 
 def write(path: Path, texts: list[str]) -> None:
@@ -188,15 +188,15 @@ def test_parts_of_a_split_are_the_rows_that_datasets_would_take(
     found = [
         row if isinstance(row, str) else row["text"]
         for plan in plans
-        for piece in plan.slices
-        for row in read_slice(piece)[0].rows
+        for piece in plan.chunks
+        for row in read_chunk(piece)[0].rows
     ]
     assert found == wanted
     ids = [
         int(example)
         for plan in plans
-        for piece in plan.slices
-        for example in read_slice(piece)[0].example_ids
+        for piece in plan.chunks
+        for example in read_chunk(piece)[0].example_ids
     ]
     assert len(set(ids)) == len(ids) == len(wanted)
     assert [plan.base_id for plan in plans] == [plan.base_id for plan in numbered(plans)]

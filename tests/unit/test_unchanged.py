@@ -18,8 +18,8 @@ import pytest
 import zstandard
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.read.slices import Marks, SourcePlan
-from sftdata.read.source import open_source, plan_source, read_slice
+from sftdata.read.chunks import Marks, SourcePlan
+from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 from sftdata.read.unchanged import BLOCK_BYTES, InputChangedError
 
@@ -107,9 +107,9 @@ CHANGES: dict[str, Callable[[Path, bytes], None]] = {
 def read_on(slices: SourcePlan, done: int, wanted: list[list[object]]) -> int:
     """Read from slice `done` on; return how many were refused, and assert that the others hold what was planned."""
     refused = 0
-    for piece, rows in list(zip(slices.slices, wanted, strict=True))[done:]:
+    for piece, rows in list(zip(slices.chunks, wanted, strict=True))[done:]:
         try:
-            found = read_slice(piece)[0].rows
+            found = read_chunk(piece)[0].rows
         except InputChangedError:
             refused += 1
             continue
@@ -123,9 +123,9 @@ def test_rows_that_were_not_planned_are_never_read(tmp_path: Path, kind: str, ch
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(KINDS[kind](ROWS))
     source = plan(path)
-    wanted = [read_slice(piece)[0].rows for piece in source.slices]
-    assert len(source.slices) > 5
-    read_slice(source.slices[0])
+    wanted = [read_chunk(piece)[0].rows for piece in source.chunks]
+    assert len(source.chunks) > 5
+    read_chunk(source.chunks[0])
     CHANGES[change](path, KINDS[kind](OTHER))
     read_on(source, 1, wanted)  # a stream that is open may go on with what it has
     close_streams()
@@ -140,7 +140,7 @@ def test_what_was_appended_since_is_not_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(KINDS[kind](ROWS))
     source = plan(path)
-    wanted = [read_slice(piece)[0].rows for piece in source.slices]
+    wanted = [read_chunk(piece)[0].rows for piece in source.chunks]
     with path.open("ab") as file:
         file.write(KINDS[kind](OTHER[:500]))
     assert read_on(source, 0, wanted) == 0
@@ -151,7 +151,7 @@ def test_a_file_touched_copied_or_linked_is_still_the_planned_one(tmp_path: Path
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(KINDS[kind](ROWS))
     source = plan(path)
-    wanted = [read_slice(piece)[0].rows for piece in source.slices]
+    wanted = [read_chunk(piece)[0].rows for piece in source.chunks]
     os.utime(path)
     path.chmod(0o600)
     os.link(path, tmp_path / "link")
@@ -167,7 +167,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
         source = plan(path)
         path.unlink()
         with pytest.raises((UsageError, InputChangedError), match=str(path)):
-            read_slice(source.slices[-1])
+            read_chunk(source.chunks[-1])
 
 
 def test_a_header_that_changes_between_recognition_and_planning_is_a_change(tmp_path: Path) -> None:
@@ -190,18 +190,18 @@ def test_slices_hold_at_every_size_of_blocks_and_borders(tmp_path: Path) -> None
         for compressed in (False, True):
             path.write_bytes(gzip.compress(b"".join(lines)) if compressed else b"".join(lines))
             source = plan_source(open_source(str(path)), 0, 1)
-            found = [read_slice(piece) for piece in source.slices]
+            found = [read_chunk(piece) for piece in source.chunks]
             assert sum(len(rows) + len(bad) for rows, bad in found) == source.records
 
 
 def test_reading_other_records_than_planning_counted_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(as_jsonl(ROWS[:20]) + b"\n \n")
-    piece = plan(path).slices[0]
+    piece = plan(path).chunks[0]
     assert piece.records == 22
-    read_slice(piece)
+    read_chunk(piece)
     with pytest.raises(IntegrityError, match="planning counted 21 records, and reading 22"):
-        read_slice(replace(piece, records=21))
+        read_chunk(replace(piece, records=21))
 
 
 def test_marks_without_borders_have_no_slices() -> None:

@@ -1,6 +1,6 @@
-"""What reading passes on: a source, its plan, its slices, and the rows that could not be read.
+"""What reading passes on: a source, its plan, its chunks, and the rows that could not be read.
 
-All are small, frozen and picklable, because slices travel to worker processes.
+All are small, frozen and picklable, because chunks travel to worker processes.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class Chunk:
     """A stretch of one source: `start:stop` in bytes of the decompressed stream, or in rows of a columnar source.
 
     Attributes:
         first_record: 0-based line, element or record at `start`.
         first_id: example id of that record.
         first_line: of a CSV: 1-based line at `start`.
-        only: records of the source, half-open, that are read where the slice holds more.
+        only: records of the source, half-open, that are read where the chunk holds more.
+        number: of its source among the inputs.
         anchors: of a damaged array: how its elements begin, as white space and first key.
         records: how many planning counted here, blank lines included; None where it did not.
         seal: what the bytes must be; None for columnar sources.
@@ -78,6 +79,7 @@ class Slice:
     seal: Seal | None = None
     stamp: Stamp | None = None
     only: tuple[int, int] | None = None
+    number: int = 0
 
     def record_of(self, example_id: int) -> int:
         """Return the 1-based number of a row in its source."""
@@ -102,7 +104,7 @@ class SourcePlan:
         records: lines, elements or records, blank lines included.
         raw_bytes: size of the raw file, still compressed.
         xxh3_128: hash of the raw bytes, hex.
-        slices: cut by size alone; end to end they are the source.
+        chunks: cut by size alone; end to end they are the source.
         samples: up to 32 small stretches, evenly spaced from the first to the last; what detection looks at.
         max_line_bytes: a longer row is not held.
         notes: what the user should be told about the source, one line each.
@@ -113,18 +115,20 @@ class SourcePlan:
     records: int
     raw_bytes: int
     xxh3_128: str
-    slices: tuple[Slice, ...]
-    samples: tuple[Slice, ...]
+    chunks: tuple[Chunk, ...]
+    samples: tuple[Chunk, ...]
     max_line_bytes: int
     notes: tuple[str, ...] = ()
 
-    def moved(self, base_id: int) -> SourcePlan:
-        """Return the plan with other example ids."""
+    def placed(self, number: int, base_id: int) -> SourcePlan:
+        """Return the plan as that of the source of this number, whose example ids begin here."""
 
-        def pieces(found: tuple[Slice, ...]) -> tuple[Slice, ...]:
-            return tuple(replace(piece, first_id=base_id + piece.first_record) for piece in found)
+        def placed(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+            return tuple(
+                replace(chunk, number=number, first_id=base_id + chunk.first_record) for chunk in chunks
+            )
 
-        return replace(self, base_id=base_id, slices=pieces(self.slices), samples=pieces(self.samples))
+        return replace(self, base_id=base_id, chunks=placed(self.chunks), samples=placed(self.samples))
 
     def locate(self, example_id: int) -> tuple[str, int]:
         """Return the path and the 1-based line (element, record) of an example of this source."""
@@ -149,7 +153,7 @@ class Unreadable:
 
 
 class Stretch(NamedTuple):
-    """What lies between two borders: `start:stop` as in a `Slice`, number of the first record, how many records, first line."""
+    """What lies between two borders: `start:stop` as in a `Chunk`, number of the first record, how many records, first line."""
 
     start: int
     stop: int
@@ -165,9 +169,9 @@ class Marks:
     Attributes:
         end: where the source ends, in the same unit as positions (bytes or rows).
         total: records in the source.
-        step: distance between borders that a slice should span, in that unit.
+        step: distance between borders that a chunk should span, in that unit.
         raw_bytes, xxh3_128: of the raw file.
-        anchors, notes: for the slices and the plan.
+        anchors, notes: for the chunks and the plan.
         lines: of a CSV: int64[K], 1-based line of each border.
         seal: of the stream; stamp: of the files of a columnar source.
     """
@@ -195,7 +199,7 @@ class Marks:
             for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)
         ]
 
-    def slice_borders(self) -> Int64:
+    def chunk_borders(self) -> Int64:
         """Return the index of the first border at or after every multiple of `step`."""
         if not len(self.positions):
             return self.positions
@@ -219,23 +223,23 @@ def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -
     if whole is not None and not whole.hashes.startswith(source.head):
         raise changed(source.path)
 
-    def as_slices(stretches: list[Stretch]) -> tuple[Slice, ...]:
+    def as_chunks(stretches: list[Stretch]) -> tuple[Chunk, ...]:
         return tuple(
-            Slice(
+            Chunk(
                 source, start, stop, record, base_id + record, marks.anchors, line, count,
                 whole and whole.part(start, stop), marks.stamp,
             )
             for start, stop, record, count, line in stretches
         )  # fmt: skip
 
-    slices, samples = as_slices(marks.cut(marks.slice_borders())), as_slices(marks.sampled())
+    chunks, samples = as_chunks(marks.cut(marks.chunk_borders())), as_chunks(marks.sampled())
     return SourcePlan(
         source,
         base_id,
         marks.total,
         marks.raw_bytes,
         marks.xxh3_128,
-        slices,
+        chunks,
         samples,
         max_line_bytes,
         marks.notes,
@@ -244,9 +248,9 @@ def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -
 
 @dataclass(slots=True)
 class Gathered:
-    """Rows and faults of one slice, while it is being read."""
+    """Rows and faults of one chunk, while it is being read."""
 
-    piece: Slice
+    chunk: Chunk
     rows: list[Any] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -263,7 +267,7 @@ class Gathered:
 
     def reject(self, fault: Fault, raw: bytes, record: int, offset: int, line: int | None = None) -> None:
         """Add a row that could not be parsed."""
-        example_id = self.piece.first_id + record - self.piece.first_record
+        example_id = self.chunk.first_id + record - self.chunk.first_record
         text = raw.decode("utf-8", "backslashreplace")
         self.unreadable.append(
             Unreadable(example_id, record + 1 if line is None else line, offset, fault, text)
@@ -275,13 +279,13 @@ class Gathered:
         Raises:
             IntegrityError: planning counted other records in the same bytes.
         """
-        found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.piece.records
+        found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.chunk.records
         if planned not in (None, found):
-            where = f"{self.piece.source.path}: from byte or row {self.piece.start} to {self.piece.stop}"
+            where = f"{self.chunk.source.path}: from byte or row {self.chunk.start} to {self.chunk.stop}"
             raise IntegrityError(
                 f"{where} planning counted {planned} records, and reading {found}.", "report this file."
             )
         records = np.array(self.records, np.int64)
-        ids = records + (self.piece.first_id - self.piece.first_record)
+        ids = records + (self.chunk.first_id - self.chunk.first_record)
         lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))
         return RowBatch(self.rows, ids, lines, offsets), self.unreadable
