@@ -13,12 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Float32, Int32, Int64, PackedRows, PackPlan, TokenBatch
+from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, PackedRows, PackPlan, TokenBatch
 from sftdata.ragged import offsets_of, positions_of
 
 Strategy = Literal["bfd", "wrapped", "none"]
 
-NOT_TRAINED = -100
 PADDING_ID = -1
 """Stands in `example_ids` for the padding at the end of a row."""
 
@@ -96,8 +95,8 @@ def gather(
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
     if constant:
         padding = positions_of(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
-        input_ids[padding], labels[padding] = pad_id, NOT_TRAINED
-        labels[target[:-1]] = NOT_TRAINED
+        input_ids[padding], labels[padding] = pad_id, IGNORE_INDEX
+        labels[target[:-1]] = IGNORE_INDEX
     weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
     return PackedRows(
         input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights
@@ -215,7 +214,7 @@ def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) 
         start, stop = target[first], target[last]
         index = positions_of(source[first:last], np.diff(target[first : last + 1]))
         np.take(input_ids, index, out=ids[start:stop], mode="clip")
-        labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], NOT_TRAINED)
+        labels[start:stop] = np.where(trained.take(index, mode="clip"), ids[start:stop], IGNORE_INDEX)
     return ids, labels
 
 
@@ -223,6 +222,6 @@ def _copy_weights(weights: Float32, source: Int64, target: Int64, labels: Int32)
     """float32[T], what each token weighs, 0 where it is not trained."""
     index = positions_of(source, np.diff(target))
     copied: Float32 = np.where(
-        labels != NOT_TRAINED, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0)
+        labels != IGNORE_INDEX, np.append(weights, np.float32(0)).take(index, mode="clip"), np.float32(0)
     )
     return copied

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sftdata.batches import Int32
+from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.engine.local import usable_cores
 from sftdata.errors import DataError
@@ -210,5 +210,5 @@ def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
     tokens = chunk.tokens
     for index, example_id in enumerate(chunk.example_ids.tolist()):
         span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
-        labels = np.where(tokens.trained[span], tokens.input_ids[span], -100).astype(np.int32)
+        labels = np.where(tokens.trained[span], tokens.input_ids[span], IGNORE_INDEX).astype(np.int32)
         yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)

@@ -20,10 +20,9 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from sftdata.batches import Float32, Int32
+from sftdata.batches import IGNORE_INDEX, Float32, Int32
 from sftdata.errors import DataError, UsageError
 from sfttrain.data import Row
-from sfttrain.loss import IGNORE
 from sfttrain.order import FILLER
 
 _MASKS = ("completion_mask", "assistant_masks")
@@ -88,7 +87,7 @@ def custom_rows(data: Any, rank: int = 0, ranks: int = 1) -> CustomRows | Stream
 
 def filler() -> Row:
     """Return a row that trains nothing."""
-    return Row(np.zeros(2, np.int32), np.full(2, IGNORE, np.int32), np.array([2], np.int32))
+    return Row(np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32), np.array([2], np.int32))
 
 
 def make_row(row: Mapping[str, Any], index: int) -> Row:
@@ -112,10 +111,10 @@ def make_row(row: Mapping[str, Any], index: int) -> Row:
                 f"row {index}: {len(ids)} input_ids, {len(column)} {name}.", "give one value per token."
             )
     for mask in masks:
-        labels[mask == 0] = IGNORE
+        labels[mask == 0] = IGNORE_INDEX
     weights = _loss_weights(row, len(ids), index)
     if weights is not None:
-        labels[weights == 0] = IGNORE
+        labels[weights == 0] = IGNORE_INDEX
     return Row(ids, labels, _lengths(row, ids, index), None, weights)
 
 

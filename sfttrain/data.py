@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sftdata.batches import Float32, Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
 from sftdata.shardset.opened import PackedRow, ShardSet
 from sfttrain.order import FILLER
 
@@ -62,7 +62,7 @@ class TrainingRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         if index == FILLER:
-            return Row(np.zeros(2, np.int32), np.full(2, -100, np.int32), np.array([2], np.int32))
+            return Row(np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32), np.array([2], np.int32))
         which = bisect_right(self._ends, index)
         local = index - self._ends[which] + self.sizes[which]
         if self._documents is None:
@@ -151,7 +151,7 @@ class Collator:
 
 
 def _fills(row: Row) -> bool:
-    return len(row.input_ids) == 2 and bool((row.labels == -100).all())
+    return len(row.input_ids) == 2 and bool((row.labels == IGNORE_INDEX).all())
 
 
 def _numbers(lengths: list[Int64], through: bool) -> list[Int32]:
@@ -171,7 +171,7 @@ def _cumulative(lengths: list[Int64]) -> Batch:
 def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     flat = np.concatenate(lengths)
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    labels[np.cumsum(flat) - flat] = -100  # no document is asked for by the end of the one before
+    labels[np.cumsum(flat) - flat] = IGNORE_INDEX  # no document is asked for by the end of the one before
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(flat)}
     if rows[0].source is not None:
@@ -184,11 +184,11 @@ def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
 def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     width = int(lengths[0].sum())
     input_ids = np.zeros((len(rows), width), np.int64)
-    labels = np.full((len(rows), width), -100, np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row.input_ids)] = row.input_ids
         labels[index, : len(row.input_ids)] = row.labels
-    labels[:, 0] = -100
+    labels[:, 0] = IGNORE_INDEX
     position_ids = np.stack([positions(part) for part in lengths])
     columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     if rows[0].source is not None:
@@ -208,7 +208,7 @@ def _weighted(rows: Sequence[Row]) -> bool:
 
 def _weights(rows: Sequence[Row]) -> list[Float32]:
     return [
-        (row.labels != -100).astype(np.float32) if row.loss_weights is None else row.loss_weights
+        (row.labels != IGNORE_INDEX).astype(np.float32) if row.loss_weights is None else row.loss_weights
         for row in rows
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfttrain.loss import IGNORE
+from sftdata.batches import IGNORE_INDEX
 
 
 class EvalFigures:
@@ -35,7 +35,7 @@ class EvalFigures:
         both = torch.stack([losses, torch.ones_like(losses)], 1)
         self._sums[0] += both.sum(0)
         if self.sources and source is not None:
-            targets = source[:, 1:][labels[:, 1:] != IGNORE]
+            targets = source[:, 1:][labels[:, 1:] != IGNORE_INDEX]
             self._sums.index_add_(0, targets + 1, both)
 
     def metrics(self, prefix: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
@@ -50,6 +50,6 @@ def token_losses_of(outputs: Any, labels: Tensor) -> Tensor:
     given: Tensor | None = getattr(outputs, "token_losses", None)
     if given is not None:
         return given
-    chosen = labels[:, 1:] != IGNORE
+    chosen = labels[:, 1:] != IGNORE_INDEX
     logits = outputs.logits[:, :-1][chosen].float()
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:][chosen], reduction="none")

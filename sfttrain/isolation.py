@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sftdata.batches import IGNORE_INDEX
 from sfttrain.attention import FLATTENED, STAND_IN, registered_name
 from sfttrain.data import Batch, Collator, Row
 from sfttrain.loss import fuse_loss
@@ -286,7 +287,7 @@ def _row(documents: list[Tensor]) -> Row:
     ids = torch.cat(documents).numpy().astype(np.int32)
     lengths = np.array([len(document) for document in documents], np.int32)
     labels = ids.copy()
-    labels[np.cumsum(lengths) - lengths] = -100
+    labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
     return Row(ids, labels, lengths)
 
 

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftdata.batches import Int32, Ragged, TextBatch
+from sftdata.batches import IGNORE_INDEX, Int32, Ragged, TextBatch
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import UsageError
 from sftdata.masks.tokens import encode_batch
-from sfttrain.loss import IGNORE
 
 LEARNING_RATE = 2e-5
 MAX_GRAD_NORM = 1.0
@@ -141,7 +140,7 @@ class IterativeTrainer:
 
     def _optimize(self, examples: list[tuple[Int32, Int32]]) -> dict[str, float]:
         first = 0 if self._answers_apart else 1  # a causal model is not asked for the first token
-        trained = sum(int((labels[first:] != IGNORE).sum()) for _, labels in examples)
+        trained = sum(int((labels[first:] != IGNORE_INDEX).sum()) for _, labels in examples)
         if not trained:
             raise UsageError("No token of this step is trained.", "check labels and max_length.")
         self.model.train()
@@ -174,7 +173,7 @@ class IterativeTrainer:
         columns = {
             "input_ids": _padded([ids for ids, _ in examples], 0),
             "attention_mask": _padded([np.ones_like(ids) for ids, _ in examples], 0),
-            "labels": _padded([labels for _, labels in examples], IGNORE),
+            "labels": _padded([labels for _, labels in examples], IGNORE_INDEX),
         }
         return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
 
@@ -189,7 +188,7 @@ def _encode(encoder: Encoder, prompts: list[str], answers: list[str]) -> list[tu
     nothing = Ragged.from_lists([[] for _ in texts])
     rows, closed = np.arange(len(texts)), np.ones(len(texts), np.bool_)
     batch, _ = encode_batch(TextBatch(texts, Ragged.from_lists(spans), nothing, rows, True, closed), encoder)
-    labels = np.where(batch.trained, batch.input_ids, IGNORE).astype(np.int32)
+    labels = np.where(batch.trained, batch.input_ids, IGNORE_INDEX).astype(np.int32)
     return [
         (batch.input_ids[a:b], labels[a:b])
         for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)

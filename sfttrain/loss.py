@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from sftdata.batches import IGNORE_INDEX
 from sfttrain.terms import hidden_and_terms
 
-IGNORE = -100
 CHUNK_BYTES = {
     "cpu": 128 << 20,
     "cuda": 512 << 20,
@@ -230,7 +230,7 @@ def supervised_loss(
         loss_weights: float32[B, L], what the loss of each label weighs in the sum; None for 1 each.
     """
     targets = labels[:, 1:]
-    chosen = targets != IGNORE
+    chosen = targets != IGNORE_INDEX
     rows, targets = hidden[:, :-1][chosen], targets[chosen]
     supervised = torch.tensor(len(targets), device=hidden.device)
     dtype = (
@@ -257,7 +257,7 @@ def supervised_loss(
 
 def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
     """Return what the losses of a batch are divided by: the sum of their weights, float64[]; without weights their count."""
-    trained = labels[:, 1:] != IGNORE
+    trained = labels[:, 1:] != IGNORE_INDEX
     if loss_weights is None:
         return trained.sum().double()
     return loss_weights[:, 1:][trained].double().sum()

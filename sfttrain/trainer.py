@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from sftdata.batches import IGNORE_INDEX
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sfttrain import checkpoint
 from sfttrain.custom import custom_rows
 from sfttrain.evaluation import EvalFigures, token_losses_of
-from sfttrain.loss import IGNORE, LossOutput, items_of
+from sfttrain.loss import LossOutput, items_of
 from sfttrain.order import Order
 from sfttrain.path import Plan
 
@@ -271,7 +272,7 @@ class SftTrainer(Trainer):
 
 def _trains(labels: Tensor) -> Tensor:
     """float32[], 1 where a batch trains anything, 0 where it only fills up a step."""
-    return (labels[:, 1:] != IGNORE).any().float()
+    return (labels[:, 1:] != IGNORE_INDEX).any().float()
 
 
 class _EpochOfOrder(TrainerCallback):

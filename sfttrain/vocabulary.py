@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sftdata.batches import IGNORE_INDEX
 from sftdata.shardset.opened import PackedRow, ShardSet
 from sfttrain.sets import added_tokens, missing_embeddings
 from sfttrain.talk import Say
@@ -115,7 +116,7 @@ def _span_ends(opened: ShardSet) -> Counter[int]:
     """Count the last tokens of trained spans."""
     counts: Counter[int] = Counter()
     for row in _sample(opened):
-        trained = row.labels != -100
+        trained = row.labels != IGNORE_INDEX
         last = trained & ~np.append(trained[1:], False)
         counts.update(row.labels[last].tolist())
     return counts

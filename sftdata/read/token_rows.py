@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftdata.batches import Tokens
+from sftdata.batches import IGNORE_INDEX, Tokens
 from sftdata.errors import RowError
 from sftdata.read.fields import Fields, FormatOptions, kind_of
 
@@ -39,7 +39,7 @@ def convert_tokens(fields: Fields, options: FormatOptions) -> Tokens:
         if fields.get(mask) is not None:
             trains = mask != PROMPT
             labels = [
-                label if kept == trains else -100
+                label if kept == trains else IGNORE_INDEX
                 for label, kept in zip(labels, _bits(fields, mask), strict=True)
             ]
     kept = slice(None) if fields.get("attention_mask") is None else _unpadded(fields)

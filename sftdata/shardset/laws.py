@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, PackedRows
+from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of, positions_of
-from sftdata.shardset.ledger import NOT_TRAINED
 from sftdata.shardset.manifest import Manifest
 
 
@@ -73,10 +72,10 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
         yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
         return
     starts = offsets_of(rows.seq_lengths)
-    trained = rows.labels[starts[:-1]] != NOT_TRAINED
+    trained = rows.labels[starts[:-1]] != IGNORE_INDEX
     yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
     inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
-    yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != NOT_TRAINED], "padding is trained")
+    yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != IGNORE_INDEX], "padding is trained")
     pad_id = manifest.tokenizer.pad_id
     yield from _rows_of(
         rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}"
@@ -86,7 +85,7 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
 def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
     # One unsigned comparison finds negative ids too.
     outside = rows.input_ids.view(np.uint32) >= manifest.tokenizer.vocab_size
-    other = (rows.labels != NOT_TRAINED) & (rows.labels != rows.input_ids)
+    other = (rows.labels != IGNORE_INDEX) & (rows.labels != rows.input_ids)
     yield from _rows(
         rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}"
     )
@@ -94,7 +93,7 @@ def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]
     if rows.loss_weights is not None:
         # A weight that is no number is above nothing, and one without end is not finite.
         weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)
-        wrong = np.where(rows.labels != NOT_TRAINED, ~weighs, rows.loss_weights != 0)
+        wrong = np.where(rows.labels != IGNORE_INDEX, ~weighs, rows.loss_weights != 0)
         yield from _rows(
             rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere"
         )

@@ -8,13 +8,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import EXAMPLES, Bool, Int64, PackedRows
+from sftdata.batches import EXAMPLES, IGNORE_INDEX, Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of
 from sftdata.shardset.fields import Count, RowLength
-
-NOT_TRAINED = -100
-"""The label of a token that is not trained."""
 
 Counts = dict[str, Count]
 
@@ -93,7 +90,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """
         is_document = rows.example_ids >= 0
         tokens = int(rows.seq_lengths[is_document].sum(dtype=np.int64))
-        trained = int(np.count_nonzero(rows.labels != NOT_TRAINED))
+        trained = int(np.count_nonzero(rows.labels != IGNORE_INDEX))
         packed = Ledger(
             tokens_trained=trained,
             tokens_context=tokens - trained,
@@ -201,7 +198,7 @@ def _count_sources(
     rows: PackedRows, is_document: Bool, sources: Mapping[str, int]
 ) -> dict[str, SourceCounts]:
     edges = offsets_of(rows.seq_lengths)
-    trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != NOT_TRAINED), edges))
+    trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != IGNORE_INDEX), edges))
     ids = rows.example_ids[is_document]
     # An empty source shares its first id with the next one, which is the one that has the example.
     source = np.searchsorted(list(sources.values()), ids, side="right") - 1

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Float32, Int32, Int64, PackedRows
+from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError, SftError
 from sftdata.shardset.atomic import Sink, write_atomic
 from sftdata.shardset.fields import Count, Sha256, ShardName, Xxh3
-from sftdata.shardset.ledger import NOT_TRAINED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +95,7 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
         rows=len(rows),
         documents=int(is_document.sum()),
         tokens=int(rows.seq_lengths[is_document].sum(dtype=np.int64)),
-        tokens_trained=int(np.count_nonzero(rows.labels != NOT_TRAINED)),
+        tokens_trained=int(np.count_nonzero(rows.labels != IGNORE_INDEX)),
         bytes=digest.bytes,
         xxh3=digest.xxh3,
         sha256=digest.sha256,

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sftdata.batches import Bool, Int32, Int64, PackedRows
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows
 from sftdata.ragged import offsets_of
-from sftdata.show.view import NOT_TRAINED
 from sftdata.show.vocabulary import Vocabulary
 
 UInt64 = npt.NDArray[np.uint64]
@@ -98,7 +97,7 @@ class DocumentReader:
         ids, edges = rows.input_ids, offsets_of(rows.seq_lengths)
         real = np.flatnonzero(rows.example_ids >= 0)
         start, stop = edges[:-1][real], edges[1:][real]
-        place = np.flatnonzero(rows.labels != NOT_TRAINED)
+        place = np.flatnonzero(rows.labels != IGNORE_INDEX)
         trained = ids[place]
         runs = _Runs.find(place, edges)
         stops, blank = np.isin(trained, self._stops), self._is_blank(trained)
@@ -119,7 +118,7 @@ class DocumentReader:
         ends[has] = run_ends[final[has]]
         before[has], before[~has] = place[runs.start[first[has]]] - start[has], (stop - start)[~has]
         begins, finishes = np.searchsorted(place, start), np.searchsorted(place, stop)
-        at_end = rows.labels[stop - 1] != NOT_TRAINED
+        at_end = rows.labels[stop - 1] != IGNORE_INDEX
         last_id = np.append(trained, np.int32(-1))[last]  # index -1: none
         in_control = np.isin(last_id, self._enders)
         odd = np.full(len(rows.seq_lengths), -1, np.int32)

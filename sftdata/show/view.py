@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from sftdata.batches import Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.show.roles import find_turns
 from sftdata.show.vocabulary import Vocabulary
-
-NOT_TRAINED = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class DocumentView:
         """Return plain JSON data."""
         ids = [token_id for piece in self.pieces for token_id in piece.ids]
         labels = [
-            token_id if piece.trained else NOT_TRAINED for piece in self.pieces for token_id in piece.ids
+            token_id if piece.trained else IGNORE_INDEX for piece in self.pieces for token_id in piece.ids
         ]
         pieces = [asdict(piece) | {"role": role} for role, turn in self.turns() for piece in turn]
         place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
@@ -136,7 +134,7 @@ def view_example(input_ids: Int32, labels: Int32, vocabulary: Vocabulary, origin
 
 def _pieces(input_ids: Int32, labels: Int32, vocabulary: Vocabulary) -> Iterator[Piece]:
     """Cut a document where labels change, then at whole characters."""
-    trained = labels != NOT_TRAINED
+    trained = labels != IGNORE_INDEX
     edges = (
         np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:])).tolist()
         if len(trained)
