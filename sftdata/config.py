@@ -18,6 +18,7 @@ from sftdata.paths import local_output
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
+FAST_ENGINE_MIN_BYTES = 4 << 20  # of input; below it a second tokenizer engine costs more than it saves
 DEFAULT_LINE_BYTES = 64 << 20
 MOST_TOKENS = (1 << 31) - 1  # of one row: Arrow counts them in int32
 MOST_BYTES = 1 << 40

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftdata.config import PrepareConfig
+from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.engine.local import Workers, usable_cores
 from sftdata.read.inputs import expand_inputs
 
-WORTH_A_FAST_ENGINE = 4 << 20  # bytes of input
 _PIPELINE = "sftdata.pipeline"
 
 
 def start_workers(config: PrepareConfig) -> Workers:
-    """Return the workers of a run; their leader is on its way where there will be much to do.
+    """Return the workers of a run; starts their leader early when the input is large.
 
     Raises:
         UsageError: an input that is not there.
     """
     worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(
         config
-    ) >= WORTH_A_FAST_ENGINE
+    ) >= FAST_ENGINE_MIN_BYTES
     return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
 
 

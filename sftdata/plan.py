@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from sftdata.acting import refuse_idle, refuse_useless
-from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
-from sftdata.encode.engine import Engine
+from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
+from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import UsageError
 from sftdata.looks import Look, format_options, look_at
@@ -82,19 +82,25 @@ class Plan:
 
     Attributes:
         sources: the inputs, read through once, with their hashes.
+        engine_reason: why the job has its tokenizer engine.
         notes: what was defaulted, guessed or left out, one sentence each.
     """
 
     job: Job
     tasks: tuple[ShardTask, ...]
     sources: tuple[SourcePlan, ...]
+    engine_reason: str
     notes: tuple[str, ...]
 
     @property
     def size(self) -> int:
         """Bytes of the input, decompressed."""
-        chunks = (chunk for task in self.tasks for chunk in task.chunks)
-        return sum(_size(self.sources[chunk.number], chunk) for chunk in chunks)
+        return _sum_sizes(self.sources, self.tasks)
+
+    def by_reference(self) -> Plan:
+        """Return the plan for input on which a fast engine differs from the reference."""
+        reason = f"{self.job.engine} gives other ids on this data"
+        return replace(self, job=replace(self.job, engine="tokenizers"), engine_reason=reason)
 
     def locate(self, example_id: int) -> tuple[str, int, Unit]:
         """Return the path, the 1-based number of an example's row in it, and what is numbered."""
@@ -154,6 +160,9 @@ def make_plan(
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
+    tasks = cut_tasks(sources, config.slice_bytes)
+    large = _sum_sizes(sources, tasks) >= FAST_ENGINE_MIN_BYTES
+    engine, engine_reason = choose_engine(tokenizer, config.engine, worth_it=large)
     job = Job(
         config=config,
         tokenizer=tokenizer,
@@ -166,10 +175,10 @@ def make_plan(
                 strict=True,
             )
         ),
-        engine="tokenizers",
+        engine=engine,
         mask=choose_mask(config, tokenizer),
     )
-    return Plan(job, cut_tasks(sources, config.slice_bytes), tuple(sources), (*left_out, *notes))
+    return Plan(job, tasks, tuple(sources), engine_reason, (*left_out, *notes))
 
 
 def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
@@ -237,6 +246,10 @@ def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTas
         groups[-1].append(chunk)
         filled += size
     return tuple(ShardTask(index, tuple(group)) for index, group in enumerate(groups))
+
+
+def _sum_sizes(sources: Sequence[SourcePlan], tasks: Sequence[ShardTask]) -> int:
+    return sum(_size(sources[chunk.number], chunk) for task in tasks for chunk in task.chunks)
 
 
 def _size(source: SourcePlan, chunk: Chunk) -> int:

@@ -143,7 +143,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     Raises:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
-    plan = make_plan(config)
+    plan = make_plan(config.model_copy(update={"engine": "tokenizers"}))
     load_shared(plan.job)  # takes as long for any input, so it is no part of the seconds
     stages, sample = load_stages(plan.job), sample_chunks(plan)
     began = time.monotonic()

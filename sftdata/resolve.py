@@ -88,7 +88,11 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
             "No marker is given as text, so there is nothing to resolve.",
             "--response-template '### Assistant:'",
         )
-    plan = make_plan(config.model_copy(update={"response_template": None, "instruction_template": None}))
+    plan = make_plan(
+        config.model_copy(
+            update={"response_template": None, "instruction_template": None, "engine": "tokenizers"}
+        )
+    )
     stages = Stages(plan.job)
     texts: list[str] = []
     for number, source in enumerate(plan.sources):

@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 
 import msgspec
 
 from sftdata.config import PrepareConfig
-from sftdata.encode.engine import choose_engine, digest_ids, load_encoder
+from sftdata.encode.engine import digest_ids, load_encoder
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError, UsageError
-from sftdata.launch import WORTH_A_FAST_ENGINE
 from sftdata.paths import behind_links, without_folders
 from sftdata.pipeline import prepare_shard
 from sftdata.plan import Plan, make_plan
@@ -102,8 +100,7 @@ def build_set(
             build.put_in_place()
             say(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
             return sealed
-        plan, why = with_engine(plan)
-        say(f"Engine: {plan.job.engine}, {why}.")
+        say(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         done = build.start(plan.identity(), overwrite=config.overwrite)
         if done:
             say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
@@ -114,18 +111,10 @@ def build_set(
                     f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
                 )
                 build.clear()
-                plan = replace(plan, job=replace(plan.job, engine="tokenizers"))
+                plan = plan.by_reference()
                 build.start(plan.identity(), overwrite=True)
                 results, _ = run_tasks(plan, {}, workers, progress)
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
-
-
-def with_engine(plan: Plan) -> tuple[Plan, str]:
-    """Choose the tokenizer engine; return the plan with it, and why. Each task checks it again on its own texts."""
-    engine, why = choose_engine(
-        plan.job.tokenizer, plan.job.config.engine, worth_it=plan.size >= WORTH_A_FAST_ENGINE
-    )
-    return replace(plan, job=replace(plan.job, engine=engine)), why
 
 
 def run_tasks(

@@ -84,7 +84,7 @@ def test_a_saved_folder_knows_nothing_of_where_it_came_from(home: Path, name: st
 
 @pytest.mark.parametrize("name", EVERY)
 def test_gate_takes_gigatoken_exactly_where_it_loads(home: Path, name: str) -> None:
-    engine, reason = choose_engine(resolved(home, name), "auto", TEXTS)
+    engine, reason = choose_engine(resolved(home, name), "auto")
     assert engine == ("tokenizers" if name in NO_GIGATOKEN else "gigatoken")
     assert ("cannot read" in reason) == (name in NO_GIGATOKEN)
 
@@ -106,7 +106,7 @@ def test_gate_sees_one_wrong_id(made_data: Path) -> None:
 @pytest.mark.parametrize("name", ["t5-small", "made-unigram"])
 def test_gigatoken_by_name_is_refused_where_it_cannot_serve(home: Path, name: str) -> None:
     with pytest.raises(UsageError, match="gigatoken cannot read .* Fix: --engine auto"):
-        choose_engine(resolved(home, name), "gigatoken", [])
+        choose_engine(resolved(home, name), "gigatoken")
 
 
 def test_facts_of_real_tokenizers(shared_data: Path) -> None:
