@@ -81,9 +81,13 @@ def test_every_face_names_the_roles_and_puts_each_at_its_turn(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-3.2-instruct", "minicpm3-4b", "minimind", "phi-3-mini", "qwen2.5-instruct", "qwen3"]
+    "name",
+    [
+        *("llama-3.2-instruct", "minicpm3-4b", "minimind", "phi-3-mini", "qwen2.5-instruct", "qwen3"),
+        *("made-bytes", "made-metaspace", "made-strips"),
+    ],
 )
-def test_real_templates_are_told_apart(shared_data: Path, tmp_path: Path, name: str) -> None:
+def test_roles_of_templates_are_told_apart(home: Path, tmp_path: Path, name: str) -> None:
     said = [
         ("system", "Be kind."),
         ("user", "Zero?"),
@@ -93,7 +97,7 @@ def test_real_templates_are_told_apart(shared_data: Path, tmp_path: Path, name: 
     ]
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row))
-    folder = shared_data / "tokenizers" / name
+    folder = home / "tokenizers" / name
     config = PrepareConfig(
         inputs=[str(tmp_path / "chat.jsonl")], tokenizer=str(folder), output=tmp_path / "none", max_length=256
     )

@@ -180,6 +180,31 @@ def test_without_a_choice_the_tokenizers_own_template_stays() -> None:
     assert choose_template(None, None, _no_clone) is None
 
 
+# The formats as their authors describe them, for a system message, an exchange and a question.
+WRITTEN = {
+    "alpaca": "<s>Be brief.\n\n### Instruction:\nA?\n\n### Response:\nB.</s>\n\n### Instruction:\nC?\n\n### Response:\n",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
+    "<|im_start|>user\nC?<|im_end|>\n<|im_start|>assistant\n",
+    "gemma": "<s><start_of_turn>user\nBe brief.\n\nA?<end_of_turn>\n<start_of_turn>model\nB.<end_of_turn>\n"
+    "<start_of_turn>user\nC?<end_of_turn>\n<start_of_turn>model\n",
+    "llama-2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nA? [/INST] B. </s><s>[INST] C? [/INST]",
+    "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nA?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nB.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nC?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s>[INST] Be brief.\n\nA? [/INST] B.</s>[INST] C? [/INST]",
+    "vicuna": "<s>Be brief.\n\nUSER: A?\nASSISTANT: B.</s>\nUSER: C?\nASSISTANT:",
+    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nA?</s>\n<|assistant|>\nB.</s>\n<|user|>\nC?</s>\n<|assistant|>\n",
+}
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_a_built_in_template_writes_its_format(name: str) -> None:
+    chosen = choose_template(name, None, _no_clone)
+    assert chosen is not None
+    chat = [system("Be brief."), user("A?"), bot("B."), user("C?")]
+    assert ChatTemplate(chosen.text, SPECIAL).render(chat, add_generation_prompt=True) == WRITTEN[name]
+
+
 # name -> (the same format in the shared folder, whether it knows a system message)
 UPSTREAM = {
     "alpaca": "alpaca", "chatml": "chatml", "gemma": "gemma-2-2b-it", "llama-2": "llama-2-chat", "llama-3": "llama-3",
@@ -191,7 +216,7 @@ STANFORD = "Below is an instruction that describes a task. Write a response that
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_a_built_in_template_writes_the_well_known_format(name: str, shared_data: Path) -> None:
+def test_a_built_in_template_writes_what_the_real_one_does(name: str, shared_data: Path) -> None:
     source = (shared_data / f"templates/plain/{UPSTREAM[name]}.jinja").read_text(encoding="utf-8")
     if "\n    " in source and name not in (
         "gemma",

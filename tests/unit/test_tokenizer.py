@@ -109,6 +109,25 @@ def test_gigatoken_by_name_is_refused_where_it_cannot_serve(home: Path, name: st
         choose_engine(resolved(home, name), "gigatoken")
 
 
+def test_facts_of_made_tokenizers(made_data: Path) -> None:
+    turns, prepend, unigram, plain, strips = (
+        resolved(made_data, f"made-{name}") for name in ("turns", "prepend", "unigram", "bytes", "strips")
+    )
+    assert turns.prefix_ids == (turns.bos_id,)
+    assert (turns.suffix_ids, turns.closing_ids) == ((), (turns.eos_id,))
+    assert (prepend.prefix_ids, prepend.eos_token) == ((prepend.bos_id,), "</s>")
+    assert (unigram.prefix_ids, unigram.suffix_ids, unigram.closing_ids) == ((), (1,), (1,))
+    assert (plain.bos_id, plain.eos_token, plain.stop_tokens) == (None, "<|im_end|>", ("<|im_end|>",))
+    assert plain.pad_id not in (None, plain.eos_id)
+    added = {token.content: token for token in (*strips.added_tokens, *turns.added_tokens)}
+    assert {name for name, token in added.items() if token.rstrip} == {
+        *("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<both>"),
+    }
+    assert {name for name, token in added.items() if token.lstrip} == {"<mask>", "<both>"}
+    assert not added["<｜User｜>"].special
+    assert added["<｜end▁of▁sentence｜>"].special
+
+
 def test_facts_of_real_tokenizers(shared_data: Path) -> None:
     llama, mistral, t5 = (
         resolved(shared_data, name) for name in ("llama-3.2-instruct", "mistral-7b-instruct", "t5-small")

@@ -185,11 +185,22 @@ def test_a_control_token_is_told_from_text_that_spells_it() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "llama-3.2-instruct", "minicpm3-4b", "minimind", "mistral-7b-instruct", "phi-3-mini", "qwen3"],
+    [
+        *(
+            "gpt2",
+            "llama-3.2-instruct",
+            "minicpm3-4b",
+            "minimind",
+            "mistral-7b-instruct",
+            "phi-3-mini",
+            "qwen3",
+        ),
+        *("made-bytes", "made-turns", "made-prepend", "made-metaspace", "made-strips"),
+    ],
 )
-def test_real_tokenizers_spell_the_text_exactly(shared_data: Path, name: str) -> None:
+def test_tokenizers_spell_the_text_exactly(home: Path, name: str) -> None:
     text = "Hello 日本語 👩‍👩‍👧 é\n\n  x\ty ﷽ don't"
-    folder = shared_data / "tokenizers" / name
+    folder = home / "tokenizers" / name
     ids, _ = encode_marked(text, folder)
     document = view_example(np.array(ids, np.int32), np.array(ids, np.int32), read_vocabulary(folder))
     # SentencePiece tokenizers invent one space before the text, and it is shown.
