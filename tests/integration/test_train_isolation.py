@@ -14,30 +14,37 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sfttrain.attention import VARLEN, register_attention
 from sfttrain.data import Collator, Row
-from sfttrain.isolation import Surroundings, prove
+from sfttrain.isolation import Proof, Surroundings, prove
 from sfttrain.shrink import shrink
 from tests.varlen_signatures import SIGNATURES
-
-pytestmark = pytest.mark.slow
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]
 NO_SDPA = {"gemma2"}  # it caps attention logits; transformers refuses
 NO_FLEX = {"gpt2"}  # transformers refuses
+QUICK = "llama"  # the long suite tries all
 LENGTHS = (13, 5, 21, 9)
 
 
-def _paths(name: str) -> list[str]:
-    return ["eager", *(["sdpa"] if name not in NO_SDPA else [])]
+def _long(name: str, *more: str) -> Any:
+    return pytest.param(name, *more, marks=() if name == QUICK else pytest.mark.slow)
+
+
+PATHS = [
+    _long(name, path)
+    for name in FAMILIES
+    for path in ("eager", "sdpa")
+    if path == "eager" or name not in NO_SDPA
+]
 
 
 @pytest.mark.feature("attention")
-@pytest.mark.parametrize(("name", "attention"), [(name, path) for name in FAMILIES for path in _paths(name)])
+@pytest.mark.parametrize(("name", "attention"), PATHS)
 def test_every_document_has_the_loss_it_has_alone(name: str, attention: str) -> None:
     model = _model(name, attention)
     _assert_losses_equal(model, Collator(flatten=False))
 
 
-@pytest.mark.parametrize(("name", "attention"), [(name, path) for name in FAMILIES for path in _paths(name)])
+@pytest.mark.parametrize(("name", "attention"), PATHS)
 def test_changing_a_document_leaves_the_next_bitwise_unchanged(name: str, attention: str) -> None:
     model = _model(name, attention)
     documents = _documents()
@@ -56,7 +63,7 @@ def test_flex_attention_keeps_documents_apart(name: str) -> None:
     _assert_losses_equal(_model(name, "flex_attention"), Collator(flatten=False))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2" and name != "gpt2"])
+@pytest.mark.parametrize("name", [_long(name) for name in FAMILIES if name not in ("gemma2", "gpt2")])
 def test_varlen_attention_keeps_documents_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel needs a GPU; here a slow one stands in, so what is tested is everything that we hand to it."""
     kernel = SIGNATURES["2.13"]
@@ -78,19 +85,35 @@ def test_varlen_attention_keeps_documents_apart(name: str, monkeypatch: pytest.M
         assert (found - wanted).abs().max() < 0.05 * spread  # its products are in 16 bit
 
 
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", [_long("mamba2"), _long("qwen3_next")])
 def test_architectures_with_a_running_state_are_found_to_leak(name: str) -> None:
     proof = prove(AutoConfig.for_model(name), "eager", Surroundings("cpu", torch.float32))
     assert not proof.isolated
     assert proof.leak > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [_long(name) for name in FAMILIES])
 def test_the_proof_holds_for_dense_families_at_their_default_size(name: str) -> None:
     proof = prove(AutoConfig.for_model(name), "eager", Surroundings("cpu", torch.float32))
     assert proof.isolated
     assert proof.leak == 0.0
     assert proof.fuses
+
+
+@pytest.mark.parametrize(
+    ("flaw", "apart", "isolated"),
+    [
+        ({}, True, True),
+        ({"leak": 1e-3}, False, False),
+        ({"difference": 1e-3}, False, False),
+        ({"rounding": 9.0}, True, False),
+    ],
+)
+def test_documents_are_isolated_only_where_nothing_leaks(
+    flaw: dict[str, float], apart: bool, isolated: bool
+) -> None:
+    proof = Proof(**({"difference": 1e-6, "leak": 0.0, "loss_difference": None} | flaw))
+    assert (proof.apart, proof.isolated) == (apart, isolated)
 
 
 def _model(name: str, attention: str) -> Any:
