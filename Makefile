@@ -73,7 +73,8 @@ wheel: ## Build dist/, and use the wheel in a clean environment without the sour
 	$(PYTHON) -m venv --clear build/wheel
 	build/wheel/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cp -r examples build/wheel
-	cd build/wheel && bin/sftdata prepare examples/prepare.yaml -o set --overwrite && bin/sftdata verify set
+	cd build/wheel && bin/sftdata prepare examples/prepare.yaml -o set && bin/sftdata verify set \
+	    && bin/sftdata stats set --html report.html && bin/sftdata explain nothing-trained && bin/sfttrain --version
 
 notebooks: $(STAMP) ## Execute the notebooks
 	$(PYTEST) --nbmake --nbmake-timeout=300 notebooks

@@ -50,6 +50,7 @@ def test_every_target_that_workflows_and_pages_name_is_one_of_make() -> None:
     runs = [step.get("run", "") for _, job in jobs() for step in job["steps"]]
     pages = [(ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")]
     named = set(re.findall(r"^make ([a-z-]+)", "\n".join([*runs, *pages]), re.MULTILINE))
+    assert all("\nmake test " in page and "\nmake test-all " in page for page in pages)
     assert named >= {"lint", "types", "test", "test-all", "docs", "wheel"}
     assert named <= make_targets()
 

@@ -17,6 +17,7 @@ import sfttrain
 from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
 from sfttrain.config import TrainConfig
+from sfttrain.talk import notes_to, say
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,33 @@ def test_notes_and_progress_reach_who_asks(tmp_path: Path, caplog: pytest.LogCap
             rows, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=256, workers=1, slice_bytes=4096
         )
     assert [record.message for record in caplog.records if "is up to date" in record.message]
+
+
+def test_notes_of_a_run_reach_who_listens_and_stderr_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[str] = []
+    with notes_to(heard.append):
+        say("attention: eager")
+        with notes_to(None):
+            say("aloud")
+        say("again")
+    assert heard == ["attention: eager", "again"]
+    say("after")
+    assert capsys.readouterr().err == "aloud\nafter\n"
+
+
+@pytest.mark.slow
+def test_train_gives_its_notes_to_who_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sftdata.prepare(CHATS, tokenizer=TOKENIZER, output=tmp_path / "set", max_length=64, workers=1)
+    capsys.readouterr()
+    heard: list[str] = []
+    trainer = sfttrain.train(
+        tmp_path / "set", init_from_config=ROOT / "examples/tiny-model/config.json", output=tmp_path / "out", max_steps=1,
+        on_note=heard.append,
+    )  # fmt: skip
+    assert trainer is not None
+    assert trainer.state.global_step == 1
+    assert any(note.startswith("attention: ") for note in heard)
+    assert "attention: " not in capsys.readouterr().err
 
 
 def test_the_functions_are_those_of_the_commands(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Typical uses of the public interface, for `make types`; nothing runs this file.
+
+mypy also refuses an `ignore` that is not needed, so the wrong uses at the end stay refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sftdata
+import sfttrain
+
+
+def prepare_and_look(rows: list[dict[str, object]], notes: list[str]) -> int:
+    """Use each function as a notebook would."""
+    seen = sftdata.preview("chats.jsonl", tokenizer="tok", number=1, train_on="last-assistant")
+    manifest = sftdata.prepare(
+        [Path("chats.jsonl"), "more/*.jsonl"],
+        tokenizer=Path("tok"),
+        output="set",
+        formatter=lambda row: [
+            {"role": "user", "content": row["q"]},
+            {"role": "assistant", "content": row["a"]},
+        ],
+        on_note=notes.append,
+        on_progress=lambda progress: print(progress.done / progress.total),
+        max_length=2048,
+        packing="wrapped",
+        map={"completion": "best"},
+        max_rejects=20,
+    )
+    for row in sftdata.stream(rows, tokenizer="tok", infinite=True, max_length=64, response_template=[7, 8]):
+        seen_ids = row["input_ids"].tolist()
+        print(seen_ids)
+    try:
+        report = sftdata.verify("set", sha256=True)
+    except (sftdata.UsageError, sftdata.IntegrityError) as error:
+        raise SystemExit(error.exit_code) from error
+    findings = [finding.code for finding in sftdata.audit("set", against=Path("held"))]
+    shards = sftdata.open("set")
+    return manifest.ledger.tokens + len(seen.examples) + len(findings) + report.rows + len(shards)
+
+
+@sftdata.by_columns
+def questions(columns: dict[str, list[str]]) -> list[sftdata.Completion]:
+    """Keep the type of a marked function."""
+    return [sftdata.Completion(q, a) for q, a in zip(columns["q"], columns["a"], strict=True)]
+
+
+def train(model: object, notes: list[str]) -> float:
+    """Train by name, with settings of ours and of transformers."""
+    made: list[sftdata.Completion] = questions({"q": ["Red?"], "a": ["Beetroot."]})
+    trainer = sfttrain.train(
+        ["set"], model="m", output="out", lora="r=16", learning_rate=1e-4, on_note=notes.append
+    )
+    stepwise = sfttrain.IterativeTrainer(model, tokenizer="tok", max_length=512)
+    figures = stepwise.step(texts=[made[0].prompt])
+    return figures["loss"] + (0.0 if trainer is None else trainer.state.global_step)
+
+
+def refused(rows: list[str]) -> None:
+    """Write what a type checker must not take."""
+    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", max_lenght=64)  # type: ignore[call-arg]
+    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", packing="best")  # type: ignore[arg-type]
+    sftdata.prepare("a.jsonl", "tok", output="set")  # type: ignore[call-arg]
+    sftdata.stream(rows, tokenizer="tok", overwrite=True)  # type: ignore[call-arg]
+    sftdata.batched  # type: ignore[attr-defined]  # noqa: B018
+    sfttrain.train("set", output="out", quantize="int4")  # type: ignore[arg-type]
