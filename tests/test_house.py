@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.mutants import FAULTS
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,6 +302,14 @@ def test_ci_runs_every_test_and_the_readme_names_both_suites() -> None:
             "make test-all ",
         ]
     assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("\nmake test-all")
+
+
+def test_every_seeded_fault_is_one_line_of_the_product_and_names_its_tests() -> None:
+    for fault in FAULTS:
+        path, source = fault.place(ROOT)
+        ast.parse(source.replace(fault.text, fault.instead), str(path))
+        assert all((ROOT / "tests" / name).is_file() for name in fault.tests.split()), fault.what
+    assert len({fault.text for fault in FAULTS}) == len(FAULTS) >= 30
 
 
 def test_make_explains_every_target() -> None:
