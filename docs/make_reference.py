@@ -17,7 +17,7 @@ from unittest import mock
 import sftdata.cli
 import sfttrain.cli
 from sftdata import config
-from sftdata.explain import read_codes
+from sftdata.errors import read_codes
 from sftdata.read.formats import FORMATS, LINE
 from sftdata.show.findings import KINDS
 

@@ -10,11 +10,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sftdata import other_tools
-from sftdata.errors import UsageError, did_you_mean
+from sftdata.errors import UsageError
 from sftdata.paths import local_output
+from sftdata.settings import check_settings
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
@@ -221,58 +221,6 @@ def make_config(**settings: Any) -> PrepareConfig:
     """Validate settings, with a one-line error that names the nearest known key.
 
     Raises:
-        UsageError: an unknown key or a value outside its range.
+        UsageError: an unknown or a missing key, or a value outside its range.
     """
-    return check_settings(settings, {})
-
-
-def check_settings(settings: Mapping[str, Any], places: Mapping[str, str]) -> PrepareConfig:
-    """Validate settings of which some are known by the place where they were set, such as `sft.yaml:5`.
-
-    Raises:
-        UsageError: an unknown key or a value outside its range, with its place.
-    """
-    refuse_unknown(settings, places)
-    try:
-        return PrepareConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        hint = did_you_mean(str(first.get("input")), first["msg"].split("'")[1::2], _meaning(where))
-        found = f"found {first.get('input')!r:.200}; {first['msg'].removeprefix('Value error, ')}."
-        place = places.get(where.partition(".")[0], "")
-        name = (
-            place
-            if place.startswith("--")
-            else f"{place}: setting {where!r}"
-            if place
-            else f"Setting {where!r}"
-        )
-        raise UsageError(f"{name}: {found}", hint) from None
-
-
-def refuse_unknown(settings: Mapping[str, Any], places: Mapping[str, str]) -> None:
-    """Refuse a setting that there is not.
-
-    Raises:
-        UsageError: with its place, and what it may have meant.
-    """
-    for key in settings:
-        if key not in PrepareConfig.model_fields:
-            found = f"{places[key]}: unknown" if key in places else "Unknown"
-            raise UsageError(f"{found} setting {key!r}.", _known(key))
-
-
-def _known(key: str) -> str:
-    """Return what an unknown setting may have meant: ours of the same meaning, or of nearly the same name."""
-    known = sorted(PrepareConfig.model_fields)
-    meant = did_you_mean(key, known, f"known settings: {', '.join(known)}.")
-    return other_tools.answer(key, "sftdata") or meant
-
-
-def _meaning(setting: str) -> str:
-    """Return what a setting is, which says what it may be."""
-    field = PrepareConfig.model_fields.get(setting.partition(".")[0])
-    return (
-        f"expected: {field.description}" if field and field.description else "see `sftdata prepare --help`."
-    )
+    return check_settings(PrepareConfig, "sftdata", settings)

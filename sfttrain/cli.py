@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sftdata.cli.run import options_of_all, run_app
 from sftdata.errors import UsageError
+from sftdata.frame import options_of_all, run_app
 from sfttrain.talk import rank
+
+if TYPE_CHECKING:
+    from sfttrain.config import TrainConfig
 
 app = typer.Typer(
     help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -55,35 +61,66 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 _OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
 
 
-@app.command()
-def run(
+def _settings(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
     init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
     adapter: Adapter = None, quantize: Quantize = None, evaluate: Eval = None, neftune_alpha: Neftune = None,
     liger: Liger = False, report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
     overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
+    flags = locals()
+    from sfttrain.config import read_settings
+
+    training = {
+        "max_steps": max_steps, "num_train_epochs": epochs, "neftune_noise_alpha": neftune_alpha,
+        "report_to": report_to.split(",") if report_to else None,
+    }  # fmt: skip
+    return read_settings(
+        config,
+        override or [],
+        {
+            "sets": tuple(sets) if sets else None,
+            "eval": _named(evaluate),
+            "overwrite": overwrite or None,
+            "trust_remote_code": trust_remote_code or None,
+            "training": {key: value for key, value in training.items() if value is not None},
+            "loss": "liger" if liger else None,
+            **{name: flags[name] for name in _OWN},
+        },
+    )
+
+
+def _with_settings(command: Callable[[TrainConfig], None]) -> Callable[..., None]:
+    """Give a command the flags of `_settings`; it receives what they come to."""
+
+    @functools.wraps(command)
+    def run(**flags: Any) -> None:
+        command(_settings(**flags))
+
+    parameters = inspect.signature(_settings, eval_str=True)
+    run.__signature__ = parameters  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.parameters.items()}
+    return run
+
+
+@app.command()
+@_with_settings
+def run(settings: TrainConfig) -> None:
     """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`. The same command resumes a broken run."""
     from sfttrain.run import train
 
-    train(_settings(locals()))
+    train(settings)
 
 
 @app.command()
-def config(
-    sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
-    init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    adapter: Adapter = None, quantize: Quantize = None, evaluate: Eval = None, neftune_alpha: Neftune = None,
-    liger: Liger = False, report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
-    overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
-) -> None:  # fmt: skip
+@_with_settings
+def config(settings: TrainConfig) -> None:
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""
     import yaml
 
     from sfttrain.acting import Run, refuse_inert
     from sfttrain.arguments import effective_settings, training_arguments
 
-    settings = _settings(locals())
     run = Run(settings, training_arguments(settings), {}, evaluated=bool(settings.eval))
     refuse_inert(run)
     print(yaml.safe_dump(effective_settings(run), sort_keys=False), end="")
@@ -151,30 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
         "sfttrain",
         sys.argv[1:] if arguments is None else arguments,
         f"rank {number}: " if number else "",
-    )
-
-
-def _settings(flags: dict[str, Any]) -> Any:
-    from sfttrain.config import read_settings
-
-    training = {
-        "max_steps": flags["max_steps"],
-        "num_train_epochs": flags["epochs"],
-        "neftune_noise_alpha": flags["neftune_alpha"],
-        "report_to": flags["report_to"].split(",") if flags["report_to"] else None,
-    }
-    return read_settings(
-        flags["config"],
-        flags["override"] or [],
-        {
-            "sets": tuple(flags["sets"]) if flags["sets"] else None,
-            "eval": _named(flags["evaluate"]),
-            "overwrite": flags["overwrite"] or None,
-            "trust_remote_code": flags["trust_remote_code"] or None,
-            "training": {key: value for key, value in training.items() if value is not None},
-            "loss": "liger" if flags["liger"] else None,
-            **{name: flags[name] for name in _OWN},
-        },
     )
 
 

@@ -14,7 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
@@ -23,7 +22,7 @@ from pydantic import (
 from sftdata import other_tools
 from sftdata.errors import UsageError
 from sftdata.paths import local_output
-from sftdata.yaml_settings import assign, read_settings_file
+from sftdata.settings import Layer, load_settings, read_settings_file
 
 # What we set otherwise than transformers does; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -158,7 +157,9 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Take from model_init_kwargs what is a setting of its own, so that it is said and checked as one."""
+        """Take from adapters the name of their base, and from model_init_kwargs what is a setting of its own."""
+        if settings.get("adapter") and not settings.get("model"):
+            settings = settings | {"model": adapter_base(Path(settings["adapter"]))}
         given = dict(settings.get("model_init_kwargs") or {})
         lifted = {
             ours: str(given.pop(name)).removeprefix("torch.")
@@ -231,46 +232,54 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
     Raises:
         UsageError: an unreadable file, an unknown key, or a value outside its range.
     """
-    merged: dict[str, Any] = {"training": dict(TRAINING_DEFAULTS)}
-    from_file, places = read_settings_file(file) if file is not None else ({}, {})
-    from_overrides: dict[str, Any] = {}
-    for text in overrides:
-        key = assign(from_overrides, text)
-        places[key] = f"--set {key}"
-    for source in (from_file, from_overrides, flags):
-        _forget_length(merged["training"], source)
-        for key, value in source.items():
-            if value is None:
-                continue
-            place = places.get(key, key)
-            if key != "training" and key in TrainConfig.model_fields:
-                _place_own(merged, key, value, place)
-            else:
-                _place_training(merged, value if key == "training" else {key: value}, place)
-    if not merged.get("output"):
-        raise UsageError(
-            "output is not given.", "name the folder of the run with -o, or in the YAML file as `output:`."
-        )
-    if merged.get("adapter") and not merged.get("model"):
-        merged["model"] = adapter_base(Path(merged["adapter"]))
-    try:
-        return TrainConfig(**merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, text = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        found = (
-            f"Setting {where!r}: {text}; found {first.get('input')!r:.200}" if where else f"Settings: {text}"
-        )
-        raise UsageError(f"{found}.", "see `sfttrain run --help`.") from None
+    files: list[Layer] = [({"training": TRAINING_DEFAULTS}, {})]
+    if file is not None:
+        files.append(read_settings_file(file))
+    return load_settings(TrainConfig, "sfttrain", files, overrides, (flags, {}), _overlay)
 
 
-def _forget_length(training: dict[str, Any], source: Mapping[str, Any]) -> None:
-    """Let `--max-steps` of the command line replace the epochs of a file, and the other way round: they say one thing."""
-    training_too = source.get("training")
-    given = {**source, **(training_too if isinstance(training_too, dict) else {})}
-    if any(given.get(name) is not None for name in _LENGTH):
+def _overlay(settings: dict[str, Any], more: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """Put the settings of one source over the others: keys that are not ours are fields of TrainingArguments."""
+    training = settings.setdefault("training", {})
+    fields: dict[str, Any] = {}
+    for key, value in more.items():
+        place = places.get(key, key)
+        if value is None:
+            continue
+        if key == "training" or key not in TrainConfig.model_fields:
+            fields |= _training(value if key == "training" else {key: value}, place)
+        elif isinstance(value, dict):
+            if key not in _MAPPINGS:
+                raise UsageError(f"{place}: {key} holds no settings of its own.", f"set {key} whole.")
+            before = settings.get(key)
+            settings[key] = before | value if isinstance(before, dict) else value
+        else:
+            settings[key] = value
+    fields = {name: value for name, value in fields.items() if training.get(name, ...) != value}
+    if any(fields.get(name) is not None for name in _LENGTH):
+        # `--max-steps` replaces the epochs of a file, and the other way round: they say one thing.
         for name in _LENGTH:
             training.pop(name, None)
+    training |= fields
+
+
+def _training(given: Any, place: str) -> dict[str, Any]:
+    """Return fields of TrainingArguments by the names they have now.
+
+    Raises:
+        UsageError: no mapping, or a name that another tool has for a setting of ours.
+    """
+    if not isinstance(given, dict):
+        raise UsageError(
+            f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1"
+        )
+    fields = {}
+    for name, value in given.items():
+        known = RENAMED.get(name, str(name))
+        if instead := other_tools.answer(known, "sfttrain"):
+            raise UsageError(f"{place}: unknown setting {name!r}.", instead)
+        fields[known] = value
+    return fields
 
 
 def adapter_base(folder: Path) -> str:
@@ -287,26 +296,3 @@ def adapter_base(folder: Path) -> str:
         raise UsageError(
             f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote."
         ) from None
-
-
-def _place_own(merged: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """Put a setting of ours in its place; of those that hold settings, one source adds to the other."""
-    if isinstance(value, dict) and key not in _MAPPINGS:
-        raise UsageError(f"{place}: {key} holds no settings of its own.", f"set {key} whole.")
-    merged[key] = (
-        merged[key] | value if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-    )
-
-
-def _place_training(merged: dict[str, Any], given: Any, place: str) -> None:
-    """Put fields of TrainingArguments in their place; the names that other tools have for our settings are refused."""
-    if not isinstance(given, dict):
-        raise UsageError(
-            f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1"
-        )
-    for name, value in given.items():
-        known = RENAMED.get(name, str(name))
-        instead = other_tools.answer(known, "sfttrain")
-        if instead:
-            raise UsageError(f"{place}: unknown setting {name!r}.", instead)
-        merged["training"][known] = value

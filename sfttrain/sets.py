@@ -12,6 +12,7 @@ from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.shardset.opened import ShardSet, open_set
 from sftdata.shardset.rejects import REJECTS_NAME
 from sftdata.shardset.verify import damaged_files, foreign_shards
+from sftdata.vocabulary import read_added_tokens
 from sfttrain.config import TrainConfig
 from sfttrain.talk import rank
 
@@ -103,17 +104,7 @@ def _added_ids(opened: ShardSet, rows: int) -> set[int]:
     """Ids from `rows` on that are known to be added tokens."""
     tokenizer = opened.manifest.tokenizer
     new = set(range(tokenizer.vocab_size - len(tokenizer.tokens_added), tokenizer.vocab_size))
-    return {token for token in new | set(added_tokens(opened.folder)) if token >= rows}
-
-
-def added_tokens(folder: Path) -> dict[int, str]:
-    """Return the added tokens of a set's tokenizer by id; empty without a tokenizer folder."""
-    path = folder / "tokenizer" / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    return {
-        entry["id"]: entry["content"] for entry in json.loads(path.read_text("utf-8")).get("added_tokens", [])
-    }
+    return {token for token in new | read_added_tokens(opened.folder / "tokenizer").keys() if token >= rows}
 
 
 def _known_vocabulary(config: TrainConfig) -> int | None:

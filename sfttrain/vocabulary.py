@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sftdata.batches import IGNORE_INDEX
 from sftdata.shardset.opened import PackedRow, ShardSet
-from sfttrain.sets import added_tokens, missing_embeddings
+from sftdata.vocabulary import read_added_tokens
+from sfttrain.sets import missing_embeddings
 from sfttrain.talk import Say
 
 _SAMPLE_ROWS = 256
@@ -99,7 +100,7 @@ def stop_tokens(sets: Sequence[ShardSet]) -> list[int]:
     found: set[int] = set()
     for opened in sets:
         eos, ends = opened.manifest.tokenizer.eos_id, _span_ends(opened)
-        special = added_tokens(opened.folder)
+        special = read_added_tokens(opened.folder / "tokenizer")
         found |= {eos} if eos is not None else set()
         # Without a tokenizer at hand a token must end nearly every span to count as one made for that.
         share = 0.05 if special else 0.9
@@ -124,7 +125,7 @@ def _span_ends(opened: ShardSet) -> Counter[int]:
 
 def _control_tokens(opened: ShardSet) -> set[int]:
     """Added tokens that come up in a set."""
-    known = np.array(sorted(added_tokens(opened.folder)), np.int32)
+    known = np.array(sorted(read_added_tokens(opened.folder / "tokenizer")), np.int32)
     found: set[int] = set()
     for row in _sample(opened):
         # Padding is never looked at by the model, so its embedding has nothing to learn.

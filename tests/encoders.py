@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from sftdata.encode import autotokenizer, layout, tokenizer
+from sftdata import vocabulary
+from sftdata.encode import autotokenizer, tokenizer
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from tests.made_tokenizers import MADE
@@ -22,7 +23,7 @@ TOKENIZERS = (
 EVERY = (*TOKENIZERS, *MADE)  # the real ones and those made here
 NO_GIGATOKEN = ("t5-small", "torchtitan-test", "made-unigram")
 
-_code = b"".join(Path(str(module.__file__)).read_bytes() for module in (autotokenizer, layout, tokenizer))
+_code = b"".join(Path(str(module.__file__)).read_bytes() for module in (autotokenizer, vocabulary, tokenizer))
 CACHE = Path(tempfile.gettempdir()) / f"sftdata-tests-{os.getuid()}-{hashlib.sha256(_code).hexdigest()[:12]}"
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 done, 1 internal, 2 usage, 3 data, 4 integrity, 130 interrupted."""
     from sftdata.cli.app import build_app
-    from sftdata.cli.run import run_app
+    from sftdata.frame import run_app
 
     return run_app(build_app(), "sftdata", sys.argv[1:] if arguments is None else list(arguments))
 

@@ -8,19 +8,9 @@ from typing import Any
 
 import typer
 
-from sftdata.cli.audit import audit
-from sftdata.cli.config import check, schema
-from sftdata.cli.detect import detect
-from sftdata.cli.env import env
-from sftdata.cli.explain import explain
-from sftdata.cli.init import init
-from sftdata.cli.inspect import inspect
-from sftdata.cli.prepare import prepare
-from sftdata.cli.preview import preview
-from sftdata.cli.resolve import resolve
-from sftdata.cli.run import options_of_all
-from sftdata.cli.stats import stats
-from sftdata.cli.verify import verify
+from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
+from sftdata.cli.sets import audit, env, explain, inspect, stats, verify
+from sftdata.frame import options_of_all
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "context_settings": CONTEXT}

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.encode.layout import byte_lengths, read_layout
 from sftdata.encode.tokenizer import FACTS_FILE, FOLDER_NAME, LENGTHS_FILE
 from sftdata.errors import UsageError
+from sftdata.vocabulary import generation_stops, read_vocabulary
 
 # Names of the end-of-text token, for tokenizers that come without a config.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -164,7 +164,7 @@ def _assert_same_ids(tokenizer: Any, folder: Path) -> None:
 
 def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    flags = ("id", "content", "special", "lstrip", "rstrip", "single_word", "normalized")
+    flags = ("id", "content", "special", "lstrip", "rstrip", "normalized")
     prefix, suffix = _ends(tokenizer)
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if len(templates) > 1:
@@ -181,7 +181,6 @@ def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
         "pad_id": tokenizer.pad_token_id,
         "eos_token": tokenizer.eos_token,
         "chat_template": templates.get("default") if templates else tokenizer.chat_template,
-        "named_templates": templates,
         "stop_tokens": _stop_tokens(tokenizer, folder),
         "model_max_length": int(min(tokenizer.model_max_length or UNLIMITED, UNLIMITED)),
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
@@ -193,10 +192,9 @@ def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _places(folder: Path, target: Path) -> dict[str, Any]:
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    layout = read_layout(spec)
-    np.save(target / LENGTHS_FILE, byte_lengths(spec, layout))
-    return {"layout": asdict(layout)}
+    vocabulary = read_vocabulary(folder)
+    np.save(target / LENGTHS_FILE, np.array(vocabulary.lengths(), np.int64))
+    return {"layout": asdict(vocabulary.layout)}
 
 
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -210,10 +208,8 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _stop_tokens(tokenizer: Any, folder: Path) -> list[str]:
     stops = [tokenizer.eos_token] if tokenizer.eos_token is not None else []
-    path = folder / "generation_config.json"
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    for token_id in ids if isinstance(ids, list) else [ids]:
-        token = None if token_id is None else tokenizer.convert_ids_to_tokens(token_id)
+    for token_id in generation_stops(folder):
+        token = tokenizer.convert_ids_to_tokens(token_id)
         if token is not None and token not in stops:
             stops.append(token)
     return stops

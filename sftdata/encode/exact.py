@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftdata.batches import Int32, Int64
-from sftdata.encode.layout import MARKER
 from sftdata.encode.tokenizer import AddedToken, ResolvedTokenizer
+from sftdata.vocabulary import MARKER
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

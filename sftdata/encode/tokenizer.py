@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
-from sftdata.encode.layout import Layout
 from sftdata.errors import SftError, UsageError, nearest
+from sftdata.vocabulary import Layout
 
 CACHE_FORMAT = 3
 FACTS_FILE = "resolved.json"
@@ -47,7 +47,6 @@ class AddedToken:
     special: bool
     lstrip: bool
     rstrip: bool
-    single_word: bool
     normalized: bool
 
 
@@ -61,7 +60,7 @@ class ResolvedTokenizer:
         sha256: of its tokenizer.json.
         special_tokens: the named special tokens that chat templates see (`bos_token`, `eos_token`, ...).
         bos_id, eos_id, pad_id: None where the tokenizer names none.
-        chat_template: the default template; `named_templates` holds all of them where there are several (`tool_use`).
+        chat_template: the default template.
         stop_tokens: what ends generation: the EOS token and those of generation_config.json.
         model_max_length: tokens; 2**31 - 1 where the tokenizer says nothing.
         vocab_size: largest id + 1.
@@ -80,7 +79,6 @@ class ResolvedTokenizer:
     pad_id: int | None
     eos_token: str | None
     chat_template: str | None
-    named_templates: dict[str, str]
     stop_tokens: tuple[str, ...]
     model_max_length: int
     vocab_size: int

@@ -21,7 +21,7 @@ from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, IN_CHATS, IN_TEXTS, KINDS, Finding, make_finding
 from sftdata.show.shown import ShownSet, open_shown
-from sftdata.show.vocabulary import generation_stops
+from sftdata.vocabulary import generation_stops
 
 GLANCE = 2 << 20  # tokens: a twentieth of a second
 

@@ -11,7 +11,7 @@ import xxhash
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows
 from sftdata.ragged import offsets_of
-from sftdata.show.vocabulary import Vocabulary
+from sftdata.vocabulary import Vocabulary
 
 UInt64 = npt.NDArray[np.uint64]
 

@@ -15,7 +15,7 @@ from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import PackedRow, ShardSet
 from sftdata.shardset.rejects import REJECTS_NAME, Reject
 from sftdata.show.view import View, view_row
-from sftdata.show.vocabulary import Vocabulary, read_vocabulary
+from sftdata.vocabulary import Vocabulary, read_vocabulary
 
 
 @dataclass(frozen=True, slots=True, eq=False)

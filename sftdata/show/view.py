@@ -14,7 +14,7 @@ import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.show.roles import find_turns
-from sftdata.show.vocabulary import Vocabulary
+from sftdata.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import pytest
 
 import sftdata
 from sftdata.cli.app import build_app
-from sftdata.cli.run import run_app
 from sftdata.errors import DataError, SftError, UsageError
+from sftdata.frame import run_app
 from sftdata.shardset.verify import verify
 
 pytestmark = pytest.mark.slow

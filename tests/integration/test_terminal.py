@@ -17,7 +17,7 @@ import typer
 
 import sftdata
 from sftdata.cli import main
-from sftdata.cli.run import run_app
+from sftdata.frame import run_app
 from sftdata.shardset.build import Build
 from tests.torture.runs import ROOT, TOKENIZER, write_chats
 
@@ -292,7 +292,7 @@ def test_a_signal_is_one_line_and_keeps_what_is_done(
 
 
 def test_a_run_under_nohup_is_not_stopped_by_a_hangup(tmp_path: Path) -> None:
-    script = "import os, signal, typer\nfrom sftdata.cli.run import run_app\napp = typer.Typer()\n"
+    script = "import os, signal, typer\nfrom sftdata.frame import run_app\napp = typer.Typer()\n"
     script += (
         "@app.command()\ndef hang() -> None:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('on')\n"
     )

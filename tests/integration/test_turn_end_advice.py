@@ -13,7 +13,7 @@ import pytest
 import sftdata
 from sftdata.show.audit import audit
 from sftdata.show.findings import Finding
-from sftdata.show.vocabulary import read_vocabulary
+from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import TOKENIZER
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sftdata.cli.run import run_app
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.frame import run_app
 from sftdata.shardset.build import Build
 from sftdata.shardset.lists import LISTS
 from sftdata.shardset.manifest import read_manifest

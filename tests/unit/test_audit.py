@@ -19,7 +19,7 @@ from sftdata.shardset.manifest import read_manifest
 from sftdata.show.audit import audit, glance
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, KINDS, Finding
-from sftdata.show.vocabulary import Vocabulary, read_vocabulary
+from sftdata.vocabulary import Vocabulary, read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

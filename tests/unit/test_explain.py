@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from sftdata.encode.length import REASONS, LengthCounts
-from sftdata.errors import UsageError
-from sftdata.explain import explain, read_codes
+from sftdata.errors import UsageError, explain, read_codes
 from sftdata.masks.tokens import EncodeCounts
 from sftdata.read.parts import MEDIA
 from sftdata.render.spellings import NULL_AS_EMPTY

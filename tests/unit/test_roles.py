@@ -18,7 +18,7 @@ from sftdata.show.roles import find_turns
 from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
 from sftdata.show.view import Piece, view_example
-from sftdata.show.vocabulary import read_vocabulary
+from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 
 

@@ -10,10 +10,10 @@ import yaml
 
 from sftdata import other_tools
 from sftdata.cli import main
-from sftdata.cli.settings import load_config
+from sftdata.cli.flags import load_config
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
-from sftdata.yaml_settings import assign, read_settings_file
+from sftdata.settings import assign, read_settings_file
 from sfttrain.config import TrainConfig
 from sfttrain.fields import training_fields
 

@@ -21,7 +21,7 @@ from sftdata.show.html import view_fragment, view_page
 from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
 from sftdata.show.view import View, view_example
-from sftdata.show.vocabulary import read_vocabulary
+from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 
 ACTING = "a\x1b[31mred\x1b[0m \x07\x08\r\x9b2J \u202egnol\u202c \u2066x\u2069 \u200b\ufeff\U000e0041"

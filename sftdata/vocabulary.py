@@ -1,22 +1,30 @@
-"""What each token id stands for, read from the tokenizer folder of a set: its bytes, without a tokenizer library.
+"""What a tokenizer folder says without a tokenizer library: the bytes of each token id, and where tokens lie in a text.
 
-A tokenizer's own `decode` joins, strips and replaces; here one id is one stretch of bytes, so that text can be laid over ids.
+A tokenizer's own `decode` joins, strips and replaces; here one id is one stretch of bytes, so that text can be laid over
+ids. Where every token stands for a fixed number of bytes (`Layout`), positions in a text cost one cumulative sum.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from sftdata.errors import IntegrityError, UsageError
 
+MARKER = "\u2581"  # SentencePiece writes a space as this
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _TAG = re.compile(r"</?\w+>|\s*")
+Kind = Literal["bytes", "spaces", "none"]
+Part = dict[str, Any]
+"""A normalizer, pre-tokenizer or decoder of tokenizer.json, by its `type`."""
 
 
 class _AddedToken(msgspec.Struct):
@@ -27,12 +35,38 @@ class _AddedToken(msgspec.Struct):
 
 class _Model(msgspec.Struct):
     vocab: dict[str, int] | list[tuple[str, float]]
+    type: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
 
 
 class _TokenizerFile(msgspec.Struct):
     model: _Model
     added_tokens: list[_AddedToken] = []
-    decoder: dict[str, Any] | None = None
+    normalizer: Part | None = None
+    pre_tokenizer: Part | None = None
+    decoder: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What decides where tokens lie.
+
+    Attributes:
+        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one marker per space) or "none": lengths tell nothing.
+        prefix: where a space is invented before the text: nowhere, at its "first" byte, "always" after an added token too.
+        prefix_doubles: the invented space comes before a real one too (normalizer Prepend).
+        prefix_words: words are split off at whitespace first, so that each gets its own prefix (T5).
+        normal_form: Unicode normal form the text is brought into, or "".
+        looks_ahead: words are found by a pattern, so that what follows can change the tokens before it.
+    """
+
+    kind: Kind
+    prefix: Literal["none", "first", "always"]
+    prefix_doubles: bool
+    prefix_words: bool
+    normal_form: str
+    looks_ahead: bool
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -56,6 +90,7 @@ class Vocabulary:
         stop_ids: ids that end generation: EOS and those of generation_config.json.
         chat_template: the default template, if any.
         decoder: parts of the tokenizer's decoder, which say how pieces spell text.
+        layout: where its tokens lie in a text.
     """
 
     pieces: dict[int, str]
@@ -64,7 +99,8 @@ class Vocabulary:
     named: dict[str, str]
     stop_ids: frozenset[int]
     chat_template: str | None
-    decoder: tuple[dict[str, Any], ...]
+    decoder: tuple[Part, ...]
+    layout: Layout
 
     @cached_property
     def _alphabet(self) -> dict[str, int]:
@@ -84,13 +120,23 @@ class Vocabulary:
         piece = self.pieces.get(token_id)
         if piece is None:
             return f"<id {token_id}>".encode()
-        if self._alphabet and all(character in self._alphabet for character in piece):
-            return bytes(self._alphabet[character] for character in piece)
+        if self._alphabet:
+            with suppress(KeyError):  # a piece that is no byte-level text
+                return bytes(map(self._alphabet.__getitem__, piece))
         for part in self.decoder:
-            if part["type"] == "ByteFallback" and len(piece) == 6 and piece.startswith("<0x"):
+            if part["type"] == "ByteFallback" and _BYTE_PIECE.fullmatch(piece):
                 return bytes([int(piece[3:5], 16)])
             piece = _decoded(piece, part)
         return piece.encode()
+
+    def lengths(self) -> list[int]:
+        """Return the source bytes of every id, where the layout tells; unused ids stand for none."""
+        source = replace(self, decoder=_SOURCE[self.layout.kind])
+        known = self.pieces.keys() | self.added.keys()
+        return [
+            len(source.bytes_of(index)) if index in known else 0
+            for index in range(max(known, default=-1) + 1)
+        ]
 
     def text_of(self, token_ids: Iterable[int]) -> str:
         r"""Return the text of some ids; bytes that are no utf-8 are spelled `\xe2`."""
@@ -110,7 +156,15 @@ class Vocabulary:
         return bool(self.added.get(token_id, "").strip())
 
 
-def _decoded(piece: str, part: dict[str, Any]) -> str:
+# How the pieces of each kind of layout spell the text that they were cut from.
+_SOURCE: dict[Kind, tuple[Part, ...]] = {
+    "bytes": ({"type": "ByteLevel"},),
+    "spaces": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": MARKER}),
+    "none": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": MARKER}),
+}
+
+
+def _decoded(piece: str, part: Part) -> str:
     if part["type"] == "Replace" and "String" in part["pattern"]:
         return piece.replace(part["pattern"]["String"], part["content"])
     if part["type"] == "Metaspace":
@@ -151,7 +205,18 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         stop_ids=_stop_ids(folder, config, {token.content: token.id for token in file.added_tokens}),
         chat_template=_chat_template(folder, config),
         decoder=tuple(_flat(file.decoder)),
+        layout=_layout(file),
     )
+
+
+def read_added_tokens(folder: Path) -> dict[int, str]:
+    """Return the added tokens of a tokenizer folder by id; none without a tokenizer.json.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    file = _read(folder / "tokenizer.json", _TokenizerFile)
+    return {} if file is None else {token.id: token.content for token in file.added_tokens}
 
 
 def generation_stops(folder: Path) -> list[int]:
@@ -179,14 +244,14 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if decoder is None:
+def _flat(part: Part | None) -> list[Part]:
+    """Return the parts of a component, those of sequences one by one."""
+    if part is None:
         return []
-    return (
-        [part for child in decoder["decoders"] for part in _flat(child)]
-        if decoder["type"] == "Sequence"
-        else [decoder]
-    )
+    if part["type"] != "Sequence":
+        return [part]
+    children = next(part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part)
+    return [leaf for child in children for leaf in _flat(child)]
 
 
 def _read(path: Path, kind: Any) -> Any:
@@ -198,3 +263,51 @@ def _read(path: Path, kind: Any) -> Any:
         raise IntegrityError(
             f"{path}: damaged: {error}.", "restore the file or prepare the set again."
         ) from None
+
+
+def _layout(file: _TokenizerFile) -> Layout:
+    normalizers, splitters = _flat(file.normalizer), _flat(file.pre_tokenizer)
+    forms = [part["type"] for part in normalizers if part["type"] in UNICODE_FORMS]
+    names = [part["type"] for part in splitters]
+    return Layout(
+        kind=_kind(file.model, normalizers, splitters),
+        prefix=_prefix(normalizers, splitters),
+        prefix_doubles=any(part["type"] == "Prepend" for part in normalizers),
+        prefix_words="WhitespaceSplit" in names,
+        normal_form=forms[0] if len(forms) == 1 else "",
+        looks_ahead=any(name not in ("Metaspace", "WhitespaceSplit") for name in names),
+    )
+
+
+def _kind(model: _Model, normalizers: list[Part], splitters: list[Part]) -> Kind:
+    if model.type not in ("BPE", "Unigram") or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return "none"
+    if any(part["type"] == "ByteLevel" for part in splitters):
+        return (
+            "bytes"
+            if all(part["type"] in UNICODE_FORMS for part in normalizers) and len(normalizers) <= 1
+            else "none"
+        )
+    marked = any(_writes_marker(part) for part in [*normalizers, *splitters])
+    plain = all(_writes_marker(part) or part["type"] == "Prepend" for part in normalizers) and all(
+        map(_keeps_text, splitters)
+    )
+    return "spaces" if marked and plain else "none"
+
+
+def _writes_marker(part: Part) -> bool:
+    if part["type"] == "Replace":
+        return bool(part["pattern"] == {"String": " "} and part["content"] == MARKER)
+    return bool(part["type"] == "Metaspace" and part["replacement"] == MARKER)
+
+
+def _keeps_text(part: Part) -> bool:
+    return _writes_marker(part) or (part["type"] == "Split" and part["behavior"] != "Removed")
+
+
+def _prefix(normalizers: list[Part], splitters: list[Part]) -> Literal["none", "first", "always"]:
+    schemes = [part["prepend_scheme"] for part in splitters if part["type"] == "Metaspace"]
+    spaced = any(part["type"] == "ByteLevel" and part["add_prefix_space"] for part in splitters)
+    if spaced or "always" in schemes or any(part["type"] == "Prepend" for part in normalizers):
+        return "always"
+    return "first" if "first" in schemes else "none"

@@ -11,12 +11,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 import typer
 
-from sftdata.config import PrepareConfig, check_settings, refuse_unknown
+from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
-from sftdata.yaml_settings import assign, read_settings_file
+from sftdata.settings import Layer, load_settings, read_settings_file
 
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside."),
+]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -67,10 +73,7 @@ _INPUTS = Annotated[
 ]
 _FILES = {
     "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")],
-    "sets": Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside."),
-    ],
+    "sets": Sets,
 }
 
 
@@ -82,28 +85,14 @@ def load_config(
     Raises:
         UsageError: a setting is unknown or wrong, or the file cannot be read.
     """
-    settings: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    files: list[Layer] = [read_settings_file(config_file)] if config_file else []
     if len(inputs) == 1 and inputs[0].endswith(_YAML):
-        settings, places = read_settings_file(Path(inputs[0]))
+        files.append(read_settings_file(Path(inputs[0])))
     elif inputs:
-        settings["inputs"] = inputs
-    if config_file is not None:
-        from_file, its_places = read_settings_file(config_file)
-        settings, places = from_file | settings, its_places | places
-    for text in sets:
-        key = assign(settings, text)
-        places[key] = f"--set {key}"
+        files.append(({"inputs": inputs}, {}))
     given = {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
-    settings |= given
-    places |= {name: "--" + name.replace("_", "-") for name in given}
-    refuse_unknown(settings, places)
-    for name, flag in (("inputs", "INPUT"), ("tokenizer", "-t"), ("output", "-o")):
-        if name not in settings:
-            raise UsageError(
-                f"{name} is not given.", f"name it with {flag}, or in the YAML file as `{name}:`."
-            )
-    return check_settings(settings, places)
+    named = {name: "--" + name.replace("_", "-") for name in given}
+    return load_settings(PrepareConfig, "sftdata", files, sets, (given, named))
 
 
 def _option(name: str) -> inspect.Parameter:

@@ -1,0 +1,254 @@
+"""Commands on finished sets, and those that explain codes and the machine."""
+
+from __future__ import annotations
+
+import locale
+import os
+import platform
+import re
+import shutil
+import sys
+import textwrap
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sftdata.cli.flags import Folder, Json
+
+VARIABLES = (
+    "HF_HUB_OFFLINE", "NO_COLOR", "OMP_NUM_THREADS", "PYTHONHASHSEED", "RAYON_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM", "TZ",
+)  # fmt: skip
+
+
+def audit(
+    folder: Folder,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="Evaluation set that shares no prompts.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there is a defect.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look for supervision that nobody meant: answers without an end, cut answers, doubled BOS, control tokens from data.
+
+    Example: sftdata audit shards --strict
+    """
+    from sftdata.cli.talk import print_json, print_line
+    from sftdata.errors import DataError
+    from sftdata.show.audit import audit as run
+
+    findings = run(folder, against, every=as_json)
+    defects = [finding for finding in findings if finding.severity == "defect"]
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "clean": not defects,
+                "findings": [finding.to_json() for finding in findings],
+            }
+        )
+    elif findings:
+        from sftdata.show.summary import print_findings
+        from sftdata.show.terminal import make_console
+
+        print_findings(findings, make_console())
+    else:
+        print_line(f"{folder}: nothing found.")
+    if strict and defects:
+        names = ", ".join(finding.code for finding in defects)
+        raise DataError(
+            f"{folder}: {len(defects)} kinds of defects ({names}).", "see above, or audit without --strict."
+        )
+
+
+def inspect(
+    folder: Folder,
+    row: Annotated[int, typer.Option("--row", help="Packed row to show; -1 is the last.")] = 0,
+    example: Annotated[
+        int | None,
+        typer.Option("--example", min=0, help="Show this input row instead, wherever it was packed."),
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids.")] = False,
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+) -> None:
+    """Show what is trained: trained tokens in green and underlined, with file and line of each document.
+
+    Example: sftdata inspect shards --row 3
+    """
+    from sftdata.cli.talk import print_json, print_line
+    from sftdata.show.shown import open_shown
+
+    shards = open_shown(folder)
+    view = shards.view(row) if example is None else shards.view_example(example)
+    if html is not None:
+        from sftdata.show.html import view_page
+        from sftdata.show.page import write_page
+
+        write_page(html, view_page(view, ids=ids))
+        print_line(f"Wrote {html}.", err=True)
+    elif as_json:
+        print_json(view.to_json())
+    else:
+        from sftdata.show.terminal import print_view
+
+        print_view(view, ids=ids)
+
+
+def stats(
+    folder: Folder,
+    as_json: Json = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a report instead: one page, with the audit."),
+    ] = None,
+) -> None:
+    """Show what became of every row and token: ledger, lengths, fill, and what each source gave.
+
+    Example: sftdata stats shards --html report.html
+    """
+    from sftdata.cli.talk import print_json, print_line
+    from sftdata.show.shown import open_shown
+    from sftdata.show.stats import measure, stats_json
+
+    shards = open_shown(folder)
+    if html is not None:
+        from sftdata.show.page import write_page
+        from sftdata.show.report import make_report
+
+        write_page(html, make_report(shards))
+        print_line(f"Wrote {html}.", err=True)
+    elif as_json:
+        print_json(stats_json(shards.manifest))
+    else:
+        from sftdata.show.summary import print_stats
+        from sftdata.show.terminal import make_console
+
+        print_stats(measure(shards.manifest), str(folder), make_console())
+
+
+def verify(
+    folder: Folder,
+    sha256: Annotated[
+        bool,
+        typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a set against its manifest, and count its ledger again from the shards.
+
+    Example: sftdata verify shards
+    """
+    from sftdata.cli.talk import print_json, print_line
+    from sftdata.errors import IntegrityError
+    from sftdata.shardset.verify import verify as run
+
+    report = run(folder, sha256=sha256)
+    if as_json:
+        told = {"folder": str(folder), "ok": report.ok, "digest": report.digest, "problems": report.problems}
+        print_json(told | {"files": report.files, "bytes": report.bytes, "rows": report.rows})
+    else:
+        for problem in report.problems:
+            print_line(problem)
+        digests = "xxh3-128 and sha256" if sha256 else "xxh3-128"
+        found = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
+        print_line(
+            f"{folder}: {found}: {report.files} files, {report.bytes:,} bytes by {digests}; {report.rows:,} rows counted again;"
+            f" digest {report.digest[:12]}"
+        )
+    if not report.ok:
+        raise IntegrityError(
+            f"{folder}: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}, listed above.",
+            "restore the files or prepare the set again.",
+        )
+
+
+def _complete(start: str) -> list[str]:
+    from sftdata.errors import read_codes
+
+    return [code for code in read_codes() if code.startswith(start)]
+
+
+def explain(
+    code: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CODE", help="Of a reject, an audit finding or a counter.", autocompletion=_complete
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a code means and what to do about it; without one, list them all.
+
+    Example: sftdata explain spans-unproven
+    """
+    from sftdata.cli.talk import print_json, print_line
+    from sftdata.errors import explain as run
+    from sftdata.errors import read_codes
+
+    codes = read_codes()
+    if code is not None:
+        text = run(code)
+        found = text.partition(" ")[0]
+        if as_json:
+            print_json({"code": found, "kind": codes[found][0], "text": codes[found][1]})
+        else:
+            width = min(shutil.get_terminal_size().columns, 100)
+            print(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
+    elif as_json:
+        print_json({name: {"kind": kind, "text": text} for name, (kind, text) in codes.items()})
+    else:
+        for name, (kind, _) in codes.items():
+            print_line(f"{name:<30}{kind.lower()}")
+
+
+def env(as_json: Json = False) -> None:
+    """Print versions, machine and the variables that change behaviour; no paths, no secrets.
+
+    Example: sftdata env --json
+    """
+    from sftdata.cli.talk import print_json, print_line
+
+    found = _environment()
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            print_line(f"{name:<24}{value}")
+            continue
+        for key, part in value.items():
+            print_line(f"{name + ' ' + key:<40}{part if part is not None else 'not installed'}")
+
+
+def _environment() -> dict[str, Any]:
+    """Return plain JSON data to put into a report of a fault; it holds no paths, user names or secrets."""
+    from sftdata.engine.local import usable_cores
+    from sftdata.version import __version__
+
+    return {
+        "sftdata": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cores": {"usable": usable_cores(), "all": os.cpu_count()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "encoding": {"files": sys.getfilesystemencoding(), "locale": locale.getpreferredencoding(False)},
+        "packages": {name: _version(name) for name in sorted(_dependencies())},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _dependencies() -> set[str]:
+    """Return the packages that ours asks for, extras included; what is needed to work on it aside."""
+    lines = [line for line in requires("sftdata") or [] if "extra == 'dev'" not in line.replace('"', "'")]
+    return {found[0] for line in lines if (found := re.match(r"[\w.-]+", line))} - {"sftdata"}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
