@@ -15,7 +15,7 @@ import msgspec
 from sftdata.read.chunks import GRAIN_BYTES
 from sftdata.read.lines import SHOWN_BYTES
 from sftdata.read.nesting import Nesting, brackets_end
-from sftdata.read.streams import BLOCK_BYTES, in_pieces
+from sftdata.read.streams import BLOCK_BYTES
 
 Begins = Callable[
     [bytes, bytes], bool
@@ -82,7 +82,7 @@ class Elements:
         strict: bool = False,
     ) -> None:
         self.closed = True
-        self._blocks, self._limit, self._begins = in_pieces(blocks, BLOCK_BYTES), limit, begins
+        self._blocks, self._limit, self._begins = iter(blocks), limit, begins
         self._window, self._base, self._at = b"", offset, 0
         self._ended, self._strict = False, strict
         if whole:

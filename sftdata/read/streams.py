@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,6 @@ from sftdata.read.unchanged import BlockHashes, changed, unchanged
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
-ZSTD_FEED_BYTES = (
-    512  # zstd has no bound on what comes out; four bytes may give 128 KiB, so these give 16 MiB at most
-)
 
 MAGIC: tuple[tuple[bytes, Compression], ...] = (
     (rb"\x1f\x8b", "gzip"),
@@ -67,16 +65,32 @@ def open_raw(path: str) -> BinaryIO:
 
 
 class Decompressor(Protocol):
-    """The interface that zlib, lzma, bz2 and zstandard share."""
+    """Decompresses one member of a stream: what lzma, bz2 and zstd share."""
 
-    eof: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool:
+        """Whether the member has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was given after its end."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether all that can be made of what was given has been returned."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Return at most `max_length` bytes of what has been given so far."""
 
 
-def _zstd() -> Any:
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+def _start_zstd() -> Decompressor:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    # As wide a window as `zstd --long=31` may write.
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+    return zstd.ZstdDecompressor(options=options)
 
 
 def _drain_zlib(decoder: Any, data: bytes) -> Iterator[bytes]:
@@ -87,34 +101,23 @@ def _drain_zlib(decoder: Any, data: bytes) -> Iterator[bytes]:
         yield out
 
 
-def _drain_asking(decoder: Any, data: bytes) -> Iterator[bytes]:
+def _drain(decoder: Decompressor, data: bytes) -> Iterator[bytes]:
     yield decoder.decompress(data, BLOCK_BYTES)
     while not decoder.eof and not decoder.needs_input:
         yield decoder.decompress(b"", BLOCK_BYTES)
 
 
-def _drain_zstd(decoder: Any, data: bytes) -> Iterator[bytes]:
-    yield decoder.decompress(data)
-
-
-def in_pieces(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Yield the same bytes in blocks of at most `size`."""
-    for block in blocks:
-        for start in range(0, len(block), size):
-            yield block[start : start + size]
-
-
 # How each starts, and how it gives what a block holds piece by piece: a small file may hold any amount of zeros.
 DECOMPRESSORS: dict[str, tuple[Callable[[], Any], Callable[[Any, bytes], Iterator[bytes]]]] = {
     "gzip": (lambda: zlib.decompressobj(wbits=31), _drain_zlib),
-    "xz": (lzma.LZMADecompressor, _drain_asking),
-    "bz2": (bz2.BZ2Decompressor, _drain_asking),
-    "zstd": (_zstd, _drain_zstd),
+    "xz": (lzma.LZMADecompressor, _drain),
+    "bz2": (bz2.BZ2Decompressor, _drain),
+    "zstd": (_start_zstd, _drain),
 }
 
 
 def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
-    """Decompress a stream of one or more members, and insist that the last one is whole.
+    """Decompress a stream of one or more members into blocks of at most 1 MiB, and insist that the last one is whole.
 
     Raises:
         EOFError: the stream ends inside a member.
@@ -124,8 +127,6 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
         yield from blocks
         return
     start, drain = DECOMPRESSORS[compression]
-    if compression == "zstd":
-        blocks = in_pieces(blocks, ZSTD_FEED_BYTES)
     decoder: Decompressor = start()
     fed = False
     for block in blocks:
@@ -196,7 +197,7 @@ def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
             yield block
     except SftError:
         raise
-    except Exception as error:  # zlib, lzma, bz2 and zstandard each raise their own
+    except Exception as error:  # zlib, lzma, bz2 and zstd each raise their own
         if source.compression == "none":
             raise
         what = f"{source.path}: the {source.compression} stream is damaged after {done} decompressed bytes ({error})."

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
 
 import sftdata
 from sftdata.errors import SftError
+from tests.compressed import zstd
 from tests.poison import ANSWER, USER, cases, chat, dumped
 from tests.torture.runs import prepare, settings
 from tests.waiting import HANGS
@@ -145,7 +145,7 @@ FILES = {
     "one NUL": (b"\0", "binary"),
     "noise": (bytes(range(256)) * 20, "invalid-utf8"),
     "gzip cut short": (gzip.compress(LINES * 500, mtime=0)[:-20], "damaged"),
-    "zstd with a broken byte": (zstandard.compress(LINES * 500)[:30] + b"\xff" * 30, "damaged"),
+    "zstd with a broken byte": (zstd.compress(LINES * 500)[:30] + b"\xff" * 30, "damaged"),
     "brackets": (b"[" * 100_000, None),
     "braces": (b'{"a":' * 100_000, None),
     "parquet without an end": (b"PAR1" + bytes(200), "arquet"),
@@ -195,7 +195,7 @@ def test_an_odd_file_gives_all_its_rows(tmp_path: Path, name: str, data: bytes) 
 
 OPENERS: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
     "gzip": (gzip.open, {"compresslevel": 1}),
-    "zstd": (zstandard.open, {}),
+    "zstd": (zstd.open, {}),
     "bz2": (bz2.open, {"compresslevel": 1}),
     "xz": (lzma.open, {"preset": 0}),
 }

@@ -12,17 +12,18 @@ import random
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
-import zstandard
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.read import streams
 from sftdata.read.chunks import Source, Unreadable
 from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
+from tests.compressed import zstd
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -35,7 +36,7 @@ ROWS: list[dict[str, Any]] = [
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "none": lambda data: data,
     "gzip": gzip.compress,
-    "zstd": zstandard.ZstdCompressor(write_checksum=True).compress,
+    "zstd": partial(zstd.compress, options={zstd.CompressionParameter.checksum_flag: True}),
     "xz": lzma.compress,
     "bz2": bz2.compress,
 }
@@ -593,6 +594,22 @@ def test_compressed_members_one_after_another_are_one_stream(compression: str, t
     assert read_all(tmp_path / "a", 500)[0] == ROWS
 
 
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "xz", "bz2"])
+def test_no_compression_gives_more_than_a_block_at_once(compression: Any) -> None:
+    zeros = b"\0" * (24 << 20)
+    blocks = list(streams.decompress([COMPRESS[compression](zeros)], compression))
+    assert b"".join(blocks) == zeros
+    assert max(map(len, blocks)) <= streams.BLOCK_BYTES
+
+
+def test_a_zstd_stream_with_a_longer_window_than_most_decoders_take_is_read() -> None:
+    compressor = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})
+    packed = compressor.compress(b"text " * 1000) + compressor.flush()
+    with pytest.raises(zstd.ZstdError):
+        zstd.decompress(packed)
+    assert b"".join(streams.decompress([packed], "zstd")) == b"text " * 1000
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_refused_with_the_command_that_converts_it(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
@@ -715,7 +732,7 @@ def test_owner_and_name_is_a_hub_id_only_where_no_such_path_can_be_meant(
 def test_reading_imports_no_heavy_library() -> None:
     import sys
 
-    heavy = "{'datasets', 'transformers', 'pyarrow', 'fsspec', 'zstandard'}"
+    heavy = "{'datasets', 'transformers', 'pyarrow', 'fsspec', 'backports'}"
     code = f"import sys, sftdata.read.detect; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -15,13 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.read.chunks import Marks, SourcePlan
 from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
 from sftdata.read.unchanged import BLOCK_BYTES, InputChangedError
+from tests.compressed import zstd
 
 ROWS = [
     {"prompt": f"{number:06} " + "what " * (number % 40), "completion": f"{number}"} for number in range(3000)
@@ -63,7 +63,7 @@ KINDS: dict[str, Callable[[list[dict[str, str]]], bytes]] = {
     "jsonl.gz": lambda rows: gzip.compress(as_jsonl(rows), mtime=0),
     "jsonl.bz2": lambda rows: bz2.compress(as_jsonl(rows)),
     "jsonl.xz": lambda rows: lzma.compress(as_jsonl(rows)),
-    "jsonl.zst": lambda rows: zstandard.compress(as_jsonl(rows)),
+    "jsonl.zst": lambda rows: zstd.compress(as_jsonl(rows)),
     "parquet": as_parquet,
     "arrow": as_arrow,
 }
