@@ -16,7 +16,7 @@ import nbformat
 from rich.console import Console
 
 import sftdata
-from sftdata.show.page import write_page
+from sftdata.pages import write_page
 from sftdata.show.report import make_report
 from sftdata.show.terminal import print_view
 

@@ -84,6 +84,24 @@ def test_what_a_word_may_have_meant_is_asked_in_one_place() -> None:
     assert [str(path) for path, source in modules(*PACKAGES) if "difflib" in source] == ["sftdata/errors.py"]
 
 
+def test_html_is_written_by_templates_that_escape_by_default() -> None:
+    """No string of HTML is put together by hand, and no template marks anything as safe."""
+    by_hand = re.compile(r"</(?:div|span|p|b|td|tr|table|li|ul|h\d|svg|section)>|from html import|Markup\(")
+    assert not [str(path) for path, source in modules(*PACKAGES) if by_hand.search(_without_docs(source))]
+    templates = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.html.jinja"))]
+    assert len(templates) > 4
+    unsafe = re.compile(r"\|\s*safe\b|autoescape")
+    assert not [path.name for path in templates if unsafe.search(path.read_text(encoding="utf-8"))]
+
+
+def _without_docs(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def test_nothing_is_left_for_later() -> None:
     words = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "HA" + "CK", "raise " + "NotImplemented")))
     found = [

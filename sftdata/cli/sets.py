@@ -84,8 +84,8 @@ def inspect(
     shards = open_shown(folder)
     view = shards.view(row) if example is None else shards.view_example(example)
     if html is not None:
-        from sftdata.show.html import view_page
-        from sftdata.show.page import write_page
+        from sftdata.pages import write_page
+        from sftdata.show.view import view_page
 
         write_page(html, view_page(view, ids=ids))
         print_line(f"Wrote {html}.", err=True)
@@ -115,7 +115,7 @@ def stats(
 
     shards = open_shown(folder)
     if html is not None:
-        from sftdata.show.page import write_page
+        from sftdata.pages import write_page
         from sftdata.show.report import make_report
 
         write_page(html, make_report(shards))

@@ -1,51 +1,60 @@
-"""The charts of the report, in HTML and inline SVG: they stretch to any width, since no text is drawn in them."""
+"""What the charts of a set draw: where its parts, their flow, and the bars of its lengths lie. How: pages/charts.html.jinja."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from sftdata.outlet import visible
-from sftdata.show.stats import LengthBin, Part
+from sftdata.pages import macro
+from sftdata.shardset.manifest import Manifest
+from sftdata.show.stats import LengthBin, Part, Stats, measure
+
+Stretch = tuple[float, float]
+"""Begin and end of a part of a bar, as shares of its width."""
 
 _MOST_TICKS = 8
 
 
-def stacked_bar(parts: Sequence[Part], *, thin: bool = False) -> str:
-    """Return parts of a whole as one bar; every part that is there can be seen."""
-    whole = max(sum(part.count for part in parts), 1)
-    cells = "".join(
-        f'<i class="{part.kind}" style="flex:{part.count / whole:.6f} 1 0" title="{_safe(part.name)}: {part.count:,}"></i>'
-        for part in parts
-        if part.count
-    )
-    label = ", ".join(f"{_safe(part.name)} {part.count / whole:.1%}" for part in parts)
-    size = "bar thin" if thin else "bar"
-    return f'<div class="{size}" role="img" aria-label="{label}">{cells}</div>'
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Bars one above the other, and what flows from each to the next.
 
-
-def legend(title: str, parts: Sequence[Part]) -> str:
-    """Return the names, counts and shares of the parts of a bar."""
-    whole = max(sum(part.count for part in parts), 1)
-    items = (
-        f'<li><i class="{part.kind}"></i>{_safe(part.name)} <b>{part.count:,}</b> <span>{part.count / whole:.1%}</span></li>'
-        for part in parts
-    )
-    return f'<div><h3>{title}</h3><ul class="legend">{"".join(items)}</ul></div>'
-
-
-def ribbons(pairs: Sequence[tuple[str, tuple[float, float], tuple[float, float]]]) -> str:
-    """Return what flows from one bar to the next.
-
-    Args:
-        pairs: kind, and the half-open stretch it takes in the upper and in the lower bar, as shares of their widths.
+    Attributes:
+        stages: name and parts of each bar.
+        between: kind and SVG path of each ribbon, for each pair of neighbours.
     """
-    paths = "".join(_ribbon(kind, upper, lower) for kind, upper, lower in pairs)
-    return f'<svg class="ribbons" viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">{paths}</svg>'
+
+    stages: tuple[tuple[str, Sequence[Part]], ...]
+    between: tuple[list[tuple[str, str]], ...]
 
 
-def spread(parts: Sequence[Part]) -> list[tuple[float, float]]:
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of a histogram: its height is a share of the highest."""
+
+    kind: str
+    height: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Bars of equal width, eight for each doubling of the length.
+
+    Attributes:
+        ticks: place of a number below the bars, as a share of the width, and the number.
+        limit: place of the line where rows are cut, as a share of the width; None without one.
+    """
+
+    bars: list[Bar]
+    label: str
+    ticks: list[tuple[float, int]]
+    limit: float | None
+    max_length: int | None
+
+
+def spread(parts: Sequence[Part]) -> list[Stretch]:
     """Return the stretch that each part takes in its bar.
 
     >>> spread([Part("a", "kept", 3), Part("b", "lost", 1)])
@@ -56,29 +65,56 @@ def spread(parts: Sequence[Part]) -> list[tuple[float, float]]:
     return list(pairwise(ends))
 
 
-def histogram(bins: Sequence[LengthBin], max_length: int | None) -> str:
-    """Return the lengths as bars of equal width, eight for each doubling, with the line where rows are cut."""
+def flow_of(stats: Stats) -> Flow:
+    """Return the way from rows to trained tokens."""
+    rows, tokens, slots = (spread(parts) for parts in (stats.rows, stats.tokens, stats.slots))
+    # Rows kept or dropped have tokens; rejected and filtered rows were never tokenized.
+    read = sum(part.kind in ("kept", "lost") for part in stats.rows)
+    read_rows = ("kept", ribbon((0.0, rows[read - 1][1] if read else 0.0), (0.0, 1.0 if read else 0.0)))
+    context = [
+        ("context", ribbon(tokens[i], slots[j]))
+        for i, above in enumerate(stats.tokens)
+        for j, below in enumerate(stats.slots)
+        if above.kind == below.kind == "context"
+    ]
+    return Flow(
+        (("rows in", stats.rows), ("tokens in", stats.tokens), ("token slots", stats.slots)),
+        ([read_rows], [("trained", ribbon(tokens[0], slots[0])), *context]),
+    )
+
+
+def ribbon(upper: Stretch, lower: Stretch) -> str:
+    """Return the SVG path from a stretch of one bar to a stretch of the next."""
+    (a, b), (c, d) = ((100 * low, 100 * high) for low, high in (upper, lower))
+    return f"M{a:.3f} 0C{a:.3f} 11 {c:.3f} 9 {c:.3f} 20L{d:.3f} 20C{d:.3f} 9 {b:.3f} 11 {b:.3f} 0Z"
+
+
+def histogram_of(bins: Sequence[LengthBin], max_length: int | None) -> Histogram:
+    """Return the lengths as bars, with the line where rows are cut."""
     if not bins:
-        return '<p class="soft">No lengths were counted.</p>'
+        return Histogram([], "", [], None, max_length)
+    whole = sum(found.examples for found in bins)
     bins = _up_to(bins, max_length or 0)
     most = max(found.examples for found in bins) or 1
-    bars = "".join(
-        f'<i class="{_side(found, max_length)}" style="height:{found.examples / most:.2%}"'
-        f' title="{_range(found)} tokens: {found.examples:,} examples"></i>'
+    bars = [
+        Bar(
+            "lost" if max_length and found.start >= max_length else "trained",
+            found.examples / most,
+            f"{_range(found)} tokens: {found.examples:,} examples",
+        )
         for found in bins
-    )
-    whole = sum(found.examples for found in bins)
+    ]
     label = f"{whole:,} examples of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
-    marks = "".join(_ticks(bins)) + (_limit(bins, max_length) if max_length else "")
-    return (
-        f'<div class="histogram" role="img" aria-label="{label}"><div class="bins">{bars}</div>{marks}</div>'
-    )
+    return Histogram(bars, label, _ticks(bins), _limit(bins, max_length) if max_length else None, max_length)
 
 
-def _ribbon(kind: str, upper: tuple[float, float], lower: tuple[float, float]) -> str:
-    (a, b), (c, d) = ((100 * low, 100 * high) for low, high in (upper, lower))
-    curve = f"M{a:.3f} 0C{a:.3f} 11 {c:.3f} 9 {c:.3f} 20L{d:.3f} 20C{d:.3f} 9 {b:.3f} 11 {b:.3f} 0Z"
-    return f'<path class="{kind}" d="{curve}"/>'
+def notebook_summary(folder: str, manifest: Manifest) -> str:
+    """Return the figures of a set and their flow, as HTML for the output cell of a notebook."""
+    stats = measure(manifest)
+    length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
+    shape = f"{stats.rows_packed:,} packed rows {length}, {stats.fill:.1%} full"
+    trained = f"{stats.trained_share:.1%} of tokens trained"
+    return str(macro("charts.html.jinja", "summary")(folder, f"{shape}, {trained}", flow_of(stats)))
 
 
 def _up_to(bins: Sequence[LengthBin], length: int) -> list[LengthBin]:
@@ -90,33 +126,19 @@ def _up_to(bins: Sequence[LengthBin], length: int) -> list[LengthBin]:
     return longer
 
 
-def _limit(bins: Sequence[LengthBin], max_length: int) -> str:
+def _limit(bins: Sequence[LengthBin], max_length: int) -> float:
     if max_length < bins[0].start:
-        place = 0.0
-    else:
-        index = next(index for index, found in enumerate(bins) if found.stop > max_length)
-        place = (index + (max_length - bins[index].start) / (bins[index].stop - bins[index].start)) / len(
-            bins
-        )
-    side = " left" if place > 0.5 else ""
-    return f'<div class="limit{side}" style="left:{place:.3%}"><b>max_length {max_length:,}</b></div>'
+        return 0.0
+    index, cut = next((index, found) for index, found in enumerate(bins) if found.stop > max_length)
+    return (index + (max_length - cut.start) / (cut.stop - cut.start)) / len(bins)
 
 
-def _ticks(bins: Sequence[LengthBin]) -> Iterator[str]:
-    powers = [
-        index for index, found in enumerate(bins) if found.start and found.start & (found.start - 1) == 0
-    ]
-    for index in powers[:: max(1, -(-len(powers) // _MOST_TICKS))]:
-        yield f'<span class="tick" style="left:{index / len(bins):.3%}">{bins[index].start:,}</span>'
-
-
-def _side(found: LengthBin, max_length: int | None) -> str:
-    return "lost" if max_length and found.start >= max_length else "trained"
+def _ticks(bins: Sequence[LengthBin]) -> list[tuple[float, int]]:
+    """Return powers of two, at most eight."""
+    starts = [(index / len(bins), found.start) for index, found in enumerate(bins)]
+    powers = [(place, start) for place, start in starts if start and start & (start - 1) == 0]
+    return powers[:: max(1, -(-len(powers) // _MOST_TICKS))]
 
 
 def _range(found: LengthBin) -> str:
     return f"{found.start:,}" if found.stop == found.start + 1 else f"{found.start:,}–{found.stop - 1:,}"
-
-
-def _safe(text: str) -> str:
-    return escape(visible(text))

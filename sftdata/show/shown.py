@@ -14,6 +14,7 @@ from sftdata.errors import UsageError
 from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import PackedRow, ShardSet
 from sftdata.shardset.rejects import REJECTS_NAME, Reject
+from sftdata.show.charts import notebook_summary
 from sftdata.show.view import View, view_row
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
@@ -31,9 +32,7 @@ class ShownRow(PackedRow):
     number: int
 
     def _repr_html_(self) -> str:
-        from sftdata.show.html import notebook_html
-
-        return notebook_html(self.shards.view(self.number))
+        return self.shards.view(self.number)._repr_html_()
 
 
 class ShownSet(ShardSet):
@@ -127,9 +126,7 @@ class ShownSet(ShardSet):
         return [msgspec.json.decode(line, type=Reject) for line in lines]
 
     def _repr_html_(self) -> str:
-        from sftdata.show.report import notebook_summary
-
-        return notebook_summary(self)
+        return notebook_summary(str(self.folder), self.manifest)
 
 
 def open_shown(folder: str | Path) -> ShownSet:

@@ -1,6 +1,7 @@
-"""What is trained, as one value: the text of each token with the label that is stored for it. Faces: terminal.py, html.py.
+"""What is trained, as one value: the text of each token with the label that is stored for it.
 
-Everything here comes from ids and labels; nothing is rendered or masked a second time.
+Everything here comes from ids and labels; nothing is rendered or masked a second time. terminal.py and
+pages/view.html.jinja show it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
+from sftdata.pages import macro, render
 from sftdata.show.roles import find_turns
 from sftdata.vocabulary import Vocabulary
 
@@ -91,14 +93,21 @@ class View:
     padding: int = 0
 
     def _repr_html_(self) -> str:
-        from sftdata.show.html import notebook_html
-
-        return notebook_html(self)
+        return str(macro("documents.html.jinja", "cell")(self))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         documents = [document.to_json() for document in self.documents]
         return {"title": self.title, "documents": documents, "padding": self.padding}
+
+
+def view_page(view: View, *, ids: bool = False) -> str:
+    """Return a view as one self-contained page; hovering over a token shows its id.
+
+    Args:
+        ids: write the token ids beside each piece as well.
+    """
+    return render("view.html.jinja", name=view.title or "examples", view=view, ids=ids)
 
 
 def view_row(

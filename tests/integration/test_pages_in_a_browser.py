@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sftdata.show.html import view_page
-from sftdata.show.page import write_page
+from sftdata.pages import write_page
 from sftdata.show.report import make_report
 from sftdata.show.shown import open_shown
+from sftdata.show.view import view_page
 from sfttrain.report import make_report as make_training_report
 from tests.shown_sets import CHAT, write_set
 from tests.waiting import HANGS

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from sftdata.config import PrepareConfig
+from sftdata.pages import macro
 from sftdata.previewing import preview
-from sftdata.show.html import view_fragment
 from sftdata.show.roles import find_turns
 from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
@@ -75,7 +75,10 @@ def test_every_face_names_the_roles_and_puts_each_at_its_turn(tmp_path: Path) ->
     parts = ("<|im_start|>user\n", "Why?<|im_end|>\n", "<|im_start|>assistant\n")
     places = np.cumsum([0, *(len(encode_marked(part)[0]) for part in parts)]).tolist()
     assert [line[-1] for line in lines] == [str(place) for place in places]
-    assert re.findall(r'<div class="turn"><b>(\w+)</b>', view_fragment(view)) == ["user", "assistant"]
+    assert re.findall(r'<div class="turn"><b>(\w+)</b>', macro("documents.html.jinja", "fragment")(view)) == [
+        "user",
+        "assistant",
+    ]
     roles = [piece["role"] for piece in view.to_json()["documents"][0]["pieces"]]
     assert list(dict.fromkeys(roles)) == ["user", "assistant"]
 

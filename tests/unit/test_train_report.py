@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.show.curves import Curve, line_chart, nice_ticks
 from sfttrain.cli import main
+from sfttrain.curves import Curve, line_chart, nice_ticks
 from sfttrain.report import make_report, read_log
 
 
@@ -144,12 +144,9 @@ def test_ticks_are_even_and_enclose_the_values(one: float, other: float) -> None
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
 def test_the_highest_and_the_lowest_value_are_drawn_however_many_there_are(values: list[float]) -> None:
-    html = line_chart([Curve("loss", "trained", list(enumerate(values)), noisy=False)])
-    heights = [
-        float(point.split(",")[1])
-        for points in re.findall(r'points="([^"]*)"', html)
-        for point in points.split()
-    ]
+    chart = line_chart([Curve("loss", "trained", list(enumerate(values)), noisy=False)])
+    assert chart is not None
+    heights = [float(point.split(",")[1]) for _, points in chart.strokes for point in points.split()]
     ticks = nice_ticks(min(values), max(values))
     for value in (min(values), max(values)):
         wanted = 100 * (ticks[-1] - value) / (ticks[-1] - ticks[0])

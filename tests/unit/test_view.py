@@ -17,10 +17,10 @@ from rich.console import Console
 import sftdata
 from sftdata.errors import UsageError
 from sftdata.outlet import visible
-from sftdata.show.html import view_fragment, view_page
+from sftdata.pages import macro
 from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
-from sftdata.show.view import View, view_example
+from sftdata.show.view import View, view_example, view_page
 from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 
@@ -112,7 +112,7 @@ def test_what_the_page_marks_are_the_stored_labels(shown: Path) -> None:
     for row in range(len(shards)):
         for html in (
             view_page(shards.view(row)),
-            view_fragment(shards.view(row), ids=True),
+            macro("documents.html.jinja", "fragment")(shards.view(row), ids=True),
             shards[row]._repr_html_(),
         ):
             parser = TrainedSpans()

@@ -1,16 +1,13 @@
-"""Curves over steps, in HTML and inline SVG: they stretch to any width, since no text is drawn in them."""
+"""Curves over steps: what a chart of them draws. How: `lines` of sftdata/pages/charts.html.jinja."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 
 import numpy as np
-
-from sftdata.outlet import visible
 
 _MOST_POINTS = 500
 _SMOOTHED = 60  # points from which on a noisy curve is shown faint, with its mean drawn over it
@@ -34,56 +31,60 @@ class Curve:
     points: Sequence[Point]
     noisy: bool = True
 
+    @property
+    def last(self) -> str:
+        """The last value, in few characters."""
+        return short(self.points[-1][1])
 
-def line_chart(curves: Sequence[Curve], *, zero: bool = False) -> str:
-    """Return curves that share their axes.
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves that share their axes, in percent of width and height, from the upper left.
+
+    Attributes:
+        strokes: classes and `points` of each polyline.
+        rules: place and value of each horizontal line.
+        marks: place and step of each number below.
+        label: the chart in words.
+    """
+
+    strokes: list[tuple[str, str]]
+    rules: list[tuple[float, str]]
+    marks: list[tuple[float, float]]
+    label: str
+
+
+def line_chart(curves: Sequence[Curve], *, zero: bool = False) -> Chart | None:
+    """Lay out curves; None where there is no number to draw.
 
     Args:
         zero: let the value axis begin at 0.
     """
     points = [point for curve in curves for point in curve.points if math.isfinite(point[1])]
     if not points:
-        return '<p class="soft">Nothing was logged.</p>'
+        return None
     steps, values = zip(*points, strict=True)
-    left, right = min(steps), max(max(steps), min(steps) + 1)
+    left, right = float(min(steps)), float(max(*steps, min(steps) + 1))
     ticks = nice_ticks(0.0 if zero else min(values), max(values))
     low, high = ticks[0], ticks[-1]
 
-    def place(point: Point) -> str:
-        return f"{100 * (point[0] - left) / (right - left):.2f},{100 * (high - point[1]) / (high - low):.2f}"
+    def across(step: float) -> float:
+        return 100 * (step - left) / (right - left)
 
-    lines = "".join(
-        f'<polyline class="{style}" points="{" ".join(map(place, stretch))}"/>'
+    def down(value: float) -> float:
+        return 100 * (high - value) / (high - low)
+
+    strokes = [
+        (style, " ".join(f"{across(step):.2f},{down(value):.2f}" for step, value in stretch))
         for curve in curves
         for style, drawn in _strokes(curve)
         for stretch in _unbroken(drawn)
-    )
-    rules = "".join(
-        f'<div class="rule" style="top:{100 * (high - tick) / (high - low):.2f}%"><b>{short(tick)}</b></div>'
-        for tick in ticks
-    )
-    marks = "".join(
-        f'<span class="tick" style="left:{100 * (tick - left) / (right - left):.2f}%">{tick:,.0f}</span>'
-        for tick in nice_ticks(left, right, 5)
-        if left <= tick <= right and tick == round(tick)
-    )
-    label = "; ".join(
-        f"{_safe(c.name)} from {short(c.points[0][1])} to {short(c.points[-1][1])}"
-        for c in curves
-        if c.points
-    )
-    svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
-    return f'<div class="curves" role="img" aria-label="{label}">{rules}{svg}{marks}</div>'
-
-
-def key(curves: Sequence[Curve]) -> str:
-    """Return the names of curves, with their last values."""
-    items = (
-        f'<li><i class="{c.kind}"></i>{_safe(c.name)} <b>{short(c.points[-1][1])}</b></li>'
-        for c in curves
-        if c.points
-    )
-    return f'<ul class="keys">{"".join(items)}</ul>'
+    ]
+    numbers = [tick for tick in nice_ticks(left, right, 5) if left <= tick <= right and tick == round(tick)]
+    named = [curve for curve in curves if curve.points]
+    label = "; ".join(f"{curve.name} from {short(curve.points[0][1])} to {curve.last}" for curve in named)
+    rules = [(down(tick), short(tick)) for tick in ticks]
+    return Chart(strokes, rules, [(across(tick), tick) for tick in numbers], label)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -155,7 +156,3 @@ def _unbroken(points: Sequence[Point]) -> Iterator[list[Point]]:
 
 def _value(point: Point) -> float:
     return point[1]
-
-
-def _safe(text: str) -> str:
-    return escape(visible(text))
