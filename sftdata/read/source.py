@@ -82,11 +82,11 @@ def plan_source(
 def plan_sources(
     sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
 ) -> list[SourcePlan]:
-    """Plan several sources, with example ids that run on from one to the next."""
+    """Plan several sources, with numbers and example ids that run on from one to the next."""
     plans: list[SourcePlan] = []
     base_id = 0
-    for source in sources:
-        plans.append(plan_source(source, base_id, slice_bytes, max_line_bytes))
+    for number, source in enumerate(sources):
+        plans.append(plan_source(source, base_id, slice_bytes, max_line_bytes).placed(number, base_id))
         base_id += plans[-1].records
     return plans
 

@@ -229,6 +229,7 @@ def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path
     (tmp_path / "a.gz").write_bytes(data)
     (tmp_path / "b.txt").write_bytes(b"x\n\ny\n")
     first, second = plan_sources([open_source(str(tmp_path / name)) for name in ("a.gz", "b.txt")], 100)
+    assert [{chunk.number for chunk in plan.chunks} for plan in (first, second)] == [{0}, {1}]
     assert (first.raw_bytes, first.xxh3_128, first.records) == (
         len(data),
         xxhash.xxh3_128_hexdigest(data),
