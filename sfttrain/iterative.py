@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftdata.batches import IGNORE_INDEX, Int32, Ragged, TextBatch
-from sftdata.encode.engine import Encoder, load_encoder
-from sftdata.encode.tokenizer import resolve_tokenizer
+from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.errors import UsageError
-from sftdata.masks.tokens import encode_batch
+from sftdata.texts import TextEncoder
 
 LEARNING_RATE = 2e-5
 MAX_GRAD_NORM = 1.0
@@ -51,9 +49,7 @@ class IterativeTrainer:
         self.optimizer = optimizer or torch.optim.AdamW(self._trained, lr=LEARNING_RATE)
         self.scheduler = scheduler
         self.steps = 0
-        self._encoder: Encoder | None = (
-            load_encoder(resolve_tokenizer(tokenizer), "tokenizers") if tokenizer else None
-        )
+        self._encoder = TextEncoder(tokenizer) if tokenizer else None
 
     def step(
         self, input_ids: Ids | None = None, attention_mask: Ids | None = None, labels: Ids | None = None, *,
@@ -125,11 +121,9 @@ class IterativeTrainer:
         if len(answers) != len(texts):
             raise UsageError(f"{len(texts)} texts, {len(answers)} texts_labels.", "give one for each text.")
         if not self._answers_apart:
-            return _encode(self._encoder, texts, answers)
-        given, wanted = (
-            _encode(self._encoder, texts, [""] * len(texts)),
-            _encode(self._encoder, [""] * len(texts), answers),
-        )
+            return self._encoder.encode(texts, answers)
+        given = self._encoder.encode(texts, [""] * len(texts))
+        wanted = self._encoder.encode([""] * len(texts), answers)
         return [(ids, target) for (ids, _), (target, _) in zip(given, wanted, strict=True)]
 
     def _cut(self, ids: Int32, labels: Int32) -> tuple[Int32, Int32]:
@@ -176,23 +170,6 @@ class IterativeTrainer:
             "labels": _padded([labels for _, labels in examples], IGNORE_INDEX),
         }
         return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
-
-
-def _encode(encoder: Encoder, prompts: list[str], answers: list[str]) -> list[tuple[Int32, Int32]]:
-    """Encode prompts with the answers that follow them; only an answer and the end token after it are trained."""
-    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    spans = [
-        [(len(p.encode()), len(t.encode()))] if a else []
-        for p, a, t in zip(prompts, answers, texts, strict=True)
-    ]
-    nothing = Ragged.from_lists([[] for _ in texts])
-    rows, closed = np.arange(len(texts)), np.ones(len(texts), np.bool_)
-    batch, _ = encode_batch(TextBatch(texts, Ragged.from_lists(spans), nothing, rows, True, closed), encoder)
-    labels = np.where(batch.trained, batch.input_ids, IGNORE_INDEX).astype(np.int32)
-    return [
-        (batch.input_ids[a:b], labels[a:b])
-        for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
-    ]
 
 
 def _array(row: Any) -> Int32:

@@ -172,6 +172,75 @@ def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
         assert result.returncode == 1, f"{name}: {result.stdout}{result.stderr}"
 
 
+def test_no_rule_has_an_exception() -> None:
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    assert not [contract["id"] for contract in contracts if "ignore_imports" in contract]
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    """Imports inside functions count, those for type checkers alone do not."""
+    imports = imports_inside(dict(modules(*PACKAGES)))
+    assert not circles(imports)
+
+
+def test_a_circle_would_be_found_wherever_it_is_closed() -> None:
+    sources = {
+        Path("a/__init__.py"): "from a import b",
+        Path("a/b.py"): "def late():\n    from a.c import thing",
+        Path("a/c.py"): "import a.d\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a.b",
+        Path("a/d.py"): "",
+    }
+    assert not circles(imports_inside(sources))
+    assert circles(imports_inside(sources | {Path("a/d.py"): "async def late():\n    from a import b"})) == {
+        "a.b", "a.c", "a.d",
+    }  # fmt: skip
+
+
+def imports_inside(sources: dict[Path, str]) -> dict[str, set[str]]:
+    """Return the modules that each module imports, anywhere in it but under `TYPE_CHECKING`."""
+    trees = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): ast.parse(source)
+        for path, source in sources.items()
+    }
+    imports = {}
+    for name, tree in trees.items():
+        named = set()
+        for node in running(tree):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= (inside & trees.keys()) or {node.module}
+        imports[name] = named & trees.keys()
+    return imports
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a tree, but for what only type checkers see."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from running(other)
+        else:
+            yield from running(child)
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """Return the modules from which imports lead back to themselves."""
+    found = set()
+    for name in imports:
+        reached: set[str] = set()
+        waiting = [name]
+        while waiting:
+            more = imports[waiting.pop()] - reached
+            reached |= more
+            waiting += more
+        if name in reached:
+            found.add(name)
+    return found
+
+
 def test_every_outside_import_is_declared() -> None:
     project, extras = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
     core = project["dependencies"]
