@@ -100,7 +100,7 @@ class ProvenRenderer:
                 return text, replace(attempt, counted=(*attempt.counted, *unread)) if unread else attempt
         if refusals:
             raise explain_refusal(self.template, row, refusals[0])
-        what = "the chat template writes tool arguments as Python prints them, or encodes their JSON twice"
+        what = "the chat template writes tool arguments as Python prints them, or encodes or braces their JSON twice"
         raise RowError("arguments-misprinted", what, CALLS_FIX)
 
     def prompt(self, row: Conversation, index: int) -> marks.MarkedText | None:

@@ -46,7 +46,8 @@ def needs_spelling(row: Conversation) -> bool:
 def misprinted(row: Conversation, text: str) -> bool:
     r"""Say whether a rendered text has tool arguments as no model should write them.
 
-    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`).
+    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`)
+    or put in braces of the template's own (`{{"n": 3}}`: Gemma 4, whose format for a call is not JSON).
     """
     wrong = {
         form
@@ -63,8 +64,10 @@ def misprinted(row: Conversation, text: str) -> bool:
 
 
 def _wrong_forms(arguments: Any) -> Iterator[str]:
-    """Yield what a text may not hold: JSON text encoded once more, or objects and lists that Python printed."""
+    """Yield what a text may not hold: JSON encoded or in braces once more, objects and lists that Python printed."""
     if isinstance(arguments, str):
+        if arguments.lstrip().startswith("{"):  # else a formatter of the user's own wrote what belongs there
+            yield f"{{{arguments}}}"
         once_more = [json.dumps(arguments, ensure_ascii=ascii) for ascii in (False, True)]
         # With its outer quotes only where it has none inside (`"{}"`): a template may write other ones around it.
         yield from (text[1:-1] if '"' in arguments else text for text in once_more)

@@ -26,6 +26,7 @@ WAYS = {
     "encodes in ASCII": ARGUMENTS + " | tojson(ensure_ascii=True)",
     "prints": ARGUMENTS,
     "asks first": ARGUMENTS + " if " + ARGUMENTS + " is string else " + ARGUMENTS + " | tojson",
+    "puts text in braces": f"'{{' + {ARGUMENTS} + '}}' if {ARGUMENTS} is string else {ARGUMENTS} | tojson",
 }
 
 
