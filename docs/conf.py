@@ -1,4 +1,4 @@
-"""The site of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/, by Sphinx with MyST; `make docs` builds it in build/site.
+"""The site of README.md, CONTRIBUTING.md, CHANGELOG.md and docs/, by Sphinx with MyST: `make docs`.
 
 The navigation is the table of docs/index.md; links are written as they work in the repository.
 """
@@ -27,7 +27,7 @@ html_title = f"sftdata {release}"
 
 
 def navigation(index: str) -> str:
-    """Return the tables of contents that docs/index.md shows as one table, for its end; they are not shown there."""
+    """Return the hidden tables of contents for the end of docs/index.md, which shows them as one table."""
     found = ""
     for row in ROW.finditer(index):
         if row["section"] or not found:

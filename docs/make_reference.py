@@ -1,4 +1,4 @@
-"""Write the pages that the code knows: docs/cli.md, python.md, errors.md, audit.md, and the table of formats.md."""
+"""Write the pages that the code knows: docs/cli.md, python.md, errors.md, audit.md, the table of formats.md."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ WRITTEN_IN = {
 }
 PYTHON = """# The Python interface
 
-All that is public; [versioning](versioning.md) says what may change. This page is written by `make docs` from the
-source. The settings are those of [the command line](cli.md), by the same names.
+All that is public; [versioning](versioning.md) says what may change. This page is written by `make docs` from
+the source. The settings are those of [the command line](cli.md), by the same names.
 
 ```python
 import sftdata

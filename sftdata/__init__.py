@@ -86,9 +86,10 @@ def prepare(
         inputs: files, folders, globs, URLs or Hub dataset ids.
         tokenizer: folder or Hub id.
         output: folder of the set.
-        formatter: a function from a row to a training row, or its name as `module:function`. One that cannot be imported by
-            name, such as a lambda or a cell of a notebook, is called in this process only.
-        on_note: called with each decision that was made for you, in one sentence. Default: the logger `sftdata`, level INFO.
+        formatter: a function from a row to a training row, or its name as `module:function`. One that cannot
+            be imported by name, such as a lambda or a cell of a notebook, is called in this process only.
+        on_note: called with each decision that was made for you, in one sentence. Default: the logger
+            `sftdata`, level INFO.
         on_progress: called after each shard task that is done.
         settings: any setting of `sftdata prepare --help`, by its name there.
 
@@ -96,7 +97,8 @@ def prepare(
         The manifest of the set: its digest, sources, settings and the ledger of rows and tokens.
 
     Raises:
-        SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call resumes.
+        SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
+            resumes.
     """
     from sftdata.launch import start_workers
 
@@ -117,14 +119,15 @@ def preview(
     formatter: Formatter = None,
     **settings: Unpack[PrepareSettings],
 ) -> Preview:
-    """Prepare a sample of the rows and return what it shows; nothing is written. The same as `sftdata preview`.
+    """Prepare a sample of the rows and return what it shows, as `sftdata preview`; nothing is written.
 
     Args:
         inputs, tokenizer, formatter, settings: as for `prepare`.
         number: examples to keep.
 
     Returns:
-        The first examples with ids and labels, the ledger of the sample, estimates for the whole (`projected`) and notes.
+        The first examples with ids and labels, the ledger of the sample, estimates for the whole
+        (`projected`) and notes.
 
     Raises:
         SftError: what would stop `prepare` from starting, or there are no rows.
@@ -174,7 +177,8 @@ def open(folder: str | Path) -> ShownSet:
     """Open a finished set for reading; nothing but its manifest is read yet.
 
     Returns:
-        A sequence of packed rows, each with `input_ids`, `labels` and `seq_lengths`; a notebook shows their masked text.
+        A sequence of packed rows, each with `input_ids`, `labels` and `seq_lengths`; a notebook shows their
+        masked text.
 
     Raises:
         SftError: there is no set, or it is damaged.
@@ -185,7 +189,7 @@ def open(folder: str | Path) -> ShownSet:
 
 
 def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
-    """Check every byte of a set against its manifest, and count its ledger again; the same as `sftdata verify`.
+    """Check every byte of a set against its manifest and count its ledger again, as `sftdata verify`.
 
     Args:
         folder: a finished set.

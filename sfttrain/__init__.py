@@ -1,7 +1,7 @@
 """Train on sets that `sftdata prepare` made.
 
 >>> import sfttrain
->>> trainer = sfttrain.train("shards/", model="Qwen/Qwen2.5-0.5B", output="out/", lora="r=16")  # doctest: +SKIP
+>>> trainer = sfttrain.train("shards/", model="Qwen/Qwen2.5-0.5B", output="out/")  # doctest: +SKIP
 
 What `__all__` names is the public interface; docs/versioning.md says what may change in it, and when.
 """
@@ -25,8 +25,8 @@ __all__ = ["IterativeTrainer", "__version__", "train"]
 
 # What transformers' Trainer takes as objects; everything else is a setting.
 _OBJECTS = (
-    "callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers", "optimizer_cls_and_kwargs",
-    "preprocess_logits_for_metrics", "processing_class",
+    "callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers",
+    "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "processing_class",
 )  # fmt: skip
 
 
@@ -67,13 +67,17 @@ def train(
     """Train a model; the same function as `sfttrain run`, and the same call resumes a broken run.
 
     Args:
-        data: folders of sets, or a dataset of rows with token ids (`datasets.Dataset`, `IterableDataset`, a list of dicts).
+        data: folders of sets, or a dataset of rows with token ids (`datasets.Dataset`, `IterableDataset`, a
+            list of dicts).
         output: folder of the run.
-        model: folder or Hub id, or a model object, which may carry adapters; None with `init_from_config` or `adapter`.
-        on_note: called with each decision that was made for you, in one sentence. Default: a line on standard error.
+        model: folder or Hub id, or a model object, which may carry adapters; None with `init_from_config` or
+            `adapter`.
+        on_note: called with each decision that was made for you, in one sentence. Default: a line on standard
+            error.
         training: fields of transformers' TrainingArguments, as `learning_rate=1e-4`.
 
-    The other arguments are those of `sfttrain config` and of transformers' Trainer, whose `callbacks` also see every step.
+    The other arguments are those of `sfttrain config` and of transformers' Trainer, whose `callbacks` also
+    see every step.
 
     Returns:
         The trainer; None where the output already holds this run, finished.

@@ -1,4 +1,4 @@
-"""What surrounds the code agrees with it: workflows, issue forms, Dockerfiles, citation, changelog, decisions."""
+"""The files around the code agree with it: workflows, forms, Dockerfiles, citation, changelog, decisions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
-# ---------------------------------------------------------------------------------------------------------- .github
+# ---------------------------------------------------------------------------------------------------- .github
 
 
 def test_every_target_that_workflows_and_pages_name_is_one_of_make() -> None:
@@ -96,7 +96,8 @@ def test_only_the_tag_of_the_version_is_released(tag: str, taken: bool) -> None:
         step["run"] for step in found["release:build"]["steps"] if "GITHUB_REF_NAME" in step.get("run", "")
     ]
     done = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=ROOT, env=os.environ | {"GITHUB_REF_NAME": tag}, timeout=HANGS, check=False
+        ["bash", "-e", "-c", script], cwd=ROOT, env=os.environ | {"GITHUB_REF_NAME": tag},
+        timeout=HANGS, check=False,
     )  # fmt: skip
     assert (done.returncode == 0) == taken
     assert found["release:publish"]["needs"] == "build"
@@ -125,7 +126,7 @@ def test_dependabot_looks_where_there_is_something() -> None:
     assert updates == {"pip": "/", "github-actions": "/", "docker": "/docker"}
 
 
-# ----------------------------------------------------------------------------------------------------------- docker
+# ----------------------------------------------------------------------------------------------------- docker
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -157,7 +158,7 @@ def test_the_images_are_built_from_what_a_wheel_needs() -> None:
     assert all((ROOT / name).exists() for name in kept)
 
 
-# ------------------------------------------------------------------------------------------ citation, changelog, decisions
+# ------------------------------------------------------------------------------------ changelog, decisions
 
 
 def test_the_newest_version_of_the_changelog_is_that_of_the_packages_and_of_the_citation() -> None:

@@ -1,4 +1,4 @@
-"""The public interface: its names and signatures are written down here, so that changing them is a decision."""
+"""The public interface: names and signatures are written down here, so that changing them is a decision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHATS = ROOT / "examples/conversations.jsonl"
 TOKENIZER = ROOT / "examples/tokenizer"
 
-# Keep it in step with docs/versioning.md: after 1.0, taking a name away or asking for more is a major version.
+# After 1.0, taking a name away or asking for more is a major version: docs/versioning.md.
 SURFACE = {
     "sftdata": """
 Completion(prompt, completion)
@@ -64,7 +64,8 @@ train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, 
  objective: Literal['nll', 'dft'] | None = None, packing: Literal['auto', 'require', 'unpack'] | None = None,\
  overwrite: bool | None = None, push_to_hub: str | None = None,\
  callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\
- compute_loss_func: Callable[..., Any] | None = None, compute_metrics: Callable[..., dict[str, Any]] | None = None,\
+ compute_loss_func: Callable[..., Any] | None = None,\
+ compute_metrics: Callable[..., dict[str, Any]] | None = None,\
  eval_dataset: Any = None, optimizers: tuple[Any, Any] | None = None,\
  optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,\
  preprocess_logits_for_metrics: Callable[..., Any] | None = None,\
@@ -187,8 +188,8 @@ def test_train_gives_its_notes_to_who_asks(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     heard: list[str] = []
     trainer = sfttrain.train(
-        tmp_path / "set", init_from_config=ROOT / "examples/tiny-model/config.json", output=tmp_path / "out", max_steps=1,
-        on_note=heard.append,
+        tmp_path / "set", init_from_config=ROOT / "examples/tiny-model/config.json",
+        output=tmp_path / "out", max_steps=1, on_note=heard.append,
     )  # fmt: skip
     assert trainer is not None
     assert trainer.state.global_step == 1
@@ -217,7 +218,9 @@ def test_rows_of_the_public_types_come_from_a_formatter(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n', encoding="utf-8")
     made = iter([
-        sftdata.Conversation([{"role": "user", "content": "Red?"}, {"role": "assistant", "content": "Beet."}], [None, None]),
+        sftdata.Conversation(
+            [{"role": "user", "content": "Red?"}, {"role": "assistant", "content": "Beet."}], [None, None]
+        ),
         sftdata.Completion("Green? ", "Chard."), sftdata.Text("Both grow."),
     ])  # fmt: skip
     manifest = sftdata.prepare(
