@@ -38,7 +38,8 @@ later. To answer the question for one token, follow its row:
    labels keep those.
 3. **Flags** (`Mask.flags`): markers given as ids, and trl 0.7.10, look in the ids and decide anew.
 4. **Cut** (`limit_length`): a cut takes labels away with their tokens and never adds one.
-5. **First token** (`pack.py`): it has no label in packed rows, as nothing stands before it in its document.
+5. **First token** (`pack.py`): the first token of a document has no label, as nothing stands before it to predict
+   it from. An example that trains nothing else is dropped.
 
 | settings | mask | trains |
 |---|---|---|

@@ -147,7 +147,7 @@ class Stream(Iterable[StreamedRow]):
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
         tokens, faults, tally, _ = tokenize(stages, converted)
         tokens, unmarked = stages.job.mask.flags(tokens, tally)
-        tokens, cut = limit_length(tokens, None, "truncate", packed=True)
+        tokens, cut = limit_length(tokens, None, "truncate")
         faults = [*converted.faults, *faults, *unmarked]
         self.rejected.update(fault.code for _, fault in faults)
         self.rejected.update({reason: count for reason, count in cut.rows_dropped.items() if count})

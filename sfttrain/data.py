@@ -170,8 +170,7 @@ def _cumulative(lengths: list[Int64]) -> Batch:
 
 def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     flat = np.concatenate(lengths)
-    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    labels[np.cumsum(flat) - flat] = IGNORE_INDEX  # no document is asked for by the end of the one before
+    labels = np.concatenate([_labels(row) for row in rows])
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(flat)}
     if rows[0].source is not None:
@@ -187,8 +186,7 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row.input_ids)] = row.input_ids
-        labels[index, : len(row.input_ids)] = row.labels
-    labels[:, 0] = IGNORE_INDEX
+        labels[index, : len(row.input_ids)] = _labels(row)
     position_ids = np.stack([positions(part) for part in lengths])
     columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     if rows[0].source is not None:
@@ -196,6 +194,16 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     if _weighted(rows):
         columns["loss_weights"] = np.stack([np.pad(part, (0, width - len(part))) for part in _weights(rows)])
     return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _labels(row: Row) -> Int64:
+    """int64[L]; a document's first token must not be predicted from the document before it.
+
+    Sets of format version 1 and a user's own tables may label it.
+    """
+    labels = row.labels.astype(np.int64)
+    labels[np.cumsum(row.seq_lengths) - row.seq_lengths] = IGNORE_INDEX
+    return labels
 
 
 def _sources(rows: Sequence[Row]) -> list[Int64]:

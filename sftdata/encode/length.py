@@ -60,15 +60,16 @@ class LengthCounts:
 
 
 def limit_length(
-    batch: TokenBatch, max_length: int | None, policy: Policy, *, packed: bool
+    batch: TokenBatch, max_length: int | None, policy: Policy
 ) -> tuple[TokenBatch, LengthCounts]:
     """Bring every example to at most `max_length` tokens and drop those with nothing to train.
+
+    The first token of a document has no label (pack.py), so it alone is nothing to train.
 
     Args:
         batch: examples.
         max_length: tokens; None for no limit.
         policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the same row, or "error".
-        packed: the first token of a document has no label, so it alone is nothing to train.
 
     Raises:
         OverlongError: with "error", for the first over-long example.
@@ -79,7 +80,7 @@ def limit_length(
         first = int(np.argmax(overlong))
         raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
     example, start, stop = _pieces(batch, limit, policy)
-    labelled = _Labelled(batch, packed)
+    labelled = _Labelled(batch)
     trainable = labelled.any(batch.offsets[:-1], batch.offsets[1:])
     reason = np.select(
         [~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)],
@@ -115,16 +116,15 @@ def _pieces(batch: TokenBatch, limit: int, policy: Policy) -> tuple[Int64, Int64
 
 
 class _Labelled:
-    """Ask which stretches of a batch hold a token with a label."""
+    """Query which stretches of a batch hold a token with a label."""
 
-    def __init__(self, batch: TokenBatch, packed: bool) -> None:
+    def __init__(self, batch: TokenBatch) -> None:
         self._batch = batch
-        self._packed = packed
         self._trained = np.flatnonzero(batch.trained)
 
     def any(self, start: Int64, stop: Int64) -> Bool:
         """bool[K]: stretches with something to train."""
-        found: Bool = self._before(stop) > self._before(np.minimum(start + self._packed, stop))
+        found: Bool = self._before(stop) > self._before(np.minimum(start + 1, stop))
         return found
 
     def endings_lost(self, example: Int64, start: Int64, stop: Int64) -> int:
