@@ -6,7 +6,7 @@ Vocabularies are made of the words below: every word is one token, with and with
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,16 @@ DEEPSEEK = (
     "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% else %}{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
+CALLS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}
+{%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}
+{%- if m.role == 'assistant' %}{{ '<｜Assistant｜></think>' }}
+{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}
+{%- if m.tool_calls %}{{ '<｜calls▁begin｜>' }}{% for c in m.tool_calls %}{{ '<｜call▁begin｜>' + c.function.name }}
+{{- '<｜sep｜>' + (c.function.arguments | tojson) + '<｜call▁end｜>' }}{% endfor %}{{ '<｜calls▁end｜>' }}{% endif %}
+{{- '<｜end▁of▁sentence｜>' }}{% endif %}
+{%- if m.role == 'tool' %}{{ '<｜outputs▁begin｜><｜output▁begin｜>' + m.content }}
+{{- '<｜output▁end｜><｜outputs▁end｜>' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜></think>' }}{% endif %}"""
 # How Llama 3 and Qwen find words: of white space before a letter the last character belongs to the word.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -57,6 +67,25 @@ def _turns() -> Tokenizer:
     _add(tokenizer, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], special=True)
     _add(tokenizer, ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"], special=False)
     return _with_bos(tokenizer, "<｜begin▁of▁sentence｜>")
+
+
+def _calls() -> Tokenizer:
+    """DeepSeek V3.1: one token a byte; what opens turns, calls and their answers is not special, and no BOS is written."""
+    tokenizer = _byte_level(words=())
+    _add(tokenizer, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], special=True)
+    names = [
+        "User",
+        "Assistant",
+        "calls▁begin",
+        "call▁begin",
+        "sep",
+        "call▁end",
+        "calls▁end",
+        "outputs▁begin",
+    ]
+    names += ["output▁begin", "output▁end", "outputs▁end", "place▁holder▁1"]
+    _add(tokenizer, ["<think>", "</think>", *(f"<｜{name}｜>" for name in names)], special=False)
+    return tokenizer
 
 
 def _prepend() -> Tokenizer:
@@ -103,6 +132,9 @@ MADE: dict[str, tuple[Callable[[], Tokenizer], dict[str, Any]]] = {
     "made-turns": (
         _turns, {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "chat_template": DEEPSEEK},
     ),
+    "made-calls": (
+        _calls, {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "chat_template": CALLS},
+    ),
     "made-prepend": (_prepend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": MISTRAL}),
     "made-metaspace": (_metaspace, {"eos_token": "<|im_end|>", "unk_token": "<unk>", "chat_template": CHATML}),
     "made-strips": (_strips, {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>", "chat_template": PHI}),
@@ -126,15 +158,15 @@ def write_tokenizers(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _byte_level() -> Tokenizer:
+def _byte_level(words: Sequence[str] = WORDS) -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [
+    spelled = [
         "".join(piece for piece, _ in spell.pre_tokenize_str(text))
-        for word in WORDS
+        for word in words
         for text in (word, f" {word}")
     ]
-    vocabulary, merges = _merged({letter: number for number, letter in enumerate(letters)}, words)
+    vocabulary, merges = _merged({letter: number for number, letter in enumerate(letters)}, spelled)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

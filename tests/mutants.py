@@ -90,6 +90,9 @@ FAULTS = [
     Fault("a token is trained although its label is another",
           "& (labels != ids)", "& (labels != labels)", "unit/test_tokens.py"),
     # ------------------------------------------------------------------------------------------- texts to ids
+    Fault("code that a tokenizer brings is run",
+          "AutoTokenizer.from_pretrained(source, trust_remote_code=False)",
+          "AutoTokenizer.from_pretrained(source, trust_remote_code=True)", "unit/test_tokenizer.py"),
     Fault("white space that the token before an answer swallows is lost",
           "by_last = (before >= first) & encoder.strips_right[ids[before]]",
           "by_last = np.zeros(len(token), np.bool_)", "unit/test_tokens.py"),

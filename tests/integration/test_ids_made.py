@@ -15,7 +15,8 @@ from tests.chats import CHATS
 from tests.made_tokenizers import MADE
 from tests.oracles.char_masks import Format, trained_spans
 
-STOPS = {"made-turns": "<｜end▁of▁sentence｜>", "made-prepend": "</s>", "made-strips": "<|end|>"}
+EOS = "<｜end▁of▁sentence｜>"
+STOPS = {"made-turns": EOS, "made-calls": EOS, "made-prepend": "</s>", "made-strips": "<|end|>"}
 CHAT_TEMPLATES = [name for name, (_, config) in MADE.items() if "chat_template" in config]
 
 

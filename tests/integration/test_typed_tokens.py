@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from sftdata.batches import Conversation
 from sftdata.config import PrepareConfig
@@ -27,9 +27,7 @@ from sftdata.masks.tokens import encode_batch
 from sftdata.masks.turns import SpanFinder
 from sftdata.plan import choose_tokenizer
 from sftdata.render.template import ChatTemplate
-from tests.encoders import TOKENIZERS
-
-pytestmark = pytest.mark.slow
+from tests.encoders import EVERY
 
 CHATML = {"<|im_start|>", "<|im_end|>"}
 TURNS: dict[str, set[str]] = {
@@ -43,7 +41,10 @@ TURNS: dict[str, set[str]] = {
     "mistral-7b-instruct": {"</s>"},
     "torchtitan-test": set(),
     "phi-3-mini": {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
-    "deepseek-like": {
+    "made-turns": {"<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"},
+    "made-prepend": {"</s>"},
+    "made-strips": {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
+    "made-calls": {
         "<｜User｜>",
         "<｜Assistant｜>",
         "<｜outputs▁begin｜>",
@@ -52,38 +53,6 @@ TURNS: dict[str, set[str]] = {
     },
 }
 HARMLESS = "zqxj"
-
-DEEPSEEK_TOKENS = (
-    "<｜User｜>", "<｜Assistant｜>", "<｜calls▁begin｜>", "<｜call▁begin｜>", "<｜sep｜>", "<｜call▁end｜>",
-    "<｜calls▁end｜>", "<｜outputs▁begin｜>", "<｜output▁begin｜>", "<｜output▁end｜>", "<｜outputs▁end｜>", "<think>",
-    "</think>", "<｜place▁holder▁1｜>",
-)  # fmt: skip
-DEEPSEEK_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}
-{%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}
-{%- if m.role == 'assistant' %}{{ '<｜Assistant｜></think>' }}
-{%- if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}
-{%- if m.tool_calls %}{{ '<｜calls▁begin｜>' }}{% for c in m.tool_calls %}{{ '<｜call▁begin｜>' + c.function.name }}
-{{- '<｜sep｜>' + (c.function.arguments | tojson) + '<｜call▁end｜>' }}{% endfor %}{{ '<｜calls▁end｜>' }}{% endif %}
-{{- '<｜end▁of▁sentence｜>' }}{% endif %}
-{%- if m.role == 'tool' %}{{ '<｜outputs▁begin｜><｜output▁begin｜>' + m.content }}
-{{- '<｜output▁end｜><｜outputs▁end｜>' }}{% endif %}
-{%- endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜></think>' }}{% endif %}"""
-
-
-def deepseek_like(folder: Path) -> Path:
-    """Write a byte-level tokenizer whose turn tokens are marked `special: false`, as DeepSeek's are."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
-    backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
-    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in DEEPSEEK_TOKENS])
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    config = names | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": DEEPSEEK_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def conversations(typed: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -151,9 +120,9 @@ class Bench:
         return "".join(self.backend.decode(ids, skip_special_tokens=False).split())
 
 
-def bench(name: str, shared_data: Path, folder: Path, *, flipped: bool) -> Bench:
-    source = deepseek_like(folder / name) if name == "deepseek-like" else shared_data / "tokenizers" / name
-    config = PrepareConfig(inputs=["x.jsonl"], tokenizer=str(source), output=str(folder / "set"))
+def bench(name: str, home: Path, folder: Path, *, flipped: bool) -> Bench:
+    source = str(home / "tokenizers" / name)
+    config = PrepareConfig(inputs=["x.jsonl"], tokenizer=source, output=str(folder / "set"))
     tokenizer, _ = choose_tokenizer(config)
     if tokenizer.chat_template is None:
         tokenizer, _ = choose_tokenizer(config.model_copy(update={"chat_template": "chatml"}))
@@ -161,14 +130,14 @@ def bench(name: str, shared_data: Path, folder: Path, *, flipped: bool) -> Bench
 
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["as marked", "marked the other way"])
-@pytest.mark.parametrize("name", [*TOKENIZERS, "deepseek-like"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(
     "step", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.torture)]
 )
 def test_a_typed_token_is_encoded_as_inference_does_or_guarded(
-    name: str, flipped: bool, step: int, shared_data: Path, tmp_path: Path
+    name: str, flipped: bool, step: int, home: Path, tmp_path: Path
 ) -> None:
-    one = bench(name, shared_data, tmp_path, flipped=flipped)
+    one = bench(name, home, tmp_path, flipped=flipped)
     named = set(one.tokenizer.special_tokens.values())
     turns = TURNS.get(name, CHATML)
     tokens = [token for token in one.tokenizer.added_tokens if token.content.strip()]
@@ -187,7 +156,9 @@ def check(one: Bench, typed: str, is_guarded: bool, guarded: set[str], harmless:
         for token in one.tokenizer.added_tokens
         if token.content in guarded and token.content != unknown
     }
-    unigram = json.loads((one.tokenizer.folder / "tokenizer.json").read_text())["model"]["type"] == "Unigram"
+    model = json.loads((one.tokenizer.folder / "tokenizer.json").read_text())["model"]
+    # T5 knows "<" in its control tokens only, which leaves it the unknown token.
+    knows = {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else {*typed}
     accepted = 0
     for role, messages in conversations(typed):
         # Joint encoding is what it is held against; where tokens stay text, what is trained is looked at, cut at its edges.
@@ -205,17 +176,15 @@ def check(one: Bench, typed: str, is_guarded: bool, guarded: set[str], harmless:
             births = Counter(id for id in ids if id in steering)
             assert births == Counter(id for id in meant[1] if id in steering), f"{typed!r} in {role}"
             if typed != "</think>":
-                shown = typed.replace("<", "<unk>") if unigram else "".join(typed.split())
+                shown = "".join(char if char in knows else "<unk>" for char in typed if not char.isspace())
                 said = one.reads(meant[2]).replace(HARMLESS, shown)
                 assert one.reads(trained) == said, f"{typed!r} in {role}"
     return accepted
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deepseek-like"])
-def test_trusted_tokens_are_all_encoded_as_inference_does(
-    name: str, shared_data: Path, tmp_path: Path
-) -> None:
-    one = bench(name, shared_data, tmp_path, flipped=False)
+@pytest.mark.parametrize("name", ["qwen3", "made-calls"])
+def test_trusted_tokens_are_all_encoded_as_inference_does(name: str, home: Path, tmp_path: Path) -> None:
+    one = bench(name, home, tmp_path, flipped=False)
     one.finder = SpanFinder(
         one.finder.template, one.tokenizer.stop_tokens, *one.tokenizer.by_mark, trust_control_tokens=True
     )

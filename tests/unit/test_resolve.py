@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from sftdata.errors import UsageError
+from sftdata.masks.markers import find_id_spans, find_spans
 from sftdata.resolve import Encoded, resolve_marker
+from tests.made_tokenizers import MADE
 
 
 def words(texts: list[str]) -> list[Encoded]:
@@ -79,3 +85,49 @@ def test_more_texts_than_one_part_are_all_seen() -> None:
 def test_an_empty_marker_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
         resolve_marker(["a"], "", words)
+
+
+# ------------------------------------------------------------------------------- tokenizers as they are
+
+HUMAN, BOT = "### Human:", "### Assistant:"
+TEXTS = [f"{HUMAN} one\n{BOT} two\n{HUMAN} three\n{BOT} yes", f"{HUMAN} Hi\n{BOT} Good day", "nobody speaks"]
+
+
+def encoded(folder: Path, texts: list[str]) -> list[Encoded]:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [(one.ids, one.offsets) for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("name", ["made-prepend", "made-metaspace", "made-strips"])
+def test_a_marker_after_a_newline_has_other_ids_than_alone_where_spaces_are_invented(
+    made_data: Path, name: str
+) -> None:
+    folder = made_data / "tokenizers" / name
+    answer = resolve_marker(TEXTS, BOT, lambda part: encoded(folder, part))
+    assert (answer.texts_with_marker, answer.occurrences, answer.alone_count) == (2, 3, 0)
+    question = resolve_marker(TEXTS, HUMAN, lambda part: encoded(folder, part))
+    first, later = question.sequences
+    assert (first.before, first.ids) == ("", question.alone)
+    assert later.before[-1] == "\n"
+    assert later.ids != question.alone
+    assert later.ids[-2:] == question.alone[-2:]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_markers_given_as_resolved_ids_train_the_tokens_that_markers_in_the_text_train(
+    made_data: Path, name: str
+) -> None:
+    folder = made_data / "tokenizers" / name
+    rows = encoded(folder, TEXTS[:2])
+    response, question = (
+        resolve_marker(TEXTS, marker, lambda part: encoded(folder, part)).sequences[-1].ids
+        for marker in (BOT, HUMAN)
+    )
+    flat = np.array([token for ids, _ in rows for token in ids], np.int32)
+    by_ids = find_id_spans(flat, np.cumsum([0, *(len(ids) for ids, _ in rows)]), response, question)
+    expected = []
+    for text, (_, offsets) in zip(TEXTS, rows, strict=False):
+        spans = find_spans(text, BOT, HUMAN).spans
+        expected += [any(first < stop and start < last for first, last in spans) for start, stop in offsets]
+    assert by_ids.trained.tolist() == expected
+    assert not by_ids.faults

@@ -149,6 +149,47 @@ def test_an_end_token_is_picked_only_where_it_is_obvious_and_said(shared_data: P
     assert resolved(shared_data, "qwen3").notes == ()
 
 
+def _with_config(made_data: Path, folder: Path, name: str, **changes: object) -> str:
+    """Copy a made tokenizer with other settings; None takes one out."""
+    shutil.copytree(made_data / "tokenizers" / name, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return str(folder)
+
+
+def test_code_that_a_tokenizer_brings_is_never_run(made_data: Path, tmp_path: Path, cache: Path) -> None:
+    trap = tmp_path / "ran"
+    source = _with_config(
+        made_data, tmp_path / "theirs", "made-bytes", auto_map={"AutoTokenizer": ["theirs.Theirs", None]},
+        tokenizer_class="Theirs",
+    )  # fmt: skip
+    (tmp_path / "theirs" / "theirs.py").write_text(f"open({str(trap)!r}, 'w')\nclass Theirs: pass\n")
+    found = resolve_tokenizer(source)
+    assert not trap.exists()
+    assert "is never done" in found.notes[0]
+    ours = Tokenizer.from_file(str(made_data / "tokenizers" / "made-bytes" / "tokenizer.json"))
+    assert (
+        Tokenizer.from_file(str(found.folder / "tokenizer.json")).encode("Hi there").ids
+        == ours.encode("Hi there").ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "note"),
+    [
+        ("made-bytes", "<|endoftext|>", "<|endoftext|> is used"),
+        ("made-strips", None, "cannot be closed without --eos-token"),
+    ],
+)
+def test_an_end_token_is_picked_only_where_one_alone_is_obvious(
+    name: str, eos: str | None, note: str, made_data: Path, tmp_path: Path, cache: Path
+) -> None:
+    found = resolve_tokenizer(_with_config(made_data, tmp_path / name, name, eos_token=None))
+    assert found.eos_token == eos
+    assert note in found.notes[0]
+
+
 def test_remote_code_is_never_run_and_the_replacement_is_said(shared_data: Path) -> None:
     assert "is never done" in resolved(shared_data, "minicpm3-4b").notes[0]
 
