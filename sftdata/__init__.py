@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
+from sftdata.meter import Progress
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
     from sftdata.previewing import Preview
-    from sftdata.shardset.build import ShardResult
     from sftdata.shardset.manifest import Manifest
     from sftdata.shardset.verify import VerifyReport
     from sftdata.show.findings import Finding
@@ -52,22 +52,6 @@ __all__ = [
 Inputs = str | Path | Sequence[str | Path]
 Formatter = str | Callable[[Any], object] | None
 _Function = TypeVar("_Function", bound=Callable[[Any], object])
-
-
-class Progress(NamedTuple):
-    """How far a run of `prepare` has come.
-
-    Attributes:
-        done: shard tasks finished by this run.
-        total: shard tasks that this run has to do; a resumed one does what is left.
-        tokens: tokens in the finished ones.
-        rejected: rows rejected in them.
-    """
-
-    done: int
-    total: int
-    tokens: int
-    rejected: int
 
 
 def prepare(
@@ -108,7 +92,7 @@ def prepare(
     with start_workers(config) as workers:
         from sftdata.run import prepare as run
 
-        return run(config, workers, on_progress and _counting(on_progress), on_note or _log)
+        return run(config, workers, on_progress, on_note or _log)
 
 
 def preview(
@@ -247,21 +231,6 @@ def _config(
 
     name, alone = name_formatter(formatter)
     return make_config(inputs=inputs, tokenizer=tokenizer, output=output, formatter=name, **settings), alone
-
-
-def _counting(listener: Callable[[Progress], object]) -> Callable[[ShardResult, int], None]:
-    """Add up what a run reports of each task."""
-    now = Progress(0, 0, 0, 0)
-
-    def count(result: ShardResult, total: int) -> None:
-        nonlocal now
-        if now.done == now.total:  # the first task; of another run, where the first engine was not equal
-            now = Progress(0, total, 0, 0)
-        tokens, rejected = now.tokens + result.ledger.tokens, now.rejected + result.rejects
-        now = Progress(now.done + 1, total, tokens, rejected)
-        listener(now)
-
-    return count
 
 
 def _log(note: str) -> None:

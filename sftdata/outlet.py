@@ -1,7 +1,7 @@
 """Where text leaves the process: one escape for all that reaches stdout and stderr, whoever wrote it.
 
 Rows, columns, file names and arguments may hold terminal escapes, carriage returns and direction overrides. Every command runs
-inside `guarded`, so what prints them prints their names instead. Styled output (rich, tqdm) asks for the stream behind it
+inside `guarded`, so what prints them prints their names instead. Styled output (rich) asks for the stream behind it
 with `unguarded` and escapes its data itself.
 """
 

@@ -18,6 +18,7 @@ from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError, UsageError
+from sftdata.meter import Progress
 from sftdata.paths import behind_links, without_folders
 from sftdata.pipeline import prepare_shard
 from sftdata.plan import Plan, make_plan
@@ -40,13 +41,13 @@ UNTRAINED_FIXES = {
 ROW_BYTES = 8  # an id and a label for each token of a row
 PADDING_NOTED = 1 << 23  # tokens
 
-Progress = Callable[[ShardResult, int], None]
+OnProgress = Callable[[Progress], object]
 
 
 def prepare(
     config: PrepareConfig,
     workers: Workers,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Build a set: plan, prepare every task that is not done, write the manifest, put the set in its place.
@@ -54,7 +55,7 @@ def prepare(
     Args:
         config: the settings.
         workers: of `launch.start_workers`.
-        progress: called after each task with its result and the number of tasks that this run has to do.
+        progress: called after each task.
         say: told, in one sentence each, what was decided for the user.
 
     Raises:
@@ -82,7 +83,7 @@ def build_set(
     plan: Plan,
     old: Manifest | None,
     workers: Workers,
-    progress: Progress | None,
+    progress: OnProgress | None,
     say: Callable[[str], object],
 ) -> Manifest:
     """Build what was planned, unless it stands already or only waits to be put in its place."""
@@ -118,20 +119,23 @@ def build_set(
 
 
 def run_tasks(
-    plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: Progress | None
+    plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: OnProgress | None
 ) -> tuple[list[ShardResult], bool]:
     """Prepare the tasks that are not done; return all results in order, and whether the engine equals the oracle on samples."""
     todo = [task for task in plan.tasks if task.index not in done]
     coming = workers.map(prepare_shard, plan.job, todo, load_shared)
     # Loaded here and now, while the workers get ready: one oracle serves all tasks.
     oracle = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
-    results, agreed = {}, True
+    results, agreed, now = {}, True, Progress(0, len(todo), 0, 0)
     for result in chain(done.values(), coming):
         if oracle is not None and result.sample:
             agreed &= digest_ids(oracle, result.sample) == result.sample_xxh3
         results[result.index] = msgspec.structs.replace(result, sample=(), sample_xxh3="")
         if progress and result.index not in done:
-            progress(result, len(todo))
+            now = Progress(
+                now.done + 1, now.total, now.tokens + result.ledger.tokens, now.rejected + result.rejects
+            )
+            progress(now)
     return [results[task.index] for task in plan.tasks], agreed
 
 

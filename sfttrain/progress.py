@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from sftdata.outlet import unguarded, visible
+from sftdata.meter import Meter
 from sftdata.shardset.atomic import write_atomic
 
 LOG_NAME = "train_log.jsonl"
-_PLAIN_SECONDS = 10.0
+_LABEL = "step {done}/{total}"
 
 
 class TrainLog(TrainerCallback):
@@ -40,76 +38,42 @@ class TrainLog(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Show step, loss, tokens per second and the time that is left."""
+    """Show step, loss, tokens per second and the time that is left, where this is the main process."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._began = self._spoke = 0.0
-        self._first = 0
+        self._meter = Meter(_LABEL)
         self._figures = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar, where there is a terminal."""
-        self._began = self._spoke = time.perf_counter()
-        self._first = state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty():
-            from tqdm.auto import tqdm
-
-            shape = {
-                "total": state.max_steps,
-                "initial": state.global_step,
-                "unit": "step",
-                "dynamic_ncols": True,
-            }
-            self._bar = tqdm(file=unguarded(sys.stderr), **shape)
+        """Start the clock."""
+        self._meter = Meter(_LABEL, before=state.global_step)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Remember the newest figures."""
-        if logs and "loss" in logs:
+        """Remember the newest figures; tell those of the first and the last step, and of each evaluation."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
             self._figures = f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):,.0f} tokens/s"
-            if (
-                state.is_world_process_zero
-                and self._bar is None
-                and state.global_step in (1, state.max_steps)
-            ):
-                self._tell(state)
-        elif logs and state.is_world_process_zero and any(key.startswith("eval_") for key in logs):
-            self._write(
-                ", ".join(f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss"))
-            )
+            if state.global_step in (1, state.max_steps):
+                self._meter.show(state.global_step, state.max_steps, self._figures, line=True)
+        elif any(key.startswith("eval_") for key in logs):
+            losses = [f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")]
+            self._meter.say(", ".join(losses))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move on, and speak when it is time."""
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(self._figures)
-        elif state.is_world_process_zero and time.perf_counter() - self._spoke >= _PLAIN_SECONDS:
-            self._tell(state)
+        """Move on."""
+        if state.is_world_process_zero:
+            self._meter.show(state.global_step, state.max_steps, self._figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar, with the figures of the last step."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._figures)
-            self._bar.close()
-
-    def _tell(self, state: Any) -> None:
-        """Write a line on the step that is done."""
-        self._spoke = time.perf_counter()
-        left = (
-            (self._spoke - self._began)
-            / (state.global_step - self._first)
-            * (state.max_steps - state.global_step)
-        )
-        figures = f", {self._figures}" if self._figures else ""
-        self._write(f"step {state.global_step}/{state.max_steps}{figures}, {_duration(left)} left")
-
-    def _write(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(visible(text), file=unguarded(sys.stderr))
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """Take the bar away, and leave the figures of the last step where it was."""
+        if self._meter.drawn:
+            self._meter.close()
+            self._meter.say(
+                ", ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", self._figures]))
+            )
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -128,9 +92,3 @@ def _forget_after(path: Path, step: int) -> None:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

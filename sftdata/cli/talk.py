@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sftdata.outlet import json_visible, one_line, unguarded
-from sftdata.shardset.build import ShardResult
+from sftdata.meter import Meter, Progress
+from sftdata.outlet import json_visible, one_line
 from sftdata.shardset.manifest import Manifest
 
 if TYPE_CHECKING:
     from sftdata.show.findings import Finding
-
-PLAIN_SECONDS = 10.0
 
 
 def print_json(data: Any) -> None:
@@ -37,63 +33,34 @@ def print_line(text: str, *, err: bool = False) -> None:
 
 
 class Talk:
-    """Say things on stderr: a bar on a terminal, a plain line every ten seconds elsewhere."""
+    """What `prepare` says while it runs, and when it is done."""
 
     def __init__(self) -> None:
-        self._started = self._last = time.monotonic()
-        self._done = self._tokens = self._rejects = 0
-        self._bar: Any = None
+        self._meter = Meter("{done}/{total} slices")
+        self._built = False
 
     def __enter__(self) -> Talk:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self._meter.close()
 
     def say(self, sentence: str) -> None:
         """Print one sentence."""
-        print_line(sentence, err=True)
-        sys.stderr.flush()
+        self._meter.say(sentence)
 
-    def progress(self, result: ShardResult, slices: int) -> None:
-        """Count one finished slice of `slices`."""
-        self._done += 1
-        self._tokens += result.ledger.tokens
-        self._rejects += result.rejects
-        seconds = time.monotonic() - self._started
-        line = f"{self._tokens:,} tokens, {self._tokens / max(seconds, 1e-9):,.0f} a second, {self._rejects:,} rows rejected"
-        if sys.stderr.isatty():
-            self._draw(line, slices)
-        elif time.monotonic() - self._last >= PLAIN_SECONDS:
-            self._last = time.monotonic()
-            left = seconds / self._done * (slices - self._done)
-            self.say(f"{self._done}/{slices} slices, {line}, {left:.0f} s left")
-
-    def _draw(self, line: str, slices: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._bar is None:
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("slices"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=Console(file=unguarded(sys.stderr)), transient=True)
-            self._task = self._bar.add_task("", total=slices)
-            self._bar.start()
-        self._bar.update(self._task, completed=self._done, description=line)
+    def progress(self, now: Progress) -> None:
+        """Show how far the run has come."""
+        self._built = True
+        speed = now.tokens / self._meter.seconds
+        figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
+        self._meter.show(now.done, now.total, figures)
 
     def summary(self, manifest: Manifest, folder: Path) -> None:
         """Say what became of every row and token, and what was found in a set that has just been made."""
         for line in summary_lines(manifest, folder):
             self.say(line)
-        if not self._done:
+        if not self._built:
             self.say(f"  audit   `sftdata audit {folder}` looks for supervision that nobody meant")
             return
         from sftdata.show.audit import glance

@@ -12,6 +12,7 @@ from sftdata import run, stages
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
 from sftdata.launch import start_workers
+from sftdata.meter import Progress
 from sftdata.stages import SAMPLE_CHARS
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 
@@ -69,7 +70,7 @@ def settings(data: Path, output: Path, chosen: str) -> PrepareConfig:
 
 
 def prepare(
-    config: PrepareConfig, progress: run.Progress | None = None, say: Callable[[str], None] = print
+    config: PrepareConfig, progress: run.OnProgress | None = None, say: Callable[[str], None] = print
 ) -> None:
     with start_workers(config) as workers:
         run.prepare(config, workers, progress, say)
@@ -86,8 +87,8 @@ def test_one_wrong_slice_rebuilds_the_set_with_the_oracle(data: Path, tmp_path: 
     said: list[str] = []
     if stopped:
 
-        def stop(result: object, _: int) -> None:
-            if getattr(result, "index", 0) == 1:
+        def stop(now: Progress) -> None:
+            if now.done == 2:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
