@@ -33,6 +33,7 @@ def test_what_was_found_is_mended(target: Callable[[bytes], None], data: bytes) 
     target(data)
 
 
+@pytest.mark.slow
 def test_without_atheris_the_walk_is_random_and_says_so() -> None:
     hidden = "import sys; sys.argv[1:] = ['0.02', 'masks']\n"
     hidden += "import importlib.util as u; find = u.find_spec\n"

@@ -84,6 +84,7 @@ def test_inspect_writes_a_page(shards: Path, tmp_path: Path) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,6 +198,7 @@ def test_audit_names_lines_and_fixes_and_fails_only_when_strict(defective: Path)
 # ------------------------------------------------------------------------------------------------ all of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "stats", "verify", "audit"])
 def test_a_folder_that_is_no_set_is_refused_in_one_line(command: str, tmp_path: Path) -> None:
     result = run(command, tmp_path)
@@ -205,6 +207,7 @@ def test_a_folder_that_is_no_set_is_refused_in_one_line(command: str, tmp_path: 
     assert "not a finished set" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "stats", "audit"])
 def test_a_damaged_manifest_exits_4(command: str, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [CHAT.format("Hi", "Hello")])

@@ -304,6 +304,7 @@ def test_both_engines_give_the_same_bytes(tmp_path: Path, chats: Path) -> None:
 # -------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

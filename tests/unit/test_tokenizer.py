@@ -212,6 +212,7 @@ def test_resolving_imports_neither_torch_nor_transformers_here(made_data: Path, 
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+@pytest.mark.slow
 def test_the_cache_follows_content_not_names_or_times(small: Path, cache: Path, tmp_path: Path) -> None:
     first = resolve_tokenizer(str(small))
     shutil.copytree(small, tmp_path / "copy")
@@ -281,6 +282,7 @@ def test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works(
     assert resolve_tokenizer(str(tmp_path / "converted")).eos_token == "<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names(small: Path, cache: Path) -> None:
     said = refused(str(small), eos_token="<|nope|>")
     assert "has no token '<|nope|>'" in said
