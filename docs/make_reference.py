@@ -70,7 +70,7 @@ def cli_page() -> str:
 
 
 WRITTEN_IN = {
-    "sftdata": ("__init__.py", "batches.py", "errors.py"),
+    "sftdata": ("__init__.py", "meter.py", "batches.py", "errors.py"),
     "sfttrain": ("__init__.py", "iterative.py"),
 }
 PYTHON = """# The Python interface
