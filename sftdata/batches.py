@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +37,29 @@ class RowBatch:
         example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and line.
         lines: int64[N], 1-based line where the row starts; its number in the source where that is not read by lines.
         byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte position.
+        file: name of the source.
+        numbered_from: number in the source, from 1, of a row whose example id were 0.
+        by_line: whether the source is read by lines.
     """
 
     rows: list[Any]
     example_ids: Int64
     lines: Int64
     byte_offsets: Int64
+    file: str = ""
+    numbered_from: int = 1
+    by_line: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def record_of(self, index: int) -> int:
+        """Return the number of a row in its source, from 1."""
+        return int(self.example_ids[index]) + self.numbered_from
+
+    def line_of(self, index: int) -> int | None:
+        """Return the line where a row starts; None in a source that is not read by lines."""
+        return int(self.lines[index]) if self.by_line else None
 
 
 # ----------------------------------------------------------------------------------------- canonical
@@ -95,30 +108,6 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 Row = Conversation | Completion | Text | Tokens
-
-
-# ------------------------------------------------------------------------------------------- counted
-
-EXAMPLES = 3
-
-
-class Tally:
-    """What stages count by name: how many, and the indices of the rows of the RowBatch behind each count."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.rows: dict[str, list[int]] = {}
-
-    def count(self, name: str, row: int, number: int = 1) -> None:
-        """Add `number` for a row, which may be none."""
-        if number:
-            self.counts[name] += number
-            self.rows.setdefault(name, []).append(row)
-
-    def count_rows(self, name: str, rows: Int64) -> None:
-        """Add one for each of these rows, int64[K]."""
-        self.counts[name] += len(rows)
-        self.rows.setdefault(name, []).extend(rows.tolist())
 
 
 # -------------------------------------------------------------------------------------------- render

@@ -20,6 +20,7 @@ from sftdata.read.instructions import from_messages, is_messages
 from sftdata.read.prompts import ALPACA, load_prompt_template
 from sftdata.read.source import Chunk, SourcePlan
 from sftdata.read.turn_markers import find_turn_markers
+from sftdata.tally import Tally
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"
@@ -119,7 +120,8 @@ def look_at(
     chosen = list(found.rows[:: -(-len(found.rows) // ROWS)])
     index = np.arange(len(chosen), dtype=np.int64)
     options = format_options(config, chat=tokenizer.chat_template is not None)
-    rows = convert_rows(RowBatch(chosen, index, index, index), found.format, options).rows
+    batch = RowBatch(chosen, index, index, index)
+    rows = convert_rows(batch, found.format, options, Tally(batch)).rows
     look = _look(config, source, found, rows)
     if look.holds(Conversation) and tokenizer.chat_template is None:
         raise UsageError(

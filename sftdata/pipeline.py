@@ -9,26 +9,33 @@ A shard is a pure function of the plan and its task, so workers, engines, kills 
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from sftdata.batches import EXAMPLES, Int64, RowBatch, Tally, TokenBatch, Tokens
-from sftdata.encode.length import LengthCounts, OverlongError, limit_length
-from sftdata.errors import DataError, Fault
+from sftdata.batches import Int64, TokenBatch, Tokens
+from sftdata.errors import DataError
+from sftdata.limit import OverlongError, limit_length
 from sftdata.masks.texts import render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.pack import gather, plan_packs
 from sftdata.plan import Job, ShardTask
 from sftdata.read.convert import Converted, convert_rows
-from sftdata.read.source import Chunk, Unreadable, read_chunk
+from sftdata.read.source import Chunk, read_chunk
 from sftdata.shardset.build import Build, ShardResult
 from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.lists import COUNTED_NAME, DROPPED_NAME, LISTS, Dropped, counted_rows, encode_lines
-from sftdata.shardset.rejects import REJECTS_NAME, Reject, encode_reject
+from sftdata.shardset.lists import (
+    COUNTED_NAME,
+    DROPPED_NAME,
+    LISTS,
+    REJECTS_NAME,
+    counted_rows,
+    encode_lines,
+    encode_reject,
+)
 from sftdata.shardset.shards import shard_name, write_shard
 from sftdata.stages import Stages, load_stages
+from sftdata.tally import Tally
 
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
@@ -75,64 +82,51 @@ class PreparedChunk:
     Attributes:
         tokens: within `max_length`, each with something to train.
         example_ids: int64[N], global number of each example's row.
+        tally: what the stages counted; rejected and dropped rows in order.
         ledger: what became of its rows and tokens, packing aside.
-        rejects, dropped: in order of their rows.
-        counted: int64[M], ids of the rows behind each counter.
         texts: as rendered.
     """
 
     tokens: TokenBatch
     example_ids: Int64
+    tally: Tally
     ledger: Ledger
-    rejects: list[Reject]
-    dropped: list[Dropped]
-    counted: dict[str, Int64]
     texts: list[str]
 
     def lists(self) -> dict[str, bytes]:
         """Return its lines of each list of the set."""
-        rejects = b"".join(map(encode_reject, self.rejects))
-        counted = encode_lines(counted_rows(self.counted))
-        return {REJECTS_NAME: rejects, DROPPED_NAME: encode_lines(self.dropped), COUNTED_NAME: counted}
+        tally = self.tally
+        ids = tally.batch.example_ids
+        counted = {name: ids[np.unique(rows)] for name, rows in tally.rows.items()}
+        return {
+            REJECTS_NAME: b"".join(map(encode_reject, tally.rejects)),
+            DROPPED_NAME: encode_lines(tally.dropped),
+            COUNTED_NAME: encode_lines(counted_rows(counted)),
+        }
 
 
 def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
     """Read, convert, render, encode, mask and cut the rows of one chunk."""
-    job, config = stages.job, stages.job.config
-    rows, unreadable = read_chunk(chunk, config.max_line_bytes)
-    converted = convert_rows(rows, job.formats[chunk.number], job.options)
-    tokens, faults, tally, texts = tokenize(stages, converted)
-    tokens, marker_faults = job.mask.flags(tokens, tally)
-    faults = [*converted.faults, *faults, *marker_faults]
-    kept, cut = cut_length(job, chunk, rows, tokens)
-
-    counted = {name: rows.example_ids[np.unique(indices)] for name, indices in tally.rows.items() if indices}
-
+    job = stages.job
+    rows, unreadable = read_chunk(chunk, job.config.max_line_bytes)
+    tally = Tally(rows, unreadable)
+    converted = convert_rows(rows, job.formats[chunk.number], job.options, tally)
+    tokens, texts = tokenize(stages, converted, tally)
+    tokens = job.mask.flags(tokens, tally)
+    kept = cut_length(job, chunk, tokens, tally)
+    for gone in (tally.rejects, tally.dropped):
+        gone.sort(key=lambda row: row.record)
     ledger = Ledger(
         rows_in=len(rows) + len(unreadable),
         rows_kept=len(np.unique(kept.row)),
-        rows_rejected=dict(
-            Counter(fault.code for _, fault in faults) + Counter(row.fault.code for row in unreadable)
-        ),
-        rows_filtered={"formatter": len(converted.filtered)} if len(converted.filtered) else {},
-        rows_dropped=cut.rows_dropped,
         tokens_in=len(tokens.input_ids),
-        tokens_cut={config.overlong: cut.tokens_cut} if cut.tokens_cut else {},
-        tokens_in_dropped_rows=sum(cut.tokens_in_dropped_rows.values()),
-        counters=dict(tally.counts + Counter(cut.counters)),
-        examples={
-            name: rows.example_ids[found[:EXAMPLES]].tolist() for name, found in tally.rows.items() if found
-        },
     )
+    ledger.count_tally(tally, job.config.overlong)
     ledger.count_lengths(tokens.lengths)
-    ledger.counters |= {f"column_unused:{name}": count for name, count in converted.unused.items()}
-    rejects = make_rejects(stages.names[chunk.number], chunk, rows, unreadable, faults)
-    gone = [*((index, "formatter", None) for index in converted.filtered.tolist()), *cut.dropped]
-    dropped = make_dropped(stages.names[chunk.number], chunk, rows, gone)
-    return PreparedChunk(kept, rows.example_ids[kept.row], ledger, rejects, dropped, counted, texts)
+    return PreparedChunk(kept, rows.example_ids[kept.row], tally, ledger, texts)
 
 
-def cut_length(job: Job, chunk: Chunk, rows: RowBatch, tokens: TokenBatch) -> tuple[TokenBatch, LengthCounts]:
+def cut_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> TokenBatch:
     """Apply the over-long policy; the one cut stream of `wrapped` has room for any example.
 
     Raises:
@@ -140,76 +134,23 @@ def cut_length(job: Job, chunk: Chunk, rows: RowBatch, tokens: TokenBatch) -> tu
     """
     limit = None if job.config.packing == "wrapped" else job.max_length
     try:
-        return limit_length(tokens, limit, job.config.overlong)
+        return limit_length(tokens, limit, job.config.overlong, tally)
     except OverlongError as error:
+        rows = tally.batch
         where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
         raise DataError(f"{where}: {error.message}", error.fix) from None
 
 
-def tokenize(
-    stages: Stages, converted: Converted
-) -> tuple[TokenBatch, list[tuple[int, Fault]], Tally, list[str]]:
-    """Render and encode canonical rows.
-
-    Returns:
-        the tokens in the order of their rows, faults, what was counted, and the rendered texts.
-    """
+def tokenize(stages: Stages, converted: Converted, tally: Tally) -> tuple[TokenBatch, list[str]]:
+    """Render and encode canonical rows; return the tokens in the order of their rows, and the rendered texts."""
     given = np.array([isinstance(row, Tokens) for row in converted.rows], np.bool_)
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
-    rendered = render_rows(texts, converted.row[~given], stages.renderer)
-    batch, faults = read_given(
-        [row for row in converted.rows if isinstance(row, Tokens)], converted.row[given], stages.job.tokenizer
-    )
-    parts, tally, encoded_texts = [batch], rendered.tally, list[str]()
+    rendered = render_rows(texts, converted.row[~given], stages.renderer, tally)
+    rows = [row for row in converted.rows if isinstance(row, Tokens)]
+    parts = [read_given(rows, converted.row[given], stages.job.tokenizer, tally)]
+    encoded: list[str] = []
     for part in (rendered.conversations, rendered.raw):
         if part is not None:
-            batch, encoded = encode_batch(part, stages.encoder, boundary=stages.job.config.boundary)
-            parts.append(batch)
-            tally.counts.update(asdict(encoded))
-            encoded_texts += part.texts
-    return TokenBatch.join(parts).in_row_order(), [*rendered.faults, *faults], tally, encoded_texts
-
-
-def make_dropped(
-    name: str, chunk: Chunk, rows: RowBatch, gone: list[tuple[int, str, int | None]]
-) -> list[Dropped]:
-    """Return what is listed of rows that are left out: index in the batch, reason and tokens of each."""
-    return [
-        Dropped(
-            file=name,
-            line=chunk.line_of(int(rows.lines[index])),
-            record=chunk.record_of(int(rows.example_ids[index])),
-            reason=reason,
-            tokens=tokens,
-        )
-        for index, reason, tokens in sorted(gone, key=lambda row: row[0])
-    ]
-
-
-def make_rejects(
-    name: str, chunk: Chunk, rows: RowBatch, unreadable: list[Unreadable], faults: list[tuple[int, Fault]]
-) -> list[Reject]:
-    """Return the rejects of a chunk in the order of their rows; a formatter's rows come as they were read."""
-    rejects = [(row.example_id, row.line, row.byte_offset, row.fault, row.raw) for row in unreadable] + [
-        (
-            int(rows.example_ids[index]),
-            int(rows.lines[index]),
-            int(rows.byte_offsets[index]),
-            fault,
-            rows.rows[index],
-        )
-        for index, fault in faults
-    ]
-    return [
-        Reject(
-            file=name,
-            line=chunk.line_of(line),
-            record=chunk.record_of(example_id),
-            byte_offset=offset,
-            code=fault.code,
-            reason=fault.reason,
-            fix=fault.fix,
-            row=row,
-        )
-        for example_id, line, offset, fault, row in sorted(rejects, key=lambda reject: reject[0])
-    ]
+            parts.append(encode_batch(part, stages.encoder, tally, boundary=stages.job.config.boundary))
+            encoded += part.texts
+    return TokenBatch.join(parts).in_row_order(), encoded

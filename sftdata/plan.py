@@ -163,6 +163,11 @@ def make_plan(
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
+    names = short_names([source.source.path for source in sources])
+    sources = [
+        source.placed(number, source.base_id, name)
+        for number, (name, source) in enumerate(zip(names, sources, strict=True))
+    ]
     tasks = cut_tasks(sources, config.slice_bytes)
     large = _sum_sizes(sources, tasks) >= FAST_ENGINE_MIN_BYTES
     engine, engine_reason = choose_engine(tokenizer, config.engine, worth_it=large)
@@ -171,13 +176,7 @@ def make_plan(
         tokenizer=tokenizer,
         formats=tuple(formats),
         options=format_options(config, chat=tokenizer.chat_template is not None),
-        sources=dict(
-            zip(
-                short_names([source.source.path for source in sources]),
-                (source.base_id for source in sources),
-                strict=True,
-            )
-        ),
+        sources=dict(zip(names, (source.base_id for source in sources), strict=True)),
         engine=engine,
         mask=choose_mask(config, tokenizer),
     )

@@ -162,7 +162,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
             :: _stride(chunks, number)
         ][:number],
         ledger=ledger,
-        rejects=[f"{reject.place}: {reject.reason}" for chunk in chunks for reject in chunk.rejects],
+        rejects=[f"{reject.place}: {reject.reason}" for chunk in chunks for reject in chunk.tally.rejects],
         share=_share(plan, sample),
         records=sum(source.records for source in plan.sources),
         seconds=seconds,

@@ -24,6 +24,7 @@ from sftdata.plan import make_plan
 from sftdata.read.convert import convert_rows
 from sftdata.read.source import read_chunk
 from sftdata.stages import Stages
+from sftdata.tally import Tally
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 Encode = Callable[[list[str]], list[Encoded]]
@@ -98,8 +99,9 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
     for number, source in enumerate(plan.sources):
         for chunk in source.chunks:
             batch = read_chunk(chunk, config.max_line_bytes)[0]
-            converted = convert_rows(batch, plan.job.formats[number], plan.job.options)
-            rendered = render_rows(converted.rows, converted.row, stages.renderer)
+            tally = Tally(batch)
+            converted = convert_rows(batch, plan.job.formats[number], plan.job.options, tally)
+            rendered = render_rows(converted.rows, converted.row, stages.renderer, tally)
             texts += [
                 text
                 for part in (rendered.conversations, rendered.raw)

@@ -24,9 +24,8 @@ from sftdata.pipeline import prepare_shard
 from sftdata.plan import Plan, make_plan
 from sftdata.shardset.build import Build, ShardResult, finished_set
 from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.lists import DROPPED_NAME
+from sftdata.shardset.lists import DROPPED_NAME, REJECTS_NAME, first_reject
 from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
-from sftdata.shardset.rejects import REJECTS_NAME, first_reject
 from sftdata.stages import load_engine, load_shared, load_stages
 from sftdata.version import __version__
 

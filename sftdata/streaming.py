@@ -20,8 +20,8 @@ from sftdata.acting import refuse_idle, refuse_useless
 from sftdata.batches import Float32, Int32, RowBatch, TokenBatch
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine
-from sftdata.encode.length import limit_length
 from sftdata.errors import DataError, UsageError
+from sftdata.limit import limit_length
 from sftdata.looks import format_options, look_at
 from sftdata.masks import choose_mask
 from sftdata.pack import gather, plan_packs
@@ -30,6 +30,7 @@ from sftdata.plan import Job, choose_tokenizer
 from sftdata.read.convert import convert_rows
 from sftdata.read.source import open_source, plan_sources
 from sftdata.stages import Stages
+from sftdata.tally import FILTERED, Tally
 
 BUFFER_ROWS = 1024
 # Settings of `prepare` that say where a set comes from, how it is packed, or how the work is shared out.
@@ -144,16 +145,18 @@ class Stream(Iterable[StreamedRow]):
             ids + 1,
             np.full_like(ids, -1),
         )
-        converted = convert_rows(batch, stages.job.formats[0], stages.job.options)
-        tokens, faults, tally, _ = tokenize(stages, converted)
-        tokens, unmarked = stages.job.mask.flags(tokens, tally)
-        tokens, cut = limit_length(tokens, None, "truncate")
-        faults = [*converted.faults, *faults, *unmarked]
-        self.rejected.update(fault.code for _, fault in faults)
-        self.rejected.update({reason: count for reason, count in cut.rows_dropped.items() if count})
-        if not len(tokens) and len(converted.filtered) < len(buffer):
-            reason = f" The first: {faults[0][1].reason.rstrip('.')}." if faults else ""
-            fix = faults[0][1].fix if faults else "check the mask, as `sftdata preview` shows it."
+        tally = Tally(batch)
+        converted = convert_rows(batch, stages.job.formats[0], stages.job.options, tally)
+        tokens, _ = tokenize(stages, converted, tally)
+        tokens = limit_length(stages.job.mask.flags(tokens, tally), None, "truncate", tally)
+        left_out = tally.left_out()
+        filtered = left_out.pop(FILTERED, 0)
+        self.rejected.update(left_out)
+        self.rejected.update(reject.code for reject in tally.rejects)
+        if not len(tokens) and filtered < len(buffer):
+            first = tally.rejects[0] if tally.rejects else None
+            reason = f" The first: {first.reason.rstrip('.')}." if first else ""
+            fix = first.fix if first else "check the mask, as `sftdata preview` shows it."
             raise DataError(
                 f"Nothing to train on in {len(buffer)} rows of the stream (buffer {number}).{reason}", fix
             )

@@ -10,6 +10,7 @@ from sftdata.batches import IGNORE_INDEX, Int32, Ragged, TextBatch
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.masks.tokens import encode_batch
+from sftdata.tally import Tally
 
 
 class TextEncoder:
@@ -38,7 +39,7 @@ class TextEncoder:
         nothing = Ragged.from_lists([[] for _ in texts])
         rows, closed = np.arange(len(texts)), np.ones(len(texts), np.bool_)
         given = TextBatch(texts, Ragged.from_lists(spans), nothing, rows, True, closed)
-        batch, _ = encode_batch(given, self._encoder)
+        batch = encode_batch(given, self._encoder, Tally())
         labels = np.where(batch.trained, batch.input_ids, IGNORE_INDEX).astype(np.int32)
         edges = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
         return [(batch.input_ids[start:stop], labels[start:stop]) for start, stop in edges]

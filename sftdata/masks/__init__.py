@@ -33,15 +33,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sftdata.batches import Bool, Completion, Conversation, Row, Tally, TokenBatch
+from sftdata.batches import Bool, Completion, Conversation, Row, TokenBatch
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.errors import Fault
 from sftdata.masks.markers import find_id_spans, find_spans
 from sftdata.masks.trl_0_7_10 import trl_0_7_10_mask
 from sftdata.masks.turns import RenderedConversation
 from sftdata.render.recipes import Turn, assistant_messages
+from sftdata.tally import Tally
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
 Ranges = list[tuple[int, int]]
@@ -108,12 +108,12 @@ class Mask:
         ranges = byte_ranges(text, [(turn.start, turn.stop) for turn in turns])
         return Spans(ranges, True, _weights(row, turns))
 
-    def flags(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
-        """Return the tokens flagged by a search in their ids, and (index into the RowBatch, why) of lost rows.
+    def flags(self, tokens: TokenBatch, tally: Tally) -> TokenBatch:
+        """Return the tokens flagged by a search in their ids; the tally takes the rows that are lost.
 
         Here there is no search: what the spans trained stays.
         """
-        return tokens, []
+        return tokens
 
     def _chosen(
         self, row: Conversation, rendered: RenderedConversation, index: int, tally: Tally
@@ -192,14 +192,15 @@ class IdMarkers(Mask):
         """The response template."""
         return "response-template"
 
-    def flags(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
+    def flags(self, tokens: TokenBatch, tally: Tally) -> TokenBatch:
         """Flag what lies behind the markers; a row without them is lost."""
         found = find_id_spans(tokens.input_ids, tokens.offsets, self.response, self.instruction)
         tally.count_rows("rows_with_repeated_markers", tokens.row[found.repeated])
-        faults = [(int(tokens.row[index]), fault) for index, fault in sorted(found.faults.items())]
         keep = np.ones(len(tokens), np.bool_)
-        keep[list(found.faults)] = False
-        return _flagged(tokens, found.trained).select(keep), faults
+        for index, fault in found.faults.items():
+            tally.reject(int(tokens.row[index]), fault)
+            keep[index] = False
+        return _flagged(tokens, found.trained).select(keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ class TRL0710(IdMarkers):
 
     pad_id: int = 0
 
-    def flags(self, tokens: TokenBatch, tally: Tally) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
+    def flags(self, tokens: TokenBatch, tally: Tally) -> TokenBatch:
         """Flag as the collator did; rows of which it would have warned are counted, and train nothing."""
         found = trl_0_7_10_mask(
             tokens.input_ids, tokens.offsets, self.response, self.instruction, self.pad_id
@@ -220,7 +221,7 @@ class TRL0710(IdMarkers):
         tally.count_rows("rows_without_response_marker", tokens.row[found.response_warned])
         tally.count_rows("rows_without_instruction_marker", tokens.row[found.instruction_warned])
         tally.count_rows("rows_masked_without_warning", tokens.row[found.silently_masked])
-        return _flagged(tokens, found.trained), []
+        return _flagged(tokens, found.trained)
 
 
 def choose_mask(config: PrepareConfig, tokenizer: ResolvedTokenizer) -> Mask:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Tally, Text, TextBatch
-from sftdata.errors import Fault, RowError
+from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Text, TextBatch
+from sftdata.errors import RowError
 from sftdata.masks import Mask, Ranges, Spans, as_rendered, byte_ranges
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.recipes import Turn
+from sftdata.tally import Tally
 
 _NONE: Ranges = []
 
@@ -42,28 +43,23 @@ class RenderedRows:
     Attributes:
         conversations: rendered by a chat template; None when there are none.
         raw: text and completion rows; None when there are none.
-        faults: (index into the RowBatch, why).
-        tally: what the audit and the summary show: `turns`, `turns_without_stop`, `rows_parted`,
-            `messages_swallowed`, `reasoning_swallowed`, `rows_without_their_tools`,
-            `rows_with_control_tokens`, `rows_mended_with_eos`, `rows_with_repeated_markers`,
-            `messages_outside_generation`, and what rows and templates counted by name.
     """
 
     conversations: TextBatch | None
     raw: TextBatch | None
-    faults: list[tuple[int, Fault]]
-    tally: Tally
 
 
-def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> RenderedRows:
+def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tally) -> RenderedRows:
     """Render canonical rows (`Tokens` rows excepted: they have no text).
 
     Args:
         rows: canonical rows.
         row: int64[N], index of each into the RowBatch.
+        tally: takes the rows whose spans cannot be proven, and what the audit and the summary show: `turns`,
+            `turns_without_stop`, `rows_parted`, `messages_swallowed`, `reasoning_swallowed`,
+            `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`,
+            `rows_with_repeated_markers`, `messages_outside_generation`, and what rows and templates counted by name.
     """
-    tally = Tally()
-    faults: list[tuple[int, Fault]] = []
     chats, raw = _Columns(), _Columns()
     fast = _FastPath(renderer, tally)
     for index, item in zip(row.tolist(), rows, strict=True):
@@ -81,8 +77,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer) -> Rendered
             _refuse_surrogate(rendered.text)
             columns.add(index, rendered, renderer.mask.spans(item, rendered, index, tally))
         except RowError as error:
-            faults.append((index, error.fault))
-    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), faults, tally)
+            tally.reject(index, error.fault)
+    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True))
 
 
 class _FastPath:

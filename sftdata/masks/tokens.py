@@ -9,7 +9,6 @@ data spells a control token, or where a text must be cut at the edge of a span.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,46 +18,23 @@ from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, locate
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.errors import Fault, RowError, UsageError
+from sftdata.errors import RowError, UsageError
 from sftdata.ragged import offsets_of, positions_of
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeCounts:
-    """What encoding had to do beyond the ordinary.
-
-    Attributes:
-        boundary_splits: places where a text was cut at the edge of a span (with "merge": edges inside a
-            token).
-        boundary_rows: rows with such a place.
-        literal_rows: rows whose data spells a control token.
-        slow_rows: rows placed by the reference's own offsets.
-        bos_found: raw texts that begin with BOS themselves, so that none was added.
-        eos_found: raw texts that end with EOS themselves, so that none was added.
-        eos_added: raw texts closed with EOS.
-    """
-
-    boundary_splits: int = 0
-    boundary_rows: int = 0
-    literal_rows: int = 0
-    slow_rows: int = 0
-    bos_found: int = 0
-    eos_found: int = 0
-    eos_added: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return asdict(self)
+from sftdata.tally import Tally
 
 
 def encode_batch(
-    batch: TextBatch, encoder: Encoder, *, boundary: Literal["split", "merge"] = "split"
-) -> tuple[TokenBatch, EncodeCounts]:
+    batch: TextBatch, encoder: Encoder, tally: Tally, *, boundary: Literal["split", "merge"] = "split"
+) -> TokenBatch:
     """Encode rendered texts and flag the tokens that lie in trained ranges.
 
     Args:
         batch: texts with their trained and literal byte ranges.
         encoder: the tokenizer with one of its engines; ids do not depend on which.
+        tally: counts what encoding had to do beyond the ordinary: `boundary_splits`, places where a text was cut at
+            the edge of a span (with "merge": edges inside a token), and `boundary_rows` with such a place;
+            `literal_rows`, whose data spells a control token; `slow_rows`, placed by the reference's own offsets;
+            `bos_found`, `eos_found`, raw texts that begin or end with it themselves; `eos_added`, raw texts closed.
         boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before
             it equal those of the text before it; "merge" keeps the joint encoding and trains every token that
             overlaps a range, as TRL 1.x does.
@@ -78,11 +54,14 @@ def encode_batch(
         places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)
     trained, weights = _trained(places, batch, merge)
     tokens = TokenBatch(places.tokens.ids, trained, places.offsets, batch.row, weights)
-    counts = EncodeCounts(splits, rows, int((np.diff(batch.literal.offsets) > 0).sum()), slow)
+    tally.counts["boundary_splits"] += splits
+    tally.counts["boundary_rows"] += rows
+    tally.counts["literal_rows"] += int((np.diff(batch.literal.offsets) > 0).sum())
+    tally.counts["slow_rows"] += slow
     if not batch.reference_ends:
-        return tokens, counts
+        return tokens
     blank = _blank_behind_end(tokens, batch, encoder.resolved)
-    return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), blank, counts)
+    return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), blank, tally)
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
@@ -135,8 +114,8 @@ def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTo
 
 
 def _with_ends(
-    tokens: TokenBatch, encoder: Encoder, closed: Bool, runs_to_end: Bool, blank: Int64, counts: EncodeCounts
-) -> tuple[TokenBatch, EncodeCounts]:
+    tokens: TokenBatch, encoder: Encoder, closed: Bool, runs_to_end: Bool, blank: Int64, tally: Tally
+) -> TokenBatch:
     """Write BOS before and EOS after, as the reference does but never where the text has it already."""
     resolved = encoder.resolved
     prefix, suffix = np.array(resolved.prefix_ids, np.int32), np.array(resolved.closing_ids, np.int32)
@@ -157,8 +136,10 @@ def _with_ends(
     _write(ids, tails, suffix)
     for column in range(len(suffix)):
         trained[tails + column] = runs_to_end[after > 0]
-    counts = replace(counts, bos_found=int(opened.sum()), eos_found=int(ended.sum()), eos_added=len(tails))
-    return TokenBatch(ids, trained, offsets, tokens.row), counts
+    tally.counts["bos_found"] += int(opened.sum())
+    tally.counts["eos_found"] += int(ended.sum())
+    tally.counts["eos_added"] += len(tails)
+    return TokenBatch(ids, trained, offsets, tokens.row)
 
 
 def _write(ids: Int32, starts: Int64, values: Int32) -> None:
@@ -180,36 +161,31 @@ def _ends_with(tokens: TokenBatch, wanted: Int32) -> Bool:
     return found if len(wanted) else np.zeros_like(found)
 
 
-def read_given(
-    rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer
-) -> tuple[TokenBatch, list[tuple[int, Fault]]]:
+def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, tally: Tally) -> TokenBatch:
     """Turn pre-tokenized rows into a batch; a token is trained where its label is its own id.
 
     Args:
         rows: ids with labels.
         row: int64[N], index of each into the RowBatch.
         resolved: the tokenizer whose ids they should be.
-
-    Returns:
-        the good rows, and (index into the RowBatch, why) for the others.
+        tally: takes the rows that are not such.
     """
-    ids, trained, kept, faults = [], [], [], []
+    ids, trained, kept = [], [], []
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
             own, own_trained = _checked(item, resolved)
         except RowError as error:
-            faults.append((index, error.fault))
+            tally.reject(index, error.fault)
             continue
         ids.append(own)
         trained.append(own_trained)
         kept.append(index)
-    batch = TokenBatch(
+    return TokenBatch(
         np.concatenate([np.zeros(0, np.int32), *ids]),
         np.concatenate([np.zeros(0, np.bool_), *trained]),
         offsets_of(np.array([len(own) for own in ids], np.int64)),
         np.array(kept, np.int64),
     )
-    return batch, faults
 
 
 def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:

@@ -16,11 +16,12 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
-from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.read.elements import Begins, DamagedArrayError, Element, Elements
 from sftdata.read.jsonrows import parse_row
 from sftdata.read.lines import SHOWN_BYTES, too_long
 from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
+from sftdata.tally import Reject
 
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _top_keys = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -58,7 +59,7 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> Marks:
     return Marks(positions, records, end, total, slice_bytes, *raw, anchors, notes, seal=count.blocks.seal())
 
 
-def read_array(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+def read_array(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
     """Parse the elements of a chunk."""
     found = Gathered(chunk)
     for record, element in enumerate(_elements(chunk, max_line_bytes), chunk.first_record):

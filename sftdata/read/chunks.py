@@ -14,6 +14,7 @@ from sftdata.batches import Int64, RowBatch
 from sftdata.errors import Fault, IntegrityError
 from sftdata.places import UNITS, Unit, place
 from sftdata.read.unchanged import Seal, Stamp, changed
+from sftdata.tally import Reject
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
@@ -61,7 +62,7 @@ class Chunk:
         first_id: example id of that record.
         first_line: of a CSV: 1-based line at `start`.
         only: records of the source, half-open, that are read where the chunk holds more.
-        number: of its source among the inputs.
+        number, name: of its source among the inputs.
         anchors: of a damaged array: how its elements begin, as white space and first key.
         records: how many planning counted here, blank lines included; None where it did not.
         seal: what the bytes must be; None for columnar sources.
@@ -80,6 +81,7 @@ class Chunk:
     stamp: Stamp | None = None
     only: tuple[int, int] | None = None
     number: int = 0
+    name: str = ""
 
     def record_of(self, example_id: int) -> int:
         """Return the 1-based number of a row in its source."""
@@ -120,12 +122,13 @@ class SourcePlan:
     max_line_bytes: int
     notes: tuple[str, ...] = ()
 
-    def placed(self, number: int, base_id: int) -> SourcePlan:
-        """Return the plan as that of the source of this number, whose example ids begin here."""
+    def placed(self, number: int, base_id: int, name: str = "") -> SourcePlan:
+        """Return the plan as that of the source of this number and name, whose example ids begin here."""
 
         def placed(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
             return tuple(
-                replace(chunk, number=number, first_id=base_id + chunk.first_record) for chunk in chunks
+                replace(chunk, number=number, name=name, first_id=base_id + chunk.first_record)
+                for chunk in chunks
             )
 
         return replace(self, base_id=base_id, chunks=placed(self.chunks), samples=placed(self.samples))
@@ -133,23 +136,6 @@ class SourcePlan:
     def locate(self, example_id: int) -> tuple[str, int]:
         """Return the path and the 1-based line (element, record) of an example of this source."""
         return self.source.path, example_id - self.base_id + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A row that could not be parsed: the body of one line in `rejects.jsonl`.
-
-    Attributes:
-        line: 1-based line where it starts; its number where rows are not lines.
-        byte_offset: where it starts in the decompressed source.
-        raw: its text, shortened when longer than the line limit; invalid bytes as backslash escapes.
-    """
-
-    example_id: int
-    line: int
-    byte_offset: int
-    fault: Fault
-    raw: str
 
 
 class Stretch(NamedTuple):
@@ -255,7 +241,7 @@ class Gathered:
     records: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    unreadable: list[Unreadable] = field(default_factory=list)
+    unreadable: list[Reject] = field(default_factory=list)
     blank: int = 0
 
     def add(self, row: Any, record: int, offset: int, line: int | None = None) -> None:
@@ -267,13 +253,21 @@ class Gathered:
 
     def reject(self, fault: Fault, raw: bytes, record: int, offset: int, line: int | None = None) -> None:
         """Add a row that could not be parsed."""
-        example_id = self.chunk.first_id + record - self.chunk.first_record
-        text = raw.decode("utf-8", "backslashreplace")
+        chunk = self.chunk
         self.unreadable.append(
-            Unreadable(example_id, record + 1 if line is None else line, offset, fault, text)
+            Reject(
+                file=chunk.name,
+                line=chunk.line_of(record + 1 if line is None else line),
+                record=record + 1,
+                byte_offset=offset,
+                code=fault.code,
+                reason=fault.reason,
+                fix=fault.fix,
+                row=raw.decode("utf-8", "backslashreplace"),
+            )
         )
 
-    def finish(self) -> tuple[RowBatch, list[Unreadable]]:
+    def finish(self) -> tuple[RowBatch, list[Reject]]:
         """Return the columns.
 
         Raises:
@@ -288,4 +282,14 @@ class Gathered:
         records = np.array(self.records, np.int64)
         ids = records + (self.chunk.first_id - self.chunk.first_record)
         lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))
-        return RowBatch(self.rows, ids, lines, offsets), self.unreadable
+        chunk = self.chunk
+        batch = RowBatch(
+            self.rows,
+            ids,
+            lines,
+            offsets,
+            file=chunk.name,
+            numbered_from=chunk.first_record - chunk.first_id + 1,
+            by_line=chunk.line_of(0) is not None,
+        )
+        return batch, self.unreadable

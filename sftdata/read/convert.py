@@ -9,37 +9,36 @@ from typing import Any
 import numpy as np
 
 from sftdata.batches import Completion, Conversation, Int64, Row, RowBatch, Text, Tokens
-from sftdata.errors import Fault, RowError, UsageError
+from sftdata.errors import RowError, UsageError
 from sftdata.read.fields import Fields, FormatOptions, kind_of
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.formatter import load_formatter
 from sftdata.read.instructions import is_messages
 from sftdata.read.preferences import UNJUDGED, unwanted_answer
+from sftdata.tally import FILTERED, Tally
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Converted:
-    """What became of the rows of a batch; every row is in exactly one of `row`, `faults`, `filtered`.
+    """The rows of a batch that can be used; the tally has the others.
 
     Attributes:
         rows: canonical rows.
         row: int64[N], index of each in the batch.
-        faults: (index in the batch, why) of the rows that cannot be used.
-        filtered: int64[M], indices of the rows for which the user's formatter returned None.
-        unused: columns that the format does not read, sorted, and how many rows have each.
     """
 
     rows: list[Row]
     row: Int64
-    faults: list[tuple[int, Fault]]
-    filtered: Int64
-    unused: dict[str, int]
 
 
-def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> Converted:
+def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tally: Tally) -> Converted:
     """Convert a batch of one format, as detected or named; with `options.formatter`, of whatever that returns.
+
+    Args:
+        tally: takes the rows that cannot be used, those that the formatter leaves out, and the columns that nothing
+            reads.
 
     Raises:
         UsageError: the formatter cannot be imported.
@@ -47,20 +46,19 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions) -> C
     convert = _Converter(format_name, options)
     rows: list[Row] = []
     kept: list[int] = []
-    faults: list[tuple[int, Fault]] = []
-    filtered: list[int] = []
     for index, row in enumerate(batch.rows):
         try:
             canonical = convert(row)
         except RowError as error:
-            faults.append((index, error.fault))
+            tally.reject(index, error.fault)
             continue
         if canonical is None:
-            filtered.append(index)
+            tally.drop(index, FILTERED)
         else:
             rows.append(canonical)
             kept.append(index)
-    return Converted(rows, np.array(kept, np.int64), faults, np.array(filtered, np.int64), convert.unused())
+    tally.counts.update({f"column_unused:{name}": count for name, count in convert.unused().items()})
+    return Converted(rows, np.array(kept, np.int64))
 
 
 def has_media(row: dict[str, Any]) -> bool:

@@ -13,9 +13,10 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
-from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.read.lines import SHOWN_BYTES, parse_text, split_lines, too_long
 from sftdata.read.streams import RawCount, read_all, read_range, skip_bytes
+from sftdata.tally import Reject
 
 RECORD_LIMIT = 16 << 20  # a longer record is not held, bytes
 
@@ -65,7 +66,7 @@ def plan_delimited(source: Source, slice_bytes: int) -> Marks:
     return Marks(starts, numbers, end, total, slice_bytes, *raw, lines=texts, seal=count.blocks.seal())
 
 
-def read_delimited(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+def read_delimited(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
     """Parse the records of a chunk into dicts of strings."""
     found = Gathered(chunk)
     source, limit = chunk.source, min(max_line_bytes, RECORD_LIMIT)

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sftdata.errors import UsageError, did_you_mean, nearest
-from sftdata.read.chunks import SourcePlan, Unreadable
+from sftdata.read.chunks import SourcePlan
 from sftdata.read.fields import Fields
 from sftdata.read.formats import FORMATS, LINE, Format, rename
 from sftdata.read.near_misses import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
 from sftdata.read.odd_values import explain_odd_value
 from sftdata.read.preferences import UNJUDGED, is_unanswered_preference
 from sftdata.read.source import read_chunk
+from sftdata.tally import Reject
 
 Names = tuple[tuple[str, str], ...]  # (canonical column, column in the data)
 Reading = tuple[str, Names]  # a format, and where it finds its columns
@@ -126,10 +127,9 @@ def detect(
     rows, unreadable = _sample(plans)
     where = plans[0].source.path if len(plans) == 1 else f"{len(plans)} sources"
     if not rows:
-        first = (
-            f" (record {unreadable[0].line}: {unreadable[0].fault.reason.rstrip('.')})" if unreadable else ""
-        )
-        fix = unreadable[0].fault.fix if unreadable else "give a file that holds rows."
+        bad = unreadable[0] if unreadable else None
+        first = f" (record {bad.line or bad.record}: {bad.reason.rstrip('.')})" if bad else ""
+        fix = bad.fix if bad else "give a file that holds rows."
         raise UsageError(f"{where}: no row could be read{first}.", fix)
     _check_columns(where, columns, rows)
     verdicts = _Verdicts()
@@ -159,10 +159,10 @@ def detect(
     return _settle(winner, counts, verdicts, plans, unreadable)
 
 
-def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Unreadable]]:
+def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Reject]]:
     """Return rows from all over the input, and those of them that could not be read."""
     rows: list[dict[str, Any]] = []
-    unreadable: list[Unreadable] = []
+    unreadable: list[Reject] = []
     for plan in plans:
         for chunk in plan.samples:
             batch, bad = read_chunk(chunk, plan.max_line_bytes)
@@ -176,7 +176,7 @@ def _settle(
     counts: dict[str, int],
     verdicts: _Verdicts,
     plans: Sequence[SourcePlan],
-    unreadable: list[Unreadable],
+    unreadable: list[Reject],
 ) -> Detection:
     """Return the detection of a format that most rows have."""
     found: Counter[tuple[str, str]] = Counter()

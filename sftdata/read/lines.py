@@ -8,9 +8,10 @@ import numpy as np
 
 from sftdata.batches import RowBatch
 from sftdata.errors import Fault
-from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.read.jsonrows import parse_row
 from sftdata.read.streams import RawCount, read_all, read_range
+from sftdata.tally import Reject
 
 SHOWN_BYTES = 1000  # of a line that is too long to keep
 
@@ -76,7 +77,7 @@ def too_long(length: int, limit: int) -> Fault:
     return Fault("line-too-long", what, "split the row, or raise the limit with --set max_line_bytes=N.")
 
 
-def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
     """Parse the lines of a chunk; blank lines use up an id but are no rows."""
     parse = parse_text if chunk.source.container == "text" else parse_row
     found = Gathered(chunk)

@@ -49,10 +49,8 @@ def _records_with_rows(plan: SourcePlan) -> Int64:
     found = [np.zeros(0, np.int64)]
     for chunk in plan.chunks:
         batch, bad = read_chunk(chunk, plan.max_line_bytes)
-        ids = np.sort(
-            np.concatenate([batch.example_ids, np.array([row.example_id for row in bad], np.int64)])
-        )
-        found.append(ids - plan.base_id)
+        unreadable = np.array([row.record - 1 for row in bad], np.int64)
+        found.append(np.sort(np.concatenate([batch.example_ids - plan.base_id, unreadable])))
     return np.concatenate(found)
 
 

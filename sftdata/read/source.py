@@ -1,11 +1,12 @@
 """Open an input, plan it in one pass, and read its chunks: the face of `sftdata.read` towards the pipeline.
 
-names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_chunk ──> RowBatch, Unreadable
+names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_chunk ──> RowBatch
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from sftdata.batches import RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.read.arrays import plan_array, read_array
-from sftdata.read.chunks import Chunk, Marks, Source, SourcePlan, Unreadable, make_plan
+from sftdata.read.chunks import Chunk, Marks, Source, SourcePlan, make_plan
 from sftdata.read.delimited import plan_delimited, read_delimited
 from sftdata.read.folders import is_saved_dataset
 from sftdata.read.inputs import expand_inputs, is_hub_id, is_url
@@ -21,12 +22,12 @@ from sftdata.read.lines import plan_lines, read_lines
 from sftdata.read.sniff import sniff
 from sftdata.read.streams import RawCount, read_all
 from sftdata.read.tables import plan_table, read_table
+from sftdata.tally import Reject
 
 __all__ = [
     "Chunk",
     "Source",
     "SourcePlan",
-    "Unreadable",
     "expand_inputs",
     "open_source",
     "plan_source",
@@ -91,7 +92,7 @@ def plan_sources(
     return plans
 
 
-def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Unreadable]]:
+def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Reject]]:
     """Return the rows of a chunk, and the rows that could not be parsed.
 
     Raises:
@@ -101,7 +102,7 @@ def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[
     return found if chunk.only is None else _only(chunk, *found)
 
 
-def _read_whole(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unreadable]]:
+def _read_whole(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
     match chunk.source.container:
         case "jsonl" | "text":
             return read_lines(chunk, max_line_bytes)
@@ -113,14 +114,15 @@ def _read_whole(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Unrea
             return read_table(chunk)
 
 
-def _only(chunk: Chunk, batch: RowBatch, unreadable: list[Unreadable]) -> tuple[RowBatch, list[Unreadable]]:
+def _only(chunk: Chunk, batch: RowBatch, unreadable: list[Reject]) -> tuple[RowBatch, list[Reject]]:
     """Keep the rows of the records that are meant."""
     assert chunk.only is not None
     first, stop = (chunk.first_id - chunk.first_record + record for record in chunk.only)
     keep = np.flatnonzero((batch.example_ids >= first) & (batch.example_ids < stop))
     rows = [batch.rows[index] for index in keep.tolist()]
-    kept = RowBatch(rows, batch.example_ids[keep], batch.lines[keep], batch.byte_offsets[keep])
-    return kept, [row for row in unreadable if first <= row.example_id < stop]
+    columns = {name: getattr(batch, name)[keep] for name in ("example_ids", "lines", "byte_offsets")}
+    kept = replace(batch, rows=rows, **columns)
+    return kept, [row for row in unreadable if chunk.only[0] < row.record <= chunk.only[1]]
 
 
 def _plan_empty(source: Source, slice_bytes: int) -> Marks:

@@ -14,12 +14,13 @@ from sftdata.batches import RowBatch
 from sftdata.errors import Fault, UsageError
 from sftdata.paths import written
 from sftdata.read.arrowtypes import Convert, converters
-from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Unreadable
+from sftdata.read.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.read.hub import load_dataset
 from sftdata.read.inputs import is_url
 from sftdata.read.lines import SHOWN_BYTES
 from sftdata.read.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 from sftdata.read.unchanged import Stamp, changed, states_of
+from sftdata.tally import Reject
 
 _ATTEMPTS = 3
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
@@ -60,7 +61,7 @@ def _hashed(files: Sequence[str]) -> RawCount:
     return count
 
 
-def read_table(chunk: Chunk) -> tuple[RowBatch, list[Unreadable]]:
+def read_table(chunk: Chunk) -> tuple[RowBatch, list[Reject]]:
     """Return the rows of a chunk as dicts of JSON data.
 
     Raises:

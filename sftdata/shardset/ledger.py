@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from sftdata.batches import EXAMPLES, IGNORE_INDEX, Bool, Int64, PackedRows
+from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows
 from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of
 from sftdata.shardset.fields import Count, RowLength
+from sftdata.tally import EXAMPLES, FILTERED, Tally
 
 Counts = dict[str, Count]
 
@@ -72,6 +74,24 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def tokens(self) -> int:
         """Tokens in the set, padding aside."""
         return self.tokens_trained + self.tokens_context
+
+    def count_tally(self, tally: Tally, overlong: str) -> None:
+        """Add what the stages counted of a chunk, and the rows and tokens that left.
+
+        Args:
+            overlong: the policy by which tokens were cut.
+        """
+        ids = tally.batch.example_ids
+        dropped = tally.left_out()
+        filtered = dropped.pop(FILTERED, 0)
+        _add(self.rows_rejected, Counter(reject.code for reject in tally.rejects))
+        _add(self.rows_filtered, {FILTERED: filtered} if filtered else {})
+        _add(self.rows_dropped, dropped)
+        _add(self.tokens_cut, {overlong: tally.tokens_cut} if tally.tokens_cut else {})
+        self.tokens_in_dropped_rows += tally.tokens_dropped.total()
+        _add(self.counters, +tally.counts)
+        for name, rows in tally.rows.items():
+            self.examples[name] = ids[rows[:EXAMPLES]].tolist()
 
     def count_lengths(self, lengths: Int64) -> None:
         """Add examples, int64[N] tokens each, to the histogram of lengths."""

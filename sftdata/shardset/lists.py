@@ -1,12 +1,13 @@
 """Lists of rows beside the shards, one JSON object a line: each task writes its part, and the set joins them in order.
 
-rejects.jsonl   rows that cannot be used, with the row itself (rejects.py)
+rejects.jsonl   rows that cannot be used, with the row itself, so that the file can be fixed and fed back in
 dropped.jsonl   rows that were read and are not in the shards, with the reason
 counted.jsonl   the rows behind each counter of the ledger, as ranges of example ids
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,26 +17,10 @@ import numpy as np
 from sftdata.batches import Int64
 from sftdata.errors import IntegrityError
 from sftdata.shardset.atomic import Sink
-from sftdata.shardset.rejects import REJECTS_NAME
+from sftdata.tally import Reject
 
-DROPPED_NAME, COUNTED_NAME = "dropped.jsonl", "counted.jsonl"
+REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"
 LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
-
-
-class Dropped(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that is not in the shards although nothing is wrong with it.
-
-    Attributes:
-        file, line, record: where it stands, as in a `Reject`.
-        reason: key of `rows_dropped` or `rows_filtered` in the ledger.
-        tokens: how many it has; None where it was left out before it was tokenized.
-    """
-
-    file: str
-    line: int | None
-    record: int
-    reason: str
-    tokens: int | None
 
 
 class CountedRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +33,28 @@ class CountedRows(msgspec.Struct, frozen=True, kw_only=True):
 
     counter: str
     examples: list[tuple[int, int]]
+
+
+def encode_reject(reject: Reject) -> bytes:
+    r"""Return a reject as one JSON line; what UTF-8 cannot hold (half a surrogate pair) is kept as an escape.
+
+    >>> encode_reject(Reject(file="a.csv", line=3, record=2, byte_offset=90, code="invalid-csv", reason="r", fix="f", row='"'))
+    b'{"file":"a.csv","line":3,"record":2,"byte_offset":90,"code":"invalid-csv","reason":"r","fix":"f","row":"\\""}\n'
+    """
+    try:
+        line = msgspec.json.encode(reject)
+    except (UnicodeEncodeError, msgspec.MsgspecError, TypeError, OverflowError):
+        plain = {name: getattr(reject, name) for name in reject.__struct_fields__}
+        line = json.dumps(plain, default=str, separators=(",", ":")).encode()
+    return line + b"\n"
+
+
+def first_reject(folder: Path, code: str) -> Reject:
+    """Return the first row of a folder's rejects that was rejected for this reason."""
+    with open(folder / REJECTS_NAME, "rb") as lines:
+        return next(
+            reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code
+        )
 
 
 def encode_lines(items: Iterable[msgspec.Struct]) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import EXAMPLES, Bool, Int32, Int64
+from sftdata.batches import Bool, Int32, Int64
 from sftdata.errors import UsageError
 from sftdata.looks import JOINED_RAW
 from sftdata.outlet import visible
@@ -21,6 +21,7 @@ from sftdata.shardset.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, IN_CHATS, IN_TEXTS, KINDS, Finding, make_finding
 from sftdata.show.shown import ShownSet, open_shown
+from sftdata.tally import EXAMPLES
 from sftdata.vocabulary import generation_stops
 
 GLANCE = 2 << 20  # tokens: a twentieth of a second

@@ -11,11 +11,12 @@ import msgspec
 import numpy as np
 
 from sftdata.errors import UsageError
+from sftdata.shardset.lists import REJECTS_NAME
 from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import PackedRow, ShardSet
-from sftdata.shardset.rejects import REJECTS_NAME, Reject
 from sftdata.show.charts import notebook_summary
 from sftdata.show.view import View, view_row
+from sftdata.tally import Reject
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
 

@@ -14,7 +14,6 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError, SftError
 from sftdata.masks.turns import SpanFinder
 from sftdata.read import delimited, elements, streams
-from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.source import open_source, plan_source, read_chunk
@@ -23,6 +22,7 @@ from sftdata.render.template import ChatTemplate, choose_template, control_token
 from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.verify import verify
+from tests.one_stage import convert_rows
 from tests.oracles.char_masks import Format, trained_spans
 from tests.poison import ANSWER, USER, chat, dumped
 from tests.torture.runs import content, prepare, write_chats
@@ -159,7 +159,7 @@ def _read(
     for piece in plan.chunks:
         batch, unreadable = read_chunk(piece, limit)
         good += list(zip(batch.example_ids.tolist(), map(repr, batch.rows), strict=True))
-        bad += [(row.example_id, row.fault.code) for row in unreadable]
+        bad += [(row.record - 1, row.code) for row in unreadable]
     return good, bad, plan.records
 
 

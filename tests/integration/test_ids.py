@@ -13,15 +13,14 @@ from transformers import AutoTokenizer
 
 from sftdata.batches import Conversation, TextBatch, TokenBatch
 from sftdata.encode.engine import Encoder, load_encoder
-from sftdata.masks.texts import Renderer, render_rows
-from sftdata.masks.tokens import encode_batch
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
-from sftdata.read.convert import convert_rows
 from sftdata.read.detect import detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.render.template import ChatTemplate
 from tests.encoders import resolved
+from tests.one_stage import convert_rows, encode_batch, render_rows
 from tests.oracles.char_masks import fixed_clock
 
 TOKENIZERS = ["llama-3.2-instruct", "mistral-7b-instruct", "phi-3-mini", "qwen2.5-instruct", "qwen3"]

@@ -23,12 +23,12 @@ from docs.masks_table import PAGE, page
 from sftdata.batches import Conversation
 from sftdata.encode.engine import Encoder, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
-from sftdata.masks.texts import Renderer, render_rows
-from sftdata.masks.tokens import encode_batch
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests.chats import CHATS, Chat
 from tests.encoders import CACHE
+from tests.one_stage import encode_batch, render_rows
 from tests.oracles.char_masks import Format, fixed_clock, trained_spans
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Conversation
-from sftdata.masks.texts import Renderer, render_rows
-from sftdata.masks.tokens import encode_batch
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests.encoders import encoder, reference, resolved
 from tests.matrix import SHAPES, judge, read_shapes
+from tests.one_stage import encode_batch, render_rows
 from tests.oracles.char_masks import Format
 from tests.unit.test_spans import GENERATION, SPECIAL, STOPS, TEMPLATES
 

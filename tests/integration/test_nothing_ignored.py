@@ -165,7 +165,7 @@ def made(source: str, **settings: Any) -> tuple[Any, ...]:
     for planned in plan.sources:
         for piece in planned.chunks:
             done = prepare_chunk(stages, piece)
-            found.append([reject.code for reject in done.rejects])
+            found.append([reject.code for reject in done.tally.rejects])
             length, weighted = plan.job.max_length, config.loss_weights
             packs = plan_packs(done.tokens.lengths, length, config.packing)
             rows = gather(done.tokens, done.example_ids, packs, plan.job.row_length, PAD, weighted=weighted)
@@ -302,7 +302,7 @@ def test_turns_in_running_text_are_hinted_at_with_flags_that_train_the_answers(
         make_config(inputs="rows.jsonl", tokenizer=TOKENIZER, output="out", packing="none", **settings)
     )
     done = prepare_chunk(load_stages(plan.job), plan.sources[0].chunks[0])
-    assert not done.rejects
+    assert not done.tally.rejects
 
 
 def test_text_without_turns_is_hinted_at_in_no_way(place: Path) -> None:

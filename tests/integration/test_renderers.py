@@ -28,12 +28,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from sftdata.batches import Conversation
-from sftdata.masks.texts import Renderer, render_rows
-from sftdata.masks.tokens import encode_batch
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate
 from tests.encoders import encoder, resolved
 from tests.matrix import SHAPES, read_shapes, readings
+from tests.one_stage import encode_batch, render_rows
 
 pytestmark = pytest.mark.slow
 

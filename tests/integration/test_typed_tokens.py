@@ -22,12 +22,12 @@ from sftdata.batches import Conversation
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.masks.texts import Renderer, render_rows
-from sftdata.masks.tokens import encode_batch
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
 from sftdata.plan import choose_tokenizer
 from sftdata.render.template import ChatTemplate
 from tests.encoders import EVERY
+from tests.one_stage import encode_batch, render_rows
 
 CHATML = {"<|im_start|>", "<|im_end|>"}
 TURNS: dict[str, set[str]] = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sftdata.batches import Ragged, TextBatch, TokenBatch
-from sftdata.masks.tokens import EncodeCounts, encode_batch
 from tests.encoders import EVERY, encoder, reference, resolved
+from tests.one_stage import Counts, encode_batch
 
 ROWS = 150
 LOSSY = "torchtitan-test"  # drops what its alphabet lacks, so its own offsets are wrong
@@ -63,9 +63,7 @@ def cases(home: Path, name: str, seed: int) -> Iterator[tuple[str, Spans]]:
         yield text, list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def encoded(
-    home: Path, name: str, rows: list[tuple[str, Spans]], boundary: str
-) -> tuple[TokenBatch, EncodeCounts]:
+def encoded(home: Path, name: str, rows: list[tuple[str, Spans]], boundary: str) -> tuple[TokenBatch, Counts]:
     spans = [[(len(text[:a].encode()), len(text[:b].encode())) for a, b in spans] for text, spans in rows]
     nothing = Ragged.from_lists([[] for _ in rows])
     texts = [text for text, _ in rows]

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.batches import RowBatch
-from sftdata.read.chunks import SourcePlan, Unreadable
+from sftdata.read.chunks import SourcePlan
 from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
+from sftdata.tally import Reject
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 rows = st.fixed_dictionaries({"prompt": texts, "completion": texts})
@@ -25,7 +26,7 @@ Place = tuple[int, int, int]  # example id, line, byte offset
 
 def read_in_slices(
     data: bytes, slice_bytes: int, name: str
-) -> tuple[SourcePlan, list[tuple[RowBatch, list[Unreadable]]]]:
+) -> tuple[SourcePlan, list[tuple[RowBatch, list[Reject]]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)
@@ -36,7 +37,7 @@ def read_in_slices(
 
 
 def flatten(
-    read: list[tuple[RowBatch, list[Unreadable]]],
+    read: list[tuple[RowBatch, list[Reject]]],
 ) -> tuple[list[tuple[Place, Any]], list[tuple[Place, str]]]:
     good = [
         ((int(i), int(line), int(at)), row)
@@ -45,7 +46,11 @@ def flatten(
             batch.example_ids, batch.lines, batch.byte_offsets, batch.rows, strict=True
         )
     ]
-    return good, [((one.example_id, one.line, one.byte_offset), one.raw) for _, bad in read for one in bad]
+    return good, [
+        ((one.record + 999, one.line or one.record, one.byte_offset), one.row)
+        for _, bad in read
+        for one in bad
+    ]
 
 
 lines = st.one_of(

@@ -10,9 +10,9 @@ import pytest
 
 from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
+from sftdata.shardset.atomic import write_atomic
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.manifest import Manifest, SetFile, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.shardset.rejects import write_rejects
 from sftdata.shardset.shards import shard_name, write_shard
 
 VOCAB, PAD = 1000, 0
@@ -61,7 +61,7 @@ def build_set(tmp_path: Path) -> SetBuilder:
                 )
             )
             first_id += len(lengths)
-        rejects = write_rejects(folder, [])
+        rejects = write_atomic(folder / "rejects.jsonl", lambda sink: sink.write(b""))
         manifest = Manifest(
             settings={"inputs": ["data/*.jsonl"], "max_length": max_length, "packing": strategy},
             tokenizer=TokenizerInfo(

@@ -114,7 +114,7 @@ def test_a_document_that_is_not_json_costs_its_row_alone(tmp_path: Path) -> None
     plan = plan_source(open_source(str(tmp_path / "rows")), 0, 1 << 20)
     batch, bad = read_chunk(plan.chunks[0])
     assert [row["text"] for row in batch.rows] == [{"a": 1}, 2]
-    assert [(row.line, row.fault.code) for row in bad] == [(2, "invalid-json")]
+    assert [(row.record, row.code) for row in bad] == [(2, "invalid-json")]
 
 
 def test_saved_datasets_give_what_their_parquet_gives(tmp_path: Path) -> None:

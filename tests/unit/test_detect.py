@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from sftdata.errors import UsageError
-from sftdata.read.convert import convert_rows
 from sftdata.read.detect import Detection, detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
 from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
+from tests.one_stage import convert_rows
 
 # Written by hand from what the files hold: container; format and columns in their canonical order, or words of the refusal.
 ALPACA = "alpaca: instruction, output, input"

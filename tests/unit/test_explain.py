@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from sftdata.encode.length import REASONS, LengthCounts
 from sftdata.errors import UsageError, explain, read_codes
-from sftdata.masks.tokens import EncodeCounts
+from sftdata.limit import REASONS
 from sftdata.read.parts import MEDIA
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.show.findings import COUNTED, KINDS
@@ -50,13 +48,12 @@ def fault_codes() -> set[str]:
 
 
 def counters() -> set[str]:
-    """Return the names in `counts["..."]`, `tally.count("...")`, `counted.append("...")`, and those of the counting classes."""
+    """Return the names in `counts["..."]`, `tally.count("...")`, `counted.append("...")`."""
     sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))]
     call = r'\b(?:counts\[|tally\.count(?:_rows)?\(|counted\.append\()"(\w+)"'
     written = {name for source in sources for name in re.findall(call, source)} | {NULL_AS_EMPTY}
     written |= {name for source in sources for name in re.findall(r'f"(\w+_unused):', source)}
-    written |= {field.name for field in fields(EncodeCounts)}
-    return written | set(LengthCounts(0, {}, {}, 0, 0, []).counters) | set(COUNTED)
+    return written | set(COUNTED)
 
 
 def section(title: str) -> set[str]:

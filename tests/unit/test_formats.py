@@ -11,11 +11,11 @@ import pytest
 
 from sftdata.batches import Completion, Conversation, Row, RowBatch, Text, Tokens
 from sftdata.errors import Fault, UsageError
-from sftdata.read.convert import Converted, convert_rows
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
 from sftdata.read.prompts import ALPACA, PromptTemplate, load_prompt_template
 from sftdata.read.source import open_source, plan_source, read_chunk
+from tests.one_stage import Converted, convert_rows
 
 CHAT = FormatOptions()
 PLAIN = FormatOptions(chat=False)

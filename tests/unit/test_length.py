@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.batches import TokenBatch
-from sftdata.encode.length import LengthCounts, OverlongError, limit_length
+from sftdata.limit import OverlongError
+from tests.one_stage import LengthCounts, limit_length
 
 POLICIES = ("truncate", "truncate-left", "drop", "split")
 

@@ -9,11 +9,11 @@ import pytest
 
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import Fault
-from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
-from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
 from sftdata.render.template import ChatTemplate
+from tests.one_stage import convert_rows, render_rows
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') }}"

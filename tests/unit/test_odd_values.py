@@ -12,13 +12,13 @@ import pytest
 
 from sftdata.batches import Completion, Conversation, Row, Text
 from sftdata.errors import UsageError
-from sftdata.read.convert import Converted, convert_rows
 from sftdata.read.detect import Detection, detect
 from sftdata.read.fields import FormatOptions
 from sftdata.read.formats import FORMATS
 from sftdata.read.formatter import load_formatter
 from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.read.streams import close_streams
+from tests.one_stage import Converted, convert_rows
 
 ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 HUMAN, GPT, OTHER = (

@@ -21,8 +21,9 @@ import xxhash
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.read import streams
-from sftdata.read.chunks import Source, Unreadable
+from sftdata.read.chunks import Source
 from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
+from sftdata.tally import Reject
 from tests.compressed import zstd
 
 ROWS: list[dict[str, Any]] = [
@@ -50,11 +51,11 @@ def _no_stream_is_left_open() -> Iterator[None]:
 
 def read_all(
     path: Path | str, slice_bytes: int = 1 << 20, limit: int = 1 << 20
-) -> tuple[list[Any], list[Unreadable], str]:
+) -> tuple[list[Any], list[Reject], str]:
     """Return the rows, the unreadable rows and the container of a file."""
     source = open_source(str(path))
     rows: list[Any] = []
-    bad: list[Unreadable] = []
+    bad: list[Reject] = []
     for piece in plan_source(source, 0, slice_bytes, limit).chunks:
         batch, unreadable = read_chunk(piece, limit)
         rows += batch.rows
@@ -342,13 +343,13 @@ def test_a_bad_line_is_one_fault_and_its_neighbours_stay(kind: str, last: bool, 
         rows, bad, container = read_all(path, slice_bytes)
         assert container == "jsonl"
         assert len(rows) == 20 + lines.count(GOOD)
-        assert [(one.fault.code, one.line, one.example_id) for one in bad] == [
+        assert [(one.code, one.line or one.record, one.record - 1) for one in bad] == [
             (code, *((22, 21) if last else (23, 22)))
         ]
         start = bad[0].byte_offset
         assert path.read_bytes()[start - 1 : start + len(line)] == b"\n" + line
-        assert bad[0].fault.reason
-        assert bad[0].fault.fix
+        assert bad[0].reason
+        assert bad[0].fix
 
 
 def test_the_reason_shows_the_place() -> None:
@@ -389,16 +390,16 @@ def test_a_line_too_long_is_never_held_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 2
-    assert [(one.fault.code, one.line) for one in bad] == [("line-too-long", 2)]
-    assert bad[0].raw.startswith('{"text": "xxx')
-    assert len(bad[0].raw) <= 1000
+    assert [(one.code, one.line or one.record) for one in bad] == [("line-too-long", 2)]
+    assert bad[0].row.startswith('{"text": "xxx')
+    assert len(bad[0].row) <= 1000
     assert peak < 12 << 20
 
 
 def test_a_line_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + GOOD + b" \n" + GOOD)
     rows, bad, _ = read_all(tmp_path / "a.jsonl", limit=len(GOOD))
-    assert (len(rows), [one.line for one in bad]) == (2, [2])
+    assert (len(rows), [one.line or one.record for one in bad]) == (2, [2])
 
 
 ENDLESS = {
@@ -435,9 +436,11 @@ def test_an_element_too_long_is_never_held_in_memory(shape: str, compression: st
     tracemalloc.stop()
     assert container == "json"
     assert rows == [{"text": "good"}] * 2
-    assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 2, start)]
-    assert f"takes {length} bytes" in bad[0].fault.reason
-    assert len(bad[0].raw) <= 1000
+    assert [(one.code, one.line or one.record, one.byte_offset) for one in bad] == [
+        ("line-too-long", 2, start)
+    ]
+    assert f"takes {length} bytes" in bad[0].reason
+    assert len(bad[0].row) <= 1000
     assert peak < 7 << 20
 
 
@@ -457,7 +460,7 @@ def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: 
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert [row["prompt"] for row in rows] == ["1", "2", "3", "4"]
-        assert [(one.fault.code, one.line) for one in bad] == [(code, 5)]
+        assert [(one.code, one.line or one.record) for one in bad] == [(code, 5)]
 
 
 def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
@@ -469,8 +472,10 @@ def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert [row["prompt"] for row in rows] == ["1", "3"]
-        assert [(one.fault.code, one.line, one.byte_offset) for one in bad] == [("line-too-long", 3, 22)]
-        assert bad[0].fault.fix == "split the row, or write it as a line of JSON."
+        assert [(one.code, one.line or one.record, one.byte_offset) for one in bad] == [
+            ("line-too-long", 3, 22)
+        ]
+        assert bad[0].fix == "split the row, or write it as a line of JSON."
 
 
 def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
@@ -481,7 +486,7 @@ def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
         assert len(rows) == 1001
-        assert [(one.fault.code, one.line) for one in bad] == [("invalid-csv", 3)]
+        assert [(one.code, one.line or one.record) for one in bad] == [("invalid-csv", 3)]
 
 
 def elements(*texts: str, before: str = "[", after: str = "]", between: str = ", ") -> bytes:
@@ -520,7 +525,7 @@ def test_a_damaged_array_keeps_its_good_elements(kind: str, slice_bytes: int, tm
     assert container == "json"
     assert rows == [json.loads(text) for text in (A, B, C)]
     assert len(bad) == faults
-    assert all(one.raw.encode() in data for one in bad)
+    assert all(one.row.encode() in data for one in bad)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -531,7 +536,7 @@ def test_an_element_too_long_in_a_damaged_array_leaves_the_others(kind: str, tmp
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.json", slice_bytes, limit=1000)
         assert rows == [json.loads(text) for text in (A, B, C)]
-        assert [one.fault.code for one in bad].count("line-too-long") == 1
+        assert [one.code for one in bad].count("line-too-long") == 1
         assert len(bad) == faults + 1
 
 
@@ -667,7 +672,7 @@ def test_a_file_of_rejects_is_accepted_as_input(tmp_path: Path) -> None:
     (tmp_path / "rejects.jsonl").write_bytes(as_lines(rejects))
     rows, bad, _ = read_all(tmp_path / "rejects.jsonl")
     assert rows == [{"text": "mended"}, {"text": "mended too"}, "a line of plain text", rejects[4]]
-    assert [(one.line, one.fault.code) for one in bad] == [(3, "invalid-json")]
+    assert [(one.line or one.record, one.code) for one in bad] == [(3, "invalid-json")]
 
 
 # --------------------------------------------------------------------------------------------------------- inputs

@@ -12,11 +12,12 @@ import pytest
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.masks import Mask, TextMarkers
-from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.template import ChatTemplate, control_tokens
 from tests import made_templates
 from tests.chats import CHATS, WEATHER, Chat, bot, call, quoting, result, system, typing, user
+from tests.one_stage import render_rows
 from tests.oracles.char_masks import Format, trained_spans
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

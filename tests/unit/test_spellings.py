@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.read.convert import convert_rows
 from sftdata.read.fields import FormatOptions
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.render.template import ChatTemplate
+from tests.one_stage import convert_rows
 
 ARGUMENTS = "c.function.arguments"
 # How templates write the arguments of a call: each name says what the template can take.

@@ -9,9 +9,9 @@ import pytest
 
 from sftdata.batches import Ragged, TextBatch, TokenBatch, Tokens
 from sftdata.errors import UsageError
-from sftdata.masks.tokens import EncodeCounts, encode_batch, read_given
 from tests.encoders import EVERY, NO_GIGATOKEN, encoder, reference, resolved
 from tests.made_tokenizers import MADE
+from tests.one_stage import Counts, encode_batch, read_given
 
 Marked = tuple[str, list[tuple[int, int]], list[tuple[int, int]]]
 
@@ -78,7 +78,7 @@ class Result:
 def test_exactly_the_answer_and_its_end_are_trained(home: Path, name: str) -> None:
     done = Result(home, name, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Good day<|im_end|>⟧\n")
     assert done.trained_pieces() == ["Good", "Ġday", "<|im_end|>"]
-    assert done.counts == EncodeCounts()
+    assert done.counts == Counts()
     assert (
         done.ids[0]
         == done.reference.encode(
@@ -369,7 +369,7 @@ def test_an_empty_batch_is_encoded_to_nothing(home: Path, name: str) -> None:
     for raw in (False, True):
         for boundary in ("split", "merge"):
             batch, counts = encode_batch(batch_of(raw=raw), encoder(home, name), boundary=boundary)  # type: ignore[arg-type]
-            assert (len(batch), batch.offsets.tolist(), counts) == (0, [0], EncodeCounts())
+            assert (len(batch), batch.offsets.tolist(), counts) == (0, [0], Counts())
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in NO_GIGATOKEN])

@@ -15,12 +15,13 @@ from sftdata.config import PrepareConfig
 from sftdata.engine.local import Workers
 from sftdata.errors import DataError
 from sftdata.masks import Mask, TextMarkers, TrainOn
-from sftdata.masks.texts import Renderer, render_rows
+from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
 from sftdata.previewing import preview
 from sftdata.render.template import ChatTemplate
 from sftdata.run import prepare
 from tests.made_tokenizers import CHATML
+from tests.one_stage import render_rows
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tokenizer"
 SHAPES = ("ua", "uaua", "suaua", "uaa", "auau", "uauau", "uta", "uuaaua")

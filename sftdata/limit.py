@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from sftdata.batches import Bool, Int64, TokenBatch
 from sftdata.errors import DataError
 from sftdata.ragged import offsets_of, positions_of
+from sftdata.tally import Tally
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 
@@ -33,35 +33,7 @@ class OverlongError(DataError):
         self.row = row
 
 
-@dataclass(frozen=True, slots=True)
-class LengthCounts:
-    """What the policy took away. Tokens in = tokens out + tokens_cut + the sum of tokens_in_dropped_rows.
-
-    Attributes:
-        tokens_cut: tokens cut from rows that stay.
-        tokens_in_dropped_rows: tokens of rows (with "split": also of pieces) that were dropped, by reason.
-        rows_dropped: rows of which nothing is left, by reason.
-        rows_cut: rows that stay without some of their tokens.
-        rows_without_ending: rows that stay without their last trained token.
-        dropped: index into the RowBatch, reason and tokens of each row that is dropped, in the order of the rows.
-    """
-
-    tokens_cut: int
-    tokens_in_dropped_rows: dict[str, int]
-    rows_dropped: dict[str, int]
-    rows_cut: int
-    rows_without_ending: int
-    dropped: list[tuple[int, str, int]]
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """What the summary shows beside the ledger, by name."""
-        return {"rows_cut": self.rows_cut, "rows_without_ending": self.rows_without_ending}
-
-
-def limit_length(
-    batch: TokenBatch, max_length: int | None, policy: Policy
-) -> tuple[TokenBatch, LengthCounts]:
+def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tally: Tally) -> TokenBatch:
     """Bring every example to at most `max_length` tokens and drop those with nothing to train.
 
     The first token of a document has no label (pack.py), so it alone is nothing to train.
@@ -69,7 +41,10 @@ def limit_length(
     Args:
         batch: examples.
         max_length: tokens; None for no limit.
-        policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the same row, or "error".
+        policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the same row,
+            or "error".
+        tally: takes what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`. Counts `rows_cut`, that stay
+            without some of their tokens, and `rows_without_ending`, that stay without their last trained token.
 
     Raises:
         OverlongError: with "error", for the first over-long example.
@@ -89,13 +64,9 @@ def limit_length(
     )
     kept = reason == KEPT
     result = _gather(batch, example[kept], start[kept], stop[kept])
-    counts = _count(
-        batch, example, stop - start, reason, labelled.endings_lost(example[kept], start[kept], stop[kept])
-    )
-    assert len(batch.input_ids) == len(result.input_ids) + counts.tokens_cut + sum(
-        counts.tokens_in_dropped_rows.values()
-    )
-    return result, counts
+    tally.counts["rows_without_ending"] += labelled.endings_lost(example[kept], start[kept], stop[kept])
+    _count(batch, example, stop - start, reason, tally)
+    return result
 
 
 def _pieces(batch: TokenBatch, limit: int, policy: Policy) -> tuple[Int64, Int64, Int64]:
@@ -144,26 +115,19 @@ def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> Tok
     return batch.at(positions_of(start, lengths), offsets_of(lengths), batch.row[example])
 
 
-def _count(
-    batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, rows_without_ending: int
-) -> LengthCounts:
+def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, tally: Tally) -> None:
     """Count by reason; what was cut from a row that is dropped belongs to the drop."""
     stays = np.zeros(len(batch), np.bool_)
     stays[example[reason == KEPT]] = True
-    tokens, rows, dropped = {}, {}, list[tuple[int, str, int]]()
     missing = batch.lengths - np.bincount(example, lengths, len(batch)).astype(np.int64)
+    dropped: list[tuple[int, str, int]] = []
     for code, name in enumerate(REASONS, start=1):
         gone = np.unique(example[(reason == code) & ~stays[example]])
-        tokens[name] = int(lengths[reason == code].sum() + missing[gone].sum())
-        rows[name] = len(gone)
+        tally.tokens_dropped[name] += int(lengths[reason == code].sum() + missing[gone].sum())
         sizes = batch.lengths[gone].tolist()
         dropped += [(row, name, size) for row, size in zip(batch.row[gone].tolist(), sizes, strict=True)]
+    for row, name, size in sorted(dropped):
+        tally.drop(row, name, size)
     cut = missing[stays]
-    return LengthCounts(
-        tokens_cut=int(cut.sum()),
-        tokens_in_dropped_rows={name: count for name, count in tokens.items() if count},
-        rows_dropped={name: count for name, count in rows.items() if count},
-        rows_cut=int((cut > 0).sum()),
-        rows_without_ending=rows_without_ending,
-        dropped=sorted(dropped),
-    )
+    tally.tokens_cut += int(cut.sum())
+    tally.counts["rows_cut"] += int((cut > 0).sum())
