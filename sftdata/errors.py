@@ -5,7 +5,7 @@
     ├── DataError            3    too many rejected rows, nothing trainable
     └── IntegrityError       4    a set whose bytes do not match its manifest
 
-A bad *row* is not an error: a stage reports it as a `Fault` and goes on with the rest.
+A bad *row* is not an error: a stage hands its `Fault` to the tally, which makes a `Reject` of it, and goes on with the rest.
 """
 
 from __future__ import annotations
