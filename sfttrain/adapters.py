@@ -17,12 +17,12 @@ FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond
 
 
 def add_adapters(
-    model: Any, lora: LoraSettings, unlearnt: Sequence[int], unreached: Sequence[str], say: Say
+    model: Any, lora: LoraSettings, untrained: Sequence[int], unreached: Sequence[str], say: Say
 ) -> Any:
-    """Freeze the model and add adapters to it; what the set's tokens need beside them is trained too, and said.
+    """Freeze the model and add adapters to it; embeddings that the set needs are trained too.
 
     Args:
-        unlearnt: ids whose embeddings have yet to be learnt.
+        untrained: ids whose embeddings were never trained.
         unreached: modules that text gives no gradient, which get no adapters.
 
     Raises:
@@ -33,8 +33,8 @@ def add_adapters(
     saved = _names(lora.modules_to_save)
     embeddings = _embedding_names(model)
     beside: dict[str, Any] = {}
-    if unlearnt and not set(saved) & set(embeddings):
-        beside, saved = _train_embeddings(model, embeddings, unlearnt, saved, say)
+    if untrained and not set(saved) & set(embeddings):
+        beside, saved = _train_embeddings(model, embeddings, untrained, saved, say)
     skipped = [
         name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)
     ]
@@ -56,7 +56,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
         **beside,
     )
-    _quiet()
+    _silence_peft()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="target_parameters=")  # none of them was found
@@ -65,7 +65,7 @@ def add_adapters(
         fix = "name modules of this model, or use target=all-linear."
         parameters = f" parameters={lora.parameters!r}" if lora.parameters else ""
         raise UsageError(f"lora target={lora.target!r}{parameters}: {error}", fix) from None
-    _say_where(adapted, say)
+    _say_targets(adapted, say)
     return adapted
 
 
@@ -89,19 +89,19 @@ def _without_adapters(model: Any) -> list[str]:
     return sorted(refused)
 
 
-def _say_where(adapted: Any, say: Say) -> None:
+def _say_targets(adapted: Any, say: Say) -> None:
     """Say which weights got adapters, and which matrices of the layers stay as they are."""
     base = adapted.get_base_model()
     ends = [
         one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None
     ]
     adapters = [
-        _called(path, getattr(module, "parameter_name", "weight"))
+        _weight_name(path, getattr(module, "parameter_name", "weight"))
         for path, module in base.named_modules()
         if _adapts(module)
     ]
     frozen = [
-        _called(*path.rpartition(".")[::2])
+        _weight_name(*path.rpartition(".")[::2])
         for path, weight in base.named_parameters()
         if weight.dim() > 1
         and not weight.requires_grad
@@ -117,7 +117,7 @@ def _adapts(module: Any) -> bool:
     return bool(len(getattr(module, "lora_A", ())) or len(getattr(module, "lora_embedding_A", ())))
 
 
-def _called(path: str, parameter: str) -> str:
+def _weight_name(path: str, parameter: str) -> str:
     """Name a weight without its place among the layers: q_proj, experts.gate_up_proj."""
     module = [part for part in path.split(".") if not part.isdigit() and part != "base_layer"][-1]
     return module if parameter == "weight" else f"{module}.{parameter}"
@@ -137,9 +137,9 @@ def continue_adapters(model: Any, folder: Path, name: str, *, chosen: bool = Fal
 
     base = adapter_base(folder)
     if not chosen and base != name and Path(base).resolve() != Path(name).resolve():
-        fix = f"set --model {base}; if that is the same model elsewhere, mend base_model_name_or_path in adapter_config.json."
+        fix = f"set --model {base}; if that is the same model elsewhere, fix base_model_name_or_path in adapter_config.json."
         raise UsageError(f"{folder}: these are adapters of {base}; the model is {name}.", fix)
-    _quiet()
+    _silence_peft()
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
@@ -149,7 +149,7 @@ def continue_adapters(model: Any, folder: Path, name: str, *, chosen: bool = Fal
 
 
 def has_adapted_head(model: Any) -> bool:
-    """Say whether low-rank updates go into the head, whose weight then does not say all."""
+    """Say whether low-rank updates go into the head, so that its weight alone is not the whole head."""
     return hasattr(model.get_output_embeddings(), "lora_A")
 
 
@@ -162,28 +162,28 @@ def prepare_quantized(model: Any) -> Any:
 
 
 def _train_embeddings(
-    model: Any, embeddings: list[str], unlearnt: Sequence[int], saved: list[str], say: Say
+    model: Any, embeddings: list[str], untrained: Sequence[int], saved: list[str], say: Say
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what LoraConfig must be told, and the modules to save."""
+    """Return further arguments of LoraConfig, and the modules to save."""
     # Of tied tables only the input side is named: the head follows.
     tables = embeddings[:1] if _tied(model) else embeddings
-    if len(unlearnt) <= FEW_TOKENS:
+    if len(untrained) <= FEW_TOKENS:
         say(
-            f"embeddings: {len(unlearnt)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens"
+            f"embeddings: {len(untrained)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens"
         )
-        return {"trainable_token_indices": {table: list(unlearnt) for table in tables}}, saved
+        return {"trainable_token_indices": {table: list(untrained) for table in tables}}, saved
     say(
-        f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(unlearnt)} tokens of the set"
+        f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(untrained)} tokens of the set"
     )
     return {}, [*saved, *tables]
 
 
 def _embedding_names(model: Any) -> list[str]:
     """Names of the input and output embeddings, without the path to them."""
-    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = [
         next((name for name, module in model.named_modules() if module is one), "")
-        for one in wanted
+        for one in embeddings
         if one is not None
     ]
     return [path.rpartition(".")[2] for path in paths]
@@ -198,6 +198,6 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split("+") if name]
 
 
-def _quiet() -> None:
-    """Leave out peft's word on saving grown embeddings, which is what we want of it."""
+def _silence_peft() -> None:
+    """Silence peft's warning that it saves the resized embeddings, which is intended."""
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")

@@ -9,11 +9,10 @@ import torch
 
 from sftdata.errors import UsageError
 from sfttrain import refusals
-from sfttrain.acting import Run, acts
+from sfttrain.acting import Run, acts, checked_training, named_as_installed
 from sfttrain.config import TrainConfig
-from sfttrain.fields import checked_training, named_as_installed
 from sfttrain.model import computes_in_bf16
-from sfttrain.optimizer import reads
+from sfttrain.preflight import reads
 
 
 def training_arguments(config: TrainConfig) -> Any:
@@ -27,9 +26,8 @@ def training_arguments(config: TrainConfig) -> Any:
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refusals.refuse_missing_launch(settings)
     settings.setdefault("learning_rate", config.learning_rate)
-    settings.setdefault(
-        "use_cpu", not torch.accelerator.is_available()
-    )  # else ranks without a GPU find no backend
+    # Otherwise ranks without a GPU find no backend.
+    settings.setdefault("use_cpu", not torch.accelerator.is_available())
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
     if config.loss == "liger":

@@ -65,7 +65,7 @@ class Choice(NamedTuple):
     Attributes:
         name: one of `NAMES`.
         reason: why this one.
-        table: a line for each implementation, fastest first: chosen, usable, or what stands against it.
+        table: a line for each implementation, fastest first: chosen, usable, or why it is not.
         others: what to try next where the proof fails, fastest first; none for one that was asked for.
     """
 
@@ -85,7 +85,7 @@ def register_attention() -> None:
 
 
 def registered_name(attention: str) -> str:
-    """Return what transformers is told: it takes any name with "flash" in it for a FlashAttention of its own."""
+    """Return the name for transformers, which takes any with "flash" in it for a FlashAttention of its own."""
     return attention.replace("flash", "fa") if attention in FORCED else attention
 
 
@@ -106,49 +106,47 @@ def choose_attention(
     """
     if requested not in NAMES:
         raise UsageError(f"Unknown attention {requested!r}; expected one of {', '.join(NAMES)}.")
-    obstacles = {name: _obstacle(name, config, device, dtype) for name in _BY_SPEED}
+    reasons = {name: _unsupported_reason(name, config, device, dtype) for name in _BY_SPEED}
     if requested == "auto":
         # Compiled block masks pay off on a GPU only.
         usable = [
-            name
-            for name in _BY_SPEED
-            if not obstacles[name] and (device == "cuda" or name != "flex_attention")
+            name for name in _BY_SPEED if not reasons[name] and (device == "cuda" or name != "flex_attention")
         ]
         if (
             own in NAMES
             and own != "auto"
-            and not (obstacles.get(own) or _obstacle(own, config, device, dtype))
+            and not (reasons.get(own) or _unsupported_reason(own, config, device, dtype))
         ):
             others = tuple(name for name in usable if name != own)
-            return Choice(own, "the model object has it", _table(obstacles, own), others)
+            return Choice(own, "the model object has it", _table(reasons, own), others)
         return Choice(
-            usable[0], f"the fastest usable on {device}", _table(obstacles, usable[0]), tuple(usable[1:])
+            usable[0], f"the fastest usable on {device}", _table(reasons, usable[0]), tuple(usable[1:])
         )
-    obstacle = obstacles.get(requested) or _obstacle(requested, config, device, dtype)
-    if obstacle:
-        raise UsageError(f"attention={requested} cannot be used: {obstacle}.", "set attention=auto.")
-    return Choice(requested, "asked for", _table(obstacles, requested))
+    reason = reasons.get(requested) or _unsupported_reason(requested, config, device, dtype)
+    if reason:
+        raise UsageError(f"attention={requested} cannot be used: {reason}.", "set attention=auto.")
+    return Choice(requested, "asked for", _table(reasons, requested))
 
 
-def _table(obstacles: dict[str, str], chosen: str) -> str:
-    verdicts = {name: obstacle or "usable" for name, obstacle in obstacles.items()} | {chosen: "chosen"}
+def _table(reasons: dict[str, str], chosen: str) -> str:
+    verdicts = {name: reason or "usable" for name, reason in reasons.items()} | {chosen: "chosen"}
     width = max(map(len, verdicts))
     return "\n".join(f"  {name:{width}}  {verdict}" for name, verdict in verdicts.items())
 
 
 def takes_no_mask(attention: str, config: Any, device: str, dtype: torch.dtype) -> bool:
     """Say whether a forced kernel cannot keep the documents of a packed row apart."""
-    return attention in FORCED and bool(_kernel_obstacle(attention, config, device, dtype, masked=True))
+    return attention in FORCED and bool(_kernel_reason(attention, config, device, dtype, masked=True))
 
 
-def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
-    """Say what stands against an implementation, or return an empty string."""
+def _unsupported_reason(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
+    """Return why an implementation is unsupported here, or an empty string."""
     if name == "eager":
         return ""
     if not getattr(_model_class(config), _SUPPORT[name.partition(":")[0]], True):
         return f"{config.model_type} does not support it"
     if name in FORCED:
-        return _kernel_obstacle(name, config, device, dtype, masked=False)
+        return _kernel_reason(name, config, device, dtype, masked=False)
     if name in ("sdpa", "flex_attention"):
         return ""
     if device not in FLATTENED_DEVICES:
@@ -157,10 +155,10 @@ def _obstacle(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
         return f"it computes in 16 bit, not in {dtype}"
     if name != "flash_attention_2" and getattr(text_config(config), "attention_dropout", False):
         return "it has no attention dropout"
-    return _package_obstacle(name, device) if name in _PACKAGES else _varlen_obstacle(text_config(config))
+    return _package_reason(name, device) if name in _PACKAGES else _varlen_reason(text_config(config))
 
 
-def _package_obstacle(name: str, device: str) -> str:
+def _package_reason(name: str, device: str) -> str:
     distribution, module, capability = _PACKAGES[name]
     if not _installed(distribution, module):
         return f"package {distribution} is not installed"
@@ -174,7 +172,7 @@ def _package_obstacle(name: str, device: str) -> str:
 
 
 def _installed(distribution: str, module: str) -> bool:
-    """Ask for both: FlashAttention 2 and 4 share a module, and a module may lie about without its package."""
+    """Check both: FlashAttention 2 and 4 share a module, and a module may be left without its package."""
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -182,7 +180,7 @@ def _installed(distribution: str, module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _varlen_obstacle(config: Any) -> str:
+def _varlen_reason(config: Any) -> str:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this PyTorch has no torch.nn.attention.varlen"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -191,7 +189,7 @@ def _varlen_obstacle(config: Any) -> str:
     return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
 
 
-def _kernel_obstacle(name: str, config: Any, device: str, dtype: torch.dtype, masked: bool) -> str:
+def _kernel_reason(name: str, config: Any, device: str, dtype: torch.dtype, masked: bool) -> str:
     """Try a kernel on eight tokens, shaped like this model's."""
     text = text_config(config)
     heads, width = text.num_attention_heads, _head_width(text)
@@ -202,7 +200,7 @@ def _kernel_obstacle(name: str, config: Any, device: str, dtype: torch.dtype, ma
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device).tril() if masked else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each kernel that it did not take
+            warnings.simplefilter("ignore")  # one for each kernel that was not chosen
             _forced_forward(FORCED[name], module, query, key, key, mask)
     except RuntimeError:
         return f"PyTorch has no such kernel for {dtype} on {device}"
@@ -215,7 +213,7 @@ def _forced_forward(
     if kernel in _UNGROUPED and query.shape[1] > key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        # What is left of the module: one that has no groups, so that transformers does not ask the kernel for them.
+        # Hide the groups, so that transformers does not request them from the kernel.
         module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
     with sdpa_kernel(kernel):
         forward: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward

@@ -62,7 +62,7 @@ def newest_complete(output: Path) -> tuple[Path, Seal] | None:
     """Return the newest checkpoint whose seal holds, or None.
 
     Raises:
-        IntegrityError: it tells two stories of how far the run had come, or it cannot be resumed from.
+        IntegrityError: seal, state and folder name different steps, or it cannot be resumed from.
     """
     for folder in sorted(_folders(output), key=_step, reverse=True):
         found = read_seal(folder)
@@ -130,15 +130,15 @@ def _remove(folder: Path) -> None:
 
 
 def _check_step(folder: Path, found: Seal) -> None:
-    """Hold the step of a seal against the name of its folder and the state that would be resumed."""
+    """Compare the step of a seal with the name of its folder and the state that would be resumed."""
     names = {file.name for file in found.files}
     if STATE not in names:
         return
     step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, Any]).get("global_step")
     if len({found.step, _step(folder), step}) > 1:
-        told = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
+        steps = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
         raise IntegrityError(
-            f"{folder}: {told}.", "remove the folder, then run again: it resumes from the one before."
+            f"{folder}: {steps}.", "remove the folder, then run again: it resumes from the one before."
         )
     if not any(part in name for name in names for part in ("optim", "scheduler", "global_step")):
         found_only = "holds weights alone (save_only_model=true), from which no run can go on"

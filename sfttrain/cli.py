@@ -166,7 +166,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Quantize a finished model by GPTQ (needs GPTQModel and a GPU)."""
-    from sfttrain.gptq import quantize
+    from sfttrain.merge import quantize
 
     try:
         settings = {"bits": 4, "group_size": 128} | {

@@ -24,7 +24,7 @@ from sftdata.errors import UsageError
 from sftdata.paths import local_output
 from sftdata.settings import Layer, load_settings, read_settings_file
 
-# What we set otherwise than transformers does; each can be set back.
+# Our defaults where they differ from transformers'; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,  # a packed row is a batch of its own
     "per_device_eval_batch_size": 1,
@@ -210,7 +210,7 @@ class TrainConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """The rate when none is set: weights from nothing bear more than adapters, adapters more than trained weights."""
+        """The rate when none is set: highest from scratch, lower for adapters, lowest for full fine-tuning."""
         return 1e-3 if self.init_from_config else 2e-4 if self.adapted else 2e-5
 
     @property

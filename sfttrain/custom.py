@@ -6,7 +6,7 @@
 | `input_ids` with `completion_mask`, `assistant_masks` or both | where each of them is 1 |
 | `input_ids` | everything |
 
-`loss_weights`, numbers from 0, say what the loss of each token weighs; 0 trains it not.
+`loss_weights`, numbers from 0, say what the loss of each token weighs; 0 masks it.
 
 `seq_lengths`, or `position_ids` that begin again, mark the documents of a packed row.
 """
@@ -139,7 +139,7 @@ def _lengths(row: Mapping[str, Any], ids: Int32, index: int) -> Int32:
         if lengths.sum() != len(ids):
             raise DataError(
                 f"row {index}: seq_lengths sum to {lengths.sum()}, input_ids are {len(ids)}.",
-                "mend the column.",
+                "fix the column.",
             )
         return lengths
     if row.get("position_ids") is not None:

@@ -41,11 +41,11 @@ class TrainingRows(Dataset[Row]):
     Args:
         sets: opened sets.
         unpack: hand out every document alone, for models that packing would leak through.
-        by_source: tell for every token which source it is from; for one set only.
+        by_source: give the source of every token; for one set only.
 
     Attributes:
         sizes: rows of each set.
-        sources: names of the sources, where they are told.
+        sources: names of the sources, under `by_source`.
         weighted: whether a set says what its tokens weigh.
     """
 
@@ -81,8 +81,8 @@ class TrainingRows(Dataset[Row]):
     def _source_of(self, examples: Int64) -> Int64:
         """Number of the source of each example; of empty sources, which share a first id with the next, never."""
         first = [source.first_id for source in self._sets[0].manifest.sources]
-        found: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
-        return found
+        numbers: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
+        return numbers
 
 
 def _documents(opened: ShardSet) -> Int64:
@@ -139,15 +139,15 @@ class Collator:
     def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
         """Count the tail to the last document, or as one of its own: behind every real token, causal attention cannot see it."""
         width = max(int(part.sum()) for part in lengths)
-        found = []
+        padded = []
         for part in lengths:
             tail = width - int(part.sum())
             if tail and self.restart:
                 part = np.append(part, tail)
             elif tail:
                 part = np.append(part[:-1], part[-1] + tail)
-            found.append(part)
-        return found
+            padded.append(part)
+        return padded
 
 
 def _fills(row: Row) -> bool:

@@ -1,7 +1,8 @@
-"""The output folder: model, tokenizer of the set, stop tokens, settings, card. Written aside, moved into place, marked last."""
+"""The output folder: model, tokenizer, stop tokens, settings, card; written aside, moved, marked last. And the Hub."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,16 +12,27 @@ from typing import Any
 import msgspec
 import yaml
 
+from sftdata.errors import UsageError
 from sftdata.shardset.atomic import sync_folder, write_atomic
 from sftdata.shardset.opened import ShardSet
 from sfttrain.config import TrainConfig
-from sfttrain.hub import is_place, named, push
 from sfttrain.output import RUN_NAME, SETTINGS_NAME
 from sfttrain.report import write_report
 from sfttrain.resume import read_run
 from sfttrain.talk import Say, say
 
 _PARTIAL = "model.partial"
+_UPLOADED = (
+    "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "vocab*",
+    "merges.txt", "*.py",
+)  # fmt: skip
+_NAMING = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+)  # may name where it came from
 
 
 def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path | None:
@@ -58,7 +70,7 @@ def export(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any], run
 
 
 def conclude(config: TrainConfig, args: Any) -> None:
-    """Write the report, and push what the Hub shall have."""
+    """Write the report, and push to the Hub where asked."""
     if args.should_save:
         say(f"report: {write_report(config.output)}")
     say(f"model: {config.output}")
@@ -67,7 +79,7 @@ def conclude(config: TrainConfig, args: Any) -> None:
 
 
 def conclude_again(config: TrainConfig, args: Any, done: dict[str, Any]) -> None:
-    """Say that a run is finished, and touch nothing; a push that is still due is made up for."""
+    """Log that a run is finished already, and change nothing; a push that is still due is done."""
     say(
         f"{config.output}: is up to date: finished after {done['steps']:,} steps with the same data and the same settings"
     )
@@ -121,3 +133,65 @@ def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> s
             f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']})."
         )
     return "\n".join([*lines, "", f"Settings: `{SETTINGS_NAME}`.", ""])
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a finished model: what inference reads, its card and its settings, with names in place of local paths.
+
+    Logs, reports and checkpoints stay here; so does what else the folder holds.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UsageError: the Hub refuses; the model stays where it is.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    files = [CommitOperationAdd(name, content) for name, content in uploads(folder).items()]
+    try:
+        address = api.create_repo(repository, exist_ok=True, private=True)
+        api.create_commit(repository, files, commit_message="Upload a model trained by sfttrain")
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"{folder}: is finished; pushing it failed: {reason}", "run the same command again."
+        ) from None
+    return str(address)
+
+
+def uploads(folder: Path) -> dict[str, Path | bytes]:
+    """Return what is uploaded of a run's folder, by its name there: files as they are, and texts without local paths."""
+    files: dict[str, Path | bytes] = {}
+    for path in sorted({path for pattern in _UPLOADED for path in folder.glob(pattern) if path.is_file()}):
+        files[path.name] = path
+        if path.name == SETTINGS_NAME:
+            plain = yaml.safe_load(path.read_text("utf-8"))
+            files[path.name] = yaml.safe_dump(without_places(plain), sort_keys=False).encode()
+        elif path.name in _NAMING:
+            content = json.loads(path.read_text("utf-8"))
+            plain = without_places(content)
+            if plain != content:
+                files[path.name] = (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def without_places(content: Any) -> Any:
+    """Return settings with the last part of each local path in its place."""
+    if isinstance(content, dict):
+        return {key: without_places(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_places(value) for value in content]
+    return named(content) if isinstance(content, str) and is_place(content) else content
+
+
+def is_place(text: str) -> bool:
+    """Say whether a text is a path of this machine; `name/model` is one of the Hub unless such a folder is here."""
+    return text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
+
+
+def named(text: str) -> str:
+    """Return what a path is called, without where it lies; the name of a model on the Hub is left whole."""
+    return Path(text).resolve().name if is_place(text) else text

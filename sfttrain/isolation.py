@@ -22,16 +22,13 @@ from sfttrain.data import Batch, Collator, Row
 from sfttrain.loss import fuse_loss
 from sfttrain.rotary import keep_rotary_apart
 from sfttrain.shrink import VOCABULARY, depends_on_row_length, text_config
-from sfttrain.tiny import own_randomness, smallest_that_runs, tiny_model, unreached, whole_precision
+from sfttrain.tiny import fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
 
 Rows = list[list[Tensor]]
-_LENGTHS = (
-    (11, 7, 14),
-    (5, 13),
-)  # documents of two rows, around `shrink.LIMIT`; the second row ends in padding
-_DIFFERENCE = (
-    2e-4  # of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3
-)
+# Documents of two rows, around `shrink.LIMIT`; the second row ends in padding.
+_LENGTHS = ((11, 7, 14), (5, 13))
+# Of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3.
+_DIFFERENCE = 2e-4
 _TOLERANCE = 2e-5  # of what is computed in the same shapes, where rounding is the same too, and of losses
 _ROUNDING = 3.0  # how much more than plain attention a kernel may round, in the median over positions
 
@@ -117,7 +114,7 @@ def prove(
         Exception: whatever the family raises where it cannot be made, or cannot take the batch.
     """
     flatten = attention in FLATTENED
-    with own_randomness(), whole_precision():
+    with fixed_seed(), full_float32():
         trial = _Trial(config, where, trusted)
         proof = trial.in_float32(STAND_IN if flatten else attention, flatten, packed)
         if where.compute != torch.float32 and (proof.isolated or not packed):
@@ -181,12 +178,12 @@ class _Trial:
                 (new - old).abs().max()
                 for new, old in zip(_behind(after, rows), _behind(before, rows), strict=True)
             ]
-            found = replace(
+            tried = replace(
                 proof, difference=difference, leak=float(max(moved)) / self._spread, boundaries=boundaries
             )
-            if found.isolated:
-                return found
-            best = best or found
+            if tried.isolated:
+                return tried
+            best = best or tried
         if best is None and failure is not None:
             raise failure
         return cast(Proof, best)
@@ -198,10 +195,10 @@ class _Trial:
         changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]
         with torch.autocast(self._device, dtype=self._compute), torch.no_grad():
             usual = self._errors(self._each_alone(self._plain), self._alone)
-            found = self._logits(model, collate, rows)
-            noise = self._errors(self._logits(model, collate, rows), found)
+            logits = self._logits(model, collate, rows)
+            noise = self._errors(self._logits(model, collate, rows), logits)
             moved = (
-                self._errors(_behind(self._logits(model, collate, changed), rows), _behind(found, rows))
+                self._errors(_behind(self._logits(model, collate, changed), rows), _behind(logits, rows))
                 if packed
                 else 0.0
             )
@@ -211,7 +208,7 @@ class _Trial:
         if not all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None):
             raise RuntimeError(f"its gradient in {self._compute} is no number")
         model.zero_grad(set_to_none=True)
-        return max(self._errors(found, self._alone), moved) / max(usual + noise, 1e-9)
+        return max(self._errors(logits, self._alone), moved) / max(usual + noise, 1e-9)
 
     def _losses(self, proof: Proof, model: Any, collate: Collator, rows: Rows) -> Proof:
         """Compare the model's own loss with plain cross entropy, and with ours."""
@@ -237,7 +234,7 @@ class _Trial:
         return model
 
     def _causal(self) -> bool:
-        """Say whether the logits of a document stand while tokens are added to it."""
+        """Say whether the logits of a document stay the same when tokens are appended."""
         document = self._rows[0][0].to(self._device)
         with torch.no_grad():
             shorter = self._plain(input_ids=document[None, :-1]).logits[0].float()
@@ -247,7 +244,7 @@ class _Trial:
         return [[document] for row in self._rows for document in row]
 
     def _each_alone(self, model: Any) -> list[Tensor]:
-        """Ask the plain way, as inference does: nothing but ids."""
+        """Return the logits of each document alone, from ids only, as inference computes them."""
         return [model(input_ids=row[0][None].to(self._device)).logits[0].float() for row in self._singles()]
 
     def _batch(self, collate: Collator, rows: Rows) -> Batch:
@@ -269,11 +266,11 @@ class _Trial:
 
     def _difference(self, model: Any, collate: Collator, rows: Rows, first: int = 0) -> float:
         pairs = zip(self._logits(model, collate, rows), self._alone[first:], strict=False)
-        return float(max((found - wanted).abs().max() for found, wanted in pairs)) / self._spread
+        return float(max((actual - expected).abs().max() for actual, expected in pairs)) / self._spread
 
-    def _errors(self, found: list[Tensor], wanted: list[Tensor]) -> float:
+    def _errors(self, actual: list[Tensor], expected: list[Tensor]) -> float:
         """Median over positions: a router that flips at a few of them is no leak."""
-        errors = [(one - other).square().mean(-1).sqrt() for one, other in zip(found, wanted, strict=True)]
+        errors = [(one - other).square().mean(-1).sqrt() for one, other in zip(actual, expected, strict=True)]
         return float(torch.cat(errors).median()) / self._spread
 
 

@@ -123,8 +123,8 @@ class IterativeTrainer:
         if not self._answers_apart:
             return self._encoder.encode(texts, answers)
         given = self._encoder.encode(texts, [""] * len(texts))
-        wanted = self._encoder.encode([""] * len(texts), answers)
-        return [(ids, target) for (ids, _), (target, _) in zip(given, wanted, strict=True)]
+        targets = self._encoder.encode([""] * len(texts), answers)
+        return [(ids, target) for (ids, _), (target, _) in zip(given, targets, strict=True)]
 
     def _cut(self, ids: Int32, labels: Int32) -> tuple[Int32, Int32]:
         if self.max_length is None:
@@ -133,7 +133,7 @@ class IterativeTrainer:
         return ids[part], labels[part]
 
     def _optimize(self, examples: list[tuple[Int32, Int32]]) -> dict[str, float]:
-        first = 0 if self._answers_apart else 1  # a causal model is not asked for the first token
+        first = 0 if self._answers_apart else 1  # a causal model does not predict the first token
         trained = sum(int((labels[first:] != IGNORE_INDEX).sum()) for _, labels in examples)
         if not trained:
             raise UsageError("No token of this step is trained.", "check labels and max_length.")
@@ -144,10 +144,10 @@ class IterativeTrainer:
             batch = self._batch(examples[start : start + size])
             labels = batch.pop("labels")
             logits = self.model(**batch, **({"labels": labels} if self._answers_apart else {})).logits.float()
-            wanted = labels if self._answers_apart else labels[:, 1:]
+            targets = labels if self._answers_apart else labels[:, 1:]
             logits = logits if self._answers_apart else logits[:, :-1]
             loss = (
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
                 / trained
             )
             loss.backward()
@@ -173,8 +173,8 @@ class IterativeTrainer:
 
 
 def _array(row: Any) -> Int32:
-    found: Int32 = np.asarray(row.cpu() if isinstance(row, Tensor) else row, np.int32)
-    return found
+    ids: Int32 = np.asarray(row.cpu() if isinstance(row, Tensor) else row, np.int32)
+    return ids
 
 
 def _padded(rows: list[Int32], value: int) -> Any:

@@ -16,10 +16,8 @@ from transformers.utils.generic import ModelOutput
 from sftdata.batches import IGNORE_INDEX
 from sfttrain.terms import hidden_and_terms
 
-CHUNK_BYTES = {
-    "cpu": 128 << 20,
-    "cuda": 512 << 20,
-}  # of fp32 logits alive at once; products of few rows are slow
+# Of fp32 logits alive at once; products of few rows are slow.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +96,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want_slope = want_hidden or want_weight or want_bias
         weight_cast = weight.to(dtype)
         step = chunk_rows(hidden.device.type, weight.shape[0], count)
-        buffer = torch.empty(
-            step, weight.shape[0], dtype=dtype, device=hidden.device
-        )  # fresh memory costs more than the sums
+        # Reused for every chunk: allocating costs more than the arithmetic.
+        buffer = torch.empty(step, weight.shape[0], dtype=dtype, device=hidden.device)
         for start in range(0, count, max(step, 1)):
             rows = slice(start, start + step)
             inputs = hidden[rows].to(dtype)

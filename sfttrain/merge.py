@@ -1,20 +1,24 @@
-"""Merge adapters into their base, and prove on the saved model that it answers as the adapted one did."""
+"""What is made of a finished model: adapters merged into their base, and proven; weights quantized by GPTQ."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.paths import local_output
+from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
+from sfttrain.refusals import require_package
 from sfttrain.talk import Say
 from sfttrain.vocabulary import embedding_rows, grow_embeddings
 
@@ -29,6 +33,9 @@ _BESIDE = (
     "merges.txt",
 )
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+CALIBRATION_ROWS = 256
+GROUP_SIZES = (-1, 32, 64, 128)
+BITS = (2, 3, 4, 8)
 
 
 def merge(folder: Path, output: Path, model: str | None = None, say: Say = print) -> float:
@@ -58,7 +65,7 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
         say(f"base: {name}, as asked; the adapters name {adapter_base(folder)}")
     adapted = continue_adapters(base, folder, name, chosen=model is not None).eval()
     probe = _probe(adapted, rows or embedding_rows(base))
-    wanted = _logits(adapted, probe)
+    expected = _logits(adapted, probe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what it warns of, untied tables, is proven below
         merged = adapted.merge_and_unload()
@@ -68,7 +75,7 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     shutil.rmtree(partial, ignore_errors=True)
     merged.to(dtype).save_pretrained(partial)
     _copy_beside(folder, partial)
-    difference = _difference(wanted, _logits(_load(str(partial))[0].eval(), probe))
+    difference = _difference(expected, _logits(_load(str(partial))[0].eval(), probe))
     if difference > _TOLERANCE.get(dtype, 5e-2):
         message = f"{partial}: the merged model's logits are off by {difference:.1e} of the largest."
         raise IntegrityError(
@@ -131,21 +138,53 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits.float()
 
 
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    return float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-6))
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 def _copy_beside(folder: Path, target: Path) -> None:
     """Bring along what inference needs beside the weights: tokenizer, chat template, stop tokens."""
-    patterns = (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template*",
-        "generation_config.json",
-        "*.model",
-        "vocab*",
-        "merges.txt",
-    )
-    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
+    for path in {path for pattern in _BESIDE for path in folder.glob(pattern)}:
         if path.is_file():
             shutil.copy2(path, target / path.name)
+
+
+def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size: int, say: Say) -> None:
+    """Write a GPTQ model beside the one it comes from.
+
+    Args:
+        calibration: a set; its rows, spread evenly, show GPTQ what the activations look like.
+        group_size: weights that share a scale; smaller is more exact and larger on disk, -1 is a whole column.
+
+    Raises:
+        UsageError: a setting GPTQ does not know, adapters that are not merged, or GPTQModel is missing.
+    """
+    local_output(output)
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        raise UsageError(
+            f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}."
+        )
+    if (model / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{model}: holds adapters; GPTQ takes a whole model.", f"sfttrain merge {model} -o {model}-merged"
+        )
+    require_package("gptqmodel", "export --gptq")
+    # No extra of ours installs it: it is built against the machine's torch.
+    package: Any = importlib.import_module("gptqmodel")
+    rows = calibration_rows(open_set(calibration), CALIBRATION_ROWS)
+    say(f"gptq: {bits} bits in groups of {group_size}, calibrated on {len(rows)} documents of {calibration}")
+    quantized = package.GPTQModel.load(str(model), package.QuantizeConfig(bits=bits, group_size=group_size))
+    quantized.quantize(rows, batch_size=1)
+    quantized.save(str(output))
+    say(
+        f"gptq: {output}; compare its evaluation loss with the original's before using it, and try group_size=32 if it is worse"
+    )
+
+
+def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, Any]]:
+    """Return ids and masks of documents spread over a set, each by itself, as GPTQ takes them."""
+    rows = []
+    for index in np.unique(np.linspace(0, len(opened) - 1, min(count, len(opened))).astype(np.int64)):
+        ids = max((document.input_ids for document in opened[int(index)].documents()), key=len).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+    return rows

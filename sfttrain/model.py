@@ -1,17 +1,30 @@
-"""Load or make the model: dtype, attention, quantization. Never runs code from a repository unasked."""
+"""The model to train: loaded or given, embeddings resized for the sets, loss fused, adapters added. Runs no code unasked."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sftdata.errors import UsageError
+from sftdata.shardset.opened import ShardSet
+from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
 from sfttrain.attention import registered_name
 from sfttrain.config import TrainConfig
-from sfttrain.packages import require_package
+from sfttrain.loss import Objective, fuse_loss
+from sfttrain.refusals import require_package
+from sfttrain.rotary import keep_rotary_apart
+from sfttrain.talk import Say
+from sfttrain.terms import share_terms
+from sfttrain.vocabulary import align_special_tokens, resize_embeddings
+
+if TYPE_CHECKING:
+    from sfttrain.path import Plan
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,21 +51,21 @@ def load_config(config: TrainConfig) -> Any:
 
     source = str(config.init_from_config or config.model)
     try:
-        found = AutoConfig.from_pretrained(
+        model_config = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
     for name, value in config.model_init_kwargs.items():
-        owner = _owner(found, name)
+        owner = _owner(model_config, name)
         if owner is not None:
             setattr(owner, name, value)
         elif config.init_from_config is not None:
             raise UsageError(
-                f"model_init_kwargs.{name}: {found.model_type} has no such field in its config.",
+                f"model_init_kwargs.{name}: {model_config.model_type} has no such field in its config.",
                 "leave it out.",
             )
-    return found
+    return model_config
 
 
 def _owner(model_config: Any, name: str) -> Any:
@@ -104,7 +117,7 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
 
 
 def disable_cache(model: Any) -> None:
-    """Let no part of a model keep keys and values in training: where inner configs differ, theirs is what counts."""
+    """Turn the key-value cache off in every part of a model: inner configs have their own switch."""
     for part in model.modules():
         config: Any = getattr(part, "config", None)
         if getattr(config, "use_cache", False):
@@ -112,7 +125,7 @@ def disable_cache(model: Any) -> None:
 
 
 def describe_model(model: Any, config: TrainConfig) -> str:
-    """Say what was loaded, with what was defaulted."""
+    """Describe what was loaded, defaults included."""
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     revision = f", revision {config.revision}" if config.revision else ""
     more = "".join(f", {key}={value}" for key, value in config.model_init_kwargs.items())
@@ -169,3 +182,106 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
         f"{source}: transformers cannot load it: {text}",
         "name a folder or Hub id of a causal language model.",
     )
+
+
+def make_model(
+    config: TrainConfig, model_config: Any, model: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say
+) -> tuple[Any, Plan]:
+    """Return the model as it is trained, and the plan without the chunked loss where the model rules that out."""
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    if model is None:
+        model = load_model(config, model_config, plan.attention, args.device)
+        say(describe_model(model, config))
+    elif model.config._attn_implementation != registered_name(plan.attention):
+        model.set_attn_implementation(registered_name(plan.attention))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable_cache(inner)
+    _freeze(inner, plan.unreached, say)
+    if plan.restart:
+        keep_rotary_apart(inner)
+    untrained = resize_embeddings(inner, sets, config.resize_to_multiple_of, say)
+    align_special_tokens(inner, sets)
+    if plan.loss is not None and _zero_stage(args) == 3:
+        plan = _own_loss(plan, config, "ZeRO-3 keeps the head whole only inside its own module", say)
+    if plan.loss is not None:
+        fuse_loss(
+            inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms
+        )
+    model = _adapt(config, model, inner, untrained, plan, args, say)
+    if plan.loss is not None and has_adapted_head(inner):
+        plan = _own_loss(plan, config, "adapters on the head", say)
+    if plan.loss is None and plan.terms:
+        share_terms(inner)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "No weight of the model is trained.", "load adapters with is_trainable=True, or set lora."
+        )
+    return model, plan
+
+
+def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
+    """Freeze what text never reaches, such as a vision tower: ranks would wait for its gradient."""
+    modules = dict(model.named_modules())
+    frozen = [name for name in names if name in modules]
+    for name in frozen:
+        modules[name].requires_grad_(False)
+    if frozen:
+        say(f"frozen: {', '.join(frozen)} ({'they get' if len(frozen) > 1 else 'it gets'} nothing from text)")
+
+
+def _adapt(
+    config: TrainConfig, model: Any, inner: Any, untrained: list[int], plan: Plan, args: Any, say: Say
+) -> Any:
+    """Freeze the model and put adapters on it, where they are asked for."""
+    if config.adapted and getattr(model, "is_quantized", False):
+        model = prepare_quantized(model)
+    if args.activation_checkpointing and (config.adapted or model is not inner):
+        inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
+    if config.lora is not None:
+        return add_adapters(model, config.lora, untrained, plan.unreached, say)
+    if config.adapter is not None:
+        return continue_adapters(model, config.adapter, str(config.model))
+    return model
+
+
+def _own_loss(plan: Plan, config: TrainConfig, reason: str, say: Say) -> Plan:
+    if config.objective != "nll":
+        raise UsageError(
+            f"objective={config.objective} needs our loss, which cannot be used: {reason}.",
+            "set objective=nll.",
+        )
+    say(f"loss: the model's own, with full logits ({reason})")
+    return dataclasses.replace(plan, loss=None)
+
+
+def _zero_stage(args: Any) -> int | None:
+    """DeepSpeed's stage, from `deepspeed=...` or from accelerate's file."""
+    return getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", None)
+
+
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """Make models whole on every rank, as the sets must be fitted to them; ZeRO-3 takes them apart when training begins."""
+    if _zero_stage(args) != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    known = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = known
+
+
+def leave_gpus_idle(args: Any, say: Say) -> None:
+    """Keep transformers from DataParallel, which would cut packed rows in two; log how many GPUs that leaves idle."""
+    count = args.n_gpu
+    if count > 1:
+        args._n_gpu = 1
+        say(
+            f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all"
+        )

@@ -19,7 +19,7 @@ FILLER = -1
 
 
 class Order(Sampler[list[int]]):
-    """Batches of row numbers for one rank; `FILLER` stands for a fully masked row.
+    """Batches of row numbers for one rank; `FILLER` is a fully masked row.
 
     Args:
         sizes: rows of each set, in the order of the concatenated dataset.

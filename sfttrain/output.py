@@ -16,7 +16,7 @@ from sfttrain.talk import rank
 
 RUN_NAME = "run.json"
 SETTINGS_NAME = "settings.yaml"
-_held: set[int] = set()  # open locks; a forked reader of the data must not keep them beyond its run
+_locks: set[int] = set()  # open locks; a forked reader of the data must not keep them beyond its run
 _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 
 
@@ -60,7 +60,7 @@ def take(output: Path) -> Iterator[None]:
     with explained(output):
         output.mkdir(parents=True, exist_ok=True)
         lock = os.open(output, os.O_RDONLY)
-    _held.add(lock)
+    _locks.add(lock)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,17 +70,17 @@ def take(output: Path) -> Iterator[None]:
             ) from None
         yield
     finally:
-        _held.discard(lock)
+        _locks.discard(lock)
         os.close(lock)
         if made:
             with suppress(OSError):  # it holds something
                 output.rmdir()
 
 
-def _let_go() -> None:
-    for lock in _held:
+def _close_locks() -> None:
+    for lock in _locks:
         os.close(lock)
-    _held.clear()
+    _locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_locks)

@@ -1,4 +1,4 @@
-"""Which way a run goes: attention, packed or not, which loss. What the proof did not show is not relied on."""
+"""Choose a run's attention, packing and loss. Only what the proof has shown is relied on."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def choose_path(
 
 
 class _Search:
-    """The proofs so far, and what stood against each attention."""
+    """The proofs so far, and why each attention was rejected."""
 
     def __init__(self, config: TrainConfig, model_config: Any, where: Surroundings, say: Say) -> None:
         self._config, self._model_config, self._where, self._say = config, model_config, where, say
         self._family = model_config.model_type
         self._proofs: dict[str, Proof] = {}
-        self._against: dict[str, str] = {}
+        self._rejected: dict[str, str] = {}
         self._failure: Exception | None = None
 
     def packed(self, name: str) -> Plan | None:
@@ -77,14 +77,14 @@ class _Search:
         if proof is None:
             return None
         if maskless:
-            self._against[name] = f"{name} takes no mask"
+            self._rejected[name] = f"{name} takes no mask"
             return None
         if not proof.isolated:
-            self._against[name] = _leak_text(self._family, name, proof)
+            self._rejected[name] = _leak_text(self._family, name, proof)
             return None
         if self._config.packing == "unpack":
             return self._plan(name, proof, unpack=True) if name in FLATTENED else None
-        for failed, reason in self._against.items():
+        for failed, reason in self._rejected.items():
             self._say(f"attention: {name} instead of {failed} ({reason})")
         self._say(
             f"packing: proven on a tiny {self._family}: packed = alone within {proof.difference:.1e} ({name})"
@@ -120,7 +120,7 @@ class _Search:
         except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
             self._failure = self._failure or error
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._against[name] = f"it could not be tried on this architecture ({reason})"
+            self._rejected[name] = f"it could not be tried on this architecture ({reason})"
             return None
         if not proof.causal:
             found = (
@@ -134,7 +134,7 @@ class _Search:
 
     def _plan(self, name: str, proof: Proof, unpack: bool) -> Plan:
         engine = self._loss_engine(proof)
-        self._tell_terms(proof, engine)
+        self._say_terms(proof, engine)
         restart = depends_on_row_length(self._model_config, self._where.reach)
         flatten = name in FLATTENED
         boundaries = proof.boundaries and (flatten or not unpack)
@@ -151,7 +151,7 @@ class _Search:
         return Plan(name, False, True, None)
 
     def _reason(self) -> str:
-        found = dict.fromkeys(self._against.values())
+        found = dict.fromkeys(self._rejected.values())
         return (
             "; ".join(found).replace("it could not be tried", "could not be tried", 1)
             if found
@@ -181,15 +181,15 @@ class _Search:
         self._say(f"loss: the model's own, with full logits ({reason})")
         return None
 
-    def _tell_terms(self, proof: Proof, engine: str | None) -> None:
+    def _say_terms(self, proof: Proof, engine: str | None) -> None:
         text = text_config(self._model_config)
         weight = getattr(text, "router_aux_loss_coef", None) or 0
         if proof.terms and self._config.loss == "liger":
             found = f"loss=liger: {self._family} adds terms of its own to the loss, as its config asks"
             raise UsageError(f"{found}.", "set loss=auto.")
         if proof.terms:
-            what = f"router loss: on, {weight:g} times" if weight else "loss: with terms of"
-            self._say(f"{what} the model's own, the mean over the micro-batches of a step")
+            prefix = f"router loss: on, {weight:g} times" if weight else "loss: with terms of"
+            self._say(f"{prefix} the model's own, the mean over the micro-batches of a step")
         elif weight and hasattr(text, "output_router_logits"):
             switch = "--set model_init_kwargs.output_router_logits=true turns it on"
             self._say(f"router loss: off, as the model's config says ({switch})")

@@ -1,4 +1,4 @@
-"""What a run says while it runs: `train_log.jsonl`, a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""When a run logs, saves and stops, and what it shows: `train_log.jsonl`, and a bar or plain lines."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftdata.meter import Meter
 from sftdata.shardset.atomic import write_atomic
+from sfttrain.stop import StopRequest
 
 LOG_NAME = "train_log.jsonl"
 _LABEL = "step {done}/{total}"
@@ -21,13 +24,20 @@ class TrainLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget what a broken run logged after the checkpoint that this one goes on from."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop what an interrupted run logged after the checkpoint that this one resumes from."""
         if state.is_world_process_zero:
             _forget_after(self._path, state.global_step)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Write what was logged, where this is the main process."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -44,14 +54,21 @@ class Progress(TrainerCallback):
         self._meter = Meter(_LABEL)
         self._figures = ""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Start the clock."""
         self._meter = Meter(_LABEL, before=state.global_step)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
-        """Remember the newest figures; tell those of the first and the last step, and of each evaluation."""
+        """Keep the newest figures; print those of the first and the last step, and of each evaluation."""
         if not logs or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -62,12 +79,16 @@ class Progress(TrainerCallback):
             losses = [f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")]
             self._meter.say(", ".join(losses))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move on."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Advance the bar, or print a line when one is due."""
         if state.is_world_process_zero:
             self._meter.show(state.global_step, state.max_steps, self._figures)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Take the bar away, and leave the figures of the last step where it was."""
         if self._meter.drawn:
             self._meter.close()
@@ -92,3 +113,87 @@ def _forget_after(path: Path, step: int) -> None:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
+
+
+class FollowSettings(TrainerCallback):
+    """Let a resumed run follow its present settings.
+
+    transformers takes from the checkpoint how often it logs, saves and evaluates, and the learning rate of the step behind
+    it. The schedule is that of a run which had the present length from its first step on.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """Set intervals and learning rates anew."""
+        state.compute_steps(args, state.max_steps)
+        if state.global_step and isinstance(lr_scheduler, LambdaLR):
+            functions = zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+            rates = [base * function(lr_scheduler.last_epoch) for base, function in functions]
+            for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            lr_scheduler._last_lr = rates
+
+
+class LogEnds(TrainerCallback):
+    """Log the first and the last step, and every one that is evaluated, whatever `logging_steps` is."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask for a line where one is due; `logging_strategy=no` is respected."""
+        due = (
+            control.should_evaluate
+            or state.global_step in (1, state.max_steps)
+            or control.should_training_stop
+        )
+        if due and args.logging_strategy != "no":
+            control.should_log = True
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Save and stop at the end of a step once a signal asked for it, on all ranks at the same step.
+
+    Args:
+        request: where signals are noted.
+        ranks: processes; with several, a signal to one of them stops all, one step later.
+    """
+
+    def __init__(self, request: StopRequest, ranks: int) -> None:
+        self.number = 0
+        self._request, self._ranks = request, ranks
+        # The flag of all ranks, reduced asynchronously since the last step, so that no step waits for it.
+        self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note that there is something to save from now on."""
+        self._request.stepping = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop once all ranks know of a signal; after the last step there is nothing to stop."""
+        number = self._request.number if self._ranks == 1 else self._of_all_ranks(args.device)
+        if state.global_step >= state.max_steps:
+            self._request.done = True
+        elif number:
+            self.number = number
+            control.should_training_stop = True
+            control.should_save = not args.save_only_model
+
+    def _of_all_ranks(self, device: torch.device) -> int:
+        number = 0
+        if self._asked is not None:
+            flag, work = self._asked
+            work.wait()
+            number = int(flag)
+        flag = torch.tensor(self._request.number, device=device)
+        self._asked = flag, torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+        return number

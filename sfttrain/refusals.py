@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sftdata.shardset.opened import ShardSet
 from sfttrain.config import TrainConfig
-from sfttrain.hub import check_hub
-from sfttrain.packages import require_package, require_tracker
 from sfttrain.talk import Say
 
 # What from_pretrained took once, and where it is set here.
@@ -22,6 +21,14 @@ _MOVED = {
     "use_flash_attention_2": "--attention flash_attention_2",
 }
 _LOADING = ("init_from_config", "revision", "dtype", "model_init_kwargs", "quantize", "trust_remote_code")
+_TRAINER = ("torch", "transformers", "accelerate", "peft", "safetensors")
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+}
 
 
 def refuse_useless(
@@ -63,7 +70,7 @@ def refuse_useless(
     for name in args.report_to:
         require_tracker(name)
     if config.push_to_hub:
-        check_hub(config.push_to_hub)
+        _refuse_push(config.push_to_hub)
 
 
 def refuse_missing_launch(settings: Mapping[str, Any]) -> None:
@@ -199,3 +206,63 @@ def _refuse_evaluation(config: TrainConfig, args: Any, extras: Mapping[str, Any]
     if not any(metric.startswith(f"{name}_loss") for name in names):
         found = f"metric_for_best_model={args.metric_for_best_model}: evaluation gives no such figure"
         raise UsageError(f"{found}.", f"set metric_for_best_model=eval_{names[0]}_loss.")
+
+
+def _refuse_push(repository: str) -> None:
+    """Refuse now what would otherwise fail only once the run is done."""
+    from huggingface_hub import get_token
+
+    if repository.count("/") != 1:
+        raise UsageError(f"push_to_hub={repository}: is no repository of the Hub.", "name it as user/model.")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UsageError(
+            f"push_to_hub={repository}: HF_HUB_OFFLINE is set.", "unset it, or leave push_to_hub out."
+        )
+    if get_token() is None:
+        raise UsageError(
+            f"push_to_hub={repository}: no one is logged in to the Hub.", "hf auth login, or set HF_TOKEN."
+        )
+
+
+def require_trainer() -> None:
+    """Refuse to train without the packages of the extra `train`.
+
+    Raises:
+        UsageError: naming the extra.
+    """
+    for package in _TRAINER:
+        require_package(package, "sfttrain", "train")
+
+
+def require_package(package: str, setting: str, extra: str = "") -> None:
+    """Refuse a setting whose package is missing.
+
+    Args:
+        package: its name, as imported.
+        setting: what needs it, as the user wrote it.
+        extra: of this project, that brings it along.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    if find_spec(package) is None:
+        source = f"'sftdata[{extra}]'" if extra else package
+        raise UsageError(f"{setting} needs the package {package}.", f"pip install {source}")
+
+
+def require_tracker(name: str) -> None:
+    """Refuse a tracker that transformers does not know, or whose package is not installed.
+
+    Raises:
+        UsageError: the tracker cannot be used.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        choices = f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+        fix = did_you_mean(name, INTEGRATION_TO_CALLBACK, choices)
+        raise UsageError(f"report_to={name}: there is no such tracker.", fix)
+    if name in TRACKERS:  # of the others, transformers knows what they need
+        require_package(TRACKERS[name], f"report_to={name}")

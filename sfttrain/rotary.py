@@ -17,10 +17,10 @@ def keep_rotary_apart(model: nn.Module) -> int:
 
     Documents are known by positions that begin again at 0, so padding must begin again too.
     """
-    found = [module for module in model.modules() if _is_dynamic(module)]
-    for module in found:
+    dynamic = [module for module in model.modules() if _is_dynamic(module)]
+    for module in dynamic:
         _wrap(module)
-    return len(found)
+    return len(dynamic)
 
 
 def _is_dynamic(module: Any) -> bool:
@@ -42,10 +42,10 @@ def _wrap(module: Any) -> None:
         for side in sides.unique().tolist():
             _restore(self, fresh, x.device)
             chosen = sides == side
-            found = own_forward(x, torch.where(chosen, position_ids, 0), *more, **options)
+            factors = own_forward(x, torch.where(chosen, position_ids, 0), *more, **options)
             merged = tuple(
                 torch.where(chosen[..., None], new, old)
-                for new, old in zip(found, merged or found, strict=True)
+                for new, old in zip(factors, merged or factors, strict=True)
             )
         return merged
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfttrain.config import TrainConfig
 from sfttrain.output import refuse_places, take
-from sfttrain.packages import require_trainer
+from sfttrain.refusals import require_trainer
 from sfttrain.sets import open_sets
 from sfttrain.stop import listening
 

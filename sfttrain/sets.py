@@ -45,8 +45,8 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
         DataError: there is nothing to train on.
     """
     for opened in sets:
-        found = damaged_files(opened.folder, opened.manifest)
-        damage = (problem for info, problem in found if problem and info.name != REJECTS_NAME)
+        checked = damaged_files(opened.folder, opened.manifest)
+        damage = (problem for info, problem in checked if problem and info.name != REJECTS_NAME)
         for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
             raise IntegrityError(problem)
         opened.hold()
@@ -85,7 +85,7 @@ def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
     Raises:
         UsageError: the vocabulary of a set is not this model's.
     """
-    wanted = 0
+    needed = 0
     for opened in sets:
         tokenizer = opened.manifest.tokenizer
         if tokenizer.vocab_size <= rows:
@@ -96,8 +96,8 @@ def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
                 f"{opened.folder}: {found}; the model has embeddings for {rows}.",
                 "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
             )
-        wanted = max(wanted, tokenizer.vocab_size)
-    return wanted
+        needed = max(needed, tokenizer.vocab_size)
+    return needed
 
 
 def _added_ids(opened: ShardSet, rows: int) -> set[int]:
@@ -108,11 +108,11 @@ def _added_ids(opened: ShardSet, rows: int) -> set[int]:
 
 
 def _known_vocabulary(config: TrainConfig) -> int | None:
-    """Return how many tokens the config of a model on this machine has; None where loading it must tell."""
+    """Return how many tokens the config of a model on this machine has; None where only loading it can show."""
     place = config.init_from_config or Path(config.model or "")
     try:
-        found: Any = json.loads((place / "config.json" if place.is_dir() else place).read_text("utf-8"))
-        size = found.get("vocab_size", found.get("text_config", {}).get("vocab_size"))
+        fields: Any = json.loads((place / "config.json" if place.is_dir() else place).read_text("utf-8"))
+        size = fields.get("vocab_size", fields.get("text_config", {}).get("vocab_size"))
     except (OSError, ValueError, AttributeError):
         return None
     return size if isinstance(size, int) else None

@@ -198,9 +198,8 @@ def _shrink_heads(fields: dict[str, Any], most: int) -> None:
         and _is_count(fields.get("hidden_size"))
         and "n_groups" not in fields
     ):
-        fields["hidden_size"] = (
-            -(-fields["hidden_size"] // _ALIGNED) * _ALIGNED
-        )  # grouped products want whole vectors
+        # Grouped matrix products need aligned rows.
+        fields["hidden_size"] = -(-fields["hidden_size"] // _ALIGNED) * _ALIGNED
     left = count // divisor
     _shrink_key_heads(fields, count, left)
     for part in (fields.get("per_layer_config") or {}).values():

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """What signals asked for.
+    """Whether a signal asked the run to stop.
 
     Attributes:
         number: the signal that came, 0 while none has.
@@ -30,8 +30,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.number, self.stepping, self.done = 0, False, False
 
-    def hear(self, number: int, _: FrameType | None) -> None:
-        """Note a signal, or stop where there is nothing to save."""
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """Note a signal, or stop at once where there is nothing to save."""
         if self.done:
             return
         if not self.stepping or self.number:
@@ -42,13 +42,13 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Answer signals while a run lasts; those that are ignored, as under nohup, stay ignored."""
+    """Handle signals while a run lasts; those that are ignored, as under nohup, stay ignored."""
     request, before = StopRequest(), {}
     if threading.current_thread() is threading.main_thread():  # Python gives signals to it alone
         for number in SIGNALS:
             handler = signal.getsignal(number)
             if handler not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, request.hear)
+                before[number] = signal.signal(number, request.handle)
     try:
         yield request
     finally:

@@ -1,4 +1,4 @@
-"""What a run says on standard error: one sentence a line, by the main process alone."""
+"""Notes of a run on standard error: one sentence a line, by the main process alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rank() -> int:
 
 
 def say(text: str) -> None:
-    """Give a sentence to who listens, or print it, where this is the main process."""
+    """Pass a note to the listener, or print it, where this is the main process."""
     if rank() == 0:
         if _listener is None:
             print(text, file=sys.stderr, flush=True)
@@ -28,7 +28,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def notes_to(listener: Say | None) -> Iterator[None]:
-    """Give what is said meanwhile to `listener`; None leaves it on standard error."""
+    """Pass notes to `listener` while the block runs; None leaves them on standard error."""
     global _listener
     _listener, before = listener, _listener
     try:

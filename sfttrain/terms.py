@@ -36,7 +36,7 @@ def share_terms(model: Any) -> None:
             outputs = own_forward(**inputs)
         if not seen:
             raise UsageError(
-                f"{type(self).__name__}: its loss has terms that cannot be told apart.", "set loss=auto."
+                f"{type(self).__name__}: its loss has terms that cannot be separated.", "set loss=auto."
             )
         outputs["loss"] = seen[0] + (outputs["loss"] - seen[0]) * term_share
         return outputs
@@ -66,12 +66,12 @@ def hidden_and_terms(
 @contextmanager
 def _loss_function(model: Any, function: Any) -> Iterator[None]:
     """Give the model another cross entropy."""
-    own = model.__dict__.get("_loss_function")
+    before = model.__dict__.get("_loss_function")
     model.loss_function = function
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             model.__dict__.pop("_loss_function", None)
         else:
-            model.loss_function = own
+            model.loss_function = before

@@ -73,11 +73,11 @@ def unreached(model: Any, batch: Batch) -> tuple[str, ...]:
     decoder = model.get_decoder()
     with torch.enable_grad():
         model(**batch).loss.backward()
-    found: list[str] = []
+    names: list[str] = []
     for name, module in model.named_modules():
         weights = list(module.parameters())
         inside = any(part is decoder for part in module.modules()) or any(
-            name.startswith(f"{one}.") for one in found
+            name.startswith(f"{one}.") for one in names
         )
         if (
             name
@@ -86,9 +86,9 @@ def unreached(model: Any, batch: Batch) -> tuple[str, ...]:
             and all(weight.grad is None for weight in weights)
             and not _within(decoder, module)
         ):
-            found.append(name)
+            names.append(name)
     model.zero_grad(set_to_none=True)
-    return tuple(found)
+    return tuple(names)
 
 
 def _within(decoder: nn.Module, module: nn.Module) -> bool:
@@ -96,7 +96,7 @@ def _within(decoder: nn.Module, module: nn.Module) -> bool:
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
+def fixed_seed() -> Iterator[None]:
     """Leave the random state of the run as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def own_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def whole_precision() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Let float32 be float32, whatever the run allows its matrix products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -46,11 +46,10 @@ class SftTrainer(Trainer):
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
         self._tokenizer = tokenizer
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
-        self._figures = torch.zeros(
-            3, dtype=torch.float64, device=self.args.device
-        )  # tokens, supervised, correct
+        # Tokens, supervised positions, correct predictions.
+        self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         self._clock, self._tokens = time.perf_counter(), 0
-        self.remove_callback(PrinterCallback)  # standard output is data; progress.py talks
+        self.remove_callback(PrinterCallback)  # standard output is data; progress.py writes to standard error
         if order is not None:
             self.add_callback(_EpochOfOrder(order))
         if self.fused:
@@ -98,9 +97,8 @@ class SftTrainer(Trainer):
         )
 
     def _loader(self, rows: Any, order: Order | None) -> DataLoader[Any]:
-        workers = (
-            self.args.dataloader_num_workers if order is not None else 0
-        )  # two readers of a stream would repeat it
+        # Several workers would each read the whole stream and repeat it.
+        workers = self.args.dataloader_num_workers if order is not None else 0
         batches: dict[str, Any] = (
             {"batch_size": self.args.train_batch_size} if order is None else {"batch_sampler": order}
         )
@@ -118,7 +116,7 @@ class SftTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss, without logits unless someone asked for them."""
+        """Return the loss, without logits unless they are needed."""
         wants_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
         if self.fused and not wants_logits:
             inputs = {**inputs, "skip_logits": True}
@@ -176,7 +174,7 @@ class SftTrainer(Trainer):
         return output
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *more: Any, **options: Any) -> None:
-        """Log, evaluate and save as transformers does, unless the run has gone astray since it last did."""
+        """Log, evaluate and save as transformers does, unless the loss or the weights are no longer finite."""
         control = self.control
         if (
             control.should_log
@@ -195,9 +193,8 @@ class SftTrainer(Trainer):
             DataError: naming the step, and where to go on from.
         """
         astray = ~torch.isfinite(loss).all()
-        if self.control.should_save and not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # there they lie in pieces
+        # FSDP and DeepSpeed shard the weights, so each rank would see only its part.
+        if self.control.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model: Any = self.model
             astray |= ~torch.stack(
                 [weight.isfinite().all() for weight in model.parameters() if weight.requires_grad]
@@ -276,7 +273,7 @@ def _trains(labels: Tensor) -> Tensor:
 
 
 class _EpochOfOrder(TrainerCallback):
-    """Tell the order which epoch begins, before its batches are asked for."""
+    """Set the epoch of the order before its batches are requested."""
 
     def __init__(self, order: Order) -> None:
         self._order = order

@@ -14,25 +14,22 @@ from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.acting import Run, refuse_inert
 from sfttrain.arguments import effective_settings, training_arguments
-from sfttrain.assemble import leave_gpus_idle, make_model, whole_weights
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
-from sfttrain.flow import GoOn, LogEnds, StopAtStepEnd
-from sfttrain.generation import ready_generation
-from sfttrain.identity import identity_of
 from sfttrain.isolation import Surroundings
-from sfttrain.model import load_config
-from sfttrain.optimizer import try_optimizer
+from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
-from sfttrain.progress import LOG_NAME, Progress, TrainLog
-from sfttrain.resume import Point, finished, resume_point
+from sfttrain.preflight import try_optimizer
+from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
+from sfttrain.resume import Point, finished, identity_of, resume_point
 from sfttrain.stop import StopRequest
 from sfttrain.talk import Say, say
 from sfttrain.trainer import SftTrainer
+from sfttrain.vocabulary import ready_generation
 
 
 def train_on(
@@ -117,7 +114,7 @@ def _assemble(
         or None,
         data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
         callbacks=[
-            GoOn(),
+            FollowSettings(),
             LogEnds(),
             TrainLog(config.output / LOG_NAME),
             Progress(),

@@ -1,7 +1,8 @@
-"""Tokens that a set uses and its model does not know: rows that embeddings lack, and rows that were never trained."""
+"""Tokens that sets use and their model does not know: embeddings it lacks or never trained, and stop tokens."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from sfttrain.talk import Say
 
 _SAMPLE_ROWS = 256
 _NEVER_TRAINED = 1e-3  # of the usual norm of a row
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
 def embedding_rows(model: Any) -> int:
@@ -25,8 +27,8 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def fit_vocabulary(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say) -> list[int]:
-    """Give every token of the sets an embedding; return the ids that have yet to be learnt.
+def resize_embeddings(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say) -> list[int]:
+    """Give every token of the sets an embedding; return the ids whose embeddings were never trained.
 
     Args:
         multiple: round a grown number of rows up to a multiple of this.
@@ -35,16 +37,16 @@ def fit_vocabulary(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say
         UsageError: a set was made with another model's tokenizer.
     """
     before = embedding_rows(model)
-    wanted = missing_embeddings(sets, before)
-    unlearnt = unlearnt_tokens(model, sets)
-    if not wanted:
-        return unlearnt
-    rows = -(-wanted // multiple) * multiple
+    needed = missing_embeddings(sets, before)
+    untrained = untrained_embeddings(model, sets)
+    if not needed:
+        return untrained
+    rows = -(-needed // multiple) * multiple
     say(
         f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, each the mean of the others"
     )
     grow_embeddings(model, rows)
-    return sorted({*unlearnt, *range(before, wanted)})
+    return sorted({*untrained, *range(before, needed)})
 
 
 def grow_embeddings(model: Any, rows: int) -> None:
@@ -62,7 +64,7 @@ def grow_embeddings(model: Any, rows: int) -> None:
             head.bias[before:] = head.bias[:before].float().mean().to(head.bias.dtype)
 
 
-def unlearnt_tokens(model: Any, sets: Sequence[ShardSet]) -> list[int]:
+def untrained_embeddings(model: Any, sets: Sequence[ShardSet]) -> list[int]:
     """Return control tokens that the sets use and whose rows were never trained: next to zero, or one like another.
 
     A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would stay noise.
@@ -124,11 +126,11 @@ def _span_ends(opened: ShardSet) -> Counter[int]:
 
 
 def _control_tokens(opened: ShardSet) -> set[int]:
-    """Added tokens that come up in a set."""
+    """Return the added tokens that occur in a sample of a set."""
     known = np.array(sorted(read_added_tokens(opened.folder / "tokenizer")), np.int32)
     found: set[int] = set()
     for row in _sample(opened):
-        # Padding is never looked at by the model, so its embedding has nothing to learn.
+        # The model never attends to padding, so its embedding needs no training.
         real = int(row.seq_lengths[row.examples >= 0].sum())
         found |= set(np.intersect1d(row.input_ids[:real], known).tolist())
     return found
@@ -141,6 +143,57 @@ def _sample(opened: ShardSet) -> Iterator[PackedRow]:
 
 
 def _repeated(weight: Tensor, row: Tensor) -> bool:
-    """Say whether a row stands in the table more than once."""
+    """Say whether a row occurs in the table more than once."""
     alike = (weight[:, 0].float() == row[0]).nonzero()[:, 0]
     return int((weight[alike].float() == row).all(1).sum()) > 1
+
+
+def ready_generation(model: Any, sets: Sequence[ShardSet], say: Say) -> None:
+    """Give the generation config the sets' stop tokens, and fix what would make every save of the model fail."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    if sets:
+        _set_stop_tokens(generation, sets)
+    wrong = _wrong(generation)
+    if not wrong:
+        return
+    if not generation.do_sample:
+        generation.do_sample = True  # values for sampling are there, so sampling was meant
+        if not _wrong(generation):
+            say(
+                f"generation_config: do_sample is set to true, without which transformers saves no model ({wrong})"
+            )
+            return
+    kept = {name: getattr(generation, name) for name in _TOKENS}
+    model.generation_config = type(generation)(**kept)
+    say(
+        f"generation_config: all but its token ids is left out, since transformers saves no model with it ({wrong})"
+    )
+
+
+def _wrong(generation: Any) -> str:
+    """Return why transformers would not save it; "" where it would."""
+    # transformers saves a config unchecked that is as it was loaded.
+    changed = getattr(generation, "_original_object_hash", None) != hash(generation)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            generation.validate(strict=changed)
+    except ValueError as error:
+        lines = [line.strip("- ") for line in str(error).strip().splitlines()]
+        return next((line for line in lines if line.startswith("`")), lines[0])
+    return ""
+
+
+def _set_stop_tokens(generation: Any, sets: Sequence[ShardSet]) -> None:
+    before = generation.eos_token_id
+    known = [] if before is None else before if isinstance(before, list) else [before]
+    stops = stop_tokens(sets)
+    if stops:
+        # The set's own stops come first; those the model had are kept, unless their ids mean something else in this set.
+        keep = [token for token in known if token < sets[0].manifest.tokenizer.vocab_size]
+        merged = list(dict.fromkeys([*stops, *keep]))
+        generation.eos_token_id = merged if len(merged) > 1 else merged[0]
+    if generation.pad_token_id is None:
+        generation.pad_token_id = sets[0].manifest.tokenizer.pad_id

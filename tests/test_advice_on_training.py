@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     ),
     "set attention=auto.": ("rows -m llama -o {} --attention flash_attention_2", ["rows -m llama -o {} --attention auto"]),
     "name a folder that a run with --lora wrote.": ("rows -o {} --adapter nowhere", ["rows -o {} --adapter adapters"]),
-    "set --model {}; if that is the same model elsewhere, mend base_model_name_or_path in adapter_config.json.": (
+    "set --model {}; if that is the same model elsewhere, fix base_model_name_or_path in adapter_config.json.": (
         "rows -m moved -o {} --adapter adapters",
         ["rows -m llama -o {} --adapter adapters", "rows -m moved -o {} --adapter renamed"],
     ),

@@ -75,7 +75,7 @@ def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, 
     pytest.importorskip("gptqmodel")
     from transformers import AutoModelForCausalLM
 
-    from sfttrain.gptq import quantize
+    from sfttrain.merge import quantize
 
     quantize(model, shards, tmp_path / "gptq", 8, 32, print)
     ids = torch.arange(3, 40)[None].cuda()

@@ -212,7 +212,7 @@ def test_the_settings_that_a_run_recorded_are_the_same_settings(
     from sfttrain.acting import Run, refuse_inert
     from sfttrain.arguments import effective_settings, training_arguments
     from sfttrain.config import read_settings
-    from sfttrain.identity import identity_of
+    from sfttrain.resume import identity_of
 
     def run(file: Path | None, given: dict[str, Any]) -> Run:
         config = read_settings(file, [], given)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain.generation import ready_generation
 from sfttrain.merge import merge
+from sfttrain.vocabulary import ready_generation
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]

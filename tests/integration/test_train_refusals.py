@@ -10,9 +10,10 @@ import pytest
 
 import sfttrain
 from sftdata.errors import UsageError
-from sfttrain import assemble, cli
-from sfttrain.assemble import leave_gpus_idle
+from sfttrain import cli
+from sfttrain import model as modelling
 from sfttrain.merge import merge
+from sfttrain.model import leave_gpus_idle
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 
@@ -274,15 +275,15 @@ def test_under_zero3_models_are_made_whole_and_trained_with_their_own_loss(
         def is_zero3(self) -> bool:
             return True
 
-    settings, seen, load = Settings(), [], assemble.load_model
+    settings, seen, load = Settings(), [], modelling.load_model
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: settings)
-    monkeypatch.setattr(assemble, "_zero_stage", lambda _: 3)
+    monkeypatch.setattr(modelling, "_zero_stage", lambda _: 3)
 
     def watch(*arguments: Any) -> Any:
         seen.append(deepspeed.is_deepspeed_zero3_enabled())
         return load(*arguments)
 
-    monkeypatch.setattr(assemble, "load_model", watch)
+    monkeypatch.setattr(modelling, "load_model", watch)
     with pytest.raises(UsageError, match="objective=dft needs our loss.*ZeRO-3"):
         train_in_process(shards, model, tmp_path / "dft", QUICK, objective="dft")
     assert seen == [False]  # transformers would take the model apart while it loads

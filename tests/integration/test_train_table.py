@@ -412,7 +412,7 @@ def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_p
     assert trainer.args.report_to == []
     ours = {
         "DefaultFlowCallback",
-        "GoOn",
+        "FollowSettings",
         "LogEnds",
         "StopAtStepEnd",
         "TrainLog",
@@ -505,7 +505,7 @@ def test_gptq_says_what_it_needs(
 
 @pytest.mark.feature("export: GPTQ")
 def test_calibration_rows_are_whole_documents_of_the_set(shards: Path) -> None:
-    from sfttrain.gptq import calibration_rows
+    from sfttrain.merge import calibration_rows
 
     opened = open_set(shards)
     documents = [document.input_ids.tolist() for row in opened for document in row.documents()]

@@ -11,7 +11,7 @@ import pytest
 
 from sftdata.errors import IntegrityError, UsageError
 from sfttrain import checkpoint
-from sfttrain.identity import check_unchanged
+from sfttrain.resume import check_unchanged
 from tests.torture.disk import Disk
 from tests.torture.faults import Tap
 

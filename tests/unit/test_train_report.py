@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
 from sfttrain.cli import main
-from sfttrain.curves import Curve, line_chart, nice_ticks
-from sfttrain.report import make_report, read_log
+from sfttrain.report import Curve, line_chart, make_report, nice_ticks, read_log
 
 
 def write_run(folder: Path, lines: list[dict[str, Any]], *, finished: bool = True) -> Path:
