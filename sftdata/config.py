@@ -36,26 +36,29 @@ class PrepareConfig(BaseModel):
     )
     split: str | None = Field(
         None,
-        description="Split of a dataset, or of files named by splits; also parts, as train[:95%] or train+test.",
+        description="Split of a dataset, or of files named after splits; also slices, as train[:95%] or train+test.",
     )
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     format: str | None = Field(None, description="Row format by name; default: detected.")
     map: dict[str, str] = Field(
-        default_factory=dict, description="Canonical column = column in the data, as completion=response."
+        default_factory=dict, description="Canonical column = column in the data, e.g. completion=response."
     )
     map_role: dict[str, str] = Field(
-        default_factory=dict, description="Role in the data = canonical role, as bot=assistant."
+        default_factory=dict, description="Role in the data = canonical role, e.g. bot=assistant."
     )
     formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
     kind: Literal["auto", "conversation", "completion", "text"] = Field(
         "auto",
-        description="Treat instruction-like rows as this kind; auto: a conversation when a chat template is in use.",
+        description="Treat instruction-like rows as this kind; auto: conversation if a chat template is in use.",
     )
     prompt_template: str | None = Field(
-        None, description="File with {field} slots for instruction rows without a chat template."
+        None, description="File with {field} placeholders, for instruction rows without a chat template."
     )
     max_line_bytes: int = Field(
-        DEFAULT_LINE_BYTES, gt=0, le=MOST_BYTES, description="A longer line is rejected, bytes."
+        DEFAULT_LINE_BYTES,
+        gt=0,
+        le=MOST_BYTES,
+        description="Longest line in bytes; longer ones are rejected.",
     )
 
     # ---- what is rendered and trained
@@ -68,7 +71,9 @@ class PrepareConfig(BaseModel):
         default_factory=dict, description="Arguments for every render of the chat template."
     )
     date: str = Field(
-        DEFAULT_DATE, pattern=r"^\d{4}-\d{2}-\d{2}$", description="What strftime_now sees in templates."
+        DEFAULT_DATE,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="Date that strftime_now returns in templates.",
     )
     train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = Field(
         "auto",
@@ -80,18 +85,20 @@ class PrepareConfig(BaseModel):
     instruction_template: str | tuple[int, ...] | None = Field(
         None, description="Marker before each instruction."
     )
-    mask_mode: Literal["default", "trl-0.7.10"] = Field("default", description="How response templates mask.")
+    mask_mode: Literal["default", "trl-0.7.10"] = Field(
+        "default", description="How response templates are applied."
+    )
     loss_weights: bool = Field(
-        False, description="Keep fractional weights of messages, as the column loss_weights."
+        False, description="Keep fractional message weights, in the column loss_weights."
     )
     boundary: Literal["split", "merge"] = Field(
-        "split", description="Tokens that straddle the edge of a trained span."
+        "split", description="How to treat tokens that straddle the edge of a trained span."
     )
     eos_token: str | None = Field(
-        None, description="End token to write after the last trained turn, or instead of the tokenizer's."
+        None, description="End token to write after the last trained turn, or in place of the tokenizer's."
     )
     trust_control_tokens: bool = Field(
-        False, description="Let control tokens typed inside message content count as such."
+        False, description="Let control tokens typed in message content count as such."
     )
 
     # ---- how it is cut, packed and stored
@@ -100,10 +107,10 @@ class PrepareConfig(BaseModel):
         None, gt=0, le=MOST_TOKENS, description="Tokens per packed row; default min(model_max_length, 1024)."
     )
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = Field(
-        "truncate", description="Rows longer than max_length."
+        "truncate", description="What to do with rows longer than max_length."
     )
     packing: Literal["bfd", "wrapped", "none"] = Field(
-        "bfd", description="Best-fit decreasing, one cut stream, or one example a row."
+        "bfd", description="Best-fit decreasing, one stream cut into rows, or one example per row."
     )
     max_rejects: str = Field(
         "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
@@ -117,7 +124,7 @@ class PrepareConfig(BaseModel):
         None, gt=0, le=MOST_WORKERS, description="Worker processes; default: one per usable core."
     )
     engine: Literal["auto", "gigatoken", "tokenizers"] = Field(
-        "auto", description="Tokenizer engine; auto takes the fast one where it is proven equal."
+        "auto", description="Tokenizer engine; auto picks the fast one where proven equal."
     )
     overwrite: bool = Field(False, description="Replace a finished set made with other settings.")
 

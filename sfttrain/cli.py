@@ -36,15 +36,13 @@ InitFromConfig = Annotated[Path | None, typer.Option(help="config.json of a mode
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Lora = Annotated[str | None, typer.Option(help="Low-rank adapters, as r=16,alpha=32,target=all-linear.")]
-Adapter = Annotated[Path | None, typer.Option(help="Folder of adapters to go on training.")]
-Neftune = Annotated[float | None, typer.Option(help="Noise on the embeddings while training; 5 is usual.")]
+Adapter = Annotated[Path | None, typer.Option(help="Folder of adapters to continue training.")]
+Neftune = Annotated[float | None, typer.Option(help="Noise on the embeddings during training; 5 is typical.")]
 Liger = Annotated[bool, typer.Option("--liger", help="Liger's kernels (GPU).")]
 ReportTo = Annotated[
-    str | None, typer.Option(help="Trackers by name, joined by commas: tensorboard,wandb,mlflow,trackio.")
+    str | None, typer.Option(help="Trackers, comma-separated: tensorboard,wandb,mlflow,trackio.")
 ]
-PushToHub = Annotated[
-    str | None, typer.Option(help="Hub repository that gets the finished model, as user/model.")
-]
+PushToHub = Annotated[str | None, typer.Option(help="Hub repository for the finished model, as user/model.")]
 Quantize = Annotated[
     str | None, typer.Option(help="nf4, int8 or torchao-int8, for the frozen base under --lora.")
 ]
@@ -52,10 +50,8 @@ Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, 
 Attention = Annotated[
     str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model's repository brings along.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
 
 _OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
@@ -91,7 +87,7 @@ def _settings(
 
 
 def _with_settings(command: Callable[[TrainConfig], None]) -> Callable[..., None]:
-    """Give a command the flags of `_settings`; it receives what they come to."""
+    """Give a command the flags of `_settings`; it receives the resulting settings."""
 
     @functools.wraps(command)
     def run(**flags: Any) -> None:
@@ -106,7 +102,10 @@ def _with_settings(command: Callable[[TrainConfig], None]) -> Callable[..., None
 @app.command()
 @_with_settings
 def run(settings: TrainConfig) -> None:
-    """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`. The same command resumes a broken run."""
+    """Train a model: `sfttrain run shards/ --model Qwen/Qwen2.5-0.5B -o out/`.
+
+    The same command resumes an interrupted run.
+    """
     from sfttrain.run import train
 
     train(settings)
@@ -130,11 +129,12 @@ def config(settings: TrainConfig) -> None:
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, finished or not.")],
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Where to; default: report.html in it.")
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Output file; default: report.html in the folder."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write what a run logged as one page: loss, gradients, learning rate, speed, evaluation, settings."""
+    """Write the log of a run as an HTML page: loss, gradients, learning rate, speed, evaluation, settings."""
     from sfttrain.report import write_report
 
     print(write_report(folder, html))
@@ -145,11 +145,11 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of adapters.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The base; default: the one that the adapters name.")
+        str | None, typer.Option("--model", "-m", help="Base model; default: the one the adapters name.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write base and adapters as one model, and compare its logits with theirs."""
+    """Merge adapters into their base, and compare logits before and after."""
     from sfttrain.merge import merge as run_merge
 
     run_merge(adapter, output, model, lambda text: print(text, file=sys.stderr))
@@ -159,13 +159,11 @@ def merge(
 def export(
     model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantized model.")],
-    calibration: Annotated[Path, typer.Option("--set", help="Set whose rows calibrate.")],
-    gptq: Annotated[
-        str, typer.Option(help="Bits, and how many weights share a scale: bits=4,group_size=128.")
-    ] = "bits=4",
+    calibration: Annotated[Path, typer.Option("--set", help="Set whose rows are used for calibration.")],
+    gptq: Annotated[str, typer.Option(help="Bits, and weights per scale: bits=4,group_size=128.")] = "bits=4",
     debug: Debug = False,
 ) -> None:
-    """Quantize a finished model by GPTQ (needs GPTQModel and a GPU)."""
+    """Quantize a finished model with GPTQ (needs GPTQModel and a GPU)."""
     from sfttrain.merge import quantize
 
     try:

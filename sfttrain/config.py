@@ -52,18 +52,18 @@ class LoraSettings(BaseModel):
     alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     target: str = Field(
-        "all-linear", description="all-linear, or names of modules joined by +, as q_proj+v_proj."
+        "all-linear", description="all-linear, or module names joined by +, as q_proj+v_proj."
     )
     parameters: str = Field(
         "",
-        description="Parameters that are no module's weight, as of experts, joined by +: experts.gate_up_proj.",
+        description="Parameters that are not a module's weight, such as experts', joined by +: experts.gate_up_proj.",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
     rslora: bool = Field(
         False, description="Multiply by alpha / sqrt(r) instead, which keeps high ranks stable."
     )
-    dora: bool = Field(False, description="Train magnitude and direction of the weights apart.")
-    modules_to_save: str = Field("", description="Modules trained in full beside the adapters, joined by +.")
+    dora: bool = Field(False, description="Train magnitude and direction of the weights separately.")
+    modules_to_save: str = Field("", description="Modules trained in full besides the adapters, joined by +.")
 
 
 class TrainConfig(BaseModel):
@@ -82,20 +82,20 @@ class TrainConfig(BaseModel):
     revision: str | None = Field(None, description="Revision of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that has it.",
+        description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that supports it.",
     )
     model_init_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="More arguments for from_pretrained."
+        default_factory=dict, description="Further arguments for from_pretrained."
     )
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
-    adapter: Path | None = Field(None, description="Folder of adapters to go on training.")
+    adapter: Path | None = Field(None, description="Folder of adapters to continue training.")
     resize_to_multiple_of: int = Field(
         1, gt=0, description="Round embeddings up to this when they grow for added tokens."
     )
     quantize: Literal["nf4", "int8", "torchao-int8"] | None = Field(
         None, description="Quantize the frozen base; needs lora, and bitsandbytes or torchao."
     )
-    trust_remote_code: bool = Field(False, description="Run code that the model's repository brings along.")
+    trust_remote_code: bool = Field(False, description="Run code from the model's repository.")
 
     # ---- how
     attention: str = Field(
@@ -105,19 +105,17 @@ class TrainConfig(BaseModel):
         "auto", description="auto: chunked, where proven equal."
     )
     objective: Literal["nll", "dft"] = Field(
-        "nll", description="dft weighs each token's loss by its own probability."
+        "nll", description="dft weights each token's loss by its own probability."
     )
     packing: Literal["auto", "require", "unpack"] = Field(
         "auto",
-        description="When packing would leak: auto unpacks and says so, require refuses, unpack always unpacks.",
+        description="If packing would leak: auto unpacks and logs it, require refuses. unpack always unpacks.",
     )
 
     # ---- where
     output: Path = Field(description="Folder of the run: checkpoints, then the model.")
-    overwrite: bool = Field(False, description="Start anew in a folder that holds a run.")
-    push_to_hub: str | None = Field(
-        None, description="Hub repository that gets the finished model, as name/model."
-    )
+    overwrite: bool = Field(False, description="Start over in a folder that holds a run.")
+    push_to_hub: str | None = Field(None, description="Hub repository for the finished model, as user/model.")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Fields of transformers' TrainingArguments."
     )
@@ -143,7 +141,7 @@ class TrainConfig(BaseModel):
     def _packing_of_the_set(cls, value: Any) -> Any:
         if value in (True, False, "bfd", "wrapped", "none", "bfd_split"):
             raise ValueError(
-                "documents are packed by `sftdata prepare --packing`; here it says what to do where packing leaks"
+                "documents are packed by `sftdata prepare --packing`; here it is what to do where packing leaks"
             )
         return value
 

@@ -21,14 +21,14 @@ NEED_NOTHING = (explain, env)
 
 
 def build_app() -> typer.Typer:
-    """Put the commands together."""
+    """Assemble the commands."""
     about = "Turn SFT data into verified constant-length shards.\n\nExample: sftdata preview chats.jsonl -t TOKENIZER"
     app = typer.Typer(name="sftdata", help=with_example(about), add_completion=True, **LOOK, **SETTINGS)
     app.callback()(options_of_all)
     for command in COMMANDS:
         _add(app, command, no_args_is_help=command not in NEED_NOTHING)
     config = typer.Typer(
-        name="config", help="Look at settings: their schema, or what a file comes to.", **LOOK, **SETTINGS
+        name="config", help="Show the schema of settings, or check a settings file.", **LOOK, **SETTINGS
     )
     _add(config, schema, no_args_is_help=False)
     _add(config, check)

@@ -18,10 +18,10 @@ from sftdata.settings import Layer, load_settings, read_settings_file
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")]
-Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c reaches inside."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c sets a nested one."),
 ]
 
 
@@ -61,14 +61,14 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-# What a command that needs no tokenizer, or writes nothing, has in their place.
+# Placeholders for commands that need no tokenizer or write nothing.
 _UNUSED: dict[str, Any] = {"tokenizer": "(none)", "output": Path("(none)")}
 
 _INPUTS = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="Files, folders, globs, URLs, Hub dataset ids, or one YAML file with everything.",
+        help="Files, folders, globs, URLs, Hub dataset ids, or one YAML settings file.",
     ),
 ]
 _FILES = {
@@ -113,7 +113,7 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _flag_type(annotation: Any) -> tuple[Any, str | None]:
-    """Return the type a flag is parsed to, and what stands for its value in the help."""
+    """Return the type a flag is parsed to, and the placeholder for its value in the help."""
     if get_origin(annotation) is Literal:
         return annotation, None
     if get_origin(annotation) is dict:

@@ -1,4 +1,4 @@
-"""Commands on rows: settings for them, what they are, what would be trained, and the set they make."""
+"""Commands on input rows: settings, format detection, preview, and the set itself."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _GROUPS = {
 @with_settings(*(name for name in SETTINGS if name not in ("output", "overwrite")))
 def init(
     config: PrepareConfig,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the set, for the file.")] = Path(
-        "shards"
-    ),
-    file: Annotated[str, typer.Option("--file", "-f", help="File to write; - prints it.")] = "sft.yaml",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the set, as written to the file.")
+    ] = Path("shards"),
+    file: Annotated[str, typer.Option("--file", "-f", help="File to write; - for stdout.")] = "sft.yaml",
 ) -> None:
-    """Write a commented settings file for an input, which `sftdata prepare` then runs.
+    """Write a commented settings file for an input, to run with `sftdata prepare`.
 
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
     """
@@ -52,9 +52,9 @@ def init(
 
 
 def _settings_yaml(config: PrepareConfig) -> str:
-    """Return every setting with its meaning: those that matter here as they are, the others as comments with their defaults.
+    """Return every setting with its description; those that do not apply here are comments with their defaults.
 
-    What planning the run decides (format, length, chat template) is said at the top; nothing else is read, nothing written.
+    What planning decides (format, length, chat template) is listed at the top. Nothing is written.
 
     Raises:
         SftError: the run cannot be planned.
@@ -117,7 +117,7 @@ def detect(
     config: PrepareConfig,
     as_json: Json = False,
 ) -> None:
-    """Say which row format an input has, and why.
+    """Detect the row format of an input, and show the evidence.
 
     Example: sftdata detect chats.jsonl
     """
@@ -140,11 +140,11 @@ def preview(
     config: PrepareConfig,
     number: Annotated[int, typer.Option("-n", min=1, help="Examples to show.")] = 3,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Packed rows per step, for the estimate of steps.")
+        int, typer.Option("--batch-size", min=1, help="Packed rows per step, to estimate steps.")
     ] = 8,
     as_json: Json = False,
 ) -> None:
-    """Show rendered, tokenized and masked examples and what the whole would come to. Nothing is written.
+    """Show rendered, tokenized and masked examples, and estimates for the whole input. Nothing is written.
 
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
@@ -175,10 +175,10 @@ def preview(
 )  # fmt: skip
 def resolve(
     config: PrepareConfig,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to look at, evenly spaced.")] = 10_000,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to sample, evenly spaced.")] = 10_000,
     as_json: Json = False,
 ) -> None:
-    """Show every token id sequence that a response template has in the texts, with an example of each.
+    """Show every token id sequence of a response template in the texts, with an example of each.
 
     Example: sftdata resolve chats.txt -t TOKENIZER --response-template "### Assistant:"
     """

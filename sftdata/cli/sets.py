@@ -1,4 +1,4 @@
-"""Commands on finished sets, and those that explain codes and the machine."""
+"""Commands on finished sets, and those that explain codes and the environment."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ VARIABLES = (
 def audit(
     folder: Folder,
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="DIR", help="Evaluation set that shares no prompts.")
+        Path | None,
+        typer.Option("--against", metavar="DIR", help="Evaluation set; report the prompts it shares."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there is a defect.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is a defect.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look for supervision that nobody meant: answers without an end, cut answers, doubled BOS, control tokens from data.
+    """Look for unintended supervision: answers without an end, cut answers, double BOS, typed control tokens.
 
     Example: sftdata audit shards --strict
     """
@@ -68,11 +69,13 @@ def inspect(
     row: Annotated[int, typer.Option("--row", help="Packed row to show; -1 is the last.")] = 0,
     example: Annotated[
         int | None,
-        typer.Option("--example", min=0, help="Show this input row instead, wherever it was packed."),
+        typer.Option("--example", min=0, help="Show this input row instead, wherever it is packed."),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show token ids.")] = False,
     as_json: Json = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML page instead.")
+    ] = None,
 ) -> None:
     """Show what is trained: trained tokens in green and underlined, with file and line of each document.
 
@@ -102,10 +105,10 @@ def stats(
     as_json: Json = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a report instead: one page, with the audit."),
+        typer.Option("--html", metavar="FILE", help="Write an HTML report instead, audit included."),
     ] = None,
 ) -> None:
-    """Show what became of every row and token: ledger, lengths, fill, and what each source gave.
+    """Show what became of every row and token: ledger, lengths, fill, and each source's contribution.
 
     Example: sftdata stats shards --html report.html
     """
@@ -137,7 +140,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a set against its manifest, and count its ledger again from the shards.
+    """Check every byte of a set against its manifest, and recount its ledger from the shards.
 
     Example: sftdata verify shards
     """
@@ -175,12 +178,12 @@ def explain(
     code: Annotated[
         str | None,
         typer.Argument(
-            metavar="CODE", help="Of a reject, an audit finding or a counter.", autocompletion=_complete
+            metavar="CODE", help="Code of a reject, an audit finding or a counter.", autocompletion=_complete
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a code means and what to do about it; without one, list them all.
+    """Explain a code and what to do about it; without one, list them all.
 
     Example: sftdata explain spans-unproven
     """
@@ -205,7 +208,7 @@ def explain(
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions, machine and the variables that change behaviour; no paths, no secrets.
+    """Print versions, machine and relevant environment variables; no paths, no secrets.
 
     Example: sftdata env --json
     """
@@ -224,7 +227,7 @@ def env(as_json: Json = False) -> None:
 
 
 def _environment() -> dict[str, Any]:
-    """Return plain JSON data to put into a report of a fault; it holds no paths, user names or secrets."""
+    """Return plain JSON data to attach to a bug report; it holds no paths, user names or secrets."""
     from sftdata.engine.local import usable_cores
     from sftdata.version import __version__
 
@@ -242,7 +245,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _dependencies() -> set[str]:
-    """Return the packages that ours asks for, extras included; what is needed to work on it aside."""
+    """Return the packages we depend on, extras included, but not those for development."""
     lines = [line for line in requires("sftdata") or [] if "extra == 'dev'" not in line.replace('"', "'")]
     return {found[0] for line in lines if (found := re.match(r"[\w.-]+", line))} - {"sftdata"}
 

@@ -61,7 +61,7 @@ class Talk:
         for line in summary_lines(manifest, folder):
             self.say(line)
         if not self._built:
-            self.say(f"  audit   `sftdata audit {folder}` looks for supervision that nobody meant")
+            self.say(f"  audit   `sftdata audit {folder}` looks for unintended supervision")
             return
         from sftdata.show.audit import glance
         from sftdata.show.summary import print_findings
@@ -108,6 +108,6 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
         )
     if sum(ledger.rows_rejected.values()):
         code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
-        mend = f"{folder / 'rejects.jsonl'}: mend the rows there and prepare that file too; sftdata explain {code}"
-        lines.append(f"  rejects {mend}")
+        fix = f"{folder / 'rejects.jsonl'}: fix the rows there and prepare that file too; sftdata explain {code}"
+        lines.append(f"  rejects {fix}")
     return lines

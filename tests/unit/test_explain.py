@@ -66,15 +66,15 @@ def test_every_fault_of_the_source_has_its_paragraph() -> None:
 
 
 def test_every_finding_of_the_audit_has_its_paragraph() -> None:
-    assert section("Findings of the audit") | {"nothing-trained"} == set(KINDS)
+    assert section("Audit findings") | {"nothing-trained"} == set(KINDS)
 
 
 def test_every_reason_to_leave_a_row_out_has_its_paragraph() -> None:
-    assert section("Rows that are left out") == {*REASONS, "formatter"}
+    assert section("Dropped and filtered rows") == {*REASONS, "formatter"}
 
 
 def test_every_counter_has_its_paragraph() -> None:
-    assert section("What is counted") == counters()
+    assert section("Counters") == counters()
 
 
 @pytest.mark.parametrize("code", read_codes())
