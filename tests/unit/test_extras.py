@@ -17,8 +17,9 @@ from sftdata.extras import need
 
 ROOT = Path(sftdata.__file__).parents[1]
 # Packages by the names of their modules, where the two differ; huggingface_hub comes with transformers.
-MODULES = {"pyyaml": "yaml"}
+MODULES = {"pyyaml": "yaml", "backports.zstd": "backports"}
 WITH_OTHERS = {"huggingface_hub", "click", "jinja2"}
+STANDARD = sys.stdlib_module_names | {"compression"}  # from 3.14
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -41,10 +42,8 @@ def imported(path: Path) -> Iterator[str]:
 
 def test_what_is_not_always_installed_is_imported_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    core = {name.split(">")[0].split("=")[0] for name in project["dependencies"]}
-    core = (
-        {MODULES.get(name, name) for name in core} | WITH_OTHERS | {"sftdata"} | set(sys.stdlib_module_names)
-    )
+    core = {name.split(";")[0].split(">")[0].split("=")[0].strip() for name in project["dependencies"]}
+    core = {MODULES.get(name, name) for name in core} | WITH_OTHERS | {"sftdata"} | STANDARD
     strangers = {
         (str(path.relative_to(ROOT)), name)
         for path in (ROOT / "sftdata").rglob("*.py")
