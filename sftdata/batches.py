@@ -34,9 +34,12 @@ class RowBatch:
 
     Attributes:
         rows: one JSON object each (`str` for a line of plain text).
-        example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and line.
-        lines: int64[N], 1-based line where the row starts; its number in the source where that is not read by lines.
-        byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte position.
+        example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and
+            line.
+        lines: int64[N], 1-based line where the row starts; its number in the source where that is not read by
+            lines.
+        byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte
+            position.
         file: name of the source.
         numbered_from: number in the source, from 1, of a row whose example id were 0.
         by_line: whether the source is read by lines.
@@ -70,9 +73,11 @@ class Conversation(msgspec.Struct, frozen=True):
     """Messages as `apply_chat_template` takes them, with what the row says about training them.
 
     Attributes:
-        messages: dicts of plain JSON data: `role` (system, user, assistant, tool; others pass through to the template),
-            `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls` (arguments an object or its text).
-        trained: one per message: its own switch, True / False, None where `train_on` decides, or its weight, a float above 0.
+        messages: dicts of plain JSON data: `role` (system, user, assistant, tool; others pass through to the
+            template), `content` (str, or absent beside `tool_calls`), `reasoning_content`, `tool_calls`
+            (arguments an object or its text).
+        trained: one per message: its own switch, True / False, None where `train_on` decides, or its weight,
+            a float above 0.
         tools: JSON schemas of the tools, or None.
         template_kwargs: this row's own template arguments.
         prompt_messages: how many leading messages are prompt only (conversational prompt/completion rows).
@@ -115,7 +120,7 @@ Row = Conversation | Completion | Text | Tokens
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ragged:
-    """Lists of half-open ranges, one list per example: `values[offsets[i]:offsets[i + 1]]` belongs to example i.
+    """Lists of half-open ranges: `values[offsets[i]:offsets[i + 1]]` belongs to example i.
 
     Attributes:
         values: int64[K, 2], (start, stop) pairs, ascending and disjoint inside one example.
@@ -148,10 +153,13 @@ class TextBatch:
     Attributes:
         texts: str[N].
         trained: byte ranges (utf-8) of each text that the model must generate.
-        literal: byte ranges whose text is data although it spells a control token: encode without matching it.
+        literal: byte ranges whose text is data although it spells a control token: encode without matching
+            it.
         row: int64[N], index into the RowBatch.
-        reference_ends: True when BOS/EOS are the tokenizer's to add (raw text); False when the template wrote them.
-        closed: bool[N], whether a trained end token (EOS) belongs after the text; only read with `reference_ends`.
+        reference_ends: True when BOS/EOS are the tokenizer's to add (raw text); False when the template wrote
+            them.
+        closed: bool[N], whether a trained end token (EOS) belongs after the text; only read with
+            `reference_ends`.
         loss_weights: float32[K], one for each range of `trained`; None where all are 1.
     """
 

@@ -41,10 +41,11 @@ def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tall
     Args:
         batch: examples.
         max_length: tokens; None for no limit.
-        policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the same row,
-            or "error".
-        tally: takes what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`. Counts `rows_cut`, that stay
-            without some of their tokens, and `rows_without_ending`, that stay without their last trained token.
+        policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the
+            same row, or "error".
+        tally: takes what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`. Counts `rows_cut`,
+            that stay without some of their tokens, and `rows_without_ending`, that stay without their last
+            trained token.
 
     Raises:
         OverlongError: with "error", for the first over-long example.

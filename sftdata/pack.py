@@ -1,8 +1,9 @@
 """Pack examples into rows of constant length: lengths -> plan -> columns.
 
-Best-fit decreasing is run over *distinct* lengths: examples of one length are interchangeable, and so are rows with the same
-space left, so both are handled as ranges. The plan is the one that best-fit decreasing finds example by example; only its
-cost differs, since it follows the number of distinct lengths and not the number of examples.
+Best-fit decreasing is run over *distinct* lengths: examples of one length are interchangeable, and so are
+rows with the same space left, so both are handled as ranges. The plan is the one that best-fit decreasing
+finds example by example; only its cost differs, since it follows the number of distinct lengths and not the
+number of examples.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _GOLDEN = np.uint64(
 def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> PackPlan:
     """Decide which example goes into which packed row, and where.
 
-    An example without tokens makes no document. With `bfd` an example is never split; inside a row, documents stand in input
-    order, and rows are spread so that any stretch of them holds long and short examples alike, from all over the input. `wrapped`
-    cuts the stream of all examples every `max_length` tokens; `none` gives each example its own row.
+    An example without tokens makes no document. With `bfd` an example is never split; inside a row, documents
+    stand in input order, and rows are spread so that any stretch of them holds long and short examples alike,
+    from all over the input. `wrapped` cuts the stream of all examples every `max_length` tokens; `none` gives
+    each example its own row.
 
     Args:
         lengths: int64[N], tokens per example.
@@ -40,10 +42,11 @@ def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> P
         strategy: how to pack.
 
     Raises:
-        ValueError: an example is longer than `max_length` with `bfd` or `none`; the over-long policy comes before packing.
+        ValueError: an example is longer than `max_length` with `bfd` or `none`; the over-long policy comes
+            before packing.
 
-    Source: best-fit decreasing for training data, https://arxiv.org/abs/2404.10830; over a histogram of lengths,
-    https://arxiv.org/abs/2107.02027.
+    Source: best-fit decreasing for training data, https://arxiv.org/abs/2404.10830; over a histogram of
+    lengths, https://arxiv.org/abs/2107.02027.
 
     >>> plan = plan_packs(np.array([3, 6, 2, 5]), max_length=8)
     >>> [plan.example[a:b].tolist() for a, b in zip(plan.offsets, plan.offsets[1:])]
@@ -77,7 +80,8 @@ def gather(
         tokens: the examples that the plan speaks of.
         example_ids: int64[N], global row number of each example.
         plan: from `plan_packs`.
-        row_length: tokens of every row, padding included; None (with `none`) where rows keep their own length.
+        row_length: tokens of every row, padding included; None (with `none`) where rows keep their own
+            length.
         pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
         weighted: lay out what each trained token weighs, too.
     """
@@ -138,7 +142,8 @@ def _best_fit(
     """Run best-fit decreasing over (length, count) pairs, longest first.
 
     Returns:
-        placements, in the order in which examples are taken: (first row, rows, times), one example being dealt to each of
+        placements, in the order in which examples are taken: (first row, rows, times), one example being
+            dealt to each of
         these consecutive rows, so many times; and the number of rows.
     """
     placements: list[tuple[int, int, int]] = []
@@ -165,8 +170,9 @@ def _best_fit(
             else:
                 space, first, available = max_length, rows, -(-count // (max_length // length))
                 rows += available
-            # A row that fits another example of this length is the tightest fit for it, so rows are filled one by one.
-            # Which of these equal examples a row gets is free: dealing keeps neighbours in the input apart.
+            # A row that fits another example of this length is the tightest fit for it, so rows are filled
+            # one by one. Which of these equal examples a row gets is free: dealing keeps neighbours in the
+            # input apart.
             per_row = space // length
             placed = min(count, available * per_row)
             full, rest = divmod(placed, per_row)
@@ -182,7 +188,8 @@ def _best_fit(
 def _spread(count: int) -> Int64:
     """Return a permutation, int64[count]: where to put each of the rows that best fit opened, longest first.
 
-    Sorting by multiples of the golden ratio modulo one spaces neighbours evenly, so a stretch of the result samples the whole.
+    Sorting by multiples of the golden ratio modulo one spaces neighbours evenly, so a stretch of the result
+    samples the whole.
     Arithmetic, not a random generator: the same in every version of every library.
     """
     with np.errstate(over="ignore"):
@@ -193,7 +200,7 @@ def _spread(count: int) -> Int64:
 
 
 def _stable_argsort(values: Int64) -> Int64:
-    """Argsort int64[N], 0 <= values < 2**31 and N < 2**32, ties in order; many times faster than `kind="stable"`."""
+    """Argsort int64[N], 0 <= values < 2**31 and N < 2**32, ties in order, far faster than `kind="stable"`."""
     keys: Int64 = values << 32
     keys |= np.arange(len(values))
     keys.sort()
@@ -205,7 +212,7 @@ def _stable_argsort(values: Int64) -> Int64:
 
 
 def _copy_tokens(input_ids: Int32, trained: Bool, source: Int64, target: Int64) -> tuple[Int32, Int32]:
-    """Copy segments from `source` to `target` positions; segments without a source get values to be overwritten."""
+    """Copy segments from `source` to `target` positions; those without a source are to be overwritten."""
     total = int(target[-1])
     ids, labels = np.empty(total, np.int32), np.empty(total, np.int32)
     edges = np.unique(np.append(np.searchsorted(target, np.arange(0, total, _BLOCK_TOKENS)), len(source)))

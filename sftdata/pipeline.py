@@ -1,10 +1,11 @@
 """From chunks of the input to a shard. Read me first.
 
-    make_plan:      inputs -> sources -> format of each, chat template, tokenizer, shard tasks by input size     (plan.py)
+    make_plan:      inputs -> sources -> formats, tokenizer, mask, engine, shard tasks by input size (plan.py)
     prepare_shard:  chunks -> rows -> canonical rows -> texts + spans -> tokens + trained -> packs -> shard
-    prepare:        plan, map prepare_shard over the tasks on any engine, then the manifest, last              (run.py)
+    prepare:        plan, map prepare_shard over the tasks on any engine, then the manifest, last (run.py)
 
-A shard is a pure function of the plan and its task, so workers, engines, kills and resumes cannot change a byte.
+A shard is a pure function of the plan and its task, so workers, engines, kills and resumes cannot change a
+byte.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def cut_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> Toke
 
 
 def tokenize(stages: Stages, converted: Converted, tally: Tally) -> tuple[TokenBatch, list[str]]:
-    """Render and encode canonical rows; return the tokens in the order of their rows, and the rendered texts."""
+    """Render and encode canonical rows; return their tokens in order, and the rendered texts."""
     given = np.array([isinstance(row, Tokens) for row in converted.rows], np.bool_)
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
     rendered = render_rows(texts, converted.row[~given], stages.renderer, tally)

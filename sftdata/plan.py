@@ -1,4 +1,4 @@
-"""Decide everything before the first row is prepared: sources, formats, template, tokenizer, mask, length, tasks.
+"""Decide everything before the first row is prepared: formats, template, tokenizer, mask, engine, tasks.
 
 A `Job` says how rows become tokens, a `ShardTask` names the rows of one shard. Both are small and travel to
 worker processes; nothing in them depends on how many there are.
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What becomes one shard: chunks that follow each other in the input, each small enough to be one batch."""
+    """What becomes one shard: chunks that follow each other in the input, one batch each."""
 
     index: int
     chunks: tuple[Chunk, ...]
@@ -235,7 +235,7 @@ def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
 
 
 def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTask, ...]:
-    """Join chunks to tasks by size alone: about sixteen, each of at least a chunk and at most `slice_bytes`."""
+    """Join chunks to tasks by size alone: about sixteen, of at least a chunk and at most `slice_bytes`."""
     chunks = [chunk for source in sources for chunk in source.chunks]
     sizes = [_size(sources[chunk.number], chunk) for chunk in chunks]
     wanted = min(slice_bytes, max(CHUNK_BYTES, sum(sizes) // TASKS_WANTED))

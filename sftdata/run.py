@@ -1,7 +1,7 @@
-"""A run, from its settings to a finished set: plan, map `prepare_shard` over the tasks on any engine, the manifest last.
+"""A run, from its settings to a finished set: plan, map `prepare_shard` over the tasks, the manifest last.
 
-What happens to the rows stands in pipeline.py. Here is what happens around them: an old set, an unfinished one, a choice of
-engine, the limits of loss, and the manifest.
+What happens to the rows is in pipeline.py. Here is what happens around them: an old set, an unfinished
+one, a choice of engine, the limits of loss, and the manifest.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def build_set(
 def run_tasks(
     plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: OnProgress | None
 ) -> tuple[list[ShardResult], bool]:
-    """Prepare the tasks that are not done; return all results in order, and whether the engine equals the oracle on samples."""
+    """Prepare what is not done; return all results in order, and whether the engine equals the reference."""
     todo = [task for task in plan.tasks if task.index not in done]
     coming = workers.map(prepare_shard, plan.job, todo, load_shared)
     # Loaded here and now, while the workers get ready: one oracle serves all tasks.

@@ -54,15 +54,15 @@ class Stages:
         return _encoder(self.job.tokenizer, self.job.engine)
 
     def token_notes(self) -> list[str]:
-        """Say which added tokens stay text when a message spells them, and which count; nothing without a chat template."""
+        """Say which added tokens stay text when a message spells them; nothing without a chat template."""
         finder = self.renderer.finder
         added = [token.content for token in self.job.tokenizer.added_tokens]
         return [] if finder is None else describe_tokens(finder.guarded, added)
 
     def sample(self, texts: Sequence[str]) -> tuple[tuple[str, ...], str]:
-        """Return windows of some of these texts, and a digest of the ids that the engine gives them; none for the oracle itself.
+        """Return windows of some of these texts, and a digest of a fast engine's ids for them.
 
-        Whoever waits for the task holds them against the oracle, which then need not be loaded here.
+        The parent process compares them with the reference tokenizer, which then need not be loaded here.
         """
         if not texts or self.encoder.engine == "tokenizers":
             return (), ""
@@ -98,7 +98,7 @@ def load_shared(job: Job) -> None:
 
 
 def load_engine(chosen: tuple[ResolvedTokenizer, Literal["auto", "gigatoken", "tokenizers"]]) -> None:
-    """Load the engine that a run with this tokenizer and setting will most likely choose, for `load_shared` to find."""
+    """Load the engine that a plan with this tokenizer and setting will most likely choose, ahead of it."""
     tokenizer, requested = chosen
     _encoder(tokenizer, choose_engine(tokenizer, requested)[0])
 

@@ -1,4 +1,4 @@
-"""Constant-length rows from an endless or a finite iterable of rows, without files: bounded buffers, no lost tails.
+"""Constant-length rows from any iterable of rows, without files: bounded buffers, no lost tails.
 
 rows ── buffer ── (shuffle) ── canonical ── render ── encode ── one stream of tokens ── cut every max_length
 """

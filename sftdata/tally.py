@@ -1,4 +1,4 @@
-"""What the stages count of one batch of rows, and the rows that leave on the way: one tally from reading to the ledger."""
+"""One tally from reading to the ledger: what the stages count of a batch, and the rows that leave."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FILTERED = "formatter"
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that cannot be used: where it is, why, and the fix. Made where the row fails, and written as it is.
+    """A row that cannot be used: where it is, why, and the fix; made where it fails, written as it is.
 
     Attributes:
         file: name of the source.
         line: 1-based line where it starts; None in a file that is not read by lines.
-        record: its number in the file, from 1: of the line, the record of a CSV, the element of an array, the row of
-            a table.
+        record: its number in the file, from 1: of the line, the record of a CSV, the element of an array, the
+            row of a table.
         byte_offset: where the row starts in the decompressed source; -1 where rows have no byte position.
         code: stable kebab-case name of the fault.
         reason: what was found and expected.
@@ -78,7 +78,8 @@ class Tally:
         rows: indices into the batch of the rows behind a count.
         rejects, dropped: in the order in which the stages met them.
         tokens_cut: tokens cut from rows that stay.
-        tokens_dropped: tokens of rows (with `--overlong split`, of parts of rows) that were dropped, by reason.
+        tokens_dropped: tokens of rows (with `--overlong split`, of parts of rows) that were dropped, by
+            reason.
     """
 
     def __init__(self, batch: RowBatch | None = None, rejects: Iterable[Reject] = ()) -> None:

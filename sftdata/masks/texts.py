@@ -58,7 +58,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
         tally: takes the rows whose spans cannot be proven, and what the audit and the summary show: `turns`,
             `turns_without_stop`, `rows_parted`, `messages_swallowed`, `reasoning_swallowed`,
             `rows_without_their_tools`, `rows_with_control_tokens`, `rows_mended_with_eos`,
-            `rows_with_repeated_markers`, `messages_outside_generation`, and what rows and templates counted by name.
+            `rows_with_repeated_markers`, `messages_outside_generation`, and what rows and templates counted
+            by name.
     """
     chats, raw = _Columns(), _Columns()
     fast = _FastPath(renderer, tally)

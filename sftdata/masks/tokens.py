@@ -31,10 +31,11 @@ def encode_batch(
     Args:
         batch: texts with their trained and literal byte ranges.
         encoder: the tokenizer with one of its engines; ids do not depend on which.
-        tally: counts what encoding had to do beyond the ordinary: `boundary_splits`, places where a text was cut at
-            the edge of a span (with "merge": edges inside a token), and `boundary_rows` with such a place;
-            `literal_rows`, whose data spells a control token; `slow_rows`, placed by the reference's own offsets;
-            `bos_found`, `eos_found`, raw texts that begin or end with it themselves; `eos_added`, raw texts closed.
+        tally: counts what encoding had to do beyond the ordinary: `boundary_splits`, places where a text was
+            cut at the edge of a span (with "merge": edges inside a token), and `boundary_rows` with such a
+            place; `literal_rows`, whose data spells a control token; `slow_rows`, placed by the reference's
+            own offsets; `bos_found`, `eos_found`, raw texts that begin or end with it themselves;
+            `eos_added`, raw texts closed.
         boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before
             it equal those of the text before it; "merge" keeps the joint encoding and trains every token that
             overlaps a range, as TRL 1.x does.
@@ -65,7 +66,7 @@ def encode_batch(
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
-    """bool[T], tokens that start inside a range (with `merge`: overlap one), and float32[T], their weights."""
+    """bool[T], tokens that start inside a range (`merge`: overlap one), and float32[T], their weights."""
     row = np.repeat(np.arange(len(batch)), np.diff(batch.trained.offsets))
     filled = batch.trained.values[:, 1] > batch.trained.values[:, 0]
     row = row[filled]
@@ -96,7 +97,7 @@ def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
 
 
 def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTokenizer) -> Int64:
-    """int64[N], tokens of white space behind an EOS that ends the text, as templates write; none is trained."""
+    """int64[N], tokens of white space behind an EOS that ends the text; none is trained."""
     blank = np.zeros(len(batch), np.int64)
     for index, text in enumerate(batch.texts):
         if (
