@@ -154,16 +154,18 @@ def offered(message: str, file: str, data: Path) -> dict[str, Any]:
 INTRODUCTION = """\
 # Every real file, every tokenizer
 
-What `sftdata prepare FILE -t TOKENIZER -o DIR` makes of real data files as they lie in public repositories, with nothing set.
-`docs/make_compatibility.py` writes this page; a test holds it against the folder of data.
+What `sftdata prepare FILE -t TOKENIZER -o DIR` makes of real data files, unchanged from public repositories,
+with default settings. `docs/make_compatibility.py` writes this page; a test holds it against the folder of
+data.
 
-A cell says how many rows are kept, the share of their tokens that is trained, and how many rows are cut at `max_length`, which is
-the default, 1024 tokens. A number in brackets leads to a refusal, below, that was met on the way: the run was repeated with the
-first flag that the message offers, and the cell says what came then. `verify` passes every set. Rows that are not kept are in the
-last table.
+A cell shows how many rows are kept, the share of their tokens that is trained, and how many rows are cut at
+`max_length`, which is the default, 1024 tokens. A number in brackets refers to a refusal below: the run was
+repeated with the first flag that the message offers, and the cell shows that result. `verify` passes every
+set. Rows that are not kept are in the last table.
 
-gpt2 has no chat template: instructions go through the Alpaca prompt template there. The Hub id that messages give as example is
-taken from the data folder, and `make_compatibility:answer` gives the questions of a benchmark the answers that they lack.
+gpt2 has no chat template: instructions go through the Alpaca prompt template there. The Hub id that messages
+give as an example is taken from the data folder, and `make_compatibility:answer` adds the answers that a
+benchmark's questions lack.
 """
 
 
@@ -194,9 +196,9 @@ def write_page(data: Path, outcomes: list[Outcome]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "## Refusals, and the fix that was taken from them",
+        "## Refusals, and the fix they offer",
         "",
-        "Messages that differ in numbers and names only stand once.",
+        "Messages that differ only in numbers and names are listed once.",
         "",
         "| | message | run again with |",
         "|--:|---|---|",

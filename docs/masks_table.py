@@ -28,46 +28,48 @@ CHAT: list[dict[str, Any]] = [
 HEAD = """# Why is this token trained?
 
 A token has a label if and only if the model must generate it. One package decides it:
-[sftdata/masks](../sftdata/masks/__init__.py). `choose_mask` picks the mask once, in the plan, and nothing decides it
-later. To answer the question for one token, follow its row:
+[sftdata/masks](../sftdata/masks/__init__.py). `choose_mask` picks the mask once, in the plan.
+To answer the question for one token, follow its row:
 
-1. **Spans** (`Mask.spans`): which bytes of the row's text are trained. They are turns of the assistant, the completion,
-   all of a text, or what lies behind response markers.
-2. **Tokens** (`masks/tokens.py`): a token is trained where it begins inside a span; a text is cut where a token would
-   lie across an edge. BOS is never trained; EOS is, where a span runs to the end of a raw text. Ids that come with
-   labels keep those.
-3. **Flags** (`Mask.flags`): markers given as ids, and trl 0.7.10, look in the ids and decide anew.
-4. **Cut** (`limit_length`): a cut takes labels away with their tokens and never adds one.
-5. **First token** (`pack.py`): the first token of a document has no label, as nothing stands before it to predict
+1. **Spans** (`Mask.spans`): which bytes of the row's text are trained. They are turns of the assistant, the
+   completion, a whole text, or what follows response markers.
+2. **Tokens** (`masks/tokens.py`): a token is trained if it begins inside a span; a text is split where a
+   token would straddle an edge. BOS is never trained; EOS is, if a span runs to the end of a raw text. Ids
+   that come with labels keep them.
+3. **Flags** (`Mask.flags`): markers given as ids, and trl 0.7.10, search the ids and override the labels.
+4. **Cut** (`limit_length`): a cut removes labels with their tokens and never adds one.
+5. **First token** (`pack.py`): the first token of a document has no label, as nothing precedes it to predict
    it from. An example that trains nothing else is dropped.
 
 | settings | mask | trains |
 |---|---|---|
 | none, or `--train-on` | `Mask` | by the kind of the row; [a turn's ends](templates-and-masks.md) come from the template |
-| `--response-template TEXT` | `TextMarkers` | what lies [behind the markers](response-templates.md) |
-| `--response-template IDS` | `IdMarkers` | the same, looked for in the ids |
+| `--response-template TEXT` | `TextMarkers` | what follows [the markers](response-templates.md) |
+| `--response-template IDS` | `IdMarkers` | the same, searched in the ids |
 | `--mask-mode trl-0.7.10` | `TRL0710` | what the old collator did, quirks included |
 
 `sftdata preview` and `sftdata inspect` show the labels in colour.
 
 ## Our masks and TRL's, template by template
 
-Made by `python docs/masks_table.py` from the template pairs of trl {version}; `tests/integration/test_masks_trl.py` repeats it.
+Made by `python docs/masks_table.py` from the template pairs of trl {version};
+`tests/integration/test_masks_trl.py` repeats it.
 
-With a training template and `--boundary merge`, ids and labels are TRL's own, label for label, for all {count} pairs on every
-conversation that both accept. One kind of row differs: where a `{{% generation %}}` block ends in a character of several tokens,
-transformers trains the first of them only, and we train all.
+With a training template and `--boundary merge`, ids and labels are TRL's own, label for label, for all 31
+pairs on every conversation that both accept. One kind of row differs: if a `{{% generation %}}` block ends in a
+character of several tokens, transformers trains only the first of them, and we train all.
 
-With the plain template, which TRL cannot mask, we train what inference asks the model for: what comes after the generation
-prompt, up to and with the token that stops generation. The table shows a chat of two turns (`Red.`, then `Green.`) and what
-TRL's training template trains **besides**.
+With the plain template, which TRL cannot mask, we train what the model must generate at inference: what comes
+after the generation prompt, up to and including the token that stops generation. The table shows a chat of
+two turns (`Red.`, then `Green.`) and what TRL's training template trains **besides**.
 
-- *Before the answer*: text that the generation prompt writes at inference. Training it is harmless to the answer and wasted:
-  the model never writes it. Where the prompt opens `<think>`, the opening is fed and not generated.
-- *After the answer*: text behind the stop token. Generation has ended there; the newline is written by the template, before the
-  next header.
-- *Other text*: TRL's training template writes something that the model's own does not (empty thinking in earlier turns, an end
-  token after the last answer), so that prompts stay prefixes. We keep the text of the model's own template.
+- *Before the answer*: text that the generation prompt writes at inference. Training it is harmless but
+  wasted: the model never writes it. If the prompt opens `<think>`, that opening is given, not generated.
+- *After the answer*: text after the stop token. Generation has ended there; the template writes the newline,
+  before the next header.
+- *Other text*: TRL's training template writes something that the model's own does not (empty thinking in
+  earlier turns, an end token after the last answer), so that prompts stay prefixes. We keep the text of the
+  model's own template.
 
 | template | TRL also trains before | TRL also trains after | text |
 |---|---|---|---|

@@ -17,7 +17,7 @@ from importlib import resources
 
 
 class SftError(Exception):
-    """Say in one line what went wrong and how to mend it.
+    """Say in one line what went wrong and how to fix it.
 
     Args:
         message: where, what was found, what was expected.
