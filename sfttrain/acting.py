@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sftdata.errors import UsageError, did_you_mean
 from sfttrain.config import RENAMED, TRAINING_DEFAULTS, TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def training_fields() -> dict[str, str]:
@@ -51,7 +54,7 @@ def given_training(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
-def other_than_default(args: Any) -> dict[str, Any]:
+def other_than_default(args: TrainingArguments) -> dict[str, Any]:
     """Return the fields of TrainingArguments as it resolved them, without those that are what they would be anyway.
 
     The same comes out for settings as they were given and as a run recorded them: some are resolved from others, and what
@@ -61,7 +64,7 @@ def other_than_default(args: Any) -> dict[str, Any]:
     return {name: value for name, value in args.to_dict().items() if _set(value) != _set(defaults.get(name))}
 
 
-def _set(value: Any) -> Any:
+def _set(value: Any) -> object:
     """Return a value, None where it is one of the forms of not being set."""
     value = getattr(value, "value", value)
     return None if value is False or value in ("", "none", [], ["none"], {}) else value
@@ -79,7 +82,7 @@ def training_defaults() -> dict[str, Any]:
     }
 
 
-def _coerced(key: str, value: Any, annotation: str) -> Any:
+def _coerced(key: str, value: object, annotation: str) -> object:
     """Undo what YAML does to `1e-5`, which it takes for text, and to `no`, which it takes for false.
 
     Raises:
@@ -147,7 +150,7 @@ class Run:
     """
 
     config: TrainConfig
-    args: Any
+    args: TrainingArguments
     objects: Mapping[str, Any]
     evaluated: bool
 
@@ -194,7 +197,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Acts], ...] = (
      lambda run: run.args.logging_strategy != "no"),
     (("run_name", "project"), "report_to", lambda run: bool(run.args.report_to)),
     (("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), "report_to=trackio",
-     lambda run: "trackio" in run.args.report_to),
+     lambda run: "trackio" in (run.args.report_to or ())),
     (("eval_strategy", "eval_on_start", "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval"),
      "an evaluation set, as --eval held=FOLDER", lambda run: run.evaluated),
     (("eval_steps",), "eval_strategy=steps", lambda run: run.args.eval_strategy == "steps"),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from torch import nn
 
 from sftdata.errors import UsageError
 from sfttrain.config import LoraSettings, adapter_base
 from sfttrain.talk import Say
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
 
 
 def add_adapters(
-    model: Any, lora: LoraSettings, untrained: Sequence[int], unreached: Sequence[str], say: Say
-) -> Any:
+    model: PreTrainedModel, lora: LoraSettings, untrained: Sequence[int], unreached: Sequence[str], say: Say
+) -> PeftModel:
     """Freeze the model and add adapters to it; embeddings that the set needs are trained too.
 
     Args:
@@ -69,7 +73,7 @@ def add_adapters(
     return adapted
 
 
-def _without_adapters(model: Any) -> list[str]:
+def _without_adapters(model: PreTrainedModel) -> list[str]:
     """Return the names of linear layers that peft refuses: Mamba's kernels read their weights and never call them."""
     from peft import LoraConfig
     from peft.tuners import tuners_utils
@@ -77,9 +81,7 @@ def _without_adapters(model: Any) -> list[str]:
     check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     refused = set()
     for name in {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)
     }:
         try:
             if check is not None:
@@ -89,9 +91,9 @@ def _without_adapters(model: Any) -> list[str]:
     return sorted(refused)
 
 
-def _say_targets(adapted: Any, say: Say) -> None:
+def _say_targets(adapted: PeftModel, say: Say) -> None:
     """Say which weights got adapters, and which matrices of the layers stay as they are."""
-    base = adapted.get_base_model()
+    base: PreTrainedModel = cast(Any, adapted).get_base_model()
     ends = [
         one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None
     ]
@@ -113,7 +115,7 @@ def _say_targets(adapted: Any, say: Say) -> None:
     say(f"lora: adapters on {len(adapters)} weights: {', '.join(dict.fromkeys(adapters))}{without}")
 
 
-def _adapts(module: Any) -> bool:
+def _adapts(module: nn.Module) -> bool:
     return bool(len(getattr(module, "lora_A", ())) or len(getattr(module, "lora_embedding_A", ())))
 
 
@@ -123,7 +125,7 @@ def _weight_name(path: str, parameter: str) -> str:
     return module if parameter == "weight" else f"{module}.{parameter}"
 
 
-def continue_adapters(model: Any, folder: Path, name: str, *, chosen: bool = False) -> Any:
+def continue_adapters(model: PreTrainedModel, folder: Path, name: str, *, chosen: bool = False) -> PeftModel:
     """Load the adapters of an earlier run to train them on.
 
     Args:
@@ -148,21 +150,21 @@ def continue_adapters(model: Any, folder: Path, name: str, *, chosen: bool = Fal
         raise UsageError(f"{folder}: these adapters do not fit {name}: {reason:.200}", fix) from None
 
 
-def has_adapted_head(model: Any) -> bool:
+def has_adapted_head(model: PreTrainedModel) -> bool:
     """Say whether low-rank updates go into the head, so that its weight alone is not the whole head."""
     return hasattr(model.get_output_embeddings(), "lora_A")
 
 
-def prepare_quantized(model: Any) -> Any:
+def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Make a quantized base ready for adapters: everything frozen, norms and embeddings in float32."""
     from peft import prepare_model_for_kbit_training
 
-    prepare: Any = prepare_model_for_kbit_training
+    prepare: Callable[..., PreTrainedModel] = prepare_model_for_kbit_training
     return prepare(model, use_gradient_checkpointing=False)  # the trainer sees to that
 
 
 def _train_embeddings(
-    model: Any, embeddings: list[str], untrained: Sequence[int], saved: list[str], say: Say
+    model: PreTrainedModel, embeddings: list[str], untrained: Sequence[int], saved: list[str], say: Say
 ) -> tuple[dict[str, Any], list[str]]:
     """Return further arguments of LoraConfig, and the modules to save."""
     # Of tied tables only the input side is named: the head follows.
@@ -178,7 +180,7 @@ def _train_embeddings(
     return {}, [*saved, *tables]
 
 
-def _embedding_names(model: Any) -> list[str]:
+def _embedding_names(model: PreTrainedModel) -> list[str]:
     """Names of the input and output embeddings, without the path to them."""
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = [
@@ -189,7 +191,7 @@ def _embedding_names(model: Any) -> list[str]:
     return [path.rpartition(".")[2] for path in paths]
 
 
-def _tied(model: Any) -> bool:
+def _tied(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 

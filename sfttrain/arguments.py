@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,11 @@ from sfttrain.config import TrainConfig
 from sfttrain.model import computes_in_bf16
 from sfttrain.preflight import reads
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-def training_arguments(config: TrainConfig) -> Any:
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Return transformers' TrainingArguments for a configuration.
 
     Raises:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from transformers.masking_utils import sdpa_mask
 from sftdata.errors import UsageError
 from sfttrain.shrink import text_config
 from sfttrain.varlen import stand_in_forward, varlen_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 VARLEN = "varlen"
 STAND_IN = "documents"  # takes what the kernels of flattened rows take, in any dtype, on any device
@@ -90,7 +93,7 @@ def registered_name(attention: str) -> str:
 
 
 def choose_attention(
-    requested: str, config: Any, device: str, dtype: torch.dtype, own: str | None = None
+    requested: str, config: PreTrainedConfig, device: str, dtype: torch.dtype, own: str | None = None
 ) -> Choice:
     """Choose an implementation.
 
@@ -134,12 +137,12 @@ def _table(reasons: dict[str, str], chosen: str) -> str:
     return "\n".join(f"  {name:{width}}  {verdict}" for name, verdict in verdicts.items())
 
 
-def takes_no_mask(attention: str, config: Any, device: str, dtype: torch.dtype) -> bool:
+def takes_no_mask(attention: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> bool:
     """Say whether a forced kernel cannot keep the documents of a packed row apart."""
     return attention in FORCED and bool(_kernel_reason(attention, config, device, dtype, masked=True))
 
 
-def _unsupported_reason(name: str, config: Any, device: str, dtype: torch.dtype) -> str:
+def _unsupported_reason(name: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> str:
     """Return why an implementation is unsupported here, or an empty string."""
     if name == "eager":
         return ""
@@ -180,7 +183,7 @@ def _installed(distribution: str, module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _varlen_reason(config: Any) -> str:
+def _varlen_reason(config: PreTrainedConfig) -> str:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this PyTorch has no torch.nn.attention.varlen"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -189,7 +192,7 @@ def _varlen_reason(config: Any) -> str:
     return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
 
 
-def _kernel_reason(name: str, config: Any, device: str, dtype: torch.dtype, masked: bool) -> str:
+def _kernel_reason(name: str, config: PreTrainedConfig, device: str, dtype: torch.dtype, masked: bool) -> str:
     """Try a kernel on eight tokens, shaped like this model's."""
     text = text_config(config)
     heads, width = text.num_attention_heads, _head_width(text)
@@ -220,12 +223,13 @@ def _forced_forward(
         return forward(module, query, key, value, *inputs, **options)
 
 
-def _head_width(config: Any) -> int:
+def _head_width(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _model_class(config: Any) -> Any:
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the model class of a config, None where only its own code knows."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    known: type[PreTrainedModel] | None = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
+    return known

@@ -19,6 +19,7 @@ from sftdata.shardset.atomic import digest_file, sync_folder, write_atomic
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
+Identity = dict[str, Any]  # what makes a run the same run, as plain JSON data
 
 
 class SealedFile(msgspec.Struct, frozen=True):
@@ -39,11 +40,11 @@ class Seal(msgspec.Struct, frozen=True):
     """
 
     step: int
-    run: dict[str, Any]
+    run: Identity
     files: list[SealedFile]
 
 
-def seal(folder: Path, step: int, run: dict[str, Any]) -> None:
+def seal(folder: Path, step: int, run: Identity) -> None:
     """Bring every file of a checkpoint to the disk, then write the seal."""
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL):

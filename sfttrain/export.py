@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import yaml
@@ -15,11 +15,17 @@ import yaml
 from sftdata.errors import UsageError
 from sftdata.shardset.atomic import sync_folder, write_atomic
 from sftdata.shardset.opened import ShardSet
+from sfttrain.checkpoint import Identity
 from sfttrain.config import TrainConfig
 from sfttrain.output import RUN_NAME, SETTINGS_NAME
 from sfttrain.report import write_report
 from sfttrain.resume import read_run
 from sfttrain.talk import Say, say
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from sfttrain.trainer import SftTrainer
 
 _PARTIAL = "model.partial"
 _UPLOADED = (
@@ -45,9 +51,9 @@ def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path |
     return folders[0] if folders else None
 
 
-def export(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any], run: dict[str, Any]) -> None:
+def export(trainer: SftTrainer, sets: Sequence[ShardSet], settings: dict[str, Any], run: Identity) -> None:
     """Write the trained model and everything beside it into the run's folder; every rank calls this."""
-    output = Path(trainer.args.output_dir)
+    output = Path(str(trainer.args.output_dir))
     partial = output / _PARTIAL
     trainer.save_model(str(partial))
     if not trainer.args.should_save:
@@ -69,7 +75,7 @@ def export(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any], run
     sync_folder(output)
 
 
-def conclude(config: TrainConfig, args: Any) -> None:
+def conclude(config: TrainConfig, args: TrainingArguments) -> None:
     """Write the report, and push to the Hub where asked."""
     if args.should_save:
         say(f"report: {write_report(config.output)}")
@@ -78,7 +84,7 @@ def conclude(config: TrainConfig, args: Any) -> None:
         _push(config)
 
 
-def conclude_again(config: TrainConfig, args: Any, done: dict[str, Any]) -> None:
+def conclude_again(config: TrainConfig, args: TrainingArguments, done: Identity) -> None:
     """Log that a run is finished already, and change nothing; a push that is still due is done."""
     say(
         f"{config.output}: is up to date: finished after {done['steps']:,} steps with the same data and the same settings"
@@ -93,12 +99,12 @@ def _push(config: TrainConfig) -> None:
     _write_run(config.output, {**read_run(config.output), "pushed": repository})
 
 
-def _write_run(output: Path, content: dict[str, Any]) -> None:
+def _write_run(output: Path, content: Identity) -> None:
     text = msgspec.json.format(msgspec.json.encode(content), indent=2)
     write_atomic(output / RUN_NAME, lambda sink: sink.write(text))
 
 
-def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> str:
+def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: dict[str, Any]) -> str:
     """Write the model's card: names, never paths of this machine."""
     base = settings.get("model")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -111,7 +117,7 @@ def _card(trainer: Any, sets: Sequence[ShardSet], settings: dict[str, Any]) -> s
         yaml.safe_dump(front).strip(),
         "---",
         "",
-        f"# {Path(trainer.args.output_dir).resolve().name}",
+        f"# {Path(str(trainer.args.output_dir)).resolve().name}",
         "",
     ]
     kind = "Low-rank adapters for" if adapted else "Fine-tuned from"

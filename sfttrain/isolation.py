@@ -10,7 +10,7 @@ the float32 logits as plain attention is in that dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from sfttrain.loss import fuse_loss
 from sfttrain.rotary import keep_rotary_apart
 from sfttrain.shrink import VOCABULARY, depends_on_row_length, text_config
 from sfttrain.tiny import fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Rows = list[list[Tensor]]
 # Documents of two rows, around `shrink.LIMIT`; the second row ends in padding.
@@ -100,7 +103,7 @@ class Proof:
 
 
 def prove(
-    config: Any, attention: str, where: Surroundings, trusted: bool = False, packed: bool = True
+    config: PreTrainedConfig, attention: str, where: Surroundings, trusted: bool = False, packed: bool = True
 ) -> Proof:
     """Build the architecture at tiny size and try it.
 
@@ -126,7 +129,7 @@ def prove(
 class _Trial:
     """The tiny model, documents for it, and the logits that it gives each of them alone."""
 
-    def __init__(self, config: Any, where: Surroundings, trusted: bool) -> None:
+    def __init__(self, config: PreTrainedConfig, where: Surroundings, trusted: bool) -> None:
         self._device, self._compute, self._trusted = where.device, where.compute, trusted
         self._apart = depends_on_row_length(config, where.reach)
         self._config = smallest_that_runs(config, trusted, where.reach)
@@ -154,14 +157,14 @@ class _Trial:
             return proof
         return replace(proof, unreached=unreached(model, self._batch(collate, self._singles()[:1])))
 
-    def _padded(self, model: Any) -> float:
+    def _padded(self, model: PreTrainedModel) -> float:
         """Give each document a row: all rows in a batch, or a batch for each where training has no others."""
         collate, alone = Collator(False, False, self._apart), self._singles()
         if len(self._rows) > 1:
             return self._difference(model, collate, alone)
         return max(self._difference(model, collate, [row], first) for first, row in enumerate(alone))
 
-    def _packed(self, proof: Proof, model: Any, flatten: bool, rows: Rows) -> Proof:
+    def _packed(self, proof: Proof, model: PreTrainedModel, flatten: bool, rows: Rows) -> Proof:
         """Try with boundaries in the batch, then without: some models take none, some need their packages for them."""
         changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]
         best, failure = None, None
@@ -210,7 +213,7 @@ class _Trial:
         model.zero_grad(set_to_none=True)
         return max(self._errors(logits, self._alone), moved) / max(usual + noise, 1e-9)
 
-    def _losses(self, proof: Proof, model: Any, collate: Collator, rows: Rows) -> Proof:
+    def _losses(self, proof: Proof, model: PreTrainedModel, collate: Collator, rows: Rows) -> Proof:
         """Compare the model's own loss with plain cross entropy, and with ours."""
         batch = self._batch(collate, rows)
         outputs = model(**batch)
@@ -226,9 +229,10 @@ class _Trial:
             model.training = False
         return replace(proof, terms=terms, loss_difference=abs(own - chunked) / max(abs(own), 1e-6))
 
-    def _model(self, attention: str) -> Any:
+    def _model(self, attention: str) -> PreTrainedModel:
         """Make the same weights again, with another attention."""
-        model = tiny_model(self._config, registered_name(attention), self._trusted).to(self._device)
+        model = tiny_model(self._config, registered_name(attention), self._trusted)
+        cast(nn.Module, model).to(self._device)
         if self._apart:
             keep_rotary_apart(model)
         return model
@@ -243,7 +247,7 @@ class _Trial:
     def _singles(self) -> Rows:
         return [[document] for row in self._rows for document in row]
 
-    def _each_alone(self, model: Any) -> list[Tensor]:
+    def _each_alone(self, model: PreTrainedModel) -> list[Tensor]:
         """Return the logits of each document alone, from ids only, as inference computes them."""
         return [model(input_ids=row[0][None].to(self._device)).logits[0].float() for row in self._singles()]
 
@@ -254,7 +258,7 @@ class _Trial:
             for name, value in batch.items()
         }
 
-    def _logits(self, model: Any, collate: Collator, rows: Rows) -> list[Tensor]:
+    def _logits(self, model: PreTrainedModel, collate: Collator, rows: Rows) -> list[Tensor]:
         """float32[L, V] of every document."""
         batch = self._batch(collate, rows)
         batch.pop("labels")
@@ -264,7 +268,7 @@ class _Trial:
             return list(logits[0].split([length for row in lengths for length in row]))
         return [part for one, row in zip(logits, lengths, strict=True) for part in one[: sum(row)].split(row)]
 
-    def _difference(self, model: Any, collate: Collator, rows: Rows, first: int = 0) -> float:
+    def _difference(self, model: PreTrainedModel, collate: Collator, rows: Rows, first: int = 0) -> float:
         pairs = zip(self._logits(model, collate, rows), self._alone[first:], strict=False)
         return float(max((actual - expected).abs().max() for actual, expected in pairs)) / self._spread
 

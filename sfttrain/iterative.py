@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
-from sftdata.batches import IGNORE_INDEX, Int32
+from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.errors import UsageError
 from sftdata.texts import TextEncoder
 
@@ -36,7 +37,8 @@ class IterativeTrainer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None,
+        self, model: Any, tokenizer: str | None = None, *,
+        optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None,
         max_length: int | None = None, truncation_mode: Literal["keep_end", "keep_start"] = "keep_end",
         batch_size: int | None = None,
     ) -> None:  # fmt: skip
@@ -72,17 +74,20 @@ class IterativeTrainer:
         """
         if (input_ids is None) == (texts is None):
             raise UsageError("step() takes either input_ids or texts.")
-        if texts is not None:
-            examples = self._encode(list(texts), None if texts_labels is None else list(texts_labels))
-        else:
+        if input_ids is not None:
             examples = self._given(input_ids, attention_mask, labels)
+        else:
+            answers = None if texts_labels is None else list(texts_labels)
+            examples = self._encode(list(texts or ()), answers)
         return self._optimize([self._cut(ids, own) for ids, own in examples])
 
     @property
     def _answers_apart(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
 
-    def _given(self, input_ids: Any, attention_mask: Any, labels: Any) -> list[tuple[Int32, Int32]]:
+    def _given(
+        self, input_ids: Ids, attention_mask: Ids | None, labels: Ids | None
+    ) -> list[tuple[Int32, Int32]]:
         if labels is None and self._answers_apart:
             raise UsageError(
                 "A sequence-to-sequence model has nothing to answer without labels.", "give labels."
@@ -172,12 +177,12 @@ class IterativeTrainer:
         return {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
 
 
-def _array(row: Any) -> Int32:
+def _array(row: Tensor | Sequence[int]) -> Int32:
     ids: Int32 = np.asarray(row.cpu() if isinstance(row, Tensor) else row, np.int32)
     return ids
 
 
-def _padded(rows: list[Int32], value: int) -> Any:
+def _padded(rows: list[Int32], value: int) -> Int64:
     width = max(len(row) for row in rows)
     return np.stack([np.pad(row, (0, width - len(row)), constant_values=value) for row in rows]).astype(
         np.int64

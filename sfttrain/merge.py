@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,11 @@ from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
 from sfttrain.refusals import require_package
 from sfttrain.talk import Say
-from sfttrain.vocabulary import embedding_rows, grow_embeddings
+from sfttrain.vocabulary import embedding_rows, embedding_table, grow_embeddings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _PROBE_TOKENS = 64
 _BESIDE = (
@@ -90,7 +94,7 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     return difference
 
 
-def _load(name: str) -> tuple[Any, torch.dtype]:
+def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     """Return a model in float32, and the dtype it is stored in."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +112,7 @@ def _load(name: str) -> tuple[Any, torch.dtype]:
         raise UsageError(f"{name}: the base cannot be loaded: {reason}", "name it with --model.") from None
 
 
-def _saved_rows(folder: Path, base: Any) -> int:
+def _saved_rows(folder: Path, base: PreTrainedModel) -> int:
     """Embedding rows of the model that the adapters were trained on; 0 when they do not say."""
     from safetensors import safe_open
 
@@ -116,7 +120,7 @@ def _saved_rows(folder: Path, base: Any) -> int:
     name = next(name for name, module in base.named_modules() if module is embeddings).rpartition(".")[2]
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if f".{name}." in key}  # noqa: SIM118 -- no dict
-    width = embeddings.weight.shape[1]
+    width = embedding_table(base).shape[1]
     tables = [
         shape[0]
         for key, shape in shapes.items()
@@ -125,14 +129,14 @@ def _saved_rows(folder: Path, base: Any) -> int:
     return max((rows for rows in tables if rows >= embedding_rows(base)), default=0)
 
 
-def _probe(model: Any, rows: int) -> Tensor:
+def _probe(model: PreTrainedModel | PeftModel, rows: int) -> Tensor:
     """Ids to compare on: spread over the vocabulary, with the last ones, which a set may have added."""
     spread = torch.linspace(0, rows - 1, _PROBE_TOKENS).long()
     last = torch.arange(max(0, rows - 8), rows)
     return torch.cat([spread, last])[None].to(model.device)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids).logits
     return logits.float()

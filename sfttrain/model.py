@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sftdata.errors import UsageError
 from sftdata.shardset.opened import ShardSet
@@ -24,6 +25,8 @@ from sfttrain.terms import share_terms
 from sfttrain.vocabulary import align_special_tokens, resize_embeddings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, TrainingArguments
+
     from sfttrain.path import Plan
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +44,7 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.adapted and computes_in_bf16() else torch.float32
 
 
-def load_config(config: TrainConfig) -> Any:
+def load_config(config: TrainConfig) -> PreTrainedConfig:
     """Return the model's transformers config.
 
     Raises:
@@ -51,7 +54,7 @@ def load_config(config: TrainConfig) -> Any:
 
     source = str(config.init_from_config or config.model)
     try:
-        model_config = AutoConfig.from_pretrained(
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
@@ -68,13 +71,15 @@ def load_config(config: TrainConfig) -> Any:
     return model_config
 
 
-def _owner(model_config: Any, name: str) -> Any:
+def _owner(model_config: PreTrainedConfig, name: str) -> PreTrainedConfig | None:
     """Return the config that has a field: the model's own, or that of its text part; None where it is none of a config."""
     text = model_config.get_text_config()
     return next((one for one in (model_config, text) if hasattr(one, name)), None)
 
 
-def load_model(config: TrainConfig, model_config: Any, attention: str, device: torch.device) -> Any:
+def load_model(
+    config: TrainConfig, model_config: PreTrainedConfig, attention: str, device: torch.device
+) -> Any:
     """Return the model with its weights, or with fresh ones under `init_from_config`.
 
     Args:
@@ -95,7 +100,7 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
         )
     source = str(config.model)
     _refuse_pickle(Path(source))
-    arguments = {
+    arguments: dict[str, object] = {
         "config": model_config,
         "revision": config.revision,
         "dtype": dtype,
@@ -116,7 +121,7 @@ def load_model(config: TrainConfig, model_config: Any, attention: str, device: t
         raise _unusable(source, error, config.trust_remote_code) from None
 
 
-def disable_cache(model: Any) -> None:
+def disable_cache(model: nn.Module) -> None:
     """Turn the key-value cache off in every part of a model: inner configs have their own switch."""
     for part in model.modules():
         config: Any = getattr(part, "config", None)
@@ -124,7 +129,7 @@ def disable_cache(model: Any) -> None:
             config.use_cache = False
 
 
-def describe_model(model: Any, config: TrainConfig) -> str:
+def describe_model(model: nn.Module, config: TrainConfig) -> str:
     """Describe what was loaded, defaults included."""
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     revision = f", revision {config.revision}" if config.revision else ""
@@ -185,7 +190,13 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
 
 
 def make_model(
-    config: TrainConfig, model_config: Any, model: Any, plan: Plan, sets: list[ShardSet], args: Any, say: Say
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    model: Any,
+    plan: Plan,
+    sets: list[ShardSet],
+    args: TrainingArguments,
+    say: Say,
 ) -> tuple[Any, Plan]:
     """Return the model as it is trained, and the plan without the chunked loss where the model rules that out."""
     from transformers import set_seed
@@ -221,7 +232,7 @@ def make_model(
     return model, plan
 
 
-def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
+def _freeze(model: nn.Module, names: tuple[str, ...], say: Say) -> None:
     """Freeze what text never reaches, such as a vision tower: ranks would wait for its gradient."""
     modules = dict(model.named_modules())
     frozen = [name for name in names if name in modules]
@@ -232,7 +243,13 @@ def _freeze(model: Any, names: tuple[str, ...], say: Say) -> None:
 
 
 def _adapt(
-    config: TrainConfig, model: Any, inner: Any, untrained: list[int], plan: Plan, args: Any, say: Say
+    config: TrainConfig,
+    model: Any,
+    inner: Any,
+    untrained: list[int],
+    plan: Plan,
+    args: TrainingArguments,
+    say: Say,
 ) -> Any:
     """Freeze the model and put adapters on it, where they are asked for."""
     if config.adapted and getattr(model, "is_quantized", False):
@@ -256,13 +273,13 @@ def _own_loss(plan: Plan, config: TrainConfig, reason: str, say: Say) -> Plan:
     return dataclasses.replace(plan, loss=None)
 
 
-def _zero_stage(args: Any) -> int | None:
+def _zero_stage(args: TrainingArguments) -> int | None:
     """DeepSpeed's stage, from `deepspeed=...` or from accelerate's file."""
     return getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", None)
 
 
 @contextmanager
-def whole_weights(args: Any) -> Iterator[None]:
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
     """Make models whole on every rank, as the sets must be fitted to them; ZeRO-3 takes them apart when training begins."""
     if _zero_stage(args) != 3:
         yield
@@ -277,7 +294,7 @@ def whole_weights(args: Any) -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = known
 
 
-def leave_gpus_idle(args: Any, say: Say) -> None:
+def leave_gpus_idle(args: TrainingArguments, say: Say) -> None:
     """Keep transformers from DataParallel, which would cut packed rows in two; log how many GPUs that leaves idle."""
     count = args.n_gpu
     if count > 1:

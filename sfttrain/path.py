@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
 from sfttrain.attention import FLATTENED, Choice, takes_no_mask
@@ -11,6 +11,9 @@ from sfttrain.config import TrainConfig
 from sfttrain.isolation import Proof, Surroundings, prove
 from sfttrain.shrink import depends_on_row_length, text_config
 from sfttrain.talk import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _COMPILED = "flex_attention"  # seconds to compile, so tried only where masks can help
 
@@ -41,7 +44,7 @@ class Plan:
 
 
 def choose_path(
-    config: TrainConfig, model_config: Any, choice: Choice, where: Surroundings, say: Say
+    config: TrainConfig, model_config: PreTrainedConfig, choice: Choice, where: Surroundings, say: Say
 ) -> Plan:
     """Try packing and the chunked loss on the architecture at tiny size, one attention after the other.
 
@@ -61,7 +64,9 @@ def choose_path(
 class _Search:
     """The proofs so far, and why each attention was rejected."""
 
-    def __init__(self, config: TrainConfig, model_config: Any, where: Surroundings, say: Say) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: PreTrainedConfig, where: Surroundings, say: Say
+    ) -> None:
         self._config, self._model_config, self._where, self._say = config, model_config, where, say
         self._family = model_config.model_type
         self._proofs: dict[str, Proof] = {}

@@ -6,9 +6,10 @@ import math
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint
@@ -16,6 +17,8 @@ from sfttrain.data import Batch
 from sfttrain.talk import Say
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from sfttrain.trainer import SftTrainer
 
 
@@ -35,12 +38,10 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -
     Raises:
         SftError: the disk or the device has too little room, or the loss is no number.
     """
-    args = trainer.args
+    args, model = trainer.args, cast(nn.Module, trainer.model)
     if args.save_strategy != "no" and args.process_index == 0:
         kept = args.save_total_limit or 2
-        checkpoint.require_space(
-            Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(trainer.model)
-        )
+        checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(model))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         say("trial step: left out, since the model is not sharded yet")
         return
@@ -48,9 +49,9 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -
     batch = _trial_batch(trainer)
     # On a CPU the trial takes one row: memory is rarely what a step lacks there.
     rows = args.train_batch_size if args.device.type == "cpu" else 1
-    cast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
-    seconds = try_step(trainer.model, batch, trainer.fused, cast) * rows * args.gradient_accumulation_steps
-    say(f"memory: {describe_memory(trainer.model)}")
+    autocast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
+    seconds = try_step(model, batch, trainer.fused, autocast) * rows * args.gradient_accumulation_steps
+    say(f"memory: {describe_memory(model)}")
     about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
     say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
 
@@ -63,14 +64,14 @@ def _trial_batch(trainer: SftTrainer) -> Batch:
     return dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
 
 
-def checkpoint_bytes(model: Any) -> int:
+def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of one checkpoint: the weights that are saved, and two Adam moments per trained weight."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
 
 
-def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager[Any]) -> float:
+def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextManager[Any]) -> float:
     """Run one forward and backward; return its seconds. Weights, gradients and random state stay as they were.
 
     Raises:
@@ -81,7 +82,7 @@ def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager
     extra = {"skip_logits": True} if fused else {}
     model.train()
     try:
-        with torch.random.fork_rng(), cast:
+        with torch.random.fork_rng(), autocast:
             loss = model(**batch, **extra).loss
         loss.backward()
     except torch.OutOfMemoryError as error:
@@ -98,7 +99,7 @@ def try_step(model: Any, batch: Batch, fused: bool, cast: AbstractContextManager
     return time.perf_counter() - started
 
 
-def describe_memory(model: Any) -> str:
+def describe_memory(model: nn.Module) -> str:
     """Say what the weights, their gradients and Adam's moments take."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -144,7 +145,7 @@ def try_optimizer(run: Run, model: Any, steps: int) -> None:
     _try_schedule(args, optimizer, steps)
 
 
-def reads(name: str, args: Any, model: Any) -> bool:
+def reads(name: str, args: TrainingArguments, model: Any) -> bool:
     """Say whether the optimizer of `args` depends on a field of it."""
     if name not in _READ_BY_SOME:
         return True
@@ -157,26 +158,24 @@ def reads(name: str, args: Any, model: Any) -> bool:
         return True  # without it there is no optimizer at all
 
 
-def _try_schedule(args: Any, optimizer: Any, steps: int) -> None:
+def _try_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
     from transformers import get_scheduler
 
-    kind = args.lr_scheduler_type
+    kind, options = args.lr_scheduler_type, cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer has no more steps to take
-            schedule = get_scheduler(
-                kind, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
-            )
+            schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, options)
             schedule.step(*([0.0] if kind in ("reduce_lr_on_plateau", "greedy") else []))
     except Exception as error:  # as above
-        given = f", lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        given = f", lr_scheduler_kwargs={options}" if options else ""
         found = f"lr_scheduler_type={_plain(kind)}{given}"
         raise _refusal(
             found, error, "set lr_scheduler_kwargs.NAME=VALUE, or lr_scheduler_type=cosine"
         ) from None
 
 
-def _kind(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+def _kind(args: TrainingArguments, model: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     from transformers import Trainer
 
     kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -188,5 +187,5 @@ def _refusal(found: str, error: Exception, fix: str) -> UsageError:
     return UsageError(f"{found}: cannot be used: {reason:.300}", f"{fix}.")
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return str(getattr(value, "value", value))

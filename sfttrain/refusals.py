@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from sftdata.errors import UsageError, did_you_mean
 from sftdata.shardset.opened import ShardSet
 from sfttrain.config import TrainConfig
 from sfttrain.talk import Say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, TrainingArguments
 
 # What from_pretrained took once, and where it is set here.
 _MOVED = {
@@ -32,7 +35,7 @@ TRACKERS = {
 
 
 def refuse_useless(
-    config: TrainConfig, args: Any, model: Any, data: Any, extras: Mapping[str, Any], say: Say
+    config: TrainConfig, args: TrainingArguments, model: Any, data: Any, extras: Mapping[str, Any], say: Say
 ) -> None:
     """Refuse settings that cannot work together, before anything is read.
 
@@ -67,13 +70,13 @@ def refuse_useless(
         )
     if "bnb" in str(args.optim) or "8bit" in str(args.optim):
         require_package("bitsandbytes", f"optim={args.optim}", "quantize")
-    for name in args.report_to:
+    for name in args.report_to or ():
         require_tracker(name)
     if config.push_to_hub:
         _refuse_push(config.push_to_hub)
 
 
-def refuse_missing_launch(settings: Mapping[str, Any]) -> None:
+def refuse_missing_launch(settings: Mapping[str, object]) -> None:
     """Refuse ways to spread a model over GPUs that lack their package or their launcher.
 
     Raises:
@@ -87,7 +90,7 @@ def refuse_missing_launch(settings: Mapping[str, Any]) -> None:
         raise UsageError("fsdp: one process has nothing to shard over.", fix)
 
 
-def refuse_architecture(config: TrainConfig, model_config: Any, model: Any = None) -> None:
+def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, model: Any = None) -> None:
     """Refuse a model that a run cannot train, by its config.
 
     Args:
@@ -115,7 +118,7 @@ def refuse_architecture(config: TrainConfig, model_config: Any, model: Any = Non
         )
 
 
-def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> None:
+def refuse_too_long(sets: Sequence[ShardSet], model_config: PreTrainedConfig, say: Say) -> None:
     """Refuse documents that a model has no positions for; of a model that turns its positions on, only say so.
 
     Raises:
@@ -139,7 +142,7 @@ def refuse_too_long(sets: Sequence[ShardSet], model_config: Any, say: Say) -> No
             say(found)
 
 
-def _refuse_loading(config: TrainConfig, args: Any) -> None:
+def _refuse_loading(config: TrainConfig, args: TrainingArguments) -> None:
     for name, instead in _MOVED.items():
         if config.model_init_kwargs.get(name):
             raise UsageError(f"model_init_kwargs.{name}: from_pretrained no longer takes it.", instead)
@@ -167,7 +170,7 @@ def _refuse_object(config: TrainConfig, model: Any) -> None:
         )
 
 
-def _refuse_loss(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
+def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, Any]) -> None:
     if config.loss == "liger" and args.device.type == "cpu":
         raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
     if config.loss == "liger":
@@ -185,7 +188,7 @@ def _refuse_loss(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> N
         )
 
 
-def _refuse_evaluation(config: TrainConfig, args: Any, extras: Mapping[str, Any]) -> None:
+def _refuse_evaluation(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, Any]) -> None:
     data = extras.get("eval_dataset")
     names = [*config.eval, *(data if isinstance(data, dict) else ["data"] if data is not None else [])]
     for rows in data.values() if isinstance(data, dict) else [data]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,10 +17,14 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint
 from sfttrain.acting import Run, acts, other_than_default
+from sfttrain.checkpoint import Identity
 from sfttrain.config import LoraSettings, TrainConfig
 from sfttrain.output import RUN_NAME
 from sfttrain.progress import LOG_NAME
 from sfttrain.talk import Say
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What would be taken for the new run's, or read together with it: adapters beside a model, for one.
 _OF_A_RUN = (RUN_NAME, LOG_NAME, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -56,7 +60,7 @@ _OBJECTS = (
 )
 
 
-def finished(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any] | None:
+def finished(config: TrainConfig, identity: Identity) -> Identity | None:
     """Return the `run.json` of a run that is finished with the same settings; None where there is work to do.
 
     Raises:
@@ -83,7 +87,7 @@ def finished(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any] | 
     raise UsageError(f"{found}.", f"{fix[:-1]}; a higher max_steps trains it on.")
 
 
-def read_run(output: Path) -> dict[str, Any]:
+def read_run(output: Path) -> Identity:
     """Return what `run.json` holds, nothing where there is none.
 
     Raises:
@@ -91,14 +95,16 @@ def read_run(output: Path) -> dict[str, Any]:
     """
     path = output / RUN_NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=Identity)
     except FileNotFoundError:
         return {}
     except msgspec.MsgspecError as error:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 
-def resume_point(config: TrainConfig, args: Any, run: dict[str, Any], steps: int, say: Say) -> Point | None:
+def resume_point(
+    config: TrainConfig, args: TrainingArguments, run: Identity, steps: int, say: Say
+) -> Point | None:
     """Find the newest complete checkpoint; the main process alone looks and cleans, the others follow it.
 
     Args:
@@ -110,16 +116,15 @@ def resume_point(config: TrainConfig, args: Any, run: dict[str, Any], steps: int
     """
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None]
+    shared: list[Point | None] = [None]
     if args.process_index == 0:
-        found = [_find(config, run, steps, say)]
+        shared = [_find(config, run, steps, say)]
     if args.world_size > 1:
-        broadcast_object_list(found)
-    point: Point | None = found[0]
-    return point
+        broadcast_object_list(shared)
+    return shared[0]
 
 
-def _find(config: TrainConfig, run: dict[str, Any], steps: int, say: Say) -> Point | None:
+def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | None:
     output = config.output
     if config.overwrite:
         checkpoint.clear(output)
@@ -152,7 +157,7 @@ def _find(config: TrainConfig, run: dict[str, Any], steps: int, say: Say) -> Poi
     return newest[0], step
 
 
-def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet]) -> dict[str, Any]:
+def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet]) -> Identity:
     """Return what is known of a run's identity before its model is loaded, as plain JSON data."""
     config, args, objects = run.config, run.args, run.objects
     own = config.model_dump(mode="json", exclude=set(_NOT_COMPARED), exclude_defaults=True)
@@ -184,7 +189,7 @@ def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, Sha
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def differences(before: Identity, now: Identity) -> dict[str, str]:
     """Return what differs between two identities, by name, in words; what `now` does not know yet is left out.
 
     An earlier version recorded no settings: then they are not compared.
@@ -206,7 +211,7 @@ def may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith(_PREFIXES)
 
 
-def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], place: Any) -> None:
+def check_unchanged(before: Identity, now: Identity, place: Path) -> None:
     """Refuse to go on with what was begun with other data or other settings.
 
     Raises:
@@ -220,7 +225,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], place: An
         )
 
 
-def _flat(run: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(run: Identity, known: Identity) -> Identity:
     """Return an identity as single settings: those that `known` has, too."""
     flat = {name: run[name] for name in known if name in run and name not in ("settings", "lora")}
     if run.get("lora"):
@@ -232,11 +237,11 @@ def _flat(run: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     return flat | dict(run.get("settings", {}))
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
+def _shown(settings: Identity, name: str) -> str:
     return f"{settings[name]!r:.200}" if settings.get(name) is not None else "not set"
 
 
-def _name(given: Any) -> str:
+def _name(given: object) -> str:
     """Name an object so that another one of another make is noticed."""
     if isinstance(given, tuple | list):
         return ", ".join(_name(part) for part in given)

@@ -23,7 +23,7 @@ def keep_rotary_apart(model: nn.Module) -> int:
     return len(dynamic)
 
 
-def _is_dynamic(module: Any) -> bool:
+def _is_dynamic(module: nn.Module) -> bool:
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     return hasattr(module, "forward") and any(kind in DYNAMIC_ROPES for kind in kinds)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Fields = dict[str, Any]  # of a config, as text of its JSON has them
 VOCABULARY = 96
 LIMIT = 8  # what a length becomes that rows pass
 _HEADS, _INNER_SIZE, _EXPERTS, _GROUPS, _CHOSEN = 4, 128, 8, 2, 2
@@ -74,7 +78,7 @@ _LENGTHS = (
 DYNAMIC_ROPES = frozenset({"dynamic", "longrope"})  # rotary factors that follow the longest position
 
 
-def shrunk(config: Any, reach: int | None = None) -> Iterator[Any]:
+def shrunk(config: PreTrainedConfig, reach: int | None = None) -> Iterator[PreTrainedConfig]:
     """Yield copies of a transformers config at tiny size, the smallest first; a family may know only a larger one.
 
     Args:
@@ -85,12 +89,12 @@ def shrunk(config: Any, reach: int | None = None) -> Iterator[Any]:
         yield _rebuilt(config, heads, reach)
 
 
-def shrink(config: Any, reach: int | None = None) -> Any:
+def shrink(config: PreTrainedConfig, reach: int | None = None) -> PreTrainedConfig:
     """Return the smallest copy of `shrunk`."""
     return next(shrunk(config, reach))
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of the language model inside a config."""
     try:
         return config.get_text_config(decoder=True)
@@ -98,12 +102,12 @@ def text_config(config: Any) -> Any:
         return config
 
 
-def depends_on_row_length(config: Any, reach: int | None) -> bool:
+def depends_on_row_length(config: PreTrainedConfig, reach: int | None) -> bool:
     """Say whether rotary factors are chosen by the longest position of a batch, and rows are long enough for that."""
     return any(reach is None or length < reach for _, length in dynamic_ropes(text_config(config)))
 
 
-def dynamic_ropes(text: Any) -> Iterator[tuple[str, int]]:
+def dynamic_ropes(text: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """Yield the kind of each rotary part that follows the longest position, and the length from which on it does."""
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -115,7 +119,7 @@ def dynamic_ropes(text: Any) -> Iterator[tuple[str, int]]:
             yield kind, int(own if own and kind == "longrope" else text.max_position_embeddings)
 
 
-def _rebuilt(config: Any, heads: int | None, reach: int | None) -> Any:
+def _rebuilt(config: PreTrainedConfig, heads: int | None, reach: int | None) -> PreTrainedConfig:
     """Shrink the fields of the text part, and make the config anew from them, since some are computed from others."""
     text = text_config(config)
     fields = copy.deepcopy(config.to_dict())
@@ -132,14 +136,14 @@ def _rebuilt(config: Any, heads: int | None, reach: int | None) -> Any:
     return type(config).from_dict(fields)
 
 
-def _shrink_tower(fields: dict[str, Any]) -> None:
+def _shrink_tower(fields: Fields) -> None:
     """Text never comes here, so only the weights must be few."""
     for name in _LAYERS:
         if _is_count(fields.get(name)):
             fields[name] = min(fields[name], 1)
 
 
-def _shrink_text(fields: dict[str, Any], text: Any, heads: int | None, reach: int | None) -> None:
+def _shrink_text(fields: Fields, text: PreTrainedConfig, heads: int | None, reach: int | None) -> None:
     _keep_kinds_of_layers(fields, text)
     if heads is not None:
         _shrink_heads(fields, heads)
@@ -160,7 +164,7 @@ def _shrink_text(fields: dict[str, Any], text: Any, heads: int | None, reach: in
             _shrink_part(value, heads)
 
 
-def _shrink_part(fields: dict[str, Any], heads: int | None) -> None:
+def _shrink_part(fields: Fields, heads: int | None) -> None:
     _cap(fields, (*_INNER, "ffn_hidden_size"), _INNER_SIZE)
     _cap(fields, _EXPERT_COUNTS, _EXPERTS)
     _cap(fields, _CHOSEN_EXPERTS, _CHOSEN)
@@ -168,7 +172,7 @@ def _shrink_part(fields: dict[str, Any], heads: int | None) -> None:
         _cap(fields, _KEY_HEAD_COUNTS, heads // 2)
 
 
-def _cap(fields: dict[str, Any], names: tuple[str, ...], most: int) -> None:
+def _cap(fields: Fields, names: tuple[str, ...], most: int) -> None:
     for name in names:
         value = fields.get(name)
         if _is_count(value):
@@ -177,11 +181,11 @@ def _cap(fields: dict[str, Any], names: tuple[str, ...], most: int) -> None:
             fields[name] = [min(one, most) for one in value]
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shrink_heads(fields: dict[str, Any], most: int) -> None:
+def _shrink_heads(fields: Fields, most: int) -> None:
     """Divide heads and the widths that are made of heads by the same number."""
     count = next(
         (fields[name] for name in _HEAD_COUNTS if _is_count(fields.get(name)) and fields[name]), None
@@ -215,7 +219,7 @@ def _shrink_heads(fields: dict[str, Any], most: int) -> None:
         fields["mamba_n_heads"] = fields["mamba_expand"] * fields["hidden_size"] // fields["mamba_d_head"]
 
 
-def _shrink_key_heads(fields: dict[str, Any], heads: int, left: int) -> None:
+def _shrink_key_heads(fields: Fields, heads: int, left: int) -> None:
     for name in _KEY_HEAD_COUNTS:
         if _is_count(fields.get(name)):
             fields[name] = _key_heads(fields[name], heads, left)
@@ -228,7 +232,7 @@ def _key_heads(now: int, heads: int, left: int) -> int:
     return 1 if now == 1 else max(1, left // 2)
 
 
-def _keep_kinds_of_layers(fields: dict[str, Any], text: Any) -> None:
+def _keep_kinds_of_layers(fields: Fields, text: PreTrainedConfig) -> None:
     """Take layers from the bottom until every kind has come up."""
     total: int = getattr(text, "num_hidden_layers", 2)
     listed = [name for name, value in fields.items() if isinstance(value, list) and len(value) == total > 1]
@@ -250,7 +254,7 @@ def _keep_kinds_of_layers(fields: dict[str, Any], text: Any) -> None:
         }
 
 
-def _layers_to_see_all(fields: dict[str, Any], text: Any, listed: list[str], total: int) -> int:
+def _layers_to_see_all(fields: Fields, text: PreTrainedConfig, listed: list[str], total: int) -> int:
     kinds = [
         fields[name] for name in listed if all(isinstance(one, str | int | bool) for one in fields[name])
     ]
@@ -263,7 +267,7 @@ def _layers_to_see_all(fields: dict[str, Any], text: Any, listed: list[str], tot
     return max([min(2, total), *firsts])
 
 
-def _shorten(fields: dict[str, Any], reach: int | None) -> None:
+def _shorten(fields: Fields, reach: int | None) -> None:
     """Bring lengths that rows pass within a short row, and put the others beyond it."""
     _set_lengths(fields, _LENGTHS, reach)
     rope = fields.get("rope_parameters")
@@ -274,7 +278,7 @@ def _shorten(fields: dict[str, Any], reach: int | None) -> None:
                 _set_lengths(fields, ("max_position_embeddings",), reach)
 
 
-def _set_lengths(fields: dict[str, Any], names: tuple[str, ...], reach: int | None) -> None:
+def _set_lengths(fields: Fields, names: tuple[str, ...], reach: int | None) -> None:
     for name in names:
         value = fields.get(name)
         if isinstance(value, int) and value > 0 and not isinstance(value, bool):

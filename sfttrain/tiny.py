@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,11 +14,14 @@ from sfttrain.data import Batch
 from sfttrain.model import disable_cache
 from sfttrain.shrink import shrunk
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 _STATE_WEIGHTS = ("A_log", "dt_", "time_", "decay")  # their scale is what makes the recurrence stable
 _MOST_WEIGHTS = 400_000_000
 
 
-def smallest_that_runs(config: Any, trusted: bool, reach: int | None) -> Any:
+def smallest_that_runs(config: PreTrainedConfig, trusted: bool, reach: int | None) -> PreTrainedConfig:
     """Return the config of the smallest model of this architecture that takes a row.
 
     Raises:
@@ -43,17 +46,18 @@ def smallest_that_runs(config: Any, trusted: bool, reach: int | None) -> Any:
     raise failure
 
 
-def tiny_model(small: Any, attention: str, trusted: bool, fill: bool = True) -> Any:
+def tiny_model(small: PreTrainedConfig, attention: str, trusted: bool, fill: bool = True) -> PreTrainedModel:
     """Make a model of a small config; the same weights each time, whatever the attention."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
         copy.deepcopy(small), attn_implementation=attention, dtype=torch.float32, trust_remote_code=trusted
     )
     disable_cache(model)
     if fill:
         _fill(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -68,7 +72,7 @@ def _fill(model: nn.Module) -> None:
             weight.copy_(noise * (1.2 / weight.shape[-1] ** 0.5))
 
 
-def unreached(model: Any, batch: Batch) -> tuple[str, ...]:
+def unreached(model: PreTrainedModel, batch: Batch) -> tuple[str, ...]:
     """Return the names of the largest modules outside the language model whose weights get no gradient from text."""
     decoder = model.get_decoder()
     with torch.enable_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from sfttrain.evaluation import EvalFigures, token_losses_of
 from sfttrain.loss import LossOutput, items_of
 from sfttrain.order import Order
 from sfttrain.path import Plan
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class SftTrainer(Trainer):
@@ -37,7 +40,7 @@ class SftTrainer(Trainer):
         self,
         *,
         order: Order | None,
-        run: dict[str, Any],
+        run: checkpoint.Identity,
         plan: Plan,
         tokenizer: Path | None = None,
         **arguments: Any,
@@ -278,5 +281,7 @@ class _EpochOfOrder(TrainerCallback):
     def __init__(self, order: Order) -> None:
         self._order = order
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._order.set_epoch(int(state.epoch or 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from sfttrain.stop import StopRequest
 from sfttrain.talk import Say, say
 from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, TrainingArguments
 
 
 def train_on(
@@ -78,7 +81,7 @@ def _assemble(
     evaluation: dict[str, ShardSet],
     model: Any,
     data: Any,
-    identity: dict[str, Any],
+    identity: checkpoint.Identity,
 ) -> tuple[SftTrainer, Point | None, int]:
     """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
     config, args, objects = setting.config, setting.args, dict(setting.objects)
@@ -143,13 +146,15 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
         ) from None
 
 
-def _what_is_saved(args: Any, step: int) -> str:
+def _what_is_saved(args: TrainingArguments, step: int) -> str:
     if args.save_only_model:
         return "nothing is saved, since save_only_model=true saves nothing to go on from"
     return f"checkpoint-{step} is complete"
 
 
-def _choose_path(config: TrainConfig, model_config: Any, model: Any, where: Surroundings, say: Say) -> Plan:
+def _choose_path(
+    config: TrainConfig, model_config: PreTrainedConfig, model: Any, where: Surroundings, say: Say
+) -> Plan:
     """Choose attention, and prove on it what training may use."""
     register_attention()
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -158,7 +163,7 @@ def _choose_path(config: TrainConfig, model_config: Any, model: Any, where: Surr
     return choose_path(config, model_config, choice, where, say)
 
 
-def _reach(args: Any, sets: list[ShardSet], data: Any) -> tuple[int, int | None]:
+def _reach(args: TrainingArguments, sets: list[ShardSet], data: Any) -> tuple[int, int | None]:
     """Return the rows of the largest batch and the longest row, None where only the data knows."""
     lengths = [opened.manifest.max_length for opened in sets]
     known = [length for length in lengths if length is not None]
@@ -190,7 +195,7 @@ def _as_named(data: Any) -> dict[str, Any]:
     }
 
 
-def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: Any) -> Order:
+def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: TrainingArguments) -> Order:
     return Order(
         rows.sizes,
         config.set_weights or (1.0,),
@@ -214,7 +219,7 @@ def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
     trainer._load_from_checkpoint(str(chosen))
 
 
-def _planned(order: Order | None, plan: Plan) -> dict[str, Any]:
+def _planned(order: Order | None, plan: Plan) -> checkpoint.Identity:
     """Return what belongs to a run's identity and is known only with its rows and its model."""
     return {
         "data_seed": order.seed if order else None,
@@ -224,7 +229,7 @@ def _planned(order: Order | None, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _total_steps(args: Any, order: Order) -> int:
+def _total_steps(args: TrainingArguments, order: Order) -> int:
     return (
         int(args.max_steps)
         if args.max_steps > 0

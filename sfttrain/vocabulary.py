@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
 from sftdata.shardset.opened import PackedRow, ShardSet
@@ -17,17 +17,25 @@ from sftdata.vocabulary import read_added_tokens
 from sfttrain.sets import missing_embeddings
 from sfttrain.talk import Say
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
 _SAMPLE_ROWS = 256
 _NEVER_TRAINED = 1e-3  # of the usual norm of a row
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
-def embedding_rows(model: Any) -> int:
+def embedding_table(model: PreTrainedModel) -> Tensor:
+    """Return the input embeddings, float[V, D]."""
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
     """Return how many token ids the model has embeddings for."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    return len(embedding_table(model))
 
 
-def resize_embeddings(model: Any, sets: Sequence[ShardSet], multiple: int, say: Say) -> list[int]:
+def resize_embeddings(model: PreTrainedModel, sets: Sequence[ShardSet], multiple: int, say: Say) -> list[int]:
     """Give every token of the sets an embedding; return the ids whose embeddings were never trained.
 
     Args:
@@ -49,12 +57,12 @@ def resize_embeddings(model: Any, sets: Sequence[ShardSet], multiple: int, say: 
     return sorted({*untrained, *range(before, needed)})
 
 
-def grow_embeddings(model: Any, rows: int) -> None:
+def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
     """Add embedding rows, the same on every machine: each is the mean of the rows there were."""
     before = embedding_rows(model)
     model.resize_token_embeddings(rows, mean_resizing=False)
-    weights = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    weights = [embedding_table(model)]
+    head = cast(nn.Linear | None, model.get_output_embeddings())
     if head is not None and head.weight is not weights[0]:
         weights.append(head.weight)
     with torch.no_grad():
@@ -64,13 +72,13 @@ def grow_embeddings(model: Any, rows: int) -> None:
             head.bias[before:] = head.bias[:before].float().mean().to(head.bias.dtype)
 
 
-def untrained_embeddings(model: Any, sets: Sequence[ShardSet]) -> list[int]:
+def untrained_embeddings(model: PreTrainedModel, sets: Sequence[ShardSet]) -> list[int]:
     """Return control tokens that the sets use and whose rows were never trained: next to zero, or one like another.
 
     A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would stay noise.
     """
     used = sorted({token for opened in sets for token in _control_tokens(opened)})
-    weight = model.get_input_embeddings().weight.detach()
+    weight = embedding_table(model).detach()
     used = [token for token in used if token < len(weight)]
     if not used or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return []
@@ -86,7 +94,7 @@ def untrained_embeddings(model: Any, sets: Sequence[ShardSet]) -> list[int]:
     ]
 
 
-def align_special_tokens(model: Any, sets: Sequence[ShardSet]) -> None:
+def align_special_tokens(model: PreTrainedModel, sets: Sequence[ShardSet]) -> None:
     """Let the model's config name the end, padding and begin tokens of the tokenizer it was trained with."""
     if not sets:
         return
@@ -148,7 +156,7 @@ def _repeated(weight: Tensor, row: Tensor) -> bool:
     return int((weight[alike].float() == row).all(1).sum()) > 1
 
 
-def ready_generation(model: Any, sets: Sequence[ShardSet], say: Say) -> None:
+def ready_generation(model: PreTrainedModel, sets: Sequence[ShardSet], say: Say) -> None:
     """Give the generation config the sets' stop tokens, and fix what would make every save of the model fail."""
     generation = getattr(model, "generation_config", None)
     if generation is None:
@@ -172,7 +180,7 @@ def ready_generation(model: Any, sets: Sequence[ShardSet], say: Say) -> None:
     )
 
 
-def _wrong(generation: Any) -> str:
+def _wrong(generation: GenerationConfig) -> str:
     """Return why transformers would not save it; "" where it would."""
     # transformers saves a config unchecked that is as it was loaded.
     changed = getattr(generation, "_original_object_hash", None) != hash(generation)
@@ -186,7 +194,7 @@ def _wrong(generation: Any) -> str:
     return ""
 
 
-def _set_stop_tokens(generation: Any, sets: Sequence[ShardSet]) -> None:
+def _set_stop_tokens(generation: GenerationConfig, sets: Sequence[ShardSet]) -> None:
     before = generation.eos_token_id
     known = [] if before is None else before if isinstance(before, list) else [before]
     stops = stop_tokens(sets)
