@@ -1,4 +1,4 @@
-"""Settings of TrainingArguments: names and types checked, defaults recognised, and those refused that cannot act."""
+"""Settings of TrainingArguments: names and types checked, and those that cannot act refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training_fields() -> dict[str, str]:
 
 
 def named_as_installed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of TrainingArguments by the names of the installed transformers, which may be older than ours."""
+    """Return settings of TrainingArguments by the names that the installed transformers knows, old or new."""
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -55,10 +55,10 @@ def given_training(config: TrainConfig) -> dict[str, Any]:
 
 
 def other_than_default(args: TrainingArguments) -> dict[str, Any]:
-    """Return the fields of TrainingArguments as it resolved them, without those that are what they would be anyway.
+    """Return the fields of TrainingArguments as it resolved them, without those at their defaults.
 
-    The same comes out for settings as they were given and as a run recorded them: some are resolved from others, and what
-    is not set has more than one form.
+    The same comes out for settings as they were given and as a run recorded them: some are resolved from
+    others, and what is not set has more than one form.
     """
     defaults = training_defaults()
     return {name: value for name, value in args.to_dict().items() if _set(value) != _set(defaults.get(name))}
@@ -71,7 +71,7 @@ def _set(value: Any) -> object:
 
 
 def training_defaults() -> dict[str, Any]:
-    """Return what the fields of TrainingArguments are when they are not set; `bf16` depends on the machine."""
+    """Return the defaults of TrainingArguments' fields, except `bf16`, which depends on the machine."""
     from transformers import TrainingArguments
 
     fields = [field for field in dataclasses.fields(TrainingArguments) if field.init and field.name != "bf16"]

@@ -1,4 +1,4 @@
-"""Low-rank adapters: new ones, those of an earlier run, and the embeddings that must be trained beside them."""
+"""Low-rank adapters, new or of an earlier run, and the embeddings to be trained beside them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def add_adapters(
 
 
 def _without_adapters(model: PreTrainedModel) -> list[str]:
-    """Return the names of linear layers that peft refuses: Mamba's kernels read their weights and never call them."""
+    """Return names of linear layers that peft refuses: Mamba's kernels read their weights only."""
     from peft import LoraConfig
     from peft.tuners import tuners_utils
 
@@ -139,7 +139,10 @@ def continue_adapters(model: PreTrainedModel, folder: Path, name: str, *, chosen
 
     base = adapter_base(folder)
     if not chosen and base != name and Path(base).resolve() != Path(name).resolve():
-        fix = f"set --model {base}; if that is the same model elsewhere, fix base_model_name_or_path in adapter_config.json."
+        fix = (
+            f"set --model {base}; if that is the same model elsewhere, "
+            "fix base_model_name_or_path in adapter_config.json."
+        )
         raise UsageError(f"{folder}: these are adapters of {base}; the model is {name}.", fix)
     _silence_peft()
     try:
@@ -171,11 +174,13 @@ def _train_embeddings(
     tables = embeddings[:1] if _tied(model) else embeddings
     if len(untrained) <= FEW_TOKENS:
         say(
-            f"embeddings: {len(untrained)} rows of {' and '.join(tables)} are trained, since the model never learnt these tokens"
+            f"embeddings: {len(untrained)} rows of {' and '.join(tables)} are trained, "
+            "since the model was never trained on these tokens"
         )
         return {"trainable_token_indices": {table: list(untrained) for table in tables}}, saved
     say(
-        f"embeddings: {' and '.join(tables)} are trained in full, since the model never learnt {len(untrained)} tokens of the set"
+        f"embeddings: {' and '.join(tables)} are trained in full, "
+        f"since the model was never trained on {len(untrained)} tokens of the set"
     )
     return {}, [*saved, *tables]
 

@@ -8,8 +8,8 @@
 | `sdpa`, `eager` | dense mask from position ids | nothing |
 | `sdpa:flash`, `sdpa:efficient`, `sdpa:math`, `sdpa:cudnn` | as `sdpa`, by this kernel of PyTorch or none | the kernel |
 
-A forced kernel that takes no mask (`sdpa:flash` on a GPU) trains every document in a row of its own; `varlen` is the same
-FlashAttention on packed rows.
+A forced kernel that takes no mask (`sdpa:flash` on a GPU) trains every document in a row of its own; `varlen`
+is the same FlashAttention on packed rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 VARLEN = "varlen"
 STAND_IN = "documents"  # takes what the kernels of flattened rows take, in any dtype, on any device
-# Name, and what must be installed for it: distribution, module, major compute capability. As transformers looks for them.
+# Name, and what it needs, as transformers checks it: distribution, module, major compute capability.
 _PACKAGES = {
     "flash_attention_4": ("flash-attn-4", "flash_attn", 9),
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface", 8),
@@ -79,7 +79,7 @@ class Choice(NamedTuple):
 
 
 def register_attention() -> None:
-    """Make `varlen` and its stand-in, for which no mask is built, and the forced kernels of sdpa known to transformers."""
+    """Register `varlen` and its stand-in, which take no mask, and the forced kernels of sdpa."""
     AttentionInterface.register(VARLEN, varlen_forward)
     AttentionInterface.register(STAND_IN, stand_in_forward)
     for name, kernel in FORCED.items():
@@ -88,7 +88,7 @@ def register_attention() -> None:
 
 
 def registered_name(attention: str) -> str:
-    """Return the name for transformers, which takes any with "flash" in it for a FlashAttention of its own."""
+    """Return the name for transformers, which takes any with "flash" for a FlashAttention."""
     return attention.replace("flash", "fa") if attention in FORCED else attention
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint counts only with its seal: a list of its files with sizes and hashes, written last, after everything it lists
-has reached the disk. A run resumes from the newest sealed one whose files still match.
+A checkpoint counts only with its seal: a list of its files with sizes and hashes, written last, after
+everything it lists has reached the disk. A run resumes from the newest sealed one whose files still match.
 """
 
 from __future__ import annotations

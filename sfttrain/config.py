@@ -1,6 +1,7 @@
 """Every setting of a run. Precedence: YAML file < `--set key=value` < flag.
 
-Keys that are not ours are fields of transformers' TrainingArguments: `--set learning_rate=1e-5` reaches them all.
+Keys that are not ours are fields of transformers' TrainingArguments: `--set learning_rate=1e-5` reaches them
+all.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lift(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Take from adapters the name of their base, and from model_init_kwargs what is a setting of its own."""
+        """Take the base's name from the adapters, and from model_init_kwargs what is a setting here."""
         if settings.get("adapter") and not settings.get("model"):
             settings = settings | {"model": adapter_base(Path(settings["adapter"]))}
         given = dict(settings.get("model_init_kwargs") or {})
@@ -208,7 +209,7 @@ class TrainConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """The rate when none is set: highest from scratch, lower for adapters, lowest for full fine-tuning."""
+        """The default: highest from scratch, lower for adapters, lowest for full fine-tuning."""
         return 1e-3 if self.init_from_config else 2e-4 if self.adapted else 2e-5
 
     @property
@@ -237,7 +238,7 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
 
 
 def _overlay(settings: dict[str, Any], more: Mapping[str, Any], places: Mapping[str, str]) -> None:
-    """Put the settings of one source over the others: keys that are not ours are fields of TrainingArguments."""
+    """Merge the settings of one source; keys that are not ours are fields of TrainingArguments."""
     training = settings.setdefault("training", {})
     fields: dict[str, Any] = {}
     for key, value in more.items():

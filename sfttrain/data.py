@@ -1,7 +1,8 @@
-"""Sets on disk -> rows by number -> batches a model takes. Nothing is tokenized, nothing is copied before the batch.
+"""Sets on disk -> rows by number -> batches. Nothing is tokenized, nothing is copied before the batch.
 
-A batch holds `input_ids`, `labels` and `position_ids` that restart at every document, and for variable-length attention
-the documents' cumulative lengths. It never holds an attention mask: with one, transformers no longer keeps documents apart.
+A batch holds `input_ids`, `labels` and `position_ids` that restart at every document, and for variable-length
+attention the documents' cumulative lengths. It never holds an attention mask: with one, transformers no
+longer keeps documents apart.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 
 
 class TrainingRows(Dataset[Row]):
-    """Rows of one or more sets, by number; `FILLER` gives a fully masked row. No shard is opened before its first row.
+    """Rows of sets, by number; `FILLER` gives a fully masked row. Shards are opened when needed.
 
     Args:
         sets: opened sets.
@@ -79,7 +80,7 @@ class TrainingRows(Dataset[Row]):
         )
 
     def _source_of(self, examples: Int64) -> Int64:
-        """Number of the source of each example; of empty sources, which share a first id with the next, never."""
+        """Return each example's source number; an empty source has the next one's first id, and no example."""
         first = [source.first_id for source in self._sets[0].manifest.sources]
         numbers: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
         return numbers
@@ -109,10 +110,11 @@ class Collator:
     """Turn rows into a batch.
 
     Args:
-        flatten: lay all rows end to end in one row [1, T], as variable-length attention wants; otherwise [B, L], shorter rows
-            padded at the end.
-        boundaries: say where documents end by all names that transformers' models know: `seq_idx` for convolutions and state
-            space models, cumulative lengths for linear attention. A flattened batch has the lengths in any case.
+        flatten: lay all rows end to end in one row [1, T], as variable-length attention wants; otherwise [B,
+            L], shorter rows padded at the end.
+        boundaries: say where documents end by all names that transformers' models know: `seq_idx` for
+            convolutions and state space models, cumulative lengths for linear attention. A flattened batch
+            has the lengths in any case.
         restart: let positions begin again in the padding, so that it does not lengthen the last document.
     """
 
@@ -122,9 +124,9 @@ class Collator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return int64 `input_ids`, `labels`, `position_ids`, and where documents end.
 
-        That is int32 `seq_idx` in the shape of the labels, and int32 `cu_seq_lens_q` and `cu_seq_lens_k` with the longest
-        document as `max_length_q` and `max_length_k`, over all rows laid end to end. Where a row has weights, float32
-        `loss_weights` too. Rows that only fill up a batch are left out beside real ones.
+        That is int32 `seq_idx` in the shape of the labels, and int32 `cu_seq_lens_q` and `cu_seq_lens_k` with
+        the longest document as `max_length_q` and `max_length_k`, over all rows laid end to end. Where a row
+        has weights, float32 `loss_weights` too. Rows that only fill up a batch are left out beside real ones.
         """
         real = [row for row in rows if not _fills(row)] or rows[:1]
         lengths = [row.seq_lengths.astype(np.int64) for row in real]
@@ -137,7 +139,7 @@ class Collator:
         return batch | (_cumulative(lengths) if self.boundaries or self.flatten else {})
 
     def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
-        """Count the tail to the last document, or as one of its own: behind every real token, causal attention cannot see it."""
+        """Count padding as part of the last document, or as one: causal attention never sees it."""
         width = max(int(part.sum()) for part in lengths)
         padded = []
         for part in lengths:

@@ -1,4 +1,4 @@
-"""Evaluation figures: the loss per trained token of a set, and of each source in it, exact for any batch size and rank count."""
+"""Loss per trained token of a set, and of each source in it, exact for any batch size and rank count."""
 
 from __future__ import annotations
 

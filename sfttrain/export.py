@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 _PARTIAL = "model.partial"
 _UPLOADED = (
-    "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "vocab*",
-    "merges.txt", "*.py",
+    "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json",
+    "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.model", "vocab*", "merges.txt", "*.py",
 )  # fmt: skip
 _NAMING = (
     "config.json",
@@ -87,7 +87,8 @@ def conclude(config: TrainConfig, args: TrainingArguments) -> None:
 def conclude_again(config: TrainConfig, args: TrainingArguments, done: Identity) -> None:
     """Log that a run is finished already, and change nothing; a push that is still due is done."""
     say(
-        f"{config.output}: is up to date: finished after {done['steps']:,} steps with the same data and the same settings"
+        f"{config.output}: is up to date: "
+        f"finished after {done['steps']:,} steps with the same data and the same settings"
     )
     if config.push_to_hub and args.should_save and done.get("pushed") != config.push_to_hub:
         _push(config)
@@ -142,7 +143,7 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: dict[str, Any
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a finished model: what inference reads, its card and its settings, with names in place of local paths.
+    """Upload a finished model: what inference reads, card and settings, without local paths.
 
     Logs, reports and checkpoints stay here; so does what else the folder holds.
 
@@ -169,7 +170,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def uploads(folder: Path) -> dict[str, Path | bytes]:
-    """Return what is uploaded of a run's folder, by its name there: files as they are, and texts without local paths."""
+    """Return what is uploaded of a run's folder, by name: files as they are, or texts without local paths."""
     files: dict[str, Path | bytes] = {}
     for path in sorted({path for pattern in _UPLOADED for path in folder.glob(pattern) if path.is_file()}):
         files[path.name] = path
@@ -194,7 +195,7 @@ def without_places(content: Any) -> Any:
 
 
 def is_place(text: str) -> bool:
-    """Say whether a text is a path of this machine; `name/model` is one of the Hub unless such a folder is here."""
+    """Say whether a text is a local path; `name/model` is on the Hub unless such a folder exists."""
     return text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
 
 

@@ -1,10 +1,11 @@
-"""Prove, on the user's own architecture at tiny size, that packing keeps documents apart and that the chunked loss is the loss.
+"""Prove on the user's architecture at tiny size that packing isolates documents and the chunked loss is exact.
 
-The proof runs the same model class on the same device, with random weights large enough for a leak to show. Documents lie on
-both sides of every length at which the model changes. In float32 a packed row must give every document the logits that the
-plain model gives it alone, and a change in one document must leave the others untouched; kernels that compute in 16 bit only
-have a stand-in there. Then the attention asked for runs in the dtype of training, forward and backward, and must be as near to
-the float32 logits as plain attention is in that dtype.
+The proof runs the same model class on the same device, with random weights large enough for a leak to show.
+Documents lie on both sides of every length at which the model changes. In float32 a packed row must give
+every document the logits that the plain model gives it alone, and a change in one document must leave the
+others untouched; kernels that compute in 16 bit only have a stand-in there. Then the attention asked for runs
+in the dtype of training, forward and backward, and must be as near to the float32 logits as plain attention
+is in that dtype.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class Proof:
         difference: largest |packed - alone| over the logits of every document, in float32.
         leak: largest change of a document's logits when the documents before it change, in float32.
         padded: largest |padded - alone| when each document has a row and shorter ones are padded, in float32.
-        loss_difference: |chunked loss - the model's own loss|, relative; None where the loss could not be taken apart.
-        rounding: error of the kernel in the compute dtype, in errors of plain attention; None where float32 is the dtype.
+        loss_difference: |chunked loss - the model's own loss|, relative; None where the loss could not be
+            taken apart.
+        rounding: error of the kernel in the compute dtype, in errors of plain attention; None where float32
+            is the dtype.
         terms: whether the model's own loss has terms beside the cross entropy.
         causal: whether no token sees those behind it.
         boundaries: whether batches hold `seq_idx` and cumulative lengths.
@@ -165,7 +168,7 @@ class _Trial:
         return max(self._difference(model, collate, [row], first) for first, row in enumerate(alone))
 
     def _packed(self, proof: Proof, model: PreTrainedModel, flatten: bool, rows: Rows) -> Proof:
-        """Try with boundaries in the batch, then without: some models take none, some need their packages for them."""
+        """Try with boundaries in the batch, then without: some models take none, or lack a package."""
         changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]
         best, failure = None, None
         for boundaries in (True, False):
@@ -192,7 +195,7 @@ class _Trial:
         return cast(Proof, best)
 
     def in_compute_dtype(self, attention: str, collate: Collator, packed: bool) -> float:
-        """Return the error of the attention asked for, in errors of plain attention; both in the dtype of training."""
+        """Return the error of an attention, in errors of plain attention; both in the dtype of training."""
         model = self._plain if attention == "eager" else self._model(attention)
         rows = self._rows if packed else self._singles()
         changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]

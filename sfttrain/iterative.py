@@ -1,6 +1,7 @@
 """Training step by step, on what a loop of the user's own makes as it goes: ids, or texts.
 
-One call of `step` is one optimizer step. The loss is the mean over its trained tokens, however the step is cut into batches.
+One call of `step` is one optimizer step. The loss is the mean over its trained tokens, however the step is
+cut into batches.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.errors import UsageError
@@ -38,7 +38,7 @@ class IterativeTrainer:
 
     def __init__(
         self, model: Any, tokenizer: str | None = None, *,
-        optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None,
+        optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None,
         max_length: int | None = None, truncation_mode: Literal["keep_end", "keep_start"] = "keep_end",
         batch_size: int | None = None,
     ) -> None:  # fmt: skip
@@ -62,7 +62,8 @@ class IterativeTrainer:
         Args:
             input_ids: token ids of each example.
             attention_mask: 1 for tokens, 0 for padding, which is taken off.
-            labels: unshifted labels of a causal model (default: the ids), target ids of a sequence-to-sequence model.
+            labels: unshifted labels of a causal model (default: the ids), target ids of a
+                sequence-to-sequence model.
             texts: what to train on; with `texts_labels`, what is given.
             texts_labels: what the model is to answer: trained alone, end token included.
 

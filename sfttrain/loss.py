@@ -35,7 +35,8 @@ class Objective:
     """What training minimises; evaluation always reports the plain negative log likelihood.
 
     Attributes:
-        dft: weigh each token's loss by the probability the model gives it, as a constant (dynamic fine-tuning).
+        dft: weigh each token's loss by the probability the model gives it, as a constant (dynamic
+            fine-tuning).
         smoothing: share of the target spread evenly over the vocabulary.
 
     Source: Wu et al. 2025, "On the Generalization of SFT", https://arxiv.org/abs/2508.05629.
@@ -49,7 +50,7 @@ PLAIN = Objective()
 
 
 class Targets(NamedTuple):
-    """What is predicted at each position: int64[N] ids, and float32[N] what their losses weigh; None for 1 each."""
+    """What each position predicts: int64[N] ids, and float32[N] weights of their losses; None for 1 each."""
 
     ids: Tensor
     weights: Tensor | None = None
@@ -64,10 +65,12 @@ class LossOutput(ModelOutput):
     """Loss of a batch, without logits.
 
     Attributes:
-        loss: float32[], weighted sum over supervised positions divided by `num_items_in_batch`, the sum of the weights.
+        loss: float32[], weighted sum over supervised positions divided by `num_items_in_batch`, the sum of
+            the weights.
         correct: int64[], supervised positions whose most likely token is the label.
         supervised: int64[], supervised positions.
-        token_losses: float32[N], negative log likelihood of each supervised position; None where the engine has none.
+        token_losses: float32[N], negative log likelihood of each supervised position; None where the engine
+            has none.
     """
 
     loss: Tensor | None = None
@@ -77,7 +80,7 @@ class LossOutput(ModelOutput):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of token losses; the gradients are made beside the loss, while a chunk of logits is still at hand."""
+    """Sum of token losses; gradients are computed with the loss, while a chunk's logits still exist."""
 
     @staticmethod
     def forward(
@@ -195,8 +198,8 @@ def _add_product(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
 def head_of(model: nn.Module) -> Head:
     """Describe the output head of a causal language model.
 
-    Scales and caps are known by the names that transformers' own configs give them; preflight proves the description
-    against the model's own loss, so an unknown one cannot pass unseen.
+    Scales and caps are known by the names that transformers' own configs give them; preflight proves the
+    description against the model's own loss, so an unknown one cannot pass unseen.
     """
     module = cast(Any, model).get_output_embeddings()
     bias = getattr(module, "bias", None)
@@ -222,7 +225,8 @@ def supervised_loss(
     Args:
         hidden: float[B, L, D], last hidden states.
         labels: int64[B, L], unshifted: position i is trained to predict label i + 1.
-        engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no accuracy: -1).
+        engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no
+            accuracy: -1).
         objective: what is minimised; the losses of single tokens stay the plain ones.
         loss_weights: float32[B, L], what the loss of each label weighs in the sum; None for 1 each.
     """
@@ -253,7 +257,7 @@ def supervised_loss(
 
 
 def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
-    """Return what the losses of a batch are divided by: the sum of their weights, float64[]; without weights their count."""
+    """Return the divisor of a batch's losses, float64[]: the sum of their weights, or their count."""
     trained = labels[:, 1:] != IGNORE_INDEX
     if loss_weights is None:
         return trained.sum().double()
@@ -261,13 +265,13 @@ def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
 
 
 def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN, terms: bool = False) -> None:
-    """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls run the model's own forward.
+    """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls are unchanged.
 
     The loss stays inside `forward`, where DDP and FSDP expect every use of a parameter.
 
     Args:
-        terms: the model adds terms of its own to the cross entropy, such as a router loss, which training keeps; a call says
-            by `term_share` how much of them counts.
+        terms: the model adds terms of its own to the cross entropy, such as a router loss, which training
+            keeps; a call says by `term_share` how much of them counts.
     """
     own_forward = model.forward
 

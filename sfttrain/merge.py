@@ -1,4 +1,4 @@
-"""What is made of a finished model: adapters merged into their base, and proven; weights quantized by GPTQ."""
+"""Make a model from a finished one: merge adapters into their base, proven; quantize by GPTQ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BITS = (2, 3, 4, 8)
 
 
 def merge(folder: Path, output: Path, model: str | None = None, say: Say = print) -> float:
-    """Write base and adapters as one model, with tokenizer and stop tokens; return how far its logits are from theirs.
+    """Write base and adapters as one model, with its tokenizer; return how far its logits are from theirs.
 
     The sum is made in float32, and stored in the base's dtype.
 
@@ -89,7 +89,8 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
         output.rmdir()
     os.replace(partial, output)
     say(
-        f"merged: {output}; its logits differ from the adapted model's by {difference:.1e} of the largest ({dtype})"
+        f"merged: {output}; its logits differ from the adapted model's "
+        f"by {difference:.1e} of the largest ({dtype})"
     )
     return difference
 
@@ -158,7 +159,8 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
 
     Args:
         calibration: a set; its rows, spread evenly, show GPTQ what the activations look like.
-        group_size: weights that share a scale; smaller is more exact and larger on disk, -1 is a whole column.
+        group_size: weights that share a scale; smaller is more exact and larger on disk, -1 is a whole
+            column.
 
     Raises:
         UsageError: a setting GPTQ does not know, adapters that are not merged, or GPTQModel is missing.
@@ -181,7 +183,8 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
     quantized.quantize(rows, batch_size=1)
     quantized.save(str(output))
     say(
-        f"gptq: {output}; compare its evaluation loss with the original's before using it, and try group_size=32 if it is worse"
+        f"gptq: {output}; compare its evaluation loss with the original's before using it, "
+        "and try group_size=32 if it is worse"
     )
 
 

@@ -1,4 +1,4 @@
-"""The model to train: loaded or given, embeddings resized for the sets, loss fused, adapters added. Runs no code unasked."""
+"""The model to train: loaded or given, embeddings resized, loss fused, adapters added. Runs no code unasked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def computes_in_bf16() -> bool:
 
 
 def weight_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype of the weights: float32 where they are trained, since small updates vanish in 16 bit."""
+    """Return the weights' dtype: float32 where they are trained, since small updates vanish in 16 bit."""
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     return torch.bfloat16 if config.adapted and computes_in_bf16() else torch.float32
@@ -72,7 +72,7 @@ def load_config(config: TrainConfig) -> PreTrainedConfig:
 
 
 def _owner(model_config: PreTrainedConfig, name: str) -> PreTrainedConfig | None:
-    """Return the config that has a field: the model's own, or that of its text part; None where it is none of a config."""
+    """Return the config that has a field: the model's own, its text part's, or None."""
     text = model_config.get_text_config()
     return next((one for one in (model_config, text) if hasattr(one, name)), None)
 
@@ -198,7 +198,7 @@ def make_model(
     args: TrainingArguments,
     say: Say,
 ) -> tuple[Any, Plan]:
-    """Return the model as it is trained, and the plan without the chunked loss where the model rules that out."""
+    """Return the model to train, and the plan, without the chunked loss where the model rules it out."""
     from transformers import set_seed
 
     set_seed(args.seed)
@@ -280,7 +280,7 @@ def _zero_stage(args: TrainingArguments) -> int | None:
 
 @contextmanager
 def whole_weights(args: TrainingArguments) -> Iterator[None]:
-    """Make models whole on every rank, as the sets must be fitted to them; ZeRO-3 takes them apart when training begins."""
+    """Load models whole on every rank, to resize embeddings; ZeRO-3 shards them when training begins."""
     if _zero_stage(args) != 3:
         yield
         return
@@ -295,7 +295,7 @@ def whole_weights(args: TrainingArguments) -> Iterator[None]:
 
 
 def leave_gpus_idle(args: TrainingArguments, say: Say) -> None:
-    """Keep transformers from DataParallel, which would cut packed rows in two; log how many GPUs that leaves idle."""
+    """Keep transformers from DataParallel, which would split packed rows; log which GPUs stay idle."""
     count = args.n_gpu
     if count > 1:
         args._n_gpu = 1

@@ -2,8 +2,8 @@
 
     epoch ── permutation per set ── one list ── filled to whole global batches ── batch b of step s belongs to one rank
 
-Nothing is kept between steps, so a resumed run skips ahead by arithmetic and a changed number of ranks, at the same
-global batch, sees the same global batches.
+Nothing is kept between steps, so a resumed run skips ahead by arithmetic and a changed number of ranks, at
+the same global batch, sees the same global batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Order(Sampler[list[int]]):
 
     Args:
         sizes: rows of each set, in the order of the concatenated dataset.
-        weights: passes over each set in one epoch; 1 shows every row exactly once, 0.5 another half each epoch.
+        weights: passes over each set in one epoch; 1 shows every row exactly once, 0.5 another half each
+            epoch.
         batch_size: rows per rank and micro-batch.
         accumulation: micro-batches per step.
         rank, ranks: this process, of how many.
@@ -64,7 +65,7 @@ class Order(Sampler[list[int]]):
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Micro-batch m of every rank lies side by side, so that ranks x accumulation may change at the same product.
+        # Micro-batch m of all ranks is contiguous, so that ranks x accumulation may change at the same product.
         blocks = self.rows(self.epoch).reshape(-1, self.ranks, self.batch_size)
         return iter(blocks[:, self.rank].tolist())
 
@@ -100,7 +101,7 @@ def _passes(
     fixed: np.random.Generator,
     shuffle: bool,
 ) -> Int64:
-    """Rows of one set in one epoch: whole passes, then a window that moves on through a fixed permutation each epoch."""
+    """Rows of one set in one epoch: whole passes, then a window that moves through a fixed permutation."""
     whole, part = divmod(_share(size, weight), max(size, 1))
     passes = [np.arange(size, dtype=np.int64) for _ in range(whole)]
     if part:

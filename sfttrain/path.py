@@ -49,8 +49,8 @@ def choose_path(
     """Try packing and the chunked loss on the architecture at tiny size, one attention after the other.
 
     Raises:
-        UsageError: packing would leak and `packing=require`, the attention or loss asked for cannot be used on this model, or
-            the model is none that is trained left to right.
+        UsageError: packing would leak and `packing=require`, the attention or loss asked for cannot be used
+            on this model, or the model is none that is trained left to right.
     """
     search = _Search(config, model_config, where, say)
     for name in (choice.name, *choice.others):

@@ -1,4 +1,4 @@
-"""What is tried before step 1: optimizer and schedule on a stand-in; room for checkpoints, and a step, with the model."""
+"""Checks before step 1: optimizer and schedule on a stand-in, room for checkpoints, a trial step."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextManager[Any]) -> float:
-    """Run one forward and backward; return its seconds. Weights, gradients and random state stay as they were.
+    """Run one forward and backward, and return its seconds. Weights and random state are unchanged.
 
     Raises:
         UsageError: the device has too little memory.

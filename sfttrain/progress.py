@@ -19,7 +19,7 @@ _LABEL = "step {done}/{total}"
 
 
 class TrainLog(TrainerCallback):
-    """Append one line per logged step: step, loss, grad_norm, learning_rate, tokens, seconds, and what else there is."""
+    """Append one line per logged step: step, loss, grad_norm, learning_rate, tokens, seconds and more."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -118,8 +118,8 @@ def _plain(value: Any) -> Any:
 class FollowSettings(TrainerCallback):
     """Let a resumed run follow its present settings.
 
-    transformers takes from the checkpoint how often it logs, saves and evaluates, and the learning rate of the step behind
-    it. The schedule is that of a run which had the present length from its first step on.
+    transformers takes from the checkpoint how often it logs, saves and evaluates, and the learning rate of
+    the step behind it. The schedule is that of a run which had the present length from its first step on.
     """
 
     def on_train_begin(

@@ -58,7 +58,8 @@ def refuse_useless(
     _refuse_evaluation(config, args, extras)
     if config.eval and args.eval_strategy == "no":
         say(
-            f"evaluation: {' and '.join(config.eval)} is not evaluated while training; set eval_strategy=epoch or steps for that"
+            f"evaluation: {' and '.join(config.eval)} is not evaluated while training; "
+            "set eval_strategy=epoch or steps for that"
         )
     offload = isinstance(
         args.activation_checkpointing_kwargs, dict
@@ -119,7 +120,7 @@ def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, mod
 
 
 def refuse_too_long(sets: Sequence[ShardSet], model_config: PreTrainedConfig, say: Say) -> None:
-    """Refuse documents that a model has no positions for; of a model that turns its positions on, only say so.
+    """Refuse documents longer than a model's table of positions; with rotary positions, only note them.
 
     Raises:
         UsageError: a document is longer than the table of positions.

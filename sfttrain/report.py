@@ -1,4 +1,4 @@
-"""The report of a run, `report.html`: one self-contained page, made from `train_log.jsonl` and the settings beside it.
+"""The report of a run, `report.html`: one self-contained page, from `train_log.jsonl` and the settings.
 
 It is written when a run ends; `sfttrain report` writes it at any time, of a run that is still going as well.
 """
@@ -87,7 +87,7 @@ def make_report(folder: Path) -> str:
 
 
 def read_log(path: Path) -> list[Line]:
-    """Return the lines of a training log, none where there is no log; a line that a kill cut short is left out."""
+    """Return the lines of a training log, if there is one; a line cut short by a kill is left out."""
     lines = []
     for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

@@ -1,8 +1,9 @@
 """Whether a run begins, resumes, or is finished already: is it the same run?
 
-A checkpoint and `run.json` carry a run's identity: its data, and every setting that decides what is trained. A run that
-resumes, or is started again, is compared with it, and refused by name where they differ. Some settings may change on the
-way: how long it trains, what is saved, logged and evaluated, and how a step is computed as long as the step stays the same.
+A checkpoint and `run.json` carry a run's identity: its data, and every setting that decides what is trained.
+A run that resumes, or is started again, is compared with it, and refused by name where they differ. Some
+settings may change on the way: how long it trains, what is saved, logged and evaluated, and how a step is
+computed as long as the step stays the same.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _OF_A_RUN = (RUN_NAME, LOG_NAME, "*.safetensors", "*.safetensors.index.json", "a
 Point = tuple[Path, int]  # a checkpoint, and the steps behind it
 LENGTH = ("max_steps", "num_train_epochs")
 _PREFIXES = (
-    "logging_", "log_", "save_", "eval_", "trackio_", "dataloader_", "ddp_", "activation_checkpointing", "torch_compile",
+    "logging_", "log_", "save_", "eval_", "trackio_", "dataloader_", "ddp_", "activation_checkpointing",
+    "torch_compile",
 )  # fmt: skip
 MAY_CHANGE = frozenset({
     *LENGTH,
@@ -190,7 +192,7 @@ def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, Sha
 
 
 def differences(before: Identity, now: Identity) -> dict[str, str]:
-    """Return what differs between two identities, by name, in words; what `now` does not know yet is left out.
+    """Return what differs between two identities, by name, in words; what `now` lacks is left out.
 
     An earlier version recorded no settings: then they are not compared.
     """

@@ -1,4 +1,4 @@
-"""Rotary factors that follow the longest position of a batch (longrope, dynamic NTK): for each document as it has them alone."""
+"""Rotary factors that depend on the longest position (longrope, dynamic NTK), kept apart by document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sfttrain.shrink import DYNAMIC_ROPES, dynamic_ropes
 
 
 def keep_rotary_apart(model: nn.Module) -> int:
-    """Let every rotary module that looks at the longest position look at each document's own; return how many there are.
+    """Let rotary modules use each document's own longest position; return how many modules that are.
 
     Documents are known by positions that begin again at 0, so padding must begin again too.
     """

@@ -1,7 +1,7 @@
 """One training run, from a checked configuration to a model on disk: read me first.
 
-Without torch: take the output -> open and verify the sets -> compare vocabularies
-In training.py: choose attention -> prove packing and loss -> load the model -> resume or begin -> train -> export
+Without torch: take the output -> open and verify the sets -> compare vocabularies In training.py: choose
+attention -> prove packing and loss -> load the model -> resume or begin -> train -> export
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
         config: what to train on what, and how.
         model: a model object, adapters on it or not; else the one that the configuration names is loaded.
         data: a dataset of rows with token ids, instead of sets; see `custom.py`.
-        extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `processing_class`, ...
+        extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `processing_class`,
+            ...
 
     Returns:
         The trainer; None where the output already holds this run, finished: nothing is touched then.

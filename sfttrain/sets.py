@@ -41,7 +41,8 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
     rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run.
 
     Raises:
-        IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that is none of the set's.
+        IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that
+            is none of the set's.
         DataError: there is nothing to train on.
     """
     for opened in sets:
@@ -79,8 +80,8 @@ def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
 def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
     """Return to how many rows the embeddings must grow; 0 if they are enough.
 
-    They grow only for tokens that the tokenizer gained after its training: a set made with another model's tokenizer is
-    an error.
+    They grow only for tokens that the tokenizer gained after its training: a set made with another model's
+    tokenizer is an error.
 
     Raises:
         UsageError: the vocabulary of a set is not this model's.
@@ -108,7 +109,7 @@ def _added_ids(opened: ShardSet, rows: int) -> set[int]:
 
 
 def _known_vocabulary(config: TrainConfig) -> int | None:
-    """Return how many tokens the config of a model on this machine has; None where only loading it can show."""
+    """Return the vocabulary size in a local model's config; None where only loading it can show."""
     place = config.init_from_config or Path(config.model or "")
     try:
         fields: Any = json.loads((place / "config.json" if place.is_dir() else place).read_text("utf-8"))

@@ -1,8 +1,9 @@
 """A model's config at tiny size: fewer layers, heads, experts and tokens, but every width of a head as it is.
 
-Widths of a head hang together in ways that only the family knows (rotary parts, sections and factors, low ranks), so they stay;
-counts are free as long as groups divide them. Every kind of layer that the model mixes is kept. Lengths at which a model
-behaves otherwise (windows, chunks, the original context) become short enough for a short row to pass them.
+Widths of a head hang together in ways that only the family knows (rotary parts, sections and factors, low
+ranks), so they stay; counts are free as long as groups divide them. Every kind of layer that the model mixes
+is kept. Lengths at which a model behaves otherwise (windows, chunks, the original context) become short
+enough for a short row to pass them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ LIMIT = 8  # what a length becomes that rows pass
 _HEADS, _INNER_SIZE, _EXPERTS, _GROUPS, _CHOSEN = 4, 128, 8, 2, 2
 _ALIGNED, _FAR = 64, 1 << 14  # a length that no short row passes
 _LAYERS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
-    "num_decoder_layers", "num_encoder_layers", "depth",
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",
+    "encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
 )  # fmt: skip
 _LAYER_NUMBERS = (
     "moe_layers",
@@ -33,7 +34,8 @@ _LAYER_NUMBERS = (
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")  # of another kind than the others
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
-    "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads",
+    "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
+    "swa_num_attention_heads",
 )  # fmt: skip
 _KEY_HEAD_COUNTS = (
     "num_key_value_heads",
@@ -44,13 +46,14 @@ _KEY_HEAD_COUNTS = (
 )
 _HEAD_GROUPS = ("n_groups", "mamba_n_groups")
 _WIDTHS = (
-    "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim", "lru_width", "attention_hidden_size",
-    "embedding_size", "input_embedding_size", "output_embedding_size",
+    "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim", "lru_width",
+    "attention_hidden_size", "embedding_size", "input_embedding_size", "output_embedding_size",
 )  # fmt: skip
 _INNER = (
-    "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "moe_intermediate_size",
-    "expert_ffn_hidden_size", "shared_expert_intermediate_size", "shared_experts_intermediate_size", "dense_intermediate_size",
-    "intermediate_size_mlp", "shared_intermediate_size", "moe_shared_expert_intermediate_size", "dff", "dim_ff", "d_inner",
+    "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim",
+    "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
+    "shared_experts_intermediate_size", "dense_intermediate_size", "intermediate_size_mlp",
+    "shared_intermediate_size", "moe_shared_expert_intermediate_size", "dff", "dim_ff", "d_inner",
     "feed_forward_size",
 )  # fmt: skip
 _EXPERT_COUNTS = (
@@ -72,14 +75,15 @@ _CHOSEN_EXPERTS = (
 )
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size")
 _LENGTHS = (
-    "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "floor_scale", "window_size",
-    "log_scaling_n_floor", "local_attention", "keep_window_size", "index_topk", "original_max_position_embeddings",
+    "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "floor_scale",
+    "window_size", "log_scaling_n_floor", "local_attention", "keep_window_size", "index_topk",
+    "original_max_position_embeddings",
 )  # fmt: skip
 DYNAMIC_ROPES = frozenset({"dynamic", "longrope"})  # rotary factors that follow the longest position
 
 
 def shrunk(config: PreTrainedConfig, reach: int | None = None) -> Iterator[PreTrainedConfig]:
-    """Yield copies of a transformers config at tiny size, the smallest first; a family may know only a larger one.
+    """Yield copies of a config at tiny size, the smallest first; a family may work only at a larger one.
 
     Args:
         config: of a causal language model, or of a model with one inside.
@@ -103,12 +107,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def depends_on_row_length(config: PreTrainedConfig, reach: int | None) -> bool:
-    """Say whether rotary factors are chosen by the longest position of a batch, and rows are long enough for that."""
+    """Say whether rotary factors depend on a batch's longest position, and rows are long enough for it."""
     return any(reach is None or length < reach for _, length in dynamic_ropes(text_config(config)))
 
 
 def dynamic_ropes(text: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """Yield the kind of each rotary part that follows the longest position, and the length from which on it does."""
+    """Yield the kind of each rotary part that depends on the longest position, and from which length on."""
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         kind = part.get("rope_type")
@@ -120,7 +124,7 @@ def dynamic_ropes(text: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def _rebuilt(config: PreTrainedConfig, heads: int | None, reach: int | None) -> PreTrainedConfig:
-    """Shrink the fields of the text part, and make the config anew from them, since some are computed from others."""
+    """Shrink the text part's fields and rebuild the config, since some fields are computed from others."""
     text = text_config(config)
     fields = copy.deepcopy(config.to_dict())
     if text is config:

@@ -1,7 +1,7 @@
 """Stopping on a signal: what a scheduler sends before it takes the machine away.
 
-While steps are taken, SIGTERM and SIGHUP let the step end, save a checkpoint and stop; before that, and when sent twice,
-they stop at once. The same command goes on. The exit code is 128 + the signal's number.
+While steps are taken, SIGTERM and SIGHUP let the step end, save a checkpoint and stop; before that, and when
+sent twice, they stop at once. The same command goes on. The exit code is 128 + the signal's number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a model adds to the cross entropy by itself, such as the loss that keeps the experts of a router equally busy.
+"""Terms that a model adds to the cross entropy, such as the loss that balances a router's experts.
 
-Such terms are means over a forward, so a step of several micro-batches must share them out: `term_share` is one part of
-the micro-batches that train anything, on all ranks.
+Such terms are means over a forward, so a step of several micro-batches must share them out: `term_share` is
+one part of the micro-batches that train anything, on all ranks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def hidden_and_terms(
 ) -> tuple[Tensor, Tensor]:
     """Return the last hidden states, float[B, L, D], and the model's own terms, float[].
 
-    The model's own forward runs with a cross entropy of zero and next to no logits; what is left of its loss are the terms.
+    The model's own forward runs with a cross entropy of zero and next to no logits; what is left of its loss
+    are the terms.
     """
     seen: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0]))

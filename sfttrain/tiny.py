@@ -1,4 +1,4 @@
-"""The model of the proof: the same class at tiny size, with random weights large enough for a leak to show."""
+"""The proof's model: the same class at tiny size, with random weights large enough for a leak to show."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _fill(model: nn.Module) -> None:
 
 
 def unreached(model: PreTrainedModel, batch: Batch) -> tuple[str, ...]:
-    """Return the names of the largest modules outside the language model whose weights get no gradient from text."""
+    """Return names of the largest modules outside the language model that get no gradient from text."""
     decoder = model.get_decoder()
     with torch.enable_grad():
         model(**batch).loss.backward()

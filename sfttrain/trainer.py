@@ -1,4 +1,4 @@
-"""A thin transformers Trainer: our order, our loss, sealed checkpoints, figures without logits. Nothing else."""
+"""A thin transformers Trainer: our order, our loss, sealed checkpoints, figures without logits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SftTrainer(Trainer):
         return self._loader(self.train_dataset, self.order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return this rank's share of an evaluation set: every row once, none twice to fill up the last batch."""
+        """Return this rank's share of an evaluation set: every row once, none repeated to fill a batch."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             rows = cast(dict[str, Any], self.eval_dataset)[rows]
@@ -131,7 +131,7 @@ class SftTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Return what the losses of a step are divided by: of weighted rows the sum of the weights, else transformers' count."""
+        """Return the divisor of a step's losses: the sum of their weights, or transformers' count."""
         if self._terms:
             trained = sum((_trains(batch["labels"]) for batch in batch_samples), torch.zeros(())).to(device)
             self._term_share = 1 / max(1.0, float(self.accelerator.reduce(trained, "sum")))
@@ -177,7 +177,7 @@ class SftTrainer(Trainer):
         return output
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *more: Any, **options: Any) -> None:
-        """Log, evaluate and save as transformers does, unless the loss or the weights are no longer finite."""
+        """Log, evaluate and save as transformers does, while the loss and the weights are finite."""
         control = self.control
         if (
             control.should_log

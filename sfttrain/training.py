@@ -1,4 +1,4 @@
-"""What a run does with torch: choose attention, prove packing and loss, load the model, resume or begin, train, export."""
+"""A run's work with torch: choose attention, prove packing and loss, load, resume or begin, train, export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention inside each document of one flattened row, by cumulative lengths: PyTorch's kernel, and a slow stand-in.
+"""Attention within each document of a flattened row: PyTorch's varlen kernel, and a slow stand-in.
 
 `varlen_attn` of PyTorch takes other arguments in each release:
 
@@ -85,7 +85,7 @@ def stand_in_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Do what kernels of flattened rows do, one document at a time and in any dtype; arguments as `varlen_forward`.
+    """Compute what varlen kernels do, a document at a time, in any dtype; arguments as `varlen_forward`.
 
     It knows caps on scores (`softcap`) and sinks (`s_aux`, float[H]), as FlashAttention 3 and 4 do.
     """

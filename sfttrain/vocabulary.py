@@ -1,4 +1,4 @@
-"""Tokens that sets use and their model does not know: embeddings it lacks or never trained, and stop tokens."""
+"""Tokens that sets use and their model does not know: missing or untrained embeddings, stop tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def resize_embeddings(model: PreTrainedModel, sets: Sequence[ShardSet], multiple
         return untrained
     rows = -(-needed // multiple) * multiple
     say(
-        f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, each the mean of the others"
+        f"embeddings: grown from {before:,} to {rows:,} rows for tokens that the set added, "
+        "each the mean of the others"
     )
     grow_embeddings(model, rows)
     return sorted({*untrained, *range(before, needed)})
@@ -73,9 +74,10 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 
 def untrained_embeddings(model: PreTrainedModel, sets: Sequence[ShardSet]) -> list[int]:
-    """Return control tokens that the sets use and whose rows were never trained: next to zero, or one like another.
+    """Return control tokens the sets use whose rows were never trained: near zero, or equal to another.
 
-    A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would stay noise.
+    A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would
+    stay noise.
     """
     used = sorted({token for opened in sets for token in _control_tokens(opened)})
     weight = embedding_table(model).detach()
@@ -157,7 +159,7 @@ def _repeated(weight: Tensor, row: Tensor) -> bool:
 
 
 def ready_generation(model: PreTrainedModel, sets: Sequence[ShardSet], say: Say) -> None:
-    """Give the generation config the sets' stop tokens, and fix what would make every save of the model fail."""
+    """Give the generation config the sets' stop tokens, and fix what would make saving the model fail."""
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
@@ -199,7 +201,7 @@ def _set_stop_tokens(generation: GenerationConfig, sets: Sequence[ShardSet]) -> 
     known = [] if before is None else before if isinstance(before, list) else [before]
     stops = stop_tokens(sets)
     if stops:
-        # The set's own stops come first; those the model had are kept, unless their ids mean something else in this set.
+        # The set's stops come first; the model's are kept, unless their ids mean something else in the set.
         keep = [token for token in known if token < sets[0].manifest.tokenizer.vocab_size]
         merged = list(dict.fromkeys([*stops, *keep]))
         generation.eos_token_id = merged if len(merged) > 1 else merged[0]
