@@ -149,7 +149,10 @@ def continue_adapters(model: PreTrainedModel, folder: Path, name: str, *, chosen
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        fix = "let base_model_name_or_path in their adapter_config.json name the model that they were trained on."
+        fix = (
+            "let base_model_name_or_path in their adapter_config.json "
+            "name the model that they were trained on."
+        )
         raise UsageError(f"{folder}: these adapters do not fit {name}: {reason:.200}", fix) from None
 
 

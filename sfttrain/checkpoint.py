@@ -110,7 +110,8 @@ def require_space(output: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < bytes_needed:
         raise UsageError(
-            f"{output}: {free / 1e9:.1f} GB free; a checkpoint beside the one before it needs {bytes_needed / 1e9:.1f} GB.",
+            f"{output}: {free / 1e9:.1f} GB free; "
+            f"a checkpoint beside the one before it needs {bytes_needed / 1e9:.1f} GB.",
             "free some space, choose another output, or set save_only_model=true or save_strategy=no.",
         )
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sfttrain.config import TrainConfig
 
 app = typer.Typer(
-    help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    help="Train on sets that `sftdata prepare` made.", no_args_is_help=True, add_completion=True,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip
 

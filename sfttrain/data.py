@@ -80,7 +80,7 @@ class TrainingRows(Dataset[Row]):
         )
 
     def _source_of(self, examples: Int64) -> Int64:
-        """Return each example's source number; an empty source has the next one's first id, and no example."""
+        """Return each example's source number; an empty source shares the next one's first id."""
         first = [source.first_id for source in self._sets[0].manifest.sources]
         numbers: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
         return numbers

@@ -1,4 +1,4 @@
-"""The output folder: model, tokenizer, stop tokens, settings, card; written aside, moved, marked last. And the Hub."""
+"""The output folder: model, tokenizer, settings, card; written aside, moved, marked last. And the Hub."""
 
 from __future__ import annotations
 

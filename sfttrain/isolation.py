@@ -1,4 +1,4 @@
-"""Prove on the user's architecture at tiny size that packing isolates documents and the chunked loss is exact.
+"""Prove, on the user's architecture at tiny size, packing's isolation and the chunked loss's exactness.
 
 The proof runs the same model class on the same device, with random weights large enough for a leak to show.
 Documents lie on both sides of every length at which the model changes. In float32 a packed row must give

@@ -84,8 +84,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, head: Head, objective: Objective,
-        dtype: torch.dtype,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, head: Head,
+        objective: Objective, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)

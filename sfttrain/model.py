@@ -1,4 +1,4 @@
-"""The model to train: loaded or given, embeddings resized, loss fused, adapters added. Runs no code unasked."""
+"""The model to train: loaded or given, embeddings resized, loss fused, adapters added."""
 
 from __future__ import annotations
 
@@ -177,7 +177,8 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
     text = str(error).strip().split("\n")[0]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
-        found = f"{source}: model_init_kwargs.{unknown[1]}: neither a field of its config nor an argument of from_pretrained"
+        found = f"{source}: model_init_kwargs.{unknown[1]}: "
+        found += "neither a field of its config nor an argument of from_pretrained"
         return UsageError(f"{found}.", "leave it out.")
     if "trust_remote_code" in str(error) and not trusted:
         return UsageError(

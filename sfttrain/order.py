@@ -65,7 +65,7 @@ class Order(Sampler[list[int]]):
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Micro-batch m of all ranks is contiguous, so that ranks x accumulation may change at the same product.
+        # Micro-batch m of all ranks is contiguous: ranks x accumulation may change at the same product.
         blocks = self.rows(self.epoch).reshape(-1, self.ranks, self.batch_size)
         return iter(blocks[:, self.rank].tolist())
 

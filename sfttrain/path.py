@@ -166,10 +166,15 @@ class _Search:
     def _refuse_padding(self, proof: Proof) -> None:
         if self._where.rows == 1:
             raise UsageError(
-                f"{self._family}: it counts positions otherwise than from 0 (logits move by {proof.padded:.1e})."
+                f"{self._family}: it counts positions otherwise than from 0 "
+                f"(logits move by {proof.padded:.1e})."
             )
-        found = f"{self._family}: rows of several lengths in a batch change each other (logits move by {proof.padded:.1e})"
-        fix = "set per_device_train_batch_size=1, per_device_eval_batch_size=1 and gradient_accumulation_steps instead."
+        found = f"{self._family}: rows of several lengths in a batch change each other "
+        found += f"(logits move by {proof.padded:.1e})"
+        fix = (
+            "set per_device_train_batch_size=1, per_device_eval_batch_size=1 "
+            "and gradient_accumulation_steps instead."
+        )
         raise UsageError(f"{found}.", fix)
 
     def _loss_engine(self, proof: Proof) -> str | None:

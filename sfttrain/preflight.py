@@ -89,7 +89,8 @@ def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextMan
         reason = str(error).split(". ")[0]
         raise UsageError(
             f"One forward and backward does not fit: {reason}.",
-            "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length.",
+            "set activation_checkpointing=true, a smaller batch, --lora, "
+            "or prepare with a smaller --max-length.",
         ) from None
     finally:
         model.zero_grad(set_to_none=True)

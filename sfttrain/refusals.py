@@ -102,7 +102,8 @@ def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, mod
     """
     name = config.model or config.init_from_config
     if getattr(model_config, "is_encoder_decoder", False):
-        found = f"{name}: {model_config.model_type} is a sequence-to-sequence model; a run trains causal language models."
+        found = f"{name}: {model_config.model_type} is a sequence-to-sequence model; "
+        found += "a run trains causal language models."
         raise UsageError(
             found, "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it."
         )

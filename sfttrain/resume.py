@@ -37,16 +37,19 @@ _PREFIXES = (
 )  # fmt: skip
 MAY_CHANGE = frozenset({
     *LENGTH,
-    "report_to", "run_name", "project", "skip_memory_metrics", "debug", "restore_callback_states_from_checkpoint",
-    "eval", "per_device_eval_batch_size", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "include_for_metrics",
-    "batch_eval_metrics", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "compute_metrics",
+    "report_to", "run_name", "project", "skip_memory_metrics", "debug",
+    "restore_callback_states_from_checkpoint", "eval", "per_device_eval_batch_size", "prediction_loss_only",
+    "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
+    "metric_for_best_model", "greater_is_better", "compute_metrics",
     "attention", "packing", "torch_empty_cache_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps",  # their product is compared, as global_batch
+    # Their product is compared, as global_batch.
+    "per_device_train_batch_size", "gradient_accumulation_steps",
 })  # fmt: skip
 # Not compared: places, the machine, and what `identity_of` names in another way.
 _NOT_COMPARED = frozenset({
-    "sets", "weights", "model", "init_from_config", "lora", "adapter", "eval", "training", "output", "overwrite", "push_to_hub",
-    "trust_remote_code", "use_cpu", "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
+    "sets", "weights", "model", "init_from_config", "lora", "adapter", "eval", "training", "output",
+    "overwrite", "push_to_hub", "trust_remote_code", "use_cpu", "dataloader_pin_memory", "disable_tqdm",
+    "output_dir", "local_rank", "bf16", "fp16",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip
 _LABELS = {
@@ -78,7 +81,8 @@ def finished(config: TrainConfig, identity: Identity) -> Identity | None:
         return None
     fix = "choose another output folder, or --overwrite to start anew."
     if "settings" not in done:
-        found = f"{config.output}: holds a finished run of an earlier version, which recorded no settings to compare with"
+        found = f"{config.output}: holds a finished run of an earlier version, "
+        found += "which recorded no settings to compare with"
         raise UsageError(f"{found}.", fix)
     changes = differences(done, identity)
     if not changes:

@@ -71,7 +71,8 @@ def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
         )  # one gained tokens for its template
         alike = grown and one.vocab_size - len(one.tokens_added) == other.vocab_size - len(other.tokens_added)
         if one.sha256 != other.sha256 and not alike:
-            found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, {opened.folder} with {other.name}"
+            found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, "
+            found += f"{opened.folder} with {other.name}"
             raise UsageError(
                 f"{found}, whose ids are others.", "prepare both with the tokenizer of the model."
             )
@@ -95,7 +96,8 @@ def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:
             found = f"its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids"
             raise UsageError(
                 f"{opened.folder}: {found}; the model has embeddings for {rows}.",
-                "train the model that the tokenizer belongs to, or prepare the set with this model's tokenizer.",
+                "train the model that the tokenizer belongs to, "
+                "or prepare the set with this model's tokenizer.",
             )
         needed = max(needed, tokenizer.vocab_size)
     return needed

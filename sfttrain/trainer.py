@@ -165,8 +165,8 @@ class SftTrainer(Trainer):
         return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, ignore_keys: Any = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None, metric_key_prefix: str = "eval",
     ) -> Any:  # fmt: skip
         """Evaluate a set; its loss is the mean over trained tokens, of all and of each source."""
         loop: Any = super().evaluation_loop
@@ -207,7 +207,10 @@ class SftTrainer(Trainer):
         found = f"step {self.state.global_step}: the loss or the weights are not finite (nan or infinite)"
         kept = checkpoint.newest_complete(Path(str(self.args.output_dir)))
         left = f"{kept[0]} is the last good checkpoint" if kept else "no checkpoint was written before"
-        fix = "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; then run into another output folder."
+        fix = (
+            "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; "
+            "then run into another output folder."
+        )
         raise DataError(f"The run has diverged: {found}; {left}.", fix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

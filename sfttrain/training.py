@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 def train_on(
-    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any, objects: dict[str, Any],
-    request: StopRequest,
+    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any,
+    objects: dict[str, Any], request: StopRequest,
 ) -> SftTrainer | None:  # fmt: skip
     """Train on opened sets; see `sfttrain.run.train`.
 
@@ -66,7 +66,8 @@ def train_on(
     _take_steps(trainer, resumed, steps)
     if stop.number:
         say(
-            f"stopped after step {trainer.state.global_step:,}: {_what_is_saved(args, trainer.state.global_step)}"
+            f"stopped after step {trainer.state.global_step:,}: "
+            f"{_what_is_saved(args, trainer.state.global_step)}"
         )
         raise StoppedError(stop.number)
     request.done = True

@@ -172,13 +172,15 @@ def ready_generation(model: PreTrainedModel, sets: Sequence[ShardSet], say: Say)
         generation.do_sample = True  # values for sampling are there, so sampling was meant
         if not _wrong(generation):
             say(
-                f"generation_config: do_sample is set to true, without which transformers saves no model ({wrong})"
+                f"generation_config: do_sample is set to true, "
+                f"without which transformers saves no model ({wrong})"
             )
             return
     kept = {name: getattr(generation, name) for name in _TOKENS}
     model.generation_config = type(generation)(**kept)
     say(
-        f"generation_config: all but its token ids is left out, since transformers saves no model with it ({wrong})"
+        f"generation_config: all but its token ids is left out, "
+        f"since transformers saves no model with it ({wrong})"
     )
 
 
