@@ -169,14 +169,9 @@ class Run:
 
 Acts = Callable[[Run], bool]
 _OPTIMIZER = (
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
+    "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
     "learning_rate",
-)
+)  # fmt: skip
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
 _WARMLESS = ("constant", "reduce_lr_on_plateau", "greedy")
 _KWARGLESS = ("constant", "constant_with_warmup")
@@ -222,12 +217,8 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Acts], ...] = (
 )  # fmt: skip
 # What acts in a run of several processes, and may stay in the settings of one.
 _SEVERAL = (
-    "ddp_",
-    "average_tokens_across_devices",
-    "save_on_each_node",
-    "log_on_each_node",
-    "log_level_replica",
-)
+    "ddp_", "average_tokens_across_devices", "save_on_each_node", "log_on_each_node", "log_level_replica",
+)  # fmt: skip
 
 
 def refuse_inert(run: Run) -> None:

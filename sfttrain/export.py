@@ -33,12 +33,8 @@ _UPLOADED = (
     "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*.model", "vocab*", "merges.txt", "*.py",
 )  # fmt: skip
-_NAMING = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer_config.json",
-)  # may name where it came from
+# Files that may name local paths.
+_NAMING = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
 
 
 def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path | None:

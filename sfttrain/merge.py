@@ -28,14 +28,9 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = 64
 _BESIDE = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "vocab*",
+    "tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model", "vocab*",
     "merges.txt",
-)
+)  # fmt: skip
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 CALIBRATION_ROWS = 256
 GROUP_SIZES = (-1, 32, 64, 128)

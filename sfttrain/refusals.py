@@ -25,13 +25,7 @@ _MOVED = {
 }
 _LOADING = ("init_from_config", "revision", "dtype", "model_init_kwargs", "quantize", "trust_remote_code")
 _TRAINER = ("torch", "transformers", "accelerate", "peft", "safetensors")
-TRACKERS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-    "comet_ml": "comet_ml",
-}
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml")  # packages of the same name
 
 
 def refuse_useless(
@@ -269,5 +263,5 @@ def require_tracker(name: str) -> None:
         choices = f"choose among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
         fix = did_you_mean(name, INTEGRATION_TO_CALLBACK, choices)
         raise UsageError(f"report_to={name}: there is no such tracker.", fix)
-    if name in TRACKERS:  # of the others, transformers knows what they need
-        require_package(TRACKERS[name], f"report_to={name}")
+    if name in _TRACKERS:  # of the others, transformers knows what they need
+        require_package(name, f"report_to={name}")

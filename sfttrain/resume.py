@@ -57,12 +57,9 @@ _LABELS = {
     "compute": "the dtype of computing (bf16, fp16)",
 }
 _OBJECTS = (
-    "compute_loss_func",
-    "optimizers",
-    "optimizer_cls_and_kwargs",
-    "compute_metrics",
+    "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs", "compute_metrics",
     "preprocess_logits_for_metrics",
-)
+)  # fmt: skip
 
 
 def finished(config: TrainConfig, identity: Identity) -> Identity | None:

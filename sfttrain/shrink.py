@@ -25,12 +25,8 @@ _LAYERS = (
     "encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth",
 )  # fmt: skip
 _LAYER_NUMBERS = (
-    "moe_layers",
-    "mlp_only_layers",
-    "full_attn_idxs",
-    "hybrid_layer_ids",
-    "cross_attention_layers",
-)
+    "moe_layers", "mlp_only_layers", "full_attn_idxs", "hybrid_layer_ids", "cross_attention_layers",
+)  # fmt: skip
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")  # of another kind than the others
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
@@ -38,12 +34,8 @@ _HEAD_COUNTS = (
     "swa_num_attention_heads",
 )  # fmt: skip
 _KEY_HEAD_COUNTS = (
-    "num_key_value_heads",
-    "num_kv_heads",
-    "kv_n_heads",
-    "num_query_groups",
-    "swa_num_key_value_heads",
-)
+    "num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_query_groups", "swa_num_key_value_heads",
+)  # fmt: skip
 _HEAD_GROUPS = ("n_groups", "mamba_n_groups")
 _WIDTHS = (
     "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim", "lru_width",
@@ -57,22 +49,13 @@ _INNER = (
     "feed_forward_size",
 )  # fmt: skip
 _EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "zero_expert_num",
-)
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num",
+)  # fmt: skip
 _EXPERT_GROUPS = ("n_group", "num_expert_group", "topk_group")
 _CHOSEN_EXPERTS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "moe_top_k",
-    "top_k_experts",
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
     "topk_group",
-)
+)  # fmt: skip
 _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size")
 _LENGTHS = (
     "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "floor_scale",
