@@ -58,7 +58,7 @@ class IntegrityError(SftError):
 class Fault:
     """Why one row cannot be used: the body of a line in `rejects.jsonl`.
 
-    `code` is a stable kebab-case name (`unknown-role`), `reason` says what was found and expected, `fix` what mends it.
+    `code` is a stable kebab-case name (`unknown-role`), `reason` says what was found and expected, `fix` how to fix it.
     """
 
     code: str

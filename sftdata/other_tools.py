@@ -62,7 +62,7 @@ _FLAGS = {
     "init_from_config": "--init-from-config", "push_to_hub": "--push-to-hub", "report_to": "--report-to",
 }  # fmt: skip
 _WITHOUT_FLAG = {"template_kwargs", "max_line_bytes", "slice_bytes"}
-# Settings of `sftdata prepare` that nobody else has under another meaning.
+# Settings of `sftdata prepare` that no other tool has under another meaning.
 _OF_THE_DATA = """
 inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer chat_template
 template_kwargs date train_on response_template instruction_template mask_mode loss_weights boundary eos_token

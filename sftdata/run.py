@@ -29,7 +29,7 @@ from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.stages import load_engine, load_shared, load_stages
 from sftdata.version import __version__
 
-# What mends a set that has lost all rows for one reason.
+# The fix for a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {
     "formatter": "let the --formatter function return more rows; None leaves one out.",
     "nothing-trained": "switch turns on in the data (weight, train); where none is switched off, --train-on all.",

@@ -58,7 +58,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         if self._channel is not None:
-            self._channel.close()  # tells the leader that nobody waits any more; tasks begun are finished
+            self._channel.close()  # closing the pipe stops the leader; tasks that have begun are finished
         if self._leader is not None:
             self._leader.join()
 
@@ -116,7 +116,7 @@ class Workers:
 
 
 def _lead(channel: Connection, number: int, warm: str | None) -> None:
-    """Get ready, fork the workers, and hand them the tasks until all are done or nobody waits for them."""
+    """Get ready, fork the workers, and hand them the tasks until all are done or no one waits for them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first process decides
     # Libraries must not start threads before the fork; after it, workers are the threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -166,7 +166,7 @@ def _start_worker() -> None:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the one that started it is killed: nobody would take its results."""
+    """End this process when the one that started it is killed: no one would take its results."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_handles([parent.sentinel])

@@ -8,7 +8,7 @@ turns them there. Markers given as token ids are looked for in the ids instead, 
 2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of
    the row.
    A marker itself is never trained: at inference it is given, not generated.
-3. Without an instruction marker nobody can say where an earlier answer ends and the next question begins,
+3. Without an instruction marker no one can say where an earlier answer ends and the next question begins,
    so only the stretch after the *last* response marker is trained. `repeated` counts the rows where that left
    answers out.
 4. A row without a response marker is a fault (`no-response-marker`). So is a row with several response
@@ -267,7 +267,7 @@ def describe_missing(kind: str, marker: str, text: str) -> tuple[str, str]:
     """
     reason = f"the {kind} template {marker!r} does not occur in the text"
     if near := nearest_variant(marker, text):
-        return f"{reason}; found {near!r}.", f"--{kind}-template {shell_quote(near)}, or mend the row."
+        return f"{reason}; found {near!r}.", f"--{kind}-template {shell_quote(near)}, or fix the row."
     fix = f"set --{kind}-template to the marker that this text uses, or take the row out."
     if headers := _headers_like(marker, text):
         return f"{reason}; it has {', '.join(map(repr, headers))}.", fix

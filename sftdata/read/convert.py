@@ -161,7 +161,7 @@ class _Converter:
         except Exception as error:  # the user's own code may raise anything
             what = f"{self.options.formatter} raised {type(error).__name__}: {error}"
             raise RowError(
-                "formatter-error", what, "mend the function; it may return None to leave a row out."
+                "formatter-error", what, "fix the function; it may return None to leave a row out."
             ) from None
         if isinstance(formatted, str):
             return {"text": formatted}

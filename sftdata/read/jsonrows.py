@@ -17,7 +17,7 @@ _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}",
     re.DOTALL,
 )
-_MEND = "mend the row, here or in rejects.jsonl, and feed it in again."
+_FIX = "fix the row, here or in rejects.jsonl, and feed it in again."
 
 ENVELOPE = frozenset({"file", "line", "record", "byte_offset", "code", "reason", "fix", "row"})
 _OLD_ENVELOPE = ENVELOPE - {"record"}  # of sets made before records were numbered apart from lines
@@ -67,7 +67,7 @@ def unwrap(envelope: dict[str, Any]) -> dict[str, Any] | str | Fault:
         return row
     if isinstance(row, str):
         return parse_row(row.encode()) if envelope["code"] in UNPARSED else row
-    return Fault("not-an-object", f"the reject's row is {_kind(row)}, not an object or a line.", _MEND)
+    return Fault("not-an-object", f"the reject's row is {_kind(row)}, not an object or a line.", _FIX)
 
 
 def _explain(line: bytes, error: Exception) -> Fault:
@@ -86,7 +86,7 @@ def _explain(line: bytes, error: Exception) -> Fault:
     if place is not None:
         at = int(place.group(1))
         near = f", near {line[max(at - 10, 0) : at + 20].decode('utf-8', 'replace')!r}"
-    return Fault("invalid-json", f"{str(error).rstrip('.')}{near}.", _MEND)
+    return Fault("invalid-json", f"{str(error).rstrip('.')}{near}.", _FIX)
 
 
 def _too_deep() -> Fault:

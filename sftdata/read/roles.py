@@ -23,7 +23,7 @@ ALIASES = {
     "observation": "tool",
     "ipython": "tool",
 }
-# Nobody else than the model goes by these names. They are not read unasked: a template may know a role of such a name.
+# No one but the model goes by these names. They are not read unasked: a template may know a role of such a name.
 _OF_MODELS = ("bot", "chatbot", "ai", "model", "llm")
 _TYPO = 0.85  # as alike as "asistant" and "assistant"; "assistant_result" and "assistant" are not
 

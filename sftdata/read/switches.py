@@ -47,7 +47,7 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
                 if weighted and key in WEIGHTS
                 else "0 or 1, true or false"
             )
-            fix = "mend the weight." if weighted else "round the weight, or keep it with --loss-weights."
+            fix = "fix the weight." if weighted else "round the weight, or keep it with --loss-weights."
             fix = fix if key in WEIGHTS else "write it as true or false."
             raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
     on = all(not value if key in OFF else value for key, value in values)
@@ -56,7 +56,7 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
     weight = math.prod(float(value) for _, value in strange)
     if not _is_weight(weight):
         raise RowError(
-            "fractional-weight", f"{where}: its weights multiply to {weight!r}.", "mend the weights."
+            "fractional-weight", f"{where}: its weights multiply to {weight!r}.", "fix the weights."
         )
     return weight
 

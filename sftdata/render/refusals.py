@@ -1,7 +1,7 @@
-"""Say what a chat template refuses in a row, and what mends it: found by rendering the row without it.
+"""Say what a chat template refuses in a row, and what fixes it: found by rendering the row without it.
 
 What a template raises is written for its author ("Conversation roles must alternate", of a chat that has a system message), or by
-nobody (`'dict object' has no attribute 'content'`, of a tool call).
+no one (`'dict object' has no attribute 'content'`, of a tool call).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _system_fix(template: ChatTemplate) -> str:
     return f"--chat-template {name}, or put its text into the first user message"
 
 
-# What a template may refuse, the row without it, and what mends it; of several, the first one's mending serves for all.
+# What a template may refuse, the row without it, and the fix; of several, the first one's serves for all.
 _SUSPECTS: tuple[tuple[str, Callable[[list[Message]], list[Message]], Callable[[ChatTemplate], str]], ...] = (
     (
         "content and reasoning beside one tool call",

@@ -169,7 +169,7 @@ class ChatTemplate:
             self.takes_tools = "tools" in self.names
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
-                f"Chat template, line {error.lineno}: {error.message}.", "mend the template."
+                f"Chat template, line {error.lineno}: {error.message}.", "fix the template."
             ) from None
 
     @cached_property

@@ -128,7 +128,7 @@ class Build:
 
     @contextmanager
     def refusable(self) -> Iterator[None]:
-        """Note when the run is refused: what it did stays for the same settings, and makes way for those that mend it."""
+        """Note when the run is refused: what it did stays for the same settings, and makes way for those that fix it."""
         self._refused.unlink(missing_ok=True)
         try:
             yield

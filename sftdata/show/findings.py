@@ -1,4 +1,4 @@
-"""What the audit can find: one entry a code, with its sentence and what mends it."""
+"""What the audit can find: one entry a code, with its sentence and its fix."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ KINDS: dict[str, Kind] = {
         "note", "example", "the prompt was there before, in another example", "deduplicate the input where it is not meant"
     ),
     "prompt-in-other-set": Kind(
-        "defect", "example", "the prompt is also in {other}, so that one tells of the other",
+        "defect", "example", "the prompt is also in {other}, so neither is a fair test of a model trained on the other",
         "take it out of one of the two before preparing",
     ),
     # ---- what tokenizer, chat template and generation config disagree on
@@ -99,7 +99,7 @@ KINDS: dict[str, Kind] = {
         "--chat-template of a model that calls tools",
     ),
     "prompt-parted": Kind(
-        "note", "row", "the generation prompt goes on otherwise than the rendered turn (it opens <think>, say);"
+        "note", "row", "the generation prompt continues differently from the rendered turn (it opens <think>, say);"
         " the answer is trained from where they part", "a --chat-template whose turns begin as its generation prompt does",
     ),
     "control-token-in-data": Kind(
@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
         "--instruction-template",
     ),
     "masked-as-trl": Kind(
-        "defect", "row", "trl 0.7.10 masks the row otherwise than meant, without a warning", "--mask-mode default"
+        "defect", "row", "trl 0.7.10 masks the row in an unintended way, without a warning", "--mask-mode default"
     ),
 }  # fmt: skip
 
@@ -145,7 +145,7 @@ class Finding:
         code: key of `KINDS`.
         severity: defect or note.
         message: what was found, in one sentence.
-        fix: what mends it.
+        fix: how to fix it.
         count: how many.
         of: what is counted, in the singular.
         share: count over all of these in the set; None where there is no whole.

@@ -68,7 +68,7 @@ def print_findings(findings: Sequence[Finding], console: Console, indent: str = 
             console.print(
                 Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True
             )
-        console.print(Text(f"{indent}       mend  {finding.fix}"), soft_wrap=True)
+        console.print(Text(f"{indent}       fix   {finding.fix}"), soft_wrap=True)
 
 
 def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:

@@ -360,7 +360,7 @@ def test_the_summary_tells_what_the_audit_found_with_its_line_and_what_mends_it(
     said = command(*arguments).stderr
     assert "    defect empty-answer  1 example (11.1%)" in said
     assert "at    rows.jsonl:4\n" in said
-    assert 'mend  leave the rows out, or switch the turn off: "train": false\n' in said
+    assert 'fix   leave the rows out, or switch the turn off: "train": false\n' in said
     again = command(*arguments).stderr
     assert f"  audit   `sftdata audit {tmp_path / 'set'}` looks for" in again
     told = json.loads(command(*arguments, "--json").stdout)["audit"]

@@ -89,7 +89,7 @@ def test_a_text_without_the_response_marker_is_named_with_its_nearest_variant() 
     fault = caught.value.fault
     assert fault.code == "no-response-marker"
     assert "found '### assistant :'" in fault.reason
-    assert fault.fix == "--response-template '### assistant :', or mend the row."
+    assert fault.fix == "--response-template '### assistant :', or fix the row."
 
 
 def test_a_mistyped_instruction_marker_never_trains_questions_silently() -> None:
