@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,10 +96,9 @@ def test_only_the_tag_of_the_version_is_released(tag: str, taken: bool) -> None:
     (script,) = [
         step["run"] for step in found["release:build"]["steps"] if "GITHUB_REF_NAME" in step.get("run", "")
     ]
-    done = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=ROOT, env=os.environ | {"GITHUB_REF_NAME": tag},
-        timeout=HANGS, check=False,
-    )  # fmt: skip
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where `python` is
+    environment = os.environ | {"GITHUB_REF_NAME": tag, "PATH": path}
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=ROOT, env=environment, timeout=HANGS, check=False)
     assert (done.returncode == 0) == taken
     assert found["release:publish"]["needs"] == "build"
 
