@@ -37,7 +37,8 @@ def test_what_was_found_is_mended(target: Callable[[bytes], None], data: bytes) 
 def test_without_atheris_the_walk_is_random_and_says_so() -> None:
     hidden = "import sys; sys.argv[1:] = ['0.02', 'masks']\n"
     hidden += "import importlib.util as u; find = u.find_spec\n"
-    hidden += "u.find_spec = lambda name: None if name == 'atheris' else find(name)\n"
+    hidden += "hide = lambda name, package: None if name == 'atheris' else find(name, package)\n"
+    hidden += "u.find_spec = lambda name, package=None: hide(name, package)\n"
     hidden += "from tests.fuzz.__main__ import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", hidden],
