@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from sftdata.errors import Fault
+from sftdata.read.fields import kind_of
 
 MAX_DEPTH = 256  # below Python's recursion limit wherever the call comes from, so every process decides alike
 
@@ -45,7 +46,7 @@ def parse_row(line: bytes) -> dict[str, Any] | str | Fault:
     if type(row) is not dict:
         return Fault(
             "not-an-object",
-            f"expected a JSON object, found {_kind(row)}.",
+            f"expected a JSON object, found {kind_of(row)}.",
             'write it as an object: {"text": ...}.',
         )
     # Counting brackets is far cheaper than walking every row, and a row with few of them cannot be deep.
@@ -67,7 +68,7 @@ def unwrap(envelope: dict[str, Any]) -> dict[str, Any] | str | Fault:
         return row
     if isinstance(row, str):
         return parse_row(row.encode()) if envelope["code"] in UNPARSED else row
-    return Fault("not-an-object", f"the reject's row is {_kind(row)}, not an object or a line.", _FIX)
+    return Fault("not-an-object", f"the reject's row is {kind_of(row)}, not an object or a line.", _FIX)
 
 
 def _explain(line: bytes, error: Exception) -> Fault:
@@ -104,15 +105,3 @@ def _depth(value: Any) -> int:
             inner.extend(child for child in children if isinstance(child, (dict, list)))
         level = inner
     return deepest
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "null")
