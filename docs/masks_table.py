@@ -38,8 +38,8 @@ To answer the question for one token, follow its row:
    that come with labels keep them.
 3. **Flags** (`Mask.flags`): markers given as ids, and trl 0.7.10, search the ids and override the labels.
 4. **Cut** (`limit_length`): a cut removes labels with their tokens and never adds one.
-5. **First token** (`pack.py`): it has no label in packed rows, as nothing of its document precedes it to
-   predict it from.
+5. **First token** (`pack.py`): the first token of a document has no label, as nothing precedes it to predict
+   it from. An example that trains nothing else is dropped.
 
 | settings | mask | trains |
 |---|---|---|

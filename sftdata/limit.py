@@ -33,10 +33,10 @@ class OverlongError(DataError):
         self.row = row
 
 
-def limit_length(
-    batch: TokenBatch, max_length: int | None, policy: Policy, tally: Tally, *, packed: bool
-) -> TokenBatch:
+def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tally: Tally) -> TokenBatch:
     """Bring every example to at most `max_length` tokens and drop those with nothing to train.
+
+    The first token of a document has no label (pack.py), so it alone is nothing to train.
 
     Args:
         batch: examples.
@@ -46,7 +46,6 @@ def limit_length(
         tally: takes what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`. Counts `rows_cut`,
             that stay without some of their tokens, and `rows_without_ending`, that stay without their last
             trained token.
-        packed: the first token of a document has no label, so it alone is nothing to train.
 
     Raises:
         OverlongError: with "error", for the first over-long example.
@@ -57,7 +56,7 @@ def limit_length(
         first = int(np.argmax(overlong))
         raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
     example, start, stop = _pieces(batch, limit, policy)
-    labelled = _Labelled(batch, packed)
+    labelled = _Labelled(batch)
     trainable = labelled.any(batch.offsets[:-1], batch.offsets[1:])
     reason = np.select(
         [~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)],
@@ -91,14 +90,13 @@ def _pieces(batch: TokenBatch, limit: int, policy: Policy) -> tuple[Int64, Int64
 class _Labelled:
     """Query which stretches of a batch hold a token with a label."""
 
-    def __init__(self, batch: TokenBatch, packed: bool) -> None:
+    def __init__(self, batch: TokenBatch) -> None:
         self._batch = batch
-        self._packed = packed
         self._trained = np.flatnonzero(batch.trained)
 
     def any(self, start: Int64, stop: Int64) -> Bool:
         """bool[K]: stretches with something to train."""
-        found: Bool = self._before(stop) > self._before(np.minimum(start + self._packed, stop))
+        found: Bool = self._before(stop) > self._before(np.minimum(start + 1, stop))
         return found
 
     def endings_lost(self, example: Int64, start: Int64, stop: Int64) -> int:

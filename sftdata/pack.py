@@ -69,37 +69,37 @@ def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> P
 
 
 def gather(
-    tokens: TokenBatch, example_ids: Int64, plan: PackPlan, max_length: int, pad_id: int, constant: bool = True,
+    tokens: TokenBatch, example_ids: Int64, plan: PackPlan, row_length: int | None, pad_id: int,
     weighted: bool = False,
 ) -> PackedRows:  # fmt: skip
     """Lay the planned documents out as the columns of a shard.
+
+    No document's first token has a label: nothing of its own stands before it to predict it from.
 
     Args:
         tokens: the examples that the plan speaks of.
         example_ids: int64[N], global row number of each example.
         plan: from `plan_packs`.
-        max_length: tokens per packed row.
+        row_length: tokens of every row, padding included; None (with `none`) where rows keep their own
+            length.
         pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
-        constant: pad every row to `max_length` and train no document's first token, which has nothing before it to be predicted
-            from. False (with `none`): rows keep their length and their labels.
         weighted: lay out what each trained token weighs, too.
     """
     source = tokens.offsets[plan.example] + plan.start
     lengths, ids = plan.stop - plan.start, example_ids[plan.example]
     segment_offsets = plan.offsets
-    if constant:
+    if row_length is not None:
         filled = np.diff(offsets_of(lengths)[plan.offsets])
-        short = np.flatnonzero(filled < max_length)
+        short = np.flatnonzero(filled < row_length)
         ends = plan.offsets[1:][short]
-        source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, max_length - filled[short])
+        source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, row_length - filled[short])
         ids = np.insert(ids, ends, PADDING_ID)
-        segment_offsets = plan.offsets + offsets_of(filled < max_length)
+        segment_offsets = plan.offsets + offsets_of(filled < row_length)
     target = offsets_of(lengths)
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
-    if constant:
-        padding = positions_of(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
-        input_ids[padding], labels[padding] = pad_id, IGNORE_INDEX
-        labels[target[:-1]] = IGNORE_INDEX
+    padding = positions_of(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
+    input_ids[padding], labels[padding] = pad_id, IGNORE_INDEX
+    labels[target[:-1]] = IGNORE_INDEX
     weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
     return PackedRows(
         input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights

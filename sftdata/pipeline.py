@@ -61,14 +61,12 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
         tokens,
         example_ids,
         packs,
-        job.max_length,
+        job.row_length,
         job.tokenizer.filler_id,
-        constant=job.packed,
         weighted=job.config.loss_weights,
     )
-    length = job.max_length if job.packed else None
-    ledger.count_packed(rows, length, job.sources)
-    shards = (write_shard(build.folder / shard_name(task.index), rows, length),) if len(rows) else ()
+    ledger.count_packed(rows, job.row_length, job.sources)
+    shards = (write_shard(build.folder / shard_name(task.index), rows, job.row_length),) if len(rows) else ()
     sample, digest = stages.sample(texts)
     rejects = sum(ledger.rows_rejected.values())
     result = ShardResult(
@@ -137,7 +135,7 @@ def cut_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> Toke
     """
     limit = None if job.config.packing == "wrapped" else job.max_length
     try:
-        return limit_length(tokens, limit, job.config.overlong, tally, packed=job.packed)
+        return limit_length(tokens, limit, job.config.overlong, tally)
     except OverlongError as error:
         rows = tally.batch
         where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))

@@ -28,7 +28,7 @@ from sftdata.read.planning import Say, grouped, short_names, told
 from sftdata.read.source import Chunk, SourcePlan
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
-from sftdata.shardset.manifest import Manifest
+from sftdata.shardset.manifest import FORMAT_VERSION, Manifest
 
 CHUNK_BYTES = 1 << 20
 TASKS_WANTED = 16
@@ -63,9 +63,9 @@ class Job:
         return self.config.max_length
 
     @property
-    def packed(self) -> bool:
-        """Whether rows are packed to constant length."""
-        return self.config.packing != "none"
+    def row_length(self) -> int | None:
+        """Tokens of every row; None where rows keep their own length."""
+        return None if self.config.packing == "none" else self.max_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,10 @@ class Plan:
     def difference(self, manifest: Manifest) -> list[str]:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
         mine = msgspec.to_builtins(self.identity())
-        return sorted(key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value)
+        changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
+        # Format version 1 is version 2 but for the first labels of rows that keep their own length.
+        outdated = self.job.row_length is None and manifest.format_version < FORMAT_VERSION
+        return sorted([*changed, *(["format_version"] if outdated else [])])
 
 
 # Names of things that are compared by their content.

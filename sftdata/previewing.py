@@ -156,7 +156,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
     lengths = np.concatenate([chunk.tokens.lengths for chunk in chunks]) if chunks else np.zeros(0, np.int64)
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
-    slots = packs * plan.job.max_length if plan.job.packed else int(lengths.sum())
+    slots = packs * plan.job.row_length if plan.job.row_length else int(lengths.sum())
     return Preview(
         examples=[example for chunk in chunks for example in _examples(plan, chunk)][
             :: _stride(chunks, number)
@@ -211,4 +211,5 @@ def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
     for index, example_id in enumerate(chunk.example_ids.tolist()):
         span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
         labels = np.where(tokens.trained[span], tokens.input_ids[span], IGNORE_INDEX).astype(np.int32)
+        labels[:1] = IGNORE_INDEX
         yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)

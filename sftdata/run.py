@@ -71,8 +71,8 @@ def prepare(
 
 def note_padding(plan: Plan, say: Callable[[str], object]) -> None:
     """Say what rows cost that will be padding for the most part, before they are built."""
-    length, rows = plan.job.max_length, len(plan.tasks)
-    if plan.job.packed and length * rows > max(4 * plan.size, PADDING_NOTED):
+    length, rows = plan.job.row_length or 0, len(plan.tasks)
+    if length * rows > max(4 * plan.size, PADDING_NOTED):
         cost = f"{length * rows * ROW_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
         say(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {cost}.")
 

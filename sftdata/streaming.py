@@ -148,7 +148,7 @@ class Stream(Iterable[StreamedRow]):
         tally = Tally(batch)
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options, tally)
         tokens, _ = tokenize(stages, converted, tally)
-        tokens = limit_length(stages.job.mask.flags(tokens, tally), None, "truncate", tally, packed=True)
+        tokens = limit_length(stages.job.mask.flags(tokens, tally), None, "truncate", tally)
         left_out = tally.left_out()
         filtered = left_out.pop(FILTERED, 0)
         self.rejected.update(left_out)

@@ -201,7 +201,7 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
 def _labels(row: Row) -> Int64:
     """int64[L]; a document's first token must not be predicted from the document before it.
 
-    Rows that keep their own length, and a user's own tables, may label it.
+    Sets of format version 1 and a user's own tables may label it.
     """
     labels = row.labels.astype(np.int64)
     labels[np.cumsum(row.seq_lengths) - row.seq_lengths] = IGNORE_INDEX

@@ -97,10 +97,10 @@ class LengthCounts(NamedTuple):
 
 
 def limit_length(
-    batch: TokenBatch, max_length: int | None, policy: Policy, *, packed: bool
+    batch: TokenBatch, max_length: int | None, policy: Policy
 ) -> tuple[TokenBatch, LengthCounts]:
     tally = Recorder()
-    result = _limit_length(batch, max_length, policy, tally, packed=packed)
+    result = _limit_length(batch, max_length, policy, tally)
     counts: Any = tally.counts
     return result, LengthCounts(
         tally.tokens_cut,

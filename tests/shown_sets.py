@@ -55,7 +55,7 @@ def write_set(
         np.arange(len(examples)),
     )
     packs = plan_packs(tokens.lengths, max_length, strategy)
-    rows = gather(tokens, np.arange(len(examples)), packs, max_length, PAD, constant=True)
+    rows = gather(tokens, np.arange(len(examples)), packs, max_length, PAD)
     ledger = Ledger(rows_in=len(examples), rows_kept=len(examples), tokens_in=int(offsets[-1]) + cut)
     ledger.tokens_cut = {"truncate": cut} if cut else {}
     ledger.counters = changes.pop("counters", {})

@@ -30,6 +30,7 @@ from sftdata.shardset.card import CARD, CARD_NAME
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import LISTS, write_parts
 from sftdata.shardset.manifest import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     SetFile,
@@ -157,6 +158,7 @@ class Build:
 
     def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, ShardResult]:
         path = self.folder / _PLAN
+        plan = plan | {"format_version": FORMAT_VERSION}
         before = self._begun()
         changed = (
             sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
@@ -193,6 +195,7 @@ class Build:
         sealed = self.sealed()
         return (
             {key: value for key, value in sealed.settings.items() if key not in ("inputs", "tokenizer")}
+            | {"format_version": sealed.format_version}
             if sealed
             else {}
         )

@@ -68,12 +68,13 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     first = np.zeros(len(ids), np.bool_)
     first[rows.segment_offsets[:-1]] = True
     yield from _rows(rows.segment_offsets, padding & first, "the row is all padding")
+    starts = offsets_of(rows.seq_lengths)
+    if manifest.max_length is not None or manifest.format_version > 1:
+        trained = rows.labels[starts[:-1]] != IGNORE_INDEX
+        yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
     if manifest.max_length is None:
         yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
         return
-    starts = offsets_of(rows.seq_lengths)
-    trained = rows.labels[starts[:-1]] != IGNORE_INDEX
-    yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
     inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
     yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != IGNORE_INDEX], "padding is trained")
     pad_id = manifest.tokenizer.pad_id

@@ -22,7 +22,8 @@ from sftdata.shardset.fields import Count, PlainPath, Sha256, TokenId, Xxh3
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.shards import ShardInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1, which is read too, labels the first token of a row that keeps its own length."""
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
@@ -86,7 +87,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Everything there is to know about a set without opening a shard.
 
     Attributes:
-        format_version: of the folder's layout.
+        format_version: of the folder's layout and the rules of its labels.
         digest: sha256 over all that defines the content.
         checksum: xxh3-128 over this manifest.
         settings: of `prepare`, in full, with defaults resolved.
@@ -177,9 +178,9 @@ def read_manifest(folder: Path) -> Manifest:
     raw = _read_bytes(folder, path)
     try:
         version = msgspec.json.decode(raw, type=_Version).format_version
-        if version != FORMAT_VERSION:
+        if not 1 <= version <= FORMAT_VERSION:
             raise UsageError(
-                f"{path}: format version {version}; this sftdata reads version {FORMAT_VERSION}.",
+                f"{path}: format version {version}; this sftdata reads versions 1 to {FORMAT_VERSION}.",
                 "use a newer sftdata.",
             )
         manifest = msgspec.json.decode(raw, type=Manifest)

@@ -168,9 +168,7 @@ def made(source: str, **settings: Any) -> tuple[Any, ...]:
             found.append([reject.code for reject in done.tally.rejects])
             length, weighted = plan.job.max_length, config.loss_weights
             packs = plan_packs(done.tokens.lengths, length, config.packing)
-            rows = gather(
-                done.tokens, done.example_ids, packs, length, PAD, constant=plan.job.packed, weighted=weighted
-            )
+            rows = gather(done.tokens, done.example_ids, packs, plan.job.row_length, PAD, weighted=weighted)
             columns = (rows.input_ids, rows.labels, rows.seq_lengths, rows.row_offsets, rows.loss_weights)
             found += [None if column is None else column.tolist() for column in columns]
     return tuple(found)

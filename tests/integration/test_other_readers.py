@@ -33,9 +33,7 @@ def write_shards(folder: Path, strategy: Strategy = "bfd") -> tuple[TokenBatch, 
         start, stop = tokens.offsets[part[0]], tokens.offsets[part[-1] + 1]
         offsets = tokens.offsets[part[0] : part[-1] + 2] - start
         half = TokenBatch(tokens.input_ids[start:stop], tokens.trained[start:stop], offsets, part)
-        rows = gather(
-            half, part, plan_packs(half.lengths, MAX_LENGTH, strategy), MAX_LENGTH, 0, strategy != "none"
-        )
+        rows = gather(half, part, plan_packs(half.lengths, MAX_LENGTH, strategy), length, 0)
         write_shard(folder / shard_name(index), rows, length)
         names.append(str(folder / shard_name(index)))
     return tokens, names

@@ -44,12 +44,12 @@ def documents(rows: PackedRows) -> list[tuple[int, int, list[int], list[int]]]:
 
 def pack(tokens: TokenBatch, max_length: int, strategy: str) -> PackedRows:
     plan = plan_packs(tokens.lengths, max_length, strategy)
-    return gather(tokens, tokens.row + 1000, plan, max_length, pad_id=0, constant=strategy != "none")
+    return gather(tokens, tokens.row + 1000, plan, None if strategy == "none" else max_length, pad_id=0)
 
 
-def expected_labels(tokens: TokenBatch, ids: list[int], constant: bool) -> list[int]:
+def expected_labels(tokens: TokenBatch, ids: list[int]) -> list[int]:
     labels = [token if tokens.trained[token - 1] else -100 for token in ids]
-    return [-100, *labels[1:]] if constant else labels
+    return [-100, *labels[1:]]
 
 
 @given(batches(fitting=True))
@@ -96,13 +96,13 @@ def test_every_packed_row_is_exactly_max_length(batch: tuple[TokenBatch, int], s
 
 
 @given(batches(fitting=True), st.sampled_from(["bfd", "wrapped", "none"]))
-def test_labels_are_the_trained_ids_but_for_the_first_of_a_packed_document(
+def test_labels_are_the_trained_ids_but_for_the_first_of_a_document(
     batch: tuple[TokenBatch, int], strategy: str
 ) -> None:
     tokens, max_length = batch
     for _, example, ids, labels in documents(pack(tokens, max_length, strategy)):
         if example >= 0:
-            assert labels == expected_labels(tokens, ids, strategy != "none")
+            assert labels == expected_labels(tokens, ids)
 
 
 @given(batches(fitting=True), st.sampled_from(["bfd", "wrapped", "none"]))

@@ -44,7 +44,11 @@ def build_set(tmp_path: Path) -> SetBuilder:
         for index, lengths in enumerate(slices):
             tokens, ids = random_tokens(lengths, seed=index), np.arange(first_id, first_id + len(lengths))
             rows = gather(
-                tokens, ids, plan_packs(tokens.lengths, max_length, strategy), max_length, PAD, constant
+                tokens,
+                ids,
+                plan_packs(tokens.lengths, max_length, strategy),
+                max_length if constant else None,
+                PAD,
             )
             shards.append(write_shard(folder / shard_name(index), rows, max_length if constant else None))
             counts = Ledger(rows_in=len(lengths), rows_kept=len(lengths), tokens_in=sum(lengths))

@@ -29,8 +29,8 @@ def words(batch: TokenBatch) -> list[tuple[int, str]]:
     return [(row, letters[a:b]) for row, a, b in zip(batch.row.tolist(), bounds, bounds[1:], strict=False)]
 
 
-def limited(policy: str, *examples: str, packed: bool = False) -> tuple[list[tuple[int, str]], LengthCounts]:
-    result, counts = limit_length(batch_of(*examples), 4, policy, packed=packed)  # type: ignore[arg-type]
+def limited(policy: str, *examples: str) -> tuple[list[tuple[int, str]], LengthCounts]:
+    result, counts = limit_length(batch_of(*examples), 4, policy)  # type: ignore[arg-type]
     return words(result), counts
 
 
@@ -66,10 +66,10 @@ def test_drop_drops_whole_rows() -> None:
 
 
 def test_split_keeps_every_piece_that_trains_something_under_its_row() -> None:
-    kept, counts = limited("split", "abcdefghIJKLm", "A")
-    assert kept == [(0, "IJKL"), (10, "A")]
+    kept, counts = limited("split", "abcdefghIJKLm", "aA")
+    assert kept == [(0, "IJKL"), (10, "aA")]
     assert (counts.tokens_in_dropped_rows, counts.rows_dropped) == ({"no-trained-tokens": 9}, {})
-    assert limited("split", "aBcdEfGhI")[0] == [(0, "aBcd"), (0, "EfGh"), (0, "I")]
+    assert limited("split", "aBcdEfGhI")[0] == [(0, "aBcd"), (0, "EfGh")]
 
 
 def test_error_names_the_first_overlong_row() -> None:
@@ -81,15 +81,14 @@ def test_error_names_the_first_overlong_row() -> None:
     assert limited("error", "aB", "abCD")[0] == [(0, "aB"), (10, "abCD")]
 
 
-def test_a_trained_first_token_is_nothing_to_train_when_packed() -> None:
-    assert limited("truncate", "Ab", "AB", packed=True)[0] == [(10, "AB")]
-    assert limited("truncate", "Ab", "AB")[0] == [(0, "Ab"), (10, "AB")]
-    assert limited("split", "abcdE", packed=True)[1].tokens_in_dropped_rows == {"no-trained-tokens": 5}
+def test_a_trained_first_token_is_nothing_to_train() -> None:
+    assert limited("truncate", "Ab", "AB")[0] == [(10, "AB")]
+    assert limited("split", "abcdE")[1].tokens_in_dropped_rows == {"no-trained-tokens": 5}
 
 
 def test_no_limit_leaves_everything_but_what_trains_nothing() -> None:
     batch = batch_of("abcdefG", "abc")
-    result, counts = limit_length(batch, None, "truncate", packed=False)
+    result, counts = limit_length(batch, None, "truncate")
     assert words(result) == [(0, "abcdefG")]
     assert counts.rows_dropped == {"nothing-trained": 1}
 
@@ -99,14 +98,11 @@ def test_no_limit_leaves_everything_but_what_trains_nothing() -> None:
     st.lists(st.text("abAB", max_size=13), max_size=6),
     st.integers(1, 6),
     st.sampled_from(POLICIES),
-    st.booleans(),
 )
-def test_every_token_and_every_row_is_accounted_for(
-    examples: list[str], limit: int, policy: str, packed: bool
-) -> None:
-    result, counts = limit_length(batch_of(*examples), limit, policy, packed=packed)  # type: ignore[arg-type]
+def test_every_token_and_every_row_is_accounted_for(examples: list[str], limit: int, policy: str) -> None:
+    result, counts = limit_length(batch_of(*examples), limit, policy)  # type: ignore[arg-type]
     kept = words(result)
-    assert all(len(word) <= limit and any(letter.isupper() for letter in word[packed:]) for _, word in kept)
+    assert all(len(word) <= limit and any(letter.isupper() for letter in word[1:]) for _, word in kept)
     assert sum(map(len, examples)) == sum(len(word) for _, word in kept) + counts.tokens_cut + sum(
         counts.tokens_in_dropped_rows.values()
     )

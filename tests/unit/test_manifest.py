@@ -48,7 +48,7 @@ def test_a_manifest_reads_back_as_it_was_written(build_set: Build, tmp_path: Pat
     assert read_manifest(tmp_path / "set").to_json() == written.to_json()
     text = (tmp_path / "set" / "manifest.json").read_text()
     assert text.endswith("}\n")
-    assert '\n  "format_version": 1,\n' in text
+    assert '\n  "format_version": 2,\n' in text
     assert list(json.loads(text)) == sorted(json.loads(text))
 
 
@@ -119,7 +119,7 @@ def test_an_unfinished_run_is_named_with_the_way_to_go_on(tmp_path: Path) -> Non
 
 def test_a_newer_format_is_refused_before_anything_else_is_read(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format_version": 7, "unheard": []}')
-    with pytest.raises(UsageError, match="format version 7; this sftdata reads version 1"):
+    with pytest.raises(UsageError, match="format version 7; this sftdata reads versions 1 to 2"):
         read_manifest(tmp_path)
 
 

@@ -137,7 +137,7 @@ def test_ids_are_trained_where_their_label_is_the_id(trained: Trained) -> None:
     assert [len(stretches) for stretches in trained(*rows)] == [2]
 
 
-@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+@pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
 def test_the_first_token_of_a_document_is_never_trained(packing: str, trained: Trained) -> None:
     rows = [{"input_ids": [70 + n, 71, 72], "labels": [70 + n, 71, 72]} for n in range(3)]
     assert [len(stretch) for (stretch,) in trained(*rows, packing=packing)] == [2, 2, 2]

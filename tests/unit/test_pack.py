@@ -57,7 +57,7 @@ def mix(name: str, max_length: int = 2048) -> np.ndarray:
 
 def test_a_packed_row_holds_documents_in_input_order_then_padding() -> None:
     tokens = tokens_of([[11, 12, 13], [21, 22, 23, 24]])
-    rows = gather(tokens, np.array([70, 80]), plan_packs(tokens.lengths, 9), max_length=9, pad_id=5)
+    rows = gather(tokens, np.array([70, 80]), plan_packs(tokens.lengths, 9), row_length=9, pad_id=5)
     assert as_lists(rows) == [
         {
             "input_ids": [11, 12, 13, 21, 22, 23, 24, 5, 5],
@@ -70,19 +70,19 @@ def test_a_packed_row_holds_documents_in_input_order_then_padding() -> None:
 
 def test_context_is_not_trained_and_the_pad_id_inside_an_example_may_be() -> None:
     tokens = tokens_of([[7, 8, 5, 5]], [[False, False, True, True]])
-    rows = gather(tokens, np.array([0]), plan_packs(tokens.lengths, 6), max_length=6, pad_id=5)
+    rows = gather(tokens, np.array([0]), plan_packs(tokens.lengths, 6), row_length=6, pad_id=5)
     assert as_lists(rows)[0]["labels"] == [-100, -100, 5, 5, -100, -100]
 
 
 def test_a_full_row_has_no_padding_segment() -> None:
     tokens = tokens_of([[1, 2], [3, 4]])
-    rows = gather(tokens, np.arange(2), plan_packs(tokens.lengths, 4), max_length=4, pad_id=0)
+    rows = gather(tokens, np.arange(2), plan_packs(tokens.lengths, 4), row_length=4, pad_id=0)
     assert as_lists(rows)[0]["seq_lengths"] == [2, 2]
 
 
 def test_wrapped_cuts_the_stream_and_keeps_the_tail() -> None:
     tokens = tokens_of([[11, 12, 13], [21, 22, 23, 24], [31]])
-    rows = gather(tokens, np.arange(3), plan_packs(tokens.lengths, 5, "wrapped"), max_length=5, pad_id=0)
+    rows = gather(tokens, np.arange(3), plan_packs(tokens.lengths, 5, "wrapped"), row_length=5, pad_id=0)
     assert as_lists(rows) == [
         {
             "input_ids": [11, 12, 13, 21, 22],
@@ -101,24 +101,23 @@ def test_wrapped_cuts_the_stream_and_keeps_the_tail() -> None:
 
 def test_wrapped_spreads_one_long_example_over_rows() -> None:
     tokens = tokens_of([list(range(1, 12))])
-    rows = gather(tokens, np.array([4]), plan_packs(tokens.lengths, 4, "wrapped"), max_length=4, pad_id=0)
+    rows = gather(tokens, np.array([4]), plan_packs(tokens.lengths, 4, "wrapped"), row_length=4, pad_id=0)
     assert [row["input_ids"] for row in as_lists(rows)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 0]]
     assert [row["example_ids"] for row in as_lists(rows)] == [[4], [4], [4, -1]]
 
 
-def test_without_packing_rows_keep_their_length_and_every_label() -> None:
+def test_without_packing_rows_keep_their_length() -> None:
     tokens = tokens_of([[11, 12, 13], [21]])
     rows = gather(
         tokens,
         np.array([3, 9]),
         plan_packs(tokens.lengths, 4, "none"),
-        max_length=4,
+        row_length=None,
         pad_id=0,
-        constant=False,
     )
     assert as_lists(rows) == [
-        {"input_ids": [11, 12, 13], "labels": [11, 12, 13], "seq_lengths": [3], "example_ids": [3]},
-        {"input_ids": [21], "labels": [21], "seq_lengths": [1], "example_ids": [9]},
+        {"input_ids": [11, 12, 13], "labels": [-100, 12, 13], "seq_lengths": [3], "example_ids": [3]},
+        {"input_ids": [21], "labels": [-100], "seq_lengths": [1], "example_ids": [9]},
     ]
 
 
@@ -126,7 +125,11 @@ def test_without_packing_rows_keep_their_length_and_every_label() -> None:
 def test_nothing_in_gives_nothing_out(strategy: str) -> None:
     tokens = tokens_of([])
     rows = gather(
-        tokens, np.empty(0, np.int64), plan_packs(tokens.lengths, 8, strategy), 8, 0, strategy != "none"
+        tokens,
+        np.empty(0, np.int64),
+        plan_packs(tokens.lengths, 8, strategy),
+        None if strategy == "none" else 8,
+        0,
     )
     assert len(rows) == 0
     assert len(rows.input_ids) == len(rows.seq_lengths) == 0

@@ -29,7 +29,11 @@ def packed(count: int = 200, max_length: int = 64, strategy: Strategy = "bfd") -
     ids, trained = rng.integers(0, 999, offsets[-1]).astype(np.int32), rng.random(offsets[-1]) < 0.5
     tokens = TokenBatch(ids, trained, offsets, np.arange(count))
     return gather(
-        tokens, tokens.row, plan_packs(lengths, max_length, strategy), max_length, 0, strategy != "none"
+        tokens,
+        tokens.row,
+        plan_packs(lengths, max_length, strategy),
+        None if strategy == "none" else max_length,
+        0,
     )
 
 

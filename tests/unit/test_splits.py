@@ -325,7 +325,7 @@ def test_a_shard_is_known_by_its_columns_wherever_it_lies(tmp_path: Path) -> Non
     from sftdata.shardset.shards import write_shard
 
     tokens = TokenBatch(np.arange(9, dtype=np.int32), np.ones(9, np.bool_), np.array([0, 4, 9]), np.arange(2))
-    rows = gather(tokens, np.arange(2), plan_packs(tokens.lengths, 16, "bfd"), 16, 0, True)
+    rows = gather(tokens, np.arange(2), plan_packs(tokens.lengths, 16, "bfd"), 16, 0)
     write_shard(tmp_path / "copied.arrow", rows, 16)
     with pytest.raises(UsageError, match=r"copied\.arrow: a shard of a finished set"):
         plan_source(open_source(str(tmp_path / "copied.arrow")), 0, 1 << 20)
