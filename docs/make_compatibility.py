@@ -21,8 +21,8 @@ from typing import Any
 
 import sftdata
 from sftdata.errors import SftError
-from sftdata.read.source import open_source
 from sftdata.shardset.verify import verify
+from sftdata.sources.source import open_source
 
 TOKENIZERS = ("qwen2.5-instruct", "llama-3.2-instruct", "mistral-7b-instruct", "phi-3-mini", "gpt2")
 PAGE = Path(__file__).with_name("compatibility.md")

@@ -18,7 +18,7 @@ import sftdata.cli
 import sfttrain.cli
 from sftdata import config
 from sftdata.errors import read_codes
-from sftdata.read.formats import FORMATS, LINE
+from sftdata.formats.registry import FORMATS, LINE
 from sftdata.show.findings import KINDS
 
 DOCS = Path(__file__).resolve().parent

@@ -227,7 +227,7 @@ def _config(
 ) -> tuple[PrepareConfig, bool]:
     """Return checked settings, and whether only this process can call the formatter."""
     from sftdata.config import make_config
-    from sftdata.read.formatter import name_formatter
+    from sftdata.formats.formatter import name_formatter
 
     name, alone = name_formatter(formatter)
     return make_config(inputs=inputs, tokenizer=tokenizer, output=output, formatter=name, **settings), alone

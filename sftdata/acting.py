@@ -10,11 +10,11 @@ from sftdata.batches import Completion, Conversation, Text, Tokens
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError, did_you_mean
+from sftdata.formats.formatter import formatter_sha256, load_formatter
+from sftdata.formats.registry import FORMATS
 from sftdata.looks import INSTRUCTIONS, Look
 from sftdata.masks.markers import check_markers
 from sftdata.other_tools import flag_of
-from sftdata.read.formats import FORMATS
-from sftdata.read.formatter import formatter_sha256, load_formatter
 from sftdata.render.template import variables_of
 
 SHOWN = 3  # sources that a refusal names

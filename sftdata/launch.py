@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.engine.local import Workers, usable_cores
-from sftdata.read.inputs import expand_inputs
+from sftdata.sources.inputs import expand_inputs
 
 _PIPELINE = "sftdata.pipeline"
 

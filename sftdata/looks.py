@@ -11,15 +11,16 @@ from sftdata.batches import Completion, Conversation, Row, RowBatch, Text
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
+from sftdata.formats.convert import convert_rows
+from sftdata.formats.detect import Detection, detect
+from sftdata.formats.fields import FormatOptions
+from sftdata.formats.formatter import formatter_sha256
+from sftdata.formats.instructions import from_messages, is_messages
+from sftdata.formats.prompts import ALPACA, load_prompt_template
+from sftdata.formats.turn_markers import find_turn_markers
 from sftdata.masks.markers import shell_quote
-from sftdata.read.convert import convert_rows
-from sftdata.read.detect import Detection, detect
-from sftdata.read.fields import FormatOptions, from_json
-from sftdata.read.formatter import formatter_sha256
-from sftdata.read.instructions import from_messages, is_messages
-from sftdata.read.prompts import ALPACA, load_prompt_template
-from sftdata.read.source import Chunk, SourcePlan
-from sftdata.read.turn_markers import find_turn_markers
+from sftdata.sources.jsonrows import from_json
+from sftdata.sources.source import Chunk, SourcePlan
 from sftdata.tally import Tally
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")

@@ -16,13 +16,12 @@ import numpy as np
 
 from sftdata.batches import Int64, TokenBatch, Tokens
 from sftdata.errors import DataError
+from sftdata.formats.convert import Converted, convert_rows
 from sftdata.limit import OverlongError, limit_length
 from sftdata.masks.texts import render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.pack import gather, plan_packs
 from sftdata.plan import Job, ShardTask
-from sftdata.read.convert import Converted, convert_rows
-from sftdata.read.source import Chunk, read_chunk
 from sftdata.shardset.build import Build, ShardResult
 from sftdata.shardset.ledger import Ledger
 from sftdata.shardset.lists import (
@@ -35,6 +34,7 @@ from sftdata.shardset.lists import (
     encode_reject,
 )
 from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.sources.source import Chunk, read_chunk
 from sftdata.stages import Stages, load_stages
 from sftdata.tally import Tally
 

@@ -18,17 +18,17 @@ from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareCon
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import UsageError
+from sftdata.formats.fields import FormatOptions
 from sftdata.looks import Look, format_options, look_at
 from sftdata.masks import Mask, choose_mask
 from sftdata.paths import written
 from sftdata.places import Unit
-from sftdata.read import planning
-from sftdata.read.fields import FormatOptions
-from sftdata.read.planning import Say, grouped, short_names, told
-from sftdata.read.source import Chunk, SourcePlan
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.shardset.manifest import FORMAT_VERSION, Manifest
+from sftdata.sources import planning
+from sftdata.sources.planning import Say, grouped, short_names, told
+from sftdata.sources.source import Chunk, SourcePlan
 
 CHUNK_BYTES = 1 << 20
 TASKS_WANTED = 16

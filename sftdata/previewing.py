@@ -19,8 +19,8 @@ from sftdata.pack import plan_packs
 from sftdata.pipeline import PreparedChunk, prepare_chunk
 from sftdata.places import Unit, place
 from sftdata.plan import Plan, make_plan
-from sftdata.read.source import Chunk, read_chunk
 from sftdata.shardset.ledger import Ledger
+from sftdata.sources.source import Chunk, read_chunk
 from sftdata.stages import load_shared, load_stages
 
 PART = 0.25  # of each stretch of a large input

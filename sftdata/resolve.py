@@ -18,11 +18,11 @@ from sftdata.batches import Int64
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import char_offsets
 from sftdata.errors import DataError, UsageError
+from sftdata.formats.convert import convert_rows
 from sftdata.masks.markers import check_markers
 from sftdata.masks.texts import render_rows
 from sftdata.plan import make_plan
-from sftdata.read.convert import convert_rows
-from sftdata.read.source import read_chunk
+from sftdata.sources.source import read_chunk
 from sftdata.stages import Stages
 from sftdata.tally import Tally
 

@@ -21,14 +21,14 @@ from sftdata.batches import Float32, Int32, RowBatch, TokenBatch
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine
 from sftdata.errors import DataError, UsageError
+from sftdata.formats.convert import convert_rows
 from sftdata.limit import limit_length
 from sftdata.looks import format_options, look_at
 from sftdata.masks import choose_mask
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import tokenize
 from sftdata.plan import Job, choose_tokenizer
-from sftdata.read.convert import convert_rows
-from sftdata.read.source import open_source, plan_sources
+from sftdata.sources.source import open_source, plan_sources
 from sftdata.stages import Stages
 from sftdata.tally import FILTERED, Tally
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.formats.fields import FormatOptions
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_chunk
+from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.chats import WEATHER
 from tests.one_stage import convert_rows
 from tests.oracles.char_masks import Format, Unsure, trained_spans

@@ -12,12 +12,12 @@ from sftdata.batches import Int64, Row, RowBatch, TextBatch, TokenBatch, Tokens
 from sftdata.encode.engine import Encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
+from sftdata.formats import convert
+from sftdata.formats.fields import FormatOptions
 from sftdata.limit import Policy
 from sftdata.limit import limit_length as _limit_length
 from sftdata.masks import texts, tokens
 from sftdata.masks.texts import Renderer
-from sftdata.read import convert
-from sftdata.read.fields import FormatOptions
 from sftdata.tally import Tally
 
 Faults = list[tuple[int, Fault]]

@@ -158,7 +158,7 @@ def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
         (ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8"
     )
     seeded = {
-        "sftdata/read/seeded.py": ("import sftdata.encode", "layers"),
+        "sftdata/sources/seeded.py": ("import sftdata.encode", "layers"),
         "sftdata/stray.py": ("", "layers"),
         "sftdata/render/seeded.py": ("import torch", "core-light"),
         "sftdata/shardset/seeded.py": ("import transformers", "one-door-transformers"),

@@ -122,8 +122,8 @@ def detect(
     Example: sftdata detect chats.jsonl
     """
     from sftdata.cli.talk import print_json, print_line
+    from sftdata.formats.detect import detect as run
     from sftdata.plan import plan_inputs
-    from sftdata.read.detect import detect as run
 
     sources, left_out = plan_inputs(config)
     found = run(sources, format=config.format, columns=config.map)

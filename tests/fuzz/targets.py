@@ -12,16 +12,16 @@ from unittest.mock import patch
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError, SftError
+from sftdata.formats.detect import detect
+from sftdata.formats.fields import FormatOptions
 from sftdata.masks.turns import SpanFinder
-from sftdata.read import delimited, elements, streams
-from sftdata.read.detect import detect
-from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
 from sftdata.render.template import ChatTemplate, choose_template, control_tokens
 from sftdata.shardset.manifest import read_manifest
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.verify import verify
+from sftdata.sources import delimited, elements, streams
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
 from tests.one_stage import convert_rows
 from tests.oracles.char_masks import Format, trained_spans
 from tests.poison import ANSWER, USER, chat, dumped

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from sftdata.batches import Conversation, TextBatch, TokenBatch
 from sftdata.encode.engine import Encoder, load_encoder
+from sftdata.formats.detect import detect
+from sftdata.formats.fields import FormatOptions
 from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
-from sftdata.read.detect import detect
-from sftdata.read.fields import FormatOptions
-from sftdata.read.source import open_source, plan_source, read_chunk
 from sftdata.render.template import ChatTemplate
+from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.encoders import resolved
 from tests.one_stage import convert_rows, encode_batch, render_rows
 from tests.oracles.char_masks import fixed_clock

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.batches import RowBatch
-from sftdata.read.chunks import SourcePlan
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
+from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
 from sftdata.tally import Reject
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)

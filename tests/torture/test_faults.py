@@ -127,7 +127,7 @@ def test_an_input_that_cannot_be_read_is_one_line(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(
-        "sftdata.read.streams.open", lambda path, mode: Broken(io.FileIO(path)), raising=False
+        "sftdata.sources.streams.open", lambda path, mode: Broken(io.FileIO(path)), raising=False
     )
     with pytest.raises(
         SftError, match=rf"{data}: cannot be read: Input/output error. Fix: check the disk"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftdata.read.source import open_source, plan_source, read_chunk
+from sftdata.sources.source import open_source, plan_source, read_chunk
 
 documents = st.recursive(
     st.none()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sftdata.errors import UsageError
-from sftdata.read.detect import detect
-from sftdata.read.source import open_source, plan_source
+from sftdata.formats.detect import detect
+from sftdata.sources.source import open_source, plan_source
 
 TABLES = {
     "alpaca": [{"instruction": f"Do {n}", "output": f"Done {n}."} for n in range(12)],

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from sftdata.errors import UsageError
-from sftdata.read.detect import Detection, detect
-from sftdata.read.fields import FormatOptions
-from sftdata.read.formats import FORMATS
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
+from sftdata.formats.detect import Detection, detect
+from sftdata.formats.fields import FormatOptions
+from sftdata.formats.registry import FORMATS
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
 from tests.one_stage import convert_rows
 
 # Written by hand from what the files hold: container; format and columns in their canonical order, or words of the refusal.
@@ -157,8 +157,8 @@ def test_detection_is_the_same_under_ten_hash_seeds(shared_data: Path) -> None:
     code = (
         "import sys, json, pathlib\n"
         "from sftdata.errors import UsageError\n"
-        "from sftdata.read.detect import detect\n"
-        "from sftdata.read.source import open_source, plan_source\n"
+        "from sftdata.formats.detect import detect\n"
+        "from sftdata.sources.source import open_source, plan_source\n"
         "for path in sys.argv[1:]:\n"
         "    try: print(json.dumps(detect([plan_source(open_source(path), 0, 1 << 25)]).to_json()))\n"
         "    except UsageError as error: print(error)\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sftdata.errors import UsageError, explain, read_codes
+from sftdata.formats.parts import MEDIA
 from sftdata.limit import REASONS
-from sftdata.read.parts import MEDIA
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.show.findings import COUNTED, KINDS
 

@@ -11,10 +11,10 @@ import pytest
 
 from sftdata.batches import Completion, Conversation, Row, RowBatch, Text, Tokens
 from sftdata.errors import Fault, UsageError
-from sftdata.read.fields import FormatOptions
-from sftdata.read.formats import FORMATS
-from sftdata.read.prompts import ALPACA, PromptTemplate, load_prompt_template
-from sftdata.read.source import open_source, plan_source, read_chunk
+from sftdata.formats.fields import FormatOptions
+from sftdata.formats.prompts import ALPACA, PromptTemplate, load_prompt_template
+from sftdata.formats.registry import FORMATS
+from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.one_stage import Converted, convert_rows
 
 CHAT = FormatOptions()

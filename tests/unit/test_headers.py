@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
 
 NAMES = ("question", "answer", "Notes (ü), 2", "id")
 DELIMITERS = {".csv": ",;|\t", ".tsv": ",;|\t"}

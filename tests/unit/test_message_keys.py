@@ -9,9 +9,9 @@ import pytest
 
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import Fault
+from sftdata.formats.fields import FormatOptions
 from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
-from sftdata.read.fields import FormatOptions
 from sftdata.render.template import ChatTemplate
 from tests.one_stage import convert_rows, render_rows
 

@@ -12,12 +12,12 @@ import pytest
 
 from sftdata.batches import Completion, Conversation, Row, Text
 from sftdata.errors import UsageError
-from sftdata.read.detect import Detection, detect
-from sftdata.read.fields import FormatOptions
-from sftdata.read.formats import FORMATS
-from sftdata.read.formatter import load_formatter
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
+from sftdata.formats.detect import Detection, detect
+from sftdata.formats.fields import FormatOptions
+from sftdata.formats.formatter import load_formatter
+from sftdata.formats.registry import FORMATS
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
 from tests.one_stage import Converted, convert_rows
 
 ASKED, SAID = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sftdata.read.planning import grouped, plan_inputs, short_names, told
-from sftdata.read.source import SourcePlan
+from sftdata.sources.planning import grouped, plan_inputs, short_names, told
+from sftdata.sources.source import SourcePlan
 
 
 def planned(folder: Path, files: int) -> tuple[int, list[SourcePlan]]:

@@ -20,9 +20,9 @@ import pytest
 import xxhash
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.read import streams
-from sftdata.read.chunks import Source
-from sftdata.read.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
+from sftdata.sources import streams
+from sftdata.sources.chunks import Source
+from sftdata.sources.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
 from sftdata.tally import Reject
 from tests.compressed import zstd
 
@@ -354,7 +354,7 @@ def test_a_bad_line_is_one_fault_and_its_neighbours_stay(kind: str, last: bool, 
 
 def test_the_reason_shows_the_place() -> None:
     from sftdata.errors import Fault
-    from sftdata.read.jsonrows import parse_row
+    from sftdata.sources.jsonrows import parse_row
 
     fault = parse_row(b'{"score": NaN}')
     assert isinstance(fault, Fault)
@@ -368,7 +368,7 @@ def test_the_reason_shows_the_place() -> None:
 @pytest.mark.parametrize("depth", [255, 256, 257])
 def test_nesting_is_decided_alike_from_any_depth_of_calls(depth: int) -> None:
     from sftdata.errors import Fault
-    from sftdata.read.jsonrows import parse_row
+    from sftdata.sources.jsonrows import parse_row
 
     line = b'{"a":' * depth + b"1" + b"}" * depth
 
@@ -466,7 +466,7 @@ def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: 
 def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftdata.read.delimited.RECORD_LIMIT", 1000)
+    monkeypatch.setattr("sftdata.sources.delimited.RECORD_LIMIT", 1000)
     inside = 'looks,like a row\n"",""\n' * 200
     (tmp_path / "a.csv").write_text(f'prompt,completion\n1,x\n2,"{inside}"\n3,"z\nz"\n')
     for slice_bytes in (1, 1 << 20):
@@ -481,7 +481,7 @@ def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
 def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftdata.read.delimited.RECORD_LIMIT", 1000)
+    monkeypatch.setattr("sftdata.sources.delimited.RECORD_LIMIT", 1000)
     (tmp_path / "a.csv").write_bytes(b'prompt,completion\n1,x\n2,"y\n' + b"3,z\n" * 1000)
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
@@ -549,7 +549,7 @@ def test_elements_do_not_depend_on_how_the_stream_comes(
     (tmp_path / "a.json").write_bytes(data)
     whole = read_all(tmp_path / "a.json", 50, limit=70)
     for module in ("streams", "elements"):
-        monkeypatch.setattr(f"sftdata.read.{module}.BLOCK_BYTES", block)
+        monkeypatch.setattr(f"sftdata.sources.{module}.BLOCK_BYTES", block)
     assert read_all(tmp_path / "a.json", 50, limit=70) == whole
 
 
@@ -557,7 +557,7 @@ def test_elements_do_not_depend_on_how_the_stream_comes(
     "text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"]
 )
 def test_an_element_that_a_block_cuts_is_never_taken_for_damage(text: str) -> None:
-    from sftdata.read.elements import Elements
+    from sftdata.sources.elements import Elements
 
     for cut in range(1, len(text.encode())):
         parts = iter([b"[ " + text.encode()[:cut], text.encode()[cut:] + b" , 1]"])
@@ -739,6 +739,6 @@ def test_reading_imports_no_heavy_library() -> None:
     import sys
 
     heavy = "{'datasets', 'transformers', 'pyarrow', 'fsspec', 'backports'}"
-    code = f"import sys, sftdata.read.detect; print({heavy} & set(sys.modules))"
+    code = f"import sys, sftdata.formats.detect; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sftdata.batches import Conversation, RowBatch
 from sftdata.errors import RowError
+from sftdata.formats.fields import FormatOptions
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.read.fields import FormatOptions
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.render.template import ChatTemplate
 from tests.one_stage import convert_rows

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.read.chunks import SourcePlan
-from sftdata.read.inputs import expand_inputs
-from sftdata.read.planning import numbered, plan_inputs
-from sftdata.read.source import read_chunk
-from sftdata.read.splits import splits_of
+from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.inputs import expand_inputs
+from sftdata.sources.planning import numbered, plan_inputs
+from sftdata.sources.source import read_chunk
+from sftdata.sources.splits import splits_of
 
 SIZES = (1 << 20, 1 << 20)
 
@@ -321,8 +321,8 @@ def test_a_shard_is_known_by_its_columns_wherever_it_lies(tmp_path: Path) -> Non
 
     from sftdata.batches import TokenBatch
     from sftdata.pack import gather, plan_packs
-    from sftdata.read.source import open_source, plan_source
     from sftdata.shardset.shards import write_shard
+    from sftdata.sources.source import open_source, plan_source
 
     tokens = TokenBatch(np.arange(9, dtype=np.int32), np.ones(9, np.bool_), np.array([0, 4, 9]), np.arange(2))
     rows = gather(tokens, np.arange(2), plan_packs(tokens.lengths, 16, "bfd"), 16, 0)

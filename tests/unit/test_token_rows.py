@@ -9,9 +9,9 @@ import pytest
 
 from sftdata.batches import Tokens
 from sftdata.errors import RowError
-from sftdata.read.fields import Fields, FormatOptions
-from sftdata.read.formats import FORMATS
-from sftdata.read.token_rows import TRAINED
+from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.formats.registry import FORMATS
+from sftdata.formats.token_rows import TRAINED
 
 TOKENS = FORMATS["tokens"]
 IDS = [10, 11, 12, 13, 14, 15]

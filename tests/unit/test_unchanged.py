@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.read.chunks import Marks, SourcePlan
-from sftdata.read.source import open_source, plan_source, read_chunk
-from sftdata.read.streams import close_streams
-from sftdata.read.unchanged import BLOCK_BYTES, InputChangedError
+from sftdata.sources.chunks import Marks, SourcePlan
+from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.streams import close_streams
+from sftdata.sources.unchanged import BLOCK_BYTES, InputChangedError
 from tests.compressed import zstd
 
 ROWS = [

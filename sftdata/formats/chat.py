@@ -1,0 +1,274 @@
+"""Chat messages of every spelling -> messages as chat templates take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftdata.batches import Conversation
+from sftdata.errors import RowError
+from sftdata.formats.calls import Message, read_calls, read_tools, without_stray_nulls
+from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.formats.parts import read_parts
+from sftdata.formats.roles import CALLS, ROLES, find_role, plain_name, spelled_role, unknown_roles
+from sftdata.formats.switches import SWITCHES, read_switch
+from sftdata.sources.jsonrows import from_json, kind_of
+
+Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or its weight
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def read_conversation(
+    turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0
+) -> Conversation:
+    """Join turns with the row's own system text, tools and template arguments.
+
+    Raises:
+        RowError: no message, no assistant message, two system texts, tools or arguments that cannot be read.
+    """
+    if not turns:
+        raise RowError("no-messages", "the conversation is empty.", "remove the row.")
+    messages, trained = [message for message, _ in turns], [switch for _, switch in turns]
+    if options.need_assistant and "assistant" not in [message["role"] for message in messages]:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        what = f"no assistant message to train on; found only {roles}."
+        raise RowError(
+            "no-assistant",
+            what,
+            "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.",
+        )
+    counted = tuple(fields.counted)
+    if len(fields.names) == 1 and "tools" not in messages[0]:  # the row has messages and nothing beside them
+        return Conversation(messages, trained, prompt_messages=prompt_messages, counted=counted)
+    system = fields.optional_text("system")
+    if system:
+        if messages[0]["role"] not in ("system", "developer"):
+            messages, trained = [{"role": "system", "content": system}, *messages], [None, *trained]
+            prompt_messages += prompt_messages > 0
+        elif messages[0].get("content") != system:
+            raise RowError(
+                "two-system-texts", "the system column and the first message differ.", "keep one of them."
+            )
+    messages, tools, arguments = _read_tools_anywhere(messages, fields)
+    if tools:
+        messages = without_stray_nulls(messages, tools, fields.counted)
+    return Conversation(messages, trained, tools, arguments, prompt_messages, tuple(fields.counted))
+
+
+def _read_tools_anywhere(
+    messages: list[Message], fields: Fields
+) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, Any]]:
+    """Read tools from their column, from the template arguments or from the system message; return what is left of these too.
+
+    Raises:
+        RowError: tools in two places that differ.
+    """
+    arguments = _read_arguments(fields)
+    places = {"the tools column": fields.get("tools")}
+    if "tools" in arguments:
+        places["chat_template_kwargs"] = arguments["tools"]
+        arguments = {key: value for key, value in arguments.items() if key != "tools"}
+    if "tools" in messages[0] and messages[0]["role"] in ("system", "developer"):
+        places["the system message"] = messages[0]["tools"]
+        messages = [{key: value for key, value in messages[0].items() if key != "tools"}, *messages[1:]]
+    found = {place: tools for place, value in places.items() if (tools := read_tools(value))}
+    if any(tools != next(iter(found.values())) for tools in found.values()):
+        raise RowError("said-twice", f"{' and '.join(found)} hold different tools.", "keep one of them.")
+    return messages, next(iter(found.values()), None), arguments
+
+
+def read_messages(value: Any, column: str, options: FormatOptions, counted: list[str]) -> list[Turn]:
+    """Read messages with `role` and `content`, or `from` and `value`.
+
+    Args:
+        counted: where it is noted what had to be put right.
+
+    Raises:
+        RowError: names the message and what is wrong with it.
+    """
+    value = from_json(value)
+    if not isinstance(value, list):
+        raise RowError(
+            "no-messages",
+            f"{column} is {kind_of(value)}; expected an array of messages.",
+            "write one per turn.",
+        )
+    mapped = bool(options.roles)
+    turns: list[Turn] = []
+    for index, message in enumerate(value):
+        # Nearly all messages are plain: there is nothing to rewrite, and no place to name.
+        if not mapped and _is_plain(message):
+            turns.append((message, None))
+            continue
+        where = f"{column}[{index}]"
+        if not isinstance(message, dict):
+            what = f"{where} is {kind_of(message)}; expected an object with role and content."
+            raise RowError("not-a-message", what, "write each message as an object.")
+        spelling = spelled_role(message)
+        role = find_role(spelling, options.roles)
+        if role is None:
+            raise unknown_roles(value, column, options.roles)
+        if "from" in message and message.get("role") is not None:
+            _check_spellings(message, where, options)
+        calls = role == "assistant" and plain_name(spelling) in CALLS
+        read = (
+            _read_call_message(message, where, counted)
+            if calls
+            else _read_message(message, role, where, counted)
+        )
+        turn = read, read_switch(message, where, options.loss_weights)
+        if turn[1] is True and role != "assistant":
+            counted.append("switches_of_other_roles")
+        if not (calls and plain_name(spelling) == "tool_call" and _join_calls(turns, turn)):
+            turns.append(turn)
+    return turns
+
+
+def _check_spellings(message: Message, where: str, options: FormatOptions) -> None:
+    """Refuse a message written as `role` and `content` and as `from` and `value`, which differ.
+
+    A `from` that names no role (a person, an id) is a key like any other, and so is a `value` beside it.
+    """
+    speakers = {key: find_role(message[key], options.roles) for key in ("role", "from")}
+    if speakers["from"] is None:
+        return
+    one, other = (plain_name(message[key]) in CALLS for key in speakers)
+    texts = [message[key] for key in ("content", "value") if message.get(key) is not None]
+    differing = "role and from" if len({*speakers.values()}) > 1 or one != other else ""
+    differing = differing or ("content and value" if texts[1:] and texts[0] != texts[1] else "")
+    if differing:
+        raise RowError("said-twice", f"{where} has {differing}, which differ.", "keep one of them.")
+
+
+def _is_plain(message: Any) -> bool:
+    return (
+        type(message) is dict
+        and message.keys() == _PLAIN_KEYS
+        and type(message["content"]) is str
+        and message["role"] in ROLES
+    )
+
+
+_PLAIN_KEYS = {"role", "content"}
+
+
+def _content(message: Message) -> tuple[Any, Message]:
+    """Return a message's content, and its other keys that say something: what stands under `content` outranks `value`."""
+    spelling = "content" if message.get("content") is not None else "value"
+    role = "role" if message.get("role") is not None else "from"
+    rest = {
+        key: item
+        for key, item in message.items()
+        if item is not None and key not in SWITCHES and key not in (role, spelling)
+    }
+    return message.get(spelling), rest
+
+
+def _read_message(message: Message, role: str, where: str, counted: list[str]) -> Message:
+    content, rest = _content(message)
+    if isinstance(content, list):
+        content, found = read_parts(content, f"{where}.content", counted)
+        if twice := sorted(found.keys() & rest.keys()):
+            raise RowError(
+                "said-twice", f"{where} has {twice[0]} in its parts and beside them.", "keep one of them."
+            )
+        rest |= found
+    elif "tool_calls" in rest:
+        rest["tool_calls"] = read_calls(rest["tool_calls"], f"{where}.tool_calls", counted)
+    if "function_call" in rest:
+        rest["tool_calls"] = read_calls(rest.pop("function_call"), f"{where}.function_call", counted)
+    _check_reasoning(rest, where)
+    if content is None and not rest.get("tool_calls"):
+        raise RowError(
+            "no-content",
+            f"{where} has no content.",
+            'fill it in ("" for an empty answer), or remove the row.',
+        )
+    if content is not None and not isinstance(content, str):
+        raise RowError(
+            "not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string."
+        )
+    return {"role": role, **({} if content is None else {"content": content}), **rest}
+
+
+def _read_call_message(message: Message, where: str, counted: list[str]) -> Message:
+    """Read a message whose content is a call, or several."""
+    content, rest = _content(message)
+    return {"role": "assistant", **rest, "tool_calls": read_calls(content, f"{where}.value", counted)}
+
+
+def _join_calls(turns: list[Turn], turn: Turn) -> bool:
+    """Add calls to the assistant message before them, where both are one turn; False where they are a turn of their own.
+
+    A turn is switched on as a whole where one of its messages is, and the others say nothing.
+    So ms-swift writes them: `tool_call` after `tool_call` are parallel, and one after an answer's text belongs to that text.
+    """
+    message, switch = turn
+    if not turns or turns[-1][0]["role"] != "assistant" or message.keys() != {"role", "tool_calls"}:
+        return False
+    before, other = turns[-1]
+    if switch != other and {switch, other} != {True, None}:
+        return False
+    turns[-1] = (
+        {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]},
+        switch or other,
+    )
+    return True
+
+
+def _check_reasoning(rest: Message, where: str) -> None:
+    found = {key: rest[key] for key in REASONING if key in rest}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise RowError(
+                "not-text", f"{where}.{key} is {kind_of(value)}; expected a string.", "write it as a string."
+            )
+    if len(set(found.values())) > 1:
+        raise RowError("said-twice", f"{where} has {' and '.join(found)}, which differ.", "keep one of them.")
+
+
+def _read_arguments(fields: Fields) -> dict[str, Any]:
+    value = from_json(fields.get("chat_template_kwargs"))
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        what = f"chat_template_kwargs is {kind_of(value)}; expected an object."
+        raise RowError("bad-template-arguments", what, 'write it as {"enable_thinking": false}.')
+    return value
+
+
+def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
+    """Read turns written as {system, input, output}; their switches are those of the answer.
+
+    Raises:
+        RowError: names the turn and what is wrong with it.
+    """
+    turns: list[Turn] = []
+    value = from_json(value)
+    if not isinstance(value, list):
+        raise RowError(
+            "no-messages",
+            f"{column} is {kind_of(value)}; expected an array of turns.",
+            "write one object a turn.",
+        )
+    for index, turn in enumerate(value):
+        where = f"{column}[{index}]"
+        if not isinstance(turn, dict):
+            raise RowError(
+                "not-a-message", f"{where} is {kind_of(turn)}; expected an object.", "write input and output."
+            )
+        fields = Fields(turn, {key: key for key in turn})
+        if system := fields.optional_text("system"):
+            turns.append(({"role": "system", "content": system}, None))
+        if "input" in turn:
+            turns.append(({"role": "user", "content": fields.text("input")}, None))
+        rest = {
+            key: item for key, item in turn.items() if item is not None and key not in _XTUNER_KEYS | SWITCHES
+        }
+        answer: Message = {"role": "assistant", "content": fields.text("output"), **rest}
+        turns.append((answer, read_switch(turn, where, weighted)))
+    return turns
+
+
+_XTUNER_KEYS = {"system", "input", "output"}

@@ -1,0 +1,192 @@
+"""Rows as parsed -> canonical rows; a bad row becomes a fault, and columns that nothing reads are named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sftdata.batches import Completion, Conversation, Int64, Row, RowBatch, Text, Tokens
+from sftdata.errors import RowError, UsageError
+from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.formats.formatter import load_formatter
+from sftdata.formats.instructions import is_messages
+from sftdata.formats.preferences import UNJUDGED, unwanted_answer
+from sftdata.formats.registry import FORMATS, LINE, Format, rename
+from sftdata.sources.jsonrows import kind_of
+from sftdata.tally import FILTERED, Tally
+
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Converted:
+    """The rows of a batch that can be used; the tally has the others.
+
+    Attributes:
+        rows: canonical rows.
+        row: int64[N], index of each in the batch.
+    """
+
+    rows: list[Row]
+    row: Int64
+
+
+def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tally: Tally) -> Converted:
+    """Convert a batch of one format, as detected or named; with `options.formatter`, of whatever that returns.
+
+    Args:
+        tally: takes the rows that cannot be used, those that the formatter leaves out, and the columns that nothing
+            reads.
+
+    Raises:
+        UsageError: the formatter cannot be imported.
+    """
+    convert = _Converter(format_name, options)
+    rows: list[Row] = []
+    kept: list[int] = []
+    for index, row in enumerate(batch.rows):
+        try:
+            canonical = convert(row)
+        except RowError as error:
+            tally.reject(index, error.fault)
+            continue
+        if canonical is None:
+            tally.drop(index, FILTERED)
+        else:
+            rows.append(canonical)
+            kept.append(index)
+    tally.counts.update({f"column_unused:{name}": count for name, count in convert.unused().items()})
+    return Converted(rows, np.array(kept, np.int64))
+
+
+def has_media(row: dict[str, Any]) -> bool:
+    """Return True for a row with a picture, sound or film in a column of its own."""
+    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
+
+
+class _Converter:
+    """Convert single rows; remember where rows with the same columns keep them."""
+
+    def __init__(self, format_name: str, options: FormatOptions) -> None:
+        self.format = FORMATS.get(format_name)
+        self.options = options
+        self.formatter = (
+            load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None
+        )
+        if self.format is None and self.formatter is None:
+            raise UsageError(
+                f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}."
+            )
+        self._names: dict[tuple[str, ...], dict[str, str]] = {}
+        self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
+        self._unused: Counter[str] = Counter()  # of the other rows
+
+    def __call__(self, row: Any) -> Row | None:
+        """Return the canonical row, or None when the user's formatter leaves the row out."""
+        if self.formatter is None:
+            assert self.format is not None
+            row = rename({LINE: row} if isinstance(row, str) else row, self.options.columns)
+            return self._convert(self.format, row, self._locate(self.format, row))
+        formatted = self._format(row)
+        if isinstance(formatted, Conversation) and not self.options.loss_weights:
+            _refuse_weights(formatted)
+        if formatted is None or isinstance(formatted, Conversation | Completion | Text | Tokens):
+            return formatted
+        chosen = self._recognise(formatted)
+        return self._convert(chosen, formatted, chosen.locate(formatted, {}))
+
+    def unused(self) -> dict[str, int]:
+        """Return how many rows have each column that was not read."""
+        counts = self._unused.copy()
+        for keys, rows in self._rows.items():
+            counts.update(dict.fromkeys(set(keys) - set(self._names[keys].values()), rows))
+        return dict(sorted(counts.items()))
+
+    def _convert(self, chosen: Format, row: dict[str, Any], names: dict[str, str]) -> Row:
+        if has_media(row):
+            found = sorted(name for name in MEDIA_COLUMNS & row.keys() if row[name])
+            what = f"the row has {', '.join(found)}; only text can be prepared."
+            raise RowError("media-row", what, "leave out rows with media.")
+        if self.options.labels_judge and chosen.name not in UNJUDGED and (column := unwanted_answer(row)):
+            what = f"{column} is false, which marks an answer that is not wanted (KTO)."
+            raise RowError(
+                "unwanted-answer",
+                what,
+                f"leave the row out, or name the format where {column} means something else.",
+            )
+        try:
+            return chosen.convert(Fields(row, names), self.options)
+        except RowError:
+            self._refuse_stranger(row)
+            raise
+
+    def _locate(self, chosen: Format, row: dict[str, Any]) -> dict[str, str]:
+        keys = tuple(row)
+        names = self._names.get(keys)
+        if names is not None:
+            self._rows[keys] += 1
+            return names
+        try:
+            names = chosen.locate(row, self.options.columns)
+        except RowError:
+            self._refuse_stranger(row)
+            raise
+        if not self.options.as_conversation:
+            names.pop("reasoning", None)  # running text has no place for it: it stays unread, and is named so
+        if all(len(column.found(row, {})) < 2 for column in chosen.columns):
+            self._names[keys] = names
+            self._rows[keys] += 1
+        else:
+            self._unused.update(row.keys() - set(names.values()))
+        return names
+
+    def _refuse_stranger(self, row: dict[str, Any]) -> None:
+        """Name the format that a row has when it is not the input's own."""
+        if self.format is None or self.format.readings(row, self.options.columns):
+            return
+        others = [other.name for other in FORMATS.values() if other.readings(row, self.options.columns)]
+        if others:
+            what = f"the row reads as {' or '.join(others)}, the input as {self.format.name}."
+            raise RowError(
+                "wrong-format", what, f"prepare such rows apart, with --format {others[0]}."
+            ) from None
+
+    def _format(self, row: Any) -> Any:
+        """Return what the user's function makes of a row: None, a canonical row, or a dict."""
+        assert self.formatter is not None
+        try:
+            formatted = self.formatter(dict(row) if isinstance(row, dict) else row)
+        except Exception as error:  # the user's own code may raise anything
+            what = f"{self.options.formatter} raised {type(error).__name__}: {error}"
+            raise RowError(
+                "formatter-error", what, "fix the function; it may return None to leave a row out."
+            ) from None
+        if isinstance(formatted, str):
+            return {"text": formatted}
+        if is_messages(formatted):
+            return {"messages": formatted}
+        if formatted is None or isinstance(formatted, dict | Conversation | Completion | Text | Tokens):
+            return formatted
+        what = f"{self.options.formatter} returned {kind_of(formatted)}; expected a string, a dict, a list of messages or None."
+        fix = "return one example for each row; mark a function of columns with @sftdata.by_columns."
+        raise RowError("formatter-output", what, fix)
+
+    def _recognise(self, row: dict[str, Any]) -> Format:
+        readings = [entry for entry in FORMATS.values() for _ in entry.readings(row, {})]
+        if len(readings) == 1:
+            self._unused.update(row.keys() - set(readings[0].locate(row, {}).values()))
+            return readings[0]
+        names = " and ".join(dict.fromkeys(entry.name for entry in readings)) or "no format"
+        what = f"{self.options.formatter} returned the columns {', '.join(sorted(map(str, row)))}, which read as {names}."
+        raise RowError("formatter-output", what, "return the columns of one format.")
+
+
+def _refuse_weights(row: Conversation) -> None:
+    """Refuse weights of a formatter's own row that would be left out, as those of messages are."""
+    for index, weight in enumerate(row.trained):
+        if isinstance(weight, float) and weight not in (0, 1):
+            what = f"trained[{index}] of the formatter's row is {weight!r}; expected True, False or None."
+            raise RowError("fractional-weight", what, "round the weight, or keep it with --loss-weights.")

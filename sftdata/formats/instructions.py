@@ -1,0 +1,149 @@
+"""Instruction-like rows (a question and its answer in columns) -> a conversation, or prompt and completion, or text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftdata.batches import Completion, Conversation, Row, Text
+from sftdata.errors import RowError
+from sftdata.formats.calls import Message
+from sftdata.formats.chat import Turn, read_conversation, read_messages
+from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.formats.prompts import ANSWERS, INPUTS, QUESTIONS
+from sftdata.sources.jsonrows import from_json, kind_of
+
+Pair = tuple[str, str]  # question, answer
+
+
+def read_instruction(fields: Fields, options: FormatOptions) -> Row:
+    """Convert a row of question, optional input, answer, optional system text and history.
+
+    Raises:
+        RowError: a null or non-text column, or nothing asked.
+    """
+    question, given, answer = fields.text("question"), fields.optional_text("input"), fields.text("answer")
+    if not question.strip() and not given.strip():
+        name = fields.names["question"]
+        raise RowError(
+            "empty-prompt",
+            f"{name} is empty; expected something to answer.",
+            "fill it in, or remove the row.",
+        )
+    history = _read_history(fields.get("history"))
+    if options.as_conversation:
+        pairs = [*history, ("\n".join(part for part in (question, given) if part), answer)]
+        return _as_conversation(pairs, fields, options, fields.optional_text("reasoning"))
+    return _lay_out(question, given, answer, history, fields, options)
+
+
+def read_prompt_completion(fields: Fields, options: FormatOptions) -> Row:
+    """Convert a prompt and its completion: two strings, taken as rendered text, or lists of messages.
+
+    Raises:
+        RowError: a null column, or both empty.
+    """
+    prompt, completion = from_messages(fields.get("prompt")), from_messages(fields.get("answer"))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked = _as_turns(prompt, "user", fields, "prompt", options)
+        answered = _as_turns(completion, "assistant", fields, "answer", options)
+        return read_conversation(asked + answered, fields, options, len(asked))
+    prompt, completion = fields.text("prompt"), fields.text("answer")
+    if not prompt and not completion:
+        raise RowError("empty-row", "prompt and completion are both empty.", "remove the row.")
+    if options.kind == "conversation":
+        return _as_conversation([(prompt, completion)], fields, options)
+    return _join(_before(fields) + prompt, completion, options)
+
+
+def from_messages(value: Any) -> Any:
+    """Return a list of messages written as JSON text as the list; anything else as it is."""
+    if isinstance(value, str) and value.startswith("[{"):
+        parsed = from_json(value)
+        return parsed if is_messages(parsed) else value
+    return value
+
+
+def is_messages(value: Any) -> bool:
+    """Return True for a list whose first item is a message."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and bool({"role", "from"} & value[0].keys())
+    )
+
+
+def _as_turns(value: Any, role: str, fields: Fields, column: str, options: FormatOptions) -> list[Turn]:
+    if isinstance(value, list):
+        return read_messages(value, fields.names[column], options, fields.counted)
+    return [({"role": role, "content": fields.text(column)}, None)]
+
+
+def _as_conversation(
+    pairs: list[Pair], fields: Fields, options: FormatOptions, reasoning: str = ""
+) -> Conversation:
+    turns: list[Turn] = []
+    for question, answer in pairs:
+        asked: Message = {"role": "user", "content": question}
+        turns += [(asked, None), ({"role": "assistant", "content": answer}, None)]
+    if reasoning:
+        turns[-1][0]["reasoning_content"] = reasoning
+    return read_conversation(turns, fields, options)
+
+
+def _lay_out(
+    question: str, given: str, answer: str, history: list[Pair], fields: Fields, options: FormatOptions
+) -> Row:
+    """Fill the prompt template once for each earlier turn and once for this one."""
+    columns = {name: value for name, value in fields.row.items() if isinstance(value, str)}
+    prompt = "" if "system" in options.template.slots else _before(fields)
+    columns.setdefault("system", "")
+    for asked, answered in history:
+        earlier = (
+            columns
+            | dict.fromkeys(QUESTIONS, asked)
+            | dict.fromkeys(ANSWERS, answered)
+            | dict.fromkeys(INPUTS, "")
+        )
+        before, completion = options.template.lay_out(earlier, answered)
+        prompt += before + completion + "\n\n"
+    now = (
+        dict.fromkeys(QUESTIONS, question)
+        | dict.fromkeys(ANSWERS, answer)
+        | dict.fromkeys(INPUTS, given)
+        | columns
+    )
+    before, completion = options.template.lay_out(now, answer)
+    return _join(prompt + before, completion, options)
+
+
+def _before(fields: Fields) -> str:
+    """Return the system text as it stands before a prompt that is plain text."""
+    if fields.get("tools"):
+        raise RowError(
+            "tools-without-chat",
+            "tools need a chat template.",
+            "give --chat-template, or take the tools column out.",
+        )
+    system = fields.optional_text("system")
+    return f"{system}\n\n" if system else ""
+
+
+def _join(prompt: str, completion: str, options: FormatOptions) -> Row:
+    return Text(prompt + completion) if options.kind == "text" else Completion(prompt, completion)
+
+
+def _read_history(value: Any) -> list[Pair]:
+    """Return the earlier (question, answer) pairs."""
+    history = from_json(value) or []
+    if not isinstance(history, list):
+        raise RowError(
+            "bad-history",
+            f"history is {kind_of(history)}; expected pairs.",
+            "write it as [[question, answer], ...].",
+        )
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            what = f"history[{index}] is not a pair of strings."
+            raise RowError("bad-history", what, 'write it as ["question", "answer"].')
+    return [(question, answer) for question, answer in history]

@@ -1,0 +1,295 @@
+"""What reading passes on: a source, its plan, its chunks, and the rows that could not be read.
+
+All are small, frozen and picklable, because chunks travel to worker processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sftdata.batches import Int64, RowBatch
+from sftdata.errors import Fault, IntegrityError
+from sftdata.places import UNITS, Unit, place
+from sftdata.sources.unchanged import Seal, Stamp, changed
+from sftdata.tally import Reject
+
+Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
+Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
+
+GRAIN_BYTES = 64 << 10  # borders are noted this finely, so that a sample can be taken anywhere in the source
+SAMPLES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input, with its container as recognised from its bytes.
+
+    Attributes:
+        path: local path, URL, or Hub dataset id.
+        body: byte where the rows begin, after a byte order mark and the header of a CSV.
+        body_line: 1-based line where they begin.
+        delimiter, columns: of a CSV.
+        split, subset: of a saved or Hub dataset; None where none was chosen.
+        head: hashes of the blocks that this was recognised from.
+    """
+
+    path: str
+    container: Container
+    compression: Compression = "none"
+    body: int = 0
+    body_line: int = 1
+    delimiter: str = ","
+    columns: tuple[str, ...] = ()
+    split: str | None = None
+    subset: str | None = None
+    head: bytes = b""
+
+    @property
+    def unit(self) -> Unit:
+        """What its records are."""
+        return UNITS.get(self.container, "line")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stretch of one source: `start:stop` in bytes of the decompressed stream, or in rows of a columnar source.
+
+    Attributes:
+        first_record: 0-based line, element or record at `start`.
+        first_id: example id of that record.
+        first_line: of a CSV: 1-based line at `start`.
+        only: records of the source, half-open, that are read where the chunk holds more.
+        number, name: of its source among the inputs.
+        anchors: of a damaged array: how its elements begin, as white space and first key.
+        records: how many planning counted here, blank lines included; None where it did not.
+        seal: what the bytes must be; None for columnar sources.
+        stamp: what the files of a columnar source must be; None where they are not on this machine.
+    """
+
+    source: Source
+    start: int
+    stop: int
+    first_record: int
+    first_id: int
+    anchors: tuple[bytes, ...] = ()
+    first_line: int = 0
+    records: int | None = None
+    seal: Seal | None = None
+    stamp: Stamp | None = None
+    only: tuple[int, int] | None = None
+    number: int = 0
+    name: str = ""
+
+    def record_of(self, example_id: int) -> int:
+        """Return the 1-based number of a row in its source."""
+        return example_id - self.first_id + self.first_record + 1
+
+    def line_of(self, line: int) -> int | None:
+        """Return the line of a `RowBatch`; None in a source that is not read by lines."""
+        return line if self.source.unit in ("line", "record") else None
+
+    def place(self, example_id: int, line: int) -> str:
+        """Return where a row stands, in words; `line` as in a `RowBatch`."""
+        unit = self.source.unit
+        return place(self.source.path, self.record_of(example_id), unit, line if unit == "record" else None)
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """A source, read through once: what it holds, and where to cut it.
+
+    Attributes:
+        base_id: example id of the first record; record i (0-based; blank lines count) is `base_id + i`.
+        records: lines, elements or records, blank lines included.
+        raw_bytes: size of the raw file, still compressed.
+        xxh3_128: hash of the raw bytes, hex.
+        chunks: cut by size alone; end to end they are the source.
+        samples: up to 32 small stretches, evenly spaced from the first to the last; what detection looks at.
+        max_line_bytes: a longer row is not held.
+        notes: what the user should be told about the source, one line each.
+    """
+
+    source: Source
+    base_id: int
+    records: int
+    raw_bytes: int
+    xxh3_128: str
+    chunks: tuple[Chunk, ...]
+    samples: tuple[Chunk, ...]
+    max_line_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def placed(self, number: int, base_id: int, name: str = "") -> SourcePlan:
+        """Return the plan as that of the source of this number and name, whose example ids begin here."""
+
+        def placed(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+            return tuple(
+                replace(chunk, number=number, name=name, first_id=base_id + chunk.first_record)
+                for chunk in chunks
+            )
+
+        return replace(self, base_id=base_id, chunks=placed(self.chunks), samples=placed(self.samples))
+
+    def locate(self, example_id: int) -> tuple[str, int]:
+        """Return the path and the 1-based line (element, record) of an example of this source."""
+        return self.source.path, example_id - self.base_id + 1
+
+
+class Stretch(NamedTuple):
+    """What lies between two borders: `start:stop` as in a `Chunk`, number of the first record, how many records, first line."""
+
+    start: int
+    stop: int
+    record: int
+    records: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Marks:
+    """Borders between rows, noted while planning: `positions[i]` is where record `records[i]` starts.
+
+    Attributes:
+        end: where the source ends, in the same unit as positions (bytes or rows).
+        total: records in the source.
+        step: distance between borders that a chunk should span, in that unit.
+        raw_bytes, xxh3_128: of the raw file.
+        anchors, notes: for the chunks and the plan.
+        lines: of a CSV: int64[K], 1-based line of each border.
+        seal: of the stream; stamp: of the files of a columnar source.
+    """
+
+    positions: Int64
+    records: Int64
+    end: int
+    total: int
+    step: int
+    raw_bytes: int
+    xxh3_128: str
+    anchors: tuple[bytes, ...] = ()
+    notes: tuple[str, ...] = ()
+    lines: Int64 | None = None
+    seal: Seal | None = None
+    stamp: Stamp | None = None
+
+    def cut(self, chosen: Int64) -> list[Stretch]:
+        """Return the stretches from each chosen border to the next chosen one."""
+        starts, first = self.positions[chosen], self.records[chosen]
+        stops, counts = np.append(starts, self.end)[1:], np.diff(np.append(first, self.total))
+        lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
+        return [
+            Stretch(*found)
+            for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)
+        ]
+
+    def chunk_borders(self) -> Int64:
+        """Return the index of the first border at or after every multiple of `step`."""
+        if not len(self.positions):
+            return self.positions
+        wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
+        return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
+
+    def sampled(self) -> list[Stretch]:
+        """Return evenly spaced stretches from one border to the next, the first and the last included."""
+        grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
+        chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
+        return [grains[i] for i in chosen]
+
+
+def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -> SourcePlan:
+    """Cut a source at its marks.
+
+    Raises:
+        InputChangedError: it began otherwise when its container was recognised.
+    """
+    whole = marks.seal
+    if whole is not None and not whole.hashes.startswith(source.head):
+        raise changed(source.path)
+
+    def as_chunks(stretches: list[Stretch]) -> tuple[Chunk, ...]:
+        return tuple(
+            Chunk(
+                source, start, stop, record, base_id + record, marks.anchors, line, count,
+                whole and whole.part(start, stop), marks.stamp,
+            )
+            for start, stop, record, count, line in stretches
+        )  # fmt: skip
+
+    chunks, samples = as_chunks(marks.cut(marks.chunk_borders())), as_chunks(marks.sampled())
+    return SourcePlan(
+        source,
+        base_id,
+        marks.total,
+        marks.raw_bytes,
+        marks.xxh3_128,
+        chunks,
+        samples,
+        max_line_bytes,
+        marks.notes,
+    )
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Rows and faults of one chunk, while it is being read."""
+
+    chunk: Chunk
+    rows: list[Any] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    unreadable: list[Reject] = field(default_factory=list)
+    blank: int = 0
+
+    def add(self, row: Any, record: int, offset: int, line: int | None = None) -> None:
+        """Add a row; `line` where that is not the number of the record."""
+        self.rows.append(row)
+        self.records.append(record)
+        self.lines.append(record + 1 if line is None else line)
+        self.offsets.append(offset)
+
+    def reject(self, fault: Fault, raw: bytes, record: int, offset: int, line: int | None = None) -> None:
+        """Add a row that could not be parsed."""
+        chunk = self.chunk
+        self.unreadable.append(
+            Reject(
+                file=chunk.name,
+                line=chunk.line_of(record + 1 if line is None else line),
+                record=record + 1,
+                byte_offset=offset,
+                code=fault.code,
+                reason=fault.reason,
+                fix=fault.fix,
+                row=raw.decode("utf-8", "backslashreplace"),
+            )
+        )
+
+    def finish(self) -> tuple[RowBatch, list[Reject]]:
+        """Return the columns.
+
+        Raises:
+            IntegrityError: planning counted other records in the same bytes.
+        """
+        found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.chunk.records
+        if planned not in (None, found):
+            where = f"{self.chunk.source.path}: from byte or row {self.chunk.start} to {self.chunk.stop}"
+            raise IntegrityError(
+                f"{where} planning counted {planned} records, and reading {found}.", "report this file."
+            )
+        records = np.array(self.records, np.int64)
+        ids = records + (self.chunk.first_id - self.chunk.first_record)
+        lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))
+        chunk = self.chunk
+        batch = RowBatch(
+            self.rows,
+            ids,
+            lines,
+            offsets,
+            file=chunk.name,
+            numbered_from=chunk.first_record - chunk.first_id + 1,
+            by_line=chunk.line_of(0) is not None,
+        )
+        return batch, self.unreadable

@@ -1,0 +1,301 @@
+"""Bytes of a source, decompressed, from anywhere to anywhere; damage is an error that names the file.
+
+A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that takes chunks
+in increasing order decompresses a file once, not once per chunk.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
+
+import xxhash
+
+from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.sources.chunks import Chunk, Compression, Source
+from sftdata.sources.inputs import is_url
+from sftdata.sources.unchanged import BLOCK_BYTES as HASHED_BYTES
+from sftdata.sources.unchanged import BlockHashes, changed, unchanged
+
+BLOCK_BYTES = 1 << 20
+COMPRESSED_BLOCK_BYTES = 32 << 10
+
+MAGIC: tuple[tuple[bytes, Compression], ...] = (
+    (rb"\x1f\x8b", "gzip"),
+    (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bz2"),
+)
+
+
+def compression_of(start: bytes) -> Compression:
+    """Recognise a compression by the first bytes of a file."""
+    return next((name for magic, name in MAGIC if re.match(magic, start)), "none")
+
+
+def open_raw(path: str) -> BinaryIO:
+    """Open a local file or a URL for reading.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    if not is_url(path):
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions."
+            ) from None
+    import fsspec
+
+    try:
+        stream: BinaryIO = fsspec.open(path, "rb").open()
+    except ImportError as error:
+        raise UsageError(f"{path}: {error}.", "install the package that serves this kind of URL.") from None
+    except Exception as error:  # every fsspec backend has its own exceptions
+        what = f"{path}: cannot be opened ({type(error).__name__}: {error})."
+        raise UsageError(what, "check the URL and the credentials.") from None
+    return stream
+
+
+class Decompressor(Protocol):
+    """Decompresses one member of a stream: what lzma, bz2 and zstd share."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the member has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was given after its end."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether all that can be made of what was given has been returned."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Return at most `max_length` bytes of what has been given so far."""
+
+
+def _start_zstd() -> Decompressor:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    # As wide a window as `zstd --long=31` may write.
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+    return zstd.ZstdDecompressor(options=options)
+
+
+def _drain_zlib(decoder: Any, data: bytes) -> Iterator[bytes]:
+    out = b""
+    while data or len(out) == BLOCK_BYTES:
+        out = decoder.decompress(data, BLOCK_BYTES)
+        data = decoder.unconsumed_tail
+        yield out
+
+
+def _drain(decoder: Decompressor, data: bytes) -> Iterator[bytes]:
+    yield decoder.decompress(data, BLOCK_BYTES)
+    while not decoder.eof and not decoder.needs_input:
+        yield decoder.decompress(b"", BLOCK_BYTES)
+
+
+# How each starts, and how it gives what a block holds piece by piece: a small file may hold any amount of zeros.
+DECOMPRESSORS: dict[str, tuple[Callable[[], Any], Callable[[Any, bytes], Iterator[bytes]]]] = {
+    "gzip": (lambda: zlib.decompressobj(wbits=31), _drain_zlib),
+    "xz": (lzma.LZMADecompressor, _drain),
+    "bz2": (bz2.BZ2Decompressor, _drain),
+    "zstd": (_start_zstd, _drain),
+}
+
+
+def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
+    """Decompress a stream of one or more members into blocks of at most 1 MiB, and insist that the last one is whole.
+
+    Raises:
+        EOFError: the stream ends inside a member.
+        Exception: whatever the library raises on damaged bytes.
+    """
+    if compression == "none":
+        yield from blocks
+        return
+    start, drain = DECOMPRESSORS[compression]
+    decoder: Decompressor = start()
+    fed = False
+    for block in blocks:
+        while block:
+            if decoder.eof:
+                block = block.lstrip(b"\0")  # gzip members may be padded with zeros
+                if not block:
+                    break
+                decoder, fed = start(), False
+            yield from filter(None, drain(decoder, block))
+            fed = True
+            block = decoder.unused_data if decoder.eof else b""
+    if fed and not decoder.eof:
+        raise EOFError("the stream ends in the middle")
+
+
+def raw_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield the rest of a file in blocks.
+
+    Raises:
+        SftError: the disk or the connection fails.
+    """
+    while block := read_block(stream, size):
+        yield block
+
+
+def read_block(stream: BinaryIO, size: int) -> bytes:
+    """Read from a file.
+
+    Raises:
+        SftError: the disk or the connection fails.
+    """
+    try:
+        return stream.read(size)
+    except OSError as error:
+        name = getattr(stream, "name", None) or getattr(stream, "path", "the input")
+        what = f"{name}: cannot be read: {error.strerror or error}."
+        raise SftError(what, "check the disk or the connection, then run the same command again.") from error
+
+
+@dataclass(slots=True)
+class RawCount:
+    """Size and xxh3-128 of the raw bytes that have passed through `watch`, and the hashes of the blocks they hold unpacked."""
+
+    size: int
+    hasher: xxhash.xxh3_128
+    blocks: BlockHashes = field(default_factory=BlockHashes)
+
+    @classmethod
+    def start(cls) -> RawCount:
+        """Return a count of nothing."""
+        return cls(0, xxhash.xxh3_128())
+
+    def watch(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass blocks on, counting and hashing them."""
+        for block in blocks:
+            self.size += len(block)
+            self.hasher.update(block)
+            yield block
+
+
+def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Turn whatever a damaged stream raises into one line."""
+    done = 0
+    try:
+        for block in decompress(blocks, source.compression):
+            done += len(block)
+            yield block
+    except SftError:
+        raise
+    except Exception as error:  # zlib, lzma, bz2 and zstd each raise their own
+        if source.compression == "none":
+            raise
+        what = f"{source.path}: the {source.compression} stream is damaged after {done} decompressed bytes ({error})."
+        raise IntegrityError(what, "fetch or compress the file again; nothing of it was used.") from None
+
+
+def read_all(source: Source, count: RawCount) -> Iterator[bytes]:
+    """Yield the whole decompressed stream, counting and hashing its raw bytes.
+
+    Raises:
+        IntegrityError: the compressed stream is damaged or cut short.
+    """
+    size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
+    with open_raw(source.path) as stream:
+        for block in _checked(source, count.watch(raw_blocks(stream, size))):
+            count.blocks.update(block)
+            yield block
+
+
+def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield what lies after the first `size` bytes."""
+    for block in blocks:
+        if len(block) > size:
+            yield block[size:]
+        size = max(size - len(block), 0)
+
+
+class _Forward:
+    """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers where it stands."""
+
+    def __init__(self, source: Source) -> None:
+        self.stream = open_raw(source.path)
+        self._blocks = _regrouped(_checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES)))
+        self.number = -1
+        self._last = b""
+
+    def blocks(self, first: int) -> Iterator[bytes]:
+        """Yield blocks from number `first` on, which must not lie before the last one read."""
+        if first == self.number:
+            yield self._last
+        for block in self._blocks:
+            self.number += 1
+            self._last = block
+            if self.number >= first:
+                yield block
+
+
+def _regrouped(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    waiting = bytearray()
+    for block in blocks:
+        waiting += block
+        start = 0
+        while len(waiting) - start >= HASHED_BYTES:
+            yield bytes(waiting[start : start + HASHED_BYTES])
+            start += HASHED_BYTES
+        del waiting[:start]
+    if waiting:
+        yield bytes(waiting)
+
+
+_last: dict[Source, _Forward] = {}
+
+
+def read_range(chunk: Chunk, start: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a chunk of the decompressed stream, in blocks.
+
+    Args:
+        start: where to begin; default: where the chunk does.
+
+    Raises:
+        InputChangedError: they are not those that were planned.
+    """
+    assert chunk.seal is not None
+    start = chunk.start if start is None else start
+    if start < chunk.stop:
+        blocks = _blocks_from(chunk.source, start // HASHED_BYTES)
+        yield from unchanged(chunk.source.path, blocks, chunk.seal, start, chunk.stop)
+
+
+def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
+    """Yield blocks of `HASHED_BYTES` of the decompressed stream from number `first` on."""
+    if source.compression == "none":
+        with open_raw(source.path) as stream:
+            stream.seek(first * HASHED_BYTES)
+            yield from raw_blocks(stream, HASHED_BYTES)
+        return
+    forward = _last.get(source)
+    if forward is None or forward.number > first:
+        close_streams()
+        forward = _last[source] = _Forward(source)
+    try:
+        yield from forward.blocks(first)
+    except IntegrityError:  # it was whole when it was planned
+        raise changed(source.path) from None
+
+
+def close_streams() -> None:
+    """Close the stream kept open for the next chunk."""
+    for forward in _last.values():
+        forward.stream.close()
+    _last.clear()

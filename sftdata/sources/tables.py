@@ -1,0 +1,195 @@
+"""Columnar sources: Parquet, Arrow files and streams, datasets saved to disk, Hub datasets. A chunk is a range of rows."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import RowBatch
+from sftdata.errors import Fault, UsageError
+from sftdata.paths import written
+from sftdata.sources.arrowtypes import Convert, converters
+from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
+from sftdata.sources.hub import load_dataset
+from sftdata.sources.inputs import is_url
+from sftdata.sources.lines import SHOWN_BYTES
+from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
+from sftdata.sources.unchanged import Stamp, changed, states_of
+from sftdata.tally import Reject
+
+_ATTEMPTS = 3
+Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
+SHARD_COLUMNS = frozenset({"input_ids", "labels", "seq_lengths", "example_ids"})
+
+
+class _Table(NamedTuple):
+    """An open source: how many rows, how to read a range of them, and what makes their values JSON data."""
+
+    rows: int
+    read: Reader
+    converters: dict[str, Convert]
+
+
+def plan_table(source: Source, slice_bytes: int) -> Marks:
+    """Count rows and cut them in ranges that hold about `slice_bytes` of the raw bytes each."""
+    files = _raw_files(source)
+    local = not is_url(source.path)
+    states = states_of(files) if local else ()
+    total = _open(source).rows
+    count = _hashed(files)
+    stamp = Stamp(states, count.hasher.hexdigest()) if local else None
+    if stamp is not None and not stamp.holds():
+        raise changed(source.path)
+    rows_per_byte = total / max(count.size, 1)
+    step = max(1, int(slice_bytes * rows_per_byte))
+    grain = max(1, min(step, int(GRAIN_BYTES * rows_per_byte)))
+    positions = np.arange(0, total, grain, dtype=np.int64)
+    return Marks(positions, positions, total, total, step, count.size, count.hasher.hexdigest(), stamp=stamp)
+
+
+def _hashed(files: Sequence[str]) -> RawCount:
+    count = RawCount.start()
+    for path in files:
+        with open_raw(path) as stream:
+            for _block in count.watch(raw_blocks(stream, BLOCK_BYTES)):
+                pass
+    return count
+
+
+def read_table(chunk: Chunk) -> tuple[RowBatch, list[Reject]]:
+    """Return the rows of a chunk as dicts of JSON data.
+
+    Raises:
+        InputChangedError: the files hold other bytes than when they were planned.
+    """
+    found = Gathered(chunk)
+    rows, convert = _read_planned(chunk)
+    for record, row in enumerate(rows, chunk.start):
+        try:
+            found.add(row | {name: to_json(row[name]) for name, to_json in convert.items()}, record, -1)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            fault = Fault(
+                "invalid-json",
+                f"a value of the type arrow.json is not JSON: {error}.",
+                "write the column again.",
+            )
+            found.reject(fault, repr(row).encode("utf-8", "backslashreplace")[:SHOWN_BYTES], record, -1)
+    return found.finish()
+
+
+_stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
+
+
+def _read_planned(chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Convert]]:
+    """Read rows while the files are, before and after, those that were planned; return them with what makes them JSON data."""
+    if chunk.stamp is None:
+        table = _open(chunk.source)
+        return table.read(chunk.start, chunk.stop), table.converters
+    for _ in range(_ATTEMPTS):
+        stamp = _stamps.get(chunk.stamp, chunk.stamp)
+        if stamp.holds():
+            table = _open(chunk.source)
+            rows = table.read(chunk.start, chunk.stop)
+            if stamp.holds():
+                return rows, table.converters
+        _open.cache_clear()  # what it holds may be mapped from what is gone
+        files = [name for name, _ in stamp.files]
+        again = Stamp(states_of(files), _hashed(files).hasher.hexdigest())
+        if again.xxh3_128 != stamp.xxh3_128:
+            break
+        _stamps[chunk.stamp] = again
+    raise changed(chunk.source.path)
+
+
+@lru_cache(maxsize=1)
+def _open(source: Source) -> _Table:
+    """Open a source; kept open between chunks.
+
+    Raises:
+        UsageError: the file or dataset cannot be opened, or is a shard of a finished set.
+    """
+    import pyarrow as pa
+
+    try:
+        if source.container == "parquet":
+            return _open_parquet(source)
+        if source.container == "arrow":
+            return _open_arrow(source)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"{source.path}: damaged {source.container} file ({error}).", "write or fetch the file again."
+        ) from None
+    dataset = load_dataset(source)
+
+    def read(start: int, stop: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = dataset[start:stop].to_pylist()
+        return rows
+
+    return _table(source, len(dataset), read, dataset.features.arrow_schema)
+
+
+def _table(source: Source, total: int, read: Reader, schema: Any) -> _Table:
+    if SHARD_COLUMNS.issubset(schema.names):
+        what = f"{source.path}: a shard of a finished set; its rows hold several documents each, whose borders would be lost."
+        raise UsageError(what, "prepare the sources of the set, or train on the set itself.")
+    return _Table(total, read, converters(schema))
+
+
+def _open_file(path: str) -> Any:
+    """Return a file as pyarrow reads it, mapped where it is on this machine."""
+    import pyarrow as pa
+
+    if is_url(path):
+        return pa.PythonFile(open_raw(path))
+    if written(path) == path:
+        return pa.memory_map(path)
+    with open(path, "rb") as file:  # pyarrow takes names in UTF-8 only
+        return pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _open_parquet(source: Source) -> _Table:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(_open_file(source.path))
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    @lru_cache(maxsize=1)
+    def row_group(index: int) -> Any:
+        return file.read_row_group(index)
+
+    def read(start: int, stop: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for index in range(len(sizes)):
+            first, last = max(start, int(borders[index])), min(stop, int(borders[index + 1]))
+            if first < last:
+                rows += row_group(index).slice(first - int(borders[index]), last - first).to_pylist()
+        return rows
+
+    return _table(source, file.metadata.num_rows, read, file.schema_arrow)
+
+
+def _open_arrow(source: Source) -> _Table:
+    import pyarrow as pa
+
+    data = _open_file(source.path)
+    is_file = data.read(6) == b"ARROW1"
+    data.seek(0)
+    table = pa.ipc.open_file(data).read_all() if is_file else pa.ipc.open_stream(data).read_all()
+
+    def read(start: int, stop: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = table.slice(start, stop - start).to_pylist()
+        return rows
+
+    return _table(source, table.num_rows, read, table.schema)
+
+
+def _raw_files(source: Source) -> list[str]:
+    if source.container in ("parquet", "arrow"):
+        return [source.path]
+    return [str(entry["filename"]) for entry in load_dataset(source).cache_files]
