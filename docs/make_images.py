@@ -17,7 +17,7 @@ from rich.console import Console
 
 import sftdata
 from sftdata.pages import write_page
-from sftdata.show.report import make_report
+from sftdata.show.stats import make_report
 from sftdata.show.terminal import print_view
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ def main() -> None:
         chats = prepare(folder)
         (IMAGES / "inspect.svg").write_text(terminal_svg(chats), encoding="utf-8")
         report, notebook = folder / "report.html", folder / "notebook.html"
-        write_page(report, make_report(sftdata.open(chats)))
+        write_page(report, make_report(sftdata.open(chats), sftdata.audit(chats)))
         photograph(report, IMAGES / "report.png", 1000, 1500)
         photograph(train(chats, folder / "model"), IMAGES / "training.png", 1000, 1250)
         notebook.write_text(

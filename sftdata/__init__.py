@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.meter import Progress
+from sftdata.output import Progress
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
-    from sftdata.previewing import Preview
+    from sftdata.run import Preview
     from sftdata.shardset.manifest import Manifest
     from sftdata.shardset.verify import VerifyReport
-    from sftdata.show.findings import Finding
-    from sftdata.show.shown import ShownSet
+    from sftdata.show.audit import Finding
+    from sftdata.show.view import ShownSet
     from sftdata.streaming import Stream
 
 __all__ = [
@@ -116,7 +116,7 @@ def preview(
     Raises:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
-    from sftdata.previewing import preview as run
+    from sftdata.run import preview as run
 
     return run(_config(inputs, tokenizer, ".", formatter, **settings)[0], number)
 
@@ -167,7 +167,7 @@ def open(folder: str | Path) -> ShownSet:
     Raises:
         SftError: there is no set, or it is damaged.
     """
-    from sftdata.show.shown import open_shown
+    from sftdata.show.view import open_shown
 
     return open_shown(folder)
 

@@ -14,8 +14,8 @@ from sftdata.formats.formatter import formatter_sha256, load_formatter
 from sftdata.formats.registry import FORMATS
 from sftdata.looks import INSTRUCTIONS, Look
 from sftdata.masks.markers import check_markers
-from sftdata.other_tools import flag_of
 from sftdata.render.template import variables_of
+from sftdata.settings import flag_of
 
 SHOWN = 3  # sources that a refusal names
 LONGEST_PACKED = 1 << 24  # tokens; such a row alone is 128 MB

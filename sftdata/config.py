@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sftdata.errors import UsageError
-from sftdata.paths import local_output
+from sftdata.output import local_output
 from sftdata.settings import check_settings
 
 DEFAULT_DATE = "2025-01-01"

@@ -5,7 +5,8 @@
     ├── DataError            3    too many rejected rows, nothing trainable
     └── IntegrityError       4    a set whose bytes do not match its manifest
 
-A bad *row* is not an error: a stage hands its `Fault` to the tally, which makes a `Reject` of it, and goes on with the rest.
+A bad *row* is not an error: a stage hands its `Fault` to the tally, which makes a `Reject` of it, and goes on with the
+rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
+from types import ModuleType
+from typing import Literal
 
 
 class SftError(Exception):
@@ -119,3 +122,54 @@ def read_codes() -> dict[str, tuple[str, str]]:
             code, _, paragraph = entry.partition("\n")
             codes[code] = (title, " ".join(paragraph.split()))
     return codes
+
+
+Unit = Literal["line", "record", "element", "row"]
+"""What a source is counted in: lines of text, records of a CSV, elements of a JSON array, rows of a table; the first is 1."""
+
+UNITS: dict[str, Unit] = {
+    "csv": "record",
+    "json": "element",
+    "parquet": "row",
+    "arrow": "row",
+    "saved": "row",
+    "hub": "row",
+}
+"""The unit of each container that is not read line by line."""
+
+
+def place(file: str, number: int, unit: Unit = "line", line: int | None = None) -> str:
+    """Return the place of a row in words; `file:line`, which editors follow, wherever the line is known.
+
+    Args:
+        number: of the row in its file, in this unit.
+        line: where it starts, if rows of this unit are not lines but begin on one.
+
+    >>> place("rows.jsonl", 3), place("rows.parquet", 3, "row"), place("rows.csv", 3, "record", line=6)
+    ('rows.jsonl:3', 'rows.parquet, row 3', 'rows.csv:6 (record 3)')
+    """
+    if unit == "line":
+        return f"{file}:{number}"
+    return f"{file}, {unit} {number}" if line is None else f"{file}:{line} ({unit} {number})"
+
+
+def need(module: str, extra: str, why: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        extra: of sftdata, which holds it.
+        why: what needs it, as a sentence without its end.
+
+    Raises:
+        UsageError: it is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module
+        found = (
+            "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+        )
+        raise UsageError(
+            f"{why}, and the package {missing} {found}.", f"pip install 'sftdata[{extra}]'"
+        ) from None

@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
-from sftdata import other_tools
 from sftdata.errors import SftError, did_you_mean
-from sftdata.outlet import StoppedError, guarded, one_line, stoppable
+from sftdata.output import StoppedError, guarded, one_line, stoppable
+from sftdata.settings import Program, answer
 from sftdata.version import __version__
 
 INTERRUPTED = 130
@@ -107,7 +107,7 @@ _WRONG = (
 _OPTION = re.compile(r"No such option: (--[\w-]+)")
 
 
-def explain_usage(text: str, program: other_tools.Program = "sftdata") -> tuple[str, str]:
+def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
     """Return what the parser of a program said, and the word it may have meant; "" where none is near.
 
     >>> explain_usage("No such command 'prepar'. Did you mean 'prepare'?")
@@ -115,7 +115,7 @@ def explain_usage(text: str, program: other_tools.Program = "sftdata") -> tuple[
     """
     text = text.replace("Value error, ", "")
     option = _OPTION.match(text)
-    if option and (elsewhere := other_tools.answer(option[1], program)):
+    if option and (elsewhere := answer(option[1], program)):
         return f"{option[0]}.", elsewhere
     for pattern in _WRONG:
         if found := pattern.fullmatch(text):

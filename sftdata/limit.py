@@ -6,10 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, TokenBatch
+from sftdata.batches import Bool, Int64, Tally, TokenBatch
 from sftdata.errors import DataError
 from sftdata.ragged import offsets_of, positions_of
-from sftdata.tally import Tally
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 

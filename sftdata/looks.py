@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Row, RowBatch, Text
+from sftdata.batches import Completion, Conversation, Row, RowBatch, Tally, Text
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
@@ -21,7 +21,6 @@ from sftdata.formats.turn_markers import find_turn_markers
 from sftdata.masks.markers import shell_quote
 from sftdata.sources.jsonrows import from_json
 from sftdata.sources.source import Chunk, SourcePlan
-from sftdata.tally import Tally
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftdata.batches import Int64, TokenBatch, Tokens
+from sftdata.batches import Int64, Tally, TokenBatch, Tokens
 from sftdata.errors import DataError
 from sftdata.formats.convert import Converted, convert_rows
 from sftdata.limit import OverlongError, limit_length
@@ -36,7 +36,6 @@ from sftdata.shardset.lists import (
 from sftdata.shardset.shards import shard_name, write_shard
 from sftdata.sources.source import Chunk, read_chunk
 from sftdata.stages import Stages, load_stages
-from sftdata.tally import Tally
 
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:

@@ -17,12 +17,11 @@ from sftdata.acting import refuse_idle, refuse_useless
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
-from sftdata.errors import UsageError
+from sftdata.errors import Unit, UsageError
 from sftdata.formats.fields import FormatOptions
 from sftdata.looks import Look, format_options, look_at
 from sftdata.masks import Mask, choose_mask
-from sftdata.paths import written
-from sftdata.places import Unit
+from sftdata.output import written
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.shardset.manifest import FORMAT_VERSION, Manifest

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from sftdata.batches import Int64
+from sftdata.batches import Int64, Tally
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import char_offsets
 from sftdata.errors import DataError, UsageError
@@ -24,7 +24,6 @@ from sftdata.masks.texts import render_rows
 from sftdata.plan import make_plan
 from sftdata.sources.source import read_chunk
 from sftdata.stages import Stages
-from sftdata.tally import Tally
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 Encode = Callable[[list[str]], list[Encoded]]

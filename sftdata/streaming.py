@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from sftdata.acting import refuse_idle, refuse_useless
-from sftdata.batches import Float32, Int32, RowBatch, TokenBatch
+from sftdata.batches import FILTERED, Float32, Int32, RowBatch, Tally, TokenBatch
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine
 from sftdata.errors import DataError, UsageError
@@ -30,7 +30,6 @@ from sftdata.pipeline import tokenize
 from sftdata.plan import Job, choose_tokenizer
 from sftdata.sources.source import open_source, plan_sources
 from sftdata.stages import Stages
-from sftdata.tally import FILTERED, Tally
 
 BUFFER_ROWS = 1024
 # Settings of `prepare` that say where a set comes from, how it is packed, or how the work is shared out.

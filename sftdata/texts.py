@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Int32, Ragged, TextBatch
+from sftdata.batches import IGNORE_INDEX, Int32, Ragged, Tally, TextBatch
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.masks.tokens import encode_batch
-from sftdata.tally import Tally
 
 
 class TextEncoder:

@@ -20,10 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from sftdata import other_tools
 from sftdata.errors import UsageError
-from sftdata.paths import local_output
-from sftdata.settings import Layer, load_settings, read_settings_file
+from sftdata.output import local_output
+from sftdata.settings import Layer, answer, load_settings, read_settings_file
 
 # Our defaults where they differ from transformers'; each can be set back.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -275,7 +274,7 @@ def _training(given: Any, place: str) -> dict[str, Any]:
     fields = {}
     for name, value in given.items():
         known = RENAMED.get(name, str(name))
-        if instead := other_tools.answer(known, "sfttrain"):
+        if instead := answer(known, "sfttrain"):
             raise UsageError(f"{place}: unknown setting {name!r}.", instead)
         fields[known] = value
     return fields

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.paths import local_output
+from sftdata.output import local_output
 from sftdata.shardset.opened import ShardSet, open_set
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base

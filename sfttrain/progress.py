@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sftdata.meter import Meter
+from sftdata.output import Meter
 from sftdata.shardset.atomic import write_atomic
 from sfttrain.stop import StopRequest
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sftdata.outlet import StoppedError
+from sftdata.output import StoppedError
 from sfttrain.talk import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.outlet import StoppedError
+from sftdata.output import StoppedError
 from sftdata.shardset.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.acting import Run, refuse_inert

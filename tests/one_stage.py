@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sftdata.batches import Int64, Row, RowBatch, TextBatch, TokenBatch, Tokens
+from sftdata.batches import Int64, Row, RowBatch, Tally, TextBatch, TokenBatch, Tokens
 from sftdata.encode.engine import Encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import Fault
@@ -18,7 +18,6 @@ from sftdata.limit import Policy
 from sftdata.limit import limit_length as _limit_length
 from sftdata.masks import texts, tokens
 from sftdata.masks.texts import Renderer
-from sftdata.tally import Tally
 
 Faults = list[tuple[int, Fault]]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import PrepareConfig
+from sftdata.output import Meter, Progress, print_json, print_line
+
+if TYPE_CHECKING:
+    from sftdata.shardset.manifest import Manifest
+    from sftdata.show.audit import Finding
 
 SETTINGS = (
     "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map", "map_role",
@@ -35,9 +42,8 @@ def init(
 
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
     """
-    from sftdata.cli.talk import print_line
     from sftdata.errors import UsageError
-    from sftdata.paths import local_output
+    from sftdata.output import local_output
 
     local_output(file, "-f")
     local_output(output)
@@ -100,7 +106,6 @@ def prepare(
 
     with start_workers(config) as workers:
         # Even what only the summary needs: the leader of the workers takes longer to get ready.
-        from sftdata.cli.talk import Talk, print_json
         from sftdata.run import prepare as run
         from sftdata.show.audit import glance
 
@@ -121,7 +126,6 @@ def detect(
 
     Example: sftdata detect chats.jsonl
     """
-    from sftdata.cli.talk import print_json, print_line
     from sftdata.formats.detect import detect as run
     from sftdata.plan import plan_inputs
 
@@ -148,8 +152,7 @@ def preview(
 
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
-    from sftdata.cli.talk import print_json, print_line
-    from sftdata.previewing import preview as run
+    from sftdata.run import preview as run
     from sftdata.show.terminal import print_examples
     from sftdata.show.view import view_example
     from sftdata.vocabulary import read_vocabulary
@@ -184,7 +187,6 @@ def resolve(
     """
     from dataclasses import asdict
 
-    from sftdata.cli.talk import print_json, print_line
     from sftdata.resolve import resolve_markers
 
     found = resolve_markers(config, rows)
@@ -213,8 +215,6 @@ def schema() -> None:
 
     Example: sftdata config schema > sftdata.schema.json
     """
-    from sftdata.cli.talk import print_json
-
     print_json(PrepareConfig.model_json_schema())
 
 
@@ -227,8 +227,6 @@ def check(
 
     Example: sftdata config check sft.yaml --set max_length=4096
     """
-    from sftdata.cli.talk import print_json
-
     settings = load_config([], file, sets or [], {}).model_dump(mode="json")
     if as_json:
         print_json(settings)
@@ -236,3 +234,83 @@ def check(
         import yaml
 
         typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), nl=False)
+
+
+class Talk:
+    """What `prepare` says while it runs, and when it is done."""
+
+    def __init__(self) -> None:
+        self._meter = Meter("{done}/{total} slices")
+        self._built = False
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.close()
+
+    def say(self, sentence: str) -> None:
+        """Print one sentence."""
+        self._meter.say(sentence)
+
+    def progress(self, now: Progress) -> None:
+        """Show how far the run has come."""
+        self._built = True
+        speed = now.tokens / self._meter.seconds
+        figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
+        self._meter.show(now.done, now.total, figures)
+
+    def summary(self, manifest: Manifest, folder: Path) -> None:
+        """Say what became of every row and token, and what was found in a set that has just been made."""
+        for line in summary_lines(manifest, folder):
+            self.say(line)
+        if not self._built:
+            self.say(f"  audit   `sftdata audit {folder}` looks for unintended supervision")
+            return
+        from sftdata.show.audit import glance
+        from sftdata.show.terminal import make_console, print_findings
+
+        seen = glance(folder, manifest)
+        found = "; ".join(counted(seen.findings)) or "nothing found"
+        part = seen.looked < seen.documents
+        rest = (
+            f" in {seen.looked:,} of {seen.documents:,} documents; `sftdata audit {folder}` reads all"
+            if part
+            else ""
+        )
+        self.say(f"  audit   {found}{rest}")
+        print_findings(seen.findings, make_console(sys.stderr), indent="    ")
+
+
+def counted(findings: list[Finding]) -> Iterator[str]:
+    """Yield how many kinds of defects and of notes there are."""
+    for severity in ("defect", "note"):
+        kinds = sum(finding.severity == severity for finding in findings)
+        if kinds:
+            yield f"{kinds} kind{'' if kinds == 1 else 's'} of {severity}s"
+
+
+def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
+    """Return the summary of a set: the ledger in words."""
+    ledger = manifest.ledger
+    slots = ledger.tokens + ledger.tokens_padding
+    lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped}
+    cut = sum(ledger.tokens_cut.values())
+    lines = [
+        f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens in {len(manifest.shards)} shards"
+        f" ({ledger.tokens / max(slots, 1):.1%} full), digest {manifest.digest[:12]}",
+        f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
+        + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
+        f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained + {ledger.tokens_context:,} context"
+        f" + {cut:,} cut + {ledger.tokens_in_dropped_rows:,} in dropped rows",
+    ]
+    told = {name: count for name, count in sorted(ledger.counters.items()) if count}
+    if told:
+        lines.append(
+            "  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items())
+        )
+    if sum(ledger.rows_rejected.values()):
+        code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
+        fix = f"{folder / 'rejects.jsonl'}: fix the rows there and prepare that file too; sftdata explain {code}"
+        lines.append(f"  rejects {fix}")
+    return lines

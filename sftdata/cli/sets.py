@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sftdata.cli.flags import Folder, Json
+from sftdata.output import print_json, print_line
 
 VARIABLES = (
     "HF_HUB_OFFLINE", "NO_COLOR", "OMP_NUM_THREADS", "PYTHONHASHSEED", "RAYON_NUM_THREADS",
@@ -36,7 +37,6 @@ def audit(
 
     Example: sftdata audit shards --strict
     """
-    from sftdata.cli.talk import print_json, print_line
     from sftdata.errors import DataError
     from sftdata.show.audit import audit as run
 
@@ -51,8 +51,7 @@ def audit(
             }
         )
     elif findings:
-        from sftdata.show.summary import print_findings
-        from sftdata.show.terminal import make_console
+        from sftdata.show.terminal import make_console, print_findings
 
         print_findings(findings, make_console())
     else:
@@ -81,8 +80,7 @@ def inspect(
 
     Example: sftdata inspect shards --row 3
     """
-    from sftdata.cli.talk import print_json, print_line
-    from sftdata.show.shown import open_shown
+    from sftdata.show.view import open_shown
 
     shards = open_shown(folder)
     view = shards.view(row) if example is None else shards.view_example(example)
@@ -112,22 +110,21 @@ def stats(
 
     Example: sftdata stats shards --html report.html
     """
-    from sftdata.cli.talk import print_json, print_line
-    from sftdata.show.shown import open_shown
     from sftdata.show.stats import measure, stats_json
+    from sftdata.show.view import open_shown
 
     shards = open_shown(folder)
     if html is not None:
         from sftdata.pages import write_page
-        from sftdata.show.report import make_report
+        from sftdata.show.audit import audit_set
+        from sftdata.show.stats import make_report
 
-        write_page(html, make_report(shards))
+        write_page(html, make_report(shards, audit_set(shards)))
         print_line(f"Wrote {html}.", err=True)
     elif as_json:
         print_json(stats_json(shards.manifest))
     else:
-        from sftdata.show.summary import print_stats
-        from sftdata.show.terminal import make_console
+        from sftdata.show.terminal import make_console, print_stats
 
         print_stats(measure(shards.manifest), str(folder), make_console())
 
@@ -144,7 +141,6 @@ def verify(
 
     Example: sftdata verify shards
     """
-    from sftdata.cli.talk import print_json, print_line
     from sftdata.errors import IntegrityError
     from sftdata.shardset.verify import verify as run
 
@@ -187,7 +183,6 @@ def explain(
 
     Example: sftdata explain spans-unproven
     """
-    from sftdata.cli.talk import print_json, print_line
     from sftdata.errors import explain as run
     from sftdata.errors import read_codes
 
@@ -212,8 +207,6 @@ def env(as_json: Json = False) -> None:
 
     Example: sftdata env --json
     """
-    from sftdata.cli.talk import print_json, print_line
-
     found = _environment()
     if as_json:
         print_json(found)

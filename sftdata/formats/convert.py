@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Int64, Row, RowBatch, Text, Tokens
+from sftdata.batches import FILTERED, Completion, Conversation, Int64, Row, RowBatch, Tally, Text, Tokens
 from sftdata.errors import RowError, UsageError
 from sftdata.formats.fields import Fields, FormatOptions
 from sftdata.formats.formatter import load_formatter
@@ -16,7 +16,6 @@ from sftdata.formats.instructions import is_messages
 from sftdata.formats.preferences import UNJUDGED, unwanted_answer
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.sources.jsonrows import kind_of
-from sftdata.tally import FILTERED, Tally
 
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sftdata.batches import Reject
 from sftdata.errors import UsageError, did_you_mean, nearest
 from sftdata.formats.fields import Fields
 from sftdata.formats.odd_values import explain_odd_value
@@ -18,7 +19,6 @@ from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.source import read_chunk
-from sftdata.tally import Reject
 
 Names = tuple[tuple[str, str], ...]  # (canonical column, column in the data)
 Reading = tuple[str, Names]  # a format, and where it finds its columns

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sftdata.batches import Bool, Completion, Conversation, Row, TokenBatch
+from sftdata.batches import Bool, Completion, Conversation, Row, Tally, TokenBatch
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
@@ -41,7 +41,6 @@ from sftdata.masks.markers import find_id_spans, find_spans
 from sftdata.masks.trl_0_7_10 import trl_0_7_10_mask
 from sftdata.masks.turns import RenderedConversation
 from sftdata.render.recipes import Turn, assistant_messages
-from sftdata.tally import Tally
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
 Ranges = list[tuple[int, int]]

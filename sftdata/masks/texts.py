@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Text, TextBatch
+from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Tally, Text, TextBatch
 from sftdata.errors import RowError
 from sftdata.masks import Mask, Ranges, Spans, as_rendered, byte_ranges
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.recipes import Turn
-from sftdata.tally import Tally
 
 _NONE: Ranges = []
 

@@ -13,14 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TextBatch, TokenBatch, Tokens
+from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, Tally, TextBatch, TokenBatch, Tokens
 from sftdata.encode.edges import cut_rows, edges_of, straddled
 from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, locate
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import RowError, UsageError
 from sftdata.ragged import offsets_of, positions_of
-from sftdata.tally import Tally
 
 
 def encode_batch(

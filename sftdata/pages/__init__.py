@@ -1,6 +1,6 @@
 """Pages in HTML, from templates: one file each, no network, no script, light and dark, from phone to desk.
 
-Whatever is filled in is escaped by default, and what would act or hide is spelled out (`outlet.visible`); only what a
+Whatever is filled in is escaped by default, and what would act or hide is spelled out (`output.visible`); only what a
 macro returns is HTML already.
 """
 
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
-from sftdata.outlet import visible
-from sftdata.paths import local_output
+from sftdata.output import local_output, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment

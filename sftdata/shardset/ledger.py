@@ -9,11 +9,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows
+from sftdata.batches import EXAMPLES, FILTERED, IGNORE_INDEX, Bool, Int64, PackedRows, Tally
 from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of
 from sftdata.shardset.fields import Count, RowLength
-from sftdata.tally import EXAMPLES, FILTERED, Tally
 
 Counts = dict[str, Count]
 

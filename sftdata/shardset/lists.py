@@ -14,10 +14,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from sftdata.batches import Int64
+from sftdata.batches import Int64, Reject
 from sftdata.errors import IntegrityError
 from sftdata.shardset.atomic import Sink
-from sftdata.tally import Reject
 
 REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"
 LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)

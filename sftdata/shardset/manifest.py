@@ -15,8 +15,7 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-from sftdata.errors import IntegrityError, UsageError
-from sftdata.places import Unit
+from sftdata.errors import IntegrityError, Unit, UsageError
 from sftdata.shardset.atomic import write_atomic
 from sftdata.shardset.fields import Count, PlainPath, Sha256, TokenId, Xxh3
 from sftdata.shardset.ledger import Ledger

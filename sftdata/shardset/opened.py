@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
-from sftdata.errors import IntegrityError, SftError
-from sftdata.extras import need
-from sftdata.places import place
+from sftdata.errors import IntegrityError, SftError, need, place
 from sftdata.shardset.laws import refuse_unlawful
 from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, SourceInfo, read_manifest
 from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema

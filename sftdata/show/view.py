@@ -1,22 +1,32 @@
 """What is trained, as one value: the text of each token with the label that is stored for it.
 
 Everything here comes from ids and labels; nothing is rendered or masked a second time. terminal.py and
-pages/view.html.jinja show it.
+pages/view.html.jinja show it; `ShownSet` is what `sftdata.open` returns.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Int32, Int64, Reject
+from sftdata.errors import UsageError
 from sftdata.pages import macro, render
-from sftdata.show.roles import find_turns
-from sftdata.vocabulary import Vocabulary
+from sftdata.shardset.lists import REJECTS_NAME
+from sftdata.shardset.manifest import read_manifest
+from sftdata.shardset.opened import PackedRow, ShardSet
+from sftdata.show.stats import notebook_summary
+from sftdata.vocabulary import Vocabulary, read_vocabulary
+
+SAMPLED, SAMPLED_ROWS = 3, 12  # documents in a sample, and packed rows that it is taken from
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +188,231 @@ def _is_open(raw: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.reason == "unexpected end of data"
     return False
+
+
+_ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "inst": "user", "assistant": "assistant",
+    "/inst": "assistant", "model": "assistant", "bot": "assistant", "gpt": "assistant", "chatbot": "assistant", "ai": "assistant",
+    "tool": "tool", "tools": "tool", "observation": "tool", "ipython": "tool", "function": "tool",
+    "tool_results": "tool", "system_prompt": "system", "/tool_results": "assistant",
+}  # fmt: skip
+_NAME = re.compile(r"/?[a-z]+(?:_[a-z]+)*")
+_BRACKETS = re.compile(r"^[^\w/]+|\W+$")
+_SHOWN = 9  # characters of a role that the template names otherwise
+
+
+class Spoken(Protocol):
+    """What a piece of a view tells about who speaks."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+
+    @property
+    def trained(self) -> bool: ...  # noqa: D102
+
+    @property
+    def special(self) -> bool: ...  # noqa: D102
+
+
+class Turn(NamedTuple):
+    """A stretch of pieces under one role.
+
+    Attributes:
+        role: of who speaks; `prompt`, `answer` or `text` where no header says it.
+        start, stop: half-open, counted in pieces.
+    """
+
+    role: str
+    start: int
+    stop: int
+
+
+def find_turns(pieces: Sequence[Spoken]) -> list[Turn]:
+    """Return the turns of a document, end to end; the first begins at its first piece."""
+    if not pieces:
+        return []
+    found = list(_headers(pieces)) or list(_stretches(pieces))
+    first, role = found[0]
+    if all(piece.special or not piece.text.strip() for piece in pieces[:first]):  # a BOS
+        found[0] = (0, role)
+    else:
+        found.insert(0, (0, "prompt"))
+    return [Turn(role, start, stop) for (start, role), (stop, _) in pairwise([*found, (len(pieces), "")])]
+
+
+def _headers(pieces: Sequence[Spoken]) -> Iterator[tuple[int, str]]:
+    """Yield (piece, role) of each control token that is a header, or that begins one: `<|user|>`, `<|im_start|>user`."""
+    openers: set[str] = set()
+    for index, piece in enumerate(pieces):
+        if not piece.special:
+            continue
+        own = _ROLES.get(_word(piece.text))
+        if own:
+            yield index, own
+            continue
+        name = _name_after(pieces, index + 1)
+        if name in _ROLES:
+            openers.add(piece.text)
+            yield index, _ROLES[name]
+        elif name and piece.text in openers:  # a role of the user's own
+            yield index, name[:_SHOWN]
+
+
+def _word(token: str) -> str:
+    """Return the name within a control token.
+
+    >>> _word("<|user|>"), _word("[/INST]"), _word("<｜Assistant｜>"), _word("<|USER_TOKEN|>")
+    ('user', '/inst', 'assistant', 'user')
+    """
+    return _BRACKETS.sub("", token.lower()).removesuffix("_token")
+
+
+def _name_after(pieces: Sequence[Spoken], index: int) -> str:
+    """Return the rest of the line after a control token, as far as the next one."""
+    text = ""
+    while index < len(pieces) and not pieces[index].special and "\n" not in text and len(text) <= 2 * _SHOWN:
+        text += pieces[index].text
+        index += 1
+    line = text.partition("\n")[0].strip().lower()
+    return line if _NAME.fullmatch(line) else ""
+
+
+def _stretches(pieces: Sequence[Spoken]) -> Iterator[tuple[int, str]]:
+    """Yield prompts and answers by what is trained; a text that is trained from its first or second piece on is a text."""
+    changes = [i for i, piece in enumerate(pieces) if not i or piece.trained != pieces[i - 1].trained]
+    if len(changes) <= 2 and changes[-1] <= 1 and pieces[-1].trained:
+        yield 0, "text"
+        return
+    for index in changes:
+        yield index, "answer" if pieces[index].trained else "prompt"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShownRow(PackedRow):
+    """A packed row that knows its set.
+
+    Attributes:
+        shards: the set.
+        number: of the row in it.
+    """
+
+    shards: ShownSet
+    number: int
+
+    def _repr_html_(self) -> str:
+        return self.shards.view(self.number)._repr_html_()
+
+
+class ShownSet(ShardSet):
+    """A `ShardSet` whose rows, examples and sums can be looked at."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a row, or a list of rows for a slice."""
+        row = super().__getitem__(index)
+        if isinstance(row, list):
+            return row
+        columns = (row.input_ids, row.labels, row.seq_lengths, row.examples, row.loss_weights)
+        return ShownRow(*columns, self, range(len(self))[index])
+
+    def view(self, number: int) -> View:
+        """Return row `number` with its text laid over the stored ids and labels.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        if not -len(self) <= number < len(self):
+            raise UsageError(
+                f"{self.folder}: row {number}; the set has rows 0 to {len(self) - 1}.",
+                "--row with one of these.",
+            )
+        row = super().__getitem__(number)
+        columns = (row.input_ids, row.labels, row.seq_lengths, row.examples)
+        return view_row(
+            columns, self.vocabulary, self.place, f"row {range(len(self))[number]} of {self.folder}"
+        )
+
+    def view_example(self, example_id: int) -> View:
+        """Return all stretches of one example, from whichever rows they lie in.
+
+        Raises:
+            UsageError: the set does not hold it; says why where that is known.
+        """
+        rows = self._rows_of(example_id)
+        if not rows:
+            raise UsageError(*self._why_absent(example_id))
+        documents = [
+            document
+            for number in rows
+            for document in self.view(number).documents
+            if document.example_id == example_id
+        ]
+        where = f"row {', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}"
+        return View(f"example {example_id} in {where} of {self.folder}", tuple(documents))
+
+    def sample(self) -> View:
+        """Return a document from each of a few sources, from rows that lie all over the set."""
+        chosen: dict[str, DocumentView] = {}
+        rest: list[DocumentView] = []
+        for row in range(0, len(self), max(1, len(self) // SAMPLED_ROWS)):
+            for document in self.view(row).documents[:SAMPLED]:
+                source = self.origin(document.example_id)[0]
+                rest.append(document) if source in chosen else chosen.setdefault(source, document)
+        return View("", (*chosen.values(), *rest)[:SAMPLED])
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of the set's own tokenizer."""
+        found = read_vocabulary(self.folder / "tokenizer")
+        self.refuse_replaced()
+        eos = self.manifest.tokenizer.eos_id
+        return found if eos is None else replace(found, stop_ids=found.stop_ids | {eos})
+
+    def _rows_of(self, example_id: int) -> list[int]:
+        rows, first = [], 0
+        for batch in self.batches():
+            found = np.flatnonzero(batch.example_ids == example_id)
+            rows += (
+                first + np.unique(np.searchsorted(batch.segment_offsets, found, side="right") - 1)
+            ).tolist()
+            first += len(batch)
+        return rows
+
+    def _why_absent(self, example_id: int) -> tuple[str, str]:
+        try:
+            origin, where = self.origin(example_id), self.place(example_id)
+        except KeyError:
+            last = max((source.first_id + source.rows for source in self.manifest.sources), default=0) - 1
+            return (
+                f"{self.folder}: example {example_id}; its sources hold examples 0 to {last}.",
+                "--example with one of these.",
+            )
+        reject = next((found for found in self._rejects() if (found.file, found.record) == origin), None)
+        if reject is not None:
+            return f"{where}: rejected ({reject.code}): {reject.reason}.", reject.fix
+        dropped = (
+            ", ".join(sorted(self.manifest.ledger.rows_dropped | self.manifest.ledger.rows_filtered))
+            or "blank"
+        )
+        return (
+            f"{where}: read, but not in the set ({dropped}).",
+            "`sftdata stats` counts the rows that were left out.",
+        )
+
+    def _rejects(self) -> list[Reject]:
+        path = self.folder / REJECTS_NAME
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        return [msgspec.json.decode(line, type=Reject) for line in lines]
+
+    def _repr_html_(self) -> str:
+        return notebook_summary(str(self.folder), self.manifest)
+
+
+def open_shown(folder: str | Path) -> ShownSet:
+    """Open a finished set to look at it.
+
+    Raises:
+        UsageError: the folder is not a finished set.
+        IntegrityError: its manifest is damaged.
+    """
+    folder = Path(folder)
+    return ShownSet(folder, read_manifest(folder))

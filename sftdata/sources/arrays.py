@@ -14,14 +14,13 @@ from itertools import chain
 import msgspec
 import numpy as np
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault
 from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.sources.elements import Begins, DamagedArrayError, Element, Elements
 from sftdata.sources.jsonrows import parse_row
 from sftdata.sources.lines import SHOWN_BYTES, too_long
 from sftdata.sources.streams import RawCount, read_all, read_range, skip_bytes
-from sftdata.tally import Reject
 
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _top_keys = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

@@ -10,11 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sftdata.batches import Int64, RowBatch
-from sftdata.errors import Fault, IntegrityError
-from sftdata.places import UNITS, Unit, place
+from sftdata.batches import Int64, Reject, RowBatch
+from sftdata.errors import UNITS, Fault, IntegrityError, Unit, place
 from sftdata.sources.unchanged import Seal, Stamp, changed
-from sftdata.tally import Reject
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]

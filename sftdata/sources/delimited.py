@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault
 from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.sources.lines import SHOWN_BYTES, parse_text, split_lines, too_long
 from sftdata.sources.streams import RawCount, read_all, read_range, skip_bytes
-from sftdata.tally import Reject
 
 RECORD_LIMIT = 16 << 20  # a longer record is not held, bytes
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sftdata.errors import UsageError
-from sftdata.extras import need
+from sftdata.errors import UsageError, need
 from sftdata.sources.chunks import Source
 from sftdata.sources.splits import several_splits, wrong_split
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault
 from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.sources.jsonrows import parse_row
 from sftdata.sources.streams import RawCount, read_all, read_range
-from sftdata.tally import Reject
 
 SHOWN_BYTES = 1000  # of a line that is too long to keep
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sftdata.errors import UsageError
-from sftdata.paths import written
+from sftdata.output import written
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import find_inputs, is_hub_id, joined
 from sftdata.sources.selection import select_rows

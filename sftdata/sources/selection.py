@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from sftdata.batches import Int64
-from sftdata.extras import need
+from sftdata.errors import need
 from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.source import read_chunk
 from sftdata.sources.splits import Chosen, wrong_split

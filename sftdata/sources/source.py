@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.sources.arrays import plan_array, read_array
 from sftdata.sources.chunks import Chunk, Marks, Source, SourcePlan, make_plan
@@ -22,7 +22,6 @@ from sftdata.sources.lines import plan_lines, read_lines
 from sftdata.sources.sniff import sniff
 from sftdata.sources.streams import RawCount, read_all
 from sftdata.sources.tables import plan_table, read_table
-from sftdata.tally import Reject
 
 __all__ = [
     "Chunk",

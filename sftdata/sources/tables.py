@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault, UsageError
-from sftdata.paths import written
+from sftdata.output import written
 from sftdata.sources.arrowtypes import Convert, converters
 from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
 from sftdata.sources.hub import load_dataset
@@ -20,7 +20,6 @@ from sftdata.sources.inputs import is_url
 from sftdata.sources.lines import SHOWN_BYTES
 from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 from sftdata.sources.unchanged import Stamp, changed, states_of
-from sftdata.tally import Reject
 
 _ATTEMPTS = 3
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows

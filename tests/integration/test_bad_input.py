@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.cli.app import build_app
+from sftdata.cli import build_app
 from sftdata.errors import DataError, SftError, UsageError
 from sftdata.frame import run_app
 from sftdata.shardset.verify import verify

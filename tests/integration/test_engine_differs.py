@@ -12,7 +12,7 @@ from sftdata import run, stages
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
 from sftdata.launch import start_workers
-from sftdata.meter import Progress
+from sftdata.output import Progress
 from sftdata.stages import SAMPLE_CHARS
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sftdata.pages import write_page
-from sftdata.show.report import make_report
-from sftdata.show.shown import open_shown
-from sftdata.show.view import view_page
+from sftdata.show.audit import audit_set
+from sftdata.show.stats import make_report
+from sftdata.show.view import open_shown, view_page
 from sfttrain.report import make_report as make_training_report
 from tests.shown_sets import CHAT, write_set
 from tests.waiting import HANGS
@@ -81,7 +81,7 @@ def pages(folder: Path) -> dict[str, str]:
     lines += [{"step": i, "eval_a_set_with_a_long_name_loss": 3.25} for i in (100, 200)]
     (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {
-        "report": make_report(shards),
+        "report": make_report(shards, audit_set(shards)),
         "view": view_page(shards.view(0), ids=True),
         "training": make_training_report(run),
     }

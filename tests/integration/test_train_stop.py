@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import sfttrain
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.outlet import StoppedError
+from sftdata.output import StoppedError
 from sfttrain import checkpoint
 from sfttrain.output import take
 from sfttrain.stop import listening
@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_step(
         "import os, signal, sys\n"
         "import sfttrain\n"
         "from tests.integration.test_train_stop import _Kill\n"
-        "from sftdata.outlet import StoppedError\n"
+        "from sftdata.output import StoppedError\n"
         "callbacks = [_Kill(signal.SIGTERM, 2)] if os.environ['RANK'] == '1' else []\n"
         "try:\n"
         "    settings = {'max_steps': 9, 'save_strategy': 'no', 'callbacks': callbacks}\n"

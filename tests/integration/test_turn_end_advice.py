@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.show.audit import audit
-from sftdata.show.findings import Finding
+from sftdata.show.audit import Finding, audit
 from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import TOKENIZER
 

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftdata.batches import RowBatch
+from sftdata.batches import Reject, RowBatch
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
-from sftdata.tally import Reject
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 rows = st.fixed_dictionaries({"prompt": texts, "completion": texts})

@@ -16,9 +16,8 @@ import sftdata
 from sftdata.batches import PackedRows
 from sftdata.errors import UsageError
 from sftdata.shardset.manifest import read_manifest
-from sftdata.show.audit import audit, glance
+from sftdata.show.audit import COUNTED, KINDS, Finding, audit, glance
 from sftdata.show.documents import DocumentReader, Documents
-from sftdata.show.findings import COUNTED, KINDS, Finding
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 

@@ -13,7 +13,7 @@ from sftdata.errors import UsageError, explain, read_codes
 from sftdata.formats.parts import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
-from sftdata.show.findings import COUNTED, KINDS
+from sftdata.show.audit import COUNTED, KINDS
 
 SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
 COMPUTED = {

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.errors import UsageError
-from sftdata.extras import need
+from sftdata.errors import UsageError, need
 
 ROOT = Path(sftdata.__file__).parents[1]
 # Packages by the names of their modules, where the two differ; huggingface_hub comes with transformers.

@@ -17,8 +17,8 @@ from sftdata.shardset.manifest import FORMAT_VERSION, Manifest, read_manifest, s
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.verify import verify
 from sftdata.show.audit import audit
-from sftdata.show.shown import open_shown
 from sftdata.show.stats import measure
+from sftdata.show.view import open_shown
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = (

@@ -14,13 +14,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from sftdata.batches import Reject
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.shardset import manifest as module
 from sftdata.shardset.lists import encode_reject
 from sftdata.shardset.manifest import Manifest, SourceInfo, read_manifest, seal, write_manifest
 from sftdata.shardset.opened import open_set
 from sftdata.shardset.shards import ShardInfo
-from sftdata.tally import Reject
 from tests.waiting import steps
 
 Build = Callable[..., Manifest]

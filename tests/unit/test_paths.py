@@ -10,7 +10,7 @@ import pytest
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import UsageError
-from sftdata.paths import behind_links, local_output, written
+from sftdata.output import behind_links, local_output, written
 from tests.torture.runs import TOKENIZER, prepare, write_chats
 
 URLS = ("s3://bucket/x", "gs://bucket/x", "az://bucket/x", "hf://datasets/me/x", "https://host/x", "http://host/x",

@@ -13,11 +13,9 @@ from rich.console import Console
 
 from sftdata.config import PrepareConfig
 from sftdata.pages import macro
-from sftdata.previewing import preview
-from sftdata.show.roles import find_turns
-from sftdata.show.shown import open_shown
+from sftdata.run import preview
 from sftdata.show.terminal import print_view
-from sftdata.show.view import Piece, view_example
+from sftdata.show.view import Piece, find_turns, open_shown, view_example
 from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sftdata import other_tools
+from sftdata import settings
 from sftdata.cli import main
 from sftdata.cli.flags import load_config
 from sftdata.config import PrepareConfig, make_config
@@ -180,21 +180,21 @@ def test_a_date_that_no_calendar_has_is_refused(value: str) -> None:
 
 def test_every_answer_names_a_setting_that_there_is() -> None:
     trainer = {*TrainConfig.model_fields, *training_fields()}
-    for name, answer in other_tools.ANSWERS.items():
+    for name, answer in settings.ANSWERS.items():
         known = set(PrepareConfig.model_fields) if answer.program == "sftdata" else trainer
         assert answer.setting is None or answer.setting in known, name
         assert answer.setting or answer.remark, name
 
 
 def test_no_setting_of_ours_is_taken_for_another_tools() -> None:
-    for name, answer in other_tools.ANSWERS.items():
+    for name, answer in settings.ANSWERS.items():
         assert name not in PrepareConfig.model_fields or name == answer.setting
 
 
 def test_the_trainer_knows_every_setting_of_the_data_side() -> None:
     trainer = {*TrainConfig.model_fields, *training_fields()}
     for name in set(PrepareConfig.model_fields) - trainer:
-        assert "sftdata prepare" in (other_tools.answer(name, "sfttrain") or ""), name
+        assert "sftdata prepare" in (settings.answer(name, "sfttrain") or ""), name
 
 
 WANTED = """
@@ -220,9 +220,9 @@ def test_another_tools_setting_is_answered_with_ours(
         fixes.append(said.partition("Fix: ")[2])
     assert len(set(fixes)) == 1
     assert not any(word in fixes[0] for word in ("did you mean", "known settings", "--help"))
-    answer = other_tools.ANSWERS[name]
+    answer = settings.ANSWERS[name]
     if answer.setting is None:
         assert answer.remark in fixes[0]
     else:
-        assert other_tools.flag_of(answer.setting, answer.program) in fixes[0]
+        assert settings.flag_of(answer.setting, answer.program) in fixes[0]
         assert ("sfttrain run" in fixes[0]) == (answer.program == "sfttrain")

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import xxhash
 
+from sftdata.batches import Reject
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.sources import streams
 from sftdata.sources.chunks import Source
 from sftdata.sources.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
-from sftdata.tally import Reject
 from tests.compressed import zstd
 
 ROWS: list[dict[str, Any]] = [

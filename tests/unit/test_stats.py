@@ -16,12 +16,20 @@ from hypothesis import strategies as st
 
 from sftdata.pages import macro
 from sftdata.shardset.ledger import Ledger, length_bins
-from sftdata.show.charts import histogram_of, ribbon, spread
-from sftdata.show.report import make_report
-from sftdata.show.shown import ShownSet, open_shown
-from sftdata.show.stats import LengthBin, Part, length_histogram, measure, stats_json
-from sftdata.show.summary import print_stats
-from sftdata.show.terminal import make_console
+from sftdata.show.audit import audit_set
+from sftdata.show.stats import (
+    LengthBin,
+    Part,
+    histogram_of,
+    length_histogram,
+    make_report,
+    measure,
+    ribbon,
+    spread,
+    stats_json,
+)
+from sftdata.show.terminal import make_console, print_stats
+from sftdata.show.view import ShownSet, open_shown
 from tests.shown_sets import CHAT, encode_marked, write_set
 
 ROWS = [CHAT.format("What is it? " * (number % 5 + 1), "This. " * (number % 3 + 1)) for number in range(30)]
@@ -127,6 +135,10 @@ def test_a_ribbon_ends_where_it_should() -> None:
 # -------------------------------------------------------------------------------------------------- report
 
 
+def report_on(shards: ShownSet) -> str:
+    return make_report(shards, audit_set(shards))
+
+
 class Page(HTMLParser):
     """Check that tags close, and collect what could reach outside."""
 
@@ -155,7 +167,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_page_that_reaches_nowhere(shards: ShownSet) -> None:
-    html, page = make_report(shards), Page()
+    html, page = report_on(shards), Page()
     page.feed(html)
     assert page.open == []
     assert page.outside == []
@@ -166,7 +178,7 @@ def test_the_report_is_one_page_that_reaches_nowhere(shards: ShownSet) -> None:
 
 def test_the_report_tells_all_there_is(shards: ShownSet) -> None:
     page = Page()
-    page.feed(make_report(shards))
+    page.feed(report_on(shards))
     for words in (
         "From rows to trained tokens",
         "max_length 96",
@@ -182,7 +194,7 @@ def test_the_report_tells_all_there_is(shards: ShownSet) -> None:
 def test_the_report_tells_what_the_audit_found(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [CHAT.format("Hi", "Hello"), "<|im_start|>user\nHo⟦ no end⟧"])
     page = Page()
-    page.feed(make_report(open_shown(folder)))
+    page.feed(report_on(open_shown(folder)))
     assert "no-trained-end" in page.text
     assert "data.jsonl:2" in page.text
 
@@ -190,13 +202,13 @@ def test_the_report_tells_what_the_audit_found(tmp_path: Path) -> None:
 def test_names_from_outside_are_escaped_in_the_report(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "<img src=x>", ROWS, name="<script>bad()</script>", counters={"<i>": 1})
     page = Page()
-    page.feed(make_report(open_shown(folder)))
+    page.feed(report_on(open_shown(folder)))
     assert page.outside == []
     assert "<script>bad()</script>" in page.text
 
 
 def test_the_report_is_the_same_for_the_same_set(shards: ShownSet) -> None:
-    assert make_report(shards) == make_report(open_shown(shards.folder))
+    assert report_on(shards) == report_on(open_shown(shards.folder))
 
 
 # -------------------------------------------------------------------------------------------------- terminal

@@ -17,9 +17,8 @@ from sftdata.errors import DataError
 from sftdata.masks import Mask, TextMarkers, TrainOn
 from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
-from sftdata.previewing import preview
 from sftdata.render.template import ChatTemplate
-from sftdata.run import prepare
+from sftdata.run import prepare, preview
 from tests.made_tokenizers import CHATML
 from tests.one_stage import render_rows
 

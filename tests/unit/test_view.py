@@ -16,11 +16,10 @@ from rich.console import Console
 
 import sftdata
 from sftdata.errors import UsageError
-from sftdata.outlet import visible
+from sftdata.output import visible
 from sftdata.pages import macro
-from sftdata.show.shown import open_shown
 from sftdata.show.terminal import print_view
-from sftdata.show.view import View, view_example, view_page
+from sftdata.show.view import View, open_shown, view_example, view_page
 from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 
