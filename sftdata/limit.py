@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, Tally, TokenBatch
+from sftdata.batches import Int64, Tally, TokenBatch
 from sftdata.errors import DataError
 from sftdata.ragged import offsets_of, positions_of
 
@@ -32,8 +33,50 @@ class OverlongError(DataError):
         self.row = row
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Stretches of the examples of a batch that may stay, in order; what no kept stretch holds is cut.
+
+    Attributes:
+        example: int64[K], index into the batch.
+        start, stop: int64[K], tokens of that example, half-open.
+        trained: int64[K], trained tokens, the first of the stretch aside: it has no label (pack.py).
+        reason: int64[K], `KEPT`, or why the stretch goes: an index into `REASONS`, from 1.
+    """
+
+    example: Int64
+    start: Int64
+    stop: Int64
+    trained: Int64
+    reason: Int64
+
+    def kept(self) -> Pieces:
+        """Return the pieces that stay."""
+        stays = self.reason == KEPT
+        return Pieces(
+            self.example[stays], self.start[stays], self.stop[stays], self.trained[stays], self.reason[stays]
+        )
+
+
 def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tally: Tally) -> TokenBatch:
     """Bring every example to at most `max_length` tokens and drop those with nothing to train.
+
+    Args:
+        batch: examples.
+        max_length: tokens; None for no limit.
+        policy: as for `choose_pieces`.
+        tally: takes what goes, as for `count_pieces`.
+
+    Raises:
+        OverlongError: with "error", for the first over-long example.
+    """
+    pieces = choose_pieces(batch, max_length, policy)
+    count_pieces(batch, pieces, tally)
+    return take_pieces(batch, pieces.kept())
+
+
+def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> Pieces:
+    """Choose what may stay of each example, and say of each piece whether it does.
 
     The first token of a document has no label (pack.py), so it alone is nothing to train.
 
@@ -42,9 +85,6 @@ def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tall
         max_length: tokens; None for no limit.
         policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the
             same row, or "error".
-        tally: takes what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`. Counts `rows_cut`,
-            that stay without some of their tokens, and `rows_without_ending`, that stay without their last
-            trained token.
 
     Raises:
         OverlongError: with "error", for the first over-long example.
@@ -54,76 +94,43 @@ def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tall
     if policy == "error" and overlong.any():
         first = int(np.argmax(overlong))
         raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
-    example, start, stop = _pieces(batch, limit, policy)
-    labelled = _Labelled(batch)
-    trainable = labelled.any(batch.offsets[:-1], batch.offsets[1:])
+    example, start, stop = _cut(batch.lengths, limit, policy)
+    before = np.flatnonzero(batch.trained)
+    whole = _trained(before, batch.offsets[:-1], batch.offsets[1:])
+    begin = batch.offsets[example]
+    trained = _trained(before, begin + start, begin + stop)
     reason = np.select(
-        [~trainable[example], overlong[example] & (policy == "drop"), ~labelled.any(start, stop)],
-        [1, 2, 3],
-        KEPT,
+        [whole[example] == 0, overlong[example] & (policy == "drop"), trained == 0], [1, 2, 3], KEPT
     )
-    kept = reason == KEPT
-    result = _gather(batch, example[kept], start[kept], stop[kept])
-    tally.counts["rows_without_ending"] += labelled.endings_lost(example[kept], start[kept], stop[kept])
-    _count(batch, example, stop - start, reason, tally)
-    return result
+    return Pieces(example, start, stop, trained, reason)
 
 
-def _pieces(batch: TokenBatch, limit: int, policy: Policy) -> tuple[Int64, Int64, Int64]:
-    """Return example, start and stop of what may stay of each example (int64[K] each)."""
-    begin, end = batch.offsets[:-1], batch.offsets[1:]
-    example = np.arange(len(batch))
-    if policy == "truncate":
-        return example, begin, np.minimum(begin + limit, end)
-    if policy == "truncate-left":
-        return example, np.maximum(end - limit, begin), end
-    if policy != "split":
-        return example, begin, end
-    pieces = np.maximum(-(-batch.lengths // limit), 1)
-    example = np.repeat(example, pieces)
-    number = np.arange(len(example)) - np.repeat(offsets_of(pieces)[:-1], pieces)
-    start = begin[example] + number * limit
-    return example, start, np.minimum(start + limit, end[example])
-
-
-class _Labelled:
-    """Query which stretches of a batch hold a token with a label."""
-
-    def __init__(self, batch: TokenBatch) -> None:
-        self._batch = batch
-        self._trained = np.flatnonzero(batch.trained)
-
-    def any(self, start: Int64, stop: Int64) -> Bool:
-        """bool[K]: stretches with something to train."""
-        found: Bool = self._before(stop) > self._before(np.minimum(start + 1, stop))
-        return found
-
-    def endings_lost(self, example: Int64, start: Int64, stop: Int64) -> int:
-        """Count examples whose last trained token lies in none of the stretches."""
-        last = np.append(self._trained, 0)[self._before(self._batch.offsets[example + 1]) - 1]
-        holding = example[(start <= last) & (last < stop)]
-        return len(np.unique(example)) - len(np.unique(holding))
-
-    def _before(self, place: Int64) -> Int64:
-        return np.searchsorted(self._trained, place)
-
-
-def _gather(batch: TokenBatch, example: Int64, start: Int64, stop: Int64) -> TokenBatch:
-    if np.array_equal(start, batch.offsets[:-1]) and np.array_equal(stop, batch.offsets[1:]):
+def take_pieces(batch: TokenBatch, pieces: Pieces) -> TokenBatch:
+    """Return these pieces as examples of their own, of the same rows."""
+    if np.array_equal(pieces.example, np.arange(len(batch))) and np.array_equal(
+        pieces.stop - pieces.start, batch.lengths
+    ):
         return batch
-    lengths = stop - start
-    return batch.at(positions_of(start, lengths), offsets_of(lengths), batch.row[example])
+    lengths = pieces.stop - pieces.start
+    tokens = positions_of(batch.offsets[pieces.example] + pieces.start, lengths)
+    return batch.at(tokens, offsets_of(lengths), batch.row[pieces.example])
 
 
-def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, tally: Tally) -> None:
-    """Count by reason; what was cut from a row that is dropped belongs to the drop."""
+def count_pieces(batch: TokenBatch, pieces: Pieces, tally: Tally) -> None:
+    """Count what goes: tokens in = tokens out + `tokens_cut` + `tokens_dropped`.
+
+    What was cut from a row that is dropped belongs to the drop. Counts `rows_cut`, that stay without some of
+    their tokens, and `rows_without_ending`, that stay without their last trained token.
+    """
+    kept, lengths = pieces.kept(), pieces.stop - pieces.start
     stays = np.zeros(len(batch), np.bool_)
-    stays[example[reason == KEPT]] = True
-    missing = batch.lengths - np.bincount(example, lengths, len(batch)).astype(np.int64)
+    stays[kept.example] = True
+    missing = batch.lengths - np.bincount(pieces.example, lengths, len(batch)).astype(np.int64)
     dropped: list[tuple[int, str, int]] = []
     for code, name in enumerate(REASONS, start=1):
-        gone = np.unique(example[(reason == code) & ~stays[example]])
-        tally.tokens_dropped[name] += int(lengths[reason == code].sum() + missing[gone].sum())
+        leaves = pieces.reason == code
+        gone = np.unique(pieces.example[leaves & ~stays[pieces.example]])
+        tally.tokens_dropped[name] += int(lengths[leaves].sum() + missing[gone].sum())
         sizes = batch.lengths[gone].tolist()
         dropped += [(row, name, size) for row, size in zip(batch.row[gone].tolist(), sizes, strict=True)]
     for row, name, size in sorted(dropped):
@@ -131,3 +138,34 @@ def _count(batch: TokenBatch, example: Int64, lengths: Int64, reason: Int64, tal
     cut = missing[stays]
     tally.tokens_cut += int(cut.sum())
     tally.counts["rows_cut"] += int((cut > 0).sum())
+    tally.counts["rows_without_ending"] += _endings_lost(batch, kept)
+
+
+def _cut(lengths: Int64, limit: int, policy: Policy) -> tuple[Int64, Int64, Int64]:
+    """Return example, start and stop of what may stay of each example (int64[K] each)."""
+    example, begin = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    if policy == "truncate":
+        return example, begin, np.minimum(lengths, limit)
+    if policy == "truncate-left":
+        return example, np.maximum(lengths - limit, 0), lengths
+    if policy != "split":
+        return example, begin, lengths
+    pieces = np.maximum(-(-lengths // limit), 1)
+    example = np.repeat(example, pieces)
+    start = (np.arange(len(example)) - np.repeat(offsets_of(pieces)[:-1], pieces)) * limit
+    return example, start, np.minimum(start + limit, lengths[example])
+
+
+def _trained(places: Int64, start: Int64, stop: Int64) -> Int64:
+    """Count the trained tokens, at these places, that lie behind the first token of each stretch, int64[K]."""
+    found: Int64 = np.searchsorted(places, stop) - np.searchsorted(places, np.minimum(start + 1, stop))
+    return found
+
+
+def _endings_lost(batch: TokenBatch, kept: Pieces) -> int:
+    """Count examples whose last trained token lies in none of the pieces that stay."""
+    places = np.flatnonzero(batch.trained)
+    last = np.append(places, 0)[np.searchsorted(places, batch.offsets[kept.example + 1]) - 1]
+    last -= batch.offsets[kept.example]
+    holding = kept.example[(kept.start <= last) & (last < kept.stop)]
+    return len(np.unique(kept.example)) - len(np.unique(holding))
