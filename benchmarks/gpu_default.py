@@ -113,7 +113,7 @@ def _first_loss_alone(folder: Path, trainer: Any) -> float:
     """Mean loss over the trained tokens of the first global batch."""
     from transformers import AutoModelForCausalLM
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
 
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.float32, attn_implementation="sdpa"

@@ -136,7 +136,7 @@ def _trl(folder: Path, steps: int, clock: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
 
     attention = "flash_attention_2" if _has_flash_attention() else "sdpa"
     arguments = SFTConfig(padding_free=True, max_length=None, packing=False, **_settings(folder, steps))
@@ -157,7 +157,7 @@ def _bare(folder: Path, steps: int, clock: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
     from sfttrain.attention import FLATTENED, choose_attention, register_attention
     from sfttrain.data import Collator, TrainingRows
     from sfttrain.loss import fuse_loss

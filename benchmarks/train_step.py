@@ -123,7 +123,7 @@ def _trl(folder: Path, callback: Any, max_steps: int = 10_000) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
 
     options = SETTINGS | {
         "output_dir": str(folder / "trl"),
@@ -190,7 +190,7 @@ def _loop_steps(folder: Path, fused: bool) -> Iterator[float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
     from sfttrain.data import Collator, TrainingRows
     from sfttrain.loss import fuse_loss
 

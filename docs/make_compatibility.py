@@ -21,7 +21,7 @@ from typing import Any
 
 import sftdata
 from sftdata.errors import SftError
-from sftdata.shardset.verify import verify
+from sftdata.set.verify import verify
 from sftdata.sources.source import open_source
 
 TOKENIZERS = ("qwen2.5-instruct", "llama-3.2-instruct", "mistral-7b-instruct", "phi-3-mini", "gpt2")

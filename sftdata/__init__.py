@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
     from sftdata.run import Preview
-    from sftdata.shardset.manifest import Manifest
-    from sftdata.shardset.verify import VerifyReport
+    from sftdata.set.manifest import Manifest
+    from sftdata.set.verify import VerifyReport
     from sftdata.show.audit import Finding
     from sftdata.show.view import ShownSet
     from sftdata.streaming import Stream
@@ -185,7 +185,7 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     Raises:
         SftError: there is no set, or its manifest is damaged, so that there is nothing to compare with.
     """
-    from sftdata.shardset.verify import verify as run
+    from sftdata.set.verify import verify as run
 
     return run(folder, sha256=sha256)
 

@@ -22,18 +22,18 @@ from sftdata.masks.texts import render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.pack import gather, plan_packs
 from sftdata.plan import Job, ShardTask
-from sftdata.shardset.build import Build, ShardResult
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.lists import (
+from sftdata.set.build import Build, ShardResult
+from sftdata.set.ledger import (
     COUNTED_NAME,
     DROPPED_NAME,
     LISTS,
     REJECTS_NAME,
+    Ledger,
     counted_rows,
     encode_lines,
     encode_reject,
 )
-from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.set.shards import shard_name, write_shard
 from sftdata.sources.source import Chunk, read_chunk
 from sftdata.stages import Stages, load_stages
 

@@ -24,7 +24,7 @@ from sftdata.masks import Mask, choose_mask
 from sftdata.output import written
 from sftdata.render.stops import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
-from sftdata.shardset.manifest import FORMAT_VERSION, Manifest
+from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.sources import planning
 from sftdata.sources.planning import Say, grouped, short_names, told
 from sftdata.sources.source import Chunk, SourcePlan

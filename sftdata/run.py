@@ -29,10 +29,9 @@ from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pipeline import PreparedChunk, prepare_chunk, prepare_shard
 from sftdata.plan import Plan, make_plan
-from sftdata.shardset.build import Build, ShardResult, finished_set
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.lists import DROPPED_NAME, REJECTS_NAME, first_reject
-from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo
+from sftdata.set.build import Build, ShardResult, finished_set
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
+from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.sources.source import Chunk, read_chunk
 from sftdata.stages import load_engine, load_shared, load_stages
 from sftdata.version import __version__

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from sftdata.errors import IntegrityError, SftError, UsageError
-from sftdata.shardset.atomic import digest_file, sync_folder, write_atomic
+from sftdata.set.store import digest_file, sync_folder, write_atomic
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"

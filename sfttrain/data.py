@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
-from sftdata.shardset.opened import PackedRow, ShardSet
+from sftdata.set.opened import PackedRow, ShardSet
 from sfttrain.order import FILLER
 
 Batch = dict[str, Any]

@@ -13,8 +13,8 @@ import msgspec
 import yaml
 
 from sftdata.errors import UsageError
-from sftdata.shardset.atomic import sync_folder, write_atomic
-from sftdata.shardset.opened import ShardSet
+from sftdata.set.opened import ShardSet
+from sftdata.set.store import sync_folder, write_atomic
 from sfttrain.checkpoint import Identity
 from sfttrain.config import TrainConfig
 from sfttrain.output import RUN_NAME, SETTINGS_NAME

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import local_output
-from sftdata.shardset.opened import ShardSet, open_set
+from sftdata.set.opened import ShardSet, open_set
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
 from sfttrain.refusals import require_package

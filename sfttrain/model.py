@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sftdata.errors import UsageError
-from sftdata.shardset.opened import ShardSet
+from sftdata.set.opened import ShardSet
 from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
 from sfttrain.attention import registered_name
 from sfttrain.config import TrainConfig

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sftdata.errors import UsageError
-from sftdata.shardset.atomic import explained
-from sftdata.shardset.manifest import MANIFEST_NAME
+from sftdata.set.manifest import MANIFEST_NAME
+from sftdata.set.store import explained
 from sfttrain.config import TrainConfig
 from sfttrain.talk import rank
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftdata.output import Meter
-from sftdata.shardset.atomic import write_atomic
+from sftdata.set.store import write_atomic
 from sfttrain.stop import StopRequest
 
 LOG_NAME = "train_log.jsonl"

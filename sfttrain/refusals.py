@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftdata.errors import UsageError, did_you_mean
-from sftdata.shardset.opened import ShardSet
+from sftdata.set.opened import ShardSet
 from sfttrain.config import TrainConfig
 from sfttrain.talk import Say
 

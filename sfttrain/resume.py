@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset.opened import ShardSet
+from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint
 from sfttrain.acting import Run, acts, other_than_default
 from sfttrain.checkpoint import Identity

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sftdata.errors import DataError, IntegrityError, UsageError
-from sftdata.shardset.lists import REJECTS_NAME
-from sftdata.shardset.opened import ShardSet, open_set
-from sftdata.shardset.verify import damaged_files, foreign_shards
+from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.opened import ShardSet, open_set
+from sftdata.set.verify import damaged_files, foreign_shards
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.config import TrainConfig
 from sfttrain.talk import rank

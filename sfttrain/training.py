@@ -10,7 +10,7 @@ import torch
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
-from sftdata.shardset.opened import ShardSet
+from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.acting import Run, refuse_inert
 from sfttrain.arguments import effective_settings, training_arguments

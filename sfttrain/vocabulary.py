@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
-from sftdata.shardset.opened import PackedRow, ShardSet
+from sftdata.set.opened import PackedRow, ShardSet
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.sets import missing_embeddings
 from sfttrain.talk import Say

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.set.ledger import Ledger
+from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
+from sftdata.set.shards import shard_name, write_shard
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tokenizer"
 EOS, PAD = 2, 0

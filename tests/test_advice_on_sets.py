@@ -15,7 +15,7 @@ import pytest
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import SftError
-from sftdata.shardset.build import Build
+from sftdata.set.build import Build
 from sftdata.show.audit import audit
 from tests.advice import ROOT
 

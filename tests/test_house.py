@@ -161,7 +161,7 @@ def test_a_wrong_import_would_be_caught(tmp_path: Path) -> None:
         "sftdata/sources/seeded.py": ("import sftdata.encode", "layers"),
         "sftdata/stray.py": ("", "layers"),
         "sftdata/render/seeded.py": ("import torch", "core-light"),
-        "sftdata/shardset/seeded.py": ("import transformers", "one-door-transformers"),
+        "sftdata/set/seeded.py": ("import transformers", "one-door-transformers"),
         "sfttrain/seeded.py": ("import sftdata.render", "trainer-view"),
     }
     lint = Path(sys.executable).parent / "lint-imports"

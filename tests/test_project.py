@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import sftdata
-from sftdata.shardset.manifest import FORMAT_VERSION
+from sftdata.set.manifest import FORMAT_VERSION
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[1]

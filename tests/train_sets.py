@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sftdata.batches import PackedRows
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.set.ledger import Ledger
+from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
+from sftdata.set.shards import shard_name, write_shard
 
 EOS = 2
 

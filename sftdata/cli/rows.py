@@ -14,7 +14,7 @@ from sftdata.config import PrepareConfig
 from sftdata.output import Meter, Progress, print_json, print_line
 
 if TYPE_CHECKING:
-    from sftdata.shardset.manifest import Manifest
+    from sftdata.set.manifest import Manifest
     from sftdata.show.audit import Finding
 
 SETTINGS = (

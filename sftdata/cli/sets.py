@@ -142,7 +142,7 @@ def verify(
     Example: sftdata verify shards
     """
     from sftdata.errors import IntegrityError
-    from sftdata.shardset.verify import verify as run
+    from sftdata.set.verify import verify as run
 
     report = run(folder, sha256=sha256)
     if as_json:

@@ -16,8 +16,8 @@ from sftdata.looks import JOINED_RAW
 from sftdata.output import visible
 from sftdata.render.stops import find_stops
 from sftdata.render.template import ChatTemplate
-from sftdata.shardset.lists import read_counted
-from sftdata.shardset.manifest import Manifest
+from sftdata.set.ledger import read_counted
+from sftdata.set.manifest import Manifest
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.view import ShownSet, open_shown
 from sftdata.vocabulary import generation_stops

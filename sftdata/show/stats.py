@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sftdata.pages import macro, render
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.manifest import Manifest
+from sftdata.set.ledger import Ledger
+from sftdata.set.manifest import Manifest
 
 if TYPE_CHECKING:
     from sftdata.show.audit import Finding

@@ -20,9 +20,9 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32, Int64, Reject
 from sftdata.errors import UsageError
 from sftdata.pages import macro, render
-from sftdata.shardset.lists import REJECTS_NAME
-from sftdata.shardset.manifest import read_manifest
-from sftdata.shardset.opened import PackedRow, ShardSet
+from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.manifest import read_manifest
+from sftdata.set.opened import PackedRow, ShardSet
 from sftdata.show.stats import notebook_summary
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 

@@ -16,9 +16,9 @@ from sftdata.formats.detect import detect
 from sftdata.formats.fields import FormatOptions
 from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate, choose_template, control_tokens
-from sftdata.shardset.manifest import read_manifest
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import read_manifest
+from sftdata.set.opened import open_set
+from sftdata.set.verify import verify
 from sftdata.sources import delimited, elements, streams
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams

@@ -12,7 +12,7 @@ import sftdata
 from sftdata.cli import build_app
 from sftdata.errors import DataError, SftError, UsageError
 from sftdata.frame import run_app
-from sftdata.shardset.verify import verify
+from sftdata.set.verify import verify
 
 pytestmark = pytest.mark.slow
 

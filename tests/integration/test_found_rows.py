@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.shardset.verify import verify
+from sftdata.set.verify import verify
 from sftdata.show.audit import audit
 from tests.integration.test_prepare import TOKENIZER
 

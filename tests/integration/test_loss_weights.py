@@ -11,9 +11,9 @@ import pytest
 
 import sftdata
 from sftdata.errors import DataError, UsageError
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.shards import read_shard, write_shard
-from sftdata.shardset.verify import verify
+from sftdata.set.opened import open_set
+from sftdata.set.shards import read_shard, write_shard
+from sftdata.set.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +163,7 @@ def test_verify_finds_a_weight_that_is_none(tmp_path: Path, wrong: float) -> Non
     (batch,) = read_shard(tmp_path / "a" / "set" / "shard-00000.arrow", manifest.max_length, weighted=True)
     weights = batch.loss_weights.copy()
     weights[np.flatnonzero(batch.labels != -100)[0]] = wrong
-    from sftdata.shardset.laws import broken_laws
+    from sftdata.set.verify import broken_laws
 
     assert not list(broken_laws(batch, manifest))
     (found,) = broken_laws(replace(batch, loss_weights=weights), manifest)

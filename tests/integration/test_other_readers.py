@@ -10,7 +10,7 @@ import pytest
 
 from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
-from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.set.shards import shard_name, write_shard
 
 pytestmark = pytest.mark.slow
 

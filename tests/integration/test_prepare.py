@@ -16,7 +16,7 @@ import pytest
 
 import sftdata
 from sftdata.errors import DataError, UsageError
-from sftdata.shardset.verify import verify
+from sftdata.set.verify import verify
 from tests.torture.runs import slices_done
 from tests.waiting import wait_until
 
@@ -373,7 +373,7 @@ def test_the_summary_tells_what_the_audit_found_with_its_line_and_what_mends_it(
 
 
 def test_two_runs_on_one_folder_the_second_refuses(tmp_path: Path) -> None:
-    from sftdata.shardset.build import Build
+    from sftdata.set.build import Build
 
     with Build(tmp_path / "set").locked():
         failed = command("prepare", EXAMPLES / "conversations.jsonl", "-t", TOKENIZER, "-o", tmp_path / "set")

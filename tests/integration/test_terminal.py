@@ -18,7 +18,7 @@ import typer
 import sftdata
 from sftdata.cli import main
 from sftdata.frame import run_app
-from sftdata.shardset.build import Build
+from sftdata.set.build import Build
 from tests.torture.runs import ROOT, TOKENIZER, write_chats
 
 pytestmark = pytest.mark.slow

@@ -49,7 +49,7 @@ def _train_with_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
 
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "tokenizer")
     arguments = SFTConfig(

@@ -58,7 +58,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(runs: d
     """Step 1 counted the slow way: every document alone, full logits, one sum, one division."""
     from transformers import AutoModelForCausalLM
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
     from sfttrain.order import Order
 
     folder = runs["8x1"].parent

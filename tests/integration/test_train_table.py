@@ -16,7 +16,7 @@ import yaml
 
 import sfttrain
 from sftdata.errors import DataError, UsageError
-from sftdata.shardset.opened import open_set
+from sftdata.set.opened import open_set
 from sfttrain import cli
 from sfttrain.loss import Head, Objective, supervised_loss
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process

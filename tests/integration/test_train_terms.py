@@ -71,7 +71,7 @@ def _expected(shards: Path, folder: Path, batches: list[list[int]]) -> tuple[flo
     """Cross entropy of all trained tokens, each document alone; router loss, the mean over batches, each by its formula."""
     from transformers import AutoModelForCausalLM
 
-    from sftdata.shardset.opened import open_set
+    from sftdata.set.opened import open_set
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     opened, total, count, routers = open_set(shards), 0.0, 0, []

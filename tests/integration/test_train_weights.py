@@ -13,7 +13,7 @@ import torch
 import sftdata
 import sfttrain
 from sftdata.errors import DataError, UsageError
-from sftdata.shardset.opened import open_set
+from sftdata.set.opened import open_set
 from sfttrain.loss import Head, Objective, supervised_loss
 from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftdata.shardset.manifest import read_manifest
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import read_manifest
+from sftdata.set.verify import verify
 from tests.torture.runs import TOKENIZER, Command
 
 FLAGS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sftdata.shardset import build as build_module
+from sftdata.set import build as build_module
 from tests.torture.runs import content, prepare, write_chats
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import sftdata
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset.manifest import partial_folder, read_manifest
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import partial_folder, read_manifest
+from sftdata.set.verify import verify
 from tests.torture.faults import Fault, Tap
 from tests.waiting import HANGS
 

@@ -17,8 +17,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from sftdata.shardset.manifest import read_manifest
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import read_manifest
+from sftdata.set.verify import verify
 from tests.torture.runs import WORDS, Command, look
 
 KILLS = 6

@@ -13,7 +13,7 @@ import sftdata
 from sftdata.errors import DataError, UsageError
 from sftdata.formats.code import code_sha256, read_code
 from sftdata.formats.formatter import formatter_sha256, load_formatter
-from sftdata.shardset.verify import verify
+from sftdata.set.verify import verify
 from tests.torture.runs import Command, prepare, settings, write_chats
 
 pytestmark = pytest.mark.slow

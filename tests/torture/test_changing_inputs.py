@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.shardset.manifest import read_manifest, seal, write_manifest
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import read_manifest, seal, write_manifest
+from sftdata.set.verify import verify
 from tests.torture.runs import content, prepare, write_chats
 from tests.unit.test_unchanged import CHANGES, overwrite
 
@@ -115,7 +115,7 @@ def test_sources_that_do_not_hold_the_rows_are_refused_by_every_reader(place: Pa
     with pytest.raises(IntegrityError, match="the sources"):
         seal(forged)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sftdata.shardset.manifest._check_sources", lambda *_: None)
+        patch.setattr("sftdata.set.manifest._check_sources", lambda *_: None)
         write_manifest(place / "set", forged)
     for read in (verify, read_manifest):
         with pytest.raises(SftError, match="the sources") as caught:

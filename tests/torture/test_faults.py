@@ -17,9 +17,9 @@ import pytest
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.frame import run_app
-from sftdata.shardset.build import Build
-from sftdata.shardset.lists import LISTS
-from sftdata.shardset.manifest import read_manifest
+from sftdata.set.build import Build
+from sftdata.set.ledger import LISTS
+from sftdata.set.manifest import read_manifest
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
 from tests.torture.runs import TOKENIZER, Command, content, look, prepare, write_chats
@@ -292,7 +292,7 @@ def test_a_set_is_replaced_where_folders_cannot_be_swapped(
         raise OSError(number, os.strerror(number))
 
     prepare(small.data, place / "set", max_length=32)
-    monkeypatch.setattr("sftdata.shardset.build.swap_folders", refuse)
+    monkeypatch.setattr("sftdata.set.build.swap_folders", refuse)
     with (
         Tap(str(place), Fault("EIO", name="rename", path=f"{place}/set")).installed(),
         pytest.raises(SftError),

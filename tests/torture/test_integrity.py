@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from sftdata.errors import IntegrityError, SftError
-from sftdata.shardset import shards as shards_module
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.verify import verify
+from sftdata.set import shards as shards_module
+from sftdata.set.opened import open_set
+from sftdata.set.verify import verify
 from sfttrain.sets import verify_sets
 from tests.torture.runs import content, prepare, write_chats
 from tests.train_runs import run, tiny_llama, train_in_process

@@ -13,8 +13,8 @@ import pytest
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import UsageError
-from sftdata.shardset.manifest import read_manifest
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import read_manifest
+from sftdata.set.verify import verify
 from tests.torture.runs import TOKENIZER, content, prepare, write_chats
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftdata.shardset import build as build_module
+from sftdata.set import build as build_module
 from tests.torture.conftest import Unbroken
 from tests.torture.disk import Disk
 from tests.torture.faults import Operation, Tap

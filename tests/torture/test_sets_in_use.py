@@ -16,12 +16,12 @@ import pytest
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import IntegrityError, SftError
-from sftdata.shardset import shards as shards_module
-from sftdata.shardset.atomic import digest_file
-from sftdata.shardset.manifest import Manifest, read_manifest, write_manifest
-from sftdata.shardset.opened import ShardSet, open_set
-from sftdata.shardset.shards import read_batches
-from sftdata.shardset.verify import verify
+from sftdata.set import shards as shards_module
+from sftdata.set.manifest import Manifest, read_manifest, write_manifest
+from sftdata.set.opened import ShardSet, open_set
+from sftdata.set.shards import read_batches
+from sftdata.set.store import digest_file
+from sftdata.set.verify import verify
 from sfttrain.sets import verify_sets
 from tests.torture.runs import prepare
 from tests.torture.test_changing_inputs import chats

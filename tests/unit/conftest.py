@@ -10,10 +10,10 @@ import pytest
 
 from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
-from sftdata.shardset.atomic import write_atomic
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.manifest import Manifest, SetFile, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.shardset.shards import shard_name, write_shard
+from sftdata.set.ledger import Ledger
+from sftdata.set.manifest import Manifest, SetFile, SourceInfo, TokenizerInfo, write_manifest
+from sftdata.set.shards import shard_name, write_shard
+from sftdata.set.store import write_atomic
 
 VOCAB, PAD = 1000, 0
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import sftdata
 from sftdata.batches import PackedRows
 from sftdata.errors import UsageError
-from sftdata.shardset.manifest import read_manifest
+from sftdata.set.manifest import read_manifest
 from sftdata.show.audit import COUNTED, KINDS, Finding, audit, glance
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.vocabulary import Vocabulary, read_vocabulary

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sftdata.errors import UsageError
-from sftdata.shardset import build as build_module
-from sftdata.shardset.manifest import partial_folder
+from sftdata.set import build as build_module
+from sftdata.set.manifest import partial_folder
 from tests.torture.runs import content, prepare, write_chats
 
 

@@ -13,9 +13,9 @@ from sftdata.config import make_config
 from sftdata.engine.local import Workers
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.run import prepare
-from sftdata.shardset.manifest import FORMAT_VERSION, Manifest, read_manifest, seal, write_manifest
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.verify import verify
+from sftdata.set.manifest import FORMAT_VERSION, Manifest, read_manifest, seal, write_manifest
+from sftdata.set.opened import open_set
+from sftdata.set.verify import verify
 from sftdata.show.audit import audit
 from sftdata.show.stats import measure
 from sftdata.show.view import open_shown

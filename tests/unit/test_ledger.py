@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sftdata.batches import PackedRows
 from sftdata.errors import IntegrityError
-from sftdata.shardset.ledger import Ledger, SourceCounts, length_bins
+from sftdata.set.ledger import Ledger, SourceCounts, length_bins
 
 
 def balanced() -> Ledger:

@@ -16,11 +16,11 @@ import pytest
 
 from sftdata.batches import Reject
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset import manifest as module
-from sftdata.shardset.lists import encode_reject
-from sftdata.shardset.manifest import Manifest, SourceInfo, read_manifest, seal, write_manifest
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.shards import ShardInfo
+from sftdata.set import manifest as module
+from sftdata.set.ledger import encode_reject
+from sftdata.set.manifest import Manifest, SourceInfo, read_manifest, seal, write_manifest
+from sftdata.set.opened import open_set
+from sftdata.set.shards import ShardInfo
 from tests.waiting import steps
 
 Build = Callable[..., Manifest]

@@ -17,9 +17,9 @@ import xxhash
 from sftdata.batches import PackedRows, TokenBatch
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.pack import Strategy, gather, plan_packs
-from sftdata.shardset import atomic, shards
-from sftdata.shardset.atomic import digest_file, write_atomic
-from sftdata.shardset.shards import read_shard, write_shard
+from sftdata.set import shards, store
+from sftdata.set.shards import read_shard, write_shard
+from sftdata.set.store import digest_file, write_atomic
 
 
 def packed(count: int = 200, max_length: int = 64, strategy: Strategy = "bfd") -> PackedRows:
@@ -79,7 +79,7 @@ def test_reading_imports_none_of_what_is_slow_to_start(
         "import sys\n"
         "from pathlib import Path\n"
         "sys.modules |= {'pyarrow.compute': None, 'pandas': None}\n"
-        "from sftdata.shardset.shards import read_shard\n"
+        "from sftdata.set.shards import read_shard\n"
         f"print(sum(map(len, read_shard(Path('shard-00000.arrow'), {max_length}))))\n"
     )
     done = subprocess.run(
@@ -193,7 +193,7 @@ def test_a_file_is_synced_before_its_rename_and_the_folder_after(
     for name in ("write", "fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(
-            atomic.os, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1]
+            store.os, name, lambda *args, _real=real, _name=name: (calls.append(_name), _real(*args))[1]
         )
     write_atomic(tmp_path / "x", lambda sink: sink.write(b"abc"))
     assert calls == ["write", "fsync", "replace", "fsync"]
@@ -213,7 +213,7 @@ def test_a_failing_disk_leaves_what_stood_there_and_says_what_to_do(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, operation, fail)
+        patch.setattr(store.os, operation, fail)
         with pytest.raises(SftError) as caught:
             write_shard(path, packed(9), 64)
     assert str(path) in str(caught.value)
@@ -224,7 +224,7 @@ def test_a_failing_disk_leaves_what_stood_there_and_says_what_to_do(
 
 
 def test_an_interrupted_writer_leaves_nothing_behind(tmp_path: Path) -> None:
-    def interrupted(sink: atomic.Sink) -> None:
+    def interrupted(sink: store.Sink) -> None:
         sink.write(b"half")
         raise KeyboardInterrupt
 

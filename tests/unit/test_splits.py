@@ -321,7 +321,7 @@ def test_a_shard_is_known_by_its_columns_wherever_it_lies(tmp_path: Path) -> Non
 
     from sftdata.batches import TokenBatch
     from sftdata.pack import gather, plan_packs
-    from sftdata.shardset.shards import write_shard
+    from sftdata.set.shards import write_shard
     from sftdata.sources.source import open_source, plan_source
 
     tokens = TokenBatch(np.arange(9, dtype=np.int32), np.ones(9, np.bool_), np.array([0, 4, 9]), np.arange(2))

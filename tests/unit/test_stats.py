@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftdata.pages import macro
-from sftdata.shardset.ledger import Ledger, length_bins
+from sftdata.set.ledger import Ledger, length_bins
 from sftdata.show.audit import audit_set
 from sftdata.show.stats import (
     LengthBin,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sftdata.shardset.opened import open_set
+from sftdata.set.opened import open_set
 from sfttrain.data import Collator, Row, TrainingRows
 from sfttrain.order import FILLER
 from tests.train_sets import make_set

@@ -13,11 +13,11 @@ import pytest
 
 from sftdata.batches import PackedRows
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.manifest import Manifest, write_manifest
-from sftdata.shardset.opened import open_set
-from sftdata.shardset.shards import read_shard, write_shard
-from sftdata.shardset.verify import verify
+from sftdata.set.ledger import Ledger
+from sftdata.set.manifest import Manifest, write_manifest
+from sftdata.set.opened import open_set
+from sftdata.set.shards import read_shard, write_shard
+from sftdata.set.verify import verify
 
 Build = Callable[..., Manifest]
 SLICES = [[5, 9, 20, 31, 7, 12], [3, 3, 31, 8], [30, 30, 2]]
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_read_is_named(
     build_set: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_set([[5]])
-    from sftdata.shardset import verify as module
+    from sftdata.set import verify as module
 
     def fail(path: Path, sha256: bool) -> None:
         raise OSError(5, os.strerror(5))

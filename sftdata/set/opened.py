@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError, SftError, need, place
-from sftdata.shardset.laws import refuse_unlawful
-from sftdata.shardset.manifest import MANIFEST_NAME, Manifest, SetFile, SourceInfo, read_manifest
-from sftdata.shardset.shards import ShardInfo, read_batches, read_shard, shard_schema
+from sftdata.set.manifest import MANIFEST_NAME, Manifest, SourceInfo, read_manifest
+from sftdata.set.shards import ShardInfo, read_batches, read_shard, shard_schema
+from sftdata.set.store import plain_file
+from sftdata.set.verify import refuse_unlawful
 
 if TYPE_CHECKING:
     import polars as pl
@@ -67,8 +68,8 @@ class PackedRow:
 class ShardSet(Sequence[PackedRow]):
     """The packed rows of a set, as a sequence that costs nothing until it is read.
 
-    A shard is checked when it is first mapped, and stays mapped. Where another set has taken the place of this one by then, that
-    is an error: its rows would come under the manifest of this one.
+    A shard is checked when it is first mapped, and stays mapped. Where another set has taken the place of
+    this one by then, that is an error: its rows would come under the manifest of this one.
 
     Attributes:
         folder: where the set lies.
@@ -86,7 +87,13 @@ class ShardSet(Sequence[PackedRow]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> PackedRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedRow]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedRow | list[PackedRow]:
         """Return a row, or a list of rows for a slice.
 
         Raises:
@@ -99,15 +106,16 @@ class ShardSet(Sequence[PackedRow]):
         shard = bisect_right(self._ends, row)
         return self._shard(shard).row(row - self._ends[shard] + self.manifest.shards[shard].rows)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Send the set to another process without what is mapped here."""
         return partial(ShardSet, lawful=self._lawful), (self.folder, self.manifest)
 
     def __repr__(self) -> str:
         ledger = self.manifest.ledger
         return (
-            f"<ShardSet {str(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents, {ledger.tokens:,} tokens,"
-            f" {ledger.tokens_trained:,} of them trained, max_length {self.manifest.max_length}>"
+            f"<ShardSet {str(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents,"
+            f" {ledger.tokens:,} tokens, {ledger.tokens_trained:,} of them trained,"
+            f" max_length {self.manifest.max_length}>"
         )
 
     def batches(self) -> Iterator[PackedRows]:
@@ -164,7 +172,7 @@ class ShardSet(Sequence[PackedRow]):
         """Map every shard, so that the bytes stay these whatever is put in the place of the set.
 
         Raises:
-            IntegrityError: a shard is not what the manifest says, its rows break a law, or the set was replaced.
+            IntegrityError: a shard is not what the manifest says, its rows break a law, or it was replaced.
         """
         for index in range(len(self.manifest.shards)):
             self._shard(index)
@@ -189,7 +197,8 @@ class ShardSet(Sequence[PackedRow]):
                 f"{self.folder}: gone while it was in use: {reason}.", "open the set again."
             ) from None
         if digest != self.manifest.digest:
-            what = f"{self.folder}: replaced while it was in use: opened as {self.manifest.digest[:12]}, now {digest[:12]}."
+            opened = self.manifest.digest[:12]
+            what = f"{self.folder}: replaced while it was in use: opened as {opened}, now {digest[:12]}."
             raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
         self._seen = state
 
@@ -238,22 +247,3 @@ def open_set(folder: str | Path) -> ShardSet:
     """
     folder = Path(folder)
     return ShardSet(folder, read_manifest(folder))
-
-
-def plain_file(folder: Path, info: ShardInfo | SetFile) -> Path:
-    """Return the path of a file of the set after a look at what can be seen without reading it.
-
-    Raises:
-        IntegrityError: the file is missing, is reached through a link, or has another size.
-    """
-    path = folder / info.name
-    if not path.is_file():
-        raise IntegrityError(f"{path}: missing.", "restore the file or prepare the set again.")
-    if path.resolve() != folder.resolve() / info.name:
-        raise IntegrityError(
-            f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
-        )
-    if path.stat().st_size != info.bytes:
-        found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
-        raise IntegrityError(f"{path}: {found}.", "restore the file or prepare the set again.")
-    return path

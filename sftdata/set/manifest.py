@@ -1,7 +1,7 @@
 """The manifest: what a set is. A folder with a manifest is a finished set; a folder without is not a set.
 
-`digest` covers what defines the content: settings, tokenizer, template, sources, ledger and shards, but no path, no worker
-count, no engine. `checksum` covers the file itself, to the last note.
+`digest` covers what defines the content: settings, tokenizer, template, sources, ledger and shards, but no
+path, no worker count, no engine. `checksum` covers the file itself, to the last note.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import xxhash
 from msgspec import Meta
 
 from sftdata.errors import IntegrityError, Unit, UsageError
-from sftdata.shardset.atomic import write_atomic
-from sftdata.shardset.fields import Count, PlainPath, Sha256, TokenId, Xxh3
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.shards import ShardInfo
+from sftdata.set.ledger import Ledger
+from sftdata.set.shards import ShardInfo
+from sftdata.set.store import Count, SetFile, Sha256, TokenId, write_atomic
 
 FORMAT_VERSION = 2
-"""What is written. Version 1, which is read too, labels the first token of a row that keeps its own length."""
+"""What is written. Version 1, read too, labels the first token of a row that keeps its own length."""
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
 
-# Settings that say where things lie (what lies there is hashed) or how the work is done: they never change a byte of the set.
+# Settings that say where things are (their content is hashed) or how work is done: they never change a byte.
 _PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
 _MANNER = ("workers", "engine", "overwrite", "max_rejects")
 _OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines")
@@ -73,15 +72,6 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unit: Unit = "line"
 
 
-class SetFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Another file of the set: the rejects, the tokenizer."""
-
-    name: PlainPath
-    bytes: Count
-    xxh3: Xxh3
-    sha256: Sha256
-
-
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything there is to know about a set without opening a shard.
 
@@ -97,8 +87,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         files: the other files of the set.
         notes: what was defaulted or guessed, one sentence each.
         software: versions that made the set.
-        blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in + blank_lines` is what the
-            sources hold together. None in sets that were made before this was counted.
+        blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in +
+            blank_lines` is what the sources hold together. None in sets made before this was counted.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION

@@ -1,4 +1,4 @@
-"""The one way a file of a set is written: temporary file, fsync, rename, fsync of the folder; digests in the same pass."""
+"""The files of a set: written atomically, hashed on the way to the disk, and described by their digests."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 import xxhash
+from msgspec import Meta
 
-from sftdata.errors import SftError, UsageError
+from sftdata.errors import IntegrityError, SftError, UsageError
 
 TEMPORARY_SUFFIX = ".tmp"
 _READ_BYTES = 1 << 20
-# What the command asked for and cannot have: exit code 2. Any other failure is the machine's, which may pass: exit code 1.
+# What the command asked for and cannot have: exit code 2. Any other failure is the machine's and may pass:
+# exit code 1.
 _REFUSALS = {
     errno.EROFS: "choose an output folder on a disk that can be written.",
     errno.EACCES: "choose an output folder that you may write to.",
@@ -29,20 +31,68 @@ _REFUSALS = {
     errno.ENOTDIR: "choose an output folder whose path holds no file.",
     errno.ENAMETOOLONG: "choose a shorter name for the output folder.",
 }
+_AGAIN = "then run the same command again; what is finished is kept."
 _FIXES = {
-    errno.ENOSPC: "free some space, then run the same command again; what is finished is kept.",
-    errno.EDQUOT: "raise the quota or free some space, then run the same command again; what is finished is kept.",
-    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes, then run the same command again.",
+    errno.ENOSPC: f"free some space, {_AGAIN}",
+    errno.EDQUOT: f"raise the quota or free some space, {_AGAIN}",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes,"
+    " then run the same command again.",
 }
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: see renameat2(2)
 
+# ------------------------------------------------------------------------------------------- descriptions
 
-class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file must be: its size in bytes, its xxh3-128 (fast, against damage) and its sha256 (against forgery), both hex."""
 
-    bytes: int
-    xxh3: str
-    sha256: str
+# Types of fields read from files. These may come from anywhere, so each type says all that it may hold.
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+"""A number of things; 2**53 is the largest that every JSON reader keeps exact."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+RowLength = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ShardName = Annotated[str, Meta(pattern=r"^shard-[0-9]{5,9}\.arrow\Z")]
+
+PlainPath = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z", max_length=1024)
+]
+"""A path inside the folder of the set: no part is hidden, `.` or `..`, or needs quoting in a shell."""
+
+
+class FileDigest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file must be: its size, and in hex xxh3-128 (against damage) and sha256 (against forgery)."""
+
+    bytes: Count
+    xxh3: Xxh3
+    sha256: Sha256
+
+
+class SetFile(FileDigest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of a set, by its name in the folder."""
+
+    name: PlainPath
+
+
+def plain_file(folder: Path, info: SetFile) -> Path:
+    """Return the path of a file of the set after a look at what can be seen without reading it.
+
+    Raises:
+        IntegrityError: the file is missing, is reached through a link, or has another size.
+    """
+    path = folder / info.name
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing.", "restore the file or prepare the set again.")
+    if path.resolve() != folder.resolve() / info.name:
+        raise IntegrityError(
+            f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
+        )
+    if path.stat().st_size != info.bytes:
+        found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
+        raise IntegrityError(f"{path}: {found}.", "restore the file or prepare the set again.")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- writing
 
 
 class Sink(Protocol):
@@ -97,8 +147,8 @@ def write_atomic(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
         Size and digests of what was written, taken on the way to the disk.
 
     Raises:
-        SftError: the disk is full or broken (a UsageError where the folder cannot be written); nothing stands at `path` but what
-            stood there before.
+        SftError: the disk is full or broken (a UsageError where the folder cannot be written); `path` is what
+            it was before.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     with explained(path):
@@ -125,10 +175,11 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         code = error.errno or 0
-        what = f"{path}: cannot be written: {error.strerror or error} ({errno.errorcode.get(code, 'unknown error')})."
+        name = errno.errorcode.get(code, "unknown error")
+        what = f"{path}: cannot be written: {error.strerror or error} ({name})."
         if code in _REFUSALS:
             raise UsageError(what, _REFUSALS[code]) from error
-        fix = _FIXES.get(code, "check the disk, then run the same command again; what is finished is kept.")
+        fix = _FIXES.get(code, f"check the disk, {_AGAIN}")
         raise SftError(what, fix) from error
 
 
@@ -162,7 +213,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def digest_file(path: Path, *, sha256: bool = True) -> FileDigest:
-    """Read a file once, front to back, and return its digest; without `sha256`, which costs most, that field is empty."""
+    """Read a file once and return its digest; without `sha256`, which costs most, that field is empty."""
     xxh3, slow, size = xxhash.xxh3_128(), hashlib.sha256(), 0
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:

@@ -13,35 +13,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError, SftError
-from sftdata.shardset.atomic import Sink, write_atomic
-from sftdata.shardset.fields import Count, Sha256, ShardName, Xxh3
+from sftdata.set.store import Count, SetFile, ShardName, Sink, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
 WEIGHTS = "loss_weights"
-_BATCH_TOKENS = (
-    1 << 20
-)  # 8 MiB of ids and labels: small enough to stream, large enough that its cost is nothing
+_BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough to cost nothing
 _LARGEST_OFFSET = 2**31 - 1
 
 
-class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ShardInfo(SetFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the manifest knows of a shard.
 
     Attributes:
-        name: plain file name, `shard-00000.arrow`.
         rows: packed rows.
         documents: documents in them, padding aside.
         tokens: tokens of the documents.
         tokens_trained: those with a label.
-        bytes, xxh3, sha256: size in bytes and digests of the file.
     """
 
     name: ShardName
@@ -49,9 +43,6 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     documents: Count
     tokens: Count
     tokens_trained: Count
-    bytes: Count
-    xxh3: Xxh3
-    sha256: Sha256
 
 
 def shard_name(index: int) -> str:
@@ -117,7 +108,7 @@ def read_shard(path: Path, max_length: int | None, weighted: bool = False) -> li
 
 
 def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> list[pa.RecordBatch]:
-    """Map a shard and return its record batches, checked to have the schema of a shard and offsets inside their buffers.
+    """Map a shard and return its record batches, with their schema and their offsets checked.
 
     Raises:
         IntegrityError: the file is no such shard.
@@ -127,15 +118,15 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
 
     expected = shard_schema(max_length, weighted)
     try:
-        # The views keep the mapping alive; closing gives the file descriptor back, so that 10,000 shards can be open.
+        # The views keep the mapping alive; closing gives back the descriptor: 10,000 shards can be open.
         with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(
-                file, options=pa.ipc.IpcReadOptions(use_threads=False)
-            )  # nothing is decoded
+            # Nothing is decoded, so that threads would have nothing to do.
+            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
                 raise IntegrityError(
-                    f"{path}: the columns are {found}; expected those of a shard with max_length {max_length}."
+                    f"{path}: the columns are {found};"
+                    f" expected those of a shard with max_length {max_length}."
                 )
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
@@ -143,9 +134,8 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
             if any(column.null_count or _items(column).null_count for column in batch.columns):
                 raise IntegrityError(f"{path}: holds nulls; a shard has none.")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
-        if isinstance(error, MemoryError) or getattr(
-            error, "errno", None
-        ):  # what the system says, not what the file holds
+        # What the system says, not what the file holds.
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
             what = f"{path}: cannot be read here: {getattr(error, 'strerror', None) or error}."
             raise SftError(
                 what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
@@ -160,8 +150,7 @@ def _write_ipc(sink: Sink, rows: PackedRows, max_length: int | None) -> None:
     import pyarrow as pa
 
     schema = shard_schema(max_length, rows.loss_weights is not None)
-    output: Any = sink
-    with pa.ipc.new_file(output, schema) as writer:
+    with pa.ipc.new_file(sink, schema) as writer:
         for first, last in _batch_edges(rows.row_offsets):
             writer.write_batch(_batch(rows, first, last, schema))
 
@@ -226,7 +215,7 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
 
 
 def _items(column: pa.Array) -> pa.Array:
-    """Return what the lists of a column without nulls hold, end to end: its `flatten` imports pyarrow.compute, 0.1 s."""
+    """Return what the lists of a column without nulls hold; `flatten` would import pyarrow.compute, 0.1 s."""
     import pyarrow as pa
 
     if pa.types.is_fixed_size_list(column.type):

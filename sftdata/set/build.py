@@ -3,11 +3,12 @@
     DIR.partial/
       plan.json             what is being built: another plan refuses to go on here
       shard-00000.arrow     written by its task, final from then on
-      slices/00000.json     written after the slice's shard and its parts of the lists (00000.rejects.jsonl, ...): it is done
+      slices/00000.json     written after the task's shard and lists (00000.rejects.jsonl, ...): it is done
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
-A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders change names in one
-step; a system without it moves the old one to `DIR.partial.replaced` first, and a run stopped there is ended by the next.
+A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders
+change names in one step; a system without it moves the old one to `DIR.partial.replaced` first, and a run
+stopped there is ended by the next.
 """
 
 from __future__ import annotations
@@ -20,28 +21,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.shardset.atomic import digest_file, explained, remove, swap_folders, sync_folder, write_atomic
-from sftdata.shardset.card import CARD, CARD_NAME
-from sftdata.shardset.ledger import Ledger
-from sftdata.shardset.lists import LISTS, write_parts
-from sftdata.shardset.manifest import (
+from sftdata.set.ledger import LISTS, Ledger, write_parts
+from sftdata.set.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
-    SetFile,
     partial_folder,
     read_manifest,
     write_manifest,
 )
-from sftdata.shardset.shards import ShardInfo
+from sftdata.set.shards import ShardInfo
+from sftdata.set.store import (
+    SetFile,
+    digest_file,
+    explained,
+    remove,
+    swap_folders,
+    sync_folder,
+    write_atomic,
+)
 
 _PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
 _NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
+
+CARD_NAME = "README.md"
+CARD = b"""\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: shard-*.arrow
+---
+
+A set of tokenized, masked and packed rows for supervised fine-tuning, made by `sftdata prepare`.
+`manifest.json` says what it was made from; `sftdata verify` checks every byte of it against that.
+
+`load_dataset` reads its rows: `input_ids` and `labels` (-100 where not trained), `seq_lengths` of the
+documents in a row, and `example_ids`, the input rows they come from. `tokenizer/` holds the tokenizer, chat
+template included.
+"""
 
 
 class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +75,8 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
         shards: its shards, none when it kept no row.
         ledger: what became of its rows and tokens.
         rejects: rows it rejected, also counted in the ledger.
-        sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for the oracle.
+        sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for
+            the reference engine.
     """
 
     index: int
@@ -64,10 +88,10 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
-    """Return the manifest of a finished set at `folder`; None where there is none, or a damaged one that may be overwritten.
+    """Return the manifest of a finished set at `folder`; None where there is none, or none that must be kept.
 
     Raises:
-        UsageError, IntegrityError: the folder holds other things or a damaged set, or cannot be replaced by a rename.
+        UsageError, IntegrityError: the folder holds other things or a damaged set, or cannot be renamed.
     """
     if (folder / MANIFEST_NAME).exists():
         try:
@@ -129,7 +153,7 @@ class Build:
 
     @contextmanager
     def refusable(self) -> Iterator[None]:
-        """Note when the run is refused: what it did stays for the same settings, and makes way for those that fix it."""
+        """Note when the run is refused: the same settings resume what it did, others may discard it."""
         self._refused.unlink(missing_ok=True)
         try:
             yield
@@ -138,7 +162,7 @@ class Build:
                 self._refused.touch()
             raise
 
-    def start(self, plan: dict[str, Any], *, overwrite: bool) -> dict[int, ShardResult]:
+    def start(self, plan: dict[str, object], *, overwrite: bool) -> dict[int, ShardResult]:
         """Begin or resume; return the tasks that are done.
 
         Args:
@@ -156,7 +180,7 @@ class Build:
             self.clear()
             return self._resume(plan, overwrite)
 
-    def _resume(self, plan: dict[str, Any], overwrite: bool) -> dict[int, ShardResult]:
+    def _resume(self, plan: dict[str, object], overwrite: bool) -> dict[int, ShardResult]:
         path = self.folder / _PLAN
         plan = plan | {"format_version": FORMAT_VERSION}
         before = self._begun()
@@ -188,7 +212,7 @@ class Build:
             if all(_stands(self.folder, shard) for shard in result.shards)
         }
 
-    def _begun(self) -> dict[str, Any]:
+    def _begun(self) -> dict[str, object]:
         """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
         if (self.folder / _PLAN).exists():
             return _read_json(self.folder / _PLAN)
@@ -201,7 +225,7 @@ class Build:
         )
 
     def sealed(self) -> Manifest | None:
-        """Return the manifest of a set that is finished but for its place, as a run leaves it that is stopped at the very end."""
+        """Return the manifest of a set that only waits to be put in place: its run was stopped at the end."""
         if not (self.folder / MANIFEST_NAME).exists():
             return None
         with suppress(IntegrityError):
@@ -209,7 +233,7 @@ class Build:
         return None
 
     def sweep(self) -> None:
-        """Remove what a run leaves that is stopped after its set was put in place; another run's work stays."""
+        """Remove what is left of a run stopped after its set was put in place; another run's work stays."""
         if not self.folder.exists() and not self.replaced.exists():
             return
         with suppress(SftError, OSError), self.locked():
@@ -240,7 +264,11 @@ class Build:
             write_atomic(self.folder / name, partial(write_parts, parts))
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
-        """Add the tokenizer's files, the manifest last, and put the set in place; SftError where the tokenizer is gone."""
+        """Add the tokenizer's files, the manifest last, and put the set in place.
+
+        Raises:
+            SftError: the tokenizer was changed or is gone.
+        """
         with explained(self.folder / _TOKENIZER):
             copied = list(self._copy(tokenizer))
             if manifest.tokenizer.sha256 not in (file.sha256 for file in copied):
@@ -268,7 +296,7 @@ class Build:
             yield self._describe(copy.relative_to(self.folder).as_posix())
 
     def put_in_place(self) -> None:
-        """Turn a folder with a manifest into the set; a finished run that was stopped before this does only this."""
+        """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""
         with explained(self.output):
             if (self.folder / _SLICES).exists():
                 shutil.rmtree(self.folder / _SLICES)
@@ -317,9 +345,9 @@ def _stands(folder: Path, shard: ShardInfo) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
     except msgspec.MsgspecError as error:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
@@ -331,6 +359,6 @@ def _read_result(path: Path) -> ShardResult:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,20 +1,43 @@
-"""The ledger: what became of every row and every token. Slices count apart; counts merge in any order."""
+"""The ledger: what became of every row and every token, and lists of the rows behind its counts.
+
+Tasks count apart; counts merge in any order. The lists stand beside the shards, one JSON object a line: each
+task writes its part, and the set joins them in order.
+
+    rejects.jsonl   rows that cannot be used, with the row itself, to be fixed and fed back in
+    dropped.jsonl   rows that were read and are not in the shards, with the reason
+    counted.jsonl   the rows behind each counter, as ranges of example ids
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from sftdata.batches import EXAMPLES, FILTERED, IGNORE_INDEX, Bool, Int64, PackedRows, Tally
+from sftdata.batches import (
+    EXAMPLES,
+    FILTERED,
+    IGNORE_INDEX,
+    Bool,
+    Int64,
+    PackedRows,
+    Reject,
+    Tally,
+)
 from sftdata.errors import IntegrityError
 from sftdata.ragged import offsets_of
-from sftdata.shardset.fields import Count, RowLength
+from sftdata.set.store import Count, RowLength, Sink
+
+REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"
+LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
 
 Counts = dict[str, Count]
+_Key = TypeVar("_Key", str, int)
 
 
 class SourceCounts(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +67,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         tokens_context: the other tokens of the examples.
         tokens_cut: tokens by over-long policy.
         max_length: tokens per packed row; None while nothing is packed or where rows keep their own length.
-        counters: everything else worth a number: `boundary_splits`, `literal_rows`, `rows_without_ending`, ...
+        counters: everything else worth a number: `boundary_splits`, `literal_rows`, ...
         examples: rows behind a counter, by its name: the ids of the first three.
         lengths: examples by length before any cut, {lower bound of the bin: examples}, see `length_bins`.
         sources: what each source gave.
@@ -157,7 +180,8 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         cut = sum(self.tokens_cut.values())
         _equal(
             where,
-            f"rows_in = rows_kept {self.rows_kept} + rejected {rejected} + filtered {filtered} + dropped {dropped}",
+            f"rows_in = rows_kept {self.rows_kept} + rejected {rejected} + filtered {filtered}"
+            f" + dropped {dropped}",
             self.rows_in,
             self.rows_kept + rejected + filtered + dropped,
         )
@@ -173,19 +197,20 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         else:
             _equal(
                 where,
-                f"rows_packed {self.rows_packed} * max_length {self.max_length} = trained {self.tokens_trained}"
-                f" + context {self.tokens_context} + padding {self.tokens_padding}",
+                f"rows_packed {self.rows_packed} * max_length {self.max_length}"
+                f" = trained {self.tokens_trained} + context {self.tokens_context}"
+                f" + padding {self.tokens_padding}",
                 self.rows_packed * self.max_length,
                 self.tokens + self.tokens_padding,
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain JSON data, every mapping in the order of its keys."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
+        plain: dict[str, object] = msgspec.to_builtins(self)
         return {name: _ordered(value) for name, value in plain.items()}
 
     @classmethod
-    def from_json(cls, data: Any) -> Ledger:
+    def from_json(cls, data: object) -> Ledger:
         """Read what `to_json` returned.
 
         Raises:
@@ -207,7 +232,7 @@ def length_bins(lengths: Int64) -> Int64:
 
 
 def distinct(ids: Int64) -> Int64:
-    """Return the different values among int64[N] >= 0, ascending; by sorting, which outruns `np.unique` ten times."""
+    """Return the different values among int64[N] >= 0, ascending; ten times as fast as `np.unique`."""
     ids = np.sort(ids)
     kept: Int64 = ids[np.diff(ids, prepend=-1) > 0]
     return kept
@@ -232,7 +257,7 @@ def _count_sources(
     return counts
 
 
-def _add(mine: dict[Any, int], theirs: dict[Any, int]) -> None:
+def _add(mine: dict[_Key, int], theirs: Mapping[_Key, int]) -> None:
     for key, count in theirs.items():
         mine[key] = mine.get(key, 0) + count
 
@@ -250,7 +275,100 @@ def _equal(where: str, equation: str, left: int, right: int) -> None:
         raise IntegrityError(f"{where}: {equation} does not hold: {left} is not {right}.")
 
 
-def _ordered(value: Any) -> Any:
+def _ordered(value: object) -> object:
     if not isinstance(value, dict):
         return value
     return {str(key): value[key] for key in sorted(value)}
+
+
+# ------------------------------------------------------------------------------- the rows behind the counts
+
+
+class CountedRows(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows that one task added to a counter.
+
+    Attributes:
+        counter: its name in the ledger.
+        examples: first and last example id of each run of rows that follow each other.
+    """
+
+    counter: str
+    examples: list[tuple[int, int]]
+
+
+def encode_reject(reject: Reject) -> bytes:
+    r"""Return a reject as one JSON line; what UTF-8 cannot hold (half a surrogate pair) is kept as an escape.
+
+    >>> where = dict(file="a.csv", line=3, record=2, byte_offset=9)
+    >>> encode_reject(Reject(**where, code="late", reason="r", fix="f", row='"'))
+    b'{"file":"a.csv","line":3,"record":2,"byte_offset":9,"code":"late","reason":"r","fix":"f","row":"\\""}\n'
+    """
+    try:
+        line = msgspec.json.encode(reject)
+    except (UnicodeEncodeError, msgspec.MsgspecError, TypeError, OverflowError):
+        plain = {name: getattr(reject, name) for name in reject.__struct_fields__}
+        line = json.dumps(plain, default=str, separators=(",", ":")).encode()
+    return line + b"\n"
+
+
+def first_reject(folder: Path, code: str) -> Reject:
+    """Return the first row of a folder's rejects that was rejected for this reason."""
+    with open(folder / REJECTS_NAME, "rb") as lines:
+        return next(
+            reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code
+        )
+
+
+def encode_lines(items: Iterable[msgspec.Struct]) -> bytes:
+    r"""Return items as JSON lines.
+
+    >>> encode_lines([CountedRows(counter="rows_parted", examples=[(0, 4), (7, 7)])])
+    b'{"counter":"rows_parted","examples":[[0,4],[7,7]]}\n'
+    """
+    return b"".join(msgspec.json.encode(item) + b"\n" for item in items)
+
+
+def runs_of(ids: Int64) -> list[tuple[int, int]]:
+    """Return the first and last of each run of ids, int64[N], that follow each other; each id counts once.
+
+    >>> runs_of(np.array([3, 1, 2, 7, 7]))
+    [(1, 3), (7, 7)]
+    """
+    ids = np.unique(ids)
+    starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+    ends = np.append(starts[1:], len(ids)) - 1
+    return list(zip(ids[starts].tolist(), ids[ends].tolist(), strict=True)) if len(ids) else []
+
+
+def counted_rows(rows: Mapping[str, Int64]) -> Iterator[CountedRows]:
+    """Yield what one task counted, by name; `rows` are example ids, int64[N], of each counter."""
+    for name in sorted(rows):
+        if len(rows[name]):
+            yield CountedRows(counter=name, examples=runs_of(rows[name]))
+
+
+def write_parts(parts: Iterable[bytes], sink: Sink) -> None:
+    """Write bytes end to end."""
+    for part in parts:
+        sink.write(part)
+
+
+def read_counted(folder: Path) -> dict[str, Int64]:
+    """Return the ids of all rows behind each counter, int64[N], ascending; none for a set without the list.
+
+    Raises:
+        IntegrityError: the list is damaged.
+    """
+    path = folder / COUNTED_NAME
+    found: dict[str, list[Int64]] = {}
+    try:
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            counted = msgspec.json.decode(line, type=CountedRows)
+            found.setdefault(counted.counter, []).extend(
+                np.arange(first, last + 1) for first, last in counted.examples
+            )
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again."
+        ) from None
+    return {name: np.concatenate(parts) for name, parts in found.items()}
