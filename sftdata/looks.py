@@ -13,11 +13,9 @@ from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
 from sftdata.formats.convert import convert_rows
 from sftdata.formats.detect import Detection, detect
-from sftdata.formats.fields import FormatOptions
+from sftdata.formats.fields import ALPACA, FormatOptions, load_prompt_template
 from sftdata.formats.formatter import formatter_sha256
-from sftdata.formats.instructions import from_messages, is_messages
-from sftdata.formats.prompts import ALPACA, load_prompt_template
-from sftdata.formats.turn_markers import find_turn_markers
+from sftdata.formats.instructions import find_turn_markers, from_messages, is_messages
 from sftdata.masks.markers import shell_quote
 from sftdata.sources.jsonrows import from_json
 from sftdata.sources.source import Chunk, SourcePlan

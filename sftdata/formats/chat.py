@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftdata.batches import Conversation
-from sftdata.errors import RowError
-from sftdata.formats.calls import Message, read_calls, read_tools, without_stray_nulls
+from sftdata.errors import RowError, nearest
+from sftdata.formats.calls import Message, read_calls, read_parts, read_tools, without_stray_nulls
 from sftdata.formats.fields import Fields, FormatOptions
-from sftdata.formats.parts import read_parts
-from sftdata.formats.roles import CALLS, ROLES, find_role, plain_name, spelled_role, unknown_roles
-from sftdata.formats.switches import SWITCHES, read_switch
 from sftdata.sources.jsonrows import from_json, kind_of
 
 Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or its weight
@@ -272,3 +271,139 @@ def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
 
 
 _XTUNER_KEYS = {"system", "input", "output"}
+
+
+# ------------------------------------------------------------------------------------------
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CALLS = ("function_call", "tool_call")
+"""Roles of messages whose content is a call."""
+ALIASES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    **dict.fromkeys(CALLS, "assistant"),
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+# No one but the model goes by these names. They are not read unasked: a template may know a role of such a name.
+_OF_MODELS = ("bot", "chatbot", "ai", "model", "llm")
+_TYPO = 0.85  # as alike as "asistant" and "assistant"; "assistant_result" and "assistant" are not
+
+
+def spelled_role(message: Mapping[str, Any]) -> Any:
+    """Return what stands under `role`, or under `from` where `role` is null or absent."""
+    role = message.get("role")
+    return message.get("from") if role is None else role
+
+
+def find_role(spelling: Any, mapping: Mapping[str, str]) -> str | None:
+    """Return the role that a spelling stands for, in any case of its letters; None for one that nothing is known of.
+
+    >>> find_role("Human", {}), find_role("bot", {"bot": "assistant"}), find_role("context", {})
+    ('user', 'assistant', None)
+    """
+    if not isinstance(spelling, str):
+        return None
+    name = plain_name(spelling)
+    role = mapping.get(spelling, mapping.get(name))
+    return role or (name if name in ROLES else ALIASES.get(name))
+
+
+def plain_name(spelling: str) -> str:
+    """Return a role's name without outer space and in lower case."""
+    return spelling.strip().lower()
+
+
+def unknown_roles(messages: Sequence[Any], column: str, mapping: Mapping[str, str]) -> RowError:
+    """Return the error that names every unknown role of a conversation, with advice that trains no question and no result."""
+    spellings = [
+        (index, spelled_role(message)) for index, message in enumerate(messages) if isinstance(message, dict)
+    ]
+    unknown: dict[str | None, tuple[int, Any]] = {}
+    for index, spelling in spellings:
+        if find_role(spelling, mapping) is None:
+            unknown.setdefault(spelling if isinstance(spelling, str) else None, (index, spelling))
+    found = ", ".join(
+        f"{column}[{index}].role is {repr(spelling) if isinstance(spelling, str) else kind_of(spelling)}"
+        for index, spelling in unknown.values()
+    )
+    fixes = ["give every message a role"] if None in unknown else []
+    fixes += [_advice(name) for name in unknown if name is not None]
+    return RowError("unknown-role", f"{found}; expected one of {', '.join(ROLES)}.", ", ".join(fixes))
+
+
+def _advice(name: str) -> str:
+    plain = plain_name(name)
+    near = nearest(plain, [*ROLES, *ALIASES], _TYPO)
+    target = "assistant" if plain in _OF_MODELS else ALIASES.get(near, near) if near else None
+    if target:
+        return f"--map-role {name}={target}"
+    return f"--map-role {name}=ROLE, where ROLE is system, user, assistant (trained) or tool"
+
+
+# ------------------------------------------------------------------------------------------
+
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+ON = ("train", "training", "trainable", "loss", "loss_mask", "output_with_loss")  # true: trained
+OFF = ("masked",)  # true: not trained
+UNCLEAR = {
+    "mask": ("it may mean either", 'call it "train" or "masked", by what true means'),
+    "train_detail": (
+        "a part of a message cannot be trained",
+        'split the message, and switch its parts with "train"',
+    ),
+    "training_detail": (
+        "a part of a message cannot be trained",
+        'split the message, and switch its parts with "train"',
+    ),
+}
+SWITCHES = frozenset({*WEIGHTS, *ON, *OFF, *UNCLEAR})
+
+
+def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool | float | None:
+    """Return a message's own switch; several must all be on. With `weighted`, the product of weights that are no switches.
+
+    Raises:
+        RowError: a value that is no switch, or a mask of which it is not known what it leaves out.
+    """
+    present = [(key, message[key]) for key in message if key in SWITCHES and message[key] is not None]
+    if not present:
+        return None
+    for key, value in present:
+        if key in UNCLEAR and value != []:
+            why, fix = UNCLEAR[key]
+            raise RowError("unclear-switch", f"{where}.{key} is {value!r}; {why}.", fix)
+    values = [(key, value) for key, value in present if key not in UNCLEAR]
+    strange = [(key, value) for key, value in values if value not in (0, 1)]
+    for key, value in strange:
+        if not weighted or key not in WEIGHTS or not _is_weight(value):
+            wanted = (
+                "a number from 0 that float32 can hold"
+                if weighted and key in WEIGHTS
+                else "0 or 1, true or false"
+            )
+            fix = "fix the weight." if weighted else "round the weight, or keep it with --loss-weights."
+            fix = fix if key in WEIGHTS else "write it as true or false."
+            raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
+    on = all(not value if key in OFF else value for key, value in values)
+    if not strange or not on:
+        return on if values else None
+    weight = math.prod(float(value) for _, value in strange)
+    if not _is_weight(weight):
+        raise RowError(
+            "fractional-weight", f"{where}: its weights multiply to {weight!r}.", "fix the weights."
+        )
+    return weight
+
+
+def _is_weight(value: Any) -> bool:
+    """Say whether float32 holds a number as one above 0 and finite."""
+    return isinstance(value, int | float) and _SMALLEST <= value <= _LARGEST
+
+
+_SMALLEST, _LARGEST = 2.0**-126, 3.4e38  # of the normal numbers of float32

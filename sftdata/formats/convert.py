@@ -13,11 +13,9 @@ from sftdata.errors import RowError, UsageError
 from sftdata.formats.fields import Fields, FormatOptions
 from sftdata.formats.formatter import load_formatter
 from sftdata.formats.instructions import is_messages
-from sftdata.formats.preferences import UNJUDGED, unwanted_answer
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
+from sftdata.formats.unsupported import MEDIA_COLUMNS, UNJUDGED, has_media, unwanted_answer
 from sftdata.sources.jsonrows import kind_of
-
-MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +57,6 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tall
             kept.append(index)
     tally.counts.update({f"column_unused:{name}": count for name, count in convert.unused().items()})
     return Converted(rows, np.array(kept, np.int64))
-
-
-def has_media(row: dict[str, Any]) -> bool:
-    """Return True for a row with a picture, sound or film in a column of its own."""
-    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
 
 
 class _Converter:

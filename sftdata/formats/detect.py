@@ -13,10 +13,18 @@ from typing import Any
 from sftdata.batches import Reject
 from sftdata.errors import UsageError, did_you_mean, nearest
 from sftdata.formats.fields import Fields
-from sftdata.formats.odd_values import explain_odd_value
-from sftdata.formats.preferences import UNJUDGED, is_unanswered_preference
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
-from sftdata.formats.unsupported import BY_COLUMNS, NEAR_MISSES, PREFERENCE, UNWANTED, VISION, NearMiss
+from sftdata.formats.unsupported import (
+    BY_COLUMNS,
+    NEAR_MISSES,
+    PREFERENCE,
+    UNJUDGED,
+    UNWANTED,
+    VISION,
+    NearMiss,
+    explain_odd_value,
+    is_unanswered_preference,
+)
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.source import read_chunk
 

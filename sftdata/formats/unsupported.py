@@ -1,29 +1,263 @@
-"""Rows that look trainable and are not: each with its reason and the way out."""
+"""Rows with the columns of a format, and a value there that the format cannot take: which, what it is, and the way out."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftdata.formats.columnwise import explain_columnwise, shape_of
-from sftdata.formats.convert import MEDIA_COLUMNS, has_media
-from sftdata.formats.instructions import is_messages
-from sftdata.formats.odd_values import as_text, by_formatter, shape
-from sftdata.formats.parts import MEDIA
-from sftdata.formats.preferences import (
-    UNJUDGED,
-    explain_preference,
-    explain_unwanted,
-    is_preference,
-    unwanted_answer,
-)
-from sftdata.formats.prompts import ANSWERS, QUESTIONS
-from sftdata.formats.registry import FORMATS
+from sftdata.formats.calls import MEDIA
+from sftdata.formats.fields import ANSWERS, QUESTIONS
+from sftdata.formats.instructions import find_turn_markers, is_messages
+from sftdata.formats.registry import FORMATS, Format, chat_style
+from sftdata.sources.jsonrows import from_json, kind_of
 
 RowDict = dict[str, Any]
+
+
+def by_formatter(expression: str) -> str:
+    """Return the fix that converts rows with a function of one expression, from `row` to the row that is meant."""
+    return f"--formatter rows:fix, with a file rows.py that holds: def fix(row): return {expression}"
+
+
+def explain_odd_value(
+    rows: Sequence[RowDict], formats: Iterable[Format], pinned: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Return reason and fix for the first row that has the columns of a format; None where no row has.
+
+    Args:
+        rows: rows that fit no format, the user's columns under their canonical names.
+        formats: in the order in which they are tried.
+        pinned: canonical column = column in the data, as the user maps them.
+    """
+    for entry in formats:
+        for row in rows:
+            for names in entry.candidates(row, pinned):
+                actual = {column: pinned.get(name, name) for column, name in names.items()}
+                for column, name in names.items():
+                    if odd := _odd(entry, column, row[name], actual[column]):
+                        return f"the column {actual[column]!r} of {entry.name} rows is {odd[0]}", odd[1]
+    return None
+
+
+def _odd(entry: Format, column: str, value: Any, name: str) -> tuple[str, str] | None:
+    """Return what is odd about a value, and the fix; None where nothing is."""
+    if value is None:
+        return None
+    if column == "messages":
+        return _odd_messages(value, name) if chat_style(value) is None else None
+    if entry.name == "tokens":
+        odd = column == "input_ids" and not (isinstance(value, list) and set(map(type, value)) == {int})
+        return (
+            (f"{shape(value)}; expected a list of integers", "write it as a list of integers.")
+            if odd
+            else None
+        )
+    if isinstance(value, str) or column not in ("question", "answer", "prompt", "input", "text"):
+        return None
+    if entry.name == "prompt-completion" and is_messages(value):
+        return None
+    return f"{shape(value)}; expected a string", by_formatter(
+        f"{{**row, {_quoted(name)}: {as_text(value, name)}}}"
+    )
+
+
+def _odd_messages(value: Any, name: str) -> tuple[str, str]:
+    expected = "expected a list of objects with role and content"
+    if isinstance(value, str):
+        if value.lstrip()[:2] in ("[{", "{'", "['") and not isinstance(from_json(value), list):
+            fix = by_formatter(
+                f"{{**row, {_quoted(name)}: __import__('ast').literal_eval(row[{_quoted(name)}])}}"
+            )
+            return (
+                f"text that is no JSON, as Python prints a list (single quotes); {expected}, or that list as JSON text",
+                fix,
+            )
+        return (
+            f"a string that is no list of messages ({value[:40]!r}); {expected}",
+            "write one object for each turn.",
+        )
+    if isinstance(value, dict) and chat_style([value]):
+        return f"one message; {expected}", by_formatter(f"{{**row, {_quoted(name)}: [row[{_quoted(name)}]]}}")
+    if isinstance(value, list) and value and isinstance(value[0], list) and chat_style(value[0]):
+        return f"a list of lists of messages; {expected}", "write one conversation a row."
+    return f"{shape(value)}; {expected}", 'write each message as {"role": ..., "content": ...}.'
+
+
+def shape(value: Any) -> str:
+    """Name a value as far as its shape goes: `a list of 2 strings`, `an object of text, answer_start`."""
+    if isinstance(value, dict):
+        return f"an object of {', '.join(map(str, list(value)[:4]))}" if value else "an empty object"
+    if not isinstance(value, list):
+        return f"{kind_of(value)} ({value})" if isinstance(value, int | float) else kind_of(value)
+    if not value:
+        return "an empty list"
+    first = value[0]
+    if isinstance(first, dict):
+        return f"a list of {len(value)} objects of {', '.join(map(str, list(first)[:4]))}"
+    kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}
+    return f"a list of {len(value)} {kinds.get(type(first), 'nulls')}"
+
+
+def as_text(value: Any, name: str) -> str:
+    """Return an expression that makes text of such a value: the first of a list, the text inside an object."""
+    found = f"row[{_quoted(name)}]"
+    while isinstance(value, list | dict) and value:
+        if isinstance(value, list):
+            found, value = f"{found}[0]", value[0]
+        else:
+            key = "text" if "text" in value else next(iter(value))
+            found, value = f"{found}[{_quoted(key)}]", value[key]
+    return found if isinstance(value, str) else f"str({found})"
+
+
+def _quoted(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------
+
+
+_ROWS = "> rows.jsonl"
+_FIXES = {
+    "lists": "jq -c '. as $all | range([.[]][0] | length) as $i | $all | map_values(.[$i])' FILE",
+    "objects": "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE",
+    "split": "jq -c '.columns as $names | .data[] | [$names, .] | transpose | map({(.[0]): .[1]}) | add' FILE",
+    "index": "jq -c '.[]' FILE",
+}
+_SHAPES = {
+    "lists": "one object holds the whole table by columns: each is a list of its values",
+    "objects": "one object holds the whole table by columns: each is an object of its values by row (pandas to_json)",
+    "split": "one object holds the whole table as the lists columns and data (pandas orient=split)",
+    "index": "one object holds the rows by their number (pandas orient=index)",
+}
+
+
+def shape_of(row: RowDict) -> str | None:
+    """Return how an object holds a table; None for one that does not, or whose rows would be in no known format."""
+    return next((shape for shape, first in _first_rows(row) if _is_row(first)), None)
+
+
+def explain_columnwise(rows: Sequence[RowDict]) -> tuple[str, str]:
+    """Return the shape and the command that writes its rows as lines."""
+    shape = shape_of(rows[0]) or "lists"
+    return _SHAPES[shape], f"write it as rows: {_FIXES[shape]} {_ROWS}"
+
+
+def _first_rows(row: RowDict) -> list[tuple[str, RowDict]]:
+    values = list(row.values())
+    if values and all(isinstance(value, list) and value and len(value) == len(values[0]) for value in values):
+        return [("lists", {name: value[0] for name, value in row.items()})]
+    if values and all(
+        isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values
+    ):
+        number = next(iter(values[0]))
+        by_column = ("objects", {name: value[number] for name, value in row.items()})
+        return [("index", values[0])] if next(iter(row)).isdecimal() else [by_column]
+    names, data = row.get("columns"), row.get("data")
+    if (
+        isinstance(names, list)
+        and isinstance(data, list)
+        and data
+        and isinstance(data[0], list)
+        and len(data[0]) == len(names)
+    ):
+        return [("split", dict(zip(map(str, names), data[0], strict=True)))]
+    return []
+
+
+def _is_row(row: RowDict) -> bool:
+    return any(entry.readings(row, {}) for entry in FORMATS.values())
+
+
+# ------------------------------------------------------------------------------------------
+
+UNJUDGED = frozenset({"text", "lines", "tokens"})  # formats without an answer that a label could judge
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt")
+
+
+def unwanted_answer(row: RowDict) -> str | None:
+    """Return the column that marks the answer of a row as not wanted (KTO); None where none does.
+
+    Only the boolean false says so: a label that is a text or a number is a class.
+    """
+    return next((name for name in ("label", "kto_tag") if row.get(name) is False), None)
+
+
+def explain_unwanted(rows: Sequence[RowDict]) -> tuple[str, str]:
+    """Return reason and fix for rows with an answer that is not wanted."""
+    column = unwanted_answer(rows[0])
+    fix = by_formatter(f'None if row.get("{column}") is False else row')
+    return (
+        f"the column {column!r} is false, which marks answers that are not wanted (KTO); they would be trained as if they were",
+        f"keep the others: {fix}; or, where {column!r} says nothing about the answer, name the format with --format.",
+    )
+
+
+def is_preference(row: RowDict) -> bool:
+    """Say whether a row has a chosen and a rejected answer."""
+    return row.get("chosen") is not None and row.get("rejected") is not None
+
+
+def is_unanswered_preference(row: RowDict) -> bool:
+    """Say whether a row has a chosen and a rejected answer, and none of its own: its messages end in a question."""
+    if not is_preference(row):
+        return False
+    messages = next((from_json(row[name]) for name in CHAT_COLUMNS if row.get(name) is not None), None)
+    return isinstance(messages, list) and is_messages(messages) and not _is_answer(messages[-1])
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() in (
+        "assistant",
+        "gpt",
+        "chatgpt",
+    )
+
+
+def explain_preference(rows: Sequence[RowDict]) -> tuple[str, str]:
+    """Return reason and fix for preference pairs."""
+    return (
+        "the rows are preference pairs (chosen, rejected)",
+        f"train on the chosen answers: {_chosen_fix(rows[0])}",
+    )
+
+
+def _chosen_fix(row: RowDict) -> str:
+    """Return what makes the chosen answer the row's own: the first way that reads, and reads whole."""
+    chosen = row["chosen"] if not isinstance(row["chosen"], dict) else [row["chosen"]]
+    asked = next((name for name in CHAT_COLUMNS if is_messages(row.get(name)) and row.get(name)), None)
+    if is_messages(chosen) and _is_answer(chosen[0]) and asked:
+        answer = '[row["chosen"]]' if isinstance(row["chosen"], dict) else 'row["chosen"]'
+        return by_formatter(f'{{"messages": row["{asked}"] + {answer}}}')
+    if is_messages(row["chosen"]) and not _is_answer(chosen[0]):
+        return "--map messages=chosen."
+    if any(row.get(name) is not None for name in QUESTIONS):
+        return "--map completion=chosen."
+    markers = find_turn_markers([str(row["chosen"])])
+    if markers is None:
+        return "write each row as a prompt and its completion."
+    instruction, response = map(_shell_quoted, markers)
+    return f"--map text=chosen --response-template {response} --instruction-template {instruction}"
+
+
+def _shell_quoted(marker: str) -> str:
+    return f"$'{marker.encode('unicode_escape').decode()}'" if "\n" in marker else f"'{marker}'"
+
+
+# ------------------------------------------------------------------------------------------
+
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt", "completion")
+
+
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+
+
+def has_media(row: dict[str, Any]) -> bool:
+    """Return True for a row with a picture, sound or film in a column of its own."""
+    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,17 @@ All are small, frozen and picklable, because chunks travel to worker processes.
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import xxhash
 
 from sftdata.batches import Int64, Reject, RowBatch
-from sftdata.errors import UNITS, Fault, IntegrityError, Unit, place
-from sftdata.sources.unchanged import Seal, Stamp, changed
+from sftdata.errors import UNITS, DataError, Fault, IntegrityError, Unit, place
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
@@ -291,3 +294,146 @@ class Gathered:
             by_line=chunk.line_of(0) is not None,
         )
         return batch, self.unreadable
+
+
+# ------------------------------------------------------------------------------------------
+
+BLOCK_BYTES = 64 << 10
+HASH_BYTES = 8
+_CLOCK_NS = 20_000_000  # the clock of a file system moves in steps; two changes within one look alike
+
+
+class InputChangedError(DataError):
+    """An input holds other bytes than when it was planned."""
+
+
+def changed(path: str) -> InputChangedError:
+    """Return the error that names the input."""
+    what = f"{path}: changed while it was read; no set is made of two versions."
+    return InputChangedError(what, "run the same command again once nothing writes to it any more.")
+
+
+class BlockHashes:
+    """xxh3-64 of each block of a stream, the last one shorter."""
+
+    def __init__(self) -> None:
+        self._done = bytearray()
+        self._block = xxhash.xxh3_64()
+        self._filled = self._size = 0
+
+    def update(self, data: bytes) -> None:
+        """Add what comes next."""
+        view = memoryview(data)
+        self._size += len(view)
+        while view:
+            part = view[: BLOCK_BYTES - self._filled]
+            self._block.update(part)
+            self._filled += len(part)
+            if self._filled == BLOCK_BYTES:
+                self._close()
+            view = view[len(part) :]
+
+    def seal(self) -> Seal:
+        """Return the seal of the whole stream; nothing may be added any more."""
+        if self._filled:
+            self._close()
+        return Seal(0, bytes(self._done), self._size)
+
+    def _close(self) -> None:
+        self._done += self._block.digest()
+        self._block = xxhash.xxh3_64()
+        self._filled = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a stretch of a stream must hold.
+
+    Attributes:
+        first: number of the first block that the stretch touches.
+        hashes: of this block and those after it.
+        end: where the stream ended when it was planned, bytes; what was appended since is not read.
+    """
+
+    first: int
+    hashes: bytes
+    end: int
+
+    def part(self, start: int, stop: int) -> Seal:
+        """Return the seal of bytes `start:stop`."""
+        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        return Seal(
+            first, self.hashes[(first - self.first) * HASH_BYTES : (last - self.first) * HASH_BYTES], self.end
+        )
+
+
+def block_hashes(data: bytes) -> bytes:
+    """Return the hashes of the blocks of some bytes, end to end."""
+    hashes = BlockHashes()
+    hashes.update(data)
+    return hashes.seal().hashes
+
+
+def unchanged(path: str, blocks: Iterable[bytes], seal: Seal, start: int, stop: int) -> Iterator[bytes]:
+    """Yield bytes `start:stop` of a stream, each block after its hash was compared.
+
+    Args:
+        path: for the message.
+        blocks: of the stream, of `BLOCK_BYTES` each, from the one that holds `start` on.
+
+    Raises:
+        InputChangedError: they are not those that were planned.
+    """
+    position = start // BLOCK_BYTES * BLOCK_BYTES
+    for block in blocks:
+        block = block[: seal.end - position]
+        at = (position // BLOCK_BYTES - seal.first) * HASH_BYTES
+        if xxhash.xxh3_64_digest(block) != seal.hashes[at : at + HASH_BYTES]:
+            raise changed(path)
+        yield block[max(start - position, 0) : stop - position]
+        position += BLOCK_BYTES
+        if position >= stop:
+            return
+    if position < stop:
+        raise changed(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The state of the files of a columnar source when they were hashed.
+
+    Attributes:
+        files: name, and device, number, size, time of writing and of the last change of any kind of each.
+        xxh3_128: of their bytes, one file after the other.
+    """
+
+    files: tuple[tuple[str, tuple[int, ...]], ...]
+    xxh3_128: str
+
+    def holds(self) -> bool:
+        """Whether the files still look as they did."""
+        return all(_state(name) == state for name, state in self.files)
+
+
+def states_of(names: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return what the file system says of files, once it could tell a change from the one before.
+
+    Raises:
+        InputChangedError: a file is gone.
+    """
+    states = tuple((name, _state(name)) for name in names)
+    for name, state in states:
+        if not state:
+            raise changed(name)
+    if any(abs(time.time_ns() - state[-1]) < _CLOCK_NS for _, state in states):
+        time.sleep(_CLOCK_NS / 1e9)
+        return tuple((name, _state(name)) for name in names)
+    return states
+
+
+def _state(name: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(name)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

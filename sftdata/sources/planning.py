@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from sftdata.errors import UsageError
+import numpy as np
+
+from sftdata.batches import Int64
+from sftdata.errors import UsageError, need
 from sftdata.output import written
-from sftdata.sources.chunks import SourcePlan
-from sftdata.sources.inputs import find_inputs, is_hub_id, joined
-from sftdata.sources.selection import select_rows
-from sftdata.sources.source import open_source, plan_source, plan_sources
-from sftdata.sources.splits import choose_files
+from sftdata.sources.chunks import Chunk, SourcePlan
+from sftdata.sources.inputs import Input, find_inputs, is_hub_id, joined, several_splits, wrong_split
+from sftdata.sources.source import open_source, plan_source, plan_sources, read_chunk
 
 Item = TypeVar("Item")
 Say = Callable[[str], object]
@@ -127,3 +130,169 @@ def told(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -
             say(f"{done} {number:,} of {len(items):,} inputs.")
             last = now
         yield item
+
+
+# ------------------------------------------------------------------------------------------
+
+KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_PARTED = "[-._ 0-9]"  # what may stand around a keyword
+_SHARDED = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
+_FILES = {
+    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)}){_PARTED}.*")
+    for split, words in KEYWORDS.items()
+}
+_FOLDERS = {
+    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?")
+    for split, words in KEYWORDS.items()
+}
+_ADDED = re.compile(r"\s*\+\s*")
+_NAME = re.compile(r"\w+(?:\.\w+)*")
+
+
+def splits_of(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the splits that files belong to by their names, relative to the dataset, each with the indices of its files.
+
+    >>> splits_of(["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "notes.jsonl"])
+    {'train': [0], 'test': [1]}
+    """
+    paths = [PurePosixPath(name) for name in names]
+    for rule in (_by_number, _by_folder, _by_name):
+        found: dict[str, list[int]] = {}
+        for index, path in enumerate(paths):
+            for split in rule(path):
+                found.setdefault(split, []).append(index)
+        if found:
+            order = {split: rank for rank, split in enumerate(KEYWORDS)}
+            return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    return {}
+
+
+def _by_number(path: PurePosixPath) -> Iterator[str]:
+    if found := _SHARDED.fullmatch(path.name):
+        yield found["split"]
+
+
+def _by_folder(path: PurePosixPath) -> Iterator[str]:
+    return (split for split, rule in _FOLDERS.items() if any(map(rule.fullmatch, path.parts[:-1])))
+
+
+def _by_name(path: PurePosixPath) -> Iterator[str]:
+    return (split for split, rule in _FILES.items() if rule.fullmatch(path.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The files of a dataset that `--split` means.
+
+    Attributes:
+        splits: of each split that it names, the indices of its files in the dataset, in order.
+        spec: what it says, where that is more than names of splits.
+    """
+
+    splits: dict[str, list[int]]
+    spec: str | None = None
+
+
+def choose_files(found: Input, spec: str | None, notes: list[str]) -> Chosen:
+    """Return the files of the splits that are meant; without `spec` all of them, where that leaves no doubt.
+
+    Raises:
+        UsageError: the files are of several splits and none is chosen, or there is no such split.
+    """
+    names = [_relative(path, found.base or "") for path in found.paths]
+    splits = splits_of(names)
+    if spec is None:
+        _refuse_several(found, splits)
+        return Chosen({"train": list(range(len(names)))})
+    splits = splits or {"train": list(range(len(names)))}
+    parts = [_NAME.match(part) for part in _ADDED.split(spec)]
+    wanted = list(dict.fromkeys(part[0] if part else "" for part in parts))
+    if unknown := [name for name in wanted if name not in splits]:
+        raise wrong_split(
+            found.name,
+            spec,
+            splits,
+            f"no split {unknown[0]!r}." if unknown[0] else "not the name of a split.",
+        )
+    chosen = {name: splits[name] for name in wanted}
+    others = sorted(set(range(len(names))) - {index for indices in chosen.values() for index in indices})
+    if others:
+        more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+        left = ", ".join(names[index] for index in others[:3])
+        notes.append(f"{found.name}: --split {spec} leaves out {left}{more}.")
+    return Chosen(chosen, None if all(_NAME.fullmatch(part) for part in _ADDED.split(spec)) else spec)
+
+
+def _relative(path: str, base: str) -> str:
+    return path.removeprefix(base).lstrip("/") if base else path
+
+
+def _refuse_several(found: Input, splits: Mapping[str, Sequence[int]]) -> None:
+    """Ask for a split where the files differ in theirs; files beside those of `train` are taken for more of the same."""
+    inside = {index for indices in splits.values() for index in indices}
+    several = any(len(indices) < len(inside) for indices in splits.values())
+    beside = len(inside) < len(found.paths) and bool(splits) and splits.keys() <= {"validation", "test"}
+    if several or (beside and not found.listed):
+        raise several_splits(found.name, splits, mixed=beside)
+
+
+# ------------------------------------------------------------------------------------------
+
+
+def select_rows(name: str, chosen: Chosen, plans: dict[int, SourcePlan]) -> list[SourcePlan]:
+    """Return the plans of the files that are read, in the order of `--split`, each cut down to the rows that are meant.
+
+    Args:
+        name: of the dataset.
+        plans: of its files, by their index in the dataset; the base ids are the caller's to set.
+
+    Raises:
+        UsageError: `--split` is not in the language of `datasets`, or that is not installed.
+    """
+    if chosen.spec is None:
+        return [plans[index] for indices in chosen.splits.values() for index in indices]
+    datasets = need("datasets", "hub", f"--split {chosen.spec} is cut as the package datasets cuts it")
+    rows = {index: _records_with_rows(plan) for index, plan in plans.items()}
+    lengths = {split: sum(len(rows[index]) for index in indices) for split, indices in chosen.splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(chosen.spec).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise wrong_split(name, chosen.spec, chosen.splits, error) from None
+    found: list[SourcePlan] = []
+    for part in parts:
+        first = 0
+        for index in chosen.splits[part.splitname]:
+            inside = rows[index][max(part.from_ - first, 0) : max(part.to - first, 0)]
+            first += len(rows[index])
+            if len(inside):
+                found.append(_cut(plans[index], int(inside[0]), int(inside[-1]) + 1))
+    return found
+
+
+def _records_with_rows(plan: SourcePlan) -> Int64:
+    """int64[N]: the records, from 0, that hold a row, readable or not; blank lines hold none."""
+    found = [np.zeros(0, np.int64)]
+    for chunk in plan.chunks:
+        batch, bad = read_chunk(chunk, plan.max_line_bytes)
+        unreadable = np.array([row.record - 1 for row in bad], np.int64)
+        found.append(np.sort(np.concatenate([batch.example_ids - plan.base_id, unreadable])))
+    return np.concatenate(found)
+
+
+def _cut(plan: SourcePlan, first: int, stop: int) -> SourcePlan:
+    """Return the plan with its records `first:stop` alone."""
+
+    def inside(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
+        ends = [*(chunk.first_record for chunk in chunks[1:]), plan.records]
+        kept = (
+            chunk
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.first_record < stop and end > first
+        )
+        return tuple(replace(chunk, only=(first, stop)) for chunk in kept)
+
+    return replace(plan, chunks=inside(plan.chunks), samples=inside(plan.samples))

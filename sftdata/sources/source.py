@@ -5,22 +5,35 @@ names ── expand_inputs ──> paths ── open_source ──> Source ─�
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
+from sftdata.errors import UsageError
 from sftdata.sources.arrays import plan_array, read_array
-from sftdata.sources.chunks import Chunk, Marks, Source, SourcePlan, make_plan
-from sftdata.sources.delimited import plan_delimited, read_delimited
-from sftdata.sources.folders import is_saved_dataset
-from sftdata.sources.inputs import expand_inputs, is_hub_id, is_url
+from sftdata.sources.chunks import (
+    Chunk,
+    Compression,
+    Container,
+    Marks,
+    Source,
+    SourcePlan,
+    block_hashes,
+    make_plan,
+)
+from sftdata.sources.delimited import Record, plan_delimited, read_delimited, records_of
+from sftdata.sources.inputs import expand_inputs, is_hub_id, is_saved_dataset, is_url, plain_name
 from sftdata.sources.lines import plan_lines, read_lines
-from sftdata.sources.sniff import sniff
-from sftdata.sources.streams import RawCount, read_all
+from sftdata.sources.streams import RawCount, compression_of, read_all
 from sftdata.sources.tables import plan_table, read_table
 
 __all__ = [
@@ -141,3 +154,267 @@ def _plan_empty(source: Source, slice_bytes: int) -> Marks:
         notes=notes,
         seal=count.blocks.seal(),
     )
+
+
+# ------------------------------------------------------------------------------------------
+
+HEAD_BYTES = 256 << 10
+BOM = b"\xef\xbb\xbf"
+_AS_CSV = "save it as CSV (UTF-8), and give that file."
+FOREIGN = (
+    (b"PK\x03\x04", "a zip archive", "unpack it first."),
+    (b"\xd0\xcf\x11\xe0", "an old Office file", _AS_CSV),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it first."),
+    (b"%PDF", "a PDF", "extract its text first."),
+    (b"\x80\x04", "a Python pickle, which can run code when opened", "save the rows as JSON lines."),
+    (b"SQLite format 3", "an SQLite database", "export the rows as JSON lines or CSV."),
+)
+IN_A_ZIP = (
+    (b"xl/", "a spreadsheet", _AS_CSV),
+    (b"opendocument.spreadsheet", "a spreadsheet", _AS_CSV),
+    (b"word/", "a Word document", "save its text as .txt, one document a line."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first bytes of the decompressed stream; `whole` when that is all there is."""
+
+    data: bytes
+    whole: bool
+
+
+def sniff(path: str) -> Source:
+    """Return the source a file is.
+
+    Raises:
+        UsageError: UTF-16, an archive or another format that holds no rows.
+    """
+    raw = _head(Source(path, "empty"), 16)
+    compression = compression_of(raw.data)
+    head = _head(Source(path, "empty", compression), HEAD_BYTES)
+    return replace(_recognise(path, compression, head), head=block_hashes(head.data))
+
+
+def _recognise(path: str, compression: Compression, head: Head) -> Source:
+    binary = _binary_container(head.data)
+    if binary and compression != "none":
+        raise UsageError(
+            f"{path}: a {binary} file inside {compression} cannot be read in ranges.", "decompress it first."
+        )
+    if binary:
+        return Source(path, binary)
+    _refuse_foreign(path, head.data)
+    body = len(BOM) if head.data.startswith(BOM) else 0
+    text = Head(head.data[body:], head.whole)
+    if not text.data.strip():
+        if text.whole:
+            return Source(path, "empty", compression)
+        return Source(path, "text", compression, body)
+    container = _json_container(text)
+    if container == "json":
+        return Source(path, container, compression, body)
+    if text.data.count(b"\r") > 1 and b"\n" not in text.data:
+        fix = f"tr '\\r' '\\n' < {PurePosixPath(path).name} > lines.txt"
+        raise UsageError(f"{path}: lines end in CR alone, expected LF.", fix)
+    if container:
+        return Source(path, container, compression, body)
+    if header := find_header(path, text.data):
+        return Source(
+            path, "csv", compression, body + header.length, header.lines + 1, header.delimiter, header.columns
+        )
+    return Source(path, "text", compression, body)
+
+
+def _head(source: Source, size: int) -> Head:
+    data = b""
+    stream = read_all(source, RawCount.start())
+    for block in stream:
+        data += block
+        if len(data) > size:
+            stream.close()  # type: ignore[attr-defined]
+            return Head(data[:size], False)
+    return Head(data, True)
+
+
+def _binary_container(data: bytes) -> Container | None:
+    if data.startswith(b"PAR1"):
+        return "parquet"
+    if data.startswith(b"ARROW1") or (data.startswith(b"\xff\xff\xff\xff") and len(data) > 8):
+        return "arrow"
+    return None
+
+
+def _refuse_foreign(path: str, data: bytes) -> None:
+    for start, order in ((b"\xff\xfe", "LE"), (b"\xfe\xff", "BE")):
+        if data.startswith(start):
+            _refuse_utf16(path, order)
+    for inside, what, fix in IN_A_ZIP:
+        if data.startswith(b"PK\x03\x04") and inside in data:
+            raise UsageError(f"{path}: this is {what}, not rows.", fix)
+    for magic, what, fix in FOREIGN:
+        if data.startswith(magic):
+            raise UsageError(f"{path}: this is {what}, not rows.", fix)
+    sample = data[:4096]
+    if len(sample) > 1 and sample.count(0) > len(sample) // 4 and (sample[0] == 0) != (sample[1] == 0):
+        _refuse_utf16(path, "LE" if sample[1] == 0 else "BE")
+    if sample.count(0) > len(sample) // 20:
+        raise UsageError(
+            f"{path}: this is an unknown binary file.", "give JSON lines, JSON, CSV, text, Parquet or Arrow."
+        )
+
+
+def _refuse_utf16(path: str, order: str) -> None:
+    name = PurePosixPath(path).name
+    raise UsageError(
+        f"{path}: the text is UTF-16, expected UTF-8.",
+        f"iconv -f UTF-16{order} -t UTF-8 {name} > utf8-{name}",
+    )
+
+
+def _json_container(head: Head) -> Container | None:
+    """Tell JSON lines from arrays and pretty-printed objects, by how many lines are shaped as objects, damaged or not."""
+    lines = [line.strip() for line in head.data.split(b"\n")]
+    if not head.whole and len(lines) > 1:
+        lines.pop()
+    lines = [line for line in lines if line]
+    start = head.data.lstrip()
+    shaped = sum(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+    listed = sum(
+        re.fullmatch(rb"\[\s*\{.*\}\s*\]", line) is not None for line in lines
+    )  # each line a list of messages
+    if shaped * 2 >= len(lines) or (len(lines) > 1 and listed * 2 >= len(lines)):
+        return "jsonl"
+    if re.match(rb"\[\s*[\[{\]\"]", start):
+        return "json"
+    if re.match(rb'\{\s*["}]', start):
+        return "jsonl" if len(lines) == 1 else "json"
+    return None
+
+
+# ------------------------------------------------------------------------------------------
+
+DELIMITERS = ("\t", ",", ";")
+NAMED_DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ",", ";", "|")}
+COMMON_COLUMNS = {
+    *("messages", "conversations", "conversation", "prompt", "completion", "response", "answer", "output"),
+    *("question", "query", "instruction", "input", "context", "text", "content"),
+}
+_DIRECTIVE = re.compile(rb'"?sep=(.)"?\r?\n')  # first line that Excel reads and writes
+_LOOKED_AT = 20  # records
+
+
+class Header(NamedTuple):
+    """How the records of a table are read.
+
+    Attributes:
+        delimiter: one character.
+        columns: their names; one without a name is called `Unnamed: N`, as pandas calls it.
+        length: bytes before the first record.
+        lines: lines before the first record.
+    """
+
+    delimiter: str
+    columns: tuple[str, ...]
+    length: int
+    lines: int
+
+
+def find_header(path: str, data: bytes) -> Header | None:
+    """Return the header of a table, or None for a text that is not one.
+
+    Args:
+        path: its name decides whether the file has to be a table.
+        data: the beginning of the file.
+
+    Raises:
+        UsageError: the file is named .csv or .tsv, and its first line cannot be the header of a table.
+    """
+    suffix = plain_name(path)[-4:]
+    if suffix in NAMED_DELIMITERS:
+        return _named_header(path, data, NAMED_DELIMITERS[suffix])
+    found = (_known_header(data, delimiter) for delimiter in DELIMITERS)
+    return next((header for header in found if header), None)
+
+
+def _known_header(data: bytes, delimiter: str) -> Header | None:
+    first = data.split(b"\n", 1)[0]
+    columns = parse_header(first, delimiter)
+    if len(columns) < 2 or not COMMON_COLUMNS.intersection(columns):
+        return None
+    header = Header(delimiter, columns, len(first) + 1, 1)
+    texts = [record.text for record in _records(data, header)]
+    fitting = sum(text.count(delimiter.encode()) >= len(columns) - 1 for text in texts)
+    return header if fitting * 2 >= len(texts) else None
+
+
+def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:
+    """Return the column names, or nothing when the line is not a header."""
+    try:
+        fields = next(csv.reader([line.decode("utf-8").rstrip("\r\n")], delimiter=delimiter, strict=True), [])
+    except (csv.Error, UnicodeDecodeError):
+        return ()
+    named = all(re.fullmatch(r"[^\W\d][\w .:/-]{0,63}", name) for name in fields)
+    return tuple(fields) if named and len(set(fields)) == len(fields) else ()
+
+
+def _named_header(path: str, data: bytes, delimiters: tuple[str, ...]) -> Header:
+    """Return the header under the delimiter that parts it and most of the records below into the same number of fields."""
+    start = 0
+    if directive := _DIRECTIVE.match(data):
+        start, delimiters = directive.end(), (directive[1].decode("utf-8", "replace"),)
+    found = [header for delimiter in delimiters if (header := _header_at(data, start, delimiter))]
+    header = max(found, key=lambda header: _score(data, header), default=None)
+    if header is None or any('"' in name for name in header.columns):
+        raise UsageError(
+            f"{path}: the first line is not the header of a table: {_shown(data[start:])}.",
+            "begin the file with the names of its columns, in UTF-8, a quoted name closed by its quote.",
+        )
+    _check_names(path, header)
+    return header
+
+
+def _header_at(data: bytes, start: int, delimiter: str) -> Header | None:
+    record = next(records_of(iter([data[start:]]), start, delimiter, len(data)), None)
+    if record is None or not record.closed:
+        return None
+    try:
+        fields = next(
+            csv.reader([record.text.decode("utf-8").rstrip("\r")], delimiter=delimiter, strict=True), []
+        )
+    except (csv.Error, UnicodeDecodeError):
+        return None
+    names = tuple(name.strip() or f"Unnamed: {number}" for number, name in enumerate(fields))
+    lines = data[: start + record.length].count(b"\n")
+    return Header(delimiter, names, start + record.length, lines)
+
+
+def _score(data: bytes, header: Header) -> tuple[bool, int]:
+    """Rank a reading of a table: one that its records fit first, then the one of more columns."""
+    texts = [record.text.decode("utf-8", "replace") for record in _records(data, header)]
+    fitting = sum(
+        len(next(csv.reader([text], delimiter=header.delimiter))) == len(header.columns) for text in texts
+    )
+    return fitting * 2 >= len(texts), len(header.columns)
+
+
+def _records(data: bytes, header: Header) -> Iterator[Record]:
+    """Yield the first records below the header that are whole and not blank."""
+    records = islice(records_of(iter([data[header.length :]]), 0, header.delimiter, len(data)), _LOOKED_AT)
+    return (record for record in records if record.closed and record.text.strip())
+
+
+def _check_names(path: str, header: Header) -> None:
+    twice = [name for name, count in Counter(header.columns).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"{path}: the header names the column {twice[0]!r} twice.", "give each column a name of its own."
+        )
+    if all(name.startswith("Unnamed: ") for name in header.columns):
+        raise UsageError(
+            f"{path}: no column of the header has a name.", "begin the file with the names of its columns."
+        )
+
+
+def _shown(data: bytes) -> str:
+    return repr(data.split(b"\n", 1)[0][:60].decode("utf-8", "replace"))

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
-from sftdata.sources.chunks import Chunk, Compression, Source
+from sftdata.sources.chunks import BLOCK_BYTES as HASHED_BYTES
+from sftdata.sources.chunks import BlockHashes, Chunk, Compression, Source, changed, unchanged
 from sftdata.sources.inputs import is_url
-from sftdata.sources.unchanged import BLOCK_BYTES as HASHED_BYTES
-from sftdata.sources.unchanged import BlockHashes, changed, unchanged
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10

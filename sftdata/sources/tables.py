@@ -5,21 +5,18 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from sftdata.batches import Reject, RowBatch
-from sftdata.errors import Fault, UsageError
+from sftdata.errors import Fault, UsageError, need
 from sftdata.output import written
-from sftdata.sources.arrowtypes import Convert, converters
-from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
-from sftdata.sources.hub import load_dataset
-from sftdata.sources.inputs import is_url
+from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Stamp, changed, states_of
+from sftdata.sources.inputs import is_url, several_splits, wrong_split
 from sftdata.sources.lines import SHOWN_BYTES
 from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
-from sftdata.sources.unchanged import Stamp, changed, states_of
 
 _ATTEMPTS = 3
 Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
@@ -192,3 +189,110 @@ def _raw_files(source: Source) -> list[str]:
     if source.container in ("parquet", "arrow"):
         return [source.path]
     return [str(entry["filename"]) for entry in load_dataset(source).cache_files]
+
+
+# ------------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MEDIA = ("Image", "Audio", "Video", "Pdf")
+
+
+def load_dataset(source: Source) -> Dataset:
+    """Load a saved or Hub dataset, media columns left undecoded.
+
+    Raises:
+        UsageError: no such dataset or split, several splits and none is chosen, or `datasets` is not installed.
+    """
+    datasets = need("datasets", "hub", f"{source.path} is a dataset")
+    try:
+        if source.container == "saved":
+            loaded = datasets.load_from_disk(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:  # the Hub client, datasets and the builders each have their own exceptions
+        what = f"{source.path}: cannot be loaded as a dataset ({type(error).__name__}: {str(error)[:300]})."
+        raise UsageError(what, "check the name, --split and --subset, or the connection.") from None
+    chosen = _choose(loaded, source, datasets)
+    for name, feature in chosen.features.items():
+        if type(feature).__name__ in MEDIA:
+            chosen = chosen.cast_column(name, type(feature)(decode=False))
+    return chosen.with_format("arrow")
+
+
+def _choose(loaded: Any, source: Source, datasets: Any) -> Any:
+    """Return the rows that `split` names, as `datasets` cuts them."""
+    if source.container == "hub" and not isinstance(loaded, dict):
+        return loaded
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    if source.split is None:
+        if len(splits) > 1:
+            raise several_splits(source.path, splits)
+        return next(iter(splits.values()))
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise wrong_split(source.path, source.split, splits, error) from None
+    rows = [splits[part.splitname].select(range(part.from_, max(part.from_, part.to))) for part in parts]
+    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+
+
+# ------------------------------------------------------------------------------------------
+
+Convert = Callable[[Any], Any]
+_decode = msgspec.json.Decoder().decode
+
+
+def converters(schema: Any) -> dict[str, Convert]:
+    """Return, for each column of a `pyarrow.Schema` that needs it, what turns its values into JSON data.
+
+    A converter raises msgspec.DecodeError for a document of the type arrow.json that is not JSON.
+    """
+    found = {field.name: _converter(field.type) for field in schema}
+    return {name: convert for name, convert in found.items() if convert}
+
+
+def _converter(kind: Any) -> Convert | None:
+    import pyarrow as pa
+    from pyarrow import types
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _or_null(_decode) if kind.extension_name == "arrow.json" else None
+    if types.is_dictionary(kind):
+        return _converter(kind.value_type)
+    if types.is_map(kind):
+        return _of_map(_converter(kind.item_type))
+    if types.is_struct(kind):
+        return _of_struct({field.name: _converter(field.type) for field in kind})
+    if hasattr(kind, "value_field"):  # every kind of list
+        inner = _converter(kind.value_type)
+        return inner and _of_list(inner)
+    return None
+
+
+def _or_null(convert: Convert) -> Convert:
+    return lambda value: None if value is None else convert(value)
+
+
+def _of_list(inner: Convert) -> Convert:
+    return _or_null(lambda values: [inner(value) for value in values])
+
+
+def _of_map(inner: Convert | None) -> Convert:
+    def convert(pairs: Any) -> dict[str, Any]:
+        return {str(key): inner(value) if inner else value for key, value in pairs}
+
+    return _or_null(convert)
+
+
+def _of_struct(inner: dict[str, Convert | None]) -> Convert:
+    """Leave null fields out."""
+
+    def convert(struct: Any) -> dict[str, Any]:
+        given = ((name, value, inner[name]) for name, value in struct.items() if value is not None)
+        return {name: found(value) if found else value for name, value, found in given}
+
+    return _or_null(convert)

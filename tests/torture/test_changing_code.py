@@ -11,8 +11,7 @@ import pytest
 
 import sftdata
 from sftdata.errors import DataError, UsageError
-from sftdata.formats.code import code_sha256, read_code
-from sftdata.formats.formatter import formatter_sha256, load_formatter
+from sftdata.formats.formatter import code_sha256, formatter_sha256, load_formatter, read_code
 from sftdata.set.verify import verify
 from tests.torture.runs import Command, prepare, settings, write_chats
 

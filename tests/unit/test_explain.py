@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sftdata.errors import UsageError, explain, read_codes
-from sftdata.formats.parts import MEDIA
+from sftdata.formats.calls import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.show.audit import COUNTED, KINDS

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from sftdata.errors import UsageError
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import expand_inputs
-from sftdata.sources.planning import numbered, plan_inputs
+from sftdata.sources.planning import numbered, plan_inputs, splits_of
 from sftdata.sources.source import read_chunk
-from sftdata.sources.splits import splits_of
 
 SIZES = (1 << 20, 1 << 20)
 

@@ -17,10 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.sources.chunks import Marks, SourcePlan
+from sftdata.sources.chunks import BLOCK_BYTES, InputChangedError, Marks, SourcePlan
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
-from sftdata.sources.unchanged import BLOCK_BYTES, InputChangedError
 from tests.compressed import zstd
 
 ROWS = [
