@@ -84,7 +84,7 @@ def prepare(
         SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
             resumes.
     """
-    from sftdata.launch import start_workers
+    from sftdata.workers import start_workers
 
     config, alone = _config(inputs, tokenizer, output, formatter, **settings)
     if alone:

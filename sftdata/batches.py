@@ -11,7 +11,7 @@ stages count of a batch, and the rows that leave it, are in one `Tally` from rea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.errors import Fault, place
-from sftdata.ragged import offsets_of, positions_of
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -422,3 +421,28 @@ class Tally:
     def left_out(self) -> Counter[str]:
         """Return how many rows were dropped, by reason."""
         return Counter(row.reason for row in self.dropped)
+
+
+# ------------------------------------------------------------------------------------- ragged arrays
+
+
+def offsets_of(lengths: Sequence[int] | Int64 | Int32 | Bool) -> Int64:
+    """Turn int64[N] lengths into int64[N + 1] offsets.
+
+    >>> offsets_of([3, 0, 2]).tolist()
+    [0, 3, 3, 5]
+    """
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def positions_of(starts: Int64, lengths: Int64) -> Int64:
+    """Return start, start + 1, ... of each range, end to end.
+
+    >>> positions_of(np.array([5, 20]), np.array([3, 2])).tolist()
+    [5, 6, 7, 20, 21]
+    """
+    offsets = offsets_of(lengths)
+    positions: Int64 = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return positions

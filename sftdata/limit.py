@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Int64, Tally, TokenBatch
+from sftdata.batches import Int64, Tally, TokenBatch, offsets_of, positions_of
 from sftdata.errors import DataError
-from sftdata.ragged import offsets_of, positions_of
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 

@@ -14,8 +14,18 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, PackedRows, PackPlan, TokenBatch
-from sftdata.ragged import offsets_of, positions_of
+from sftdata.batches import (
+    IGNORE_INDEX,
+    Bool,
+    Float32,
+    Int32,
+    Int64,
+    PackedRows,
+    PackPlan,
+    TokenBatch,
+    offsets_of,
+    positions_of,
+)
 
 Strategy = Literal["bfd", "wrapped", "none"]
 

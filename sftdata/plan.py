@@ -13,16 +13,15 @@ from typing import Any
 
 import msgspec
 
-from sftdata.acting import refuse_idle, refuse_useless
+from sftdata.acting import Look, format_options, look_at, refuse_idle, refuse_useless
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import Unit, UsageError
 from sftdata.formats.fields import FormatOptions
-from sftdata.looks import Look, format_options, look_at
 from sftdata.masks import Mask, choose_mask
 from sftdata.output import written
-from sftdata.render.stops import find_unknown_tokens
+from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.sources import planning

@@ -21,9 +21,9 @@ from sftdata.errors import DataError, UsageError
 from sftdata.formats.convert import convert_rows
 from sftdata.masks.markers import check_markers
 from sftdata.masks.texts import render_rows
+from sftdata.pipeline import Stages
 from sftdata.plan import make_plan
 from sftdata.sources.source import read_chunk
-from sftdata.stages import Stages
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 Encode = Callable[[list[str]], list[Encoded]]

@@ -23,18 +23,24 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.engine.local import Workers, usable_cores
 from sftdata.errors import DataError, Unit, UsageError, place
 from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import plan_packs
-from sftdata.pipeline import PreparedChunk, prepare_chunk, prepare_shard
+from sftdata.pipeline import (
+    PreparedChunk,
+    load_engine,
+    load_shared,
+    load_stages,
+    prepare_chunk,
+    prepare_shard,
+)
 from sftdata.plan import Plan, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.sources.source import Chunk, read_chunk
-from sftdata.stages import load_engine, load_shared, load_stages
 from sftdata.version import __version__
+from sftdata.workers import Workers, usable_cores
 
 # The fix for a set that has lost all rows for one reason.
 UNTRAINED_FIXES = {

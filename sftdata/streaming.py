@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,30 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.acting import refuse_idle, refuse_useless
-from sftdata.batches import FILTERED, Float32, Int32, RowBatch, Tally, TokenBatch
+from sftdata.acting import format_options, look_at, refuse_idle, refuse_useless
+from sftdata.batches import (
+    FILTERED,
+    IGNORE_INDEX,
+    Float32,
+    Int32,
+    Ragged,
+    RowBatch,
+    Tally,
+    TextBatch,
+    TokenBatch,
+)
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
-from sftdata.encode.engine import choose_engine
+from sftdata.encode.engine import choose_engine, load_encoder
+from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import DataError, UsageError
 from sftdata.formats.convert import convert_rows
 from sftdata.limit import limit_length
-from sftdata.looks import format_options, look_at
 from sftdata.masks import choose_mask
+from sftdata.masks.tokens import encode_batch
 from sftdata.pack import gather, plan_packs
-from sftdata.pipeline import tokenize
+from sftdata.pipeline import Stages, tokenize
 from sftdata.plan import Job, choose_tokenizer
 from sftdata.sources.source import open_source, plan_sources
-from sftdata.stages import Stages
 
 BUFFER_ROWS = 1024
 # Settings of `prepare` that say where a set comes from, how it is packed, or how the work is shared out.
@@ -198,3 +208,35 @@ def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
         if rows.loss_weights is not None:
             row["loss_weights"] = rows.loss_weights[part]
         yield row
+
+
+class TextEncoder:
+    """Encode texts with one tokenizer.
+
+    Args:
+        tokenizer: folder or Hub id.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+
+    def __init__(self, tokenizer: str) -> None:
+        self._encoder = load_encoder(resolve_tokenizer(tokenizer), "tokenizers")
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> list[tuple[Int32, Int32]]:
+        """Return input_ids and labels (each int32[T]) of prompts with the answers that follow them.
+
+        An answer and the end token after it are trained; where it is empty, nothing is.
+        """
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        spans = [
+            [(len(prompt.encode()), len(text.encode()))] if answer else []
+            for prompt, answer, text in zip(prompts, answers, texts, strict=True)
+        ]
+        nothing = Ragged.from_lists([[] for _ in texts])
+        rows, closed = np.arange(len(texts)), np.ones(len(texts), np.bool_)
+        given = TextBatch(texts, Ragged.from_lists(spans), nothing, rows, True, closed)
+        batch = encode_batch(given, self._encoder, Tally())
+        labels = np.where(batch.trained, batch.input_ids, IGNORE_INDEX).astype(np.int32)
+        edges = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+        return [(batch.input_ids[start:stop], labels[start:stop]) for start, stop in edges]

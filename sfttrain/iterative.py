@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.errors import UsageError
-from sftdata.texts import TextEncoder
+from sftdata.streaming import TextEncoder
 
 LEARNING_RATE = 2e-5
 MAX_GRAD_NORM = 1.0

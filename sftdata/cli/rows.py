@@ -102,7 +102,7 @@ def prepare(
 
     Example: sftdata prepare chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -o shards --max-length 2048
     """
-    from sftdata.launch import start_workers
+    from sftdata.workers import start_workers
 
     with start_workers(config) as workers:
         # Even what only the summary needs: the leader of the workers takes longer to get ready.

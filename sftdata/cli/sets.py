@@ -221,8 +221,8 @@ def env(as_json: Json = False) -> None:
 
 def _environment() -> dict[str, Any]:
     """Return plain JSON data to attach to a bug report; it holds no paths, user names or secrets."""
-    from sftdata.engine.local import usable_cores
     from sftdata.version import __version__
+    from sftdata.workers import usable_cores
 
     return {
         "sftdata": __version__,

@@ -1,7 +1,15 @@
-"""Where tokens lie: the byte range of every token of a batch, from cumulative token lengths.
+"""Where tokens lie, and where a text must be cut so that the ids before a trained span are those of inference.
 
-Positions are bytes of the batch's texts laid end to end (`base[i]` is where text i starts), so that one sorted array serves all
-rows. A row whose lengths do not add up to its text is reported, and goes the exact way.
+    locate ──> places of tokens, from cumulative lengths ──> cut_rows: cut what straddles an edge, and encode again
+
+Positions are bytes of the batch's texts laid end to end (`base[i]` is where text i starts), so that one sorted
+array serves all rows. A row whose lengths do not add up to its text is reported, and goes the exact way.
+
+At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ from
+that in four ways: a token reaches over the edge; an added token swallows whitespace that the span starts with, or
+whitespace before the span; or the words before the edge are found differently because of what follows: of two tabs
+before a letter the second can belong to the letter's word, so that the tabs are two tokens in the whole text and
+one token at inference. Each cuts the text there.
 """
 
 from __future__ import annotations
@@ -9,14 +17,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from itertools import pairwise
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64, Ragged
-from sftdata.encode.engine import Encoder
-from sftdata.encode.exact import WHITESPACE, Located, join
-from sftdata.ragged import offsets_of
+from sftdata.batches import Bool, Int32, Int64, Ragged, offsets_of
+from sftdata.encode.engine import WHITESPACE, Encoder, Located, join
 
 _SPACES = re.compile(b"(?:" + b"|".join(re.escape(char.encode()) for char in WHITESPACE) + b")*")
 
@@ -207,3 +214,232 @@ class _Walk:
 def _skip_spaces(raw: bytes, position: int) -> int:
     match = _SPACES.match(raw, position)
     return match.end() if match else position
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edges:
+    """The edges of trained spans, in order; spans that hold nothing have none.
+
+    Attributes:
+        position: int64[E], positions in the batch.
+        row: int64[E].
+        opens: bool[E], whether a span starts there (else one stops).
+    """
+
+    position: Int64
+    row: Int64
+    opens: Bool
+
+
+def edges_of(spans: Ragged, base: Int64) -> Edges:
+    """List the edges of all spans of a batch."""
+    filled = spans.values[:, 1] > spans.values[:, 0]
+    row = np.repeat(np.arange(len(base) - 1), np.diff(spans.offsets))[filled]
+    position = (spans.values[filled] + base[row, None]).reshape(-1)
+    return Edges(position, np.repeat(row, 2), np.tile(np.array([True, False]), len(row)))
+
+
+def straddled(places: Places, edges: Edges) -> Bool:
+    """bool[E]: edges inside a token."""
+    start = np.append(places.tokens.starts, places.base[-1])[_token_at(places, edges)]
+    bad: Bool = start < edges.position
+    return bad
+
+
+def _swallowed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
+    """bool[E]: openings inside or behind whitespace that an added token swallows, as no token would at inference."""
+    tokens, token = places.tokens, _token_at(places, edges)
+    ids, first, stop = np.append(tokens.ids, 0), places.offsets[edges.row], places.offsets[edges.row + 1]
+    before = token - 1
+    by_last = (before >= first) & encoder.strips_right[ids[before]]
+    by_next = (token < stop) & encoder.strips_left[ids[token]]
+    gap_start = np.where(before >= first, np.append(tokens.ends, 0)[before], places.base[edges.row])
+    gap_stop = np.where(token < stop, np.append(tokens.starts, 0)[token], places.base[edges.row + 1])
+    swallowed: Bool = edges.opens & np.where(
+        by_last, edges.position < gap_stop, by_next & (gap_start < edges.position)
+    )
+    return swallowed
+
+
+def _token_at(places: Places, edges: Edges) -> Int64:
+    """int64[E], the token that an edge lies in or before."""
+    return np.searchsorted(places.tokens.ends, edges.position, "right")
+
+
+def cut_rows(
+    places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged
+) -> tuple[Places, int, int]:
+    """Cut every row that needs it.
+
+    Returns:
+        the new places, the number of cuts, and the number of rows that were cut.
+    """
+    bad = _bad(places, encoder, edges, raws, literal, np.zeros(len(edges.row), np.bool_))
+    if not bad.any():
+        return places, 0, 0
+    rows = np.unique(edges.row[bad])
+    part = _Rows.of(rows, edges, raws, literal, places.base)
+    cut = bad[np.isin(edges.row, rows)]
+    while True:
+        pieces = part.encode(encoder, cut)
+        # Pieces have other tokens than the whole had, so all edges of these rows are looked at again.
+        more = ~cut & _bad(pieces, encoder, part.edges, part.raws, part.literal, cut)
+        if not more.any():
+            break
+        cut |= more
+    return (
+        places.with_rows({row: pieces.row(index) for index, row in enumerate(rows.tolist())}),
+        int(cut.sum()),
+        len(rows),
+    )
+
+
+def _bad(
+    places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged, cut: Bool
+) -> Bool:
+    """bool[E]: edges to cut at; at those marked by `cut` the text has been cut already."""
+    bad = straddled(places, edges) | _swallowed(places, edges, encoder)
+    if encoder.resolved.layout.looks_ahead:
+        asked = np.flatnonzero(edges.opens & ~bad & ~cut)
+        bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(
+            edges.position[asked], edges.row[asked]
+        )
+    return bad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The rows to cut, as a batch of their own: positions are those of this smaller batch."""
+
+    raws: list[bytes]
+    literal: Ragged
+    edges: Edges
+    base: Int64
+
+    @classmethod
+    def of(cls, rows: Int64, edges: Edges, raws: list[bytes], literal: Ragged, base: Int64) -> _Rows:
+        chosen = [raws[row] for row in rows.tolist()]
+        own = np.isin(edges.row, rows)
+        row = np.searchsorted(rows, edges.row[own])
+        new = offsets_of(np.array([len(raw) for raw in chosen], np.int64))
+        position = edges.position[own] - base[edges.row[own]] + new[row]
+        ranges = Ragged.from_lists([ranges_of(literal, row) for row in rows.tolist()])
+        return cls(chosen, ranges, Edges(position, row, edges.opens[own]), new)
+
+    def encode(self, encoder: Encoder, cut: Bool) -> Places:
+        """Encode the pieces between cuts; laid end to end they are the rows."""
+        bounds = np.sort(np.concatenate([self.base, self.edges.position[cut]]))
+        text = b"".join(self.raws)
+        raws = [text[start:stop] for start, stop in pairwise(bounds.tolist())]
+        inside = ~np.isin(bounds[:-1], self.base)
+        pieces, _ = locate(encoder, [raw.decode() for raw in raws], raws, self._literal(bounds), inside)
+        return Places(pieces.tokens, pieces.offsets[np.searchsorted(bounds, self.base)], self.base)
+
+    def _literal(self, bounds: Int64) -> Ragged:
+        """Clip the literal ranges to the pieces."""
+        pieces: list[Ranges] = [[] for _ in bounds[1:]]
+        shifted = self.literal.values + np.repeat(self.base[:-1], np.diff(self.literal.offsets))[:, None]
+        for start, stop in shifted.tolist():
+            first, last = np.searchsorted(bounds, [start, stop - 1], "right").tolist()
+            for piece in range(first - 1, last):
+                begin, end = int(bounds[piece]), int(bounds[piece + 1])
+                pieces[piece].append((max(start, begin) - begin, min(stop, end) - begin))
+        return Ragged.from_lists(pieces)
+
+
+FAR = 2048  # bytes; of a longer prefix only the end is encoded again, which keeps the cost linear in the number of spans
+# Every pattern that finds words cuts between a letter and a space before a letter.
+_WORD_START = re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])")
+
+
+class _Stretch(NamedTuple):
+    """Tokens [start, stop) of the batch, and their text, bytes [begin, end) of the row."""
+
+    row: int
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefixes:
+    """Compare the ids before openings with those of their text alone.
+
+    Encoding starts afresh after an added token and after a cut, so only the stretch from there on is encoded again.
+
+    Attributes:
+        cuts: positions where the texts have been cut.
+    """
+
+    places: Places
+    encoder: Encoder
+    raws: list[bytes]
+    literal: Ragged
+    cuts: Int64
+
+    def differ(self, position: Int64, row: Int64) -> Bool:
+        """bool[A]: openings at these positions of these rows (int64[A]) that need a cut."""
+        if not len(row):
+            return np.zeros(0, np.bool_)
+        whole = self._stretches(position, row)
+        near = [
+            self._shortened(stretch) if stretch.end - stretch.begin > FAR else stretch for stretch in whole
+        ]
+        differs = self._compare(near)
+        for index in np.flatnonzero(differs).tolist():
+            if near[index] is not whole[index]:
+                differs[index] = self._compare([whole[index]])[0]
+        return differs
+
+    def _stretches(self, position: Int64, row: Int64) -> list[_Stretch]:
+        tokens, base = self.places.tokens, self.places.base[row]
+        added = np.flatnonzero(self.encoder.is_added[tokens.ids]) + 1
+        fresh = np.sort(np.concatenate([[0], added, np.searchsorted(tokens.starts, self.cuts)]))
+        stop = np.searchsorted(tokens.ends, position, "right")
+        start = np.maximum(fresh[np.searchsorted(fresh, stop, "right") - 1], self.places.offsets[row])
+        filled = start < stop
+        begin = np.where(filled, np.append(tokens.starts, 0)[start] - base, 0)
+        end = np.where(filled, tokens.ends[stop - 1] - base, 0)
+        columns = (column.tolist() for column in (row, start, stop, begin, end))
+        return [_Stretch(*values) for values in zip(*columns, strict=True)]
+
+    def _shortened(self, stretch: _Stretch) -> _Stretch:
+        """Keep the last part of a long stretch, from a word on that no pattern joins to the one before it."""
+        starts = self.places.tokens.starts
+        base = int(self.places.base[stretch.row])
+        for word in _WORD_START.finditer(self.raws[stretch.row], stretch.end - FAR, stretch.end - FAR // 2):
+            token = int(np.searchsorted(starts, base + word.start()))
+            if starts[token] == base + word.start():
+                return stretch._replace(start=token, begin=word.start())
+        return stretch
+
+    def _compare(self, stretches: list[_Stretch]) -> Bool:
+        """bool[A]: stretches whose text alone does not give their ids; each distinct one is encoded once."""
+        ids = memoryview(self.places.tokens.ids.tobytes())
+        numbers: dict[tuple[bytes, bytes], int] = {}
+        verdicts = []
+        for row, start, stop, begin, end in stretches:
+            key = (self.raws[row][begin:end], bytes(ids[4 * start : 4 * stop]))
+            verdicts.append(numbers.setdefault(key, len(numbers)))
+        alone, offsets = self.encoder.encode([text.decode() for text, _ in numbers])
+        found = [alone[start:stop].tobytes() for start, stop in pairwise(offsets.tolist())]
+        differs = np.array(
+            [own != expected for own, (_, expected) in zip(found, numbers, strict=True)], np.bool_
+        )[verdicts]
+        for index in np.flatnonzero(
+            differs & (np.diff(self.literal.offsets) > 0)[[stretch.row for stretch in stretches]]
+        ).tolist():
+            differs[index] = self._differs_with_literal(stretches[index])
+        return differs
+
+    def _differs_with_literal(self, stretch: _Stretch) -> bool:
+        """Compare without matching what data spells."""
+        row, start, stop, begin, end = stretch
+        literal = [
+            (max(a, begin) - begin, min(b, end) - begin)
+            for a, b in ranges_of(self.literal, row)
+            if a < end and b > begin
+        ]
+        alone = self.encoder.exact.encode(self.raws[row][begin:end], literal, at_start=begin == 0)
+        return not np.array_equal(alone.ids, self.places.tokens.ids[start:stop])

@@ -37,10 +37,9 @@ from sftdata.batches import Bool, Completion, Conversation, Row, Tally, TokenBat
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.masks.markers import find_id_spans, find_spans
-from sftdata.masks.trl_0_7_10 import trl_0_7_10_mask
+from sftdata.masks.markers import find_id_spans, find_spans, trl_0_7_10_mask
 from sftdata.masks.turns import RenderedConversation
-from sftdata.render.recipes import Turn, assistant_messages
+from sftdata.render.shapes import Turn, assistant_messages
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
 Ranges = list[tuple[int, int]]

@@ -15,7 +15,7 @@ from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Ro
 from sftdata.errors import RowError
 from sftdata.masks import Mask, Ranges, Spans, as_rendered, byte_ranges
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.render.recipes import Turn
+from sftdata.render.shapes import Turn
 
 _NONE: Ranges = []
 

@@ -13,13 +13,23 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, Tally, TextBatch, TokenBatch, Tokens
-from sftdata.encode.edges import cut_rows, edges_of, straddled
+from sftdata.batches import (
+    IGNORE_INDEX,
+    Bool,
+    Float32,
+    Int32,
+    Int64,
+    Tally,
+    TextBatch,
+    TokenBatch,
+    Tokens,
+    offsets_of,
+    positions_of,
+)
 from sftdata.encode.engine import Encoder
-from sftdata.encode.places import Places, locate
+from sftdata.encode.places import Places, cut_rows, edges_of, locate, straddled
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import RowError, UsageError
-from sftdata.ragged import offsets_of, positions_of
 
 
 def encode_batch(

@@ -24,13 +24,11 @@ from typing import Any
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.guards import guarded_tokens
+from sftdata.render.control_tokens import common_prefix, find_call_end, find_stops, guarded_tokens
 from sftdata.render.marks import Mark, MarkedText, message_texts
-from sftdata.render.parting import common_prefix, find_parting, find_tags, header_after, repeated_tag
 from sftdata.render.proof import ProvenRenderer, any_of
-from sftdata.render.recipes import MAX_RECIPES, Recipe, RecipeBook, Turn, assistant_messages
-from sftdata.render.refusals import CALLS_FIX
-from sftdata.render.stops import find_call_end, find_stops
+from sftdata.render.shapes import MAX_RECIPES, Recipe, RecipeBook, Turn, assistant_messages
+from sftdata.render.spellings import CALLS_FIX
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
 
 
@@ -61,7 +59,7 @@ class SpanFinder:
         template: the chat template.
         stop_tokens: strings that end generation (EOS and the generation config's).
         control_tokens: the tokenizer's added tokens that are marked `special: true`, as strings.
-        plain_tokens: its other added tokens; those that open or end a turn are guarded like control tokens (guards.py).
+        plain_tokens: its other added tokens; those that open or end a turn are guarded like control tokens.
         trust_control_tokens: let control tokens inside data count as such.
 
     Attributes:
@@ -342,3 +340,52 @@ def _calls_lost(index: int) -> RowError:
     return RowError(
         "tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", CALLS_FIX
     )
+
+
+_TAG = re.compile(r"<[^<>\s]+>")
+
+
+def find_parting(written: str, region: str) -> int:
+    """Return where `written` and `region` part ways, never inside a tag of either.
+
+    >>> find_parting("<|assistant|><think>", "<|assistant|><tool_call>")
+    13
+    """
+    at = common_prefix(written, region)
+    for text in (written, region):
+        for tag in _TAG.finditer(text):
+            if tag.start() < at < tag.end():
+                at = tag.start()
+    return at
+
+
+def header_after(rest: str, region: str) -> int | None:
+    r"""Return where the rest of a generation prompt ends in `region`, or its last tags do; None where they do not stand there.
+
+    A template may write other space, one more end token or one instruction less before a rendered turn than before the generation
+    prompt. The header itself is still fed at inference, so it is not for the model to generate.
+
+    >>> header_after("### Answer:\n", "    ### Answer:\nYes"), header_after("<think>\n", "Yes")
+    (16, None)
+    """
+    for opening in (0, *(tag.start() for tag in _TAG.finditer(rest))):
+        core = rest[opening:].strip()
+        if core and core in region:
+            stop = region.index(core) + len(core)
+            return stop + common_prefix(rest[len(rest.rstrip()) :], region[stop:])
+    return None
+
+
+def repeated_tag(rest: str, answer: str) -> int:
+    r"""Return the length of the tag that the rest of a generation prompt opens and the answer repeats; 0 for none.
+
+    >>> repeated_tag("<think>\n", "<think>Two.</think>Four."), repeated_tag("<think>\n", "Four.")
+    (7, 0)
+    """
+    tag = _TAG.match(rest.lstrip())
+    return len(tag[0]) if tag and answer.startswith(tag[0]) else 0
+
+
+def find_tags(text: str) -> set[str]:
+    """Return the tags of a text."""
+    return set(_TAG.findall(text))

@@ -1,13 +1,20 @@
-"""The jinja environment of chat templates: that of transformers' `render_jinja_template`, but for two things.
+"""The jinja environment of chat templates: that of transformers' `render_jinja_template`, but for three things.
 
-`strftime_now` yields the run's date, never today's; and `{% generation %}` blocks come out between two marks, so that spans are
-read off the text itself.
+`strftime_now` yields the run's date, never today's. `{% generation %}` blocks come out between two marks, so that
+spans are read off the text itself. And a render has a budget: jinja's sandbox keeps a template from reaching the
+machine, not from wasting it. Every pass of a loop takes a step, every call some; long values take more, and what
+could make a huge one is measured before it is made. Steps, not seconds: a row is refused on every machine or on
+none.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,9 +22,12 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.runtime import Macro
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 GENERATION_OPEN, GENERATION_CLOSE = "\U0010fff0", "\U0010fff1"
 
@@ -101,3 +111,186 @@ def make_environment(
         "namespace": _TemplateNamespace,
     }
     return environment
+
+
+MAX_CHARS = (
+    128 << 20
+)  # of a render, or of one value in it: twice the longest line, and within 512 MB with its copies
+MAX_STEPS = 1_000_000  # eighty turns with tools take some thousands
+_CHARS_PER_STEP = 16384
+_STEPS_PER_CALL = 8  # a call takes that many times as long as a pass of a loop
+_MAX_INTEGER = 1_000_000  # given to a function, filter or format: a width, an indent, a count
+_MAX_BITS = 4096
+_WIDE = re.compile(r"\d{7}|%[^%\w]*\*")  # in a format string
+
+
+class _Left(threading.local):
+    steps = MAX_STEPS
+
+
+_left = _Left()
+
+
+def join_bounded(pieces: Iterator[str]) -> str:
+    """Join the pieces of a render, lazily made, within a fresh budget.
+
+    Raises:
+        SecurityError: the template works or writes without end.
+    """
+    _left.steps = MAX_STEPS
+    written, total = [], 0
+    for piece in pieces:
+        written.append(piece)
+        total += len(piece)
+        if total > MAX_CHARS:
+            raise SecurityError(f"the template writes more than {MAX_CHARS >> 20} million characters")
+    return "".join(written)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a budget, and without what differs from run to run (`lipsum`, `random`)."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.globals["lipsum"], self.filters["random"]
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {"_each": _each, "_whole": _whole}
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Instrument().visit(source), *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Measure, then compute; a sum is at most as long as its parts, and is measured after."""
+        if operator == "+":
+            return _charged(left + right)
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(times, int) and not isinstance(value, int | float):
+                    _spend(_size(value) * max(times, 0))
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _spend(left.bit_length() * max(right, 0) * MAX_CHARS // _MAX_BITS)
+        elif operator == "%" and isinstance(left, str):
+            _check_format(left)
+        return _charged(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # jinja's own names
+        """Check the arguments, then call."""
+        if args or kwargs:
+            _check_integers(args, kwargs)
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str) and args:
+            _foresee(name, owner, args)
+        _spend(steps=_STEPS_PER_CALL)
+        return _charged(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Refuse wide fields in `str.format`."""
+        wrapper = super().wrap_str_format(value)
+        if wrapper is not None:
+            _check_format(value.__self__)
+        return wrapper
+
+
+class _Instrument(NodeTransformer):
+    """Let loops, concatenations, captured blocks and literals of a template take from the budget."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        """Count the passes."""
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "_each")
+        return node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+        """Charge the captured text."""
+        self.generic_visit(node)
+        node.filter = _filtered(node.filter, "_whole")
+        return node
+
+    def _visit_value(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "_whole") if getattr(node, "ctx", "load") == "load" else node
+
+    visit_Concat = visit_List = visit_Tuple = visit_Dict = _visit_value
+
+
+def _filtered(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=getattr(node, "lineno", 1))
+
+
+def _spend(size: int = 0, steps: int = 1) -> None:
+    _left.steps -= steps + size // _CHARS_PER_STEP
+    if _left.steps < 0 or size > MAX_CHARS:
+        raise SecurityError("the template works or writes without end")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return 64 * len(value) if isinstance(value, list | tuple | dict) else 0
+
+
+def _charged(value: Any) -> Any:
+    if value.__class__ is str and len(value) < _CHARS_PER_STEP:
+        return value  # loops and calls are counted, so what stands between them is too
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise SecurityError("the template computes a number without end")
+    _spend(_size(value))
+    return value
+
+
+def _each(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        _spend()
+        yield value
+
+
+def _whole(value: Any) -> Any:
+    """Charge a value with all that it holds: lists that hold one list twice would be printed twice as long."""
+    if isinstance(value, str):
+        return _charged(value)
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        _spend(_size(item))
+        if isinstance(item, list | tuple | dict):
+            stack += item.values() if isinstance(item, dict) else item
+    return value
+
+
+def _check_integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(isinstance(value, int) and abs(value) > _MAX_INTEGER for value in (*args, *kwargs.values())):
+        raise SecurityError(f"the template passes an integer above {_MAX_INTEGER}")
+
+
+def _check_format(text: str) -> None:
+    if _WIDE.search(text):
+        raise SecurityError("the template formats with a field without end")
+
+
+def _foresee(name: str, text: str, args: tuple[Any, ...]) -> None:
+    """Charge what `replace` and `join` are about to write."""
+    if name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
+        _spend(text.count(args[0]) * len(args[1]))
+    elif name == "join" and args and isinstance(args[0], list | tuple):
+        _spend(len(args[0]) * len(text) + sum(map(_size, args[0])))
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return _charged(function(*args))
+        _check_integers(args, kwargs)
+        texts = [value for value in args if isinstance(value, str)]
+        if name == "replace" and len(texts) > 2:
+            _foresee(name, texts[0], tuple(texts[1:]))
+        elif name == "join":
+            values = next((value for value in args if isinstance(value, list | tuple)), ())
+            _foresee(name, str(texts[-1]) if texts else "", (values,))
+        elif name == "format" and texts:
+            _check_format(texts[0])
+        return _charged(function(*args, **kwargs))
+
+    return bounded

@@ -13,10 +13,8 @@ from msgspec.structs import replace
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.render import marks
-from sftdata.render.refusals import CALLS_FIX, explain_refusal
-from sftdata.render.spellings import misprinted, needs_spelling, spellings
-from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefusal
-from sftdata.render.unread import has_more, unread_names
+from sftdata.render.spellings import CALLS_FIX, explain_refusal, misprinted, needs_spelling, spellings
+from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefusal, has_more, unread_names
 
 Skip = Callable[[str], object]
 _START = marks.Mark(0, -1, closes=True)
@@ -27,7 +25,7 @@ class ProvenRenderer:
 
     Args:
         template: the chat template.
-        guarded: tokens that are control tokens when the template writes them and text when a message does (guards.py);
+        guarded: tokens that are control tokens when the template writes them and text when a message does (control_tokens.py);
             none to trust them in messages too.
         plain: tokens that count in messages too. A guarded token inside a longer one of these does not.
     """

@@ -1,14 +1,14 @@
 """Chat templates: choose, compile, hash and render them, with the text of transformers' own renderer.
 
-The environment (environment.py) is transformers', and a render has a budget (budget.py), because the sandbox stops escapes but
-not cost.
+What a render leaves unread of a message or of the template's arguments is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -22,9 +22,13 @@ import jinja2.meta
 import jinja2.nodes
 
 from sftdata.errors import UsageError, did_you_mean
-from sftdata.render.budget import BoundedEnvironment, join_bounded
-from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN, make_environment
-from sftdata.render.unread import WatchedMessage
+from sftdata.render.environment import (
+    GENERATION_CLOSE,
+    GENERATION_OPEN,
+    BoundedEnvironment,
+    join_bounded,
+    make_environment,
+)
 
 # Template text that looks like a control token; a tokenizer that lacks it would spell it out in pieces.
 CONTROL_SHAPE = re.compile(r"<\|[^\s<>|\"]+\|?>|<[^\s<>|/\"]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_[a-z]+>")
@@ -296,3 +300,73 @@ def _compared_constants(tree: jinja2.nodes.Template) -> tuple[str, ...]:
             if isinstance(constant.value, str) and constant.value.strip()
         }
     return tuple(sorted(found))
+
+
+KNOWN = frozenset({"role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking"})
+"""Keys that are looked after in other ways: what they say is trained, or counted as swallowed."""
+
+
+class WatchedMessage(dict[str, Any]):
+    """A message that notes which of its keys are asked for."""
+
+    __slots__ = ("asked",)
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.asked: set[Any] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the value of a key, noting it."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: Any) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.asked.update(super().keys())
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """Return all keys, noting them."""
+        self.asked.update(super().keys())
+        return super().keys()
+
+    def values(self) -> Any:
+        """Return all values, noting their keys."""
+        self.asked.update(super().keys())
+        return super().values()
+
+    def items(self) -> Any:
+        """Return all items, noting their keys."""
+        self.asked.update(super().keys())
+        return super().items()
+
+    def unread(self) -> set[str]:
+        """Return the keys that nothing asked for."""
+        return {key for key in dict.keys(self) if key not in self.asked} - KNOWN
+
+
+def has_more(messages: list[dict[str, Any]]) -> bool:
+    """Say whether any message has a key that may go unread."""
+    return any(not message.keys() <= KNOWN for message in messages)
+
+
+def unread_names(
+    messages: list[WatchedMessage], arguments: Mapping[str, Any], read: frozenset[str]
+) -> tuple[str, ...]:
+    """Return the counters of what a template did not read, one entry for each message that has it.
+
+    Args:
+        messages: as rendered.
+        arguments: template arguments of the row.
+        read: names that the template looks up.
+    """
+    keys = Counter(f"message_key_unused:{key}" for message in messages for key in message.unread())
+    named = [f"template_argument_unused:{name}" for name in sorted(set(arguments) - read)]
+    return (*sorted(keys.elements()), *named)

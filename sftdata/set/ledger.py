@@ -28,9 +28,9 @@ from sftdata.batches import (
     PackedRows,
     Reject,
     Tally,
+    offsets_of,
 )
 from sftdata.errors import IntegrityError
-from sftdata.ragged import offsets_of
 from sftdata.set.store import Count, RowLength, Sink
 
 REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows
+from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows, offsets_of, positions_of
 from sftdata.errors import IntegrityError
-from sftdata.ragged import offsets_of, positions_of
 from sftdata.set.ledger import Ledger, distinct
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from sftdata.acting import JOINED_RAW
 from sftdata.batches import EXAMPLES, Bool, Int32, Int64
 from sftdata.errors import UsageError
-from sftdata.looks import JOINED_RAW
 from sftdata.output import visible
-from sftdata.render.stops import find_stops
+from sftdata.render.control_tokens import find_stops
 from sftdata.render.template import ChatTemplate
 from sftdata.set.ledger import read_counted
 from sftdata.set.manifest import Manifest

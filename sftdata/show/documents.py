@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows
-from sftdata.ragged import offsets_of
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
 from sftdata.vocabulary import Vocabulary
 
 UInt64 = npt.NDArray[np.uint64]

@@ -11,9 +11,9 @@ import pytest
 from sftdata import run, stages
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
-from sftdata.launch import start_workers
 from sftdata.output import Progress
-from sftdata.stages import SAMPLE_CHARS
+from sftdata.pipeline import SAMPLE_CHARS
+from sftdata.workers import start_workers
 from tests.integration.test_prepare import TOKENIZER, folder_digest
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_the_heron_would_have_been_trained_wrongly(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sftdata.run.digest_ids", lambda *_: "")
-    monkeypatch.setattr("sftdata.stages.digest_ids", lambda *_: "")
+    monkeypatch.setattr("sftdata.pipeline.digest_ids", lambda *_: "")
     prepare(settings(data, tmp_path / "right", "tokenizers"))
     prepare(settings(data, tmp_path / "wrong", "gigatoken"))
     assert shards(tmp_path / "right") != shards(tmp_path / "wrong")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from sftdata.masks.markers import find_id_spans
-from sftdata.masks.trl_0_7_10 import trl_0_7_10_mask
+from sftdata.masks.markers import find_id_spans, trl_0_7_10_mask
 from sftdata.resolve import Encoded, Resolution, resolve_marker
 from tests.marked_texts import mask_rows
 

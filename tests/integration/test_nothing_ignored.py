@@ -12,9 +12,8 @@ import pytest
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.pack import gather, plan_packs
-from sftdata.pipeline import prepare_chunk
+from sftdata.pipeline import load_stages, prepare_chunk
 from sftdata.plan import make_plan
-from sftdata.stages import load_stages
 
 pytestmark = pytest.mark.slow
 

@@ -45,7 +45,7 @@ WORDS = (
 )
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["tests.torture.runs", "sftdata.pipeline", "sftdata.stages", "tokenizers", "pyarrow", "jinja2"]
+    ["tests.torture.runs", "sftdata.pipeline", "tokenizers", "pyarrow", "jinja2"]
 )
 
 

@@ -187,7 +187,7 @@ def test_a_tokenizer_that_is_removed_in_mid_run_is_one_line_and_the_next_run_goe
 
     with monkeypatch.context() as patch:
         patch.setenv("SFTDATA_CACHE", str(place / "cache"))
-        patch.setattr("sftdata.stages._loaded", None)
+        patch.setattr("sftdata.pipeline._loaded", None)
         patch.setattr(before, after_loss)
         with pytest.raises(SftError, match=rf"{place}/cache/.* Fix: run the same command again") as caught:
             prepare(small.data, place / "set")

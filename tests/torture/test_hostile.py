@@ -154,7 +154,7 @@ FORBIDDEN = (
 WATCH = """
 import sys
 seen, opened = [], []
-import sftdata.cli, sftdata.pipeline, sftdata.stages
+import sftdata.cli, sftdata.pipeline
 def hook(event, arguments, forbidden=tuple(sys.argv.pop(1).split(","))):
     if event in forbidden:
         seen.append((event, repr(arguments)[:200]))

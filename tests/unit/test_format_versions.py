@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from sftdata.config import make_config
-from sftdata.engine.local import Workers
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.run import prepare
 from sftdata.set.manifest import FORMAT_VERSION, Manifest, read_manifest, seal, write_manifest
@@ -19,6 +18,7 @@ from sftdata.set.verify import verify
 from sftdata.show.audit import audit
 from sftdata.show.stats import measure
 from sftdata.show.view import open_shown
+from sftdata.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = (

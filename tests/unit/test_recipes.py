@@ -10,7 +10,7 @@ import pytest
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.render.recipes import RecipeBook
+from sftdata.render.shapes import RecipeBook
 from sftdata.render.template import ChatTemplate, control_tokens
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

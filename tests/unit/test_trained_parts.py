@@ -12,13 +12,13 @@ import pytest
 
 from sftdata.batches import Conversation
 from sftdata.config import PrepareConfig
-from sftdata.engine.local import Workers
 from sftdata.errors import DataError
 from sftdata.masks import Mask, TextMarkers, TrainOn
 from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
 from sftdata.render.template import ChatTemplate
 from sftdata.run import prepare, preview
+from sftdata.workers import Workers
 from tests.made_tokenizers import CHATML
 from tests.one_stage import render_rows
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
-from sftdata.masks.trl_0_7_10 import TrlMask, trl_0_7_10_mask
+from sftdata.masks.markers import TrlMask, trl_0_7_10_mask
 
 H, A = [8], [9]
 EOS = 2

@@ -13,7 +13,7 @@ import pytest
 
 from sftdata.batches import Conversation
 from sftdata.masks.turns import SpanFinder
-from sftdata.render.stops import find_unknown_tokens
+from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, control_tokens
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Oslo"}}}

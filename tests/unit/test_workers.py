@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sftdata.encode.tokenizer import resolve_tokenizer
-from sftdata.engine.local import Workers
 from sftdata.errors import DataError, SftError
-from sftdata.stages import load_engine
+from sftdata.pipeline import load_engine
+from sftdata.workers import Workers
 from tests.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -2,8 +2,11 @@
 
     this process ── spawns ──> leader: imports, loads what all tasks share ── forks ──> workers
 
-The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is copied; what it loaded
-is in memory once, however many workers there are. Results come back as they finish: nothing about a set depends on their order.
+The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is copied;
+what it loaded is in memory once, however many workers there are. It takes longest to get ready, so a large run
+starts it first: it imports the pipeline and loads the tokenizer's engine while this process imports what it needs
+itself, reads the input through and plans. Results come back as they finish: nothing about a set depends on their
+order.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
+from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.errors import SftError
+from sftdata.sources.inputs import expand_inputs
 
 Job = TypeVar("Job")
 Task = TypeVar("Task")
@@ -182,3 +188,23 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+_PIPELINE = "sftdata.pipeline"
+
+
+def start_workers(config: PrepareConfig) -> Workers:
+    """Return the workers of a run; starts their leader early when the input is large.
+
+    Raises:
+        UsageError: an input that is not there.
+    """
+    worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(
+        config
+    ) >= FAST_ENGINE_MIN_BYTES
+    return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
+
+
+def _input_bytes(config: PrepareConfig) -> int:
+    """Return the size of the local input files, before any of them is read."""
+    return sum(Path(path).stat().st_size for path in expand_inputs(config.inputs)[0] if Path(path).is_file())

@@ -1,0 +1,307 @@
+"""Which tokens end a turn, and which are control tokens when someone types them into a message: the guarded ones.
+
+Both are read off plain renders of the template: made-up conversations, and what it writes around their data.
+
+A tokenizer matches its added tokens before it does anything else, wherever they stand. Of these
+
+- *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a turn in
+  this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are `special: false`). Typed
+  into a message they are encoded as the text that they spell, so that no data ends a turn or forges one.
+  `--trust-control-tokens` turns this off.
+- All others are *text* like any other (`<think>`, `</think>`, `<tool_call>` of Qwen, GLM, Nemotron): inference
+  encodes them as one id wherever they stand, and so do we, in messages of every role. Tags inside a turn never
+  count as opening or ending it, even where the template writes one between a header and an answer (Qwen3), or
+  names them in a system text.
+
+Of the tokens that a template writes around a message, those on the outside open and end turns, and those that
+stand in the headers of several roles. What it writes for reasoning or around calls stands inside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sftdata.render import marks
+from sftdata.render.proof import any_of
+from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
+
+Message = dict[str, Any]
+
+SYSTEM: Message = {"role": "system", "content": "S"}
+USER: Message = {"role": "user", "content": "A"}
+ANSWER: Message = {"role": "assistant", "content": "B"}
+RESULT: Message = {"role": "tool", "content": "C", "name": "f", "tool_call_id": "abcdefghi"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def calling(arguments: Any) -> Message:
+    """Return an assistant message that calls a tool."""
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+# Templates take the arguments of a call as an object or as its JSON text.
+CALLS = (calling({"x": "y"}), calling('{"x": "y"}'))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template writes between the data of two messages, or behind that of the last.
+
+    Attributes:
+        text: the characters.
+        before: the message (its place in the conversation) whose data stands before; -1 for none.
+        after: the message whose data stands behind; None for none.
+    """
+
+    text: str
+    before: int
+    after: int | None
+
+
+def frames(template: ChatTemplate, messages: list[Message]) -> list[Frame]:
+    """Render a conversation and cut its messages' data out; no frames where the template refuses it."""
+    for tools in (None, [_TOOL]):
+        try:
+            marked = marks.take_out(
+                template.render(marks.mark_messages(messages, lambda _: False), tools), {}
+            )
+        except TemplateRefusal:
+            continue
+        found, at, before = [], 0, -1
+        for mark in marked.marks:
+            if mark.message != before:
+                found.append(Frame(marked.text[at : mark.position], before, mark.message))
+            before, at = mark.message, mark.position
+        return [*found, Frame(marked.text[at:], before, None)]
+    return []
+
+
+_BRACKETED = re.compile(r"<[^\s<>]+>|[\[\]][^\s\[\]]+[\[\]]")
+
+
+def find_stops(
+    template: ChatTemplate, stop_tokens: Sequence[str], control_tokens: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the strings that end a turn of `template`.
+
+    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it does not, the model
+    must write the whole run of control tokens that follows (Command R7B: `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`), as far as it
+    stands before the header of the next message, and the last of them ends the turn. Without such a run the first token of
+    that header does (GLM-4: `<|user|>`). After a tool call the brackets of the call itself are passed over, and a token that
+    stands before it too only opens the next message.
+    """
+    known = [*control_tokens, *stop_tokens]
+    shape = re.compile(
+        "|".join(
+            [*sorted(map(re.escape, known), key=lambda token: (-len(token), token)), CONTROL_SHAPE.pattern]
+        )
+    )
+    opening = _first_token(template, shape)
+    stops = list(stop_tokens)
+    for messages in ([USER, ANSWER], [USER, ANSWER, USER, ANSWER]):
+        _, after = _around_second(template, messages)
+        stops += (
+            []
+            if any(stop in after for stop in stops)
+            else _last_of_run(template, messages, after, shape, opening)
+        )
+    for call in CALLS:
+        for messages in ([USER, call], [USER, call, RESULT]):
+            before, after = _around_second(template, messages)
+            run = (
+                []
+                if any(stop in after for stop in stops)
+                else _last_of_run(template, messages, after, CONTROL_SHAPE, opening)
+            )
+            stops += [stop for stop in run if stop not in before]
+    return tuple(stop for stop in dict.fromkeys(stops) if stop.strip())
+
+
+def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
+    """Return which of `stops` the template writes first behind a tool call that is answered; None where it writes none."""
+    for call in CALLS:
+        _, after = _around_second(template, [USER, call, RESULT])
+        found = min((stop for stop in stops if stop in after), key=after.index, default=None)
+        if found is not None:
+            return found
+    return None
+
+
+def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[str, ...]:
+    """Return the tokens of `template` that neither a tokenizer nor their look tells: `[|end|]`, `<sep>`, `[e~[`.
+
+    Where no known control token follows an answer, what stands in brackets right behind every answer must be one; and with it all
+    that is written around messages in the same brackets (`[|user|]`).
+    """
+    shape = re.compile(
+        "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern])
+    )
+    found = [*frames(template, [USER, ANSWER, USER, ANSWER]), *frames(template, [USER, ANSWER])]
+    behind = [frame.text for frame in found if frame.before in (1, 3)]
+    ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in behind}
+    if len(ends) != 1 or "" in ends or any(shape.search(text) for text in behind):
+        return ()
+    (end,) = ends
+    tokens = [token for frame in found for token in _BRACKETED.findall(frame.text)]
+    kin = [] if end[1].isalnum() else [token for token in tokens if token[:2] == end[:2]]
+    return tuple(dict.fromkeys([end, *kin]))
+
+
+def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
+    """Return the text before the data of the second message and the text from there to the next data; "" where refused."""
+    found = frames(template, messages)
+    before = "".join(frame.text for frame in found if frame.before < 1)
+    after = next((frame.text for frame in found if frame.before == 1), "")
+    return before, after
+
+
+def _last_of_run(
+    template: ChatTemplate, messages: list[Message], after: str, shape: re.Pattern[str], opening: str | None
+) -> list[str]:
+    """Return the last of the control tokens that stand side by side behind the second message, the next header left out."""
+    run = _run(after, shape)
+    alone = _run(_around_second(template, messages[:2])[1], shape)
+    own = run[: common_prefix(run, alone) or None]
+    if opening in own[1:]:
+        own = own[: own.index(opening, 1)]
+    return own[-1:]
+
+
+def _run(text: str, shape: re.Pattern[str]) -> list[str]:
+    """Return the first control token of a text and those that follow it side by side."""
+    found: list[str] = []
+    at = -1
+    for match in shape.finditer(text):
+        if found and match.start() != at:
+            break
+        found.append(match[0])
+        at = match.end()
+    return found
+
+
+def _first_token(template: ChatTemplate, shape: re.Pattern[str]) -> str | None:
+    """Return the control token that opens a conversation, behind its BOS."""
+    bos = template.special_tokens.get("bos_token")
+    for messages in ([SYSTEM, USER], [USER]):
+        found = frames(template, messages)
+        tokens = [match[0] for match in shape.finditer(found[0].text) if match[0] != bos] if found else []
+        if tokens:
+            return tokens[0]
+    return None
+
+
+_PLAIN: tuple[list[Message], ...] = (
+    [SYSTEM, USER, ANSWER, USER, ANSWER],
+    [USER, ANSWER, USER, ANSWER],
+    [USER, ANSWER, SYSTEM, USER, ANSWER],
+)
+_ANSWERED: tuple[list[Message], ...] = (
+    *([USER, call, RESULT, ANSWER] for call in CALLS),
+    [USER, ANSWER, RESULT, ANSWER],
+)
+_ROLES = {"system", "user", "assistant"}
+_NUMBER = re.compile(r"\d+")
+_TAG = re.compile(r"([<\[])(/?)(\w[^\s<>\[\]|]*)([>\]])")
+
+
+def guarded_tokens(
+    template: ChatTemplate, special: Iterable[str], plain: Iterable[str], stops: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the tokens that data must not become, by the rule above.
+
+    Args:
+        template: the chat template in use.
+        special: added tokens that are marked `special: true`.
+        plain: added tokens that are not.
+        stops: what ends generation and turns.
+    """
+    plain = tuple(plain)
+    turns = turn_tokens(template, (*special, *plain)) | set(stops)
+    return (*special, *(token for token in plain if token in turns))
+
+
+def describe_tokens(guarded: Iterable[str], plain: Iterable[str]) -> list[str]:
+    """Say in a sentence each which added tokens stay text when a message spells them, and which count there.
+
+    >>> for sentence in describe_tokens(["<|im_end|>"], ["<think>", "</think>"]):
+    ...     print(sentence)
+    Typed into a message, these stay text: <|im_end|>.
+    Typed into a message, these are encoded as one id: <think>, </think>.
+    """
+    guarded = tuple(token for token in guarded if token.strip())
+    others = tuple(token for token in plain if token.strip() and token not in guarded)
+    lists = (("stay text", guarded), ("are encoded as one id", others))
+    return [f"Typed into a message, these {what}: {_listed(tokens)}." for what, tokens in lists if tokens]
+
+
+def _listed(tokens: Iterable[str]) -> str:
+    """List tokens; of those that differ by a number only, the first and how many."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for token in tokens:
+        groups[_NUMBER.sub("#", token)].append(token)
+    named = (
+        own if len(own) < 4 else [f"{own[0]} and {len(own) - 1} more of its kind"] for own in groups.values()
+    )
+    return ", ".join(name for names in named for name in names)
+
+
+def turn_tokens(template: ChatTemplate, tokens: Iterable[str]) -> set[str]:
+    """Return those of the tokens that open or end a turn of `template`, by the rule above."""
+    known = {token for token in tokens if token.strip()}
+    pattern = any_of(known)
+    if pattern is None:
+        return set()
+    found: set[str] = set()
+    headers: dict[str, set[str]] = defaultdict(set)
+    for messages in (*_PLAIN, *_ANSWERED):
+        roles = [message["role"] for message in messages]
+        for frame in frames(template, messages):
+            # Before a tool's turn the system text may name tags, and calls may be opened by one.
+            if messages in _ANSWERED and "tool" not in (roles[frame.before], roles[frame.after or 0]):
+                continue
+            ending, opening = _split(template, messages, frame, pattern)
+            opened = "user" if frame.before < 0 or frame.after is None else roles[frame.after]
+            found |= {token for token in ending[-1:] if not _inside(token, roles[frame.before], known)}
+            found |= {token for token in opening[:1] if not _inside(token, opened, known)}
+            for token in opening if frame.before >= 0 else ():
+                headers[token].add(opened)
+    return found | {token for token, of in headers.items() if len(of & _ROLES) > 1}
+
+
+def _split(
+    template: ChatTemplate, messages: list[Message], frame: Frame, pattern: re.Pattern[str]
+) -> tuple[list[str], list[str]]:
+    """Return the tokens of a frame that end the message before it, and those that open the message behind it.
+
+    What ends a message stands there, too, when it is the last one.
+    """
+    tokens = pattern.findall(frame.text)
+    if frame.before < 0:
+        return [], tokens[1:] if tokens[:1] == [template.special_tokens.get("bos_token")] else tokens
+    alone = frames(template, messages[: frame.before + 1])
+    closing = pattern.findall(alone[-1].text) if alone and alone[-1].before == frame.before else []
+    shared = common_prefix(tokens, closing)
+    return tokens[:shared], tokens[shared:]
+
+
+def _inside(token: str, role: str, known: set[str]) -> bool:
+    """Say whether a token is a tag with a counterpart (`<think>`, `</think>`) in a turn of the model or a tool."""
+    tag = _TAG.fullmatch(token)
+    if tag is None or role in ("system", "user"):
+        return False
+    return f"{tag[1]}{'' if tag[2] else '/'}{tag[3]}{tag[4]}" in known
+
+
+def common_prefix(one: Sequence[str], two: Sequence[str]) -> int:
+    """Return the length of the common prefix: characters of texts, items of lists."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
