@@ -9,7 +9,7 @@ import inspect
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -112,15 +112,14 @@ def definitions(package: ModuleType) -> Iterator[tuple[str, str]]:
                 yield node.name, "\n".join(source.splitlines()[node.lineno - 1 : node.body[0].end_lineno])
 
 
-def settings_table(keywords: type) -> str:
+def settings_table(function: Callable[..., object]) -> str:
     """Return the settings that are keywords of a function, with their types there."""
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
-    for field in ast.walk(ast.parse(inspect.getsource(keywords))):
-        if isinstance(field, ast.AnnAssign):
-            name, kind = ast.unparse(field.target), ast.unparse(field.annotation).replace("|", "\\|")
-            setting = config.PrepareConfig.model_fields[name]
-            default = setting.get_default(call_default_factory=True)
-            lines.append(f"| `{name}` | `{kind}` | `{default!r}` | {setting.description} |")
+    for name, keyword in inspect.signature(function).parameters.items():
+        field = config.PrepareConfig.model_fields.get(name)
+        if field is not None and keyword.default is not keyword.empty and name != "formatter":
+            kind = keyword.annotation.replace("|", "\\|")
+            lines.append(f"| `{name}` | `{kind}` | `{keyword.default!r}` | {field.description} |")
     return "\n".join(lines) + "\n"
 
 
@@ -131,8 +130,7 @@ def python_page() -> str:
         parts.append(f"## {package.__name__}\n")
         for name, head in definitions(package):
             parts.append(f"### {package.__name__}.{name}\n\n```py\n{head}\n```\n")
-    parts.append(f"## Settings of prepare, preview and stream\n\n{settings_table(config.RowSettings)}")
-    parts.append(f"## Settings of prepare and preview\n\n{settings_table(config.PrepareSettings)}")
+    parts.append(f"## Settings of prepare and preview\n\n{settings_table(sftdata.prepare)}")
     return "\n".join(parts)
 
 

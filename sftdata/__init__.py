@@ -9,19 +9,17 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from sftdata.batches import Completion, Conversation, Text, Tokens
-    from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
+    from sftdata.config import PrepareConfig
     from sftdata.run import Preview
     from sftdata.set.manifest import Manifest
     from sftdata.set.verify import VerifyReport
@@ -55,15 +53,33 @@ _Function = TypeVar("_Function", bound=Callable[[Any], object])
 
 
 def prepare(
-    inputs: Inputs,
-    *,
-    tokenizer: str | Path,
-    output: str | Path,
-    formatter: Formatter = None,
-    on_note: Callable[[str], object] | None = None,
-    on_progress: Callable[[Progress], object] | None = None,
-    **settings: Unpack[PrepareSettings],
-) -> Manifest:
+    inputs: Inputs, *,
+    tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
+    # ---- what is read
+    split: str | None = None, subset: str | None = None,
+    format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
+    kind: Literal["auto", "conversation", "completion", "text"] = "auto",
+    prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
+    # ---- what is rendered and trained
+    revision: str | None = None, chat_template: str | None = None,
+    template_kwargs: Mapping[str, object] = {}, date: str = "2025-01-01",
+    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = "auto",
+    response_template: str | Sequence[int] | None = None,
+    instruction_template: str | Sequence[int] | None = None,
+    mask_mode: Literal["default", "trl-0.7.10"] = "default", loss_weights: bool = False,
+    boundary: Literal["split", "merge"] = "split", eos_token: str | None = None,
+    trust_control_tokens: bool = False,
+    # ---- how it is cut, packed and stored
+    max_length: int | None = None,
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = "truncate",
+    packing: Literal["bfd", "wrapped", "none"] = "bfd", max_rejects: str | int = "1%",
+    slice_bytes: int = 8 << 20,
+    # ---- how the work is done; never changes a byte of the set
+    workers: int | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
+    overwrite: bool = False,
+    **unknown: Never,
+) -> Manifest:  # fmt: skip
     """Build a set of shards; the same function as `sftdata prepare`.
 
     Args:
@@ -75,7 +91,8 @@ def prepare(
         on_note: called with each decision that was made for you, in one sentence. Default: the logger
             `sftdata`, level INFO.
         on_progress: called after each shard task that is done.
-        settings: any setting of `sftdata prepare --help`, by its name there.
+
+    The other arguments are the settings of `sftdata prepare --help`.
 
     Returns:
         The manifest of the set: its digest, sources, settings and the ledger of rows and tokens.
@@ -86,27 +103,46 @@ def prepare(
     """
     from sftdata.workers import start_workers
 
-    config, alone = _config(inputs, tokenizer, output, formatter, **settings)
+    config, alone = _config(**locals())
     if alone:
         config = config.model_copy(update={"workers": 1})
-    with start_workers(config) as workers:
+    with start_workers(config) as pool:
         from sftdata.run import prepare as run
 
-        return run(config, workers, on_progress, on_note or _log)
+        return run(config, pool, on_progress, on_note or _log)
 
 
 def preview(
-    inputs: Inputs,
-    *,
-    tokenizer: str | Path,
-    number: int = 3,
-    formatter: Formatter = None,
-    **settings: Unpack[PrepareSettings],
-) -> Preview:
+    inputs: Inputs, *,
+    tokenizer: str | Path, number: int = 3, formatter: Formatter = None,
+    # ---- what is read
+    split: str | None = None, subset: str | None = None,
+    format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
+    kind: Literal["auto", "conversation", "completion", "text"] = "auto",
+    prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
+    # ---- what is rendered and trained
+    revision: str | None = None, chat_template: str | None = None,
+    template_kwargs: Mapping[str, object] = {}, date: str = "2025-01-01",
+    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = "auto",
+    response_template: str | Sequence[int] | None = None,
+    instruction_template: str | Sequence[int] | None = None,
+    mask_mode: Literal["default", "trl-0.7.10"] = "default", loss_weights: bool = False,
+    boundary: Literal["split", "merge"] = "split", eos_token: str | None = None,
+    trust_control_tokens: bool = False,
+    # ---- how it is cut, packed and stored
+    max_length: int | None = None,
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = "truncate",
+    packing: Literal["bfd", "wrapped", "none"] = "bfd", max_rejects: str | int = "1%",
+    slice_bytes: int = 8 << 20,
+    # ---- how the work is done; never changes a byte of the set
+    workers: int | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
+    overwrite: bool = False,
+    **unknown: Never,
+) -> Preview:  # fmt: skip
     """Prepare a sample of the rows and return what it shows, as `sftdata preview`; nothing is written.
 
     Args:
-        inputs, tokenizer, formatter, settings: as for `prepare`.
+        inputs, tokenizer, formatter: as for `prepare`, and the settings too.
         number: examples to keep.
 
     Returns:
@@ -118,20 +154,31 @@ def preview(
     """
     from sftdata.run import preview as run
 
-    return run(_config(inputs, tokenizer, ".", formatter, **settings)[0], number)
+    return run(_config(**locals(), output=".")[0], number)
 
 
 def stream(
-    rows: Iterable[Any],
-    *,
-    tokenizer: str | Path,
-    formatter: Formatter = None,
-    buffer_rows: int = 1024,
-    infinite: bool = False,
-    shuffle: bool = False,
-    seed: int = 0,
-    **settings: Unpack[RowSettings],
-) -> Stream:
+    rows: Iterable[Any], *,
+    tokenizer: str | Path, formatter: Formatter = None,
+    buffer_rows: int = 1024, infinite: bool = False, shuffle: bool = False, seed: int = 0,
+    # ---- how a row is read
+    format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
+    kind: Literal["auto", "conversation", "completion", "text"] = "auto",
+    prompt_template: str | None = None,
+    # ---- what is rendered and trained
+    revision: str | None = None, chat_template: str | None = None,
+    template_kwargs: Mapping[str, object] = {}, date: str = "2025-01-01",
+    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = "auto",
+    response_template: str | Sequence[int] | None = None,
+    instruction_template: str | Sequence[int] | None = None,
+    mask_mode: Literal["default", "trl-0.7.10"] = "default", loss_weights: bool = False,
+    boundary: Literal["split", "merge"] = "split", eos_token: str | None = None,
+    trust_control_tokens: bool = False,
+    # ---- how it is cut
+    max_length: int | None = None,
+    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
+    **unknown: Never,
+) -> Stream:  # fmt: skip
     """Return constant-length rows made from an iterable of rows as it is read; nothing is written.
 
     Args:
@@ -142,7 +189,8 @@ def stream(
         infinite: begin again at the end of the input, for ever.
         shuffle: mix the rows inside each buffer, anew in each pass.
         seed: of the shuffling.
-        settings: those of `prepare` that say how rows are read, rendered and masked, and `max_length`.
+
+    The other arguments are those settings of `prepare` that say how rows are read, rendered, masked and cut.
 
     Returns:
         An iterable of dicts: int32[max_length] `input_ids` and `labels`, int32[S] `seq_lengths`.
@@ -152,8 +200,8 @@ def stream(
     """
     from sftdata.streaming import Stream, refuse_unstreamed
 
-    refuse_unstreamed(settings)
-    config, _ = _config("stream", tokenizer, ".", formatter, **settings)
+    refuse_unstreamed(unknown)
+    config, _ = _config(**locals(), inputs="stream", output=".")
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
 
 
@@ -223,14 +271,15 @@ def by_columns(formatter: _Function) -> _Function:
 
 
 def _config(
-    inputs: Inputs, tokenizer: str | Path, output: str | Path, formatter: Formatter, **settings: object
+    *, formatter: Formatter, unknown: dict[str, object], **given: object
 ) -> tuple[PrepareConfig, bool]:
-    """Return checked settings, and whether only this process can call the formatter."""
-    from sftdata.config import make_config
+    """Return the settings among these arguments, and whether only this process can call the formatter."""
+    from sftdata.config import PrepareConfig, make_config
     from sftdata.formats.formatter import name_formatter
 
     name, alone = name_formatter(formatter)
-    return make_config(inputs=inputs, tokenizer=tokenizer, output=output, formatter=name, **settings), alone
+    settings = {key: value for key, value in given.items() if key in PrepareConfig.model_fields}
+    return make_config(formatter=name, **settings, **unknown), alone
 
 
 def _log(note: str) -> None:

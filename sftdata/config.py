@@ -5,10 +5,9 @@ Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -67,7 +66,7 @@ class PrepareConfig(BaseModel):
     chat_template: str | None = Field(
         None, description="Built-in name, template file, or tokenizer to clone from."
     )
-    template_kwargs: dict[str, Any] = Field(
+    template_kwargs: dict[str, object] = Field(
         default_factory=dict, description="Arguments for every render of the chat template."
     )
     date: str = Field(
@@ -184,44 +183,6 @@ class PrepareConfig(BaseModel):
         """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""
         how = {"output", "workers", "engine", "overwrite", "max_rejects"}
         return self.model_dump(mode="json", exclude=how) | {"split": self.split or "train"}
-
-
-class RowSettings(TypedDict, total=False):
-    """Keywords of `sftdata.stream`: the settings that say how rows are read, rendered and masked."""
-
-    format: str | None
-    map: Mapping[str, str]
-    map_role: Mapping[str, str]
-    kind: Literal["auto", "conversation", "completion", "text"]
-    prompt_template: str | None
-    revision: str | None
-    chat_template: str | None
-    template_kwargs: Mapping[str, Any]
-    date: str
-    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"]
-    response_template: str | Sequence[int] | None
-    instruction_template: str | Sequence[int] | None
-    mask_mode: Literal["default", "trl-0.7.10"]
-    loss_weights: bool
-    boundary: Literal["split", "merge"]
-    eos_token: str | None
-    trust_control_tokens: bool
-    max_length: int | None
-    engine: Literal["auto", "gigatoken", "tokenizers"]
-
-
-class PrepareSettings(RowSettings, total=False):
-    """Keywords of `sftdata.prepare` and `sftdata.preview`: every setting but their own arguments."""
-
-    split: str | None
-    subset: str | None
-    max_line_bytes: int
-    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"]
-    packing: Literal["bfd", "wrapped", "none"]
-    max_rejects: str | int
-    slice_bytes: int
-    workers: int | None
-    overwrite: bool
 
 
 def make_config(**settings: Any) -> PrepareConfig:

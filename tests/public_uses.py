@@ -60,9 +60,9 @@ def train(model: object, notes: list[str]) -> float:
 
 def refused(rows: list[str]) -> None:
     """Write what a type checker must not take."""
-    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", max_lenght=64)  # type: ignore[call-arg]
+    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", max_lenght=64)  # type: ignore[arg-type]
     sftdata.prepare("a.jsonl", tokenizer="tok", output="set", packing="best")  # type: ignore[arg-type]
     sftdata.prepare("a.jsonl", "tok", output="set")  # type: ignore[call-arg]
-    sftdata.stream(rows, tokenizer="tok", overwrite=True)  # type: ignore[call-arg]
+    sftdata.stream(rows, tokenizer="tok", overwrite=True)  # type: ignore[arg-type]
     sftdata.batched  # type: ignore[attr-defined]  # noqa: B018
     sfttrain.train("set", output="out", quantize="int4")  # type: ignore[arg-type]

@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 
 import sftdata
 import sfttrain
-from sftdata.config import PrepareConfig, PrepareSettings, RowSettings
+from sftdata.config import PrepareConfig
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
 from sfttrain.config import TrainConfig
 from sfttrain.talk import notes_to, say
@@ -24,9 +24,26 @@ ROOT = Path(__file__).resolve().parents[2]
 CHATS = ROOT / "examples/conversations.jsonl"
 TOKENIZER = ROOT / "examples/tokenizer"
 
+# Settings, as keywords of three functions; a test below holds them against the model.
+READ = """format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},\
+ kind: Literal['auto', 'conversation', 'completion', 'text'] = 'auto', prompt_template: str | None = None"""
+MASKED = """revision: str | None = None, chat_template: str | None = None,\
+ template_kwargs: Mapping[str, object] = {}, date: str = '2025-01-01',\
+ train_on: Literal['auto', 'assistant', 'last-assistant', 'completion', 'all'] = 'auto',\
+ response_template: str | Sequence[int] | None = None,\
+ instruction_template: str | Sequence[int] | None = None,\
+ mask_mode: Literal['default', 'trl-0.7.10'] = 'default', loss_weights: bool = False,\
+ boundary: Literal['split', 'merge'] = 'split', eos_token: str | None = None,\
+ trust_control_tokens: bool = False, max_length: int | None = None"""
+ENGINE = """engine: Literal['auto', 'gigatoken', 'tokenizers'] = 'auto'"""
+SETTINGS = f"""split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
+ overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] = 'truncate',\
+ packing: Literal['bfd', 'wrapped', 'none'] = 'bfd', max_rejects: str | int = '1%',\
+ slice_bytes: int = 8388608, workers: int | None = None, {ENGINE}, overwrite: bool = False, **unknown: Never"""
+
 # After 1.0, taking a name away or asking for more is a major version: docs/versioning.md.
 SURFACE = {
-    "sftdata": """
+    "sftdata": f"""
 Completion(prompt, completion)
 Conversation(messages, trained, tools = None, template_kwargs = <factory>, prompt_messages = 0, counted = ())
 DataError(message: str, fix: str = '') -> None
@@ -41,11 +58,11 @@ by_columns(formatter: _Function) -> _Function
 open(folder: str | Path) -> ShownSet
 prepare(inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
- **settings: Unpack[PrepareSettings]) -> Manifest
+ {SETTINGS}) -> Manifest
 preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Formatter = None,\
- **settings: Unpack[PrepareSettings]) -> Preview
+ {SETTINGS}) -> Preview
 stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
- infinite: bool = False, shuffle: bool = False, seed: int = 0, **settings: Unpack[RowSettings]) -> Stream
+ infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport
 """,
     "sfttrain": """
@@ -108,19 +125,44 @@ def test_all_that_is_public_says_what_it_does(package: Any) -> None:
     assert not [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
 
 
-def test_the_typed_keywords_are_the_settings() -> None:
-    own = {"inputs", "tokenizer", "output", "formatter"}
-    keywords = get_type_hints(PrepareSettings)
-    assert set(keywords) == set(PrepareConfig.model_fields) - own
-    assert set(get_type_hints(RowSettings)) == set(PrepareConfig.model_fields) - own - NOT_STREAMED
-    fields = {name: field.annotation for name, field in PrepareConfig.model_fields.items()}
-    chosen = {name for name in keywords if "Literal" in str(fields[name])}
-    assert {name: keywords[name] for name in chosen} == {name: fields[name] for name in chosen}
-    for name, kind in keywords.items():
-        given = {get_origin(part) or part for part in get_args(kind) or [kind]}
-        if type(None) not in given:
-            assert not PrepareConfig.model_fields[name].is_required()
-        assert (type(None) in given) == (PrepareConfig.model_fields[name].default is None), name
+# What a keyword takes beside the kind that the settings hold.
+WIDER = {
+    "dict[str, str]": "Mapping[str, str]",
+    "dict[str, object]": "Mapping[str, object]",
+    "str | tuple[int, ...] | None": "str | Sequence[int] | None",
+}
+
+
+@pytest.mark.parametrize("function", [sftdata.prepare, sftdata.preview, sftdata.stream])
+def test_the_keywords_are_the_settings_with_their_kinds_and_defaults(function: Any) -> None:
+    own = {"inputs", "tokenizer", "output", "formatter"} | (
+        NOT_STREAMED if function is sftdata.stream else set()
+    )
+    fields = {name: field for name, field in PrepareConfig.model_fields.items() if name not in own}
+    keywords = {
+        name: keyword
+        for name, keyword in inspect.signature(function).parameters.items()
+        if name in PrepareConfig.model_fields and name not in own
+    }
+    assert list(keywords) == list(fields)
+    for name, field in fields.items():
+        kind = keywords[name].annotation
+        held = inspect.formatannotation(field.annotation)
+        assert kind == ("str | int" if name == "max_rejects" else WIDER.get(held, held)), name
+        assert keywords[name].default == field.get_default(call_default_factory=True), name
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (lambda: sftdata.prepare(CHATS, tokenizer=TOKENIZER, output="set", max_lenght=64), "'max_length'"),
+        (lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, max_seq_length=64), "--max-length"),
+        (lambda: sftdata.stream([], tokenizer=TOKENIZER, packing="bfd"), "leave it out"),
+    ],
+)
+def test_a_keyword_that_is_no_setting_is_answered(call: Any, answer: str) -> None:
+    with pytest.raises(sftdata.UsageError, match=answer):
+        call()
 
 
 def test_the_keywords_of_train_are_its_settings_and_the_objects_of_transformers() -> None:
