@@ -8,6 +8,7 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,23 +36,23 @@ def train(
     output: str | Path,
     model: str | Path | torch.nn.Module | None = None,
     on_note: Callable[[str], object] | None = None,
-    # ---- settings of ours; None: not given
-    weights: Sequence[float] | None = None,
-    eval: Mapping[str, str | Path] | None = None,
+    # ---- settings of ours
+    weights: Sequence[float] = (),
+    eval: Mapping[str, str | Path] = {},
     init_from_config: str | Path | None = None,
     revision: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
-    model_init_kwargs: Mapping[str, Any] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    model_init_kwargs: Mapping[str, Any] = {},
     lora: str | Mapping[str, Any] | None = None,
     adapter: str | Path | None = None,
-    resize_to_multiple_of: int | None = None,
+    resize_to_multiple_of: int = 1,
     quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
-    trust_remote_code: bool | None = None,
-    attention: str | None = None,
-    loss: Literal["auto", "chunked", "torch", "liger", "plain"] | None = None,
-    objective: Literal["nll", "dft"] | None = None,
-    packing: Literal["auto", "require", "unpack"] | None = None,
-    overwrite: bool | None = None,
+    trust_remote_code: bool = False,
+    attention: str = "auto",
+    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = "auto",
+    objective: Literal["nll", "dft"] = "nll",
+    packing: Literal["auto", "require", "unpack"] = "auto",
+    overwrite: bool = False,
     push_to_hub: str | None = None,
     # ---- objects of transformers' Trainer
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
@@ -94,7 +95,8 @@ def _train(data: Any, model: Any, on_note: Any, training: dict[str, Any], **give
     from sfttrain.run import train as run
     from sfttrain.talk import notes_to
 
-    given = {name: value for name, value in given.items() if value is not None} | training
+    defaults = {name: keyword.default for name, keyword in inspect.signature(train).parameters.items()}
+    given = {name: value for name, value in given.items() if value is not defaults[name]} | training
     objects = {name: given.pop(name) for name in _OBJECTS if name in given}
     named = model is None or isinstance(model, str | Path)
     if model is not None:

@@ -71,15 +71,15 @@ IterativeTrainer(model: Any, tokenizer: str | None = None, *, optimizer: torch.o
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
 train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
- weights: Sequence[float] | None = None, eval: Mapping[str, str | Path] | None = None,\
+ weights: Sequence[float] = (), eval: Mapping[str, str | Path] = {},\
  init_from_config: str | Path | None = None, revision: str | None = None,\
- dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] | None = None,\
- model_init_kwargs: Mapping[str, Any] | None = None, lora: str | Mapping[str, Any] | None = None,\
- adapter: str | Path | None = None, resize_to_multiple_of: int | None = None,\
- quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool | None = None,\
- attention: str | None = None, loss: Literal['auto', 'chunked', 'torch', 'liger', 'plain'] | None = None,\
- objective: Literal['nll', 'dft'] | None = None, packing: Literal['auto', 'require', 'unpack'] | None = None,\
- overwrite: bool | None = None, push_to_hub: str | None = None,\
+ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto',\
+ model_init_kwargs: Mapping[str, Any] = {}, lora: str | Mapping[str, Any] | None = None,\
+ adapter: str | Path | None = None, resize_to_multiple_of: int = 1,\
+ quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool = False,\
+ attention: str = 'auto', loss: Literal['auto', 'chunked', 'torch', 'liger', 'plain'] = 'auto',\
+ objective: Literal['nll', 'dft'] = 'nll', packing: Literal['auto', 'require', 'unpack'] = 'auto',\
+ overwrite: bool = False, push_to_hub: str | None = None,\
  callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\
  compute_loss_func: Callable[..., Any] | None = None,\
  compute_metrics: Callable[..., dict[str, Any]] | None = None,\
@@ -170,6 +170,9 @@ def test_the_keywords_of_train_are_its_settings_and_the_objects_of_transformers(
     assert keywords - {"data", "on_note", "training"} == (
         set(TrainConfig.model_fields) - {"sets", "training"} | set(sfttrain._OBJECTS)
     )
+    for name in keywords & set(TrainConfig.model_fields) - {"output", "training"}:
+        default = inspect.signature(sfttrain.train).parameters[name].default
+        assert default == TrainConfig.model_fields[name].get_default(call_default_factory=True), name
 
 
 def test_the_rows_buffered_by_default_are_written_in_the_signature() -> None:
