@@ -21,8 +21,8 @@ from sftdata.version import __version__
 INTERRUPTED = 130
 
 
-def _show_version(context: typer.Context, wanted: bool) -> None:
-    if wanted:
+def _show_version(context: typer.Context, asked: bool) -> None:
+    if asked:
         print(f"{context.info_name} {__version__}")
         raise typer.Exit
 
@@ -32,15 +32,15 @@ Version = Annotated[
 ]
 
 
-def options_of_all(version: Version = False) -> None:
-    """Take what stands before a command; `--version` acts as it is parsed."""
+def global_options(version: Version = False) -> None:
+    """Take the options before a command; `--version` acts while it is parsed."""
 
 
 def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str = "") -> int:
-    """Run `app`; `--debug` anywhere shows the traceback as well. What reaches the terminal on the way is escaped.
+    """Run `app`, with all terminal output escaped; `--debug` anywhere also prints the traceback of a failure.
 
     Args:
-        prefix: comes before every failure; names the process where there are several.
+        prefix: written before each failure; names the process if there are several.
     """
     debug = "--debug" in arguments
     fail = functools.partial(_fail, prefix=prefix, debug=debug)
@@ -51,7 +51,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str =
 def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[str, int], int]) -> int:
     try:
         code = app(args=arguments, prog_name=name, standalone_mode=False)
-        if code == INTERRUPTED:  # Typer catches Ctrl-C itself, and says nothing
+        if code == INTERRUPTED:  # Typer catches Ctrl-C itself, silently
             raise KeyboardInterrupt
         sys.stdout.flush()
     except SftError as error:
@@ -69,23 +69,21 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
             stop.exit_code,
         )
     except BrokenPipeError:
-        # Whoever read stdout has seen enough; Python must not complain about it when it exits.
+        # The reader of stdout is gone, as `head` is; Python must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError as error:
-        found = one_line(f"Out of memory: {error}".rstrip(": ").rstrip("."))
-        return fail(f"{found}. Fix: lower --max-length, --workers or slice_bytes, or free memory.", 1)
-    except OSError as error:  # what no stage foresaw: the machine's fault, not ours
-        what = f"{error.filename or 'This machine'}: {error.strerror or error}."
+        reason = one_line(f"Out of memory: {error}".rstrip(": ").rstrip("."))
+        return fail(f"{reason}. Fix: lower --max-length, --workers or slice_bytes, or free memory.", 1)
+    except OSError as error:  # not handled where it arose: the machine failed, not the program
+        reason = f"{error.filename or 'This machine'}: {error.strerror or error}."
         return fail(
-            f"{what} Fix: check the disk, then run the same command again; what is finished is kept.", 1
+            f"{reason} Fix: check the disk, then run the same command again; what is finished is kept.", 1
         )
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(
-            f"Internal error: {type(error).__name__}: {error} ({where.name}, line {where.lineno}).".split()
-        )
-        return fail(f"{text} Fix: run again with --debug and report it.", 1)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"Internal error: {type(error).__name__}: {error} ({frame.name}, line {frame.lineno})."
+        return fail(f"{' '.join(text.split())} Fix: run again with --debug and report it.", 1)
     return code if isinstance(code, int) else 0
 
 
@@ -96,7 +94,7 @@ def _fail(line: str, code: int, *, prefix: str, debug: bool) -> int:
     return code
 
 
-# What the parser says of a wrong command, option or choice; the wrong word and the words it knows are quoted or dashed.
+# Messages of the parser about a wrong command, option or choice; the words it knows are quoted or dashed.
 _WRONG = (
     re.compile(r"(?P<text>No such command '(?P<wrong>[^']*)'\.) Did you mean (?P<known>.+)\?"),
     re.compile(
@@ -108,7 +106,7 @@ _OPTION = re.compile(r"No such option: (--[\w-]+)")
 
 
 def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
-    """Return what the parser of a program said, and the word it may have meant; "" where none is near.
+    """Return the message of a program's parser, and the word that was probably meant; "" if none is near.
 
     >>> explain_usage("No such command 'prepar'. Did you mean 'prepare'?")
     ("No such command 'prepar'.", "did you mean 'prepare'?")
@@ -118,9 +116,9 @@ def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
     if option and (elsewhere := answer(option[1], program)):
         return f"{option[0]}.", elsewhere
     for pattern in _WRONG:
-        if found := pattern.fullmatch(text):
-            known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", found["known"])
-            return found["text"].rstrip(".") + ".", did_you_mean(found["wrong"], known)
+        if match := pattern.fullmatch(text):
+            known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", match["known"])
+            return match["text"].rstrip(".") + ".", did_you_mean(match["wrong"], known)
     return text.rstrip(".") + ".", ""
 
 

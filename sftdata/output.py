@@ -1,8 +1,8 @@
-"""What leaves the process: where it may be written, how text and names are spelled, and the progress of long work.
+"""What leaves the process: text on a terminal, the paths of outputs, and the progress of long work.
 
-Rows, columns, file names and arguments may hold terminal escapes, carriage returns and direction overrides. Every
-command runs inside `guarded`, so what prints them prints their names instead. Styled output (rich) asks for the
-stream behind it with `unguarded` and escapes its data itself.
+Rows, columns, file names and arguments may hold terminal escapes, carriage returns and direction overrides.
+Every command runs inside `guarded`, which prints the names of such characters instead. Styled output (rich)
+takes the stream behind it with `unguarded` and escapes its data itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import msgspec
 
@@ -32,10 +32,16 @@ _JOINERS = "\u200c\u200d"  # invisible by nature, and part of Persian words and 
 _ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SUSPECT = re.compile(r"[^\x20-\x7e\n\u00c0-\u024f\u4e00-\u9fff]")
 _STOPS = ("SIGTERM", "SIGHUP", "SIGQUIT")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters, and one slash: Path makes one of two
+_FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
+
+PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+# ---------------------------------------------------------------------------------- text on a terminal
 
 
 def visible(text: str) -> str:
-    r"""Return text that does nothing but show, newlines aside.
+    r"""Return text without characters that act on a terminal, newlines aside.
 
     >>> visible("a\x1b[31mred\x07 \u202egnol\r\n")
     'a␛[31mred␇ \\u202egnol␍\n'
@@ -44,7 +50,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Return text that shows on one line and does nothing else.
+    r"""Return text that stays on one line and does not act on a terminal.
 
     >>> one_line("rows\n2.jsonl")
     'rows␊2.jsonl'
@@ -53,7 +59,7 @@ def one_line(text: str) -> str:
 
 
 def json_visible(text: str) -> str:
-    r"""Return the same JSON with every character that acts on a terminal as an escape.
+    r"""Return the same JSON with every character that acts on a terminal escaped.
 
     >>> json_visible('{"a\x9b": 1}')
     '{"a\\u009b": 1}'
@@ -82,22 +88,22 @@ def _spelled_in_json(match: re.Match[str]) -> str:
 
 
 class Guarded:
-    """A text stream that writes what is `visible` of each text.
+    """A text stream that writes the `visible` form of each text.
 
-    A carriage return at the very beginning of a write passes, since progress bars begin each of theirs with one.
+    A carriage return at the beginning of a write passes: progress bars begin each of theirs with one.
 
     Args:
-        stream: where the text goes, one of `sys.stdout` and `sys.stderr`.
+        stream: `sys.stdout` or `sys.stderr`.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.unguarded = stream
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.unguarded, name)
 
     def write(self, text: str) -> int:
-        """Write text, and return how many characters of it were taken: all."""
+        """Write text; return how many characters were taken, which is all."""
         start = "\r" * text.startswith("\r")
         shown = start + visible(text[len(start) :])
         try:
@@ -113,14 +119,14 @@ class Guarded:
             self.write(line)
 
 
-def unguarded(stream: Any) -> Any:
-    """Return the stream behind a guarded one, for writers that style and escape what they write themselves."""
-    return getattr(stream, "unguarded", stream)
+def unguarded(stream: TextIO | Guarded) -> TextIO:
+    """Return the stream behind a guarded one, for writers that style and escape their own text."""
+    return stream.unguarded if isinstance(stream, Guarded) else stream
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Guard stdout and stderr; one that is closed swallows what is written to it."""
+    """Guard stdout and stderr; text written to a closed one is dropped."""
     _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -133,7 +139,7 @@ def guarded() -> Iterator[None]:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open the null device where a standard stream is closed: else the next file opened takes its number, and its output."""
+    """Open the null device where a standard stream is closed: the next file would take its descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -142,7 +148,7 @@ def _fill_closed_descriptors() -> None:
 
 
 class StoppedError(BaseException):
-    """A signal asks the process to end; not an `Exception`, so that nothing on the way takes it for a failure.
+    """A signal asks the process to end; no `Exception`, so that no handler takes it for a failure.
 
     Args:
         number: of the signal.
@@ -156,7 +162,7 @@ class StoppedError(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `StoppedError` on SIGTERM, SIGHUP and SIGQUIT, so that a run ends as it does on Ctrl-C; `nohup` is respected."""
+    """Raise `StoppedError` on SIGTERM, SIGHUP and SIGQUIT: a run ends as on Ctrl-C. `nohup` is respected."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (getattr(signal, name) for name in _STOPS if hasattr(signal, name)):
@@ -171,42 +177,33 @@ def stoppable() -> Iterator[None]:
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(
-        number, signal.SIG_IGN
-    )  # a second one must not break into what the first began to put in order
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup of the first
     raise StoppedError(number)
 
 
-_SCHEME = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]+:/"
-)  # two letters at least, and one slash: Path makes one of two
-
-_FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
+# ----------------------------------------------------------------------------------------------- paths
 
 
 def local_output(path: str | Path, flag: str = "-o") -> Path:
-    """Return an output as a path of this machine.
+    """Return an output as a local path.
 
     Args:
-        path: what was asked for.
-        flag: that named it.
+        path: as the user gave it.
+        flag: the option that gave it.
 
     Raises:
-        UsageError: it is an address of an object store or a server, or no text.
+        UsageError: it is a URL, or not UTF-8.
 
     >>> local_output("sets/chats").name
     'chats'
     """
     text = os.fspath(path)
-    if found := _SCHEME.match(text):
-        scheme = found[0].removesuffix(":/")
-        copy = (
-            "leave out `file://`."
-            if scheme == "file"
-            else f"choose a local folder, and copy it to {scheme} afterwards."
-        )
+    if match := _SCHEME.match(text):
+        scheme = match[0].removesuffix(":/")
+        fix = f"choose a local folder, and copy it to {scheme} afterwards."
         raise UsageError(
-            f"{flag} {text}: is the URL of {scheme}; outputs are written to local paths only.", copy
+            f"{flag} {text}: is the URL of {scheme}; outputs are written to local paths only.",
+            "leave out `file://`." if scheme == "file" else fix,
         )
     if written(text) != text:
         raise UsageError(f"{flag} {written(text)}: the name is not UTF-8.", "choose another name.")
@@ -214,7 +211,7 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
 
 
 def written(name: str) -> str:
-    r"""Return a name as it is written down: bytes that are not UTF-8, which Python holds as surrogates, as escapes.
+    r"""Return a file name as UTF-8 text: undecodable bytes, which Python keeps as surrogates, as escapes.
 
     >>> written("sur\udcff.jsonl")
     'sur\\xff.jsonl'
@@ -223,7 +220,7 @@ def written(name: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Return text in which absolute paths are cut to their last part, so that it tells nothing of the machine.
+    """Return text with absolute paths cut to their last part, so that it reveals nothing of the machine.
 
     >>> without_folders("/data/mine/a.jsonl: text; s3://bucket/b.jsonl and c/d stay.")
     'a.jsonl: text; s3://bucket/b.jsonl and c/d stay.'
@@ -232,10 +229,10 @@ def without_folders(text: str) -> str:
 
 
 def behind_links(output: Path) -> Path:
-    """Return the folder that an output stands for: itself, or what a link in its place points to.
+    """Return the folder behind an output: itself, or the target of a symbolic link.
 
     Raises:
-        UsageError: the link points to nothing, or in a circle.
+        UsageError: the link is broken or circular.
     """
     if not output.is_symlink():
         return output
@@ -252,16 +249,16 @@ def behind_links(output: Path) -> Path:
         ) from None
 
 
-PLAIN_SECONDS = 10.0
+# -------------------------------------------------------------------------------------------- progress
 
 
 class Progress(NamedTuple):
-    """How far a run of `prepare` has come.
+    """The progress of a run of `prepare`.
 
     Attributes:
         done: shard tasks finished by this run.
-        total: shard tasks that this run has to do; a resumed one does what is left.
-        tokens: tokens in the finished ones.
+        total: shard tasks of this run; a resumed run has those that are left.
+        tokens: tokens in the finished tasks.
         rejected: rows rejected in them.
     """
 
@@ -272,11 +269,11 @@ class Progress(NamedTuple):
 
 
 class Meter:
-    """Show progress, from when it is made.
+    """Show progress on stderr: a bar on a terminal, else a plain line every ten seconds.
 
     Args:
-        label: how the count is written, as `{done}/{total} slices`.
-        before: how much was done earlier, and says nothing about speed.
+        label: format of the count, as `{done}/{total} slices`.
+        before: work done by an earlier run, which is not part of the speed.
     """
 
     def __init__(self, label: str, before: int = 0) -> None:
@@ -291,14 +288,14 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the meter was made."""
         return max(time.monotonic() - self._started, 1e-9)
 
     def show(self, done: int, total: int, figures: str, *, line: bool = False) -> None:
-        """Show that `done` of `total` are done, with figures.
+        """Show that `done` of `total` are done, followed by figures.
 
         Args:
-            line: write a line now, rather than when it is time, where there is no terminal.
+            line: without a terminal, write a line now, however recent the last one is.
         """
         count = self._label.format(done=done, total=total)
         text = ", ".join(filter(None, [count, figures]))
@@ -307,17 +304,17 @@ class Meter:
         elif line or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             left = self.seconds / max(done - self._before, 1) * (total - done)
-            self.say(f"{text}, {_clock(left)} left")
+            self.write(f"{text}, {_clock(left)} left")
 
-    def say(self, sentence: str) -> None:
-        """Print one sentence, above the bar where there is one; what would act on the terminal is spelled out."""
+    def write(self, sentence: str) -> None:
+        """Print one sentence, above the bar if there is one, as `one_line`."""
         if self._bar is None:
             print(one_line(sentence), file=sys.stderr, flush=True)
         else:
             self._bar.console.print(one_line(sentence), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -328,16 +325,13 @@ class Meter:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False)
+            console = Console(file=unguarded(sys.stderr))
             self._bar = Progress(
-                *columns,
-                console=Console(file=unguarded(sys.stderr)),
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
+                *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
             )
             self._bar.add_task("", completed=self._before)
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=one_line(text))
-        self._bar.start()  # once; again it does nothing
+        self._bar.start()  # does nothing when it runs already
 
 
 def _clock(seconds: float) -> str:
@@ -350,15 +344,18 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def print_json(data: Any) -> None:
+# ----------------------------------------------------------------------------------------- results
+
+
+def print_json(data: object) -> None:
     """Print data to stdout as indented JSON."""
     try:
         text = msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
-    except UnicodeEncodeError:  # half a character, as in a file name that is not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, as in a file name that is not UTF-8
         text = json.dumps(msgspec.to_builtins(data), indent=2, ensure_ascii=False)
     sys.stdout.write(json_visible(text) + "\n")
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """Print one line to stdout, or to stderr; what would break or redraw it is spelled out."""
+    """Print text as `one_line` to stdout, or to stderr."""
     print(one_line(text), file=sys.stderr if err else sys.stdout)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sftdata.errors import UsageError
-from sftdata.frame import options_of_all, run_app
+from sftdata.frame import global_options, run_app
 from sfttrain.talk import rank
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )  # fmt: skip
 
-app.callback()(options_of_all)
+app.callback()(global_options)
 
 Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]

@@ -77,7 +77,7 @@ class Progress(TrainerCallback):
                 self._meter.show(state.global_step, state.max_steps, self._figures, line=True)
         elif any(key.startswith("eval_") for key in logs):
             losses = [f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")]
-            self._meter.say(", ".join(losses))
+            self._meter.write(", ".join(losses))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -92,7 +92,7 @@ class Progress(TrainerCallback):
         """Take the bar away, and leave the figures of the last step where it was."""
         if self._meter.drawn:
             self._meter.close()
-            self._meter.say(
+            self._meter.write(
                 ", ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", self._figures]))
             )
 

@@ -1,10 +1,11 @@
-"""Flags from the settings model: every field of PrepareConfig is a flag of the same name, described once, there."""
+"""Flags from the settings model: each field of PrepareConfig is a flag of the same name, described there."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -26,14 +27,14 @@ Sets = Annotated[
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command INPUT..., `-c`, `--set` and the flags of these settings; it receives a `PrepareConfig` as `config`.
+    """Give a command INPUT..., `-c`, `--set` and the flags of these settings, as a `PrepareConfig`: `config`.
 
     Args:
         names: fields of PrepareConfig, in the order of the help text; `inputs` is always there.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [
+        options = [
             parameter
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.name != "config"
@@ -41,16 +42,16 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
         @functools.wraps(command)
         def run(
-            inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: Any
+            inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: object
         ) -> None:
-            kept = {parameter.name: flags.pop(parameter.name) for parameter in own}
-            absent = {name: value for name, value in _UNUSED.items() if name not in names}
-            command(config=load_config(inputs, config_file, sets or [], absent | flags), **kept)
+            given = {option.name: flags.pop(option.name) for option in options}
+            placeholders = {name: value for name, value in _PLACEHOLDERS.items() if name not in names}
+            command(config=load_config(inputs, config_file, sets or [], placeholders | flags), **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [inspect.Parameter("inputs", keyword, annotation=_INPUTS)]
         parameters += [_option(name) for name in names]
-        parameters += [parameter.replace(kind=keyword) for parameter in own]
+        parameters += [option.replace(kind=keyword) for option in options]
         parameters += [
             inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _FILES.items()
         ]
@@ -61,8 +62,8 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-# Placeholders for commands that need no tokenizer or write nothing.
-_UNUSED: dict[str, Any] = {"tokenizer": "(none)", "output": Path("(none)")}
+# For commands that need no tokenizer, or write nothing.
+_PLACEHOLDERS: dict[str, object] = {"tokenizer": "(none)", "output": Path("(none)")}
 
 _INPUTS = Annotated[
     list[str],
@@ -78,7 +79,7 @@ _FILES = {
 
 
 def load_config(
-    inputs: list[str], config_file: Path | None, sets: list[str], flags: dict[str, Any]
+    inputs: list[str], config_file: Path | None, sets: list[str], flags: Mapping[str, object]
 ) -> PrepareConfig:
     """Merge settings, file < `--set` < flag, and validate them.
 
@@ -99,13 +100,9 @@ def _option(name: str) -> inspect.Parameter:
     field = PrepareConfig.model_fields[name]
     kind, metavar = _flag_type(field.annotation)
     flag = "--" + name.replace("_", "-")
-    flags = (
-        [f"{flag}/--no-{name.replace('_', '-')}"]
-        if kind is bool
-        else [_SHORT[name], flag]
-        if name in _SHORT
-        else [flag]
-    )
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    flags = [_SHORT[name], flag] if name in _SHORT else [flag]
     option = typer.Option(*flags, help=field.description, metavar=metavar, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
@@ -125,8 +122,9 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
     return str, "TEXT"
 
 
-def _value(name: str, value: Any) -> Any:
-    if get_origin(PrepareConfig.model_fields[name].annotation) is dict:
+def _value(name: str, value: object) -> object:
+    """Return a setting from the text, or texts, of its flag."""
+    if isinstance(value, list):
         pairs = [text.partition("=") for text in value]
         for text, (key, equals, _) in zip(value, pairs, strict=True):
             if not equals or not key:
@@ -136,8 +134,6 @@ def _value(name: str, value: Any) -> Any:
                 )
         return {key: item for key, _, item in pairs}
     if name.endswith("_template") and isinstance(value, str) and value.startswith("["):
-        try:
+        with suppress(msgspec.MsgspecError):  # a marker that begins with a bracket, such as [/INST]
             return msgspec.json.decode(value, type=tuple[int, ...])
-        except msgspec.MsgspecError:
-            return value  # a marker that begins with a bracket, such as [/INST]
     return value

@@ -1,11 +1,11 @@
-"""Commands on input rows: settings, format detection, preview, and the set itself."""
+"""Commands on input rows: settings files, format detection, preview, and building a set."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from sftdata.show.audit import Finding
 
 SETTINGS = (
-    "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map", "map_role",
-    "formatter", "kind", "prompt_template", "response_template", "instruction_template", "mask_mode", "loss_weights", "boundary",
-    "eos_token", "trust_control_tokens", "date", "split", "subset", "revision", "max_rejects", "workers", "engine", "overwrite",
+    "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map",
+    "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
+    "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", "split", "subset",
+    "revision", "max_rejects", "workers", "engine", "overwrite",
 )  # fmt: skip
 _GROUPS = {
     "inputs": "what is read",
@@ -48,7 +49,7 @@ def init(
     local_output(file, "-f")
     local_output(output)
     if file != "-" and Path(file).exists():
-        raise UsageError(f"{file}: is there already.", "name another file with -f, or - to print.")
+        raise UsageError(f"{file}: exists already.", "name another file with -f, or - to print.")
     text = _settings_yaml(config.model_copy(update={"output": output}))
     if file == "-":
         typer.echo(text, nl=False)
@@ -58,9 +59,9 @@ def init(
 
 
 def _settings_yaml(config: PrepareConfig) -> str:
-    """Return every setting with its description; those that do not apply here are comments with their defaults.
+    """Return every setting with its description; those left at their default are comments.
 
-    What planning decides (format, length, chat template) is listed at the top. Nothing is written.
+    The decisions of planning (format, length, chat template) are listed at the top. Nothing is written.
 
     Raises:
         SftError: the run cannot be planned.
@@ -84,7 +85,7 @@ def _settings_yaml(config: PrepareConfig) -> str:
     return text
 
 
-def _entry(name: str, value: Any, comment: str) -> str:
+def _entry(name: str, value: object, comment: str) -> str:
     import yaml
 
     lines = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000).splitlines()
@@ -105,16 +106,16 @@ def prepare(
     from sftdata.workers import start_workers
 
     with start_workers(config) as workers:
-        # Even what only the summary needs: the leader of the workers takes longer to get ready.
+        # Imported here even for the summary: the leader of the workers starts up meanwhile.
         from sftdata.run import prepare as run
         from sftdata.show.audit import glance
 
-        with Talk() as talk:
-            manifest = run(config, workers, talk.progress, talk.say)
+        with RunLog() as log:
+            manifest = run(config, workers, log.progress, log.note)
         if as_json:
             print_json(manifest.to_json() | {"audit": glance(config.output, manifest).to_json()})
         else:
-            talk.summary(manifest, config.output)
+            log.summary(manifest, config.output)
 
 
 @with_settings("format", "map", "split", "subset")
@@ -130,12 +131,12 @@ def detect(
     from sftdata.plan import plan_inputs
 
     sources, left_out = plan_inputs(config)
-    found = run(sources, format=config.format, columns=config.map)
+    detection = run(sources, format=config.format, columns=config.map)
     if as_json:
-        print_json(found.to_json() | {"left_out": left_out})
+        print_json(detection.to_json() | {"left_out": left_out})
         return
-    print_line(found.format)
-    for line in (*found.evidence, *left_out):
+    print_line(detection.format)
+    for line in (*detection.evidence, *left_out):
         print_line(f"  {line}")
 
 
@@ -153,28 +154,26 @@ def preview(
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
     from sftdata.run import preview as run
-    from sftdata.show.terminal import print_examples
-    from sftdata.show.view import view_example
+    from sftdata.show.terminal import print_view
+    from sftdata.show.view import View, view_example
     from sftdata.vocabulary import read_vocabulary
 
-    seen = run(config, number)
+    sample = run(config, number)
     if as_json:
-        print_json(seen.to_json(batch_size))
+        print_json(sample.to_json(batch_size))
         return
-    for line in seen.lines(batch_size):
+    for line in sample.lines(batch_size):
         print_line(line)
-    vocabulary = read_vocabulary(seen.tokenizer_folder)
-    print_examples(
-        [
-            view_example(example.input_ids, example.labels, vocabulary, example.place)
-            for example in seen.examples
-        ]
-    )
+    vocabulary = read_vocabulary(sample.tokenizer_folder)
+    print_view(View("", tuple(
+        view_example(example.input_ids, example.labels, vocabulary, example.place)
+        for example in sample.examples
+    )))  # fmt: skip
 
 
 @with_settings(
-    "tokenizer", "response_template", "instruction_template", "format", "map", "map_role", "formatter", "kind", "prompt_template",
-    "chat_template", "split", "subset", "revision",
+    "tokenizer", "response_template", "instruction_template", "format", "map", "map_role", "formatter",
+    "kind", "prompt_template", "chat_template", "split", "subset", "revision",
 )  # fmt: skip
 def resolve(
     config: PrepareConfig,
@@ -189,24 +188,22 @@ def resolve(
 
     from sftdata.resolve import resolve_markers
 
-    found = resolve_markers(config, rows)
+    resolutions = resolve_markers(config, rows)
     if as_json:
-        print_json([asdict(resolution) for resolution in found])
+        print_json([asdict(resolution) for resolution in resolutions])
         return
-    for resolution in found:
+    for resolution in resolutions:
         print_line(
             f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows,"
             f" {resolution.occurrences:,} times"
         )
         print_line(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
         for sequence in resolution.sequences:
-            inside = (
-                " (shares a token with its neighbour)"
-                if sequence.starts_inside or sequence.ends_inside
-                else ""
-            )
+            shared = sequence.starts_inside or sequence.ends_inside
             print_line(
-                f"  {list(sequence.ids)}: {sequence.count:,} times{inside}, as in {sequence.before!r} _ {sequence.after!r}"
+                f"  {list(sequence.ids)}: {sequence.count:,} times"
+                f"{' (shares a token with its neighbour)' if shared else ''},"
+                f" as in {sequence.before!r} _ {sequence.after!r}"
             )
 
 
@@ -236,54 +233,52 @@ def check(
         typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), nl=False)
 
 
-class Talk:
-    """What `prepare` says while it runs, and when it is done."""
+class RunLog:
+    """The messages of `prepare` on stderr: notes, progress and the summary."""
 
     def __init__(self) -> None:
         self._meter = Meter("{done}/{total} slices")
         self._built = False
 
-    def __enter__(self) -> Talk:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._meter.close()
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         """Print one sentence."""
-        self._meter.say(sentence)
+        self._meter.write(sentence)
 
     def progress(self, now: Progress) -> None:
-        """Show how far the run has come."""
+        """Show the progress of the run."""
         self._built = True
         speed = now.tokens / self._meter.seconds
         figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
         self._meter.show(now.done, now.total, figures)
 
     def summary(self, manifest: Manifest, folder: Path) -> None:
-        """Say what became of every row and token, and what was found in a set that has just been made."""
+        """Print the ledger in words and, for a set that has just been made, the findings of a quick audit."""
         for line in summary_lines(manifest, folder):
-            self.say(line)
+            self.note(line)
         if not self._built:
-            self.say(f"  audit   `sftdata audit {folder}` looks for unintended supervision")
+            self.note(f"  audit   `sftdata audit {folder}` looks for unintended supervision")
             return
         from sftdata.show.audit import glance
         from sftdata.show.terminal import make_console, print_findings
 
-        seen = glance(folder, manifest)
-        found = "; ".join(counted(seen.findings)) or "nothing found"
-        part = seen.looked < seen.documents
-        rest = (
-            f" in {seen.looked:,} of {seen.documents:,} documents; `sftdata audit {folder}` reads all"
-            if part
-            else ""
-        )
-        self.say(f"  audit   {found}{rest}")
-        print_findings(seen.findings, make_console(sys.stderr), indent="    ")
+        audit = glance(folder, manifest)
+        line = "; ".join(count_findings(audit.findings)) or "nothing found"
+        if audit.looked < audit.documents:
+            line += (
+                f" in {audit.looked:,} of {audit.documents:,} documents; `sftdata audit {folder}` reads all"
+            )
+        self.note(f"  audit   {line}")
+        print_findings(audit.findings, make_console(sys.stderr), indent="    ")
 
 
-def counted(findings: list[Finding]) -> Iterator[str]:
-    """Yield how many kinds of defects and of notes there are."""
+def count_findings(findings: list[Finding]) -> Iterator[str]:
+    """Yield the number of kinds of defects, and of notes, in words."""
     for severity in ("defect", "note"):
         kinds = sum(finding.severity == severity for finding in findings)
         if kinds:
@@ -291,26 +286,28 @@ def counted(findings: list[Finding]) -> Iterator[str]:
 
 
 def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """Return the summary of a set: the ledger in words."""
+    """Return the ledger of a set in words."""
     ledger = manifest.ledger
     slots = ledger.tokens + ledger.tokens_padding
     lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped}
     cut = sum(ledger.tokens_cut.values())
     lines = [
-        f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens in {len(manifest.shards)} shards"
-        f" ({ledger.tokens / max(slots, 1):.1%} full), digest {manifest.digest[:12]}",
+        f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
+        f" in {len(manifest.shards)} shards ({ledger.tokens / max(slots, 1):.1%} full), digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
         + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
-        f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained + {ledger.tokens_context:,} context"
-        f" + {cut:,} cut + {ledger.tokens_in_dropped_rows:,} in dropped rows",
+        f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained"
+        f" + {ledger.tokens_context:,} context + {cut:,} cut + {ledger.tokens_in_dropped_rows:,} in dropped rows",
     ]
-    told = {name: count for name, count in sorted(ledger.counters.items()) if count}
-    if told:
-        lines.append(
-            "  counted " + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in told.items())
-        )
+    counters = [
+        f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(ledger.counters.items()) if count
+    ]
+    if counters:
+        lines.append(f"  counted {', '.join(counters)}")
     if sum(ledger.rows_rejected.values()):
         code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
-        fix = f"{folder / 'rejects.jsonl'}: fix the rows there and prepare that file too; sftdata explain {code}"
-        lines.append(f"  rejects {fix}")
+        lines.append(
+            f"  rejects {folder / 'rejects.jsonl'}: fix the rows there and prepare that file too;"
+            f" sftdata explain {code}"
+        )
     return lines

@@ -1,4 +1,4 @@
-"""Commands on finished sets, and those that explain codes and the environment."""
+"""Commands on finished sets, and those that explain codes and print the environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import textwrap
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,13 +43,8 @@ def audit(
     findings = run(folder, against, every=as_json)
     defects = [finding for finding in findings if finding.severity == "defect"]
     if as_json:
-        print_json(
-            {
-                "folder": str(folder),
-                "clean": not defects,
-                "findings": [finding.to_json() for finding in findings],
-            }
-        )
+        results = [finding.to_json() for finding in findings]
+        print_json({"folder": str(folder), "clean": not defects, "findings": results})
     elif findings:
         from sftdata.show.terminal import make_console, print_findings
 
@@ -146,16 +141,21 @@ def verify(
 
     report = run(folder, sha256=sha256)
     if as_json:
-        told = {"folder": str(folder), "ok": report.ok, "digest": report.digest, "problems": report.problems}
-        print_json(told | {"files": report.files, "bytes": report.bytes, "rows": report.rows})
+        result = {
+            "folder": str(folder),
+            "ok": report.ok,
+            "digest": report.digest,
+            "problems": report.problems,
+        }
+        print_json(result | {"files": report.files, "bytes": report.bytes, "rows": report.rows})
     else:
         for problem in report.problems:
             print_line(problem)
         digests = "xxh3-128 and sha256" if sha256 else "xxh3-128"
-        found = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
+        verdict = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
         print_line(
-            f"{folder}: {found}: {report.files} files, {report.bytes:,} bytes by {digests}; {report.rows:,} rows counted again;"
-            f" digest {report.digest[:12]}"
+            f"{folder}: {verdict}: {report.files} files, {report.bytes:,} bytes by {digests};"
+            f" {report.rows:,} rows counted again; digest {report.digest[:12]}"
         )
     if not report.ok:
         raise IntegrityError(
@@ -189,9 +189,9 @@ def explain(
     codes = read_codes()
     if code is not None:
         text = run(code)
-        found = text.partition(" ")[0]
+        name = text.partition(" ")[0]
         if as_json:
-            print_json({"code": found, "kind": codes[found][0], "text": codes[found][1]})
+            print_json({"code": name, "kind": codes[name][0], "text": codes[name][1]})
         else:
             width = min(shutil.get_terminal_size().columns, 100)
             print(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False))
@@ -207,11 +207,11 @@ def env(as_json: Json = False) -> None:
 
     Example: sftdata env --json
     """
-    found = _environment()
+    environment = _environment()
     if as_json:
-        print_json(found)
+        print_json(environment)
         return
-    for name, value in found.items():
+    for name, value in environment.items():
         if not isinstance(value, dict):
             print_line(f"{name:<24}{value}")
             continue
@@ -219,8 +219,8 @@ def env(as_json: Json = False) -> None:
             print_line(f"{name + ' ' + key:<40}{part if part is not None else 'not installed'}")
 
 
-def _environment() -> dict[str, Any]:
-    """Return plain JSON data to attach to a bug report; it holds no paths, user names or secrets."""
+def _environment() -> dict[str, object]:
+    """Return JSON data for a bug report, without paths, user names or secrets."""
     from sftdata.version import __version__
     from sftdata.workers import usable_cores
 
@@ -238,9 +238,9 @@ def _environment() -> dict[str, Any]:
 
 
 def _dependencies() -> set[str]:
-    """Return the packages we depend on, extras included, but not those for development."""
+    """Return the names of the dependencies, with those of all extras but `dev`."""
     lines = [line for line in requires("sftdata") or [] if "extra == 'dev'" not in line.replace('"', "'")]
-    return {found[0] for line in lines if (found := re.match(r"[\w.-]+", line))} - {"sftdata"}
+    return {name[0] for line in lines if (name := re.match(r"[\w.-]+", line))} - {"sftdata"}
 
 
 def _version(name: str) -> str | None:

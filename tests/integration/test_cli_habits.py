@@ -151,7 +151,7 @@ def test_init_says_every_setting_with_its_default(capsys: pytest.CaptureFixture[
 
 def test_init_overwrites_nothing_and_plans_before_it_writes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("sft.yaml").write_text("mine", encoding="utf-8")
-    assert "is there already" in told(capsys, "init", CHATS, "-t", TOKENIZER, code=2)
+    assert "exists already" in told(capsys, "init", CHATS, "-t", TOKENIZER, code=2)
     assert Path("sft.yaml").read_text(encoding="utf-8") == "mine"
     assert "no such file" in told(capsys, "init", "absent.jsonl", "-t", TOKENIZER, "-f", "new.yaml", code=2)
     assert not Path("new.yaml").exists()

@@ -44,9 +44,7 @@ WORDS = (
     "on",
 )
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    ["tests.torture.runs", "sftdata.pipeline", "tokenizers", "pyarrow", "jinja2"]
-)
+_forks.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "tokenizers", "pyarrow", "jinja2"])
 
 
 def write_chats(path: Path, rows: int, seed: int = 5) -> Path:

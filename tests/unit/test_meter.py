@@ -51,12 +51,12 @@ def test_a_bar_is_drawn_on_a_terminal_and_sentences_stand_above_it(monkeypatch: 
     monkeypatch.setenv("COLUMNS", "120")
     shown = Meter("{done}/{total} slices")
     shown.show(1, 2, "[red]seven[/red] tokens")
-    shown.say("a \x1b[31mnote\nof two lines [b]")
+    shown.write("a \x1b[31mnote\nof two lines [b]")
     shown.show(2, 2, "eight tokens")
     shown.close()
     written = terminal.getvalue()
     assert "1/2 slices, [red]seven[/red] tokens" in written
     assert "a ␛[31mnote␊of two lines [b]" in written
     assert "2/2 slices, eight tokens" in written
-    shown.say("done")
+    shown.write("done")
     assert terminal.getvalue().endswith("done\n")
