@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 ALL := -m "not gpu and not network and not torture"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types check mutants torture soak fuzz bench docs wheel notebooks clean
+.PHONY: help install demo test test-all lint types check mutants torture soak fuzz bench gpu docs wheel notebooks clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -60,6 +60,11 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 
 bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/all.py
+
+gpu: $(STAMP) ## On one NVIDIA card: run the tests that need it, then the benchmark beside TRL (under eight minutes)
+	-$(BIN)/python -m pip install --quiet liger-kernel
+	timeout 170 $(BIN)/python -m pytest -n 4 -m gpu -W default tests/integration/test_train_gpu.py; tests=$$?; \
+	    $(BIN)/python benchmarks/gpu_step.py --minutes 4.8 && exit $$tests
 
 docs: $(STAMP) ## Write the pages that the code knows, and build the site in build/site; a link that leads nowhere stops it
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

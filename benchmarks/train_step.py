@@ -4,7 +4,8 @@
 
 All four train the same Qwen2 (4 layers, hidden 256, vocabulary 50,000) on the same set: 512 tokens x 4 rows, three
 quarters of them supervised. Steps are taken in turn, round after round in one process, so that a noisy machine slows all
-alike; the median of the rounds counts. `--startup` measures process start to the end of the first step instead.
+alike; the median of the rounds counts. `--startup` measures process start to the end of the first step instead: of TRL in
+a script as its users write it, of `sfttrain run`, and of `sfttrain run` where the proof of the model is in the cache.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,17 +41,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--startup", action="store_true")
-    parser.add_argument("--first-step", choices=["trl", "sfttrain"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first-step", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.first_step:
-        _first_step(arguments.first_step, arguments.folder)
+        _first_step(*arguments.first_step)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_inputs(folder)
         if arguments.startup:
-            _report_startup(folder)
+            _report_startup(folder, arguments.rounds)
         else:
             _report_steps(folder, arguments.steps, arguments.rounds)
 
@@ -59,7 +60,9 @@ def _report_steps(folder: Path, steps: int, rounds: int) -> None:
     import torch
 
     contenders: dict[str, Iterator[float]] = {
-        "TRL": _trainer_steps(lambda callback: _trl(folder, callback)),
+        "TRL": _trainer_steps(
+            lambda callback: _trl(folder / "trl", callback, SETTINGS, folder / "set", folder / "model")
+        ),
         "plain loop": _loop_steps(folder, fused=False),
         "bare loop, our loss": _loop_steps(folder, fused=True),
         "sfttrain": _trainer_steps(lambda callback: _ours(folder, callback)),
@@ -81,23 +84,66 @@ def _report_steps(folder: Path, steps: int, rounds: int) -> None:
     )
 
 
-def _report_startup(folder: Path) -> None:
-    """Start each as a process of its own, three times in turn, until its first step is done."""
-    seconds: dict[str, list[float]] = {"trl": [], "sfttrain": []}
-    preparation: list[float] = []
-    for _ in range(3):
-        for name, values in seconds.items():
-            began = time.perf_counter()
-            command = [sys.executable, __file__, "--first-step", name, "--folder", str(folder)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            values.append(time.perf_counter() - began)
-            if name == "trl":
-                preparation.append(float(done.stdout.splitlines()[-1]))
-    trl, ours, prepared = (statistics.median(values) for values in (*seconds.values(), preparation))
-    print(
-        f"process start to first step: TRL {trl:.1f} s ({prepared:.1f} s of it preparation), sfttrain {ours:.1f} s"
-    )
-    print(f"sfttrain takes {ours / (trl - prepared):.2f} of TRL's time, preparation excluded")
+def _report_startup(folder: Path, rounds: int) -> None:
+    """Start each as a process of its own, in turn, until its first step is done."""
+    names = {"TRL": "trl", "sfttrain": "sfttrain", "sfttrain, proven before": "sfttrain"}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        for name, which in names.items():
+            given = {"settings": SETTINGS, "set": folder / "set", "model": folder / "model"}
+            seconds[name].append(seconds_to_first_step(which, folder=folder, cache=folder / "cache", **given))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
+        print(f"process start to first step: {name} {value:.1f} s, {value / medians['TRL']:.2f} of TRL's")
+
+
+def seconds_to_first_step(
+    which: str, *, settings: dict[str, Any], set: Path, model: Path, folder: Path, cache: Path
+) -> float:
+    """Return the seconds from the start of a process to the end of its first step; then it is killed.
+
+    Args:
+        which: "sfttrain" for the command, "trl" for a script as its users write it.
+        settings: of both.
+        cache: where sfttrain keeps its proofs.
+    """
+    steps = settings | {"max_steps": 1_000}
+    if which == "trl":
+        given = [json.dumps(steps), str(set), str(model), str(folder / "trl")]
+        command = [sys.executable, __file__, "--first-step", *given]
+    else:
+        output = tempfile.mkdtemp(dir=folder)
+        pairs = [part for key, value in steps.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        command = [
+            sys.executable,
+            "-m",
+            "sfttrain",
+            "run",
+            str(set),
+            "--model",
+            str(model),
+            "-o",
+            output,
+            *pairs,
+        ]
+    environment = {
+        **os.environ,
+        "SFTTRAIN_CACHE": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    began, said = time.perf_counter(), []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step 1/"):
+                seconds = time.perf_counter() - began
+                process.kill()
+                return round(seconds, 2)
+    raise RuntimeError(f"{which} took no step: {''.join(said)[-2_000:]}")
 
 
 def _write_inputs(folder: Path) -> None:
@@ -116,8 +162,8 @@ def _write_inputs(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
 
 
-def _trl(folder: Path, callback: Any, max_steps: int = 10_000) -> float:
-    """Train with TRL; return the seconds that its own preparation of the rows took."""
+def _trl(folder: Path, callback: Any, settings: dict[str, Any], rows: Path, base: Path) -> None:
+    """Train with TRL."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,41 +171,24 @@ def _trl(folder: Path, callback: Any, max_steps: int = 10_000) -> float:
 
     from sftdata.set.opened import open_set
 
-    options = SETTINGS | {
-        "output_dir": str(folder / "trl"),
-        "max_steps": max_steps,
-        "gradient_checkpointing": False,
-    }
-    arguments = SFTConfig(padding_free=True, max_length=None, packing=False, **options)
-    rows = Dataset(open_set(folder / "set").arrow().select(["input_ids", "labels", "seq_lengths"]))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
-    )
+    given = {"max_steps": 10_000, "gradient_checkpointing": False} | settings
+    arguments = SFTConfig(output_dir=str(folder), padding_free=True, max_length=None, packing=False, **given)
+    dataset = Dataset(open_set(rows).arrow().select(["input_ids", "labels", "seq_lengths"]))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
-    spent = [0.0]
-    own = SFTTrainer._prepare_dataset
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        result = own(*args, **kwargs)
-        spent[0] += time.perf_counter() - began
-        return result
-
-    SFTTrainer._prepare_dataset = timed
     trainer = SFTTrainer(
-        model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
+        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
     )
     trainer.train()
-    return spent[0]
 
 
-def _ours(folder: Path, callback: Any, max_steps: int = 10_000) -> None:
+def _ours(folder: Path, callback: Any) -> None:
     """Train with `sfttrain run`, preflight and all."""
     from sfttrain import run
     from sfttrain.config import read_settings
 
     flags = {"sets": (folder / "set",), "model": str(folder / "model"), "output": folder / "ours"}
-    settings = read_settings(None, [], flags | {"training": SETTINGS | {"max_steps": max_steps}})
+    settings = read_settings(None, [], flags | {"training": SETTINGS | {"max_steps": 10_000}})
     run.train(settings, callbacks=[callback])
 
 
@@ -216,19 +245,14 @@ def _loop_steps(folder: Path, fused: bool) -> Iterator[float]:
         yield time.perf_counter() - began
 
 
-def _first_step(name: str, folder: Path) -> None:
+def _first_step(settings: str, rows: str, model: str, folder: str) -> None:
     from transformers import TrainerCallback
 
-    if name == "sfttrain":
-        from sfttrain.cli import main as command
+    class Say(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            print(f"step {state.global_step}/", flush=True)
 
-        overrides = [
-            part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")
-        ]
-        output = tempfile.mkdtemp(dir=folder)
-        places = [str(folder / "set"), "--model", str(folder / "model"), "-o", output]
-        sys.exit(command(["run", *places, "--max-steps", "1", *overrides]))
-    print(_trl(folder, TrainerCallback(), max_steps=1))
+    _trl(Path(folder), Say(), json.loads(settings), Path(rows), Path(model))
 
 
 if __name__ == "__main__":

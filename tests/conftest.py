@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.forked import pytest_runtest_protocol  # noqa: F401  a hook
+
 settings.register_profile("long", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("quick", settings.get_profile("long"), max_examples=25)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

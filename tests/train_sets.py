@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from sftdata.batches import PackedRows
+from sftdata.batches import PackedRows, TokenBatch
+from sftdata.pack import gather, plan_packs
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
 from sftdata.set.shards import shard_name, write_shard
@@ -28,22 +30,63 @@ def make_set(
         columns, example = _columns(drawn, example)
         infos.append(write_shard(folder / shard_name(index), columns, max_length if packed else None))
         ledger.count_packed(columns, max_length if packed else None)
-    ledger.tokens_in, ledger.rows_in, ledger.rows_kept = ledger.tokens, example, example
-    manifest = Manifest(
+    manifest = _manifest(ledger, infos, example, packed, max_length, vocabulary, sources, seed)
+    added = tuple(f"<added-{n}>" for n in range(tokens_added))
+    named = msgspec.structs.replace(manifest.tokenizer, sha256=tokenizer * 64, tokens_added=added)
+    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=named))
+    return folder
+
+
+# Median tokens of a document, spread of their logarithms, share that is trained: chats and long reasoning.
+MIXES = {"instructions": (220, 1.0, 0.6), "reasoning": (3_500, 0.8, 0.9)}
+
+
+def make_mixed_set(
+    folder: Path, mix: str, *, rows: int, max_length: int, vocabulary: int, scale: float = 1.0, seed: int = 0
+) -> Path:
+    """Write a set packed by the product from documents as long as those of real data.
+
+    Args:
+        mix: one of `MIXES`.
+        scale: of the documents' lengths, for rows in miniature.
+    """
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    median, spread, trained = MIXES[mix]
+    mean = median * scale * np.exp(spread**2 / 2)
+    drawn = rng.lognormal(np.log(median * scale), spread, int(1.3 * rows * max_length / mean) + 8)
+    lengths = np.clip(drawn, 4, max_length).astype(np.int64)
+    lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), rows * max_length)) + 1]
+    offsets = np.append(0, np.cumsum(lengths))
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    ids = (np.repeat(rng.integers(3, vocabulary, len(lengths)), lengths) + place - 3) % (vocabulary - 3) + 3
+    ids[offsets[1:] - 1] = EOS
+    answers = place >= np.repeat(np.maximum(1, np.rint(lengths * (1 - trained))), lengths)
+    tokens = TokenBatch(ids.astype(np.int32), answers, offsets, np.arange(len(lengths)))
+    columns = gather(tokens, np.arange(len(lengths)), plan_packs(lengths, max_length), max_length, 0)
+    ledger = Ledger(max_length=max_length)
+    ledger.count_packed(columns, max_length)
+    infos = [write_shard(folder / shard_name(0), columns, max_length)]
+    write_manifest(folder, _manifest(ledger, infos, len(lengths), True, max_length, vocabulary, 1, seed))
+    return folder
+
+
+def _manifest(
+    ledger: Ledger, infos: list[Any], examples: int, packed: bool, max_length: int, vocabulary: int, sources: int, seed: int
+) -> Manifest:  # fmt: skip
+    ledger.tokens_in, ledger.rows_in, ledger.rows_kept = ledger.tokens, examples, examples
+    return Manifest(
         settings={"packing": "bfd" if packed else "none", "max_length": max_length},
         tokenizer=TokenizerInfo(
-            name="counting", sha256=tokenizer * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None,
-            tokens_added=tuple(f"<added-{n}>" for n in range(tokens_added)),
+            name="counting", sha256="0" * 64, vocab_size=vocabulary, eos_id=EOS, pad_id=0, bos_id=None, tokens_added=(),
         ),
         sources=tuple(
             SourceInfo(name=f"drawn{n or ''}", bytes=None, xxh3=str(seed), rows=len(part), first_id=int(part[0]))
-            for n, part in enumerate(np.array_split(np.arange(example), sources))
+            for n, part in enumerate(np.array_split(np.arange(examples), sources))
         ),
         ledger=ledger,
         shards=tuple(infos),
     )  # fmt: skip
-    write_manifest(folder, manifest)
-    return folder
 
 
 def _row(rng: np.random.Generator, max_length: int, vocabulary: int, packed: bool, trained: float) -> Any:

@@ -1,16 +1,22 @@
-"""Rows of the trainer's table that need a GPU: `pytest -m gpu`."""
+"""What only a GPU can show: `pytest -m gpu`, each test in a process of its own (tests/forked.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 import sfttrain
+from sftdata.set.opened import open_set
+from sfttrain.attention import register_attention
+from sfttrain.isolation import Surroundings, prove
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
-from tests.train_sets import make_set
+from tests.train_sets import make_mixed_set, make_set
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 QUICK = {
@@ -36,6 +42,79 @@ def _losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+# ------------------------------------------------------------------------------------------ the default path
+
+
+@pytest.mark.gpu(seconds=90)
+@pytest.mark.feature("attention")
+def test_the_default_trains_on_varlen_in_no_more_memory_than_its_steps_need(
+    shards: Path, tmp_path: Path
+) -> None:
+    packed = make_mixed_set(tmp_path / "set", "instructions", rows=24, max_length=4096, vocabulary=32_000)
+    config = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=6, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=32_000, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    peaks: list[int] = []
+
+    class Peaks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            peaks.append(torch.cuda.max_memory_allocated())
+
+    trainer = sfttrain.train(
+        packed, model=tmp_path / "model", output=tmp_path / "out", callbacks=[Peaks()], **QUICK | {"learning_rate": 1e-5},
+        activation_checkpointing=True,
+    )  # fmt: skip
+    assert trainer.model.config._attn_implementation.startswith(("varlen", "flash_attention"))
+    assert trainer.data_collator.flatten
+    assert trainer.fused
+    assert peaks[0] <= peaks[-1] * 1.01  # nothing before the first step needs more than a later one
+    assert _losses(trainer)[0] == pytest.approx(
+        _first_loss_alone(packed, tmp_path / "model", trainer), rel=1e-2
+    )
+
+
+def _first_loss_alone(packed: Path, folder: Path, trainer: Any) -> float:
+    """Mean loss over the trained tokens of the first global batch, every document alone in float32."""
+    opened, total, count = open_set(packed), 0.0, 0
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).cuda()
+    for row in trainer.order.rows(0)[:4].tolist():
+        for document in opened[row].documents():
+            ids, labels = (
+                torch.from_numpy(part.astype(np.int64)).cuda()
+                for part in (document.input_ids, document.labels)
+            )
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0]
+            total += float(cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100))
+            count += int((labels[1:] != -100).sum())
+    return total / count
+
+
+# Gemma 2 has a cap on attention logits; LFM2's convolutions leak without a kernel that knows documents.
+PROOFS = [
+    ("qwen2", "varlen", True), ("qwen2", "flex_attention", True), ("qwen2", "sdpa", True), ("mistral", "varlen", True),
+    ("qwen3_moe", "varlen", True), ("gemma2", "eager", True), ("phi3", "varlen", True), ("lfm2", "sdpa", False),
+]  # fmt: skip
+
+
+@pytest.mark.gpu(seconds=100)
+@pytest.mark.feature("attention")
+@pytest.mark.parametrize(("family", "attention", "isolated"), PROOFS)
+def test_the_proof_in_bfloat16_says_what_holds(family: str, attention: str, isolated: bool) -> None:
+    more = {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4}
+    config = AutoConfig.for_model(family, **more if family == "lfm2" else {})
+    register_attention()
+    proof = prove(config, attention, Surroundings("cuda", torch.bfloat16, rows=2, reach=None))
+    assert proof.isolated == isolated, proof
+
+
+# -------------------------------------------------------------------------------------- the trainer's table
+
+
 @pytest.mark.gpu
 @pytest.mark.feature("Unsloth")
 def test_an_unsloth_model_trains_on_shards(shards: Path, model: Path, tmp_path: Path) -> None:
@@ -58,7 +137,7 @@ def test_offloaded_activations_change_no_weight(shards: Path, model: Path, tmp_p
         assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(seconds=100)
 @pytest.mark.feature("attention")
 @pytest.mark.parametrize("attention", ["varlen", "flex_attention", "sdpa", "sdpa:flash", "sdpa:efficient"])
 def test_each_attention_of_the_gpu_trains_with_the_same_loss(
@@ -73,8 +152,6 @@ def test_each_attention_of_the_gpu_trains_with_the_same_loss(
 @pytest.mark.feature("export: GPTQ")
 def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    from transformers import AutoModelForCausalLM
-
     from sfttrain.merge import quantize
 
     quantize(model, shards, tmp_path / "gptq", 8, 32, print)
@@ -87,7 +164,6 @@ def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, 
     assert (wanted - found).abs().max() < 0.1 * wanted.abs().max()
 
 
-# Last: Liger changes the modelling code of the whole process.
 @pytest.mark.gpu
 @pytest.mark.feature("Liger")
 @pytest.mark.parametrize("kind", ["full", "lora"])
