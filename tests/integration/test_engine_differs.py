@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftdata import run, stages
+from sftdata import pipeline, run
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
 from sftdata.output import Progress
@@ -101,8 +101,8 @@ def test_one_wrong_slice_rebuilds_the_set_with_the_oracle(data: Path, tmp_path: 
 
 def test_samples_look_at_the_ends_of_long_texts_too() -> None:
     text = "a" * 5000 + "b" * 5000
-    assert [stages._window(text, where)[:: SAMPLE_CHARS - 1] for where in (0, 0.5, 1)] == ["aa", "ab", "bb"]
-    assert stages._window("short", 1) == "short"
+    assert [pipeline._window(text, where)[:: SAMPLE_CHARS - 1] for where in (0, 0.5, 1)] == ["aa", "ab", "bb"]
+    assert pipeline._window("short", 1) == "short"
 
 
 @pytest.mark.usefixtures("_wrong_about_herons")
