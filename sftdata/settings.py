@@ -375,7 +375,7 @@ _OF_SFTTRAIN: dict[str, tuple[str | None, str]] = {
     "torch_dtype": ("dtype", ""),
     "loss_type": ("objective", "nll or dft."),
     "use_dft_loss": ("objective", "dft."),
-    "use_liger": ("loss", "liger."),
+    "use_liger": ("kernels", "liger."),
     "gradient_checkpointing": ("activation_checkpointing", "true."),
     "neftune_alpha": ("neftune_noise_alpha", ""),
     **dict.fromkeys(

@@ -33,8 +33,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     settings.setdefault("use_cpu", not torch.accelerator.is_available())
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
-    if config.loss == "liger":
-        settings["use_liger_kernel"] = True
     if settings.get("activation_checkpointing"):
         # Reentrant checkpoints run a parameter's hooks twice, which DDP refuses.
         settings["activation_checkpointing_kwargs"] = {

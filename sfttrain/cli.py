@@ -81,7 +81,7 @@ def _settings(
             "overwrite": overwrite or None,
             "trust_remote_code": trust_remote_code or None,
             "training": {key: value for key, value in training.items() if value is not None},
-            "loss": "liger" if liger else None,
+            "kernels": "liger" if liger else None,
             **{name: flags[name] for name in _OWN},
         },
     )

@@ -101,8 +101,15 @@ class TrainConfig(BaseModel):
     attention: str = Field(
         "auto", description="auto, or one implementation by name; sdpa:flash forces a kernel of sdpa."
     )
-    loss: Literal["auto", "chunked", "torch", "liger", "plain"] = Field(
+    loss: Literal["auto", "chunked", "torch", "plain"] = Field(
         "auto", description="auto: chunked, where proven equal."
+    )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto",
+        description="Norms, rotary factors, activations; auto: Liger's on a GPU, where proven, unless layers are compiled.",
+    )
+    compile: Literal["auto", "layers", "loss", "none"] = Field(
+        "auto", description="auto: the repeated layer and the loss on a GPU, in runs of 50 steps and more."
     )
     objective: Literal["nll", "dft"] = Field(
         "nll", description="dft weights each token's loss by its own probability."
@@ -135,6 +142,13 @@ class TrainConfig(BaseModel):
         if bad:
             raise ValueError(f"expected key=value pairs such as r=16,alpha=32, found {bad[0]!r}")
         return {key.strip(): text.strip() for key, _, text in pairs}
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _liger_is_no_loss(cls, value: Any) -> Any:
+        if value == "liger":
+            raise ValueError("Liger's kernels come without its loss now; set kernels=liger")
+        return value
 
     @field_validator("packing", mode="before")
     @classmethod

@@ -147,7 +147,7 @@ class _Search:
 
     def _unproven(self, name: str) -> Plan:
         """Nothing could be tried: the model's own loss on rows of one document."""
-        for setting, usual in (("objective", ("nll",)), ("loss", ("auto", "plain", "liger"))):
+        for setting, usual in (("objective", ("nll",)), ("loss", ("auto", "plain"))):
             value = getattr(self._config, setting)
             if value not in usual:
                 raise UsageError(
@@ -179,7 +179,7 @@ class _Search:
 
     def _loss_engine(self, proof: Proof) -> str | None:
         config = self._config
-        if config.loss in ("plain", "liger"):
+        if config.loss == "plain":
             return None
         if proof.fuses:
             return "torch" if config.loss == "torch" else "chunked"
@@ -194,9 +194,6 @@ class _Search:
     def _say_terms(self, proof: Proof, engine: str | None) -> None:
         text = text_config(self._model_config)
         weight = getattr(text, "router_aux_loss_coef", None) or 0
-        if proof.terms and self._config.loss == "liger":
-            found = f"loss=liger: {self._family} adds terms of its own to the loss, as its config asks"
-            raise UsageError(f"{found}.", "set loss=auto.")
         if proof.terms:
             prefix = f"router loss: on, {weight:g} times" if weight else "loss: with terms of"
             self._say(f"{prefix} the model's own, the mean over the micro-batches of a step")

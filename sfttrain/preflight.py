@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint
+from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
 from sfttrain.talk import Say
 
@@ -29,11 +32,19 @@ from sfttrain.acting import Run, given_training, training_defaults
 
 # Fields that some optimizers read and others do not.
 _READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+_SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compiled
 _WHOLE = ("model", "optimizer_dict")  # arguments of optimizers that take more than parameters
 
 
-def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -> None:
+def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, steps: int, say: Say) -> None:
     """Check room on the disk, try one step as training will take it, and log what the run will need.
+
+    Args:
+        trainer: with the model.
+        compute: dtype of the matrix products.
+        choice: what to compile; where the compiled step is not the plain one, it is undone.
+        steps: of the run.
+        say: told what was found.
 
     Raises:
         SftError: the disk or the device has too little room, or the loss is no number.
@@ -49,11 +60,45 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, steps: int, say: Say) -
     batch = _trial_batch(trainer)
     # On a CPU the trial takes one row: memory is rarely what a step lacks there.
     rows = args.train_batch_size if args.device.type == "cpu" else 1
-    autocast = torch.autocast(args.device.type, dtype=compute, enabled=compute != torch.float32)
-    seconds = try_step(model, batch, trainer.fused, autocast) * rows * args.gradient_accumulation_steps
+
+    def trial() -> Trial:
+        # Under 16 bit without a cache, as in training: what is compiled would be compiled again for another state.
+        half = compute != torch.float32
+        autocast = torch.autocast(args.device.type, dtype=compute, enabled=half, cache_enabled=not half)
+        return try_step(model, batch, trainer.fused, autocast)
+
+    plain = trial()
+    seconds = plain.seconds * rows * args.gradient_accumulation_steps
     say(f"memory: {describe_memory(model)}")
     about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
     say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
+    if choice.what != "none":
+        _try_compiled(model, choice, plain, trial, say)
+
+
+def _try_compiled(
+    model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
+) -> None:
+    """Compile, and keep it where loss and gradient of the first batch are those of the plain step."""
+    before = sum(counters["graph_break"].values())
+    try:
+        parts = start_compiled(model, choice)
+        compiled = trial()
+    except Exception as error:  # whatever a compiler raises; the plain step works
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = f"it failed: {first:.200}"
+    else:
+        breaks = sum(counters["graph_break"].values()) - before
+        moved = compiled.difference(plain)
+        reason = f"the layers fall into pieces, at {breaks} places" if breaks else ""
+        if not moved <= _SAME_STEP:
+            reason = f"loss or gradient move by {moved:.1%}"
+        if not reason:
+            found = f"loss and gradient as before within {moved:.1e}"
+            say(f"compile: {parts} ({choice.reason}) in {compiled.seconds:.0f} s; {found}")
+            return
+    stop_compiled(model)
+    say(f"compile: nothing ({reason})")
 
 
 def _trial_batch(trainer: SftTrainer) -> Batch:
@@ -71,8 +116,20 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
 
 
-def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextManager[Any]) -> float:
-    """Run one forward and backward, and return its seconds. Weights and random state are unchanged.
+class Trial(NamedTuple):
+    """What one forward and backward took, and gave: its seconds, loss and the norm of the gradient."""
+
+    seconds: float
+    loss: float
+    norm: float
+
+    def difference(self, other: Trial) -> float:
+        """Return by which part loss or gradient differ."""
+        return max(abs(one - two) / max(abs(two), 1e-6) for one, two in zip(self[1:], other[1:], strict=True))
+
+
+def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextManager[Any]) -> Trial:
+    """Run one forward and backward. Weights and random state are unchanged.
 
     Raises:
         UsageError: the device has too little memory.
@@ -85,6 +142,8 @@ def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextMan
         with torch.random.fork_rng(), autocast:
             loss = model(**batch, **extra).loss
         loss.backward()
+        grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise UsageError(
@@ -97,7 +156,7 @@ def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextMan
     value = float(loss.detach())
     if not math.isfinite(value):
         raise DataError(f"The loss of the first batch is {value}.", "check the model's weights and dtype.")
-    return time.perf_counter() - started
+    return Trial(time.perf_counter() - started, value, norm)
 
 
 def describe_memory(model: nn.Module) -> str:

@@ -167,13 +167,21 @@ def _refuse_object(config: TrainConfig, model: Any) -> None:
 
 
 def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, Any]) -> None:
-    if config.loss == "liger" and args.device.type == "cpu":
-        raise UsageError("loss=liger: its kernels need a GPU, and the device is the CPU.", "set loss=auto.")
-    if config.loss == "liger":
-        require_package("liger_kernel", "loss=liger")
+    if config.kernels == "liger" and args.device.type == "cpu":
+        raise UsageError(
+            "kernels=liger: its kernels need a GPU, and the device is the CPU.", "set kernels=auto."
+        )
+    if config.kernels == "liger":
+        require_package("liger_kernel", "kernels=liger", "gpu")
+    if args.use_liger_kernel:
+        found = "use_liger_kernel: would change transformers' classes, and bring a loss over all positions"
+        raise UsageError(f"{found}.", "set kernels=liger.")
+    if args.torch_compile:
+        found = "torch_compile: the whole model is compiled anew for each number of documents"
+        raise UsageError(f"{found}.", "set compile=layers.")
     if config.objective == "nll":
         return
-    if config.loss in ("plain", "liger"):
+    if config.loss == "plain":
         raise UsageError(
             f"objective={config.objective} is computed by our loss, not by loss={config.loss}.",
             "set loss=auto.",

@@ -41,7 +41,7 @@ MAY_CHANGE = frozenset({
     "restore_callback_states_from_checkpoint", "eval", "per_device_eval_batch_size", "prediction_loss_only",
     "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "compute_metrics",
-    "attention", "packing", "torch_empty_cache_steps",
+    "attention", "packing", "kernels", "compile", "liger_kernel_config", "torch_empty_cache_steps",
     # Their product is compared, as global_batch.
     "per_device_train_batch_size", "gradient_accumulation_steps",
 })  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -55,6 +56,8 @@ class SftTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # standard output is data; progress.py writes to standard error
         if order is not None:
             self.add_callback(_EpochOfOrder(order))
+        # A weight is cast once in a forward, so a cache saves no cast, and keeps all of them until the loss.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.fused:
             self.label_smoother = None  # the chunked loss smooths by itself
         self._evaluated = EvalFigures([], self.args.device)

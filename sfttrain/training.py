@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,11 +15,13 @@ from sfttrain import checkpoint, preflight, refusals
 from sfttrain.acting import Run, refuse_inert
 from sfttrain.arguments import effective_settings, training_arguments
 from sfttrain.attention import choose_attention, register_attention
+from sfttrain.compiling import Choice, choose_compile, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.isolation import Surroundings
+from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
@@ -127,9 +129,25 @@ def _assemble(
         **objects,
     )
     try_optimizer(setting, model, steps)
+    choice = _speed_up(setting, trainer, where, steps)
     if resumed is None:
-        preflight.check_fit(trainer, compute, steps, say)
+        preflight.check_fit(trainer, compute, choice, steps, say)
+    elif choice.what != "none":
+        say(f"compile: {start_compiled(cast(Any, trainer.model), choice)} ({choice.reason})")
     return trainer, resumed, steps
+
+
+def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
+    """Put kernels on the model where they pay, and return what to compile."""
+    config, model = setting.config, cast(Any, trainer.model)
+    choice = choose_compile(config, setting.args, model, steps, config.kernels == "liger")
+    on_gpu = where.device == "cuda"
+    if config.kernels == "liger" or (config.kernels == "auto" and choice.what != "layers" and on_gpu):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        add_kernels(config, inner, setting.args.liger_kernel_config, where, say)
+    if choice.what == "none" and on_gpu:
+        say(f"compile: nothing ({choice.reason})")
+    return choice
 
 
 def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
@@ -145,6 +163,8 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
         raise IntegrityError(
             f"{found}.", "remove the folder, then run again: it resumes from the one before."
         ) from None
+    finally:
+        stop_compiled(cast(Any, trainer.model))
 
 
 def _what_is_saved(args: TrainingArguments, step: int) -> str:

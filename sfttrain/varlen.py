@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -120,9 +119,15 @@ def _documents(kwargs: dict[str, Any]) -> tuple[Tensor, int]:
     return lengths, int(kwargs["max_length_q"])
 
 
-@lru_cache(maxsize=8)
-def _arguments(kernel: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kernel).parameters)
+_known: tuple[Any, tuple[str, ...]] = (None, ())
+
+
+def _arguments(kernel: Any) -> tuple[str, ...]:
+    """Return the names of a kernel's arguments, read once: a compiled layer cannot trace `inspect`."""
+    global _known
+    if _known[0] is not kernel:
+        _known = (kernel, tuple(inspect.signature(kernel).parameters))
+    return _known[1]
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -337,7 +337,14 @@ _CONVERTED = (
     "tests/unit/test_tokenizer.py::test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works"
 )
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
+_KERNELS = "tests/unit/test_train_kernels.py::"
+_COMPILED = "tests/unit/test_train_compiled.py::"
 ELSEWHERE: dict[str, str] = {
+    "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
+    "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
+    "liger_kernel is not installed: pip install 'sftdata[gpu]'": f"{_KERNELS}test_what_cannot_be_used_is_named",
+    "set compile=layers.": f"{_COMPILED}test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough",
+    "set compile=none.": f"{_COMPILED}test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough",
     "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE": _COLUMNS,
     "jq -c '. as $all | range([.[]][0] | length) as $i | $all | map_values(.[$i])' FILE": _COLUMNS,
     "jq -c '.columns as $names | .data[] | [$names, .] | transpose | map({(.[0]): .[1]}) | add' FILE": _COLUMNS,

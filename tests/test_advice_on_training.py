@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "set loss=auto.": (
         "rows -m llama -o {} --set objective=dft --set loss=plain", ["rows -m llama -o {} --set objective=dft --set loss=auto"]
     ),
+    "set kernels=auto.": ("rows -m llama -o {} --liger", ["rows -m llama -o {} --set kernels=auto"]),
     "set objective=nll.": (
         "rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=dft",
         ["rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=nll"],

@@ -246,7 +246,7 @@ def test_every_outside_import_is_declared() -> None:
     core = project["dependencies"]
     declared = {
         "sftdata": core + extras["hub"] + extras["notebooks"],
-        "sfttrain": core + extras["train"] + extras["torchao"],
+        "sfttrain": core + extras["train"] + extras["torchao"] + extras["gpu"],
     }
     distribution_of = importlib.metadata.packages_distributions()
     undeclared = []
@@ -363,7 +363,7 @@ def test_the_tested_versions_are_the_installed_ones() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     left_out = {
         canonicalize_name(Requirement(line).name)
-        for extra in ("torchao", "fuzz", "docs")
+        for extra in ("torchao", "fuzz", "docs", "gpu")
         for line in extras[extra]
     }  # not in dev
     installed = {canonicalize_name(found.name): found.version for found in importlib.metadata.distributions()}

@@ -173,5 +173,5 @@ def test_liger_gives_the_loss_that_is_given_without_it(
     pytest.importorskip("liger_kernel")
     more = {"lora": {"r": 4}} if kind == "lora" else {}
     ours = train_in_process(shards, model, tmp_path / "ours", QUICK, **more)
-    liger = train_in_process(shards, model, tmp_path / "liger", QUICK, loss="liger", **more)
+    liger = train_in_process(shards, model, tmp_path / "liger", QUICK, kernels="liger", **more)
     assert _losses(liger) == pytest.approx(_losses(ours), rel=2e-2)

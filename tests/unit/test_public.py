@@ -77,7 +77,9 @@ train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, 
  model_init_kwargs: Mapping[str, Any] = {}, lora: str | Mapping[str, Any] | None = None,\
  adapter: str | Path | None = None, resize_to_multiple_of: int = 1,\
  quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool = False,\
- attention: str = 'auto', loss: Literal['auto', 'chunked', 'torch', 'liger', 'plain'] = 'auto',\
+ attention: str = 'auto', loss: Literal['auto', 'chunked', 'torch', 'plain'] = 'auto',\
+ kernels: Literal['auto', 'liger', 'none'] = 'auto',\
+ compile: Literal['auto', 'layers', 'loss', 'none'] = 'auto',\
  objective: Literal['nll', 'dft'] = 'nll', packing: Literal['auto', 'require', 'unpack'] = 'auto',\
  overwrite: bool = False, push_to_hub: str | None = None,\
  callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\

@@ -1,0 +1,162 @@
+"""Compile the repeated layer of a model and the arithmetic of the loss: once each, whatever the documents are.
+
+The layer is compiled together with its activation checkpoint, so that the casts of the weights, the norms, the
+rotary factors and the activation fuse into a few kernels, and the backward pass recomputes only what it needs.
+The number of documents and the longest one are symbols of the graph; the length of a row is a constant.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sftdata.errors import UsageError
+from sfttrain.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+ENOUGH_STEPS = 50  # what a compilation costs, a step must win back so many times
+_DOCUMENT_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_LONGEST = ("max_length_q", "max_length_k")
+
+
+class Choice(NamedTuple):
+    """What is compiled: `layers` (and the loss), `loss`, or `none`; and why."""
+
+    what: str
+    reason: str
+
+
+def choose_compile(
+    config: TrainConfig, args: TrainingArguments, model: nn.Module, steps: int, kernels: bool
+) -> Choice:
+    """Choose what to compile.
+
+    Args:
+        config: `compile=auto` compiles on a GPU, where the run is long enough.
+        args: of transformers' Trainer.
+        model: to be trained.
+        steps: of the run.
+        kernels: whether the layers run other kernels already.
+
+    Raises:
+        UsageError: what was asked for cannot be compiled here.
+    """
+    asked = config.compile
+    if asked == "none":
+        return Choice("none", "as asked")
+    reason = _obstacle(args, model, asked)
+    if reason:
+        if asked != "auto":
+            raise UsageError(f"compile={asked} cannot be used: {reason}.", "set compile=none.")
+        return Choice("none", reason)
+    if asked != "auto":
+        return Choice(asked, "as asked")
+    if args.device.type != "cuda":
+        return Choice("none", "it pays on a GPU only")
+    if steps < ENOUGH_STEPS:
+        return Choice("none", f"{steps} steps are fewer than {ENOUGH_STEPS}")
+    if kernels:
+        return Choice("loss", "the layers run Liger's kernels")
+    return Choice("layers", f"{steps:,} steps")
+
+
+def _obstacle(args: TrainingArguments, model: nn.Module, asked: str) -> str:
+    if args.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if args.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "there is no C++ compiler"
+    if args.fsdp or getattr(args, "deepspeed", None):
+        return "the layers are sharded"
+    if asked == "loss":
+        return ""
+    if getattr(model, "is_quantized", False):
+        return "the layers are quantized"
+    if (getattr(args, "activation_checkpointing_kwargs", None) or {}).get("offload"):
+        return "activations are offloaded"
+    if next(repeated_layers(model), None) is None:
+        return f"{type(model).__name__} has no repeated layer of transformers'"
+    return ""
+
+
+def repeated_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """Yield the outermost layers that transformers would checkpoint."""
+    for child in model.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from repeated_layers(child)
+
+
+def start_compiled(model: nn.Module, choice: Choice) -> str:
+    """Compile as chosen, at the next forward; return what that is, in words."""
+    fused = _fused(model)
+    parts = ["the loss"] if fused is not None else []
+    if fused is not None:
+        fused.compiles_loss = True
+    if choice.what == "layers":
+        parts.insert(0, f"{compile_layers(model)} layers as one")
+    return " and ".join(parts) or "nothing"
+
+
+def stop_compiled(model: nn.Module) -> None:
+    """Undo `start_compiled`."""
+    fused = _fused(model)
+    if fused is not None:
+        fused.compiles_loss = False
+    restore_layers(model)
+
+
+def _fused(model: nn.Module) -> Any:
+    """Return the module whose forward is ours, None where the loss is the model's own."""
+    return next((module for module in model.modules() if "compiles_loss" in vars(module)), None)
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
+    """Let the layers of a model train compiled, until `restore_layers`; return how many there are.
+
+    Evaluation and generation are left as they are.
+    """
+    known = [part for part in torch.compiler.config.dynamic_sources.split(",") if part]
+    ours = [f"L['inputs']['{name}']" for name in _LONGEST]
+    torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*known, *ours]))
+    layers = list(repeated_layers(model))
+    for layer in layers:
+        module: Any = layer
+        module.__class__ = _compiled_kind(module.__class__, backend)
+    return len(layers)
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for module in model.modules():
+        module.__class__ = getattr(type(module), "plain_kind", type(module))
+
+
+@cache
+def _compiled_kind(kind: Any, backend: str) -> type[nn.Module]:
+    """Return a subclass whose training calls are compiled, `__call__` and checkpoint included."""
+
+    def plain(layer: nn.Module, hidden: Tensor, *more: Any, **inputs: Any) -> Any:
+        return kind.__call__(layer, hidden, *more, **inputs)
+
+    compiled: Callable[..., Any] = torch.compile(plain, backend=backend)
+
+    def call(self: nn.Module, *given: Any, **inputs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return kind.__call__(self, *given, **inputs)
+        for name in _DOCUMENT_LENGTHS:
+            if isinstance(inputs.get(name), Tensor):
+                torch._dynamo.maybe_mark_dynamic(inputs[name], 0)
+        return compiled(self, *given, **inputs)
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**names, "__call__": call, "plain_kind": kind})

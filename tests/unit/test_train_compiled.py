@@ -1,0 +1,177 @@
+"""Compiled layers and the compiled loss: the figures of the plain model, whatever the documents are, compiled once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from sftdata.errors import UsageError
+from sfttrain.attention import register_attention
+from sfttrain.compiling import Choice, choose_compile, compile_layers, restore_layers, start_compiled
+from sfttrain.config import read_settings
+from sfttrain.data import Collator
+from sfttrain.isolation import _row
+from sfttrain.loss import Head, Objective, fuse_loss, supervised_loss
+from tests import varlen_op
+from tests.train_runs import tiny_llama, train_in_process
+from tests.train_sets import make_set
+
+SETS = [(20, 12, 8), (30, 10), (10, 10, 10, 5, 5), (40,)]  # documents of rows of 40 tokens
+pytestmark = pytest.mark.filterwarnings("default")  # of compilers, to their own developers
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for inductor")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _model(attention: str, checkpoints: bool = False, **more: Any) -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    register_attention()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, **more,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.config.use_cache = False
+    fuse_loss(model)
+    if checkpoints:
+        model.activation_checkpointing_enable()
+    return model.train()
+
+
+def _batch(lengths: tuple[int, ...], flatten: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return Collator(flatten)([_row([torch.randint(3, 64, (n,), generator=generator) for n in lengths])])
+
+
+def _step(model: Any, batch: dict[str, Any], half: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss of every token, and the gradient of all weights."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half, cache_enabled=not half):
+        output = model(**batch, skip_logits=True)
+    output.loss.backward()
+    return output.token_losses, torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_compiled_layers_give_loss_and_gradient_of_the_plain_ones(
+    flatten: bool, checkpoints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen_op.install(monkeypatch)
+    model = _model("varlen" if flatten else "sdpa", checkpoints)
+    batches = [_batch(lengths, flatten) for lengths in SETS]
+    plain = [_step(model, batch, half=flatten) for batch in batches]
+    assert compile_layers(model, "aot_eager") == 3
+    for batch, (losses, gradient) in zip(batches, plain, strict=True):
+        found, moved = _step(model, batch, half=flatten)
+        near = {"rtol": 2e-2, "atol": 2e-2} if flatten else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(found, losses, **near)
+        assert float((moved - gradient).norm() / gradient.norm()) < (2e-2 if flatten else 1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+def test_packed_is_alone_with_compiled_layers() -> None:
+    model = _model("sdpa")
+    compile_layers(model, "aot_eager")
+    documents = [torch.randint(3, 64, (length,)) for length in (9, 14, 17)]
+    packed, _ = _step(model, Collator(False)([_row(documents)]))
+    alone = torch.cat([_step(model, Collator(False)([_row([one])]))[0] for one in documents])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_compiled_in_training_only_and_restored_afterwards() -> None:
+    model = _model("sdpa")
+    kind = type(model.model.layers[0])
+    compile_layers(model, "aot_eager")
+    assert isinstance(model.model.layers[0], kind)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(3, 20)[None])
+    assert counters["stats"]["unique_graphs"] == 0
+    restore_layers(model)
+    assert type(model.model.layers[0]) is kind
+
+
+@needs_compiler
+@pytest.mark.parametrize("objective", [Objective(), Objective(dft=True, smoothing=0.1)])
+def test_the_compiled_loss_is_the_plain_one_for_any_number_of_positions(objective: Objective) -> None:
+    def outcome(positions: int, compiled: bool) -> list[Tensor]:
+        torch.manual_seed(positions)
+        hidden = torch.randn(1, positions, 16, requires_grad=True)
+        weight = torch.randn(512, 16, requires_grad=True)
+        labels = torch.randint(0, 512, (1, positions))
+        labels[0, 5:9] = -100
+        head = Head(weight, None, 0.5, 3.0)
+        loss, correct, _, losses = supervised_loss(
+            hidden, labels, head, "chunked", objective, torch.rand(1, positions), compiled
+        )
+        loss.backward()
+        return [loss.detach(), correct, losses, hidden.grad, weight.grad]
+
+    for positions in (40, 53, 71):
+        for found, exact in zip(outcome(positions, True), outcome(positions, False), strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [{}, {"bf16": True}, {"activation_checkpointing": True}])
+def test_a_compiled_run_has_the_losses_of_a_plain_one_and_compiles_before_step_1(
+    tmp_path: Path, training: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, model = make_set(tmp_path / "set", rows=16), tiny_llama(tmp_path / "model")
+    quick = {"max_steps": 3, "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-3, **training}
+
+    def losses(name: str, what: str) -> list[float]:
+        trainer = train_in_process(shards, model, tmp_path / name, quick, compile=what)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses("compiled", "layers") == pytest.approx(losses("plain", "none"), rel=1e-3)
+    assert "compile: 2 layers as one and the loss (as asked)" in capsys.readouterr().err
+    assert counters["stats"]["unique_graphs"] == 2  # one of the layers, one of the loss
+
+
+def _chosen(asked: str, device: str, steps: int, model: Any, kernels: bool = False, **more: Any) -> Choice:
+    config = read_settings(None, [], {"model": "m", "output": "o", "compile": asked})
+    args: Any = SimpleNamespace(
+        device=torch.device(device), fsdp=more.get("fsdp"), deepspeed=None, activation_checkpointing_kwargs={}
+    )
+    return choose_compile(config, args, model, steps, kernels)
+
+
+def test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("sdpa")
+    assert _chosen("auto", "cpu", 1000, model).what == "none"
+    assert _chosen("auto", "cuda", 1000, model) == ("none", "triton is not installed")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert _chosen("auto", "cuda", 1000, model).what == "layers"
+    assert _chosen("auto", "cuda", 1000, model, kernels=True).what == "loss"
+    assert _chosen("auto", "cuda", 49, model).what == "none"
+    assert _chosen("auto", "cuda", 1000, model, fsdp="full_shard") == ("none", "the layers are sharded")
+    with pytest.raises(
+        UsageError, match=r"compile=layers cannot be used: the layers are sharded.*compile=none"
+    ):
+        _chosen("layers", "cuda", 1000, model, fsdp="full_shard")
+
+
+def test_a_model_without_known_layers_is_left_as_it_is() -> None:
+    with pytest.raises(UsageError, match="Linear has no repeated layer"):
+        _chosen("layers", "cpu", 10, torch.nn.Linear(2, 2))
+    assert start_compiled(torch.nn.Linear(2, 2), Choice("loss", "")) == "nothing"
