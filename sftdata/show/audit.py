@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.view import ShownSet, open_shown
 from sftdata.vocabulary import generation_stops
 
+GLANCE = 2 << 20  # tokens: a twentieth of a second
+
 Severity = Literal["defect", "note"]
 
 
@@ -29,7 +31,7 @@ class Kind(NamedTuple):
     """A kind of finding. `message` and `fix` may hold {slots}.
 
     Attributes:
-        severity: a defect makes the model learn something else than meant; a note is harmless here, but worth knowing.
+        severity: a defect teaches the model something unintended; a note is harmless here, but worth knowing.
         of: what is counted, in the singular.
     """
 
@@ -42,104 +44,127 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     # ---- seen in labels and ids
     "nothing-trained": Kind(
-        "defect", "example", "no token of the example is trained", "another --train-on, or leave the rows out"
+        "defect", "example", "no token of the example is trained",
+        "another --train-on, or leave the rows out",
     ),
     "answer-cut": Kind(
         "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
         "a larger --max-length, or --overlong drop or split",
     ),
     "answer-split": Kind(
-        "defect", "example", "the example is spread over several rows, and its stop token begins one, where it is not trained",
+        "defect", "example",
+        "the example is spread over several rows, and its stop token begins one, where it is not trained",
         "--packing bfd with a --max-length that holds the example",
     ),
     "turn-end-not-a-stop": Kind(
-        "defect", "example", "an answer ends in {token}, and generation stops at {stops}", "{fix}"
+        "defect", "example", "an answer ends in {token}, and generation stops at {stops}", "{fix}",
     ),
     "no-trained-end": Kind(
-        "defect", "example", "an answer never ends in a stop token, so that the model does not learn to stop", "{fix}"
+        "defect", "example",
+        "an answer never ends in a stop token, so that the model does not learn to stop", "{fix}",
     ),
     "double-bos": Kind(
-        "defect", "example", "the example begins with {token} twice", "take it out of the data, or of the chat template"
+        "defect", "example", "the example begins with {token} twice",
+        "take it out of the data, or of the chat template",
     ),
     "missing-bos": Kind(
         "defect", "example", "the example does not begin with {token}, as the others or the chat template do",
         "begin their text or ids with {token}; chats, with a --chat-template that does so",
     ),
     "empty-answer": Kind(
-        "defect", "example", "an answer holds nothing but its end", "leave the rows out, or switch the turn off: \"train\": false"
+        "defect", "example", "an answer holds nothing but its end",
+        'leave the rows out, or switch the turn off: "train": false',
     ),
     "control-token-in-answer": Kind(
-        "defect", "example", "{what} holds a stop token or BOS before its end{origin}", "{fix}"
+        "defect", "example", "{what} holds a stop token or BOS before its end{origin}", "{fix}",
     ),
     "duplicate-prompt": Kind(
-        "note", "example", "the prompt was there before, in another example", "deduplicate the input where it is not meant"
+        "note", "example", "an earlier example has the same prompt",
+        "deduplicate the input, unless the repetition is intended",
     ),
     "prompt-in-other-set": Kind(
-        "defect", "example", "the prompt is also in {other}, so neither is a fair test of a model trained on the other",
+        "defect", "example",
+        "the prompt is also in {other}, so neither is a fair test of a model trained on the other",
         "take it out of one of the two before preparing",
     ),
     # ---- what tokenizer, chat template and generation config disagree on
     "eos-not-in-generation-config": Kind(
-        "note", "tokenizer", "the tokenizer ends with {token}, generation_config stops at {stops}",
-        "{fix}",
+        "note", "tokenizer", "the tokenizer ends with {token}, generation_config stops at {stops}", "{fix}",
     ),
     "pad-is-eos": Kind(
-        "note", "tokenizer", "{token} is both pad and end token; harmless here, as labels never derive from the pad id",
+        "note", "tokenizer",
+        "{token} is both pad and end token; harmless here, as labels never derive from the pad id",
         "nothing, unless another trainer masks by pad id",
     ),
     "tokens-added": Kind(
-        "note", "token", "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
-        "train without --lora, add embed_tokens and lm_head to its target, or choose a --chat-template of known tokens",
+        "note", "token",
+        "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
+        "train without --lora, add embed_tokens and lm_head to its target, or choose a --chat-template of known"
+        " tokens",
     ),
     "raw-prompts": Kind(
-        "note", "source", "prompts and completions are joined as raw text, and the tokenizer has a chat template",
+        "note", "source",
+        "prompts and completions are joined as raw text, and the tokenizer has a chat template",
         "--kind conversation, where the model is to be asked in chats",
     ),
-    # ---- what `prepare` counted and no shard can tell
+    # ---- counted by `prepare`, and not visible in the shards
     "message-swallowed": Kind(
-        "defect", "message", "the chat template leaves the text of a message out (a system message, most often)",
+        "defect", "message",
+        "the chat template leaves the text of a message out (a system message, most often)",
         "another --chat-template, --map-role developer=system where it is a developer's,"
         " or put the text into the first user message",
     ),
     "reasoning-swallowed": Kind(
-        "defect", "message", "the chat template leaves the reasoning of an answer out (of an earlier turn, most often),"
+        "defect", "message",
+        "the chat template leaves the reasoning of an answer out (of an earlier turn, most often),"
         " so that the answer is trained without it",
         "--train-on last-assistant, one example a turn, or a --chat-template that writes reasoning",
     ),
     "outside-generation": Kind(
-        "defect", "message", "the chat template marks with `generation` blocks what is trained, and none holds anything"
+        "defect", "message",
+        "the chat template marks with `generation` blocks what is trained, and none holds anything"
         " of an assistant message, so that it is not trained",
-        "--chat-template with a copy whose `generation` and `endgeneration` tags are taken out: then the spans are derived",
+        "--chat-template with a copy whose `generation` and `endgeneration` tags are taken out:"
+        " then the spans are derived",
     ),
     "tools-left-out": Kind(
         "defect", "row", "the chat template does not tell the model which tools it may call",
         "--chat-template of a model that calls tools",
     ),
     "prompt-parted": Kind(
-        "note", "row", "the generation prompt continues differently from the rendered turn (it opens <think>, say);"
-        " the answer is trained from where they part", "a --chat-template whose turns begin as its generation prompt does",
+        "note", "row",
+        "the generation prompt continues differently from the rendered turn (it opens <think>, say);"
+        " the answer is trained from where they diverge",
+        "a --chat-template whose turns begin as its generation prompt does",
     ),
     "control-token-in-data": Kind(
-        "note", "row", "a message spells a control token; it is encoded as text", "nothing; --trust-control-tokens lets it count"
+        "note", "row", "a message spells a control token; it is encoded as text",
+        "nothing; --trust-control-tokens lets it count",
     ),
     "repeated-marker": Kind(
-        "note", "row", "response markers follow each other with no instruction marker between them;"
+        "note", "row",
+        "response markers follow each other with no instruction marker between them;"
         " without an instruction template only the last answer is trained",
         "--instruction-template",
     ),
     "masked-as-trl": Kind(
-        "defect", "row", "trl 0.7.10 masks the row in an unintended way, without a warning", "--mask-mode default"
+        "defect", "row", "trl 0.7.10 masks the row in an unintended way, without a warning",
+        "--mask-mode default",
     ),
 }  # fmt: skip
 
+# The slots of `control-token-in-answer`: for answers of a chat template, and for running text.
 IN_CHATS = {
-    "what": "an answer", "origin": ", which came with the data", "fix": "clean the rows, and leave out --trust-control-tokens"
-}  # fmt: skip
+    "what": "an answer",
+    "origin": ", which came with the data",
+    "fix": "clean the rows, and leave out --trust-control-tokens",
+}
 IN_TEXTS = {
-    "what": "a text", "origin": ", and it is trained there",
-    "fix": "clean the rows; give chats that a template has rendered as messages, so that only answers are trained",
-}  # fmt: skip
-"""What `control-token-in-answer` says of answers of a chat template, and of running text."""
+    "what": "a text",
+    "origin": ", and it is trained there",
+    "fix": "clean the rows; give chats that a template has rendered as messages,"
+    " so that only answers are trained",
+}
 
 COUNTED = {
     "messages_swallowed": "message-swallowed",
@@ -156,16 +181,16 @@ COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the audit found.
+    """One result of the audit.
 
     Attributes:
         code: key of `KINDS`.
         severity: defect or note.
-        message: what was found, in one sentence.
+        message: one sentence.
         fix: how to fix it.
-        count: how many.
+        count: number of occurrences.
         of: what is counted, in the singular.
-        share: count over all of these in the set; None where there is no whole.
+        share: `count` over all of these in the set; None where there is no total.
         examples: up to three, as file:line.
     """
 
@@ -184,42 +209,31 @@ class Finding:
         share = f" ({self.share:.1%})" if self.share is not None else ""
         return f"{self.count:,} {self.of}{'' if self.count == 1 else 's'}{share}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain JSON data."""
         return asdict(self) | {"examples": list(self.examples)}
 
 
 def make_finding(
-    code: str, count: int, whole: int | None = None, examples: tuple[str, ...] = (), **slots: str
+    code: str, count: int, total: int | None = None, examples: tuple[str, ...] = (), **slots: str
 ) -> Finding:
-    """Fill in the sentences of a kind; `whole` is what `count` is a share of."""
+    """Fill in the sentences of a kind; `count` is a share of `total`."""
     kind = KINDS[code]
-    share = count / whole if whole else None
-    return Finding(
-        code,
-        kind.severity,
-        kind.message.format(**slots),
-        kind.fix.format(**slots),
-        count,
-        kind.of,
-        share,
-        examples,
-    )
-
-
-GLANCE = 2 << 20  # tokens: a twentieth of a second
+    message, fix = kind.message.format(**slots), kind.fix.format(**slots)
+    share = count / total if total else None
+    return Finding(code, kind.severity, message, fix, count, kind.of, share, examples)
 
 
 def audit(folder: str | Path, against: str | Path | None = None, *, every: bool = False) -> list[Finding]:
-    """Look through a set for supervision that its user did not mean: labels, ids, tokenizer and what `prepare` counted.
+    """Look for unintended supervision in the labels, ids and tokenizer of a set, and in the counts of `prepare`.
 
     Args:
         folder: a finished set.
-        against: another, for evaluation, whose prompts should not be in the first.
+        against: an evaluation set, which should share no prompts with the first.
         every: name every place of a finding, instead of the first three.
 
     Returns:
-        findings, defects first; the same set always gives the same ones.
+        Findings, defects first; the same set always gives the same ones.
 
     Raises:
         UsageError: a folder is not a finished set, has no tokenizer, or the two have different ones.
@@ -230,56 +244,55 @@ def audit(folder: str | Path, against: str | Path | None = None, *, every: bool 
 
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """What a bounded look at a set found.
+    """The results of a quick audit of part of a set.
 
     Attributes:
-        findings: of the documents looked at, and of the whole ledger.
-        looked, documents: documents looked at, and all there are.
+        findings: in the documents looked at, and in the whole ledger.
+        looked, documents: how many documents were looked at, and how many there are.
     """
 
     findings: list[Finding]
     looked: int
     documents: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain JSON data."""
         findings = [finding.to_json() for finding in self.findings]
         return {"documents": self.documents, "documents_looked_at": self.looked, "findings": findings}
 
 
 def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
-    """Audit evenly spaced shards of about `tokens` tokens in all, at least one: the same set always gives the same ones."""
-    whole = sum(shard.tokens for shard in manifest.shards)
-    chosen = manifest.shards[:: max(1, -(-whole // tokens))]
+    """Audit evenly spaced shards of about `tokens` tokens together, at least one; always the same for a set."""
+    stride = max(1, -(-sum(shard.tokens for shard in manifest.shards) // tokens))
+    chosen = manifest.shards[::stride]
     looked, documents = (sum(shard.documents for shard in shards) for shards in (chosen, manifest.shards))
-    return Glance(
-        audit_set(ShownSet(folder, msgspec.structs.replace(manifest, shards=chosen))), looked, documents
-    )
+    part = ShownSet(folder, msgspec.structs.replace(manifest, shards=chosen))
+    return Glance(audit_set(part), looked, documents)
 
 
 def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool = False) -> list[Finding]:
     """Audit a set that is open already."""
-    found = [*_disagreements(shards), *_counted(shards, every)]
+    findings = [*_disagreements(shards), *_counted(shards, every)]
     if len(shards):
-        look = _look_at(shards, every)
-        found = [*look.endings(), *look.starts(), *look.contents(), *found]
+        checks = _checks_of(shards, every)
+        findings = [*checks.endings(), *checks.starts(), *checks.contents(), *findings]
         if against is not None and len(against):
-            found += look.leaks(_look_at(against))
-    return sorted(found, key=lambda finding: finding.severity)
+            findings += checks.leaks(_checks_of(against))
+    return sorted(findings, key=lambda finding: finding.severity)
 
 
-def _look_at(shards: ShownSet, every: bool = False) -> _Look:
+def _checks_of(shards: ShownSet, every: bool = False) -> _Checks:
     reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
-    return _Look(shards, *Documents.join(map(reader.read, shards.batches())).by_example(), every)
+    return _Checks(shards, *Documents.join(map(reader.read, shards.batches())).by_example(), every)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Look:
+class _Checks:
     """The checks that read ids and labels.
 
     Attributes:
         documents: one per example.
-        stretches: int64[E], in how many pieces each example lies in the set.
+        stretches: int64[E], the number of pieces of each example in the set.
         every: name every place.
     """
 
@@ -289,42 +302,41 @@ class _Look:
     every: bool
 
     def endings(self) -> Iterator[Finding]:
-        """Yield answers that do not teach the model to stop; each example is told of once."""
+        """Yield answers that do not teach the model to stop; each example is in one finding at most."""
         documents = self.documents
         trained = documents.trained > 0
-        yield from self._found("nothing-trained", ~trained & (self.stretches == 1))
+        yield from self._find("nothing-trained", ~trained & (self.stretches == 1))
         open_ended = trained & ~documents.ends
         cut = open_ended & documents.cut & self._at_limit() & bool(self.shards.manifest.ledger.tokens_cut)
-        yield from self._found("answer-cut", cut)
+        yield from self._find("answer-cut", cut)
         split = ((open_ended & ~cut) | ~trained) & (self.stretches > 1)
-        yield from self._found("answer-split", split)
+        yield from self._find("answer-split", split)
         rest = open_ended & ~cut & ~split
         whole = trained & ~cut & (self.stretches == 1)
-        odd = (rest | whole) & (documents.odd >= 0)
-        yield from self._found("turn-end-not-a-stop", odd, **self._not_stopping(documents.odd[odd]))
+        wrong = (rest | whole) & (documents.wrong_end >= 0)
+        yield from self._find("turn-end-not-a-stop", wrong, **self._wrong_ends(documents.wrong_end[wrong]))
         counted = bool(self.shards.manifest.ledger.counters.get("turns_without_stop"))
-        unended = (rest & ~odd) | (whole & documents.unended & counted)
-        yield from self._found("no-trained-end", unended, fix=self._end_to_write() if unended.any() else "")
+        unended = (rest & ~wrong) | (whole & documents.unended & counted)
+        yield from self._find("no-trained-end", unended, fix=self._end_to_write() if unended.any() else "")
 
-    def _not_stopping(self, odd: Int32) -> dict[str, str]:
+    def _wrong_ends(self, token_ids: Int32) -> dict[str, str]:
         """Return the slots that name turn ends at which generation goes on, and what makes it stop there."""
-        tokens = ", ".join(self._name(token_id) for token_id in np.unique(odd).tolist())
+        tokens = ", ".join(self._name(token_id) for token_id in np.unique(token_ids).tolist())
         stops = ", ".join(map(self._name, sorted(self.shards.vocabulary.stop_ids))) or "nothing"
-        # Another EOS would leave the answers that end in this one without a stop, or be written where another end belongs.
+        # With --eos-token, answers that end in the present EOS would lose their stop,
+        # and answers without any end would get this one where another belongs.
         documents = self.documents
         unended = documents.unended.any() and self.shards.manifest.ledger.counters.get("turns_without_stop")
-        several = len(np.unique(odd)) > 1 or bool(documents.ends.any() or unended)
-        fix = f"list {tokens} in eos_token_id of the tokenizer's generation_config.json, beside what stands there"
+        several = len(np.unique(token_ids)) > 1 or bool(documents.ends.any() or unended)
+        fix = f"list {tokens} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
         return {"token": tokens, "stops": stops, "fix": fix if several else f"--eos-token '{tokens}'"}
 
     def _end_to_write(self) -> str:
-        """Return the fix for answers without an end: by name the token that inference waits for, where the template tells."""
-        named = self.shards.vocabulary.named.get("eos_token", "TOKEN")
-        if not self.shards.manifest.ledger.counters.get(
-            "turns"
-        ):  # texts are closed; ids are taken as they come
-            return f"let the ids of these rows, and their labels, end in that of {visible(named)}"
-        return f"--eos-token '{visible((_turn_ends(self.shards) or (named,))[0])}'"
+        """Return the fix for answers without an end; it names the token, where the chat template shows it."""
+        eos = self.shards.vocabulary.named.get("eos_token", "TOKEN")
+        if not self._in_turns():  # an end is written after texts, so these are rows of ids
+            return f"let the ids of these rows, and their labels, end in that of {visible(eos)}"
+        return f"--eos-token '{visible((_turn_ends(self.shards) or (eos,))[0])}'"
 
     def starts(self) -> Iterator[Finding]:
         """Yield examples with too many or too few BOS."""
@@ -332,61 +344,65 @@ class _Look:
         if bos is None:
             return
         documents, name = self.documents, self._name(bos)
-        has = documents.first == bos
-        yield from self._found("double-bos", has & (documents.second == bos), token=name)
+        has_bos = documents.first == bos
+        yield from self._find("double-bos", has_bos & (documents.second == bos), token=name)
         template = self.shards.vocabulary.chat_template or ""
-        if has.any() or "bos_token" in template or name in template:
+        if has_bos.any() or "bos_token" in template or name in template:
             left_cut = self._at_limit() & (self.shards.manifest.settings.get("overlong") == "truncate-left")
-            yield from self._found("missing-bos", (self.stretches == 1) & ~left_cut & ~has, token=name)
+            yield from self._find("missing-bos", (self.stretches == 1) & ~left_cut & ~has_bos, token=name)
 
     def contents(self) -> Iterator[Finding]:
-        """Yield answers that hold nothing or too much, and prompts that come again."""
-        yield from self._found("empty-answer", self.documents.empty & (self.stretches == 1))
-        everything = self.shards.manifest.settings.get("train_on") == "all"
-        if not (everything and self.shards.manifest.ledger.counters.get("turns")):
-            turns = self.shards.manifest.ledger.counters.get("turns")
-            slots = IN_CHATS if turns else IN_TEXTS
-            yield from self._found("control-token-in-answer", self.documents.control, **slots)
-        yield from self._found("duplicate-prompt", self._repeated())
+        """Yield answers that hold nothing or too much, and repeated prompts."""
+        yield from self._find("empty-answer", self.documents.empty & (self.stretches == 1))
+        in_turns = self._in_turns()
+        if not (in_turns and self.shards.manifest.settings.get("train_on") == "all"):
+            slots = IN_CHATS if in_turns else IN_TEXTS
+            yield from self._find("control-token-in-answer", self.documents.control, **slots)
+        yield from self._find("duplicate-prompt", self._repeated())
+
+    def _in_turns(self) -> bool:
+        """Whether the set holds conversations."""
+        return bool(self.shards.manifest.ledger.counters.get("turns"))
 
     def _at_limit(self) -> Bool:
         """bool[E]: examples as long as a row may be."""
         limit = self.shards.manifest.max_length or self.shards.manifest.settings.get("max_length")
-        found: Bool = self.documents.length == (limit or -1)
-        return found
+        at_limit: Bool = self.documents.length == (limit or -1)
+        return at_limit
 
-    def leaks(self, other: _Look) -> Iterator[Finding]:
-        """Yield prompts that another set has too.
+    def leaks(self, other: _Checks) -> Iterator[Finding]:
+        """Yield prompts that are in another set too.
 
         Raises:
             UsageError: the sets have different tokenizers, so that their ids cannot be compared.
         """
         if self.shards.manifest.tokenizer.sha256 != other.shards.manifest.tokenizer.sha256:
-            found = f"{other.shards.folder}: made with another tokenizer than {self.shards.folder}; ids cannot be compared."
-            raise UsageError(found, "prepare both with the same tokenizer.")
+            raise UsageError(
+                f"{other.shards.folder}: made with another tokenizer than {self.shards.folder};"
+                " ids cannot be compared.",
+                "prepare both with the same tokenizer.",
+            )
         prompts = other.documents.prompt[other._has_prompt()]
-        again = self._has_prompt() & np.isin(self.documents.prompt, prompts)
-        yield from self._found("prompt-in-other-set", again, other=visible(str(other.shards.folder)))
+        shared = self._has_prompt() & np.isin(self.documents.prompt, prompts)
+        yield from self._find("prompt-in-other-set", shared, other=visible(str(other.shards.folder)))
 
     def _has_prompt(self) -> Bool:
-        """bool[E]: examples that lie whole in one place and have a prompt of more than a BOS."""
-        found: Bool = (
-            (self.stretches == 1) & (self.documents.prompt_length > 1) & (self.documents.trained > 0)
-        )
-        return found
+        """bool[E]: examples that are in one piece and have a prompt of more than a BOS."""
+        documents = self.documents
+        with_prompt: Bool = (self.stretches == 1) & (documents.prompt_length > 1) & (documents.trained > 0)
+        return with_prompt
 
     def _repeated(self) -> Bool:
-        """bool[E]: examples whose prompt an earlier example has too."""
-        documents = self.documents
-        asked = np.flatnonzero(self._has_prompt())
-        _, first = np.unique(documents.prompt[asked], return_index=True)
-        again = np.zeros(len(documents), np.bool_)
-        again[asked] = True
-        again[asked[first]] = False
-        return again
+        """bool[E]: examples with the prompt of an earlier example."""
+        repeated = self._has_prompt()
+        examples = np.flatnonzero(repeated)
+        _, first = np.unique(self.documents.prompt[examples], return_index=True)
+        repeated[examples[first]] = False
+        return repeated
 
-    def _found(self, code: str, where: Bool, **slots: str) -> Iterator[Finding]:
-        ids = self.documents.example_id[where]
+    def _find(self, code: str, examples: Bool, **slots: str) -> Iterator[Finding]:
+        """Yield a finding if any of the examples, bool[E], has it."""
+        ids = self.documents.example_id[examples]
         if len(ids):
             places = tuple(map(self.shards.place, ids[: None if self.every else EXAMPLES].tolist()))
             yield make_finding(code, len(ids), len(self.documents), places, **slots)
@@ -396,17 +412,15 @@ class _Look:
 
 
 def _disagreements(shards: ShownSet) -> Iterator[Finding]:
-    """Yield what tokenizer and generation config disagree on."""
+    """Yield disagreements of tokenizer and generation config, and decisions that `prepare` noted."""
     tokenizer = shards.manifest.tokenizer
     eos = "" if tokenizer.eos_id is None else visible(shards.vocabulary.text_of([tokenizer.eos_id]))
     stops = generation_stops(shards.folder / "tokenizer")
     if stops and eos and tokenizer.eos_id not in stops:
         names = [visible(shards.vocabulary.text_of([stop])) for stop in stops]
-        ends_turns = shards.vocabulary.named.get("eos_token") in _turn_ends(
-            shards
-        )  # then another EOS would end no answer
         fix = f"list {eos} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
-        fix = fix if ends_turns else f"--eos-token '{names[0]}', or {fix}"
+        if shards.vocabulary.named.get("eos_token") not in _turn_ends(shards):  # else it must stay the EOS
+            fix = f"--eos-token '{names[0]}', or {fix}"
         yield make_finding("eos-not-in-generation-config", 1, token=eos, stops=", ".join(names), fix=fix)
     if eos and tokenizer.pad_id == tokenizer.eos_id:
         yield make_finding("pad-is-eos", 1, token=eos)
@@ -419,7 +433,7 @@ def _disagreements(shards: ShownSet) -> Iterator[Finding]:
 
 
 def _turn_ends(shards: ShownSet) -> tuple[str, ...]:
-    """Return what the chat template ends turns with; nothing for a set without turns."""
+    """Return the tokens with which the chat template ends turns; none for a set without turns."""
     vocabulary, manifest = shards.vocabulary, shards.manifest
     if vocabulary.chat_template is None or not manifest.ledger.counters.get("turns"):
         return ()
@@ -429,7 +443,7 @@ def _turn_ends(shards: ShownSet) -> tuple[str, ...]:
 
 
 def _counted(shards: ShownSet, every: bool) -> Iterator[Finding]:
-    """Yield what only `prepare` could see."""
+    """Yield findings that `prepare` counted."""
     listed = read_counted(shards.folder) if every else {}
     ledger, rows = shards.manifest.ledger, sum(source.rows for source in shards.manifest.sources)
     for counter, code in COUNTED.items():

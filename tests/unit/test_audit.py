@@ -388,7 +388,7 @@ def slow_document(ids: list[int], labels: list[int], vocabulary: Vocabulary, bos
             for run in runs
         ),
         "control": any(controls),
-        "odd": max((token for token in last if token in enders), default=-1),
+        "wrong_end": max((token for token in last if token in enders), default=-1),
         "unended": any(token not in vocabulary.stop_ids and token not in enders for token in last),
         "prompt_length": runs[0][0] if runs else len(ids),
     }
