@@ -1,4 +1,4 @@
-"""What a set is made of, in numbers and charts, and the page that shows them: pages/report.html.jinja."""
+"""The numbers of a set, their charts, and the page that shows them (pages/report.html.jinja)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,7 +31,7 @@ class Part:
 
     Attributes:
         name: `trained`, `cut: truncate`, ...
-        kind: what it is for the eye: kept, trained, context, padding, lost or bad.
+        kind: its colour: kept, trained, context, padding, lost or bad.
         count: rows or tokens.
     """
 
@@ -51,7 +51,7 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """What one source gave.
+    """The contribution of one source.
 
     Attributes:
         name: of the source.
@@ -67,7 +67,7 @@ class SourceShare:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Examples of at least `tokens` tokens: what a smaller max_length would cut."""
+    """Examples of at least `tokens` tokens, which a smaller max_length would cut."""
 
     tokens: int
     examples: int
@@ -75,12 +75,12 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The numbers of one set; every count is of the manifest, none is guessed.
+    """The numbers of one set; every count is from the manifest.
 
     Attributes:
         digest: of the set.
         max_length: tokens per packed row; None where rows keep their own length.
-        rows, tokens, slots: what became of rows in, of tokens in, and what fills the packed rows.
+        rows, tokens, slots: the parts of rows in, of tokens in, and of the slots of packed rows.
         rows_packed, documents, shards: counts.
         fill: tokens over slots.
         trained_share: trained tokens over tokens of the set.
@@ -88,7 +88,7 @@ class Stats:
         reach: examples at or above each power of two.
         sources: in the order of the manifest.
         counters: everything else that was counted.
-        notes: what was defaulted or guessed.
+        notes: decisions of `prepare`.
     """
 
     digest: str
@@ -106,6 +106,11 @@ class Stats:
     sources: tuple[SourceShare, ...]
     counters: dict[str, int]
     notes: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[tuple[str, tuple[Part, ...]], ...]:
+        """The three wholes by name, each with its parts."""
+        return ("rows in", self.rows), ("tokens in", self.tokens), ("token slots", self.slots)
 
 
 def measure(manifest: Manifest) -> Stats:
@@ -139,7 +144,7 @@ def measure(manifest: Manifest) -> Stats:
     )
 
 
-def stats_json(manifest: Manifest) -> dict[str, Any]:
+def stats_json(manifest: Manifest) -> dict[str, object]:
     """Return the numbers and the manifest they come from, as plain JSON data."""
     return {"stats": msgspec.to_builtins(asdict(measure(manifest))), "manifest": manifest.to_json()}
 
@@ -147,7 +152,7 @@ def stats_json(manifest: Manifest) -> dict[str, Any]:
 def length_histogram(lengths: dict[int, int]) -> tuple[LengthBin, ...]:
     """Return the bins from the shortest to the longest example, empty ones included.
 
-    >>> [(found.start, found.stop, found.examples) for found in length_histogram({15: 2, 18: 1})]
+    >>> [(span.start, span.stop, span.examples) for span in length_histogram({15: 2, 18: 1})]
     [(15, 16, 2), (16, 18, 0), (18, 20, 1)]
     """
     if not lengths:
@@ -179,26 +184,24 @@ def _tokens(ledger: Ledger) -> tuple[Part, ...]:
 
 
 def _parts(*parts: tuple[str, str, int]) -> tuple[Part, ...]:
-    """Keep what is there; the first part stands even when it is nothing."""
+    """Leave out empty parts, other than the first."""
     return tuple(Part(*part) for index, part in enumerate(parts) if part[2] or not index)
 
 
 def _reach(bins: tuple[LengthBin, ...]) -> tuple[Reach, ...]:
-    """Count by powers of two, which are edges of bins, so that the counts are exact."""
+    """Count by powers of two: they are edges of bins, so the counts are exact."""
     if not bins:
         return ()
     longest = bins[-1].start
     powers = [1 << power for power in range(5, longest.bit_length())]
-    counted = (
-        Reach(power, sum(found.examples for found in bins if found.start >= power)) for power in powers
-    )
-    whole = sum(found.examples for found in bins)
-    return tuple(found for found in counted if found.examples < whole)
+    counted = (Reach(power, sum(span.examples for span in bins if span.start >= power)) for power in powers)
+    whole = sum(span.examples for span in bins)
+    return tuple(span for span in counted if span.examples < whole)
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Bars one above the other, and what flows from each to the next.
+    """Bars one above the other, and the ribbons between them.
 
     Attributes:
         stages: name and parts of each bar.
@@ -235,7 +238,7 @@ class Histogram:
 
 
 def spread(parts: Sequence[Part]) -> list[Stretch]:
-    """Return the stretch that each part takes in its bar.
+    """Return the stretch of each part in its bar.
 
     >>> spread([Part("a", "kept", 3), Part("b", "lost", 1)])
     [(0.0, 0.75), (0.75, 1.0)]
@@ -246,7 +249,7 @@ def spread(parts: Sequence[Part]) -> list[Stretch]:
 
 
 def flow_of(stats: Stats) -> Flow:
-    """Return the way from rows to trained tokens."""
+    """Return the flow from rows to trained tokens."""
     rows, tokens, slots = (spread(parts) for parts in (stats.rows, stats.tokens, stats.slots))
     # Rows kept or dropped have tokens; rejected and filtered rows were never tokenized.
     read = sum(part.kind in ("kept", "lost") for part in stats.rows)
@@ -257,10 +260,7 @@ def flow_of(stats: Stats) -> Flow:
         for j, below in enumerate(stats.slots)
         if above.kind == below.kind == "context"
     ]
-    return Flow(
-        (("rows in", stats.rows), ("tokens in", stats.tokens), ("token slots", stats.slots)),
-        ([read_rows], [("trained", ribbon(tokens[0], slots[0])), *context]),
-    )
+    return Flow(stats.stages, ([read_rows], [("trained", ribbon(tokens[0], slots[0])), *context]))
 
 
 def ribbon(upper: Stretch, lower: Stretch) -> str:
@@ -270,19 +270,19 @@ def ribbon(upper: Stretch, lower: Stretch) -> str:
 
 
 def histogram_of(bins: Sequence[LengthBin], max_length: int | None) -> Histogram:
-    """Return the lengths as bars, with the line where rows are cut."""
+    """Return the lengths as bars, with the line at which rows are cut."""
     if not bins:
         return Histogram([], "", [], None, max_length)
-    whole = sum(found.examples for found in bins)
+    whole = sum(span.examples for span in bins)
     bins = _up_to(bins, max_length or 0)
-    most = max(found.examples for found in bins) or 1
+    most = max(span.examples for span in bins) or 1
     bars = [
         Bar(
-            "lost" if max_length and found.start >= max_length else "trained",
-            found.examples / most,
-            f"{_range(found)} tokens: {found.examples:,} examples",
+            "lost" if max_length and span.start >= max_length else "trained",
+            span.examples / most,
+            f"{_range(span)} tokens: {span.examples:,} examples",
         )
-        for found in bins
+        for span in bins
     ]
     label = f"{whole:,} examples of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
     return Histogram(bars, label, _ticks(bins), _limit(bins, max_length) if max_length else None, max_length)
@@ -298,7 +298,7 @@ def notebook_summary(folder: str, manifest: Manifest) -> str:
 
 
 def _up_to(bins: Sequence[LengthBin], length: int) -> list[LengthBin]:
-    """Go on with empty bins as far as `length`, so that its line stands inside the chart."""
+    """Append empty bins up to `length`, so that its line is inside the chart."""
     longer = list(bins)
     while longer[-1].stop <= length:
         start = longer[-1].stop
@@ -309,19 +309,19 @@ def _up_to(bins: Sequence[LengthBin], length: int) -> list[LengthBin]:
 def _limit(bins: Sequence[LengthBin], max_length: int) -> float:
     if max_length < bins[0].start:
         return 0.0
-    index, cut = next((index, found) for index, found in enumerate(bins) if found.stop > max_length)
+    index, cut = next((index, span) for index, span in enumerate(bins) if span.stop > max_length)
     return (index + (max_length - cut.start) / (cut.stop - cut.start)) / len(bins)
 
 
 def _ticks(bins: Sequence[LengthBin]) -> list[tuple[float, int]]:
     """Return powers of two, at most eight."""
-    starts = [(index / len(bins), found.start) for index, found in enumerate(bins)]
+    starts = [(index / len(bins), span.start) for index, span in enumerate(bins)]
     powers = [(place, start) for place, start in starts if start and start & (start - 1) == 0]
     return powers[:: max(1, -(-len(powers) // _MOST_TICKS))]
 
 
-def _range(found: LengthBin) -> str:
-    return f"{found.start:,}" if found.stop == found.start + 1 else f"{found.start:,}–{found.stop - 1:,}"
+def _range(span: LengthBin) -> str:
+    return f"{span.start:,}" if span.stop == span.start + 1 else f"{span.start:,}–{span.stop - 1:,}"
 
 
 def make_report(shards: ShownSet, findings: Sequence[Finding]) -> str:
@@ -337,7 +337,7 @@ def make_report(shards: ShownSet, findings: Sequence[Finding]) -> str:
         lengths=histogram_of(stats.lengths, stats.max_length),
         overlong=manifest.settings.get("overlong", ""),
         lost=_lost(manifest.ledger),
-        examples=max(sum(found.examples for found in stats.lengths), 1),
+        examples=max(sum(span.examples for span in stats.lengths), 1),
         sources=sorted(stats.sources, key=lambda source: (-source.tokens, source.name)),
         most_sources=MOST_SOURCES,
         findings=findings,
@@ -359,7 +359,7 @@ def _figures(stats: Stats) -> tuple[tuple[str, str], ...]:
 
 
 def _lost(ledger: Ledger) -> list[str]:
-    """Return what became of over-long rows, in words."""
+    """Return the losses to over-long rows, in words."""
     counters = {"rows cut": "rows_cut", "of them without their ending": "rows_without_ending"}
     counts = {name: ledger.counters.get(counter, 0) for name, counter in counters.items()}
     counts["tokens lost"] = sum(ledger.tokens_cut.values())

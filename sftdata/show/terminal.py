@@ -1,8 +1,8 @@
-"""The terminal face of views, stats and audit.
+"""Views, stats and findings on a terminal.
 
-In a view a gutter holds roles and token positions, and trained tokens are green and underlined. Where nothing can be
-styled (a pipe, a dumb terminal), trained stretches stand between ⟦ and ⟧. With NO_COLOR the underline stays. Bars
-tell their parts by glyph as well as by colour.
+A view has a gutter with roles and token positions; trained tokens are green and underlined. Without styles (a
+pipe, a dumb terminal) they are between ⟦ and ⟧; NO_COLOR keeps the underline. The parts of a bar differ by glyph
+as well as by colour.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ TRAINED_CONTROL = "bold green underline"
 NEWLINE, SEPARATOR = "↵", "─"
 _OPEN, _CLOSE = "⟦", "⟧"
 _MARKS = str.maketrans({_OPEN: "\\u27e6", _CLOSE: "\\u27e7"})
-_GUTTER = 20
+_GUTTER, _BAR = 20, 40  # columns
+_GLYPHS = {
+    "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"),
+    "padding": ("░", "bright_black"), "lost": ("╱", "yellow"), "bad": ("╳", "red"),
+}  # fmt: skip
 
 
 class SafeConsole(Console):
-    """A console that styles what it prints, and escapes it: rich itself lets most control characters of the data through."""
+    """A console that escapes what it styles: rich itself lets most control characters of the data pass."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield the segments of anything that is printed, their text made visible."""
+        """Yield the segments of a renderable, their text escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
@@ -58,18 +62,14 @@ def print_view(view: View, console: Console | None = None, *, ids: bool = False)
     """
     console = console or make_console()
     styled = console.color_system is not None
+    title = (visible(view.title) + "   " if view.title else "", "bold")
     trained = Text("trained", TRAINED) if styled else Text(f"{_OPEN}trained{_CLOSE}")
-    console.print(Text.assemble((visible(view.title), "bold"), ("   " if view.title else ""), trained, ("  context  ", ""),
-                                ("<control token>", CONTROL), (f"  {NEWLINE} newline", QUIET)))  # fmt: skip
+    control, newline = ("<control token>", CONTROL), (f"  {NEWLINE} newline", QUIET)
+    console.print(Text.assemble(title, trained, "  context  ", control, newline))
     for document in view.documents:
         _print_document(document, console, styled, ids)
     if view.padding:
         console.print(_border(f"padding · {view.padding:,} tokens, never trained", console))
-
-
-def print_examples(documents: Sequence[DocumentView], console: Console | None = None) -> None:
-    """Print examples that are in no set yet, one under the other."""
-    print_view(View("", tuple(documents)), console)
 
 
 def _print_document(document: DocumentView, console: Console, styled: bool, ids: bool) -> None:
@@ -95,7 +95,7 @@ def _border(title: str, console: Console) -> Text:
 
 
 def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[str, int, bool, Text]]:
-    """Yield (role where a turn begins, position of its first token, whether it trains anything, text) for each line."""
+    """Yield each line: its role if a turn begins, position of its first token, whether it trains any, its text."""
     position = document.start
     for role, pieces in document.turns():
         for number, (begins, trains, line) in enumerate(_turn_lines(pieces, position, styled, ids)):
@@ -126,7 +126,7 @@ def _turn_lines(
 
 
 def _joined(line: Text) -> Text:
-    """Let brackets hold whole stretches instead of single tokens."""
+    """Merge adjacent brackets, so that they enclose stretches instead of tokens."""
     return Text(line.plain.replace(_CLOSE + _OPEN, "")) if _CLOSE + _OPEN in line.plain else line
 
 
@@ -138,25 +138,14 @@ def _styled(text: str, piece: Piece, styled: bool) -> Text:
 
 
 def style_of(piece: Piece) -> str:
-    """Return the style of a piece: trained or not is told by colour and by underline."""
+    """Return the style of a piece; trained ones differ by colour and by underline."""
     if piece.trained:
         return TRAINED_CONTROL if piece.special else TRAINED
     return CONTROL if piece.special else CONTEXT
 
 
-_GLYPHS = {
-    "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"), "padding": ("░", "bright_black"),
-    "lost": ("╱", "yellow"), "bad": ("╳", "red"),
-}  # fmt: skip
-_BAR = 40
-
-
 def print_stats(stats: Stats, title: str, console: Console) -> None:
-    """Print the numbers of a set.
-
-    Args:
-        console: of `sftdata.show.terminal.make_console`.
-    """
+    """Print the numbers of a set to a console of `make_console`."""
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
     shards = "1 shard" if stats.shards == 1 else f"{stats.shards:,} shards"
     console.print(Text.assemble((visible(title), "bold"), (f"   digest {stats.digest[:12]}", "bright_black")))
@@ -165,68 +154,61 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
         f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",
         soft_wrap=True,
     )
-    for name, parts in (("rows in", stats.rows), ("tokens in", stats.tokens), ("token slots", stats.slots)):
+    for name, parts in stats.stages:
         console.print()
         for line in _flow(name, parts):
             console.print(line, soft_wrap=True)
+    counters = (f"  {name.replace('_', ' '):<32}{count:>12,}" for name, count in stats.counters.items())
     for heading, lines in (
-        ("lengths, in tokens before any cut", _histogram(stats.lengths, stats.max_length)),
-        ("sources", _sources(stats.sources)),
-        (
-            "counted",
-            (Text(f"  {name.replace('_', ' '):<32}{count:>12,}") for name, count in stats.counters.items()),
-        ),
-        ("decided", (Text(f"  {visible(note)}") for note in stats.notes)),
+        ("lengths, in tokens before any cut", [*_histogram(stats.lengths, stats.max_length)]),
+        ("sources", [*_sources(stats.sources)]),
+        ("counted", [*map(Text, counters)]),
+        ("decided", [Text(f"  {visible(note)}") for note in stats.notes]),
     ):
-        found = list(lines)
-        if found:
+        if lines:
             console.print(Text.assemble("\n", (heading, "bold")))
-            for line in found:
+            for line in lines:
                 console.print(line, soft_wrap=True)
 
 
 def print_findings(findings: Sequence[Finding], console: Console, indent: str = "") -> None:
-    """Print what an audit found, defects first."""
+    """Print the findings of an audit, defects first."""
     for finding in findings:
         head = (finding.severity, "red bold" if finding.severity == "defect" else "blue bold")
-        line = Text.assemble(
-            indent, head, " ", (finding.code, "bold"), f"  {finding.amount}: {finding.message}"
-        )
-        console.print(line, soft_wrap=True)
+        sentence = f"  {finding.amount}: {finding.message}"
+        lines = [Text.assemble(indent, head, " ", (finding.code, "bold"), sentence)]
         if finding.examples:
-            console.print(
-                Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"), soft_wrap=True
-            )
-        console.print(Text(f"{indent}       fix   {finding.fix}"), soft_wrap=True)
+            lines.append(Text(f"{indent}       at    {', '.join(map(visible, finding.examples))}"))
+        lines.append(Text(f"{indent}       fix   {finding.fix}"))
+        for line in lines:
+            console.print(line, soft_wrap=True)
 
 
 def _flow(name: str, parts: Sequence[Part]) -> Iterator[Text]:
-    whole = sum(part.count for part in parts)
-    yield Text.assemble((f"{name:<20}{whole:>14,}  ", "bold"), _bar(parts, whole))
+    total = sum(part.count for part in parts)
+    yield Text.assemble((f"{name:<20}{total:>14,}  ", "bold"), _bar(parts, total))
     for part in parts:
-        share = part.count / max(whole, 1)
-        yield Text.assemble(
-            "  ", _GLYPHS[part.kind], f" {visible(part.name):<30}{part.count:>14,}  {share:>6.1%}"
-        )
+        figures = f" {visible(part.name):<30}{part.count:>14,}  {part.count / max(total, 1):>6.1%}"
+        yield Text.assemble("  ", _GLYPHS[part.kind], figures)
 
 
-def _bar(parts: Sequence[Part], whole: int, length: int = _BAR) -> Text:
-    """Draw the parts; one that is there has at least one cell."""
+def _bar(parts: Sequence[Part], total: int, length: int = _BAR) -> Text:
+    """Draw the parts; one that is not empty has at least one cell."""
     bar, filled, done = Text(), 0, 0
     for part in parts:
         done += part.count
-        cells = max(round(done / max(whole, 1) * length) - filled, 1 if part.count else 0)
+        cells = max(round(done / max(total, 1) * length) - filled, 1 if part.count else 0)
         filled += cells
         bar.append(_GLYPHS[part.kind][0] * cells, _GLYPHS[part.kind][1])
     return bar
 
 
 def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Text]:
-    """Draw one bar for each doubling, and the line where rows are cut."""
+    """Draw one bar for each doubling of the length, and the line at which rows are cut."""
     octaves: dict[int, int] = {}
-    for found in bins:
-        low = 1 << (found.start.bit_length() - 1) if found.start else 0
-        octaves[low] = octaves.get(low, 0) + found.examples
+    for part in bins:
+        low = 1 << (part.start.bit_length() - 1) if part.start else 0
+        octaves[low] = octaves.get(low, 0) + part.examples
     most = max(octaves.values(), default=1)
     limit = Text(f"  ── max_length {max_length:,} {'─' * 30}", "yellow") if max_length and octaves else None
     for low, count in octaves.items():
@@ -245,17 +227,11 @@ def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Te
 
 
 def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
-    whole = max(sum(source.tokens for source in sources), 1)
+    total = max(sum(source.tokens for source in sources), 1)
     width = min(max((len(source.name) for source in sources), default=0), 44)
     for source in sources:
-        parts = (
-            Part("", "trained", source.tokens_trained),
-            Part("", "context", source.tokens - source.tokens_trained),
-        )
-        share, trained = source.tokens / whole, source.tokens_trained / max(source.tokens, 1)
-        counts = (
-            f"{source.rows:>11,} rows {source.tokens:>13,} tokens {share:>6.1%}, trained {trained:>6.1%} "
-        )
-        yield Text.assemble(
-            f"  {visible(source.name):<{width}}", counts, _bar(parts, source.tokens, _BAR // 2)
-        )
+        trained, context = source.tokens_trained, source.tokens - source.tokens_trained
+        bar = _bar((Part("", "trained", trained), Part("", "context", context)), source.tokens, _BAR // 2)
+        shares = f"{source.tokens / total:>6.1%}, trained {trained / max(source.tokens, 1):>6.1%} "
+        counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {shares}"
+        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, bar)

@@ -27,10 +27,7 @@ def turns(marked: str) -> list[tuple[str, str]]:
         for part in re.split(r"(⟦.*?⟧)", marked, flags=re.DOTALL)
         for word in re.findall(r"<[^<>]+>|\[/?[A-Z_]+\]|\s+|[^\s<\[]+", part.strip("⟦⟧"))
     ]
-    return [
-        (turn.role, "".join(piece.text for piece in pieces[turn.start : turn.stop]))
-        for turn in find_turns(pieces)
-    ]
+    return [(role, "".join(piece.text for piece in turn)) for role, turn in find_turns(pieces)]
 
 
 @pytest.mark.parametrize(
