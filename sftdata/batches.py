@@ -26,6 +26,9 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+Ranges = list[tuple[int, int]]
+"""Half-open (start, stop) pairs."""
+
 IGNORE_INDEX = -100
 """The label of a token that is not trained, as torch and transformers have it."""
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from sftdata.batches import Bool, Int32, Int64, Ragged, offsets_of
+from sftdata.batches import Bool, Int32, Int64, Ragged, Ranges, offsets_of
 from sftdata.encode.engine import WHITESPACE, Encoder, Located, join
 
 _SPACES = re.compile(b"(?:" + b"|".join(re.escape(char.encode()) for char in WHITESPACE) + b")*")
@@ -62,9 +62,6 @@ class Places:
     def _rows(self, start: int, stop: int) -> Located:
         part = slice(self.offsets[start], self.offsets[stop])
         return Located(self.tokens.ids[part], self.tokens.starts[part], self.tokens.ends[part])
-
-
-Ranges = list[tuple[int, int]]
 
 
 def ranges_of(ragged: Ragged, row: int) -> Ranges:

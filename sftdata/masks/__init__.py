@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sftdata.batches import Bool, Completion, Conversation, Row, Tally, TokenBatch
+from sftdata.batches import Bool, Completion, Conversation, Ranges, Row, Tally, TokenBatch
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
@@ -42,7 +42,6 @@ from sftdata.masks.turns import RenderedConversation
 from sftdata.render.shapes import Turn, assistant_messages
 
 TrainOn = Literal["auto", "assistant", "last-assistant", "completion", "all"]
-Ranges = list[tuple[int, int]]
 
 
 class Spans(NamedTuple):
@@ -98,7 +97,7 @@ class Mask:
             # An empty completion still has its end token to be generated.
             return Spans(byte_ranges(text, [(0 if self.train_on == "all" else len(row.prompt), len(text))]))
         if not isinstance(row, Conversation) or self.train_on == "all":
-            tally.count("reasoning_swallowed", index, len(rendered.unthought))
+            tally.count("reasoning_swallowed", index, len(rendered.reasoning_dropped))
             return Spans(byte_ranges(text, [(0, len(text))] if text else []))
         outside = self._wanted(row).difference([turn.message for turn in rendered.turns])
         tally.count("messages_outside_generation", index, len(outside))
@@ -118,8 +117,8 @@ class Mask:
     ) -> list[Turn]:
         wanted = self._wanted(row)
         chosen = [turn for turn in rendered.turns if turn.message in wanted and turn.start < turn.stop]
-        if rendered.unthought:  # of turns that are only context, inference leaves it out too
-            lost = {turn.message for turn in chosen} & {*rendered.unthought}
+        if rendered.reasoning_dropped:  # of turns that are only context, inference leaves it out too
+            lost = {turn.message for turn in chosen} & {*rendered.reasoning_dropped}
             tally.count("reasoning_swallowed", index, len(lost))
         return chosen
 

@@ -11,9 +11,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sftdata.batches import Completion, Conversation, Float32, Int64, Ragged, Row, Tally, Text, TextBatch
+from sftdata.batches import (
+    Completion,
+    Conversation,
+    Float32,
+    Int64,
+    Ragged,
+    Ranges,
+    Row,
+    Tally,
+    Text,
+    TextBatch,
+)
 from sftdata.errors import RowError
-from sftdata.masks import Mask, Ranges, Spans, as_rendered, byte_ranges
+from sftdata.masks import Mask, Spans, as_rendered, byte_ranges
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.shapes import Turn
 
@@ -82,24 +93,25 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
 
 
 class _FastPath:
-    """Conversations whose shape is cached, and every turn of which is trained: most of them."""
+    """Conversations whose shape is cached and whose every turn is trained: most of them."""
 
     def __init__(self, renderer: Renderer, tally: Tally) -> None:
-        self._finder = renderer.finder if renderer.mask.every_turn else None
-        self._mended = bool(renderer.end_token)
+        finder = renderer.finder if renderer.mask.every_turn else None
+        self._shapes = None if finder is None else finder.shapes
+        self._closes_turns = bool(renderer.end_token)
         self._tally = tally
 
     def render(self, row: Conversation, index: int) -> tuple[str, Ranges] | None:
-        """Return text and trained characters of a row; None for one that must go the long way."""
-        if self._finder is None or row.prompt_messages or row.trained.count(None) != len(row.trained):
+        """Return the text and the trained characters of a row; None for one that must be rendered."""
+        if self._shapes is None or row.prompt_messages or row.trained.count(None) != len(row.trained):
             return None
-        filled = self._finder.fill(row)
-        if filled is None:
+        cached = self._shapes.render(row)
+        if cached is None:
             return None
-        recipe, text, spans = filled
-        if self._mended and recipe.turns and not recipe.turns[-1].ended:
+        shape, text, spans = cached
+        if self._closes_turns and shape.turns and not shape.turns[-1].ended:
             return None
-        _count_turns(recipe.turns, index, self._tally)
+        _count_turns(shape.turns, index, self._tally)
         _count_names(row.counted, index, self._tally)
         return text, spans
 
@@ -173,7 +185,7 @@ def _conversation(row: Conversation, index: int, renderer: Renderer, tally: Tall
     text, turns = rendered.text, rendered.turns
     _count_turns(turns, index, tally)
     _count_names(rendered.counted, index, tally)
-    tally.count("messages_swallowed", index, len(rendered.swallowed))
+    tally.count("messages_swallowed", index, len(rendered.dropped))
     tally.count(
         "rows_without_their_tools", index, bool(row.tools) and not _shows_tools(row, text, renderer.finder)
     )
@@ -189,13 +201,13 @@ def _conversation(row: Conversation, index: int, renderer: Renderer, tally: Tall
 
 def _count_turns(turns: Sequence[Turn], row: int, tally: Tally) -> None:
     tally.counts["turns"] += len(turns)
-    parted = False
+    diverges = False
     for turn in turns:
         if not turn.ended:
             tally.count("turns_without_stop", row)
-        if turn.parted:
-            parted = True
-    tally.count("rows_parted", row, parted)
+        if turn.diverges:
+            diverges = True
+    tally.count("rows_parted", row, diverges)
 
 
 def _count_names(names: Sequence[str], row: int, tally: Tally) -> None:
@@ -204,7 +216,7 @@ def _count_names(names: Sequence[str], row: int, tally: Tally) -> None:
 
 
 def _shows_tools(row: Conversation, text: str, finder: SpanFinder) -> bool:
-    """Say whether a rendered text names every tool that the row offers; a call alone is not an offer."""
+    """Return whether a rendered text names every tool that the row offers; a call alone is not an offer."""
     tools = [tool.get("function", tool) for tool in row.tools or ()]
     names = [str(tool.get("name", "")) for tool in tools if isinstance(tool, dict)]
     return finder.template.takes_tools and all(name in text for name in names)

@@ -1,14 +1,15 @@
 """Find what the model must generate in a rendered conversation, for any chat template, linear in its turns.
 
-A proven render (proof.py) says who wrote each character. A turn's span then
+A proven render (proof.py) tells who wrote each character. The span of a turn then
 
-- starts where its generation prompt ends: after the text that `render(messages before it, add_generation_prompt=True)` writes
-  behind the last data before the turn. Where prompt and final text part ways (a prompt that opens `<think>`), at the parting;
+- starts where its generation prompt ends: after the text that
+  `render(messages before it, add_generation_prompt=True)` writes behind the last data before the turn. Where that
+  prompt and the rendered text diverge (a prompt that opens `<think>`), it starts where they do;
 - stops after the stop token that the template writes behind the turn's own data.
 
-The prompt is rendered once for each kind of transition (the messages' shapes on both sides and the very text between them) and
-remembered, so eighty turns cost a handful of renders. A template with `{% generation %}` blocks says its spans itself. What
-cannot be proven is a `RowError`, never a guess.
+The prompt is rendered once for each kind of transition (the kinds of the messages on both sides, and the very text
+between them) and remembered, so eighty turns cost a handful of renders. A template with `{% generation %}` blocks
+gives its spans itself. What cannot be proven is a `RowError`, never a guess.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 from operator import attrgetter
-from typing import Any
 
-from sftdata.batches import Conversation
+from sftdata.batches import Conversation, Ranges
 from sftdata.errors import RowError
 from sftdata.render.control_tokens import common_prefix, find_call_end, find_stops, guarded_tokens
-from sftdata.render.marks import Mark, MarkedText, message_texts
-from sftdata.render.proof import ProvenRenderer, any_of
-from sftdata.render.shapes import MAX_RECIPES, Recipe, RecipeBook, Turn, assistant_messages
+from sftdata.render.proof import ProvenRenderer, Sentinel, TracedText, any_of
+from sftdata.render.shapes import ProvenRender, ShapeCache, Turn, assistant_messages
 from sftdata.render.spellings import CALLS_FIX
-from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
+from sftdata.render.template import (
+    CONTROL_SHAPE,
+    ChatTemplate,
+    Message,
+    TemplateRefusal,
+    content_of,
+    functions_of,
+    message_texts,
+)
+
+_TAG = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +50,63 @@ class RenderedConversation:
         text: what the chat template writes.
         turns: its assistant turns, in order.
         literal: character ranges of the control tokens that data brought.
-        swallowed, unthought: indices of messages of which the template left a text out, and of those that lost the reasoning.
-        counted: what had to be put right to render the row, and what the template did not read, by the names of counters.
+        dropped, reasoning_dropped: indices of the messages of which the template dropped a text, and of those of
+            which it dropped the reasoning.
+        counted: names of counters: what was put right to render the row, and what the template did not read.
     """
 
     text: str
     turns: list[Turn]
-    literal: list[tuple[int, int]]
-    swallowed: list[int]
-    unthought: list[int]
+    literal: Ranges
+    dropped: list[int]
+    reasoning_dropped: list[int]
     counted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """The stretch of a rendered text that can belong to one message: from the data before it to the data after it.
+
+        ...data before | lead: header, opening tags | own data ... | stop token, header of the next | data after...
+                     origin                       own[0]        own[-1]                           limit
+
+    Attributes:
+        own: sentinels of the message's own texts; empty where none of them is rendered.
+        before, after: the last sentinel before them and the first after them; None at an end of the text.
+        text: all that the template wrote.
+    """
+
+    own: list[Sentinel]
+    before: Sentinel | None
+    after: Sentinel | None
+    text: str
+
+    @classmethod
+    def of(cls, traced: TracedText, index: int) -> _Region:
+        """Return the region of message `index`."""
+        places = traced.places.get(index, [])
+        before, after = _neighbours(traced.sentinels, places, index)
+        return cls([traced.sentinels[place] for place in places], before, after, traced.text)
+
+    @property
+    def origin(self) -> int:
+        """Where the data before ends."""
+        return self.before.position if self.before else 0
+
+    @property
+    def limit(self) -> int:
+        """Where the data after begins."""
+        return self.after.position if self.after else len(self.text)
+
+    @property
+    def own_start(self) -> int:
+        """Where its own data begins; `limit` without any."""
+        return self.own[0].position if self.own else self.limit
+
+    @property
+    def own_stop(self) -> int:
+        """Where its own data ends; `limit` without any."""
+        return self.own[-1].position if self.own else self.limit
 
 
 class SpanFinder:
@@ -65,6 +122,7 @@ class SpanFinder:
     Attributes:
         guarded: tokens that are encoded as text where data spells them.
         call_end: what ends a turn that calls tools; None where the template does not tell.
+        shapes: conversations rendered without running the template.
     """
 
     def __init__(
@@ -82,11 +140,10 @@ class SpanFinder:
             () if trust_control_tokens else guarded_tokens(template, control_tokens, plain_tokens, self.stops)
         )
         self.call_end = find_call_end(template, self.stops)
+        self.shapes = ShapeCache(template, self.guarded, self._prove)
         self._stop_shape = any_of(self.stops)
         self._renderer = ProvenRenderer(template, self.guarded, plain_tokens)
-        self._prompts: dict[Any, str | None] = {}
-        self._book = RecipeBook(template, self.guarded)
-        self._recipes: dict[tuple[tuple[str, ...], tuple[int, ...]], Recipe | None] = {}
+        self._prompts: dict[tuple[object, ...], str | None] = {}
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Render one conversation and find every assistant turn in it.
@@ -94,151 +151,141 @@ class SpanFinder:
         Raises:
             RowError: the template refuses the row, or its spans cannot be proven.
         """
-        filled = self.fill(row)
-        if filled is None:
+        cached = self.shapes.render(row)
+        if cached is None:
             return self._render(row)[0]
-        recipe, text, spans = filled
+        shape, text, spans = cached
         turns = [
-            Turn(turn.message, *span, turn.ended, turn.parted)
-            for turn, span in zip(recipe.turns, spans, strict=True)
+            Turn(turn.message, *span, turn.ended, turn.diverges)
+            for turn, span in zip(shape.turns, spans, strict=True)
         ]
         return RenderedConversation(text, turns, [], [], [], row.counted)
 
-    def fill(self, row: Conversation) -> tuple[Recipe, str, list[tuple[int, int]]] | None:
-        """Render a plain conversation by the recipe of its shape, with the (start, stop) of each turn; None for any other row."""
-        contents = self._book.contents(row)
-        if contents is None:
+    def _prove(self, row: Conversation) -> ProvenRender | None:
+        """Render a made-up conversation, to learn its shape; None where the template has no use for it."""
+        try:
+            rendered, traced = self._render(row)
+        except RowError:
             return None
-        empty = (
-            tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
-        )
-        recipe = self._recipe(tuple([message["role"] for message in row.messages]), empty)
-        if recipe is None or not self._book.admits(recipe, contents):
+        if rendered.dropped:
             return None
-        return recipe, *recipe.fill(contents)
+        # Where a prompt opens a tag that the turn does not, an answer that opens it itself starts after it
+        # (`repeated_tag`): such answers must be rendered.
+        diverges = any(turn.diverges for turn in rendered.turns)
+        tags = find_tags("".join(filter(None, self._prompts.values()))) if diverges else ()
+        return ProvenRender(traced, rendered.turns, tags)
 
-    def _recipe(self, roles: tuple[str, ...], empty: tuple[int, ...] = ()) -> Recipe | None:
-        """Return the recipe of a shape, learnt from a made-up row when the shape comes first; None where there is none."""
-        shape = roles, empty
-        if shape not in self._recipes:
-            if len(self._recipes) >= MAX_RECIPES:
-                return None
-            texts = ["" if number in empty else f"Text {number}." for number in range(len(roles))]
-            row = Conversation(
-                [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], []
-            )
-            try:
-                rendered, marked = self._render(row)
-            except RowError:
-                self._recipes[shape] = None
-                return None
-            # Where a prompt opens what the turn does not, an answer that opens it itself begins behind that.
-            parted = any(turn.parted for turn in rendered.turns)
-            tags = find_tags("".join(filter(None, self._prompts.values()))) if parted else ()
-            self._recipes[shape] = (
-                None if rendered.swallowed else self._book.learn(row, marked, rendered.turns, tags)
-            )
-        return self._recipes[shape]
-
-    def _render(self, row: Conversation) -> tuple[RenderedConversation, MarkedText]:
-        marked, row = self._renderer.render(row)
+    def _render(self, row: Conversation) -> tuple[RenderedConversation, TracedText]:
+        traced, row = self._renderer.render(row)
         assistants = assistant_messages(row)
         if self.template.has_generation:
-            turns = self._generated_turns(row, marked, assistants)
+            turns = self._generated_turns(row, traced, assistants)
         else:
-            turns = [self._turn(row, marked, index) for index in assistants]
+            turns = [self._turn(row, traced, index) for index in assistants]
         for earlier, later in pairwise(turns):
             if later.start < earlier.stop:
                 raise _unproven(later.message, "its span overlaps the turn before it")
-        swallowed, unthought = self._renderer.swallowed(row, marked)
-        return RenderedConversation(
-            marked.text, turns, marked.literal, swallowed, unthought, row.counted
-        ), marked
+        dropped, reasoning = self._renderer.dropped(row, traced)
+        rendered = RenderedConversation(traced.text, turns, traced.literal, dropped, reasoning, row.counted)
+        return rendered, traced
 
     # --------------------------------------------------------------------------------- derived turns
 
-    def _turn(self, row: Conversation, marked: MarkedText, index: int) -> Turn:
-        message = row.messages[index]
-        calls = bool(message.get("tool_calls"))
-        own = marked.places.get(index, [])
-        if own and (own[-1] - own[0] + 1 != len(own) or not marked.marks[own[-1]].closes):
+    def _turn(self, row: Conversation, traced: TracedText, index: int) -> Turn:
+        """Find the turn of one assistant message: where its prompt ends, and which stop token ends it."""
+        message, places = row.messages[index], traced.places.get(index, [])
+        region = _Region.of(traced, index)
+        if places and (places[-1] - places[0] + 1 != len(places) or not region.own[-1].closes):
             raise _unproven(index, "its text stands in pieces between other messages")
-        _refuse_lost(message, own, index)
-        before, after = _neighbours(marked.marks, own, index)
-        limit = after.position if after else len(marked.text)
-        start, parted = self._start(row, marked, index, before, [marked.marks[place] for place in own], limit)
-        answered = max(start, marked.marks[own[-1]].position) if own else start
-        found = self._stop(marked, answered, limit)
-        stop = found.end() if found else limit
-        if calls:
-            if not _calls_rendered(message, marked.text[start:stop]):
-                raise _calls_lost(index)
-            header = marked.text[before.position if before else 0 : start]
-            if (after and not found) or _opens_another(
-                header, marked.text[answered : found.start() if found else stop]
-            ):
-                raise _unproven(index, "no stop token ends its tool call")
+        _refuse_lost(message, places, index)
+        start, diverges = self._start(row, index, region)
+        # Stop tokens inside its own data, or in its header, do not end it.
+        answered = max(start, region.own_stop) if region.own else start
+        found = self._stop(traced, answered, region.limit)
+        stop = found.end() if found else region.limit
+        if message.get("tool_calls"):
+            self._check_calls(message, index, region, (start, answered, stop), found)
         elif not found:
-            stop = answered + _trailing_space(message, marked.text, answered)
-        return Turn(index, start, stop, found is not None, parted)
+            stop = answered + _trailing_space(message, traced.text, answered)
+        return Turn(index, start, stop, found is not None, diverges)
 
-    def _stop(self, marked: MarkedText, start: int, limit: int) -> re.Match[str] | None:
-        """Return the first stop token that the template wrote between `start` and `limit`."""
-        for found in self._stop_shape.finditer(marked.text, start, limit) if self._stop_shape else ():
-            if not any(literal[0] <= found.start() < literal[1] for literal in marked.literal):
+    def _check_calls(
+        self,
+        message: Message,
+        index: int,
+        region: _Region,
+        span: tuple[int, int, int],
+        found: re.Match[str] | None,
+    ) -> None:
+        """Refuse a turn whose calls are not in its span, or that runs into the next message."""
+        start, answered, stop = span
+        if not _calls_rendered(message, region.text[start:stop]):
+            raise _calls_lost(index)
+        header = region.text[region.origin : start]
+        tail = region.text[answered : found.start() if found else stop]
+        if (region.after and not found) or _opens_another(header, tail):
+            raise _unproven(index, "no stop token ends its tool call")
+
+    def _stop(self, traced: TracedText, start: int, limit: int) -> re.Match[str] | None:
+        """Return the first stop token that the template, not data, wrote between `start` and `limit`."""
+        for found in self._stop_shape.finditer(traced.text, start, limit) if self._stop_shape else ():
+            if not any(literal[0] <= found.start() < literal[1] for literal in traced.literal):
                 return found
         return None
 
-    def _start(
-        self,
-        row: Conversation,
-        marked: MarkedText,
-        index: int,
-        before: Mark | None,
-        own: list[Mark],
-        limit: int,
-    ) -> tuple[int, bool]:
-        """Return where a turn starts, and whether its prompt parts from the text."""
-        origin = before.position if before else 0
-        lead = marked.text[origin : own[0].position if own else limit]
-        written = self._written(row, index, before, lead, bool(own))
-        if written is None:
-            written = self._usual_header()
-            opening = lead.rfind(written.partition("\n")[0]) if written else -1
+    def _start(self, row: Conversation, index: int, region: _Region) -> tuple[int, bool]:
+        """Return where a turn starts, and whether its generation prompt diverges from the text."""
+        origin = region.origin
+        lead = region.text[origin : region.own_start]
+        prompt = self._prompt_tail(row, index, region, lead)
+        if prompt is None:
+            # Not even the prompt of another conversation fits better: look for the header that is usual.
+            prompt = self._usual_header
+            opening = lead.rfind(prompt.partition("\n")[0]) if prompt else -1
             if opening < 0:
                 raise _unproven(index, "no generation prompt can be rendered before it")
             origin, lead = origin + opening, lead[opening:]
-        if marked.text.startswith(written, origin, own[-1].position if own else limit):
-            return origin + len(written), False
-        parting = find_parting(written, lead)
-        # A text that lost its beginning lies in `lead` itself: nothing to search there.
-        header = None if own and own[0].closes else header_after(written[parting:], lead[parting:])
-        stopped = self._stop_shape is not None and self._stop_shape.match(lead[parting:].lstrip())
-        if header is None and not own and not stopped and written[parting:].strip():
-            raise _unproven(index, "an empty turn does not follow its generation prompt")
-        again = (
-            repeated_tag(written[parting:], marked.text[origin + parting : own[-1].position])
-            if own and not lead[parting:]
-            else 0
-        )
-        return origin + parting + (header or again), True
+        if region.text.startswith(prompt, origin, region.own_stop):
+            return origin + len(prompt), False
+        shared = find_divergence(prompt, lead)
+        return origin + shared + self._header(
+            index, region, origin + shared, prompt[shared:], lead[shared:]
+        ), True
 
-    def _written(
-        self, row: Conversation, index: int, before: Mark | None, lead: str, answered: bool
-    ) -> str | None:
-        """Return what the generation prompt writes behind the data before a turn; None where no prompt can be rendered.
+    def _header(self, index: int, region: _Region, at: int, prompt: str, lead: str) -> int:
+        """Return how many characters after a divergence are still fed at inference, not generated.
 
-        Remembered by kind of transition: the shapes of the messages around it and the text that leads to the answer.
+        Args:
+            index: of the message.
+            region: of the message.
+            at: where prompt and text diverge.
+            prompt: the rest of the generation prompt.
+            lead: the rest of what the template writes before the message's own data.
         """
+        # A text that lost its beginning lies in `lead` itself: nothing to search there.
+        header = None if region.own and region.own[0].closes else header_after(prompt, lead)
+        stopped = self._stop_shape is not None and self._stop_shape.match(lead.lstrip())
+        if header is None and not region.own and not stopped and prompt.strip():
+            raise _unproven(index, "an empty turn does not follow its generation prompt")
+        if header or not region.own or lead:
+            return header or 0
+        return repeated_tag(prompt, region.text[at : region.own_stop])
+
+    def _prompt_tail(self, row: Conversation, index: int, region: _Region, lead: str) -> str | None:
+        """Return what the generation prompt writes after the data before a turn; None where it cannot be rendered.
+
+        Remembered by kind of transition: the kinds of the messages around it and the text that leads to the answer.
+        """
+        before = region.before
         previous = before.message if before else -1
-        shapes = tuple(
-            self._renderer.shape(row.messages[place])
+        kinds = tuple(
+            self._renderer.kind_of(row.messages[place])
             for place in (0, max(previous, 0), max(index - 1, 0), index)
         )
-        key = (lead, shapes, index - previous, answered, row.tools is None, repr(row.template_kwargs))
+        key = (lead, kinds, index - previous, bool(region.own), row.tools is None, repr(row.template_kwargs))
         if key not in self._prompts:
             prompt = self._renderer.prompt(row, index)
-            last = prompt.marks[-1] if prompt and prompt.marks else None
+            last = prompt.sentinels[-1] if prompt and prompt.sentinels else None
             if prompt and (last and (last.message, last.closes)) != (
                 before and (before.message, before.closes)
             ):
@@ -246,92 +293,87 @@ class SpanFinder:
             self._prompts[key] = prompt.text[last.position if last else 0 :] if prompt else None
         return self._prompts[key]
 
+    @cached_property
     def _usual_header(self) -> str:
-        """Return what the generation prompt writes after a user's message: for a turn that no prompt can be rendered for."""
+        """What the generation prompt writes after a user's message; "" where that cannot be rendered."""
         user = [{"role": "user", "content": "A"}]
         try:
-            return (
-                self.template.render(user, add_generation_prompt=True)
-                .removeprefix(self.template.render(user))
-                .lstrip()
-            )
+            prompt = self.template.render(user, add_generation_prompt=True)
+            return prompt.removeprefix(self.template.render(user)).lstrip()
         except TemplateRefusal:
             return ""
 
     # --------------------------------------------------------------------------- {% generation %} turns
 
-    def _generated_turns(self, row: Conversation, marked: MarkedText, assistants: list[int]) -> list[Turn]:
-        """Return the template's own blocks, each given to the message it speaks for."""
+    def _generated_turns(self, row: Conversation, traced: TracedText, assistants: list[int]) -> list[Turn]:
+        """Return the template's own blocks, each with the message that it renders."""
         turns = []
-        for start, stop in marked.generation:
-            owner = _owner(marked.marks, start, stop, assistants)
-            turns.append(
-                Turn(owner, start, stop, marked.text[start:stop].rstrip().endswith(self.stops), False)
-            )
+        for start, stop in traced.generation:
+            owner = _owner(traced.sentinels, start, stop, assistants)
+            ended = traced.text[start:stop].rstrip().endswith(self.stops)
+            turns.append(Turn(owner, start, stop, ended, diverges=False))
         for index in assistants:
-            own = marked.places.get(index, [])
-            _refuse_lost(row.messages[index], own, index)
-            before, last = _neighbours(marked.marks, own, index)
-            last = (
-                marked.marks[own[-1]] if own else last
-            )  # behind a call's data, the tool's answer may name the function again
-            around = marked.text[
-                before.position if before else 0 : last.position if last else len(marked.text)
-            ]
+            region = _Region.of(traced, index)
+            _refuse_lost(row.messages[index], region.own, index)
+            # After a call's data the tool's answer may name the function again: look no further than its own.
+            around = region.text[region.origin : region.own_stop]
             if not _calls_rendered(row.messages[index], around):
                 raise _calls_lost(index)
         return turns
 
 
-def _owner(marks: list[Mark], start: int, stop: int, assistants: list[int]) -> int:
-    """Return the assistant message whose data stands in a block; for an empty block, the next one after the data before it."""
-    first = bisect_left(marks, start, key=attrgetter("position"))
-    for mark in islice(marks, first, None):
-        if mark.position > stop:
+def _owner(sentinels: list[Sentinel], start: int, stop: int, assistants: list[int]) -> int:
+    """Return the assistant message whose data a block holds; for an empty one, the next after the data before it."""
+    first = bisect_left(sentinels, start, key=attrgetter("position"))
+    for sentinel in islice(sentinels, first, None):
+        if sentinel.position > stop:
             break
-        if mark.message in assistants:
-            return mark.message
-    earlier = max((mark.message for mark in marks[:first]), default=-1)
+        if sentinel.message in assistants:
+            return sentinel.message
+    earlier = max((sentinel.message for sentinel in sentinels[:first]), default=-1)
     return next((index for index in assistants if index > earlier), assistants[-1] if assistants else 0)
 
 
-def _neighbours(marks: list[Mark], own: list[int], index: int) -> tuple[Mark | None, Mark | None]:
-    """Return the last mark before a turn's own marks and the first after them."""
-    if own:
-        return (marks[own[0] - 1] if own[0] else None), (
-            marks[own[-1] + 1] if own[-1] + 1 < len(marks) else None
+def _neighbours(
+    sentinels: list[Sentinel], places: list[int], index: int
+) -> tuple[Sentinel | None, Sentinel | None]:
+    """Return the last sentinel before a message's own (at `places`) and the first after them."""
+    if places:
+        first, last = places[0], places[-1]
+        return (
+            sentinels[first - 1] if first else None,
+            sentinels[last + 1] if last + 1 < len(sentinels) else None,
         )
-    earlier = [mark for mark in marks if mark.message < index]
-    later = [mark for mark in marks if mark.message > index]
+    earlier = [sentinel for sentinel in sentinels if sentinel.message < index]
+    later = [sentinel for sentinel in sentinels if sentinel.message > index]
     return (earlier[-1] if earlier else None), (later[0] if later else None)
 
 
 def _opens_another(header: str, tail: str) -> bool:
-    """Say whether what follows a call's data writes a control token of the turn's own header: the next message has begun."""
+    """Return whether what follows a call's data has a control token of the turn's own header: the next has begun."""
     return any(token in header for token in CONTROL_SHAPE.findall(tail))
 
 
-def _calls_rendered(message: dict[str, Any], text: str) -> bool:
-    """Say whether `text` names every function that a message calls, as often as it does."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    names = Counter(str(call.get("name", "")) for call in calls if isinstance(call, dict))
+def _calls_rendered(message: Message, text: str) -> bool:
+    """Return whether `text` names every function that a message calls, as often as it does."""
+    names = Counter(str(function.get("name", "")) for function in functions_of(message))
     return all(text.count(name) >= times for name, times in names.items())
 
 
-def _trailing_space(message: dict[str, Any], text: str, at: int) -> int:
-    """Return how much of the white space that ends a message's content stands at `at`."""
-    content = message.get("content")
-    space = content[len(content.rstrip()) :] if isinstance(content, str) and content.strip() else ""
+def _trailing_space(message: Message, text: str, at: int) -> int:
+    """Return how much of the whitespace that ends a message's content is rendered at `at`."""
+    content = content_of(message)
+    space = content[len(content.rstrip()) :] if content.strip() else ""
     return common_prefix(space, text[at:])
 
 
-def _unproven(index: int, why: str) -> RowError:
+def _unproven(index: int, reason: str) -> RowError:
     fix = "give a template with {% generation %} blocks, or change the row"
-    return RowError("spans-unproven", f"messages[{index}]: {why}", fix)
+    return RowError("spans-unproven", f"messages[{index}]: {reason}", fix)
 
 
-def _refuse_lost(message: dict[str, Any], own: list[int], index: int) -> None:
-    # A call may hold numbers only, which carry no marks: its name tells whether it stands there.
+def _refuse_lost(message: Message, own: Sequence[object], index: int) -> None:
+    # A call may hold nothing but numbers, which bear no sentinels: its name tells whether it is rendered.
     if not own and not message.get("tool_calls") and any(message_texts(message)):
         raise _unproven(index, "its text does not appear in the rendered conversation")
 
@@ -342,37 +384,38 @@ def _calls_lost(index: int) -> RowError:
     )
 
 
-_TAG = re.compile(r"<[^<>\s]+>")
+# ---------------------------------------------------------- where a generation prompt and a turn diverge
 
 
-def find_parting(written: str, region: str) -> int:
-    """Return where `written` and `region` part ways, never inside a tag of either.
+def find_divergence(prompt: str, text: str) -> int:
+    """Return where `prompt` and `text` diverge, never inside a tag of either.
 
-    >>> find_parting("<|assistant|><think>", "<|assistant|><tool_call>")
+    >>> find_divergence("<|assistant|><think>", "<|assistant|><tool_call>")
     13
     """
-    at = common_prefix(written, region)
-    for text in (written, region):
-        for tag in _TAG.finditer(text):
+    at = common_prefix(prompt, text)
+    for other in (prompt, text):
+        for tag in _TAG.finditer(other):
             if tag.start() < at < tag.end():
                 at = tag.start()
     return at
 
 
-def header_after(rest: str, region: str) -> int | None:
-    r"""Return where the rest of a generation prompt ends in `region`, or its last tags do; None where they do not stand there.
+def header_after(rest: str, text: str) -> int | None:
+    r"""Return where the rest of a generation prompt ends in `text`, or its last tags do; None where neither is there.
 
-    A template may write other space, one more end token or one instruction less before a rendered turn than before the generation
-    prompt. The header itself is still fed at inference, so it is not for the model to generate.
+    A template may write other whitespace, one more end token or one instruction less before a rendered turn than
+    before the generation prompt. The header itself is still fed at inference, so it is not for the model to
+    generate.
 
     >>> header_after("### Answer:\n", "    ### Answer:\nYes"), header_after("<think>\n", "Yes")
     (16, None)
     """
     for opening in (0, *(tag.start() for tag in _TAG.finditer(rest))):
         core = rest[opening:].strip()
-        if core and core in region:
-            stop = region.index(core) + len(core)
-            return stop + common_prefix(rest[len(rest.rstrip()) :], region[stop:])
+        if core and core in text:
+            stop = text.index(core) + len(core)
+            return stop + common_prefix(rest[len(rest.rstrip()) :], text[stop:])
     return None
 
 

@@ -1,20 +1,20 @@
-"""Which tokens end a turn, and which are control tokens when someone types them into a message: the guarded ones.
+"""The control tokens of a chat template: which end a turn, and which are guarded when a message spells them.
 
-Both are read off plain renders of the template: made-up conversations, and what it writes around their data.
+Both are read off plain renders of made-up conversations: what the template writes around their data.
 
 A tokenizer matches its added tokens before it does anything else, wherever they stand. Of these
 
-- *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a turn in
-  this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are `special: false`). Typed
-  into a message they are encoded as the text that they spell, so that no data ends a turn or forges one.
-  `--trust-control-tokens` turns this off.
+- *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a turn
+  in this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are
+  `special: false`). Typed into a message they are encoded as the text that they spell, so that no data ends a
+  turn or forges one. `--trust-control-tokens` turns this off.
 - All others are *text* like any other (`<think>`, `</think>`, `<tool_call>` of Qwen, GLM, Nemotron): inference
   encodes them as one id wherever they stand, and so do we, in messages of every role. Tags inside a turn never
   count as opening or ending it, even where the template writes one between a header and an answer (Qwen3), or
   names them in a system text.
 
-Of the tokens that a template writes around a message, those on the outside open and end turns, and those that
-stand in the headers of several roles. What it writes for reasoning or around calls stands inside.
+Of the tokens that a template writes around a message, the outermost open and end turns, and so do those in the
+headers of several roles. What it writes for reasoning or around calls is inside.
 """
 
 from __future__ import annotations
@@ -23,42 +23,40 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sftdata.render import marks
-from sftdata.render.proof import any_of
-from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, TemplateRefusal
+from sftdata.render.proof import any_of, strip_sentinels, wrap_messages
+from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, Message, TemplateRefusal
 
-Message = dict[str, Any]
+# --------------------------------------------------------------- made-up conversations, and their frames
 
 SYSTEM: Message = {"role": "system", "content": "S"}
 USER: Message = {"role": "user", "content": "A"}
 ANSWER: Message = {"role": "assistant", "content": "B"}
 RESULT: Message = {"role": "tool", "content": "C", "name": "f", "tool_call_id": "abcdefghi"}
-_TOOL = {
+_TOOL: Message = {
     "type": "function",
     "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 
 
-def calling(arguments: Any) -> Message:
+def _calling(arguments: object) -> Message:
     """Return an assistant message that calls a tool."""
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 # Templates take the arguments of a call as an object or as its JSON text.
-CALLS = (calling({"x": "y"}), calling('{"x": "y"}'))
+CALLS = (_calling({"x": "y"}), _calling('{"x": "y"}'))
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a template writes between the data of two messages, or behind that of the last.
+    """What a template writes between the data of two messages, or after that of the last.
 
     Attributes:
         text: the characters.
-        before: the message (its place in the conversation) whose data stands before; -1 for none.
-        after: the message whose data stands behind; None for none.
+        before: index of the message whose data precedes them; -1 for none.
+        after: index of the message whose data follows them; None for none.
     """
 
     text: str
@@ -68,21 +66,22 @@ class Frame:
 
 def frames(template: ChatTemplate, messages: list[Message]) -> list[Frame]:
     """Render a conversation and cut its messages' data out; no frames where the template refuses it."""
+    wrapped = wrap_messages(messages, lambda _: False)
     for tools in (None, [_TOOL]):
         try:
-            marked = marks.take_out(
-                template.render(marks.mark_messages(messages, lambda _: False), tools), {}
-            )
+            traced = strip_sentinels(template.render(wrapped, tools), {})
         except TemplateRefusal:
             continue
         found, at, before = [], 0, -1
-        for mark in marked.marks:
-            if mark.message != before:
-                found.append(Frame(marked.text[at : mark.position], before, mark.message))
-            before, at = mark.message, mark.position
-        return [*found, Frame(marked.text[at:], before, None)]
+        for sentinel in traced.sentinels:
+            if sentinel.message != before:
+                found.append(Frame(traced.text[at : sentinel.position], before, sentinel.message))
+            before, at = sentinel.message, sentinel.position
+        return [*found, Frame(traced.text[at:], before, None)]
     return []
 
+
+# ------------------------------------------------------------------------------------- what ends a turn
 
 _BRACKETED = re.compile(r"<[^\s<>]+>|[\[\]][^\s\[\]]+[\[\]]")
 
@@ -92,11 +91,12 @@ def find_stops(
 ) -> tuple[str, ...]:
     """Return the strings that end a turn of `template`.
 
-    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it does not, the model
-    must write the whole run of control tokens that follows (Command R7B: `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`), as far as it
-    stands before the header of the next message, and the last of them ends the turn. Without such a run the first token of
-    that header does (GLM-4: `<|user|>`). After a tool call the brackets of the call itself are passed over, and a token that
-    stands before it too only opens the next message.
+    Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it
+    does not, the model must write the whole run of control tokens that follows (Command R7B:
+    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`) up to the header of the next message, and the last of them ends the
+    turn. Without such a run the first token of that header does (GLM-4: `<|user|>`). After a tool call the
+    brackets of the call itself are skipped, and a token that the template also writes before it only opens the
+    next message.
     """
     known = [*control_tokens, *stop_tokens]
     shape = re.compile(
@@ -126,7 +126,7 @@ def find_stops(
 
 
 def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
-    """Return which of `stops` the template writes first behind a tool call that is answered; None where it writes none."""
+    """Return the first of `stops` that the template writes after a tool call with an answer; None without one."""
     for call in CALLS:
         _, after = _around_second(template, [USER, call, RESULT])
         found = min((stop for stop in stops if stop in after), key=after.index, default=None)
@@ -138,16 +138,16 @@ def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
 def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[str, ...]:
     """Return the tokens of `template` that neither a tokenizer nor their look tells: `[|end|]`, `<sep>`, `[e~[`.
 
-    Where no known control token follows an answer, what stands in brackets right behind every answer must be one; and with it all
-    that is written around messages in the same brackets (`[|user|]`).
+    Where no known control token follows an answer, what is in brackets right after every answer must be one; and
+    so must all that is written around messages in the same brackets (`[|user|]`).
     """
     shape = re.compile(
         "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern])
     )
     found = [*frames(template, [USER, ANSWER, USER, ANSWER]), *frames(template, [USER, ANSWER])]
-    behind = [frame.text for frame in found if frame.before in (1, 3)]
-    ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in behind}
-    if len(ends) != 1 or "" in ends or any(shape.search(text) for text in behind):
+    after = [frame.text for frame in found if frame.before in (1, 3)]
+    ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in after}
+    if len(ends) != 1 or "" in ends or any(shape.search(text) for text in after):
         return ()
     (end,) = ends
     tokens = [token for frame in found for token in _BRACKETED.findall(frame.text)]
@@ -156,7 +156,7 @@ def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[s
 
 
 def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
-    """Return the text before the data of the second message and the text from there to the next data; "" where refused."""
+    """Return the text before the second message's data, and from its end to the next data; "" where refused."""
     found = frames(template, messages)
     before = "".join(frame.text for frame in found if frame.before < 1)
     after = next((frame.text for frame in found if frame.before == 1), "")
@@ -166,17 +166,18 @@ def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str
 def _last_of_run(
     template: ChatTemplate, messages: list[Message], after: str, shape: re.Pattern[str], opening: str | None
 ) -> list[str]:
-    """Return the last of the control tokens that stand side by side behind the second message, the next header left out."""
+    """Return the last of the run of control tokens after the second message, without the next header."""
     run = _run(after, shape)
+    # What the template writes there too when nothing follows is no header.
     alone = _run(_around_second(template, messages[:2])[1], shape)
-    own = run[: common_prefix(run, alone) or None]
-    if opening in own[1:]:
-        own = own[: own.index(opening, 1)]
-    return own[-1:]
+    ending = run[: common_prefix(run, alone) or None]
+    if opening in ending[1:]:
+        ending = ending[: ending.index(opening, 1)]
+    return ending[-1:]
 
 
 def _run(text: str, shape: re.Pattern[str]) -> list[str]:
-    """Return the first control token of a text and those that follow it side by side."""
+    """Return the first control token of a text and those that follow it without a gap."""
     found: list[str] = []
     at = -1
     for match in shape.finditer(text):
@@ -188,7 +189,7 @@ def _run(text: str, shape: re.Pattern[str]) -> list[str]:
 
 
 def _first_token(template: ChatTemplate, shape: re.Pattern[str]) -> str | None:
-    """Return the control token that opens a conversation, behind its BOS."""
+    """Return the control token that opens a conversation, after its BOS."""
     bos = template.special_tokens.get("bos_token")
     for messages in ([SYSTEM, USER], [USER]):
         found = frames(template, messages)
@@ -197,6 +198,8 @@ def _first_token(template: ChatTemplate, shape: re.Pattern[str]) -> str | None:
             return tokens[0]
     return None
 
+
+# ------------------------------------------------------------------------- guarded: data must not become them
 
 _PLAIN: tuple[list[Message], ...] = (
     [SYSTEM, USER, ANSWER, USER, ANSWER],
@@ -229,7 +232,7 @@ def guarded_tokens(
 
 
 def describe_tokens(guarded: Iterable[str], plain: Iterable[str]) -> list[str]:
-    """Say in a sentence each which added tokens stay text when a message spells them, and which count there.
+    """List, in one sentence each, the added tokens that stay text when a message spells them, and those that count.
 
     >>> for sentence in describe_tokens(["<|im_end|>"], ["<think>", "</think>"]):
     ...     print(sentence)
@@ -239,16 +242,17 @@ def describe_tokens(guarded: Iterable[str], plain: Iterable[str]) -> list[str]:
     guarded = tuple(token for token in guarded if token.strip())
     others = tuple(token for token in plain if token.strip() and token not in guarded)
     lists = (("stay text", guarded), ("are encoded as one id", others))
-    return [f"Typed into a message, these {what}: {_listed(tokens)}." for what, tokens in lists if tokens]
+    return [f"Typed into a message, these {verb}: {_listed(tokens)}." for verb, tokens in lists if tokens]
 
 
 def _listed(tokens: Iterable[str]) -> str:
-    """List tokens; of those that differ by a number only, the first and how many."""
+    """List tokens; of those that differ only by a number, the first and how many more."""
     groups: dict[str, list[str]] = defaultdict(list)
     for token in tokens:
         groups[_NUMBER.sub("#", token)].append(token)
     named = (
-        own if len(own) < 4 else [f"{own[0]} and {len(own) - 1} more of its kind"] for own in groups.values()
+        group if len(group) < 4 else [f"{group[0]} and {len(group) - 1} more of its kind"]
+        for group in groups.values()
     )
     return ", ".join(name for names in named for name in names)
 
@@ -262,7 +266,7 @@ def turn_tokens(template: ChatTemplate, tokens: Iterable[str]) -> set[str]:
     found: set[str] = set()
     headers: dict[str, set[str]] = defaultdict(set)
     for messages in (*_PLAIN, *_ANSWERED):
-        roles = [message["role"] for message in messages]
+        roles = [str(message["role"]) for message in messages]
         for frame in frames(template, messages):
             # Before a tool's turn the system text may name tags, and calls may be opened by one.
             if messages in _ANSWERED and "tool" not in (roles[frame.before], roles[frame.after or 0]):
@@ -279,9 +283,9 @@ def turn_tokens(template: ChatTemplate, tokens: Iterable[str]) -> set[str]:
 def _split(
     template: ChatTemplate, messages: list[Message], frame: Frame, pattern: re.Pattern[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the tokens of a frame that end the message before it, and those that open the message behind it.
+    """Return the tokens of a frame that end the message before it, and those that open the message after it.
 
-    What ends a message stands there, too, when it is the last one.
+    What ends a message is also written when it is the last one.
     """
     tokens = pattern.findall(frame.text)
     if frame.before < 0:
@@ -293,7 +297,7 @@ def _split(
 
 
 def _inside(token: str, role: str, known: set[str]) -> bool:
-    """Say whether a token is a tag with a counterpart (`<think>`, `</think>`) in a turn of the model or a tool."""
+    """Return whether a token is a tag with a counterpart (`<think>`, `</think>`) in a turn of the model or a tool."""
     tag = _TAG.fullmatch(token)
     if tag is None or role in ("system", "user"):
         return False

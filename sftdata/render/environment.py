@@ -1,10 +1,10 @@
 """The jinja environment of chat templates: that of transformers' `render_jinja_template`, but for three things.
 
-`strftime_now` yields the run's date, never today's. `{% generation %}` blocks come out between two marks, so that
-spans are read off the text itself. And a render has a budget: jinja's sandbox keeps a template from reaching the
-machine, not from wasting it. Every pass of a loop takes a step, every call some; long values take more, and what
-could make a huge one is measured before it is made. Steps, not seconds: a row is refused on every machine or on
-none.
+`strftime_now` yields the run's date, never today's. `{% generation %}` blocks come out between two sentinels, so
+that spans are read off the text itself. And a render has a budget: jinja's sandbox keeps a template from
+reaching the machine, not from wasting it. Every pass of a loop takes a step, every call some; long values take
+more, and what could make a huge one is measured before it is made. The budget counts steps, not seconds: a row is
+refused on every machine or on none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from operator import add
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -29,20 +30,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+Value = TypeVar("Value")
+
 GENERATION_OPEN, GENERATION_CLOSE = "\U0010fff0", "\U0010fff1"
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: put marks around what the block renders."""
+    """`{% generation %} ... {% endgeneration %}`: put sentinels around what the block renders."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 reads this name from the class
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        return jinja2.nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
 
-    def _mark(self, caller: Macro) -> str:
+    def _enclose(self, caller: Macro) -> str:
         return f"{GENERATION_OPEN}{caller()}{GENERATION_CLOSE}"
 
 
@@ -66,7 +69,7 @@ class _TemplateNamespace(Namespace):
             _refuse_underscore(name)
         Namespace.__init__(self, attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _refuse_underscore(name)
         Namespace.__setitem__(self, name, value)
 
@@ -77,10 +80,10 @@ def _refuse_underscore(name: str) -> None:
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
-    separators: Any = None,
+    separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     if isinstance(indent, int) and indent > 100:
@@ -113,9 +116,10 @@ def make_environment(
     return environment
 
 
-MAX_CHARS = (
-    128 << 20
-)  # of a render, or of one value in it: twice the longest line, and within 512 MB with its copies
+# ---------------------------------------------------------------------------------------------- the budget
+
+# Of a render, or of one value in it: twice the longest line, and within 512 MB with its copies.
+MAX_CHARS = 128 << 20
 MAX_STEPS = 1_000_000  # eighty turns with tools take some thousands
 _CHARS_PER_STEP = 16384
 _STEPS_PER_CALL = 8  # a call takes that many times as long as a pass of a loop
@@ -158,13 +162,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
         self.filters |= {"_each": _each, "_whole": _whole}
 
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        return super()._generate(_Instrument().visit(source), *args, **kwargs)
+    def _generate(
+        self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
+    ) -> str:
+        return super()._generate(_Instrument().visit(source), name, filename, defer_init)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """Measure, then compute; a sum is at most as long as its parts, and is measured after."""
         if operator == "+":
-            return _charged(left + right)
+            return _charged(add(left, right))
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(times, int) and not isinstance(value, int | float):
@@ -175,8 +181,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check_format(left)
         return _charged(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # jinja's own names
-        """Check the arguments, then call."""
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:
+        """Check the arguments, then call; the names of the parameters are jinja's own."""
         if args or kwargs:
             _check_integers(args, kwargs)
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
@@ -208,14 +214,14 @@ class _Instrument(NodeTransformer):
         node.filter = _filtered(node.filter, "_whole")
         return node
 
-    def _visit_value(self, node: Any) -> nodes.Node:
+    def _visit_value(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return _filtered(node, "_whole") if getattr(node, "ctx", "load") == "load" else node
 
     visit_Concat = visit_List = visit_Tuple = visit_Dict = _visit_value
 
 
-def _filtered(node: Any, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Node | None, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=getattr(node, "lineno", 1))
 
 
@@ -225,32 +231,32 @@ def _spend(size: int = 0, steps: int = 1) -> None:
         raise SecurityError("the template works or writes without end")
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     if isinstance(value, str):
         return len(value)
     return 64 * len(value) if isinstance(value, list | tuple | dict) else 0
 
 
-def _charged(value: Any) -> Any:
-    if value.__class__ is str and len(value) < _CHARS_PER_STEP:
-        return value  # loops and calls are counted, so what stands between them is too
+def _charged(value: Value) -> Value:
+    if type(value) is str and len(value) < _CHARS_PER_STEP:  # type: ignore[arg-type]  # a str
+        return value  # loops and calls are counted, so what is between them is too
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise SecurityError("the template computes a number without end")
     _spend(_size(value))
     return value
 
 
-def _each(values: Iterable[Any]) -> Iterator[Any]:
+def _each(values: Iterable[Value]) -> Iterator[Value]:
     for value in values:
         _spend()
         yield value
 
 
-def _whole(value: Any) -> Any:
-    """Charge a value with all that it holds: lists that hold one list twice would be printed twice as long."""
+def _whole(value: Value) -> Value:
+    """Charge a value with all that it holds: a list that holds another twice is printed with it twice."""
     if isinstance(value, str):
         return _charged(value)
-    stack = [value]
+    stack: list[object] = [value]
     while stack:
         item = stack.pop()
         _spend(_size(item))
@@ -259,7 +265,7 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _check_integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_integers(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     if any(isinstance(value, int) and abs(value) > _MAX_INTEGER for value in (*args, *kwargs.values())):
         raise SecurityError(f"the template passes an integer above {_MAX_INTEGER}")
 
@@ -269,7 +275,7 @@ def _check_format(text: str) -> None:
         raise SecurityError("the template formats with a field without end")
 
 
-def _foresee(name: str, text: str, args: tuple[Any, ...]) -> None:
+def _foresee(name: str, text: str, args: tuple[object, ...]) -> None:
     """Charge what `replace` and `join` are about to write."""
     if name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
         _spend(text.count(args[0]) * len(args[1]))
@@ -277,9 +283,9 @@ def _foresee(name: str, text: str, args: tuple[Any, ...]) -> None:
         _spend(len(args[0]) * len(text) + sum(map(_size, args[0])))
 
 
-def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded_filter(name: str, function: Callable[..., Value]) -> Callable[..., Value]:
     @functools.wraps(function)
-    def bounded(*args: Any, **kwargs: Any) -> Any:
+    def bounded(*args: object, **kwargs: object) -> Value:
         if len(args) == 1 and not kwargs:
             return _charged(function(*args))
         _check_integers(args, kwargs)

@@ -1,307 +1,30 @@
-"""The shape cache: how a chat template lays out conversations of one shape, learned once, then filled without rendering.
+"""The shape cache: how a chat template lays out conversations of one shape, learned once, then only filled in.
 
 A template is a program; what it writes may depend on what a message says. So before a shape (the roles of its
-messages, in order, and which of them are empty) is cached, the template is run on symbolic texts: strings that
-refuse every question but those whose answer can be noted down as a condition (`'</think>' in content`,
-`content | trim`). If the program asks nothing else, then it lays out every conversation of that shape alike, as
-long as the conditions hold: no text holds a string that was looked for, none has outer white space where it was
-trimmed. A row that meets them is put together from the cached shape; any other row is rendered.
-
-A refusal must not be missed, so whatever could read characters behind a symbolic text's back (C code in filters,
-tests, joins and formats) is guarded: it may take symbolic texts only where it is known to ask by their own
-methods, or not at all.
+messages, in order, and which of them are empty) is cached, the template runs on symbolic texts (symbolic.py):
+strings that refuse every question but those whose answer can be noted as a condition
+(`'</think>' in content`, `content | trim`). If it asks nothing else, it lays out every conversation of that
+shape alike, as long as the conditions hold: no text holds a string that was looked for, none has outer
+whitespace where it was trimmed. A row that meets them is put together from its shape; any other is rendered.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
+from typing import NamedTuple
 
-from jinja2 import Template, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
-from sftdata.batches import Conversation
-from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN, make_environment
-from sftdata.render.marks import RESERVED, MarkedText
-from sftdata.render.proof import any_of
+from sftdata.batches import Conversation, Ranges
+from sftdata.render.environment import GENERATION_CLOSE, GENERATION_OPEN
+from sftdata.render.proof import RESERVED, TracedText, any_of
+from sftdata.render.symbolic import Conditions, ContentDependent, SymbolicText, compile_guarded
 from sftdata.render.template import ChatTemplate
 
-
-class Asked(BaseException):
-    """The template asked something of a text that no condition can stand for; not for Jinja's own `except Exception`."""
-
-
-@dataclass(slots=True)
-class Conditions:
-    """What must hold for texts so that the template answers its own questions the same way.
-
-    Attributes:
-        absent: strings that no text may hold.
-        trimmed: no text may have outer white space.
-    """
-
-    absent: set[str] = field(default_factory=set)
-    trimmed: bool = False
-
-
-class Opaque(str):
-    """A text that answers only what can be noted as a condition; made of several texts, it answers nothing."""
-
-    __slots__ = ("conditions", "whole")
-
-    conditions: Conditions
-    whole: bool
-
-    @classmethod
-    def of(cls, text: str, conditions: Conditions, *, whole: bool = True) -> Opaque:
-        """Make a text opaque; `whole` when it is a message's own, not made of several."""
-        made = str.__new__(cls, text)
-        made.conditions, made.whole = conditions, whole
-        return made
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return self
-
-    def __format__(self, spec: str) -> str:
-        if spec:
-            raise Asked
-        return str.__str__(self)
-
-    def __add__(self, other: str) -> str:
-        return Opaque.of(str.__add__(self, other), self.conditions, whole=False)
-
-    def __radd__(self, other: str) -> str:
-        return Opaque.of(str.__add__(other, self), self.conditions, whole=False)
-
-    def __contains__(self, other: object) -> bool:
-        return self._without(other)
-
-    def __eq__(self, other: object) -> bool:
-        return False if other == "" or not isinstance(other, str) else self._without(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        raise Asked
-
-    def startswith(self, other: Any, *limits: Any) -> bool:
-        """Answer False, and note it."""
-        return self._without(other, *limits)
-
-    def endswith(self, other: Any, *limits: Any) -> bool:
-        """Answer False, and note it."""
-        return self._without(other, *limits)
-
-    def split(self, separator: Any = None, maxsplit: Any = -1) -> list[str]:
-        """Answer the text in one piece, and note what is absent."""
-        self._without(separator)
-        return [self]
-
-    def rsplit(self, separator: Any = None, maxsplit: Any = -1) -> list[str]:
-        """Answer the text in one piece, and note what is absent."""
-        self._without(separator)
-        return [self]
-
-    def replace(self, old: Any, new: Any, *count: Any) -> str:
-        """Answer the text as it is, and note what is absent."""
-        self._without(old)
-        return self
-
-    def strip(self, characters: Any = None) -> str:
-        """Answer the text as it is, and note that it has no outer white space."""
-        if not self.whole or not (characters is None or str.isspace(characters)):
-            raise Asked
-        self.conditions.trimmed = True
-        return self
-
-    lstrip = rstrip = strip
-
-    def _without(self, other: object, *limits: Any) -> bool:
-        """Answer as for a text that does not hold `other`, and note it."""
-        if not self.whole or limits or type(other) is not str or not other:
-            raise Asked
-        self.conditions.absent.add(other)
-        return False
-
-
-def _refusing() -> Any:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise Asked
-
-    return refuse  # nameless: the sandbox gives methods called "format" another body
-
-
-_HARMLESS = {
-    "__new__",
-    "__init__",
-    "__class__",
-    "__getattribute__",
-    "__setattr__",
-    "__delattr__",
-    "__doc__",
-    "__init_subclass__",
-}
-_HARMLESS |= {
-    "__subclasshook__",
-    "__reduce__",
-    "__reduce_ex__",
-    "__getnewargs__",
-    "__dir__",
-    "__sizeof__",
-    "__repr__",
-    "__getstate__",
-}
-for _name in dir(str):
-    if _name not in _HARMLESS and _name not in vars(Opaque):
-        setattr(Opaque, _name, _refusing())
-
-
-# ---------------------------------------------------------------------------------- watched templates
-
-
-def _concat(parts: Iterable[str]) -> str:
-    """Join what a macro or a block wrote, keeping opaque what is: Jinja's own join would uncover it."""
-    parts = [part for part in parts if type(part) is Opaque or part]
-    opaque = [part for part in parts if type(part) is Opaque]
-    if not opaque:
-        return "".join(parts)
-    if len(parts) == 1:
-        return parts[0]
-    return Opaque.of("".join(parts), opaque[0].conditions, whole=False)
-
-
-class _Generator(CodeGenerator):
-    """Compile `a ~ b` to the guarded join."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat((")
-        for part in node.nodes:
-            self.write("str(")
-            self.visit(part, frame)
-            self.write("), ")
-        self.write("))")
-
-
-class _Watched(ImmutableSandboxedEnvironment):
-    """Chat templates' environment with every way around an opaque text guarded."""
-
-    code_generator_class = _Generator
-    concat = staticmethod(_concat)
-    intercepted_binops = frozenset({"%"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _holds_opaque(left) or _holds_opaque(right):
-            raise Asked
-        return super().call_binop(context, operator, left, right)
-
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        # Macros and loops hand texts on; an opaque text's own methods decide for themselves; anything else might read them.
-        passes_on = (
-            isinstance(obj, Macro | LoopContext)
-            or obj is Namespace
-            or isinstance(getattr(obj, "__self__", None), Opaque)
-        )
-        passes_on = passes_on or (isinstance(obj, type) and issubclass(obj, Namespace))
-        if not passes_on and _holds_opaque(
-            [*args, *(value for name, value in kwargs.items() if name not in _FRAME)]
-        ):
-            raise Asked
-        return super().call(context, obj, *args, **kwargs)
-
-
-# What compiled templates hand to every call beside its arguments.
-_FRAME = ("_loop_vars", "_block_vars")
-
-# Filters and tests that ask an opaque text by its own methods, or only whether it is a text.
-_FILTERS = {"trim", "string", "default", "d"}
-_TESTS = {
-    "string",
-    "defined",
-    "undefined",
-    "none",
-    "mapping",
-    "number",
-    "boolean",
-    "true",
-    "false",
-    "integer",
-    "float",
-}
-_TESTS |= {"iterable", "sequence", "in", "eq", "equalto", "==", "ne", "!="}
-# Those that hand on what a list or a dict holds without looking at it.
-_HANDING_ON = {
-    "length",
-    "count",
-    "first",
-    "last",
-    "list",
-    "items",
-    "selectattr",
-    "rejectattr",
-    "map",
-    "select",
-    "reject",
-    "reverse",
-}
-
-
-@functools.cache
-def _environment(date: str) -> ImmutableSandboxedEnvironment:
-    environment = make_environment(date, _Watched)
-    for name, function in environment.filters.items():
-        environment.filters[name] = _guard(function, direct=name in _FILTERS, inside=name in _HANDING_ON)
-    for name, function in environment.tests.items():
-        environment.tests[name] = _guard(function, direct=name in _TESTS, inside=True)
-    return environment
-
-
-def watch(text: str, date: str) -> Template:
-    """Compile a chat template so that it can be run on opaque texts."""
-    return _environment(date).from_string(text)
-
-
-def _guard(function: Any, *, direct: bool, inside: bool) -> Callable[..., Any]:
-    @functools.wraps(function)  # keeps the marks by which Jinja passes the environment
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if type(value) is Opaque:
-                if not direct:
-                    raise Asked
-            elif not inside and _holds_opaque(value):
-                raise Asked
-        return function(*args, **kwargs)
-
-    return guarded
-
-
-def _holds_opaque(value: Any) -> bool:
-    """Say whether an opaque text stands in a value, at any depth; what cannot be looked into counts as holding one."""
-    held = [value]
-    while held:
-        item = held.pop()
-        if type(item) is Opaque or isinstance(item, Iterator):
-            return True
-        if isinstance(item, dict):
-            held += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            held += item
-    return False
-
-
-MAX_RECIPES = 4096
+MAX_SHAPES = 4096
 _RESERVED_BYTE = "\U00108000".encode()[:1]  # every reserved character begins with it, and few others
-_PLAIN = {"role", "content"}
+_PLAIN_KEYS = {"role", "content"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,31 +34,32 @@ class Turn:
     Attributes:
         message: its index.
         ended: the span ends in a stop token.
-        parted: the final text does not begin with the generation prompt; the span starts where they part.
+        diverges: the rendered text does not begin with the generation prompt; the span starts where they
+            diverge.
     """
 
     message: int
     start: int
     stop: int
     ended: bool
-    parted: bool
+    diverges: bool
 
 
-# A position in a filled-in recipe: how many contents, and how many characters of literals, stand before it.
 Place = tuple[int, int]
+"""A position in any conversation of a shape: how many contents precede it, and how many characters of literals."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Recipe:
+class ShapeTemplate:
     """Literals and the messages whose content stands between them.
 
     Attributes:
         literals: one more than slots.
         slots: message number behind each literal but the last.
-        turns: of the row that taught it.
+        turns: those of the conversation it was learned from.
         spans: places where each turn starts and stops.
         absent: strings that no content may hold.
-        trimmed: no content may have outer white space.
+        trimmed: no content may have outer whitespace.
     """
 
     literals: tuple[str, ...]
@@ -345,7 +69,7 @@ class Recipe:
     absent: tuple[str, ...]
     trimmed: bool
 
-    def fill(self, contents: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, contents: Sequence[str]) -> tuple[str, Ranges]:
         """Return the text, and the (start, stop) characters of each turn."""
         chosen = [contents[slot] for slot in self.slots]
         pieces = [*chain.from_iterable(zip(self.literals, chosen, strict=False)), self.literals[-1]]
@@ -354,40 +78,62 @@ class Recipe:
         return "".join(pieces), spans
 
 
-class RecipeBook:
-    """The recipes of one template.
+class ProvenRender(NamedTuple):
+    """A conversation rendered and proven, to learn its shape from.
+
+    Attributes:
+        traced: its text.
+        turns: its turns.
+        absent: strings that no content may hold, besides those that the template looks for.
+    """
+
+    traced: TracedText
+    turns: list[Turn]
+    absent: Iterable[str] = ()
+
+
+class ShapeCache:
+    """The shapes of one template, each learned from a made-up conversation when it comes first.
 
     Args:
         template: the chat template.
-        control_tokens: strings that data must not hold, because they need care; none to trust them.
+        control_tokens: strings that no content may hold, because they need care; none to trust them.
+        prove: renders a conversation and finds its turns; None where it cannot.
     """
 
-    def __init__(self, template: ChatTemplate, control_tokens: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        control_tokens: Iterable[str],
+        prove: Callable[[Conversation], ProvenRender | None],
+    ) -> None:
         tokens = [token for token in control_tokens if token.strip()]
         self._template = template
+        self._prove = prove
         self._tokens = any_of(tokens) or re.compile("(?!)")
-        self._first = tuple(
-            sorted({token[0] for token in tokens})
-        )  # most texts hold no such character: a quick way out
-        self._watched = watch(template.text, template.date)
+        # Most texts hold no such character: a quick way out.
+        self._first_characters = tuple(sorted({token[0] for token in tokens}))
+        self._guarded = compile_guarded(template.text, template.date)
+        self._shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], ShapeTemplate | None] = {}
 
-    @staticmethod
-    def contents(row: Conversation) -> list[str] | None:
-        """Return the contents of a row that has nothing but roles and contents; None for others."""
-        if row.tools is not None or row.template_kwargs:
+    def render(self, row: Conversation) -> tuple[ShapeTemplate, str, Ranges] | None:
+        """Return a row's shape, its text and the characters of its turns; None where it must be rendered."""
+        contents = plain_contents(row)
+        if contents is None:
             return None
-        found = []
-        for message in row.messages:
-            if message.keys() != _PLAIN or type(content := message["content"]) is not str:
-                return None
-            found.append(content)
-        return found
+        empty = (
+            tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
+        )
+        shape = self.shape_of(tuple([message["role"] for message in row.messages]), empty)
+        if shape is None or not self.accepts(shape, contents):
+            return None
+        return shape, *shape.render(contents)
 
-    def admits(self, recipe: Recipe, contents: list[str]) -> bool:
-        """Say whether the recipe of their shape holds for these contents."""
+    def accepts(self, shape: ShapeTemplate, contents: Sequence[str]) -> bool:
+        """Return whether these contents meet the conditions of their shape."""
         for content in contents:
             inner = content.strip()
-            if len(inner) != len(content) and (recipe.trimmed or not inner):
+            if len(inner) != len(content) and (shape.trimmed or not inner):
                 return False
         text = "\0".join(contents)  # one search for all
         if (
@@ -396,67 +142,96 @@ class RecipeBook:
             and RESERVED.search(text)
         ):
             return False
-        for absent in recipe.absent:
+        for absent in shape.absent:
             if absent in text:
                 return False
-        for first in self._first:
+        for first in self._first_characters:
             if first in text:
                 return not self._tokens.search(text)
         return True
 
-    def learn(
-        self, row: Conversation, marked: MarkedText, turns: list[Turn], absent: Iterable[str] = ()
-    ) -> Recipe | None:
-        """Learn the recipe of a row's shape from its proven render; None where the template looks into texts.
-
-        None too where an assistant message has no turn (no `{% generation %}` block): such rows are counted one by one.
+    def shape_of(self, roles: tuple[str, ...], empty: tuple[int, ...] = ()) -> ShapeTemplate | None:
+        """Return the template of a shape; None where the template looks into texts, or the cache is full.
 
         Args:
-            row: every content without outer white space.
-            marked: its render, with where each content opens and closes.
-            turns: its turns.
-            absent: strings that contents must not hold, besides those that the template looks for.
+            roles: of the messages.
+            empty: indices of the messages without content.
         """
-        if {turn.message for turn in turns} != {*assistant_messages(row)}:
+        key = roles, empty
+        if key not in self._shapes:
+            if len(self._shapes) >= MAX_SHAPES:
+                return None
+            texts = ["" if number in empty else f"Text {number}." for number in range(len(roles))]
+            messages: list[dict[str, object]] = [
+                {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
+            ]
+            row = Conversation(messages, [])
+            proven = self._prove(row)
+            self._shapes[key] = None if proven is None else self._learn(row, texts, proven)
+        return self._shapes[key]
+
+    def _learn(self, row: Conversation, contents: list[str], proven: ProvenRender) -> ShapeTemplate | None:
+        """Learn a shape from the proven render of a row; None where the template looks into its texts.
+
+        None, too, where an assistant message has no turn (no `{% generation %}` block): such rows are counted
+        one by one.
+        """
+        text, sentinels = proven.traced.text, proven.traced.sentinels
+        if {turn.message for turn in proven.turns} != {*assistant_messages(row)}:
             return None
-        text, marks = marked.text, marked.marks
-        contents = [message["content"] for message in row.messages]
         pairs = [
             (one, two)
-            for one, two in zip(marks[::2], marks[1::2], strict=False)
+            for one, two in zip(sentinels[::2], sentinels[1::2], strict=False)
             if one.message == two.message and two.closes
         ]
-        if 2 * len(pairs) != len(marks):
+        if 2 * len(pairs) != len(sentinels):
             return None
         if any(text[one.position : two.position] != contents[one.message] for one, two in pairs):
             return None
-        conditions = Conditions()
-        opaque = [
-            {"role": message["role"], "content": _opaque(message["content"], conditions)}
-            for message in row.messages
-        ]
-        try:
-            watched = "".join(
-                self._watched.root_render_func(self._watched.new_context(self._template.arguments(opaque)))
-            )
-            if watched.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "") != text:
-                return None
-        except Asked:
+        conditions = self._conditions(row, text)
+        if conditions is None:
             return None
         edges = [0, *(edge.position for pair in pairs for edge in pair), len(text)]
         literals = tuple(text[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
-        spans = [(turn.start, turn.stop) for turn in turns]
+        spans = [(turn.start, turn.stop) for turn in proven.turns]
         places = [(_place(literals, edges, start), _place(literals, edges, stop)) for start, stop in spans]
-        recipe = Recipe(
+        shape = ShapeTemplate(
             literals,
             tuple(one.message for one, _ in pairs),
-            tuple(turns),
+            tuple(proven.turns),
             tuple((start, stop) for start, stop in places if start is not None and stop is not None),
-            tuple(sorted(conditions.absent.union(absent))),
+            tuple(sorted(conditions.absent.union(proven.absent))),
             conditions.trimmed,
         )
-        # The row that taught it must be one that it admits: else the conditions are not those of this row.
-        return recipe if self.admits(recipe, contents) and recipe.fill(contents) == (text, spans) else None
+        # The row must meet the conditions that it taught: else they are not the conditions of its render.
+        return shape if self.accepts(shape, contents) and shape.render(contents) == (text, spans) else None
+
+    def _conditions(self, row: Conversation, text: str) -> Conditions | None:
+        """Run the template on symbolic texts; return what it asked, None where no conditions state it."""
+        conditions = Conditions()
+        messages = [
+            {"role": message["role"], "content": _symbolic(message["content"], conditions)}
+            for message in row.messages
+        ]
+        try:
+            context = self._guarded.new_context(self._template.arguments(messages))
+            written = "".join(self._guarded.root_render_func(context))
+        except ContentDependent:
+            return None
+        written = written.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "")
+        return conditions if written == text else None
+
+
+def plain_contents(row: Conversation) -> list[str] | None:
+    """Return the contents of a row whose messages have nothing but a role and a text; None for others."""
+    if row.tools is not None or row.template_kwargs:
+        return None
+    contents = []
+    for message in row.messages:
+        if message.keys() != _PLAIN_KEYS or type(content := message["content"]) is not str:
+            return None
+        contents.append(content)
+    return contents
 
 
 def assistant_messages(row: Conversation) -> list[int]:
@@ -464,13 +239,13 @@ def assistant_messages(row: Conversation) -> list[int]:
     return [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
 
 
-def _opaque(content: str, conditions: Conditions) -> str:
-    """Hide a text; an empty one is part of the shape, and hides nothing."""
-    return Opaque.of(content, conditions) if content else content
+def _symbolic(content: str, conditions: Conditions) -> str:
+    """Make a content symbolic; an empty one is part of the shape, and hides nothing."""
+    return SymbolicText.of(content, conditions) if content else content
 
 
 def _place(literals: tuple[str, ...], edges: list[int], position: int) -> Place | None:
-    """Return a position's place; None inside a content."""
+    """Return the place of a position; None inside a content."""
     before = 0
     for number, literal in enumerate(literals):
         start = edges[2 * number]

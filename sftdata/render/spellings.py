@@ -1,13 +1,13 @@
-"""Give a conversation to a chat template in a spelling that it takes, or say what it refuses.
+"""Pass a conversation to a chat template in a spelling that it takes, or explain what it refuses.
 
 The OpenAI API has tool arguments as JSON text and `content: null` beside a call; templates are written for what
-their author fed them: some join arguments as text, some print them with `tojson`, some measure a content that is
-not there. A row is given to the template as it is, and in another spelling of the same only where that one cannot
+their author passed them: some join arguments as text, some print them with `tojson`, some measure a content that
+is not there. A row goes to the template as it is, and in another spelling of the same only where that one cannot
 be right.
 
-What a template raises is written for its author ("Conversation roles must alternate", of a chat that has a system
-message), or by no one (`'dict object' has no attribute 'content'`, of a tool call). What it refuses is found by
-rendering the row without it.
+What a template raises is written for its author ("Conversation roles must alternate", for a chat that has a
+system message), or for no one (`'dict object' has no attribute 'content'`, for a tool call). What it refuses is
+found by rendering the row without it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.render.marks import message_texts
-from sftdata.render.template import REASONING_FIELDS, ChatTemplate, TemplateRefusal
+from sftdata.render.template import (
+    REASONING_FIELDS,
+    ChatTemplate,
+    Message,
+    TemplateRefusal,
+    calls_of,
+    message_texts,
+)
 
-Message = dict[str, Any]
 NULL_AS_EMPTY = "rows_with_null_content"
-"""Counter of the rows that a template takes with "" only where they have no content."""
+"""Counter of the rows that a template takes only with "" where they have no content."""
 
 
 def spellings(row: Conversation) -> Iterator[Conversation]:
-    """Yield a row as it is, then with "" for a content that is null, then both with other tool arguments: objects, JSON text."""
+    """Yield a row as it is, then with "" for null contents; then both with arguments as objects, as JSON text."""
     tried = []
     for spell in (_as_they_are, _as_objects, _as_text):
         for fill in (_as_it_is, _as_empty):
@@ -47,12 +51,12 @@ def spellings(row: Conversation) -> Iterator[Conversation]:
 
 
 def needs_spelling(row: Conversation) -> bool:
-    """Say whether a row has more than one spelling: most have not."""
+    """Return whether a row has more than one spelling: most have not."""
     return any("tool_calls" in message or message.get("content") is None for message in row.messages)
 
 
 def misprinted(row: Conversation, text: str) -> bool:
-    r"""Say whether a rendered text has tool arguments as no model should write them.
+    r"""Return whether a rendered text has tool arguments as no model should write them.
 
     An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`)
     or put in braces of the template's own (`{{"n": 3}}`: Gemma 4, whose format for a call is not JSON).
@@ -60,8 +64,8 @@ def misprinted(row: Conversation, text: str) -> bool:
     wrong = {
         form
         for message in row.messages
-        for call in _calls(message)
-        for form in _wrong_forms(call["function"]["arguments"])
+        for function in _functions_with_arguments(message)
+        for form in _wrong_forms(function["arguments"])
     }
     own = (
         [text for message in row.messages for text in message_texts(message)]
@@ -71,7 +75,7 @@ def misprinted(row: Conversation, text: str) -> bool:
     return any(text.count(form) > sum(one.count(form) for one in own) for form in wrong)
 
 
-def _wrong_forms(arguments: Any) -> Iterator[str]:
+def _wrong_forms(arguments: object) -> Iterator[str]:
     """Yield what a text may not hold: JSON encoded or in braces once more, objects and lists that Python printed."""
     if isinstance(arguments, str):
         if arguments.lstrip().startswith("{"):  # else a formatter of the user's own wrote what belongs there
@@ -81,7 +85,7 @@ def _wrong_forms(arguments: Any) -> Iterator[str]:
         yield from (text[1:-1] if '"' in arguments else text for text in once_more)
         return
     right = ""
-    stack = [arguments]
+    stack: list[object] = [arguments]
     while stack:
         value = stack.pop()
         if isinstance(value, dict | list):
@@ -92,38 +96,37 @@ def _wrong_forms(arguments: Any) -> Iterator[str]:
                     yield printed
 
 
-def _calls(message: Message) -> list[Message]:
-    return [
-        call
-        for call in message.get("tool_calls") or ()
-        if isinstance(call, dict) and "arguments" in (call.get("function") or ())
-    ]
+def _functions_with_arguments(message: Message) -> list[Message]:
+    functions = [call.get("function") for call in calls_of(message)]
+    return [function for function in functions if isinstance(function, dict) and "arguments" in function]
 
 
-def _with_arguments(message: Message, spell: Callable[[Any], Any]) -> Message:
-    if not message.get("tool_calls"):
+def _with_arguments(message: Message, spell: Callable[[object], object]) -> Message:
+    calls = message.get("tool_calls")
+    if not calls or not isinstance(calls, list):
         return message
-    calls = [
-        {**call, "function": {**call["function"], "arguments": spell(call["function"]["arguments"])}}
-        if isinstance(call, dict) and "arguments" in (call.get("function") or ())
-        else call
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
+    return {**message, "tool_calls": [_respelled(call, spell) for call in calls]}
 
 
-def _as_they_are(arguments: Any) -> Any:
+def _respelled(call: object, spell: Callable[[object], object]) -> object:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or "arguments" not in function:
+        return call
+    return {**call, "function": {**function, "arguments": spell(function["arguments"])}}
+
+
+def _as_they_are(arguments: object) -> object:
     return arguments
 
 
-def _as_objects(arguments: Any) -> Any:
+def _as_objects(arguments: object) -> object:
     try:
         return msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
     except msgspec.DecodeError:  # from a formatter of the user's own
         return arguments
 
 
-def _as_text(arguments: Any) -> Any:
+def _as_text(arguments: object) -> object:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib import resources
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 import jinja2.exceptions
@@ -30,10 +30,17 @@ from sftdata.render.environment import (
     make_environment,
 )
 
+if TYPE_CHECKING:
+    from _collections_abc import dict_items, dict_keys, dict_values
+
+Message = dict[str, object]
+"""A message of a conversation: plain JSON data."""
+
 # Template text that looks like a control token; a tokenizer that lacks it would spell it out in pieces.
 CONTROL_SHAPE = re.compile(r"<\|[^\s<>|\"]+\|?>|<[^\s<>|/\"]+\|>|<｜[^\s<>｜]+｜>|<(?:start|end)_of_[a-z]+>")
 
-# Names a message's reasoning is passed under; transformers fills `reasoning_content` (and `thinking`, for gpt-oss) from any.
+# Names a message's reasoning is passed under; transformers fills `reasoning_content` (and `thinking`, for
+# gpt-oss) from any.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -157,7 +164,7 @@ class ChatTemplate:
         text: str,
         special_tokens: Mapping[str, str] | None = None,
         date: str = "2025-01-01",
-        template_kwargs: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
     ) -> None:
         self.text = text
         self.date = date
@@ -218,17 +225,17 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
         *,
         add_generation_prompt: bool = False,
-        keep_marks: bool = False,
+        keep_generation: bool = False,
     ) -> str:
         """Render one conversation of plain JSON data.
 
         Args:
-            keep_marks: leave the marks around `{% generation %}` blocks in the text.
+            keep_generation: keep the sentinels around `{% generation %}` blocks in the text.
 
         Raises:
             TemplateRefusal: the template raised.
@@ -244,15 +251,15 @@ class ChatTemplate:
             raise TemplateRefusal(" ".join(str(error).split()) or type(error).__name__) from None
         except (MemoryError, OverflowError, RecursionError, ZeroDivisionError) as error:
             raise TemplateRefusal(f"{type(error).__name__} while rendering") from None
-        if self.has_generation and not keep_marks:
+        if self.has_generation and not keep_generation:
             text = text.replace(GENERATION_OPEN, "").replace(GENERATION_CLOSE, "")
         return text
 
-    def watch(self, messages: Sequence[Mapping[str, Any]]) -> list[WatchedMessage]:
+    def watch(self, messages: Sequence[Mapping[str, object]]) -> list[WatchedMessage]:
         """Return messages that note what a render asks of them."""
         return [WatchedMessage(self._normal(message)) for message in messages]
 
-    def _normal(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _normal(self, message: Mapping[str, object]) -> Message:
         if isinstance(message, WatchedMessage):
             return message
         normal = _normal_message(message)
@@ -263,12 +270,12 @@ class ChatTemplate:
 
     def arguments(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
         *,
         add_generation_prompt: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Message:
         """Return all the names that the template sees."""
         arguments = {**self.special_tokens, **self.template_kwargs, **(template_kwargs or {})}
         return arguments | {
@@ -279,7 +286,7 @@ class ChatTemplate:
         }
 
 
-def _normal_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _normal_message(message: Mapping[str, object]) -> Message:
     """Drop None values and alias reasoning fields, as transformers does before it renders."""
     normal = {key: value for key, value in message.items() if value is not None}
     reasoning = next((normal[key] for key in REASONING_FIELDS if key in normal), None)
@@ -302,63 +309,109 @@ def _compared_constants(tree: jinja2.nodes.Template) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-KNOWN = frozenset({"role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking"})
-"""Keys that are looked after in other ways: what they say is trained, or counted as swallowed."""
+# ------------------------------------------------------------------------------------ texts of a message
 
 
-class WatchedMessage(dict[str, Any]):
-    """A message that notes which of its keys are asked for."""
+def calls_of(message: Message) -> list[Message]:
+    """Return the tool calls of a message, but for what is no object."""
+    calls = message.get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
 
-    __slots__ = ("asked",)
 
-    def __init__(self, message: Mapping[str, Any]) -> None:
+def functions_of(message: Message) -> list[Message]:
+    """Return the functions that a message calls, as {"name": ..., "arguments": ...}."""
+    functions = [call.get("function", call) for call in calls_of(message)]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def content_of(message: Message) -> str:
+    """Return the content of a message where it is text, else ""."""
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def reasoning_of(message: Message) -> object:
+    """Return the reasoning of a message, under whatever name: several hold the same."""
+    return next((message[key] for key in REASONING_FIELDS if message.get(key) is not None), None)
+
+
+def message_texts(message: Message) -> Iterator[str]:
+    """Yield the texts of a message: content, reasoning and the strings in the arguments of its tool calls.
+
+    >>> call = {"function": {"arguments": {"city": "Rome"}}}
+    >>> list(message_texts({"role": "assistant", "content": "", "tool_calls": [call]}))
+    ['Rome']
+    """
+    stack = [function.get("arguments") for function in functions_of(message)]
+    stack += [message.get("content"), reasoning_of(message)]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            if value.strip():
+                yield value
+        elif isinstance(value, dict | list):
+            stack += value.values() if isinstance(value, dict) else value
+
+
+# ------------------------------------------------------------------------------------ what goes unread
+
+TRACKED_KEYS = frozenset({"role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking"})
+"""Keys that are tracked in other ways: what they say is trained, or counted as dropped by the template."""
+
+
+class WatchedMessage(Message):
+    """A message that notes which of its keys a template looks up."""
+
+    __slots__ = ("looked_up",)
+
+    def __init__(self, message: Mapping[str, object]) -> None:
         super().__init__(message)
-        self.asked: set[Any] = set()
+        self.looked_up: set[str] = set()
 
-    def __getitem__(self, key: Any) -> Any:
-        self.asked.add(key)
+    def __getitem__(self, key: str) -> object:
+        self.looked_up.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         """Return the value of a key, noting it."""
-        self.asked.add(key)
+        self.looked_up.add(key)
         return super().get(key, default)
 
-    def __contains__(self, key: Any) -> bool:
-        self.asked.add(key)
+    def __contains__(self, key: object) -> bool:
+        self.looked_up.add(str(key))
         return super().__contains__(key)
 
-    def __iter__(self) -> Iterator[Any]:
-        self.asked.update(super().keys())
+    def __iter__(self) -> Iterator[str]:
+        self.looked_up.update(super().keys())
         return super().__iter__()
 
-    def keys(self) -> Any:
+    def keys(self) -> dict_keys[str, object]:
         """Return all keys, noting them."""
-        self.asked.update(super().keys())
+        self.looked_up.update(super().keys())
         return super().keys()
 
-    def values(self) -> Any:
+    def values(self) -> dict_values[str, object]:
         """Return all values, noting their keys."""
-        self.asked.update(super().keys())
+        self.looked_up.update(super().keys())
         return super().values()
 
-    def items(self) -> Any:
+    def items(self) -> dict_items[str, object]:
         """Return all items, noting their keys."""
-        self.asked.update(super().keys())
+        self.looked_up.update(super().keys())
         return super().items()
 
     def unread(self) -> set[str]:
-        """Return the keys that nothing asked for."""
-        return {key for key in dict.keys(self) if key not in self.asked} - KNOWN
+        """Return the keys that nothing looked up."""
+        return {key for key in dict.keys(self) if key not in self.looked_up} - TRACKED_KEYS
 
 
-def has_more(messages: list[dict[str, Any]]) -> bool:
-    """Say whether any message has a key that may go unread."""
-    return any(not message.keys() <= KNOWN for message in messages)
+def has_untracked_keys(messages: Sequence[Mapping[str, object]]) -> bool:
+    """Return whether any message has a key that may go unread."""
+    return any(not message.keys() <= TRACKED_KEYS for message in messages)
 
 
 def unread_names(
-    messages: list[WatchedMessage], arguments: Mapping[str, Any], read: frozenset[str]
+    messages: list[WatchedMessage], arguments: Mapping[str, object], read: frozenset[str]
 ) -> tuple[str, ...]:
     """Return the counters of what a template did not read, one entry for each message that has it.
 

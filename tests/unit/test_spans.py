@@ -429,10 +429,10 @@ def test_lost_reasoning_is_told_apart_from_a_lost_text_wherever_its_words_recur(
     found = {
         name: _render(_finder(Format(text)), chat) for name, text in (("source", source), ("writes", writes))
     }
-    assert [(one.swallowed, one.unthought) for one in found.values()] == [([], [1]), ([], [])]
+    assert [(one.dropped, one.reasoning_dropped) for one in found.values()] == [([], [1]), ([], [])]
     if content != thought:  # which of two equal texts is left out, no render tells
         kept = _render(_finder(Format(loses)), chat)
-        assert (kept.swallowed, kept.unthought) == ([1], [])
+        assert (kept.dropped, kept.reasoning_dropped) == ([1], [])
 
 
 def test_trusted_control_tokens_are_not_reported() -> None:
@@ -482,9 +482,9 @@ def test_left_out_texts_are_named() -> None:
             bot("Thanks"),
         ]
     }
-    assert _render(_finder(Format(CHATML)), chat).unthought == [1]
-    assert _render(_finder(Format(CHATML)), chat).swallowed == []
-    assert _render(_finder(Format(CHATML)), CHATS["many turns"]).swallowed == []
+    assert _render(_finder(Format(CHATML)), chat).reasoning_dropped == [1]
+    assert _render(_finder(Format(CHATML)), chat).dropped == []
+    assert _render(_finder(Format(CHATML)), CHATS["many turns"]).dropped == []
 
 
 @pytest.mark.parametrize(("name", "break_"), [("qwen2.5-instruct", "\n"), ("made-tools", "")])
@@ -497,7 +497,7 @@ def test_a_call_that_holds_numbers_only_is_trained_though_the_reasoning_is_left_
     assert [rendered.text[turn.start : turn.stop] for turn in rendered.turns] == [
         f'<tool_call>{break_}{{"name": "area", "arguments": {{"radius": 1.5}}}}{break_}</tool_call><|im_end|>'
     ]
-    assert (rendered.swallowed, rendered.unthought) == ([], [1])
+    assert (rendered.dropped, rendered.reasoning_dropped) == ([], [1])
 
 
 @pytest.mark.parametrize(

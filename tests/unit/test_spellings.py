@@ -243,7 +243,7 @@ def test_a_template_is_given_parts_or_text_as_it_takes_them(source: str, in_part
         == "system: Be brief.<|im_end|>user: A green vegetable?<|im_end|>assistant: Chard.<|im_end|>"
     )
     assert trained(rendered) == ["Chard.<|im_end|>"]
-    assert (rendered.swallowed, rendered.counted) == ([], ())
+    assert (rendered.dropped, rendered.counted) == ([], ())
 
 
 # ------------------------------------------------------------------------------------------------------ reasoning
@@ -257,12 +257,12 @@ INLINE = {"role": "assistant", "content": "<think>\nPairs.\n</think>\n\nFour."}
 @pytest.mark.parametrize("source", [DROPS, CUTS], ids=["drops", "cuts"])
 def test_reasoning_that_a_template_leaves_out_is_counted_by_every_name(spelling: str, source: str) -> None:
     rendered = render(source, ASK, {"role": "assistant", "content": "Four.", spelling: "Pairs."})
-    assert (rendered.unthought, rendered.swallowed, rendered.counted) == ([1], [], ())
+    assert (rendered.reasoning_dropped, rendered.dropped, rendered.counted) == ([1], [], ())
 
 
 def test_reasoning_inside_a_content_that_a_template_cuts_is_counted() -> None:
-    assert render(CUTS, ASK, INLINE).unthought == [1]
-    assert render(DROPS, ASK, INLINE).unthought == []
+    assert render(CUTS, ASK, INLINE).reasoning_dropped == [1]
+    assert render(DROPS, ASK, INLINE).reasoning_dropped == []
 
 
 def test_a_column_of_reasoning_is_the_answers_own() -> None:

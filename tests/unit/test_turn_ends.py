@@ -148,7 +148,7 @@ def test_reasoning_that_a_template_cuts_off_an_answer_is_named(blank: str) -> No
     )
     thought = {"role": "assistant", "content": f"<think>\nClouds.\n</think>{blank}Yes."}
     rendered = finder.render(Conversation([ASK, thought, ASK, ANSWER], [None] * 4))
-    assert rendered.unthought == [1]
+    assert rendered.reasoning_dropped == [1]
     assert [rendered.text[t.start : t.stop] for t in rendered.turns] == [
         f"{blank}Yes.<|end|>",
         "It rains.<|end|>",

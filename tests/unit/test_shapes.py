@@ -1,4 +1,4 @@
-"""A recipe gives what rendering gives, or is not used."""
+"""A cached shape gives what rendering gives, or is not used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation, SpanFinder
-from sftdata.render.shapes import RecipeBook
+from sftdata.render.shapes import plain_contents
 from sftdata.render.template import ChatTemplate, control_tokens
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -40,10 +40,10 @@ def finder_of(text: str) -> SpanFinder:
     return SpanFinder(ChatTemplate(text, SPECIAL), ["</s>"], (*control_tokens(text), "<s>", "</s>"))
 
 
-# Templates, and of how many recipes are learnt; the others ask their texts what no condition can stand for.
+# Templates, and of how many a shape is learned; the others ask their texts what no condition states.
 @pytest.mark.parametrize(("name", "least"), [("real", 55), ("made", 10)])
-def test_recipes_equal_rendering_on_every_template_shape_and_text(name: str, least: int, home: Path) -> None:
-    learnt = 0
+def test_shapes_equal_rendering_on_every_template_shape_and_text(name: str, least: int, home: Path) -> None:
+    learned = 0
     for path in sorted((home / "templates").glob("*/*.jinja")):
         finder = finder_of(path.read_text())
         for shape in SHAPES:
@@ -62,8 +62,8 @@ def test_recipes_equal_rendering_on_every_template_shape_and_text(name: str, lea
                     user,
                     assistant,
                 )
-        learnt += any(recipe is not None for recipe in finder._recipes.values())
-    assert learnt >= least
+        learned += any(shape is not None for shape in finder.shapes._shapes.values())
+    assert learned >= least
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_recipes_equal_rendering_on_every_template_shape_and_text(name: str, lea
         "{{ c | string | length }}",
     ],
 )  # fmt: skip
-def test_a_template_that_looks_into_texts_gets_no_recipe_or_a_true_one(body: str) -> None:
+def test_a_template_that_looks_into_texts_gets_no_shape_or_a_true_one(body: str) -> None:
     text = f"{{% for m in messages %}}{{% set c = m['content'] %}}<|{{{{ m['role'] }}}}|>{body}{{{{ c }}}}</s>{{% endfor %}}"
     finder = finder_of(text)
     for content in ("Text 0.", "eee", "m", "TtT", " x ", "12", "{}", "ab" * 9, 'a < b & "c"', "a\nb", "é"):
@@ -94,23 +94,23 @@ def test_a_template_that_looks_into_texts_gets_no_recipe_or_a_true_one(body: str
         assert outcome(finder, row, slow=False) == outcome(finder, row, slow=True)
 
 
-def test_rows_that_need_care_are_not_filled_in() -> None:
+def test_rows_that_need_care_are_rendered() -> None:
     template = ChatTemplate(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}", SPECIAL
     )
-    book = RecipeBook(template, ["</s>", "<|user|>"])
     finder = SpanFinder(template, ["</s>"], ["</s>", "<|user|>"])
-    recipe = finder._recipe(("user", "assistant"))
-    assert recipe is not None
-    assert book.admits(recipe, ["a", "b < c"])
+    shape = finder.shapes.shape_of(("user", "assistant"))
+    assert shape is not None
+    assert finder.shapes.accepts(shape, ["a", "b < c"])
     assert not any(
-        book.admits(recipe, ["a", text]) for text in (" ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000")
+        finder.shapes.accepts(shape, ["a", text])
+        for text in (" ", " b", "b\n", "x</s>", "<|user|>", "\U0010a000")
     )
     unanswered = Conversation(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], [None, None]
     )
-    filled = finder.fill(unanswered)
-    assert filled is not None
-    assert filled[0] is finder._recipe(("user", "assistant"), (1,)) is not recipe
+    cached = finder.shapes.render(unanswered)
+    assert cached is not None
+    assert cached[0] is finder.shapes.shape_of(("user", "assistant"), (1,)) is not shape
     assert outcome(finder, unanswered, slow=False) == outcome(finder, unanswered, slow=True)
-    assert book.contents(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
+    assert plain_contents(Conversation([{"role": "user", "content": "a", "name": "n"}], [None])) is None
