@@ -30,7 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +57,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 # What the rows hold, tokens of a row, rows of a batch; in miniature a 32nd of the tokens.
 DATA = {"4K": ("instructions", 4_096, 4), "16K": ("reasoning", 16_384, 1)}
 STEPS = {"0.5B": 12, "1.5B": 10, "7B-LoRA": 7, "tiny": 5}
+NOTES = (
+    "attention:",
+    "compile:",
+    "kernels:",
+    "checkpoints:",
+    "packing:",
+    "plan:",
+)  # kept of what sfttrain says
 LORA = {"r": 16, "alpha": 32}
 
 
@@ -75,12 +83,13 @@ class Task:
 
     contender: str
     run: Callable[[Task, Any], None]
-    shape: str
-    data: str
     settings: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 75.0
+    shape: str = ""
+    data: str = ""
+    seconds: float = 90.0
     device: str = "cuda"
     folder: Path = Path()
+    steps: int = 0
 
     @property
     def name(self) -> str:
@@ -134,6 +143,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tflops", type=float, default=989.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--shape", choices=SHAPES, help="this one only")
+    parser.add_argument("--steps", type=int, default=0, help="of each contender, instead of its own number")
     parser.add_argument(
         "--only", nargs="+", default=[], help="rows whose name holds one of these, in this order"
     )
@@ -141,7 +151,7 @@ def _options() -> argparse.Namespace:
         "--variant",
         action="append",
         default=[],
-        metavar="NAME:KEY=VALUE,...",
+        metavar="SHAPE/ROWS@NAME:KEY=VALUE,...",
         help="sfttrain with these settings",
     )
     return parser.parse_args()
@@ -165,18 +175,18 @@ def _import_everything() -> None:
     if "trl" not in _missing():
         import datasets  # noqa: F401
         from trl import SFTConfig, SFTTrainer  # noqa: F401
-    if "liger-kernel" not in _missing() and _gpus():
-        import liger_kernel.transformers  # noqa: F401
-    if _gpus():
-        assert not torch.cuda.is_initialized(), (
-            "an import touched the GPU, so that no contender can be forked"
-        )
+    if torch.cuda.is_initialized():
+        print("an import has touched the GPU: a forked contender may not be able to use it")
 
 
 def _gpus() -> int:
+    """Count them in a process of its own: asking may touch them, and then no contender could be forked."""
     import torch
 
-    return torch.cuda.device_count()
+    child = os.fork()
+    if not child:
+        os._exit(torch.cuda.device_count())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _write_sets(folder: Path, shapes: set[str]) -> None:
@@ -199,62 +209,61 @@ def _tasks(options: argparse.Namespace, folder: Path) -> Iterator[Task]:
     """Yield every row, the most important first."""
     tasks = [*_ranked(options.shape)]
     if options.only:
-        tasks = [task for text in options.only for task in tasks if text in task.name]
-    shape = options.shape or "0.5B"
-    for text in options.variant:
-        name, _, pairs = text.partition(":")
+        names = {task.name for task in tasks}
+        tasks = [
+            task
+            for text in options.only
+            for task in tasks
+            if task.name == text or (text not in names and text in task.name)
+        ]
+    for text in reversed(options.variant):
+        where, _, variant = text.rpartition("@")
+        label, _, pairs = variant.partition(":")
+        shape, _, data = (where or f"{options.shape or '0.5B'}/4K").partition("/")
         settings = {
             key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs.split(","))
         }
-        where, _, label = name.rpartition("@")
-        tasks.insert(
-            0, Task(f"sfttrain, {label}", _ours, *(where.split("/") if where else (shape, "4K")), settings)
-        )
+        tasks.insert(0, Task(f"sfttrain, {label}", _ours, settings, shape, data))
     for task in tasks:
         absent = [package for package in _missing() if package in _needs(task)]
         if not absent:
-            yield Task(**vars(task) | {"device": options.device, "folder": folder})
+            steps = options.steps or STEPS[task.shape]
+            yield replace(task, device=options.device, folder=folder, steps=steps)
 
 
 def _ranked(shape: str | None) -> Iterator[Task]:
-    sdpa, varlen = Task("TRL, sdpa", _trl, "", "", {"attention": "sdpa"}), {"attention": "varlen"}
-    ours, dense = Task("sfttrain", _ours, "", ""), Task("TRL, varlen", _trl, "", "", varlen)
-    liger = Task("TRL, varlen + Liger", _trl, "", "", varlen | {"use_liger_kernel": True})
-    checkpoints = Task("sfttrain, checkpoints", _ours, "", "", {"activation_checkpointing": True})
-    kept = Task("sfttrain, no checkpoints", _ours, "", "", {"activation_checkpointing": False})
-    theirs_kept = Task(
-        "TRL, varlen + Liger, no checkpoints",
-        _trl,
-        "",
-        "",
-        {**liger.settings, "gradient_checkpointing": False},
+    checkpoints, varlen = {"activation_checkpointing": True}, {"attention": "varlen"}
+    plainly = checkpoints | {"compile": "none", "kernels": "none"}
+    ours, ours_lean = Task("sfttrain", _ours), Task("sfttrain, checkpoints", _ours, checkpoints)
+    fused = Task("sfttrain, Liger's kernels", _ours, checkpoints | {"kernels": "liger", "compile": "loss"})
+    plain = Task("sfttrain, plain", _ours, plainly)
+    sdpa, dense = Task("TRL, sdpa", _trl, {"attention": "sdpa"}), Task("TRL, varlen", _trl, varlen)
+    liger = Task("TRL, varlen + Liger", _trl, varlen | {"use_liger_kernel": True})
+    kept = Task(
+        "TRL, varlen + Liger, no checkpoints", _trl, liger.settings | {"gradient_checkpointing": False}
     )
-    loop = Task("bare loop, the same parts", _loop, "", "")
-    compiled = Task("compiled bare loop", _compiled_loop, "", "", seconds=120.0)
+    loop = Task("bare loop, the same parts", _loop, checkpoints)
+    compiled = Task("compiled bare loop", _compiled_loop, plainly, seconds=120.0)
     rounds: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[Task, ...]], ...] = (
-        (("0.5B", "1.5B"), ("4K",), (ours, liger, checkpoints, dense)),
-        (("0.5B", "1.5B"), ("16K",), (ours, liger)),
-        (("7B-LoRA",), ("4K",), (ours, liger)),
-        (("0.5B",), ("4K",), (loop, Task("start", _start, "", ""))),
-        (("0.5B", "1.5B"), ("16K",), (dense,)),
-        (("0.5B",), ("4K",), (sdpa, compiled, kept, theirs_kept)),
-        (("7B-LoRA",), ("4K",), (dense,)),
-        (("0.5B", "1.5B"), ("16K",), (checkpoints, sdpa)),
-        (("1.5B",), ("4K",), (loop, kept, theirs_kept, sdpa, compiled)),
-        (("7B-LoRA",), ("16K",), (ours, liger)),
+        (("0.5B", "1.5B"), ("4K",), (ours_lean, liger, ours)),
+        (("0.5B", "1.5B"), ("16K",), (ours_lean, liger)),
+        (("7B-LoRA",), ("4K",), (ours_lean, liger)),
+        (("0.5B",), ("4K",), (Task("start", _start, seconds=150.0), loop, fused, dense, sdpa)),
+        (("0.5B", "1.5B"), ("16K",), (dense, ours)),
+        (("1.5B",), ("4K",), (fused, dense, loop)),
+        (("0.5B",), ("4K",), (kept, plain, compiled)),
+        (("1.5B",), ("4K",), (kept, plain, compiled, sdpa)),
+        (("0.5B", "1.5B"), ("16K",), (fused, sdpa)),
+        (("7B-LoRA",), ("4K",), (ours, dense)),
+        (("7B-LoRA",), ("16K",), (ours_lean, liger)),
     )
     if shape is None:
         for shapes, data, contenders in rounds:
             for place in ((one, rows) for one in shapes for rows in data):
-                yield from (
-                    Task(**vars(task) | dict(zip(("shape", "data"), place, strict=True)))
-                    for task in contenders
-                )
+                yield from (replace(task, shape=place[0], data=place[1]) for task in contenders)
         return
     every = {task.contender: task for _, _, contenders in rounds for task in contenders}
-    yield from (
-        Task(**vars(task) | {"shape": shape, "data": data}) for data in DATA for task in every.values()
-    )
+    yield from (replace(task, shape=shape, data=data) for data in DATA for task in every.values())
 
 
 def _needs(task: Task) -> tuple[str, ...]:
@@ -292,8 +301,10 @@ def _run(task: Task, deadline: float) -> dict[str, Any]:
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.kill()
     process.join()
+    said = log.read_text(errors="replace") if log.exists() else ""
     if "error" in found:
-        found["log"] = log.read_text(errors="replace")[-2_000:] if log.exists() else ""
+        found["log"] = said[-2_000:]
+    found["notes"] = [line for line in said.splitlines() if line.startswith(NOTES)]
     return found | {"wall": round(time.time() - began, 1)}
 
 
@@ -342,7 +353,7 @@ def _watch(task: Task) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 self.losses.append(float(logs["loss"]))
-                if len(self.losses) == STEPS[task.shape]:
+                if len(self.losses) == task.steps:
                     raise Done
 
         def figures(self) -> dict[str, Any]:
@@ -386,7 +397,7 @@ def _config(shape: str) -> Any:
 def _settings(task: Task) -> dict[str, Any]:
     """Return what both trainers are given: one step after the other, on the same rows, and nothing written."""
     return {
-        "max_steps": STEPS[task.shape] + 1, "per_device_train_batch_size": task.batch, "learning_rate": 1e-5,
+        "max_steps": 1_000, "per_device_train_batch_size": task.batch, "learning_rate": 1e-5,
         "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "bf16": task.device == "cuda",
         "report_to": "none", "disable_tqdm": True, "optim": "adamw_torch_fused",
         "train_sampling_strategy": "sequential", "use_cpu": task.device == "cpu",
@@ -449,17 +460,16 @@ def _trl(task: Task, watch: Any) -> None:
 
 
 def _loop(task: Task, watch: Any) -> None:
-    """A hand-written loop with what sfttrain would train with: model, loss, optimizer, batches."""
+    """A hand-written loop with what sfttrain trains with: model, kernels, compiled parts, loss, optimizer."""
     _take_over(task, watch, compiled=False)
 
 
 def _compiled_loop(task: Task, watch: Any) -> None:
-    """The same loop, every layer compiled by PyTorch."""
+    """A hand-written loop whose layers are compiled by PyTorch, as its users would do it."""
     _take_over(task, watch, compiled=True)
 
 
 def _take_over(task: Task, watch: Any, compiled: bool) -> None:
-    import torch
     from torch import nn
     from transformers import TrainerCallback
 
@@ -471,15 +481,16 @@ def _take_over(task: Task, watch: Any, compiled: bool) -> None:
             model.train()
             for batch in kwargs["train_dataloader"]:
                 held = {key: one.to(task.device) if hasattr(one, "to") else one for key, one in batch.items()}
-                with torch.autocast(task.device, dtype=torch.bfloat16, enabled=task.device == "cuda"):
-                    loss = model(**held, skip_logits=True).loss
+                loss = model(
+                    **held, skip_logits=True
+                ).loss  # under accelerate's autocast, which is in its forward
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 watch.on_step_end(model=model)
                 watch.losses.append(float(loss.detach()))
-                if len(watch.losses) == STEPS[task.shape]:
+                if len(watch.losses) == task.steps:
                     raise Done
 
     _ours(task, Loop())
@@ -534,7 +545,10 @@ class _Table:
         self._rows.append(row)
         with (self._out / "gpu_step.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(" | ".join(_cells(row)), row.get("log", ""), flush=True)
+        notes = [
+            note for note in row.get("notes", ()) if note.startswith(("compile:", "kernels:", "checkpoints:"))
+        ]
+        print(" | ".join([*_cells(row), *notes, row.get("log", "")]), flush=True)
 
     def write(self) -> str:
         """Write the table, and return it."""
@@ -548,21 +562,19 @@ class _Table:
         return text
 
     def _ratios(self) -> Iterator[str]:
-        """Say what sfttrain's default is to the fastest and the leanest of TRL, on each kind of rows."""
+        """Say what sfttrain is to the fastest and the leanest of TRL, on each kind of rows."""
         for shape, data in dict.fromkeys((row["shape"], row["data"]) for row in self._rows):
             here = [
                 row for row in self._rows if (row["shape"], row["data"]) == (shape, data) and "peak" in row
             ]
-            ours = next((row for row in here if row["contender"] == "sfttrain"), None)
             theirs = [row for row in here if row["contender"].startswith("TRL")]
-            if ours is None or not theirs:
-                continue
-            speed = ours["tokens_per_second"] / max(row["tokens_per_second"] for row in theirs)
-            memory = ours["peak"] and ours["peak"] / min(row["peak"] for row in theirs)
-            text = (
-                f"- {shape}, {data}: sfttrain takes {speed:.2f} times the tokens a second of the fastest TRL"
-            )
-            yield f"{text}, in {memory:.2f} times the memory of the leanest" if memory else text
+            for row in here if theirs else ():
+                if row["contender"].startswith("TRL"):
+                    continue
+                speed = row["tokens_per_second"] / max(one["tokens_per_second"] for one in theirs)
+                memory = row["peak"] / min(one["peak"] for one in theirs) if row["peak"] else None
+                text = f"- {shape}, {data}: {row['contender']}: {speed:.2f} times the tokens a second of the fastest TRL"
+                yield f"{text}, {memory:.2f} times the memory of the leanest" if memory else text
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -108,7 +108,7 @@ def seconds_to_first_step(
         settings: of both.
         cache: where sfttrain keeps its proofs.
     """
-    steps = settings | {"max_steps": 1_000}
+    steps = settings | {"max_steps": 20}  # too few for auto to compile
     if which == "trl":
         given = [json.dumps(steps), str(set), str(model), str(folder / "trl")]
         command = [sys.executable, __file__, "--first-step", *given]
@@ -246,10 +246,13 @@ def _loop_steps(folder: Path, fused: bool) -> Iterator[float]:
 
 
 def _first_step(settings: str, rows: str, model: str, folder: str) -> None:
+    import torch
     from transformers import TrainerCallback
 
     class Say(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             print(f"step {state.global_step}/", flush=True)
 
     _trl(Path(folder), Say(), json.loads(settings), Path(rows), Path(model))

@@ -16,7 +16,14 @@ from tests.waiting import HANGS
 
 pytestmark = pytest.mark.slow
 # One of each kind; the compiled loop needs a C++ compiler and most of a minute.
-CONTENDERS = ("4K sfttrain", "4K TRL, sdpa", "4K TRL, varlen", "16K sfttrain", "4K bare loop", "4K start")
+CONTENDERS = (
+    "4K sfttrain, checkpoints",
+    "4K TRL, sdpa",
+    "4K TRL, varlen",
+    "16K sfttrain, checkpoints",
+    "4K bare loop",
+    "4K start",
+)
 
 
 def _run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
