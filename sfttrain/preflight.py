@@ -1,9 +1,11 @@
-"""Checks before step 1: optimizer and schedule on a stand-in, room for checkpoints, a trial step."""
+"""Checks before step 1: optimizer and schedule on a stand-in, room for checkpoints, what is compiled."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,23 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint
+from sfttrain.acting import Run, given_training, training_defaults
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
 from sfttrain.talk import Say
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from sfttrain.trainer import SftTrainer
-
-
-import copy
-import warnings
-
-from sfttrain.acting import Run, given_training, training_defaults
 
 # Fields that some optimizers read and others do not.
 _READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -36,14 +34,15 @@ _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compi
 _WHOLE = ("model", "optimizer_dict")  # arguments of optimizers that take more than parameters
 
 
-def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, steps: int, say: Say) -> None:
-    """Check room on the disk, try one step as training will take it, and log what the run will need.
+def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Say) -> None:
+    """Check room on the disk, log what the weights take, and compile what was chosen.
+
+    Nothing else is tried: what a step lacks shows in the first one (`FirstStep`), and nothing is lost by then.
 
     Args:
         trainer: with the model.
         compute: dtype of the matrix products.
         choice: what to compile; where the compiled step is not the plain one, it is undone.
-        steps: of the run.
         say: told what was found.
 
     Raises:
@@ -53,13 +52,14 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, steps: 
     if args.save_strategy != "no" and args.process_index == 0:
         kept = args.save_total_limit or 2
         checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(model))
+    trainer.add_callback(FirstStep(trainer.run["global_batch"], say))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        say("trial step: left out, since the model is not sharded yet")
+        return  # not sharded yet
+    say(f"memory: {describe_memory(model)}")
+    if choice.what == "none":
         return
     trainer.checkpoint_activations()
     batch = _trial_batch(trainer)
-    # On a CPU the trial takes one row: memory is rarely what a step lacks there.
-    rows = args.train_batch_size if args.device.type == "cpu" else 1
 
     def trial() -> Trial:
         # Under 16 bit without a cache, as in training: what is compiled would be compiled again for another state.
@@ -67,13 +67,46 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, steps: 
         autocast = torch.autocast(args.device.type, dtype=compute, enabled=half, cache_enabled=not half)
         return try_step(model, batch, trainer.fused, autocast)
 
-    plain = trial()
-    seconds = plain.seconds * rows * args.gradient_accumulation_steps
-    say(f"memory: {describe_memory(model)}")
-    about = f"about {seconds * steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
-    say(f"plan: {steps:,} steps of {trainer.run['global_batch']} rows; {about}")
-    if choice.what != "none":
-        _try_compiled(model, choice, plain, trial, say)
+    _try_compiled(model, choice, trial(), trial, say)
+
+
+class FirstStep(TrainerCallback):
+    """Say after the first step how long the run will take, and what memory its steps need."""
+
+    def __init__(self, rows: int, say: Say) -> None:
+        self._rows, self._say, self._began = rows, say, 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._began = self._began or time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log the figures of the first step."""
+        if state.global_step != 1 or not state.is_world_process_zero:
+            return
+        peak = ""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+            peaked, whole = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.mem_get_info()[1] / 1e9
+            peak = f"; memory peaked at {peaked:.2f} of {whole:.0f} GB"
+        seconds = time.perf_counter() - self._began
+        about = (
+            f"about {seconds * state.max_steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
+        )
+        self._say(f"plan: {state.max_steps:,} steps of {self._rows} rows; {about}{peak}")
+
+
+def out_of_memory(error: torch.OutOfMemoryError, step: int) -> UsageError:
+    """Return the error of a step that the device has too little memory for."""
+    reason = str(error).split(". ")[0]
+    fix = (
+        "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length."
+    )
+    return UsageError(f"Step {step:,} does not fit: {reason}.", fix)
 
 
 def _try_compiled(
@@ -145,12 +178,7 @@ def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextMan
         grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        raise UsageError(
-            f"One forward and backward does not fit: {reason}.",
-            "set activation_checkpointing=true, a smaller batch, --lora, "
-            "or prepare with a smaller --max-length.",
-        ) from None
+        raise out_of_memory(error, 1) from None
     finally:
         model.zero_grad(set_to_none=True)
     value = float(loss.detach())
@@ -166,11 +194,7 @@ def describe_memory(model: nn.Module) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     text = f"{total:,} parameters, {trained:,} trained; "
-    text += f"weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        text += f"; trial step peaked at {peak:.2f} of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
-    return text
+    return f"{text}weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
 
 
 def try_optimizer(run: Run, model: Any, steps: int) -> None:

@@ -131,7 +131,7 @@ def _assemble(
     try_optimizer(setting, model, steps)
     choice = _speed_up(setting, trainer, where, steps)
     if resumed is None:
-        preflight.check_fit(trainer, compute, choice, steps, say)
+        preflight.check_fit(trainer, compute, choice, say)
     elif choice.what != "none":
         say(f"compile: {start_compiled(cast(Any, trainer.model), choice)} ({choice.reason})")
     return trainer, resumed, steps
@@ -157,6 +157,8 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
             _restore(trainer, resumed[0], say)
         else:
             trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    except torch.OutOfMemoryError as error:
+        raise preflight.out_of_memory(error, trainer.state.global_step + 1) from None
     except UnpicklingError:
         place = resumed[0] if resumed else trainer.args.output_dir
         found = f"{place}: holds a pickle that is more than tensors, which loading would run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,26 @@ def test_a_router_loss_is_said_to_be_on_or_off(
     )
 
 
-# -------------------------------------------------------------------------------------------------- trial step
+# -------------------------------------------------------------------------------------------------- first step
+
+
+class _Kept:
+    """Bytes of the storages that a block keeps for its backward pass."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def of(self, own: Any, *given: Any, **options: Any) -> tuple[Any, int]:
+        self._seen.clear()
+        with self._hooks:
+            found = own(*given, **options)
+        return found, sum(self._seen.values())
 
 
 @pytest.mark.feature("memory")
@@ -149,39 +169,87 @@ def test_the_trial_step_keeps_no_more_for_the_gradient_than_a_step_of_training(
 ) -> None:
     from sfttrain.trainer import SftTrainer
 
-    sizes: dict[str, int] = {}
+    own, sizes = SftTrainer.training_step, list[int]()
 
-    def counted(name: str, own: Any) -> Any:
-        def run(*given: Any, **options: Any) -> Any:
-            seen: dict[int, int] = {}
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: (
-                    seen.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()})
-                    or tensor
-                ),
-                lambda tensor: tensor,
-            ):
-                found = own(*given, **options)
-            sizes.setdefault(name, sum(seen.values()))
-            return found
+    def training_step(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        tried, trial = _Kept().of(
+            preflight.try_step, model, dict(self._prepare_inputs(inputs)), True, nullcontext()
+        )
+        loss, step = _Kept().of(own, self, model, inputs, *more)
+        assert tried.loss == pytest.approx(float(loss), rel=1e-5)
+        sizes.extend((trial, step))
+        return loss
 
-        return run
-
-    monkeypatch.setattr(preflight, "try_step", counted("trial", preflight.try_step))
-    monkeypatch.setattr(SftTrainer, "training_step", counted("training", SftTrainer.training_step))
+    monkeypatch.setattr(SftTrainer, "training_step", training_step)
     training = {**ONE, "per_device_train_batch_size": 1, "activation_checkpointing": checkpoints}
     train_in_process(shards, model, tmp_path / "out", training)
-    assert 0 < sizes["trial"] <= sizes["training"]
+    assert 0 < sizes[0] <= sizes[1]
     if checkpoints:
-        free = counted(
-            "free",
-            lambda: train_in_process(
-                shards, model, tmp_path / "free", {**training, "activation_checkpointing": False}
-            ),
-        )
-        sizes.pop("training")
-        free()
-        assert sizes["trial"] < 0.8 * sizes["training"]
+        train_in_process(shards, model, tmp_path / "free", {**training, "activation_checkpointing": False})
+        assert sizes[0] < 0.8 * sizes[3]
+
+
+def test_no_step_is_taken_before_the_first(
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import sfttrain.loss
+
+    taken: list[int] = []
+    own = sfttrain.loss.supervised_loss
+
+    def supervised_loss(hidden: Tensor, *more: Any, **options: Any) -> Any:
+        if hidden.shape[0] == 4:  # rows of a batch; the proof has fewer
+            taken.append(1)
+        return own(hidden, *more, **options)
+
+    monkeypatch.setattr(sfttrain.loss, "supervised_loss", supervised_loss)
+    train_in_process(
+        shards, model, tmp_path / "out", {**ONE, "max_steps": 2, "per_device_train_batch_size": 4}
+    )
+    assert len(taken) == 2
+    said = capsys.readouterr().err
+    assert said.index("memory: ") < said.index("plan: 2 steps of 4 rows") < said.index("step 1/2")
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_step_that_does_not_fit_is_refused_in_one_line(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    from sfttrain.trainer import SftTrainer
+
+    own = SftTrainer.compute_loss
+
+    def compute_loss(self: Any, *given: Any, **options: Any) -> Any:
+        if self.state.global_step == step - 1:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a capacity of 8 GiB."
+            )
+        return own(self, *given, **options)
+
+    monkeypatch.setattr(SftTrainer, "compute_loss", compute_loss)
+    with pytest.raises(UsageError, match=f"Step {step} does not fit: CUDA out of memory") as caught:
+        train_in_process(shards, model, tmp_path / "out", {**ONE, "max_steps": 3})
+    assert "activation_checkpointing=true" in str(caught.value)
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_a_first_loss_that_is_no_number_is_refused(
+    shards: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfttrain.trainer import SftTrainer
+
+    own = SftTrainer.compute_loss
+    monkeypatch.setattr(
+        SftTrainer,
+        "compute_loss",
+        lambda self, *given, **options: own(self, *given, **options) * float("nan"),
+    )
+    with pytest.raises(DataError, match="The loss of the first batch is no number"):
+        train_in_process(shards, model, tmp_path / "out", ONE)
 
 
 # ----------------------------------------------------------------------------------------------------- diverged
