@@ -1,11 +1,11 @@
-"""The values that pass between stages, and the tally that goes through them all.
+"""The values that pass between stages, and the tally that passes through all of them.
 
-A batch is columns; index i in each column is the same example.
+A batch consists of columns; index i in each column is the same example.
 
     RowBatch ── canonical ──> list[Row] ── render ──> TextBatch ── encode ──> TokenBatch ── pack ──> PackPlan
 
-`row` columns point back into the chunk's RowBatch, so that every later value knows where it came from. What the
-stages count of a batch, and the rows that leave it, are in one `Tally` from reading to the ledger.
+`row` columns are indices into the chunk's RowBatch, so that the origin of every later value is known. One
+`Tally` from reading to the ledger holds the counts of the stages, and the rows they reject or drop.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RowBatch:
         byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte
             position.
         file: name of the source.
-        numbered_from: number in the source, from 1, of a row whose example id were 0.
+        numbered_from: number in the source, from 1, that a row with example id 0 would have.
         by_line: whether the source is read by lines.
     """
 
@@ -89,7 +89,7 @@ class Conversation(msgspec.Struct, frozen=True):
         tools: JSON schemas of the tools, or None.
         template_kwargs: this row's own template arguments.
         prompt_messages: how many leading messages are prompt only (conversational prompt/completion rows).
-        counted: what had to be put right on the way, by names of counters, one entry each time.
+        counted: repairs made while reading the row, as names of counters, one entry each.
     """
 
     messages: list[dict[str, Any]]
@@ -101,7 +101,7 @@ class Conversation(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """A prompt and the completion to train, both rendered text, joined without anything between."""
+    """A prompt and the completion to train, both rendered text, joined without a separator."""
 
     prompt: str
     completion: str
@@ -228,20 +228,21 @@ class TokenBatch:
         lengths = self.lengths[order]
         return self.at(positions_of(self.offsets[:-1][order], lengths), offsets_of(lengths), self.row[order])
 
-    def at(self, tokens: Any, offsets: Int64, row: Int64) -> TokenBatch:
+    def at(self, tokens: Int64 | Bool | slice, offsets: Int64, row: Int64) -> TokenBatch:
         """Return the tokens that an index, a mask or a slice picks, as examples of their own."""
         weights = None if self.loss_weights is None else self.loss_weights[tokens]
         return TokenBatch(self.input_ids[tokens], self.trained[tokens], offsets, row, weights)
 
     def weights(self) -> Float32:
-        """float32[T], 1 for every trained token where nothing else is said."""
+        """float32[T], 1 for every trained token unless the data gives weights."""
         return self.trained.astype(np.float32) if self.loss_weights is None else self.loss_weights
 
     @classmethod
     def join(cls, parts: list[TokenBatch]) -> TokenBatch:
         """Put batches end to end; their `row` columns are taken as they are.
 
-        >>> one = TokenBatch(np.arange(3, dtype=np.int32), np.ones(3, np.bool_), np.array([0, 1, 3]), np.array([4, 5]))
+        >>> ids, trained = np.arange(3, dtype=np.int32), np.ones(3, np.bool_)
+        >>> one = TokenBatch(ids, trained, np.array([0, 1, 3]), np.array([4, 5]))
         >>> TokenBatch.join([one, one]).offsets.tolist()
         [0, 1, 3, 4, 6]
         """
@@ -310,24 +311,25 @@ class PackedRows:
         return len(self.row_offsets) - 1
 
 
-EXAMPLES = 3  # rows that are shown of those behind a count
+# --------------------------------------------------------------------------------------------- tally
+
+EXAMPLES = 3  # rows listed for a count
 FILTERED = "formatter"
-"""Why a row is left out for which the user's formatter returned None."""
+"""The reason of a row for which the user's formatter returned None."""
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that cannot be used: where it is, why, and the fix; made where it fails, written as it is.
+    """A row that cannot be used: its place, the reason and the fix; made where it fails, written unchanged.
 
     Attributes:
         file: name of the source.
         line: 1-based line where it starts; None in a file that is not read by lines.
-        record: its number in the file, from 1: of the line, the record of a CSV, the element of an array, the
-            row of a table.
+        record: 1-based number of its line, CSV record, array element or table row in the file.
         byte_offset: where the row starts in the decompressed source; -1 where rows have no byte position.
         code: stable kebab-case name of the fault.
         reason: what was found and expected.
         fix: how to fix it.
-        row: the row as parsed, or its text where it could not be parsed.
+        row: the row as parsed, or its text if it could not be parsed.
     """
 
     file: str
@@ -337,7 +339,7 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     reason: str
     fix: str
-    row: Any
+    row: object
 
     @property
     def place(self) -> str:
@@ -348,12 +350,12 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that is not in the shards although nothing is wrong with it.
+    """A valid row that is not in the shards.
 
     Attributes:
         file, line, record: where it is, as in a `Reject`.
         reason: key of `rows_dropped` or `rows_filtered` in the ledger.
-        tokens: how many it has; None where it was left out before it was tokenized.
+        tokens: its length; None if it was dropped before it was tokenized.
     """
 
     file: str
@@ -367,13 +369,13 @@ class Tally:
     """Counts by name with the rows behind them, and the rows that are rejected or dropped.
 
     Args:
-        batch: the rows, which know where they are; none where all rows are known to be good.
+        batch: the rows, with their places; None if all rows are known to be valid.
         rejects: rows that could not be read.
 
     Attributes:
-        counts: how many, by name of the counter.
-        rows: indices into the batch of the rows behind a count.
-        rejects, dropped: in the order in which the stages met them.
+        counts: by name of the counter.
+        rows: indices into the batch of the rows of a count.
+        rejects, dropped: in the order of the stages.
         tokens_cut: tokens cut from rows that stay.
         tokens_dropped: tokens of rows (with `--overlong split`, of parts of rows) that were dropped, by
             reason.
@@ -389,7 +391,7 @@ class Tally:
         self.tokens_dropped: Counter[str] = Counter()
 
     def count(self, name: str, row: int, number: int = 1) -> None:
-        """Add `number` for a row, which may be none."""
+        """Add `number`, if it is not 0, for a row."""
         if number:
             self.counts[name] += number
             self.rows.setdefault(name, []).append(row)
@@ -416,7 +418,7 @@ class Tally:
         )
 
     def drop(self, row: int, reason: str, tokens: int | None = None) -> None:
-        """Leave out a row of the batch that has so many tokens."""
+        """Drop a row of the batch, which has that many tokens."""
         batch = self.batch
         line, record = batch.line_of(row), batch.record_of(row)
         self.dropped.append(Dropped(file=batch.file, line=line, record=record, reason=reason, tokens=tokens))

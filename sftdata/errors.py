@@ -1,12 +1,12 @@
-"""Errors and faults: where, what was found, what was expected, the fix; one line.
+"""Errors and faults, each one line: where, what was found, what was expected, the fix.
 
     SftError                 exit code
     ├── UsageError           2    a wrong flag, setting, file name or format choice
     ├── DataError            3    too many rejected rows, nothing trainable
     └── IntegrityError       4    a set whose bytes do not match its manifest
 
-A bad *row* is not an error: a stage hands its `Fault` to the tally, which makes a `Reject` of it, and goes on with the
-rest.
+A bad *row* is not an error: a stage passes its `Fault` to the tally, which makes a `Reject` of it, and continues
+with the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Literal
 
 
 class SftError(Exception):
-    """Say in one line what went wrong and how to fix it.
+    """The base of all errors: one line with the problem and its fix.
 
     Args:
         message: where, what was found, what was expected.
-        fix: what to do, without the word "Fix"; empty when the message says it all.
+        fix: what to do, without the word "Fix"; empty if the message makes it clear.
     """
 
     exit_code = 1
@@ -61,7 +61,10 @@ class IntegrityError(SftError):
 class Fault:
     """Why one row cannot be used: the body of a line in `rejects.jsonl`.
 
-    `code` is a stable kebab-case name (`unknown-role`), `reason` says what was found and expected, `fix` how to fix it.
+    Attributes:
+        code: stable kebab-case name, as `unknown-role`.
+        reason: what was found and expected.
+        fix: what to do.
     """
 
     code: str
@@ -78,7 +81,7 @@ class RowError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return the fix for a word that is not among the known ones: the nearest of them, or `otherwise` where none is near.
+    """Return the fix for an unknown word: the nearest known one, or `otherwise` if none is near.
 
     >>> did_you_mean("packin", ["packing", "split"]), did_you_mean("x", ["packing"], "choose one of packing.")
     ("did you mean 'packing'?", 'choose one of packing.')
@@ -88,12 +91,12 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def nearest(word: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
-    """Return the known word most like this one; None where none is alike by this ratio of `difflib`."""
+    """Return the known word nearest to this one; None if none reaches this ratio of `difflib`."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=similarity)), None)
 
 
 def explain(code: str) -> str:
-    """Return the paragraph of a code, with the kind of thing it is.
+    """Return the paragraph of a code, with its kind.
 
     >>> print(explain("empty-row"))
     empty-row (rejected rows): Prompt and completion are both empty. Remove the row.
@@ -102,14 +105,14 @@ def explain(code: str) -> str:
         UsageError: there is no such code.
     """
     codes = read_codes()
-    name = code.strip().partition(":")[0]  # a counter of a column goes by `column_unused:NAME`
-    known = {entry.replace("_", "-"): entry for entry in codes}  # the summary writes counters with spaces
-    found = known.get(name.lower().replace("_", "-").replace(" ", "-"))
-    if found is None:
+    name = code.strip().partition(":")[0]  # the counter of a column is `column_unused:NAME`
+    known = {name.replace("_", "-"): name for name in codes}  # the summary writes counters with spaces
+    entry = known.get(name.lower().replace("_", "-").replace(" ", "-"))
+    if entry is None:
         fix = did_you_mean(name, codes, "`sftdata explain` lists them all.")
         raise UsageError(f"{code}: no such code.", fix)
-    section, paragraph = codes[found]
-    return f"{found} ({section[0].lower()}{section[1:]}): {paragraph}"
+    section, paragraph = codes[entry]
+    return f"{entry} ({section[0].lower()}{section[1:]}): {paragraph}"
 
 
 def read_codes() -> dict[str, tuple[str, str]]:
@@ -125,25 +128,20 @@ def read_codes() -> dict[str, tuple[str, str]]:
 
 
 Unit = Literal["line", "record", "element", "row"]
-"""What a source is counted in: lines of text, records of a CSV, elements of a JSON array, rows of a table; the first is 1."""
+"""How a source is counted, from 1: lines of text, records of a CSV, elements of a JSON array, rows of a table."""
 
 UNITS: dict[str, Unit] = {
-    "csv": "record",
-    "json": "element",
-    "parquet": "row",
-    "arrow": "row",
-    "saved": "row",
-    "hub": "row",
-}
+    "csv": "record", "json": "element", "parquet": "row", "arrow": "row", "saved": "row", "hub": "row",
+}  # fmt: skip
 """The unit of each container that is not read line by line."""
 
 
 def place(file: str, number: int, unit: Unit = "line", line: int | None = None) -> str:
-    """Return the place of a row in words; `file:line`, which editors follow, wherever the line is known.
+    """Return the place of a row in words: `file:line`, which editors follow, if the line is known.
 
     Args:
         number: of the row in its file, in this unit.
-        line: where it starts, if rows of this unit are not lines but begin on one.
+        line: where the row starts, if it is not a line but begins on one.
 
     >>> place("rows.jsonl", 3), place("rows.parquet", 3, "row"), place("rows.csv", 3, "record", line=6)
     ('rows.jsonl:3', 'rows.parquet, row 3', 'rows.csv:6 (record 3)')
@@ -157,8 +155,8 @@ def need(module: str, extra: str, why: str) -> ModuleType:
     """Import an optional package.
 
     Args:
-        extra: of sftdata, which holds it.
-        why: what needs it, as a sentence without its end.
+        extra: the extra of sftdata that installs it.
+        why: what needs it, as the beginning of a sentence.
 
     Raises:
         UsageError: it is not installed, or cannot be imported.
@@ -167,9 +165,7 @@ def need(module: str, extra: str, why: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         missing = getattr(error, "name", None) or module
-        found = (
-            "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
-        )
-        raise UsageError(
-            f"{why}, and the package {missing} {found}.", f"pip install 'sftdata[{extra}]'"
-        ) from None
+        absent = isinstance(error, ModuleNotFoundError)
+        problem = "is not installed" if absent else f"cannot be imported ({error})"
+        fix = f"pip install 'sftdata[{extra}]'"
+        raise UsageError(f"{why}, and the package {missing} {problem}.", fix) from None

@@ -1,7 +1,7 @@
-"""Settings of both programs: file < `--set key=value` < flag, merged, checked, and refused with their place.
+"""Settings of both programs: file < `--set key=value` < flag; merged, validated, and refused with their place.
 
-The file is YAML and so is a value of `--set`; each key is known by the place where it was set, such as `sft.yaml:5`.
-A setting of another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaMA-Factory), is answered with ours.
+The file and the values of `--set` are YAML; an error names where a key was set, as `sft.yaml:5`. For a setting of
+another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaMA-Factory), it names ours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,20 +17,17 @@ from pydantic import BaseModel, ValidationError
 from sftdata.errors import UsageError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-Layer = tuple[Mapping[str, Any], Mapping[str, str]]
-"""Settings from one source, and the place of those that have one."""
-Overlay = Callable[[dict[str, Any], Mapping[str, Any], Mapping[str, str]], None]
-"""Puts the settings of one source, whose places are given, over those of the sources before it."""
+Program = Literal["sftdata", "sfttrain"]
+Settings = dict[str, object]
+Layer = tuple[Mapping[str, object], Mapping[str, str]]
+"""The settings of one source, and the places of those that have one."""
+Overlay = Callable[[Settings, Mapping[str, object], Mapping[str, str]], None]
+"""Puts the settings of one source, with their places, over those of earlier sources."""
 
 _HELP = {"sftdata": "see `sftdata prepare --help`.", "sfttrain": "see `sfttrain run --help`."}
 _KINDS = {
-    dict: "a mapping",
-    list: "a list",
-    str: "a string",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-}
+    dict: "a mapping", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"
+}  # fmt: skip
 
 
 def load_settings(
@@ -44,19 +41,19 @@ def load_settings(
     """Merge the settings of a program, each source over those before it, and validate them.
 
     Args:
-        model: holds every setting.
+        model: of all settings.
         sets: the `key=value` of each `--set`.
-        overlay: how one source is put over the others; default: setting by setting.
+        overlay: how one source is merged; default: setting by setting.
 
     Raises:
         UsageError: a setting is unknown, missing or wrong, or a `--set` cannot be read.
     """
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     places: dict[str, str] = {}
-    for values, found_at in files:
-        places |= found_at
+    for values, lines in files:
+        places |= lines
         overlay(settings, values, places)
-    assigned: dict[str, Any] = {}
+    assigned: Settings = {}
     for text in sets:
         key = assign(assigned, text, settings)
         places[key] = f"--set {key}"
@@ -69,10 +66,10 @@ def load_settings(
 def check_settings(
     model: type[Model],
     program: Program,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     places: Mapping[str, str] | None = None,
 ) -> Model:
-    """Validate settings, of which some are known by the place where they were set.
+    """Validate settings, some of them with the place where they were set.
 
     Raises:
         UsageError: an unknown or a missing key, or a value outside its range, with its place.
@@ -80,8 +77,8 @@ def check_settings(
     places = places or {}
     for key in settings:
         if key not in model.model_fields:
-            found = f"{places[key]}: unknown" if key in places else "Unknown"
-            raise UsageError(f"{found} setting {key!r}.", _known(model, program, key))
+            unknown = f"{places[key]}: unknown" if key in places else "Unknown"
+            raise UsageError(f"{unknown} setting {key!r}.", _known(model, program, key))
     for key, field in model.model_fields.items():
         if field.is_required() and key not in settings:
             flag = flag_of(key, program)
@@ -93,7 +90,7 @@ def check_settings(
 
 
 def _known(model: type[BaseModel], program: Program, key: str) -> str:
-    """Return what an unknown setting may have meant: ours of the same meaning, or of nearly the same name."""
+    """Return the fix for an unknown setting: ours of the same meaning, or of nearly the same name."""
     known = sorted(model.model_fields)
     meant = did_you_mean(key, known, f"known settings: {', '.join(known)}.")
     return answer(key, program) or meant
@@ -102,25 +99,26 @@ def _known(model: type[BaseModel], program: Program, key: str) -> str:
 def _refusal(
     model: type[BaseModel], program: Program, error: ValidationError, places: Mapping[str, str]
 ) -> UsageError:
-    """Return the first of the faults that pydantic found, as one line."""
+    """Return the first error of pydantic, as one line."""
     first = error.errors()[0]
-    key, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if not key:  # several settings together
-        return UsageError(f"Settings: {what}.", _HELP[program])
-    field, place = model.model_fields.get(key.partition(".")[0]), places.get(key.partition(".")[0], "")
+        return UsageError(f"Settings: {reason}.", _HELP[program])
+    setting = key.partition(".")[0]
+    field, place = model.model_fields.get(setting), places.get(setting, "")
     name = place if place.startswith("--") else f"{place}: setting {key!r}" if place else f"Setting {key!r}"
     meaning = f"expected: {field.description}" if field and field.description else _HELP[program]
-    fix = did_you_mean(str(first.get("input")), what.split("'")[1::2], meaning)
-    return UsageError(f"{name}: found {first.get('input')!r:.200}; {what}.", fix)
+    fix = did_you_mean(str(first.get("input")), reason.split("'")[1::2], meaning)
+    return UsageError(f"{name}: found {first.get('input')!r:.200}; {reason}.", fix)
 
 
-def read_settings_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a settings file; return its settings, and where each stands, as `sft.yaml:5`.
+def read_settings_file(path: Path) -> tuple[Settings, dict[str, str]]:
+    """Read a settings file; return its settings, and the place of each, as `sft.yaml:5`.
 
-    A hyphen in a key at the top counts as an underscore.
+    A hyphen in a top-level key counts as an underscore.
 
     Raises:
-        UsageError: an unreadable file, no mapping, or a key that is there twice.
+        UsageError: an unreadable file, no mapping, or a repeated key.
     """
     try:
         root, values = _parse(path.read_text("utf-8"))
@@ -131,21 +129,21 @@ def read_settings_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except _NotYaml as error:
         line = f":{error.line}" if error.line else ""
         raise UsageError(f"{path}{line}: {error}.", "correct the file.") from None
-    if not isinstance(values, dict):
+    if root is None or not isinstance(values, dict):
         raise UsageError(f"{path}: found {_kind(values)}; expected settings, one `key: value` a line.")
     _refuse_duplicates(path, root)
     places = {_key(node): f"{path}:{node.start_mark.line + 1}" for node, _ in root.value}
     return {str(key).replace("-", "_"): value for key, value in values.items()}, places
 
 
-def assign(settings: dict[str, Any], text: str, beneath: Mapping[str, Any] | None = None) -> str:
-    """Put one `key=value` of `--set` into the settings; dots reach inside. Return the setting it belongs to.
+def assign(settings: Settings, text: str, earlier: Mapping[str, object] | None = None) -> str:
+    """Apply one `key=value` of `--set`, where `a.b` is a key inside `a`. Return the setting it belongs to.
 
     Args:
-        beneath: settings from elsewhere; a dot reaches into a copy of theirs.
+        earlier: settings of other sources; `a.b` is set in a copy of theirs.
 
     Raises:
-        UsageError: no `key=value`, a value that is no YAML, or a dot after a setting that holds no others.
+        UsageError: no `key=value`, a value that is not YAML, or a key inside a setting that is no mapping.
     """
     key, equals, value = text.partition("=")
     *parents, last = key.strip().replace("-", "_").split(".")
@@ -157,45 +155,46 @@ def assign(settings: dict[str, Any], text: str, beneath: Mapping[str, Any] | Non
         raise UsageError(
             f"--set {text:.80}: {error}.", "quote the value, as --set 'key=\"value\"'."
         ) from None
-    if parents and beneath and parents[0] in beneath:
-        settings.setdefault(parents[0], deepcopy(beneath[parents[0]]))
-    at: Any = settings
+    if parents and earlier and parents[0] in earlier:
+        settings.setdefault(parents[0], deepcopy(earlier[parents[0]]))
+    inner = settings
     for depth, parent in enumerate(parents, start=1):
-        at = at.setdefault(parent, {})
-        if not isinstance(at, dict):
+        value_there = inner.setdefault(parent, {})
+        if not isinstance(value_there, dict):
             whole = ".".join(parents[:depth])
             raise UsageError(
-                f"--set {text:.80}: {whole} is {_kind(at)}; nothing inside it can be set.",
+                f"--set {text:.80}: {whole} is {_kind(value_there)}; nothing inside it can be set.",
                 f"set {whole} whole.",
             )
-    at[last] = parsed
+        inner = value_there
+    inner[last] = parsed
     return [*parents, last][0]
 
 
 class _NotYaml(Exception):
-    """What is wrong with a text, and its 1-based line where that is known."""
+    """The problem of a text, and its 1-based line; 0 if unknown."""
 
-    def __init__(self, what: str, line: int = 0) -> None:
-        super().__init__(what)
+    def __init__(self, problem: str, line: int = 0) -> None:
+        super().__init__(problem)
         self.line = line
 
 
-def _parse(text: str) -> tuple[Any, Any]:
-    """Return the nodes and the values of a text."""
+def _parse(text: str) -> tuple[yaml.Node | None, object]:
+    """Return the root node and the value of a text."""
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         return root, None if root is None else loader.construct_document(root)
     except RecursionError:
         raise _NotYaml("nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
         mark = getattr(error, "problem_mark", None)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise _NotYaml(f"not YAML: {problem:.200}", mark.line + 1 if mark else 0) from None
 
 
-def _refuse_duplicates(path: Path, root: Any) -> None:
-    """Walk every node once (an alias is the node that it names), and refuse a mapping that holds a key twice."""
+def _refuse_duplicates(path: Path, root: yaml.Node) -> None:
+    """Refuse a mapping with a repeated key; every node is visited once, as an alias is the node it names."""
     seen, nodes = set(), [root]
     while nodes:
         node = nodes.pop()
@@ -209,30 +208,30 @@ def _refuse_duplicates(path: Path, root: Any) -> None:
             for key, value in node.value:
                 name, line = _key(key) if node is root else str(key.value), key.start_mark.line + 1
                 if name in lines:
-                    what = f"{path}:{line}: {name!r} is there twice, in lines {lines[name]} and {line}."
-                    raise UsageError(what, "keep one of them.")
+                    repeated = f"{path}:{line}: {name!r} is there twice, in lines {lines[name]} and {line}."
+                    raise UsageError(repeated, "keep one of them.")
                 lines[name] = line
                 nodes.append(value)
 
 
-def _key(node: Any) -> str:
+def _key(node: yaml.Node) -> str:
     return str(node.value).replace("-", "_")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "nothing" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-Program = Literal["sftdata", "sfttrain"]
+# ----------------------------------------------------------------- names of settings here and elsewhere
 
 
 class Answer(NamedTuple):
-    """What does the same as a setting of another tool.
+    """Our equivalent of another tool's setting.
 
     Attributes:
         program: the one that has it.
-        setting: our name of it; None where there is none to set.
-        remark: how its values are written here, or why there is none.
+        setting: our name of it; None if there is nothing to set.
+        remark: how its values are written here, or why there is nothing to set.
     """
 
     program: Program
@@ -241,7 +240,7 @@ class Answer(NamedTuple):
 
 
 def answer(name: str, program: Program) -> str | None:
-    """Return how a setting that a program does not know is written; None for one that no tool has.
+    """Return our equivalent of a setting that a program does not have; None if no tool has it.
 
     >>> answer("--max-seq-length", "sftdata")
     'here it is --max-length.'
@@ -249,21 +248,21 @@ def answer(name: str, program: Program) -> str | None:
     'it is a setting of `sftdata prepare`: --max-length.'
     """
     name = name.strip("-").replace("-", "_")
-    found = ANSWERS.get(name) or (Answer("sftdata", name) if name in _OF_THE_DATA.split() else None)
-    if found is None or (found.setting, found.program) == (name, program):
+    ours = ANSWERS.get(name) or (Answer("sftdata", name) if name in _OF_THE_DATA.split() else None)
+    if ours is None or (ours.setting, ours.program) == (name, program):
         return None
-    remark = f" {found.remark}" if found.remark else ""
-    if found.setting is None:
+    remark = f" {ours.remark}" if ours.remark else ""
+    if ours.setting is None:
         return f"there is nothing to set:{remark}"
-    flag = flag_of(found.setting, found.program)
-    if found.program == program:
+    flag = flag_of(ours.setting, ours.program)
+    if ours.program == program:
         return f"here it is {flag}.{remark}"
-    command = "sftdata prepare" if found.program == "sftdata" else "sfttrain run"
+    command = "sftdata prepare" if ours.program == "sftdata" else "sfttrain run"
     return f"it is a setting of `{command}`: {flag}.{remark}"
 
 
 def flag_of(setting: str, program: Program = "sftdata") -> str:
-    """Return how a setting is given on the command line."""
+    """Return the option of the command line for a setting."""
     if program == "sfttrain":
         return _FLAGS.get(setting, f"--set {setting}=VALUE")
     if setting == "inputs":
@@ -277,20 +276,21 @@ _FLAGS = {
     "init_from_config": "--init-from-config", "push_to_hub": "--push-to-hub", "report_to": "--report-to",
 }  # fmt: skip
 _WITHOUT_FLAG = {"template_kwargs", "max_line_bytes", "slice_bytes"}
-# Settings of `sftdata prepare` that no other tool has under another meaning.
+# Settings of `sftdata prepare` whose names mean the same in other tools, if they have them.
 _OF_THE_DATA = """
-inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer chat_template
-template_kwargs date train_on response_template instruction_template mask_mode loss_weights boundary eos_token
-trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
+inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer
+chat_template template_kwargs date train_on response_template instruction_template mask_mode loss_weights
+boundary eos_token trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
 """
 
-# Settings of training that a user of other tools gives beside those of the data.
+# Settings of training that other tools take beside those of the data.
 _OF_THE_TRAINING = """
-model lora adapter quantize attention dtype objective loss learning_rate num_train_epochs max_steps optim weight_decay
-per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
-max_grad_norm bf16 fp16 seed logging_steps save_steps save_strategy save_total_limit eval_steps eval_strategy report_to
-neftune_noise_alpha use_liger_kernel deepspeed fsdp resume_from_checkpoint push_to_hub trust_remote_code ddp_timeout
-model_init_kwargs init_from_config activation_checkpointing
+model lora adapter quantize attention dtype objective loss learning_rate num_train_epochs max_steps optim
+weight_decay per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+lr_scheduler_type warmup_steps max_grad_norm bf16 fp16 seed logging_steps save_steps save_strategy
+save_total_limit eval_steps eval_strategy report_to neftune_noise_alpha use_liger_kernel deepspeed fsdp
+resume_from_checkpoint push_to_hub trust_remote_code ddp_timeout model_init_kwargs init_from_config
+activation_checkpointing
 """
 
 _DEFAULT = "It is what happens by default."
