@@ -1,6 +1,7 @@
-"""Look at a sample of every source before the work, and refuse the settings that cannot act on any of its rows.
+"""Look at a sample of every source before the run, and refuse settings that have no effect on any row.
 
-A look says how the rows are read, what they become, and what a user may not have meant. Nothing asked for is ignored.
+A look holds how the rows are read, what they become, and hints on what may be unintended. No setting is
+ignored.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from sftdata.sources.source import Chunk, SourcePlan
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"
 ROWS = 256  # of a sample that are converted
+SHOWN = 3  # sources that a refusal names
+LONGEST_PACKED = 1 << 24  # tokens; such a row alone is 128 MB
+
+# ------------------------------------------------------------------------------------------- looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,11 @@ class Look:
     Attributes:
         path: of the source.
         format: name in FORMATS.
-        kinds: what its rows become, as the settings have it; empty where none of the sample can be read.
-        completes: a row has a prompt of its own, as text or messages, and what completes it.
-        asks: rows are instructions, questions or prompts as text, which may become another kind.
-        roles: of all sampled messages, as the data spells them; only looked for where roles are mapped.
-        whole: the sample is all there is.
+        kinds: of the converted rows, under these settings; empty if no row of the sample is valid.
+        completes: some row has a prompt, as text or messages, and its completion.
+        asks: rows are instructions, questions or prompts as text, whose kind is a setting.
+        roles: of all sampled messages, as spelled in the data; only collected if roles are mapped.
+        whole: the sample is the whole source.
     """
 
     path: str
@@ -56,31 +61,32 @@ class Look:
     whole: bool
 
     def holds(self, *kinds: type) -> bool:
-        """Say whether a row becomes one of these kinds."""
+        """Return whether a row becomes one of these kinds."""
         return not self.kinds.isdisjoint(kinds)
 
 
-def _look(config: PrepareConfig, source: SourcePlan, found: Detection, rows: list[Row]) -> Look:
-    names = found.columns
-    prompts = [row.get(names["prompt"]) for row in found.rows] if found.format == "prompt-completion" else []
+def _look(config: PrepareConfig, source: SourcePlan, detection: Detection, rows: list[Row]) -> Look:
+    column, prompts = detection.columns.get("prompt"), []
+    if detection.format == "prompt-completion" and column is not None:
+        prompts = [row.get(column) for row in detection.rows]
     return Look(
         path=source.source.path,
-        format=found.format,
+        format=detection.format,
         kinds=frozenset(map(type, rows)),
         completes=any(
             isinstance(row, Completion) or (isinstance(row, Conversation) and row.prompt_messages)
             for row in rows
         ),
-        asks=found.format in INSTRUCTIONS
+        asks=detection.format in INSTRUCTIONS
         or any(not is_messages(from_messages(prompt)) for prompt in prompts),
-        roles=frozenset(_roles(found)) if config.map_role else frozenset(),
+        roles=frozenset(_roles(detection)) if config.map_role else frozenset(),
         whole=_size(source.samples) == _size(source.chunks),
     )
 
 
-def _roles(found: Detection) -> Iterator[str]:
-    for row in found.rows:
-        for value in map(from_json, map(row.get, found.columns.values())):
+def _roles(detection: Detection) -> Iterator[str]:
+    for row in detection.rows:
+        for value in map(from_json, map(row.get, detection.columns.values())):
             if is_messages(value):
                 yield from (
                     str(message.get("role", message.get("from")))
@@ -94,7 +100,7 @@ def _size(chunks: Sequence[Chunk]) -> int:
 
 
 def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
-    """Say how rows are read; `chat` when a chat template is in use."""
+    """Return how rows are read; `chat` if a chat template is in use."""
     return FormatOptions(
         columns=config.map,
         roles=config.map_role,
@@ -112,9 +118,9 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
 def look_at(
     config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer
 ) -> tuple[str, Look | None, list[str]]:
-    """Return the row format of one source, a look at its rows, and what to say of them; several inputs may differ.
+    """Return the row format of one source, a look at its rows, and notes; the sources may differ.
 
-    There is no look where a formatter says what each row is, or where there are no rows.
+    There is no look at the input of a formatter, nor at a source without rows.
 
     Raises:
         UsageError: the format is not clear, or needs a chat template that the tokenizer lacks.
@@ -122,48 +128,45 @@ def look_at(
     path = source.source.path
     if config.formatter is not None or not source.records:
         return config.format or "text", None, []
-    found = detect([source], format=config.format, columns=config.map)
-    chosen = list(found.rows[:: -(-len(found.rows) // ROWS)])
-    index = np.arange(len(chosen), dtype=np.int64)
+    detection = detect([source], format=config.format, columns=config.map)
+    sample = list(detection.rows[:: -(-len(detection.rows) // ROWS)])
+    index = np.arange(len(sample), dtype=np.int64)
     options = format_options(config, chat=tokenizer.chat_template is not None)
-    batch = RowBatch(chosen, index, index, index)
-    rows = convert_rows(batch, found.format, options, Tally(batch)).rows
-    look = _look(config, source, found, rows)
+    batch = RowBatch(sample, index, index, index)
+    rows = convert_rows(batch, detection.format, options, Tally(batch)).rows
+    look = _look(config, source, detection, rows)
     if look.holds(Conversation) and tokenizer.chat_template is None:
         raise UsageError(
             f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
-            "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it from).",
+            "--chat-template chatml (or another built-in name, a template file, or a tokenizer to clone it"
+            " from).",
         )
-    read = ", ".join(
-        own if own == name else f"{own or 'the line'} as {name}" for name, own in found.columns.items()
+    columns = ", ".join(
+        column if column == name else f"{column or 'the line'} as {name}"
+        for name, column in detection.columns.items()
     )
-    said = f"{path}: {found.format} ({read}), {found.matched} of {found.sampled} sampled rows."
-    return found.format, look, [said, *_hints(config, look, rows, tokenizer)]
+    share = f"{detection.matched} of {detection.sampled} sampled rows"
+    note = f"{path}: {detection.format} ({columns}), {share}."
+    return detection.format, look, [note, *_hints(config, look, rows, tokenizer)]
 
 
 def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: ResolvedTokenizer) -> list[str]:
-    """Say where text is trained otherwise than its author may have meant."""
+    """Return notes on text that may be trained unintentionally."""
     if config.response_template is not None or config.train_on != "auto":
         return []
     markers = find_turn_markers([row.text for row in rows if isinstance(row, Text)])
     if markers is not None:
-        asked, answered = map(shell_quote, markers)
-        flags = f"--response-template {answered} --instruction-template {asked}"
+        instruction, response = map(shell_quote, markers)
+        flags = f"--response-template {response} --instruction-template {instruction}"
         return [
             f"{look.path}: all of the text is trained, its questions too; to train the answers alone: {flags}"
         ]
-    prompts = [row for row in rows if isinstance(row, Completion)]
-    control = [token.content for token in tokenizer.added_tokens if token.special]
-    if (
-        not prompts
-        or tokenizer.chat_template is None
-        or config.kind != "auto"
-        or look.format != "prompt-completion"
-    ):
+    prompts = [row.prompt for row in rows if isinstance(row, Completion)]
+    if not prompts or config.kind != "auto" or look.format != "prompt-completion":
         return []
-    if any(token in row.prompt for row in prompts for token in control) or find_turn_markers(
-        [row.prompt for row in prompts]
-    ):
+    control = [token.content for token in tokenizer.added_tokens if token.special]
+    rendered = any(token in prompt for prompt in prompts for token in control) or find_turn_markers(prompts)
+    if tokenizer.chat_template is None or rendered:
         return []
     return [
         f"{look.path}: {JOINED_RAW};"
@@ -171,15 +174,14 @@ def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: Resolv
     ]
 
 
-SHOWN = 3  # sources that a refusal names
-LONGEST_PACKED = 1 << 24  # tokens; such a row alone is 128 MB
+# ------------------------------------------------------------------------- settings without effect
 
 
-def refuse_useless(config: PrepareConfig) -> None:
-    """Refuse settings that contradict each other, or name code that cannot be run, whatever the rows are.
+def refuse_conflicts(config: PrepareConfig) -> None:
+    """Refuse settings that contradict each other for any rows, and a formatter that cannot be loaded.
 
     Raises:
-        UsageError: naming both.
+        UsageError: naming both settings, or the formatter.
     """
     _refuse_markers(config)
     if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
@@ -189,7 +191,7 @@ def refuse_useless(config: PrepareConfig) -> None:
         )
     if config.formatter is not None:
         _check_formatter(config, config.formatter)
-    _refuse_useless_lengths(config)
+    _refuse_lengths(config)
     if config.revision is not None and Path(config.tokenizer).exists():
         raise UsageError(
             f"--revision {config.revision}: {config.tokenizer} is a local tokenizer.", "leave --revision out."
@@ -205,20 +207,26 @@ def _check_formatter(config: PrepareConfig, formatter: str) -> None:
     load_formatter(formatter, formatter_sha256(formatter))
 
 
-def _refuse_useless_lengths(config: PrepareConfig) -> None:
+def _refuse_lengths(config: PrepareConfig) -> None:
     if config.overlong != "truncate" and config.packing == "wrapped":
-        found = f"--overlong {config.overlong} beside --packing wrapped: one cut stream has room for rows of any length."
-        raise UsageError(found, "leave --overlong out.")
+        raise UsageError(
+            f"--overlong {config.overlong} beside --packing wrapped: one cut stream has room for rows of any"
+            " length.",
+            "leave --overlong out.",
+        )
     if config.packing != "none" and (config.max_length or 0) > LONGEST_PACKED:
-        found = f"--max-length {config.max_length}: each packed row would be as long; at most {LONGEST_PACKED} tokens are packed."
-        raise UsageError(found, "--packing none keeps each example as it is.")
+        raise UsageError(
+            f"--max-length {config.max_length}: each packed row would be as long; at most {LONGEST_PACKED}"
+            " tokens are packed.",
+            "--packing none keeps each example as it is.",
+        )
 
 
 def _refuse_markers(config: PrepareConfig) -> None:
     if config.response_template is None:
         if config.mask_mode != "default":
-            found = f"--mask-mode {config.mask_mode} masks by response template, and none is given."
-            raise UsageError(found, "--response-template '...'")
+            problem = f"--mask-mode {config.mask_mode} masks by response template, and none is given."
+            raise UsageError(problem, "--response-template '...'")
         if config.instruction_template is not None:
             raise UsageError(
                 "--instruction-template without --response-template trains nothing.", "give both."
@@ -226,16 +234,16 @@ def _refuse_markers(config: PrepareConfig) -> None:
         return
     check_markers(config.response_template, config.instruction_template)
     if config.train_on != "auto":
-        found = f"--train-on {config.train_on} beside --response-template: both say what is trained."
-        raise UsageError(found, "leave --train-on out.")
+        problem = f"--train-on {config.train_on} beside --response-template: both say what is trained."
+        raise UsageError(problem, "leave --train-on out.")
 
 
 class _Rule(NamedTuple):
-    """Where a setting acts.
+    """The rows on which a setting has an effect.
 
     Attributes:
-        acts: whether it does on rows such as these.
-        on: those rows, in words.
+        acts: whether it has one on the rows of this source.
+        on: these rows, in words.
     """
 
     acts: Callable[[PrepareConfig, Look], bool]
@@ -271,14 +279,16 @@ _TRAIN_ON: dict[str, _Rule] = {
 }
 
 
-def refuse_idle(config: PrepareConfig, looks: Sequence[Look], tokenizer: ResolvedTokenizer) -> list[str]:
-    """Refuse settings that can act on none of the rows; return what to say of those of which a sample cannot tell.
+def refuse_without_effect(
+    config: PrepareConfig, looks: Sequence[Look], tokenizer: ResolvedTokenizer
+) -> list[str]:
+    """Refuse settings that act on none of the rows; return notes where a sample is not enough to decide.
 
     Args:
-        looks: at every source that has rows; none where a formatter says what each row is.
+        looks: at every source that has rows; none with a formatter.
 
     Raises:
-        UsageError: naming the setting, what it acts on, and what the rows are.
+        UsageError: naming the setting, the rows that it acts on, and those that there are.
     """
     if not looks or not all(look.kinds for look in looks):
         return []
@@ -289,18 +299,19 @@ def refuse_idle(config: PrepareConfig, looks: Sequence[Look], tokenizer: Resolve
     for name, rule in rules.items():
         if not any(rule.acts(config, look) for look in looks):
             raise UsageError(
-                f"{_shown(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.",
+                f"{_option(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.",
                 "leave it out.",
             )
     _refuse_unread_arguments(config, tokenizer)
-    return _roles_not_met(config, looks)
+    return _missing_roles(config, looks)
 
 
 def _default(name: str) -> object:
     return PrepareConfig.model_fields[name].get_default(call_default_factory=True)
 
 
-def _shown(config: PrepareConfig, name: str) -> str:
+def _option(config: PrepareConfig, name: str) -> str:
+    """Return a setting as an option of the command line."""
     value = getattr(config, name)
     flag = flag_of(name).removesuffix("=VALUE")
     if isinstance(value, dict):
@@ -316,10 +327,8 @@ def _kinds(looks: Sequence[Look]) -> str:
         Tokens: "ids",
     }
     held = [" and ".join(names[kind] for kind in names if look.holds(kind)) for look in looks]
-    said = [
-        f"{look.path} holds {kinds} ({look.format})" for look, kinds in zip(looks[:SHOWN], held, strict=False)
-    ]
-    return "; ".join([*said, *(["..."] if len(looks) > SHOWN else [])])
+    lines = [f"{look.path} holds {kinds} ({look.format})" for look, kinds in zip(looks, held, strict=True)]
+    return "; ".join([*lines[:SHOWN], *(["..."] if len(looks) > SHOWN else [])])
 
 
 def _unread_columns(config: PrepareConfig, look: Look) -> list[str]:
@@ -327,16 +336,13 @@ def _unread_columns(config: PrepareConfig, look: Look) -> list[str]:
     return [name for name in config.map if name not in known]
 
 
-def _by_text(config: PrepareConfig) -> bool:
-    return isinstance(config.response_template, str) and config.mask_mode == "default"
-
-
 def _refuse_unmarked_ids(config: PrepareConfig, looks: Sequence[Look]) -> None:
-    """Markers given as text are looked for in texts: ids beside them would be trained without any."""
-    found = [look.path for look in looks if look.holds(Tokens)]
-    if _by_text(config) and found:
+    """Refuse ids beside a marker given as text, which is only searched for in texts."""
+    by_text = isinstance(config.response_template, str) and config.mask_mode == "default"
+    paths = [look.path for look in looks if look.holds(Tokens)]
+    if by_text and paths:
         raise UsageError(
-            f"--response-template {config.response_template!r} is text, and {found[0]} holds ids.",
+            f"--response-template {config.response_template!r} is text, and {paths[0]} holds ids.",
             "give the template as token ids, as --response-template '[1, 2]'.",
         )
 
@@ -346,25 +352,23 @@ def _refuse_unread_arguments(config: PrepareConfig, tokenizer: ResolvedTokenizer
         return
     known = variables_of(tokenizer.chat_template)
     if unread := sorted(set(config.template_kwargs) - known):
-        what = f"--set template_kwargs.{unread[0]}: the chat template reads no such argument."
+        problem = f"--set template_kwargs.{unread[0]}: the chat template reads no such argument."
         fix = did_you_mean(unread[0], known, "leave it out, or choose another --chat-template.")
-        raise UsageError(what, fix)
+        raise UsageError(problem, fix)
     if config.date != _default("date") and "strftime_now" not in known:
         raise UsageError(f"--date {config.date}: the chat template writes no date.", "leave it out.")
 
 
-def _roles_not_met(config: PrepareConfig, looks: Sequence[Look]) -> list[str]:
-    """Refuse a mapped role that no message has; where only a sample was seen, say so instead."""
-    met = {role for look in looks for role in look.roles}
+def _missing_roles(config: PrepareConfig, looks: Sequence[Look]) -> list[str]:
+    """Refuse a mapped role that no message has; return a note instead if only a sample was seen."""
+    roles = {role for look in looks for role in look.roles}
+    whole = all(look.whole for look in looks)
     notes = []
-    for role in config.map_role.keys() - met:
-        what = f"--map-role {role}={config.map_role[role]}: no {'' if _whole(looks) else 'sampled '}message has the role {role!r}"
-        if _whole(looks):
-            fix = did_you_mean(role, met, "leave it out.")
-            raise UsageError(f"{what}; there are {', '.join(sorted(met))}.", fix)
-        notes.append(f"{what}.")
+    for role in config.map_role.keys() - roles:
+        messages = "no message has" if whole else "no sampled message has"
+        problem = f"--map-role {role}={config.map_role[role]}: {messages} the role {role!r}"
+        if whole:
+            fix = did_you_mean(role, roles, "leave it out.")
+            raise UsageError(f"{problem}; there are {', '.join(sorted(roles))}.", fix)
+        notes.append(f"{problem}.")
     return sorted(notes)
-
-
-def _whole(looks: Sequence[Look]) -> bool:
-    return all(look.whole for look in looks)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from sftdata.acting import Look, format_options, look_at, refuse_idle, refuse_useless
+from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refuse_without_effect
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
@@ -144,7 +144,7 @@ def make_plan(
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
     """
-    refuse_useless(config)
+    refuse_conflicts(config)
     tokenizer, notes = choose_tokenizer(config)
     known(tokenizer)
     sources, left_out = plan_inputs(config, say)
@@ -156,7 +156,7 @@ def make_plan(
         formats.append(name)
         looks += [look] if look is not None else []
         said.append((source.source.path, [*source.notes, *note]))
-    notes += [*grouped(said), *refuse_idle(config, looks, tokenizer)]
+    notes += [*grouped(said), *refuse_without_effect(config, looks, tokenizer)]
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})

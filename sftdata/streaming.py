@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.acting import format_options, look_at, refuse_idle, refuse_useless
+from sftdata.acting import format_options, look_at, refuse_conflicts, refuse_without_effect
 from sftdata.batches import (
     FILTERED,
     IGNORE_INDEX,
@@ -84,7 +84,7 @@ class Stream(Iterable[StreamedRow]):
         self, rows: Iterable[Any], config: PrepareConfig, *,
         buffer_rows: int = BUFFER_ROWS, infinite: bool = False, shuffle: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
-        refuse_useless(config)
+        refuse_conflicts(config)
         if infinite and iter(rows) is rows:
             raise UsageError(
                 "infinite=True reads the input again and again, and an iterator is gone after once.",
@@ -139,7 +139,7 @@ class Stream(Iterable[StreamedRow]):
                 path = Path(folder) / "stream.jsonl"
                 path.write_bytes(b"\n".join(map(_as_line, sample)) + b"\n")
                 name, look, _ = look_at(config, plan_sources([open_source(str(path))], 1 << 30)[0], tokenizer)
-                refuse_idle(config, [look] if look else [], tokenizer)
+                refuse_without_effect(config, [look] if look else [], tokenizer)
         options = format_options(config, chat=tokenizer.chat_template is not None)
         engine, _ = choose_engine(tokenizer, config.engine, worth_it=False)
         return Stages(

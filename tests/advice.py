@@ -22,7 +22,7 @@ _DECLARED = {
     "compile",
     "command",
 }  # calls that declare a command line or a pattern
-_SAID = {"what", "found", "reason", "flag", "wanted"}  # names of texts that say what is wrong
+_SAID = {"what", "found", "problem", "reason", "flag", "wanted"}  # names of texts that say what is wrong
 
 
 def collect(package: str) -> dict[str, str]:
