@@ -1,7 +1,7 @@
 """A run, from its settings to a finished set, and its preview on a sample.
 
-What happens to the rows is in pipeline.py. Here is what happens around them: an old set, an unfinished one, a choice
-of engine, the limits of loss, and the manifest, which is written last.
+pipeline.py processes the rows. This module does the rest: it recognizes a finished or unfinished set, checks
+the fast engine, enforces the limits of loss, and writes the manifest last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -42,10 +41,11 @@ from sftdata.sources.source import Chunk, read_chunk
 from sftdata.version import __version__
 from sftdata.workers import Workers, usable_cores
 
-# The fix for a set that has lost all rows for one reason.
+# The fix for a set that lost all rows for one reason.
 UNTRAINED_FIXES = {
     "formatter": "let the --formatter function return more rows; None leaves one out.",
-    "nothing-trained": "switch turns on in the data (weight, train); where none is switched off, --train-on all.",
+    "nothing-trained": "switch turns on in the data (weight, train);"
+    " where none is switched off, --train-on all.",
     "over-long": "--overlong truncate, or a larger --max-length.",
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
 }
@@ -54,40 +54,43 @@ ROW_BYTES = 8  # an id and a label for each token of a row
 PADDING_NOTED = 1 << 23  # tokens
 
 OnProgress = Callable[[Progress], object]
+OnNote = Callable[[str], object]
+
+# ----------------------------------------------------------------------------------------- prepare
 
 
 def prepare(
     config: PrepareConfig,
     workers: Workers,
     progress: OnProgress | None = None,
-    say: Callable[[str], object] = lambda _: None,
+    note: OnNote = lambda _: None,
 ) -> Manifest:
-    """Build a set: plan, prepare every task that is not done, write the manifest, put the set in its place.
+    """Build a set: plan, prepare every unfinished task, write the manifest, move the set to its place.
 
     Args:
         config: the settings.
         workers: of `launch.start_workers`.
         progress: called after each task.
-        say: told, in one sentence each, what was decided for the user.
+        note: called with each decision made for the user, in one sentence.
 
     Raises:
-        SftError: whatever stops the run; finished tasks are kept, and the same command goes on from there.
+        SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
     config = config.model_copy(update={"output": behind_links(config.output)})
     old = finished_set(config.output, overwrite=config.overwrite)
-    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), say)
-    for note in plan.notes:
-        say(note)
-    note_padding(plan, say)
-    return build_set(config, plan, old, workers, progress, say)
+    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), note)
+    for sentence in plan.notes:
+        note(sentence)
+    note_padding(plan, note)
+    return build_set(config, plan, old, workers, progress, note)
 
 
-def note_padding(plan: Plan, say: Callable[[str], object]) -> None:
-    """Say what rows cost that will be padding for the most part, before they are built."""
+def note_padding(plan: Plan, note: OnNote) -> None:
+    """Note the size of rows that will be mostly padding, before they are built."""
     length, rows = plan.job.row_length or 0, len(plan.tasks)
     if length * rows > max(4 * plan.size, PADDING_NOTED):
-        cost = f"{length * rows * ROW_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
-        say(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {cost}.")
+        size = f"{length * rows * ROW_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
+        note(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {size}.")
 
 
 def build_set(
@@ -96,32 +99,33 @@ def build_set(
     old: Manifest | None,
     workers: Workers,
     progress: OnProgress | None,
-    say: Callable[[str], object],
+    note: OnNote,
 ) -> Manifest:
-    """Build what was planned, unless it stands already or only waits to be put in its place."""
+    """Build the set of a plan, unless it exists already or only has to be moved to its place."""
     changed = plan.difference(old) if old is not None else []
     if old is not None and not changed:
         Build(config.output).sweep()
-        say(f"{config.output} is up to date: same data, same settings.")
+        note(f"{config.output} is up to date: same data, same settings.")
         return old
     if changed and not config.overwrite:
-        found = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
-        raise UsageError(found, "choose another -o, or replace the set with --overwrite.")
+        problem = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
+        raise UsageError(problem, "choose another -o, or replace the set with --overwrite.")
     with Build(config.output).locked() as build:
         sealed = build.sealed()
         if sealed is not None and not plan.difference(sealed):
             build.put_in_place()
-            say(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
+            note(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
             return sealed
-        say(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
+        note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         done = build.start(plan.identity(), overwrite=config.overwrite)
         if done:
-            say(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
+            note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
-            results, agreed = run_tasks(plan, done, workers, progress)
-            if not agreed:
-                say(
-                    f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
+            results, exact = run_tasks(plan, done, workers, progress)
+            if not exact:
+                note(
+                    f"{plan.job.engine} gives other ids than tokenizers on this data;"
+                    " starting over with tokenizers."
                 )
                 build.clear()
                 plan = plan.by_reference()
@@ -133,26 +137,25 @@ def build_set(
 def run_tasks(
     plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: OnProgress | None
 ) -> tuple[list[ShardResult], bool]:
-    """Prepare what is not done; return all results in order, and whether the engine equals the reference."""
+    """Prepare the unfinished tasks; return all results in order, and whether the engine is exact."""
     todo = [task for task in plan.tasks if task.index not in done]
     coming = workers.map(prepare_shard, plan.job, todo, load_shared)
-    # Loaded here and now, while the workers get ready: one oracle serves all tasks.
-    oracle = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
-    results, agreed, now = {}, True, Progress(0, len(todo), 0, 0)
+    # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
+    reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
+    results, exact, now = {}, True, Progress(0, len(todo), 0, 0)
     for result in chain(done.values(), coming):
-        if oracle is not None and result.sample:
-            agreed &= digest_ids(oracle, result.sample) == result.sample_xxh3
+        if reference is not None and result.sample:
+            exact &= digest_ids(reference, result.sample) == result.sample_xxh3
         results[result.index] = msgspec.structs.replace(result, sample=(), sample_xxh3="")
         if progress and result.index not in done:
-            now = Progress(
-                now.done + 1, now.total, now.tokens + result.ledger.tokens, now.rejected + result.rejects
-            )
+            tokens, rejected = now.tokens + result.ledger.tokens, now.rejected + result.rejects
+            now = Progress(now.done + 1, now.total, tokens, rejected)
             progress(now)
-    return [results[task.index] for task in plan.tasks], agreed
+    return [results[task.index] for task in plan.tasks], exact
 
 
 def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
-    """Merge what the tasks counted, hold it against the limits, and say what the set is.
+    """Merge the ledgers of the tasks, check them against the limits, and return the manifest.
 
     Raises:
         DataError: too many rejected rows, or nothing to train on.
@@ -167,14 +170,11 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
+    inputs, name = list(map(without_folders, plan.job.config.inputs)), without_folders(tokenizer.name)
     return Manifest(
-        settings=msgspec.to_builtins(plan.identity())
-        | {
-            "inputs": list(map(without_folders, plan.job.config.inputs)),
-            "tokenizer": without_folders(tokenizer.name),
-        },
+        settings=msgspec.to_builtins(plan.identity()) | {"inputs": inputs, "tokenizer": name},
         tokenizer=TokenizerInfo(
-            name=without_folders(tokenizer.name),
+            name=name,
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
@@ -185,14 +185,14 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
         chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
         sources=tuple(
             SourceInfo(
-                name=name,
+                name=short_name,
                 bytes=source.raw_bytes,
                 xxh3=source.xxh3_128,
                 rows=source.records,
                 first_id=source.base_id,
                 unit=source.source.unit,
             )
-            for name, source in zip(plan.job.sources, plan.sources, strict=True)
+            for short_name, source in zip(plan.job.sources, plan.sources, strict=True)
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
@@ -203,7 +203,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
 
 
 def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
-    """Fail a run that lost too much; what was done stays for a resume.
+    """Fail a run that lost too much; finished tasks stay for a resume.
 
     Raises:
         DataError: more rows rejected than `max_rejects` allows, or no trained token at all.
@@ -211,20 +211,20 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     rejected, worst = sum(ledger.rows_rejected.values()), Counter(ledger.rows_rejected).most_common(3)
     share = config.max_rejects.removesuffix("%")
     allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
-    said = ", ".join(f"{count} {code}" for code, count in worst)
+    codes = ", ".join(f"{count} {code}" for code, count in worst)
     if rejected > allowed:
         example = first_reject(build.folder, worst[0][0])
         without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
-            f"{rejected} of {ledger.rows_in} rows rejected ({said}); --max-rejects allows {config.max_rejects}."
-            f" {example.place}: {example.reason.rstrip('.')}.",
+            f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
+            f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
             f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
         )
     if not ledger.rows_in:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
     if not ledger.tokens_trained:
         dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
-        lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or said
+        lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or codes
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
             f"{UNTRAINED_FIXES[dropped[0][0]]} All are in {build.folder / DROPPED_NAME}."
@@ -233,7 +233,9 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
         )
 
 
-PART = 0.25  # of each stretch of a large input
+# ----------------------------------------------------------------------------------------- preview
+
+PART = 0.25  # of each sampled chunk of a large input
 IN_BYTES = ("jsonl", "text", "json", "csv")  # containers whose chunks are counted in bytes, not in rows
 
 
@@ -242,9 +244,9 @@ class Example:
     """One example as it would be trained.
 
     Attributes:
-        file: where its row stands.
-        record: 1-based number of the row there.
-        unit: what is numbered so.
+        file: of its row.
+        record: 1-based number of the row in the file.
+        unit: of that number.
         input_ids, labels: int32[T].
     """
 
@@ -256,26 +258,26 @@ class Example:
 
     @property
     def place(self) -> str:
-        """Where its row stands, in words."""
+        """The place of its row, in words."""
         return place(self.file, self.record, self.unit)
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a run would give, judged by a sample.
+    """The result of a run, estimated from a sample.
 
     Attributes:
-        examples: the first few of the sample.
+        examples: some of the sample.
         ledger: of the sampled rows.
         rejects: reasons of the sampled rows that would be rejected.
         share: sampled bytes over all bytes.
         records: rows of the whole input.
-        seconds: what the sample took, by the reference engine in one process.
+        seconds: to prepare the sample with the reference engine in one process.
         workers: processes that `prepare` would use.
-        fill: of packs made from the sample.
+        fill: share of tokens in the packed rows of the sample.
         max_length: tokens per packed row.
-        notes: what was decided.
-        tokenizer_folder: to decode with.
+        notes: decisions made for the user.
+        tokenizer_folder: for decoding.
     """
 
     examples: list[Example]
@@ -291,7 +293,7 @@ class Preview:
     tokenizer_folder: Path
 
     def projected(self, batch_size: int) -> dict[str, int]:
-        """Return estimates for the whole input; exact when all of it was sampled."""
+        """Return estimates for the whole input; exact if all of it was sampled."""
         tokens = round(self.ledger_tokens / self.share)
         packs = -(-round(tokens / max(self.fill, 1e-9)) // self.max_length)
         return {
@@ -306,9 +308,8 @@ class Preview:
     @property
     def ledger_tokens(self) -> int:
         """Tokens of the sampled examples, after the over-long policy."""
-        return (
-            self.ledger.tokens_in - sum(self.ledger.tokens_cut.values()) - self.ledger.tokens_in_dropped_rows
-        )
+        ledger = self.ledger
+        return ledger.tokens_in - sum(ledger.tokens_cut.values()) - ledger.tokens_in_dropped_rows
 
     def lines(self, batch_size: int) -> list[str]:
         """Return what to show above the examples."""
@@ -316,14 +317,15 @@ class Preview:
         about = "" if self.share == 1 else "about "
         return [
             *self.notes,
-            f"{projected['rows']:,} rows, {about}{projected['tokens']:,} tokens, {projected['packed_rows']:,} packed rows of"
-            f" {self.max_length} ({self.fill:.1%} full), {projected['bytes_on_disk'] / 1e6:,.1f} MB,"
+            f"{projected['rows']:,} rows, {about}{projected['tokens']:,} tokens,"
+            f" {projected['packed_rows']:,} packed rows of {self.max_length} ({self.fill:.1%} full),"
+            f" {projected['bytes_on_disk'] / 1e6:,.1f} MB,"
             f" {projected['steps_per_epoch']:,} steps an epoch at batch size {batch_size},"
             f" prepared in at most {projected['seconds_at_most']:,} s",
             *(f"would be rejected: {reason}" for reason in self.rejects[:3]),
         ]
 
-    def to_json(self, batch_size: int) -> dict[str, Any]:
+    def to_json(self, batch_size: int) -> dict[str, object]:
         """Return plain JSON data."""
         examples = [
             {
@@ -345,7 +347,7 @@ class Preview:
 
 
 def preview(config: PrepareConfig, number: int) -> Preview:
-    """Prepare a sample of the rows and show what comes out; nothing is written.
+    """Prepare a sample of the rows and return the results; nothing is written.
 
     Args:
         number: examples to keep.
@@ -354,10 +356,10 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
     plan = make_plan(config.model_copy(update={"engine": "tokenizers"}))
-    load_shared(plan.job)  # takes as long for any input, so it is no part of the seconds
+    load_shared(plan.job)  # takes the same time for any input, so it is not part of the seconds
     stages, sample = load_stages(plan.job), sample_chunks(plan)
     began = time.monotonic()
-    chunks = [prepare_chunk(stages, taken) for taken in sample]
+    chunks = [prepare_chunk(stages, chunk) for chunk in sample]
     seconds = time.monotonic() - began
     ledger = Ledger()
     for chunk in chunks:
@@ -367,10 +369,10 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     lengths = np.concatenate([chunk.tokens.lengths for chunk in chunks]) if chunks else np.zeros(0, np.int64)
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.row_length if plan.job.row_length else int(lengths.sum())
+    stride = max(1, sum(len(chunk.tokens) for chunk in chunks) // number)
+    examples = [example for chunk in chunks for example in _examples(plan, chunk)]
     return Preview(
-        examples=[example for chunk in chunks for example in _examples(plan, chunk)][
-            :: _stride(chunks, number)
-        ][:number],
+        examples=examples[::stride][:number],
         ledger=ledger,
         rejects=[f"{reject.place}: {reject.reason}" for chunk in chunks for reject in chunk.tally.rejects],
         share=_share(plan, sample),
@@ -385,23 +387,23 @@ def preview(config: PrepareConfig, number: int) -> Preview:
 
 
 def sample_chunks(plan: Plan) -> list[Chunk]:
-    """Return small stretches of every source, evenly spaced: all of a small input, the beginning of each of a large one."""
-    found = [chunk for source in plan.sources for chunk in source.samples]
-    if _share(plan, found) == 1:
-        return found
-    return [_beginning(chunk, plan.job.config.max_line_bytes) for chunk in found]
+    """Return evenly spaced chunks of every source: a small input whole, of a large one a part of each."""
+    chunks = [chunk for source in plan.sources for chunk in source.samples]
+    if _share(plan, chunks) == 1:
+        return chunks
+    return [_beginning(chunk, plan.job.config.max_line_bytes) for chunk in chunks]
 
 
-def _beginning(stretch: Chunk, max_line_bytes: int) -> Chunk:
-    """Return a part of a stretch, cut between rows: many rows of one place tell little more than a few.
+def _beginning(chunk: Chunk, max_line_bytes: int) -> Chunk:
+    """Return the first part of a chunk, cut between rows: neighbouring rows are much alike.
 
-    The same part of each, so that no place counts for more than another.
+    It is the same share of each chunk, so that all parts of the input weigh the same.
     """
-    wanted = stretch.start + max(1, round((stretch.stop - stretch.start) * PART))
-    if stretch.source.container in IN_BYTES:
-        starts = read_chunk(stretch, max_line_bytes)[0].byte_offsets
-        wanted = next((start for start in starts.tolist() if start >= wanted), stretch.stop)
-    return replace(stretch, stop=wanted, records=None)
+    stop = chunk.start + max(1, round((chunk.stop - chunk.start) * PART))
+    if chunk.source.container in IN_BYTES:
+        starts = read_chunk(chunk, max_line_bytes)[0].byte_offsets
+        stop = next((start for start in starts.tolist() if start >= stop), chunk.stop)
+    return replace(chunk, stop=stop, records=None)
 
 
 def _share(plan: Plan, sample: list[Chunk]) -> float:
@@ -410,10 +412,6 @@ def _share(plan: Plan, sample: list[Chunk]) -> float:
 
     whole = sum(size(source.chunks) for source in plan.sources)
     return min(1.0, size(sample) / whole) if whole else 1.0
-
-
-def _stride(chunks: list[PreparedChunk], number: int) -> int:
-    return max(1, sum(len(chunk.tokens) for chunk in chunks) // number)
 
 
 def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
