@@ -14,9 +14,9 @@ from functools import partial
 
 import numpy as np
 
-from sftdata.batches import Int64, Tally
+from sftdata.batches import Int64, Ranges, Tally
 from sftdata.config import PrepareConfig
-from sftdata.encode.engine import char_offsets
+from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import DataError, UsageError
 from sftdata.formats.convert import convert_rows
 from sftdata.masks.markers import check_markers
@@ -25,8 +25,8 @@ from sftdata.pipeline import Stages
 from sftdata.plan import make_plan
 from sftdata.sources.source import read_chunk
 
-Encoded = tuple[list[int], list[tuple[int, int]]]
-Encode = Callable[[list[str]], list[Encoded]]
+Encoded = tuple[list[int], Ranges]
+"""Ids of one text, and the (start, stop) characters of each token."""
 
 _TEXTS_AT_ONCE = 256
 _CONTEXT_SHOWN = 24
@@ -112,12 +112,13 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
     if not texts:
         raise DataError("No row could be rendered.", "see `sftdata preview` for the reasons.")
     return [
-        resolve_marker(texts[:rows], str(marker), partial(char_offsets, plan.job.tokenizer))
-        for marker in markers
+        resolve_marker(texts[:rows], str(marker), partial(_encode, plan.job.tokenizer)) for marker in markers
     ]
 
 
-def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolution:
+def resolve_marker(
+    texts: Sequence[str], marker: str, encode: Callable[[Sequence[str]], list[Encoded]]
+) -> Resolution:
     """Find every token id sequence that a marker has in the texts.
 
     Args:
@@ -128,8 +129,8 @@ def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolut
     Raises:
         UsageError: the marker is empty.
 
-    >>> letters = lambda texts: [([ord(c) for c in text], [(i, i + 1) for i in range(len(text))]) for text in texts]
-    >>> resolve_marker(["a>b", "c"], ">", letters).sequences[0].ids
+    >>> letters = lambda text: ([ord(char) for char in text], [(i, i + 1) for i in range(len(text))])
+    >>> resolve_marker(["a>b", "c"], ">", lambda texts: list(map(letters, texts))).sequences[0].ids
     (62,)
     """
     check_markers(marker, None)
@@ -156,16 +157,25 @@ def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolut
     )
 
 
-def _encode_in_parts(texts: Sequence[str], rows: list[int], encode: Encode) -> Iterator[tuple[int, Encoded]]:
+def _encode(resolved: ResolvedTokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """Encode texts with the reference."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(resolved.folder / "tokenizer.json"))
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+
+def _encode_in_parts(
+    texts: Sequence[str], rows: list[int], encode: Callable[[Sequence[str]], list[Encoded]]
+) -> Iterator[tuple[int, Encoded]]:
     # Offsets as Python tuples weigh much more than the text: hold those of a few texts at a time.
     for first in range(0, len(rows), _TEXTS_AT_ONCE):
         part = rows[first : first + _TEXTS_AT_ONCE]
         yield from zip(part, encode([texts[row] for row in part]), strict=True)
 
 
-def _occurrences(
-    text: str, marker: str, row: int, ids: list[int], offsets: list[tuple[int, int]]
-) -> Iterator[MarkerIds]:
+def _occurrences(text: str, marker: str, row: int, ids: list[int], offsets: Ranges) -> Iterator[MarkerIds]:
     """Yield the covering run of tokens for every place where the marker stands, with a count of 1."""
     positions, starts, stops = _territories(offsets)
     for match in re.finditer(re.escape(marker), text):
@@ -184,7 +194,7 @@ def _occurrences(
         )
 
 
-def _territories(offsets: list[tuple[int, int]]) -> tuple[Int64, Int64, Int64]:
+def _territories(offsets: Ranges) -> tuple[Int64, Int64, Int64]:
     """Return index, start and stop of the tokens that stand for characters (BOS and EOS stand for none).
 
     Characters no token claims, as the spaces of a tokenizer that trims its offsets, belong to the token after

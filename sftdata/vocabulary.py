@@ -1,7 +1,8 @@
-"""What a tokenizer folder says without a tokenizer library: the bytes of each token id, and where tokens lie in a text.
+"""What a tokenizer folder tells without a tokenizer library: the bytes of each id, and where tokens lie.
 
-A tokenizer's own `decode` joins, strips and replaces; here one id is one stretch of bytes, so that text can be laid over
-ids. Where every token stands for a fixed number of bytes (`Layout`), positions in a text cost one cumulative sum.
+A tokenizer's own `decode` joins, strips and replaces; here one id is one stretch of bytes, so that text can
+be laid over ids. Where every token stands for a fixed number of bytes (`TokenLayout`), positions in a text cost
+one cumulative sum.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from sftdata.errors import IntegrityError, UsageError
 
-MARKER = "\u2581"  # SentencePiece writes a space as this
+METASPACE = "\u2581"  # SentencePiece writes a space as this
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _TAG = re.compile(r"</?\w+>|\s*")
-Kind = Literal["bytes", "spaces", "none"]
+LayoutKind = Literal["bytes", "spaces", "none"]
+File = TypeVar("File")
 Part = dict[str, Any]
 """A normalizer, pre-tokenizer or decoder of tokenizer.json, by its `type`."""
 
@@ -49,19 +51,21 @@ class _TokenizerFile(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TokenLayout:
     """What decides where tokens lie.
 
     Attributes:
-        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one marker per space) or "none": lengths tell nothing.
-        prefix: where a space is invented before the text: nowhere, at its "first" byte, "always" after an added token too.
+        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one metaspace per space) or "none": lengths
+            tell nothing.
+        prefix: where a space is invented before the text: nowhere, at its "first" byte, "always" after an
+            added token too.
         prefix_doubles: the invented space comes before a real one too (normalizer Prepend).
         prefix_words: words are split off at whitespace first, so that each gets its own prefix (T5).
         normal_form: Unicode normal form the text is brought into, or "".
         looks_ahead: words are found by a pattern, so that what follows can change the tokens before it.
     """
 
-    kind: Kind
+    kind: LayoutKind
     prefix: Literal["none", "first", "always"]
     prefix_doubles: bool
     prefix_words: bool
@@ -70,7 +74,10 @@ class Layout:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for: printable Latin-1 itself, the rest shifted."""
+    """Return the byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 stands for itself, the other bytes are shifted to U+0100 and up.
+    """
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = [byte for byte in range(256) if byte not in itself]
     return {chr(byte): byte for byte in itself} | {
@@ -100,7 +107,7 @@ class Vocabulary:
     stop_ids: frozenset[int]
     chat_template: str | None
     decoder: tuple[Part, ...]
-    layout: Layout
+    layout: TokenLayout
 
     @cached_property
     def _alphabet(self) -> dict[str, int]:
@@ -143,7 +150,7 @@ class Vocabulary:
         return b"".join(map(self.bytes_of, token_ids)).decode(errors="backslashreplace")
 
     def is_blank(self, token_id: int) -> bool:
-        """Say whether an id adds nothing but whitespace."""
+        """Return whether an id adds nothing but whitespace."""
         last = self.pieces.get(token_id, "")[-1:]
         if (
             last.isascii() and last.isalnum() and token_id not in self.added
@@ -152,15 +159,15 @@ class Vocabulary:
         return not self.text_of([token_id]).strip()
 
     def is_visible_token(self, token_id: int) -> bool:
-        """Say whether an id is an added token that should be seen as one; runs of added whitespace are text."""
+        """Return whether an id is an added token to be shown as one; runs of added whitespace are text."""
         return bool(self.added.get(token_id, "").strip())
 
 
 # How the pieces of each kind of layout spell the text that they were cut from.
-_SOURCE: dict[Kind, tuple[Part, ...]] = {
+_SOURCE: dict[LayoutKind, tuple[Part, ...]] = {
     "bytes": ({"type": "ByteLevel"},),
-    "spaces": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": MARKER}),
-    "none": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": MARKER}),
+    "spaces": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": METASPACE}),
+    "none": ({"type": "ByteFallback"}, {"type": "Metaspace", "replacement": METASPACE}),
 }
 
 
@@ -225,18 +232,18 @@ def generation_stops(folder: Path) -> list[int]:
     return found if isinstance(found, list) else [found] if isinstance(found, int) else []
 
 
-def _stop_ids(folder: Path, config: dict[str, Any], added: dict[str, int]) -> frozenset[int]:
+def _stop_ids(folder: Path, config: dict[str, object], added: dict[str, int]) -> frozenset[int]:
     eos = _content(config.get("eos_token"))
     return frozenset([*([added[eos]] if eos in added else []), *generation_stops(folder)])
 
 
-def _content(token: Any) -> str:
-    """Return the text of a token as tokenizer_config.json spells it: a string, or an object that holds one."""
+def _content(token: object) -> str:
+    """Return the text of a token of tokenizer_config.json, which is a string or an object that holds one."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path, config: dict[str, object]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -254,7 +261,7 @@ def _flat(part: Part | None) -> list[Part]:
     return [leaf for child in children for leaf in _flat(child)]
 
 
-def _read(path: Path, kind: Any) -> Any:
+def _read(path: Path, kind: type[File]) -> File | None:
     if not path.is_file():
         return None
     try:
@@ -265,11 +272,11 @@ def _read(path: Path, kind: Any) -> Any:
         ) from None
 
 
-def _layout(file: _TokenizerFile) -> Layout:
+def _layout(file: _TokenizerFile) -> TokenLayout:
     normalizers, splitters = _flat(file.normalizer), _flat(file.pre_tokenizer)
     forms = [part["type"] for part in normalizers if part["type"] in UNICODE_FORMS]
     names = [part["type"] for part in splitters]
-    return Layout(
+    return TokenLayout(
         kind=_kind(file.model, normalizers, splitters),
         prefix=_prefix(normalizers, splitters),
         prefix_doubles=any(part["type"] == "Prepend" for part in normalizers),
@@ -279,7 +286,7 @@ def _layout(file: _TokenizerFile) -> Layout:
     )
 
 
-def _kind(model: _Model, normalizers: list[Part], splitters: list[Part]) -> Kind:
+def _kind(model: _Model, normalizers: list[Part], splitters: list[Part]) -> LayoutKind:
     if model.type not in ("BPE", "Unigram") or model.continuing_subword_prefix or model.end_of_word_suffix:
         return "none"
     if any(part["type"] == "ByteLevel" for part in splitters):
@@ -288,21 +295,21 @@ def _kind(model: _Model, normalizers: list[Part], splitters: list[Part]) -> Kind
             if all(part["type"] in UNICODE_FORMS for part in normalizers) and len(normalizers) <= 1
             else "none"
         )
-    marked = any(_writes_marker(part) for part in [*normalizers, *splitters])
-    plain = all(_writes_marker(part) or part["type"] == "Prepend" for part in normalizers) and all(
+    marked = any(_writes_metaspace(part) for part in [*normalizers, *splitters])
+    plain = all(_writes_metaspace(part) or part["type"] == "Prepend" for part in normalizers) and all(
         map(_keeps_text, splitters)
     )
     return "spaces" if marked and plain else "none"
 
 
-def _writes_marker(part: Part) -> bool:
+def _writes_metaspace(part: Part) -> bool:
     if part["type"] == "Replace":
-        return bool(part["pattern"] == {"String": " "} and part["content"] == MARKER)
-    return bool(part["type"] == "Metaspace" and part["replacement"] == MARKER)
+        return bool(part["pattern"] == {"String": " "} and part["content"] == METASPACE)
+    return bool(part["type"] == "Metaspace" and part["replacement"] == METASPACE)
 
 
 def _keeps_text(part: Part) -> bool:
-    return _writes_marker(part) or (part["type"] == "Split" and part["behavior"] != "Removed")
+    return _writes_metaspace(part) or (part["type"] == "Split" and part["behavior"] != "Removed")
 
 
 def _prefix(normalizers: list[Part], splitters: list[Part]) -> Literal["none", "first", "always"]:

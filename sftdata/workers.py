@@ -1,12 +1,12 @@
-"""Run tasks on the cores of this machine: worker processes that take whole tasks, forked from one clean leader.
+"""Run tasks on the cores of this machine: worker processes, forked from one clean leader, take whole tasks.
 
     this process ── spawns ──> leader: imports, loads what all tasks share ── forks ──> workers
 
-The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is copied;
-what it loaded is in memory once, however many workers there are. It takes longest to get ready, so a large run
-starts it first: it imports the pipeline and loads the tokenizer's engine while this process imports what it needs
-itself, reads the input through and plans. Results come back as they finish: nothing about a set depends on their
-order.
+The leader starts as a fresh interpreter and has one thread when it forks, so no lock of a thread pool is
+copied; what it loaded is in memory once, however many workers there are. It takes longest to get ready, so a
+large run starts it first: it imports the pipeline and loads the tokenizer's engine while this process imports
+what it needs itself, reads the input through and plans. Results come back as they finish: nothing about a set
+depends on their order.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Workers:
         tasks: Sequence[Task],
         load: Callable[[Job], object],
     ) -> Iterator[Result]:
-        """Begin at once; return an iterator of `function(job, task)` for every task, in the order they finish.
+        """Begin at once; return an iterator over `function(job, task)` of all tasks, as they finish.
 
         Args:
             function: pure, importable by name.
@@ -83,7 +83,7 @@ class Workers:
             load: loads what all tasks share, before workers are forked.
 
         Raises:
-            SftError: a worker died. Whatever a task raises is passed on; tasks already begun are finished first.
+            SftError: a worker died. Whatever a task raises is passed on; tasks already begun finish first.
         """
         if min(self._number, len(tasks)) <= 1:
             return (function(job, task) for task in tasks)
@@ -91,10 +91,10 @@ class Workers:
         channel.send((load, job, (function, list(tasks))))
         return self._results(channel, len(tasks))
 
-    def begin(self, load: Callable[[Any], object], what: object) -> None:
+    def begin(self, load: Callable[[Job], object], job: Job) -> None:
         """Let the leader, where one was started, load something that workers will need, and go on at once."""
         if self._channel is not None:
-            self._channel.send((load, what, None))
+            self._channel.send((load, job, None))
 
     def _results(self, channel: Connection, number: int) -> Iterator[Any]:
         for _ in range(number):
@@ -104,8 +104,9 @@ class Workers:
                 error = BrokenProcessPool()
             if isinstance(error, BrokenProcessPool):
                 raise SftError(
-                    "A worker process was killed, most likely for want of memory; finished slices are kept.",
-                    "run the same command again with fewer workers (--workers 1) or a smaller --set slice_bytes.",
+                    "A worker process was killed, most likely out of memory; finished slices are kept.",
+                    "run the same command again with fewer workers (--workers 1)"
+                    " or a smaller --set slice_bytes.",
                 ) from None
             if error is not None:
                 raise error
@@ -131,9 +132,9 @@ def _lead(channel: Connection, number: int, warm: str | None) -> None:
         import_module(warm)
     with suppress(EOFError, ConnectionError):
         while True:
-            load, what, work = channel.recv()
+            load, job, work = channel.recv()
             try:
-                load(what)
+                load(job)
             except Exception as error:  # for the first process to show; what only began to load fails again
                 if work is not None:
                     channel.send((None, error))
@@ -142,12 +143,16 @@ def _lead(channel: Connection, number: int, warm: str | None) -> None:
                 function, tasks = work
                 context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
                 with ProcessPoolExecutor(number, context, initializer=_start_worker) as pool:
-                    _hand_out(channel, pool, number, partial(function, what), tasks)
+                    _hand_out(channel, pool, number, partial(function, job), tasks)
     os._exit(0)  # nothing is left to do, and taking the engine apart takes time
 
 
 def _hand_out(
-    channel: Connection, pool: ProcessPoolExecutor, number: int, function: Any, tasks: list[Any]
+    channel: Connection,
+    pool: ProcessPoolExecutor,
+    number: int,
+    function: Callable[[Task], object],
+    tasks: list[Task],
 ) -> None:
     queue = iter(tasks)
     # One more than there are workers: none is idle, and a failure leaves little to wait for.

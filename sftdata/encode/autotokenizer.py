@@ -1,8 +1,8 @@
 """The child process behind `resolve_tokenizer`: the only place in sftdata that imports transformers.
 
 Reads a request on stdin, writes a tokenizer folder and its facts into the folder named by the first argument.
-It is a process of its own because transformers imports torch wherever it finds it (seconds, hundreds of megabytes),
-and because hiding torch from transformers must not outlive this one use.
+It is a process of its own because transformers imports torch wherever it finds it (seconds, hundreds of
+megabytes), and because hiding torch from transformers must not outlive this one use.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
 
-from sftdata.encode.tokenizer import FACTS_FILE, FOLDER_NAME, LENGTHS_FILE
+from sftdata.encode.tokenizer import FACTS_FILE, FOLDER_NAME, LENGTHS_FILE, Request
 from sftdata.errors import UsageError
 from sftdata.vocabulary import generation_stops, read_vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
 
 # Names of the end-of-text token, for tokenizers that come without a config.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -33,13 +38,14 @@ PROBES = (
     "\n\n\tx\r\n",
     "e\u0301 日本",
 )
-# Where the tokenizer came from, not what it is: it would make equal tokenizers differ, or ask for code to be run.
+# Where the tokenizer came from, not what it is: it would make equal tokenizers differ, or ask for code to be
+# run.
 ORIGIN_KEYS = ("auto_map", "is_local", "local_files_only", "name_or_path")
 UNLIMITED = 2**31 - 1
 
 
 def main() -> int:
-    """Serve one request; print a refusal as JSON and return the exit code of a usage error when it cannot be met."""
+    """Serve one request; if it cannot be met, print why as JSON and return the exit code of a usage error."""
     try:
         _resolve(json.load(sys.stdin), Path(sys.argv[1]))
     except UsageError as error:
@@ -48,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def _resolve(request: dict[str, Any], target: Path) -> None:
+def _resolve(request: Request, target: Path) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # "not installed": tokenizers need none of it
     notes: list[str] = []
     tokenizer = _load(request, notes)
@@ -61,15 +67,14 @@ def _resolve(request: dict[str, Any], target: Path) -> None:
     folder = target / FOLDER_NAME
     _save(tokenizer, folder, Path(request["source"]))
     facts = _facts(tokenizer, folder, notes) | _places(folder, target)
-    facts["tokens_added"] = [
-        (t, i) for t in request["add_tokens"] if (i := tokenizer.convert_tokens_to_ids(t)) >= before
-    ]
+    ids = tokenizer.get_vocab()
+    facts["tokens_added"] = [(token, ids[token]) for token in request["add_tokens"] if ids[token] >= before]
     (target / FACTS_FILE).write_text(
         json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8"
     )
 
 
-def _load(request: dict[str, Any], notes: list[str]) -> Any:
+def _load(request: Request, notes: list[str]) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = request["source"]
@@ -81,11 +86,10 @@ def _load(request: dict[str, Any], notes: list[str]) -> Any:
                 raise
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
             notes.append(
-                "The tokenizer asks to run its own Python code, which is never done; its tokenizer.json is used as it is."
+                "The tokenizer asks to run its own Python code, which is never done;"
+                " its tokenizer.json is used as it is."
             )
-    except (
-        Exception
-    ) as error:  # whatever a broken folder makes transformers raise is the user's news, in one line
+    except Exception as error:  # report any load failure as one line: transformers raises what it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise UsageError(
             f"does not load ({reason}).", "check it with AutoTokenizer.from_pretrained, or give another."
@@ -94,16 +98,16 @@ def _load(request: dict[str, Any], notes: list[str]) -> Any:
         raise UsageError(
             "has no fast form (tokenizer.json).", "convert it once with transformers and save_pretrained."
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _special(content: str) -> Any:
+def _special(content: str) -> AddedToken:
     from tokenizers import AddedToken
 
     return AddedToken(content, special=True, normalized=False)
 
 
-def _choose_eos(tokenizer: Any, wanted: str | None, notes: list[str]) -> None:
+def _choose_eos(tokenizer: PreTrainedTokenizerFast, wanted: str | None, notes: list[str]) -> None:
     if wanted is not None:
         if wanted not in tokenizer.get_vocab():
             known = ", ".join(tokenizer.all_special_tokens[:8]) or "none"
@@ -123,14 +127,15 @@ def _choose_eos(tokenizer: Any, wanted: str | None, notes: list[str]) -> None:
             notes.append("The tokenizer names no end token; texts cannot be closed without --eos-token.")
 
 
-def _save(tokenizer: Any, folder: Path, source: Path) -> None:
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, source: Path) -> None:
     """Write a folder that any transformers 4 or 5 reads back with the same ids."""
     tokenizer.save_pretrained(folder)
     _compact(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in ORIGIN_KEYS}
-    # The model's own class rebuilds parts of the tokenizer when it loads (Mistral's comes back with other ids).
+    # The model's own class rebuilds parts of the tokenizer when it loads (Mistral's comes back with other
+    # ids).
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -140,7 +145,7 @@ def _save(tokenizer: Any, folder: Path, source: Path) -> None:
 
 
 def _compact(path: Path) -> None:
-    """Write tokenizer.json without indentation, and merges as "a b": half as large, and tokenizers 0.19 can read it."""
+    """Write tokenizer.json unindented, and merges as "a b": half the size, readable by tokenizers 0.19."""
     from tokenizers import Tokenizer
 
     whole = path.read_text(encoding="utf-8")
@@ -153,7 +158,7 @@ def _compact(path: Path) -> None:
         raise RuntimeError(f"{path} reads back as another tokenizer")
 
 
-def _assert_same_ids(tokenizer: Any, folder: Path) -> None:
+def _assert_same_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -162,20 +167,17 @@ def _assert_same_ids(tokenizer: Any, folder: Path) -> None:
             raise RuntimeError(f"the saved tokenizer gives other ids for {text!r}")
 
 
-def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
+def _facts(tokenizer: PreTrainedTokenizerFast, folder: Path, notes: list[str]) -> dict[str, object]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     flags = ("id", "content", "special", "lstrip", "rstrip", "normalized")
     prefix, suffix = _ends(tokenizer)
+    named: Mapping[str, object] = tokenizer.special_tokens_map
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if len(templates) > 1:
         notes.append(f"The tokenizer has several chat templates: {', '.join(sorted(templates))}.")
     return {
         "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        "special_tokens": {
-            key: str(value)
-            for key, value in tokenizer.special_tokens_map.items()
-            if not isinstance(value, list)
-        },
+        "special_tokens": {key: str(value) for key, value in named.items() if not isinstance(value, list)},
         "bos_id": tokenizer.bos_token_id,
         "eos_id": tokenizer.eos_token_id,
         "pad_id": tokenizer.pad_token_id,
@@ -191,22 +193,21 @@ def _facts(tokenizer: Any, folder: Path, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _places(folder: Path, target: Path) -> dict[str, Any]:
+def _places(folder: Path, target: Path) -> dict[str, object]:
     vocabulary = read_vocabulary(folder)
     np.save(target / LENGTHS_FILE, np.array(vocabulary.lengths(), np.int64))
     return {"layout": asdict(vocabulary.layout)}
 
 
-def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    start = next(
-        i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare
-    )  # of a tokenizer without an "a": 0
+    # A tokenizer without an "a" starts at 0.
+    start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
 
 
-def _stop_tokens(tokenizer: Any, folder: Path) -> list[str]:
+def _stop_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[str]:
     stops = [tokenizer.eos_token] if tokenizer.eos_token is not None else []
     for token_id in generation_stops(folder):
         token = tokenizer.convert_ids_to_tokens(token_id)

@@ -1,11 +1,11 @@
 """Texts to ids: gigatoken where it is proven equal, the `tokenizers` package as the reference and fallback.
 
-An engine turns texts into ids and nothing else: no BOS or EOS, no truncation, added tokens matched. The reference
-with byte positions (`ExactEncoder`) takes one text at a time: slow, exact, and able to treat control tokens as
-data. It serves the rows that cumulative lengths cannot place, texts cut at the edge of a trained span, and data
-that spells a control token. The last two are encoded in sections: the template's own added tokens are found first,
-as the tokenizer itself does, and the stretches between them go through a copy of the tokenizer that has no added
-tokens.
+An engine turns texts into ids and nothing else: no BOS or EOS, no truncation, added tokens matched. The
+reference with byte positions (`ExactEncoder`) takes one text at a time: slow, exact, and able to treat
+control tokens as data. It serves the rows that cumulative lengths cannot place, texts cut at the edge of a
+trained span, and data that spells a control token. The last two are encoded in sections: the template's own
+added tokens are found first, as the tokenizer itself does, and the stretches between them go through a copy
+of the tokenizer that has no added tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xxhash import xxh3_128
 from sftdata.batches import Bool, Int32, Int64, offsets_of
 from sftdata.encode.tokenizer import AddedToken, ResolvedTokenizer
 from sftdata.errors import UsageError
-from sftdata.vocabulary import MARKER
+from sftdata.vocabulary import METASPACE
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -44,7 +44,8 @@ class Encoder:
         resolved: the tokenizer.
         engine: which engine serves `encode`.
         encode: texts to (int32[T] ids, int64[N + 1] offsets).
-        added: added tokens by id: their text in utf-8, and whether they swallow whitespace to the left and right.
+        added: added tokens by id: their text in utf-8, and whether they absorb whitespace before
+            and after them.
     """
 
     def __init__(self, resolved: ResolvedTokenizer, engine: Engine, encode: Encode) -> None:
@@ -58,7 +59,7 @@ class Encoder:
     @cached_property
     def exact(self) -> ExactEncoder:
         """The reference with positions, for rows that need care; loaded when the first such row comes."""
-        self.resolved.check_standing()
+        self.resolved.require_files()
         return ExactEncoder(self.resolved)
 
     @cached_property
@@ -74,12 +75,12 @@ class Encoder:
 
     @cached_property
     def strips_right(self) -> Bool:
-        """bool[V], added tokens that swallow the whitespace after them."""
+        """bool[V], added tokens that absorb the whitespace after them."""
         return self._flags(token.id for token in self.resolved.added_tokens if token.rstrip)
 
     @cached_property
     def strips_left(self) -> Bool:
-        """bool[V], added tokens that swallow the whitespace before them."""
+        """bool[V], added tokens that absorb the whitespace before them."""
         return self._flags(token.id for token in self.resolved.added_tokens if token.lstrip)
 
     def _flags(self, ids: Iterable[int]) -> Bool:
@@ -95,7 +96,7 @@ def load_encoder(resolved: ResolvedTokenizer, engine: Engine) -> Encoder:
         UsageError: gigatoken does not know this kind of tokenizer.
         SftError: its files are gone.
     """
-    resolved.check_standing()
+    resolved.require_files()
     return Encoder(
         resolved, engine, _load_gigatoken(resolved) if engine == "gigatoken" else _load_tokenizers(resolved)
     )
@@ -143,7 +144,7 @@ def choose_engine(
     *,
     worth_it: bool = True,
 ) -> tuple[Engine, str]:
-    """Choose the engine of a run and say why: gigatoken only where it equals the reference on hard texts.
+    """Choose the engine of a run, and say why: gigatoken only if it equals the reference on hard texts.
 
     Each shard task compares the two again on a sample of its own texts. The verdict on the hard texts is kept
     beside the resolved tokenizer, for this version of gigatoken and tokenizers.
@@ -165,7 +166,7 @@ def choose_engine(
 
 
 def _verdict(resolved: ResolvedTokenizer) -> str:
-    """Return why gigatoken cannot serve a tokenizer, "" where it can; computed once for each version of both."""
+    """Return why gigatoken cannot serve a tokenizer, "" where it can; computed once per version of both."""
     versions = "-".join(version(name) for name in ("gigatoken", "tokenizers"))
     path = resolved.folder.parent / f"gate-{versions}.json"
     try:
@@ -198,45 +199,31 @@ def hard_texts(resolved: ResolvedTokenizer) -> list[str]:
     return [*HARD_TEXTS, *added]
 
 
-def check_engine(encoder: Encoder, oracle: Encoder, texts: Sequence[str]) -> bool:
-    """Tell whether two encoders give the same ids on these texts."""
-    return digest_ids(encoder, texts) == digest_ids(oracle, texts)
+def check_engine(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> bool:
+    """Return whether two encoders give the same ids on these texts."""
+    return digest_ids(encoder, texts) == digest_ids(reference, texts)
 
 
 def digest_ids(encoder: Encoder, texts: Sequence[str]) -> str:
-    """Return an xxh3-128 of the ids of these texts and of where each begins: equal for two encoders that agree."""
+    """Return an xxh3-128 of the ids of these texts and their offsets: equal for two encoders that agree."""
     ids, offsets = encoder.encode(texts)
     digest = xxh3_128(ids.tobytes())
     digest.update(offsets.tobytes())
     return digest.hexdigest()
 
 
-def char_offsets(
-    resolved: ResolvedTokenizer, texts: Sequence[str]
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Return ids and the (start, stop) characters of each token, as the oracle gives them."""
-    from tokenizers import Tokenizer
+# --------------------------------------------------------------- the reference, with byte positions
 
-    tokenizer = Tokenizer.from_file(str(resolved.folder / "tokenizer.json"))
-    return [
-        (encoding.ids, encoding.offsets)
-        for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    ]
-
-
-# Stands for each visible character of literal text while added tokens are looked for: no token contains it.
+# Replaces each visible character of literal text while added tokens are looked for: no token contains it.
 MASK = "\ue000"
-# Unicode's White_Space, which is what added tokens strip; str.isspace also counts the separators 0x1c to 0x1f.
-WHITESPACE = (
-    "\t\n\x0b\x0c\r \x85\xa0\u1680"
-    + "".join(map(chr, range(0x2000, 0x200B)))
-    + "\u2028\u2029\u202f\u205f\u3000"
-)
+# Unicode's White_Space, which added tokens strip; str.isspace also counts the separators 0x1c to 0x1f.
+_EN_TO_HAIR = "".join(map(chr, range(0x2000, 0x200B)))
+WHITESPACE = f"\t\n\x0b\x0c\r \x85\xa0\u1680{_EN_TO_HAIR}\u2028\u2029\u202f\u205f\u3000"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Located:
-    """Tokens of one text: int32[T] ids, and the half-open byte range of each (int64[T] starts and ends, both ascending)."""
+    """Tokens of one text: int32[T] ids, and int64[T] starts and ends of their byte ranges, both ascending."""
 
     ids: Int32
     starts: Int64
@@ -258,7 +245,10 @@ def join(parts: list[Located]) -> Located:
 
 
 class ExactEncoder:
-    """Encode with positions. An added token's range is its own text, without whitespace it swallows (`reach` includes it)."""
+    """Encode with positions.
+
+    The range of an added token is its own text, without the whitespace it absorbs unless `reach` is set.
+    """
 
     def __init__(self, resolved: ResolvedTokenizer) -> None:
         self._path = resolved.folder / "tokenizer.json"
@@ -273,8 +263,8 @@ class ExactEncoder:
         Args:
             raw: the text, or the rest of one that was cut.
             literal: byte ranges whose text must not be matched as added tokens.
-            at_start: False for the rest of a cut text: no space is invented before it.
-            reach: let added tokens range over the whitespace they swallow.
+            at_start: False for the rest of a cut text: it gets no dummy prefix.
+            reach: let added tokens range over the whitespace they absorb.
         """
         text = raw.decode()
         lengths = _byte_positions(text)
@@ -293,7 +283,7 @@ class ExactEncoder:
             start, stop = int(found.starts[index]), int(found.ends[index])
             token = self._added[int(found.ids[index])]
             if not token.normalized and token.content not in masked[start:stop]:
-                continue  # the model's own: what it writes for text that it does not know
+                continue  # the unknown token, which the model gives text outside its vocabulary
             parts.append(self._stretch(text[position:start], position, at_start, reach))
             parts.append(self._added_token(int(found.ids[index]), text, start, stop, reach))
             position = stop
@@ -309,11 +299,11 @@ class ExactEncoder:
     def _stretch(self, text: str, position: int, at_start: bool, reach: bool) -> Located:
         if position == 0 and not at_start:
             return self._continued(text, reach)
-        invents = position == 0 or self._layout.prefix == "always"
-        return self._one(self._plain if invents else self._plain_inside, text, reach).shifted(position)
+        prefixed = position == 0 or self._layout.prefix == "always"
+        return self._one(self._plain if prefixed else self._plain_inside, text, reach).shifted(position)
 
     def _continued(self, text: str, reach: bool) -> Located:
-        """Encode text that goes on where other text ended: its first word has no invented space."""
+        """Encode text that continues other text: its first word has no dummy prefix."""
         space = re.search(r"\s", text) if self._layout.prefix_words else None
         if space is None:
             return self._one(self._plain_inside, text, reach)
@@ -331,7 +321,7 @@ class ExactEncoder:
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         starts, ends = places[:, 0].copy(), places[:, 1].copy()
         if self._layout.prefix != "none":
-            _empty_invented(encoding, text, starts, ends)
+            _empty_dummy_prefix(encoding, text, starts, ends)
         if self._layout.normal_form or self._layout.kind == "none":
             _close_gaps(text, starts, ends)
         if not reach:
@@ -375,7 +365,7 @@ class ExactEncoder:
 
 
 def _masked(text: str, literal: list[tuple[int, int]]) -> str:
-    """Hide literal text, but not its whitespace: neighbours that strip whitespace must still see it."""
+    """Hide literal text, but not its whitespace: neighbours that absorb whitespace must still see it."""
     chars = list(text)
     for start, stop in literal:
         chars[start:stop] = [char if char in WHITESPACE else MASK for char in chars[start:stop]]
@@ -390,15 +380,19 @@ def _byte_positions(text: str) -> Int64:
     return positions
 
 
-def _empty_invented(encoding: Encoding, text: str, starts: Int64, ends: Int64) -> None:
-    """Give a space that the tokenizer invented no text: its offsets claim the character that follows."""
+def _empty_dummy_prefix(encoding: Encoding, text: str, starts: Int64, ends: Int64) -> None:
+    """Give the dummy prefix an empty range: the tokenizer's offsets claim the character after it."""
     for index, piece in enumerate(encoding.tokens):
-        if piece in (MARKER, "\u0120") and text[starts[index] : ends[index]] not in (" ", MARKER, "\u0120"):
+        if piece in (METASPACE, "\u0120") and text[starts[index] : ends[index]] not in (
+            " ",
+            METASPACE,
+            "\u0120",
+        ):
             ends[index] = starts[index]
 
 
 def _close_gaps(text: str, starts: Int64, ends: Int64) -> None:
-    """Let a token reach over the combining marks that were merged into it: its offsets leave them out."""
+    """Extend a token over the combining marks that were merged into it: its offsets leave them out."""
     following = np.append(starts[1:], len(text))
     for index in np.flatnonzero(following > ends):
         if text[ends[index] : following[index]].strip(WHITESPACE):
@@ -406,7 +400,7 @@ def _close_gaps(text: str, starts: Int64, ends: Int64) -> None:
 
 
 def _without_added(spec: dict[str, Any]) -> dict[str, Any]:
-    """Drop the added tokens, and rename them where the model's own vocabulary holds them, so that none can be born from text."""
+    """Drop the added tokens, and hide them in the model's own vocabulary, so that no text can become one."""
     model = spec["model"]
     contents = {token["content"] for token in spec["added_tokens"]}
     if isinstance(model["vocab"], dict):
@@ -430,40 +424,47 @@ def _merge_parts(pair: list[str] | str) -> tuple[str, str, str]:
 
 
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """Drop everything that invents a space before a text."""
-    return spec | {"normalizer": _quiet(spec["normalizer"]), "pre_tokenizer": _quiet(spec["pre_tokenizer"])}
+    """Drop everything that adds a dummy prefix to a text."""
+    return spec | {key: _unprefixed(spec[key]) for key in ("normalizer", "pre_tokenizer")}
 
 
-def _quiet(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part is None or part["type"] == "Prepend":
         return None
     for key in ("normalizers", "pretokenizers"):
         if key in part:
-            part = part | {key: [kept for child in part[key] if (kept := _quiet(child)) is not None]}
+            part = part | {key: [kept for child in part[key] if (kept := _unprefixed(child)) is not None]}
     if part["type"] == "Metaspace":
         part = part | {"prepend_scheme": "never"}
     return part | {"add_prefix_space": False} if part.get("add_prefix_space") else part
 
 
+# Texts on which tokenizer engines have differed, or could: the fixed part of the parity gate.
 HARD_TEXTS = (
     # whitespace, line ends, control characters
-    "", " ", "  ", "\n", "\t", "\r\n", "\x00", " leading", "trailing ", "trailing\n\n", "\x1c\x85\xa0\u2003\u3000x",
+    "", " ", "  ", "\n", "\t", "\r\n", "\x00", " leading", "trailing ", "trailing\n\n",
+    "\x1c\x85\xa0\u2003\u3000x",
     "a  b   c    d\t\te", "line\r\nline\rline\n\n\n  indented\n\t\ttabs",
     "def f(x):\n        return x**2  # 8 spaces\n" + " " * 40 + "end",
     # words and numbers
     "I'm you'RE they'll WE'VE 'tis 's 'S \u2019s don't",
     "0 1 12 123 1234 12345 3.14159 1,000,000 \u0663\u0664 \u00bd \u2167 x2y",
-    "https://example.org/a_b?c=d&e=%20f#g camelCaseWord snake_case_word SCREAMING x86_64 \\frac{a}{b} {\"k\": [1, 2]}",
+    "https://example.org/a_b?c=d&e=%20f#g camelCaseWord snake_case_word SCREAMING x86_64 \\frac{a}{b}"
+    " {\"k\": [1, 2]}",
     # combining marks, composed and decomposed; scripts; emoji
     "e\u0301 \u00e9 a\u0300\u0316 \u1112\u1161\u11ab \u0958 \ufb01 \u212b \u0344",
     "\u65e5\u672c\u8a9e\u3068\u4e2d\u6587\u6df7\u5408text\ud55c\uad6d\uc5b4",
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea"
+    " \u0939\u093f\u0928\u094d\u0926\u0940",
     "\u0e44\u0e17\u0e22 \u0420\u0443\u0441\u0441\u043a\u0438\u0439 \u1f08\u03c1\u03c7\u03ae",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd \u2764\ufe0f \U0001f600" * 3,
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd"
+    " \u2764\ufe0f \U0001f600" * 3,
     "\u2581under \u2581\u2581 \ufeffbom \u200b\u200d\u00ad \ue000 \ufffd \U0010ffff \u0378",
     # long runs
-    "a" * 3000, "ab" * 700, " " * 700, "\n" * 500, "=" * 300 + "-" * 299, "!?.,;:" * 60, "\u4e2d" * 400, "\u0301" * 60, "9" * 301,
+    "a" * 3000, "ab" * 700, " " * 700, "\n" * 500, "=" * 300 + "-" * 299, "!?.,;:" * 60, "\u4e2d" * 400,
+    "\u0301" * 60, "9" * 301,
     # control tokens of the common families, whole and torn
-    "<0x41><unk><s></s>[INST] x [/INST]", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>", "<|im_end", "|>im_end|>",
+    "<0x41><unk><s></s>[INST] x [/INST]", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>", "<|im_end",
+    "|>im_end|>",
     "<|begin_of_text|><|eot_id|> <|end|> \n<|user|>\n  x<|endoftext|>",
 )  # fmt: skip

@@ -1,15 +1,15 @@
-"""Where tokens lie, and where a text must be cut so that the ids before a trained span are those of inference.
+"""Where tokens lie, and where to cut a text so that the ids before a trained span are those of inference.
 
-    locate ──> places of tokens, from cumulative lengths ──> cut_rows: cut what straddles an edge, and encode again
+    locate ──> places of tokens, from cumulative lengths ──> cut_rows: cut at edges, encode again
 
-Positions are bytes of the batch's texts laid end to end (`base[i]` is where text i starts), so that one sorted
-array serves all rows. A row whose lengths do not add up to its text is reported, and goes the exact way.
+Positions are bytes of the batch's texts laid end to end (`base[i]` is where text i starts), so that one
+sorted array serves all rows. A row whose lengths do not add up to its text is encoded by the reference.
 
-At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ from
-that in four ways: a token reaches over the edge; an added token swallows whitespace that the span starts with, or
-whitespace before the span; or the words before the edge are found differently because of what follows: of two tabs
-before a letter the second can belong to the letter's word, so that the tabs are two tokens in the whole text and
-one token at inference. Each cuts the text there.
+At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ
+from that in four ways: a token reaches over the edge; an added token absorbs whitespace that the span starts
+with, or whitespace before the span; or the words before the edge are found differently because of what
+follows: of two tabs before a letter the second can belong to the letter's word, so that the tabs are two
+tokens in the whole text and one token at inference. Each cuts the text there.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def locate(
         texts: str[N].
         raws: the same texts in utf-8.
         literal: byte ranges whose text is data although it spells a control token.
-        inside: bool[N], texts that go on where another was cut, so that no space is invented before them.
-        reach: let added tokens range over the whitespace they swallow.
+        inside: bool[N], texts that continue one that was cut, so that they get no dummy prefix.
+        reach: let added tokens range over the whitespace they absorb.
 
     Returns:
         the places, and how many texts the reference's own offsets had to place.
@@ -135,22 +135,26 @@ def _denormal(form: str, texts: list[str]) -> Bool:
 
 @dataclass(slots=True)
 class _Walk:
-    """Walk each text from added token to added token, where spaces are invented or swallowed between them.
+    """Walk each text from added token to added token, where a dummy prefix, lstrip or rstrip moves tokens.
 
     Every added token must be found in the text where the lengths put it, which proves the stretch before it.
+
+    Attributes:
+        encoder, reach: as in `locate`.
+        before: int64[T + 1], cumulative byte lengths of all tokens.
+        index: the first token of each section.
+        shift: position minus cumulative length, the same for all tokens of a section.
+        prefixed: tokens that begin with the dummy prefix.
+        absorbing: tokens that absorb whitespace, with the (start, stop) they absorb.
     """
 
     encoder: Encoder
     before: Int64
     reach: bool
-    index: list[int] = field(default_factory=list)  # first token of each section
-    shift: list[int] = field(
-        default_factory=list
-    )  # position minus cumulative length, for all tokens of the section
-    invented: list[int] = field(default_factory=list)  # tokens that begin with an invented space
-    reached: list[tuple[int, int, int]] = field(
-        default_factory=list
-    )  # stripping tokens with the range they swallow
+    index: list[int] = field(default_factory=list)
+    shift: list[int] = field(default_factory=list)
+    prefixed: list[int] = field(default_factory=list)
+    absorbing: list[tuple[int, int, int]] = field(default_factory=list)
 
     def rows(self, raws: list[bytes], ids: Int32, offsets: Int64, base: Int64) -> tuple[Located, Bool]:
         added = np.flatnonzero(self.encoder.is_added[ids])
@@ -164,9 +168,9 @@ class _Walk:
         sections: Int64 = np.diff(np.array([0, *self.index, len(ids)], np.int64)).astype(np.int64)
         shift = np.repeat(np.array([0, *self.shift], np.int64), sections)
         starts, ends = self.before[:-1] + shift, self.before[1:] + shift
-        starts[self.invented] += 1
+        starts[self.prefixed] += 1
         if self.reach:
-            for token, start, stop in self.reached:
+            for token, start, stop in self.absorbing:
                 starts[token], ends[token] = start, stop
         return Located(ids, starts, ends), doubted
 
@@ -184,17 +188,17 @@ class _Walk:
 
     def _section(self, raw: bytes, position: int, token: int, end: int, at_start: bool, base: int) -> int:
         layout = self.encoder.resolved.layout
-        invents = layout.prefix == "always" or (layout.prefix == "first" and at_start)
-        invents = invents and (layout.prefix_doubles or raw[position : position + 1] != b" ")
+        prefixed = layout.prefix == "always" or (layout.prefix == "first" and at_start)
+        prefixed = prefixed and (layout.prefix_doubles or raw[position : position + 1] != b" ")
         before = int(self.before[token])
         self.index.append(token)
-        self.shift.append(base + position - invents - before)
-        if invents:
-            self.invented.append(token)
-        return int(self.before[end]) - before - invents
+        self.shift.append(base + position - prefixed - before)
+        if prefixed:
+            self.prefixed.append(token)
+        return int(self.before[end]) - before - prefixed
 
     def _added_token(self, raw: bytes, position: int, token: int, token_id: int, base: int) -> int:
-        """Find an added token at a position; return where it ends with what it swallows, or -1."""
+        """Find an added token at a position; return where it ends with what it absorbs, or -1."""
         content, lstrip, rstrip = self.encoder.added[token_id]
         start = _skip_spaces(raw, position) if lstrip else position
         stop = start + len(content)
@@ -204,7 +208,7 @@ class _Walk:
         self.index.append(token)
         self.shift.append(base + start - int(self.before[token]))
         if lstrip or rstrip:
-            self.reached.append((token, base + position, base + end))
+            self.absorbing.append((token, base + position, base + end))
         return end
 
 
@@ -243,8 +247,8 @@ def straddled(places: Places, edges: Edges) -> Bool:
     return bad
 
 
-def _swallowed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
-    """bool[E]: openings inside or behind whitespace that an added token swallows, as no token would at inference."""
+def _absorbed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
+    """bool[E]: openings inside or after whitespace that an added token absorbs, unlike at inference."""
     tokens, token = places.tokens, _token_at(places, edges)
     ids, first, stop = np.append(tokens.ids, 0), places.offsets[edges.row], places.offsets[edges.row + 1]
     before = token - 1
@@ -252,10 +256,10 @@ def _swallowed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
     by_next = (token < stop) & encoder.strips_left[ids[token]]
     gap_start = np.where(before >= first, np.append(tokens.ends, 0)[before], places.base[edges.row])
     gap_stop = np.where(token < stop, np.append(tokens.starts, 0)[token], places.base[edges.row + 1])
-    swallowed: Bool = edges.opens & np.where(
+    absorbed: Bool = edges.opens & np.where(
         by_last, edges.position < gap_stop, by_next & (gap_start < edges.position)
     )
-    return swallowed
+    return absorbed
 
 
 def _token_at(places: Places, edges: Edges) -> Int64:
@@ -295,7 +299,7 @@ def _bad(
     places: Places, encoder: Encoder, edges: Edges, raws: list[bytes], literal: Ragged, cut: Bool
 ) -> Bool:
     """bool[E]: edges to cut at; at those marked by `cut` the text has been cut already."""
-    bad = straddled(places, edges) | _swallowed(places, edges, encoder)
+    bad = straddled(places, edges) | _absorbed(places, edges, encoder)
     if encoder.resolved.layout.looks_ahead:
         asked = np.flatnonzero(edges.opens & ~bad & ~cut)
         bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(
@@ -344,7 +348,8 @@ class _Rows:
         return Ragged.from_lists(pieces)
 
 
-FAR = 2048  # bytes; of a longer prefix only the end is encoded again, which keeps the cost linear in the number of spans
+# Bytes; of a longer prefix only the end is encoded again, which keeps the cost linear in the number of spans.
+FAR = 2048
 # Every pattern that finds words cuts between a letter and a space before a letter.
 _WORD_START = re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])")
 
@@ -363,7 +368,7 @@ class _Stretch(NamedTuple):
 class Prefixes:
     """Compare the ids before openings with those of their text alone.
 
-    Encoding starts afresh after an added token and after a cut, so only the stretch from there on is encoded again.
+    Encoding starts afresh after an added token and after a cut: only the stretch from there is encoded again.
 
     Attributes:
         cuts: positions where the texts have been cut.

@@ -19,12 +19,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 
 from sftdata.errors import SftError, UsageError, nearest
-from sftdata.vocabulary import Layout
+from sftdata.vocabulary import TokenLayout
 
 CACHE_FORMAT = 3
 FACTS_FILE = "resolved.json"
@@ -32,8 +32,9 @@ FOLDER_NAME = "tokenizer"
 LENGTHS_FILE = "byte_lengths.npy"
 # What a tokenizer is read from; weights beside it are neither hashed nor downloaded.
 TOKENIZER_FILES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "generation_config.json", "vocab.*",
-    "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates/*",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+    "generation_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template.*",
+    "additional_chat_templates/*",
 )  # fmt: skip
 FAST_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -52,7 +53,7 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTokenizer:
-    """Everything later stages ask of a tokenizer. Small and picklable: workers load the files of `folder` themselves.
+    """Everything later stages need of a tokenizer; small and picklable: workers load the files of `folder`.
 
     Attributes:
         name: folder or Hub id, as the user gave it.
@@ -64,8 +65,10 @@ class ResolvedTokenizer:
         stop_tokens: what ends generation: the EOS token and those of generation_config.json.
         model_max_length: tokens; 2**31 - 1 where the tokenizer says nothing.
         vocab_size: largest id + 1.
-        prefix_ids, suffix_ids: what `tokenizer(text)` writes around a text (Llama: BOS before; T5: EOS after).
-        tokens_added: tokens that were asked for and that the tokenizer did not have: the model must be resized.
+        prefix_ids, suffix_ids: what `tokenizer(text)` writes around a text (Llama: BOS before; T5: EOS
+            after).
+        tokens_added: tokens that were asked for and that the tokenizer did not have: the model must be
+            resized.
         layout: where its tokens lie in the text; the byte lengths that go with it are in `lengths_file`.
         notes: what was guessed or replaced, one sentence each.
     """
@@ -86,7 +89,7 @@ class ResolvedTokenizer:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     tokens_added: tuple[tuple[str, int], ...]
-    layout: Layout
+    layout: TokenLayout
     notes: tuple[str, ...]
 
     @property
@@ -94,7 +97,7 @@ class ResolvedTokenizer:
         """NumPy file: int64[vocab_size], source bytes per token."""
         return self.folder.parent / LENGTHS_FILE
 
-    def check_standing(self) -> None:
+    def require_files(self) -> None:
         """Refuse to go on without the files.
 
         Raises:
@@ -118,10 +121,19 @@ class ResolvedTokenizer:
 
     @property
     def closing_ids(self) -> tuple[int, ...]:
-        """What ends a raw text: the reference's own suffix where it holds EOS, else EOS; empty without an EOS token."""
+        """What ends a raw text: the reference's suffix where it holds EOS, else EOS; empty without EOS."""
         if self.eos_id is None or self.eos_id in self.suffix_ids:
             return self.suffix_ids
         return (self.eos_id,)
+
+
+class Request(TypedDict):
+    """What the child process is asked for; see `resolve_tokenizer`."""
+
+    source: str
+    add_tokens: list[str]
+    chat_template: str | None
+    eos_token: str | None
 
 
 def resolve_tokenizer(
@@ -132,7 +144,7 @@ def resolve_tokenizer(
     chat_template: str | None = None,
     eos_token: str | None = None,
 ) -> ResolvedTokenizer:
-    """Resolve a tokenizer folder or Hub id as `AutoTokenizer.from_pretrained(name)` reads it; cached by content.
+    """Resolve a tokenizer folder or Hub id as `AutoTokenizer.from_pretrained` reads it; cached by content.
 
     Args:
         name: folder that holds tokenizer.json, or Hub id.
@@ -146,12 +158,9 @@ def resolve_tokenizer(
     """
     source = _source_folder(name, revision)
     _refuse_without_fast_files(name, source)
-    request = {
-        "source": str(source),
-        "add_tokens": list(add_tokens),
-        "chat_template": chat_template,
-        "eos_token": eos_token,
-    }
+    request = Request(
+        source=str(source), add_tokens=list(add_tokens), chat_template=chat_template, eos_token=eos_token
+    )
     entry = _cache_root() / _cache_key(source, request)
     if not (entry / FACTS_FILE).is_file():
         _fill_cache(entry, request, name)
@@ -196,9 +205,11 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # the Hub client's own errors derive from these two
         reason = " ".join(str(error).split(". ")[0].split())
         raise UsageError(
-            f"Tokenizer {name!r} is neither a folder here nor to be had from the Hub ({type(error).__name__}: {reason}).",
+            f"Tokenizer {name!r} is neither a folder here nor to be had from the Hub"
+            f" ({type(error).__name__}: {reason}).",
             _nearest(Path(name))
-            or "give a folder that holds tokenizer.json, or check the id, the connection and `hf auth login`.",
+            or "give a folder that holds tokenizer.json,"
+            " or check the id, the connection and `hf auth login`.",
         ) from None
 
 
@@ -208,12 +219,13 @@ def _refuse_without_fast_files(name: str, source: Path) -> None:
         return
     models = [file for file in files if file.endswith((".model", ".tiktoken"))]
     if models:
-        # Conversion needs sentencepiece or tiktoken; doing it where they happen to be installed would make ids depend on luck.
+        # Conversion needs sentencepiece or tiktoken; doing it where they happen to be installed would make
+        # ids depend on luck.
         raise UsageError(
             f"Tokenizer {name!r} holds {models[0]} but no tokenizer.json.",
             "convert it once: pip install sentencepiece protobuf tiktoken && python -c "
-            f"\"from transformers import AutoTokenizer as A; A.from_pretrained('{name}').save_pretrained('converted')\" "
-            "&& use -t converted",
+            '"from transformers import AutoTokenizer as A; '
+            f"A.from_pretrained('{name}').save_pretrained('converted')\" && use -t converted",
         )
     found = ", ".join(files[:5]) or "nothing"
     raise UsageError(
@@ -232,8 +244,8 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftdata" / "tokenizers"
 
 
-def _cache_key(source: Path, request: dict[str, Any]) -> str:
-    wanted = {key: request[key] for key in ("add_tokens", "chat_template", "eos_token")}
+def _cache_key(source: Path, request: Request) -> str:
+    wanted = {key: value for key, value in request.items() if key != "source"}
     versions = [importlib.metadata.version(package) for package in ("transformers", "tokenizers")]
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, versions, wanted]).encode())
     for path in sorted(set(_tokenizer_files(source))):
@@ -246,7 +258,7 @@ def _tokenizer_files(source: Path) -> Iterable[Path]:
     return (path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
 
 
-def _fill_cache(entry: Path, request: dict[str, Any], name: str) -> None:
+def _fill_cache(entry: Path, request: Request, name: str) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=entry.parent))
@@ -265,7 +277,7 @@ def _fill_cache(entry: Path, request: dict[str, Any], name: str) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _run_child(draft: Path, request: dict[str, Any], name: str) -> None:
+def _run_child(draft: Path, request: Request, name: str) -> None:
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),

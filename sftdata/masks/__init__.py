@@ -4,7 +4,7 @@ A token has a label if and only if the model must generate it. What that is depe
 
 | row | trained |
 |---|---|
-| conversation | turns of the assistant, each from where its generation prompt ends to the token that ends the turn (turns.py) |
+| conversation | the assistant's turns, each from the end of its prompt to the token that ends it (turns.py) |
 | prompt and completion | the completion, and the EOS behind it |
 | text | all of it, and the EOS behind it |
 | ids | those whose own label is the id (`read_given` in tokens.py) |

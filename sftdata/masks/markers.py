@@ -237,7 +237,10 @@ def _id_faults(
     reason = f"the response template {list(response_ids)} does not occur in the row's token ids."
     faults = {int(row): Fault("no-response-marker", reason, fix) for row in np.flatnonzero(responses == 0)}
     if instruction_ids is not None:
-        reason = f"the row has several responses, but {list(instruction_ids)}, the instruction template, is not in its token ids."
+        reason = (
+            f"the row has several responses, but {list(instruction_ids)}, the instruction template,"
+            " is not in its token ids."
+        )
         unclear = np.flatnonzero((responses > 1) & (instructions == 0))
         faults |= {int(row): Fault("no-instruction-marker", reason, fix) for row in unclear}
     return dict(sorted(faults.items()))

@@ -205,7 +205,8 @@ def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
     ids, labels = _integers("input_ids", item.input_ids), _integers("labels", item.labels)
     outside = np.flatnonzero((ids < 0) | (ids >= resolved.vocab_size))
     if len(outside):
-        found = f"token id {ids[outside[0]]} is outside 0..{resolved.vocab_size - 1} of tokenizer {resolved.name!r}"
+        known = f"0..{resolved.vocab_size - 1} of tokenizer {resolved.name!r}"
+        found = f"token id {ids[outside[0]]} is outside {known}"
         raise RowError("id-outside-vocabulary", found, "use the tokenizer that made the ids (-t)")
     other = np.flatnonzero((labels != IGNORE_INDEX) & (labels != ids))
     if len(other):

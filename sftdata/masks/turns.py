@@ -2,14 +2,14 @@
 
 A proven render (proof.py) tells who wrote each character. The span of a turn then
 
-- starts where its generation prompt ends: after the text that
-  `render(messages before it, add_generation_prompt=True)` writes behind the last data before the turn. Where that
-  prompt and the rendered text diverge (a prompt that opens `<think>`), it starts where they do;
+- starts where its generation prompt ends: after the text that `render(messages before it,
+  add_generation_prompt=True)` writes behind the last data before the turn. Where that prompt and the rendered
+  text diverge (a prompt that opens `<think>`), it starts where they do;
 - stops after the stop token that the template writes behind the turn's own data.
 
-The prompt is rendered once for each kind of transition (the kinds of the messages on both sides, and the very text
-between them) and remembered, so eighty turns cost a handful of renders. A template with `{% generation %}` blocks
-gives its spans itself. What cannot be proven is a `RowError`, never a guess.
+The prompt is rendered once for each kind of transition (the kinds of the messages on both sides, and the very
+text between them) and remembered, so eighty turns cost a handful of renders. A template that has
+`{% generation %}` blocks gives its spans itself. What cannot be proven is a `RowError`, never a guess.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class RenderedConversation:
         text: what the chat template writes.
         turns: its assistant turns, in order.
         literal: character ranges of the control tokens that data brought.
-        dropped, reasoning_dropped: indices of the messages of which the template dropped a text, and of those of
-            which it dropped the reasoning.
+        dropped, reasoning_dropped: indices of the messages of which the template dropped a text, and of those
+            of which it dropped the reasoning.
         counted: names of counters: what was put right to render the row, and what the template did not read.
     """
 
@@ -65,10 +65,10 @@ class RenderedConversation:
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """The stretch of a rendered text that can belong to one message: from the data before it to the data after it.
+    """The stretch of a rendered text that can belong to one message: between the data before and after it.
 
-        ...data before | lead: header, opening tags | own data ... | stop token, header of the next | data after...
-                     origin                       own[0]        own[-1]                           limit
+        data before | lead: header, opening tags | own data | stop token, header of the next | data after
+                 origin                      own_start  own_stop                           limit
 
     Attributes:
         own: sentinels of the message's own texts; empty where none of them is rendered.
@@ -272,9 +272,10 @@ class SpanFinder:
         return repeated_tag(prompt, region.text[at : region.own_stop])
 
     def _prompt_tail(self, row: Conversation, index: int, region: _Region, lead: str) -> str | None:
-        """Return what the generation prompt writes after the data before a turn; None where it cannot be rendered.
+        """Return what the generation prompt writes after the data before a turn; None where it is refused.
 
-        Remembered by kind of transition: the kinds of the messages around it and the text that leads to the answer.
+        It is remembered by the kind of transition: the kinds of the messages around it, and the text that
+        leads to the answer.
         """
         before = region.before
         previous = before.message if before else -1
@@ -323,7 +324,7 @@ class SpanFinder:
 
 
 def _owner(sentinels: list[Sentinel], start: int, stop: int, assistants: list[int]) -> int:
-    """Return the assistant message whose data a block holds; for an empty one, the next after the data before it."""
+    """Return the assistant message whose data a block holds; if it holds none, the next one."""
     first = bisect_left(sentinels, start, key=attrgetter("position"))
     for sentinel in islice(sentinels, first, None):
         if sentinel.position > stop:
@@ -350,7 +351,7 @@ def _neighbours(
 
 
 def _opens_another(header: str, tail: str) -> bool:
-    """Return whether what follows a call's data has a control token of the turn's own header: the next has begun."""
+    """Return whether a control token of the turn's header follows a call's data: another turn has begun."""
     return any(token in header for token in CONTROL_SHAPE.findall(tail))
 
 
@@ -402,11 +403,11 @@ def find_divergence(prompt: str, text: str) -> int:
 
 
 def header_after(rest: str, text: str) -> int | None:
-    r"""Return where the rest of a generation prompt ends in `text`, or its last tags do; None where neither is there.
+    r"""Return where the rest of a generation prompt, or its last tags, end in `text`; None if not there.
 
-    A template may write other whitespace, one more end token or one instruction less before a rendered turn than
-    before the generation prompt. The header itself is still fed at inference, so it is not for the model to
-    generate.
+    A template may write other whitespace, one more end token or one instruction less before a rendered turn
+    than before the generation prompt. The header itself is still fed at inference, so it is not for the model
+    to generate.
 
     >>> header_after("### Answer:\n", "    ### Answer:\nYes"), header_after("<think>\n", "Yes")
     (16, None)
@@ -420,7 +421,7 @@ def header_after(rest: str, text: str) -> int | None:
 
 
 def repeated_tag(rest: str, answer: str) -> int:
-    r"""Return the length of the tag that the rest of a generation prompt opens and the answer repeats; 0 for none.
+    r"""Return the length of the tag that a generation prompt opens and the answer repeats; 0 for none.
 
     >>> repeated_tag("<think>\n", "<think>Two.</think>Four."), repeated_tag("<think>\n", "Four.")
     (7, 0)

@@ -1,1 +1,1 @@
-"""Canonical rows to text: chat templates, rendered as transformers renders them, with the author of each character."""
+"""Canonical rows to text: chat templates rendered as transformers does, with the author of each character."""

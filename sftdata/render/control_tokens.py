@@ -4,17 +4,17 @@ Both are read off plain renders of made-up conversations: what the template writ
 
 A tokenizer matches its added tokens before it does anything else, wherever they stand. Of these
 
-- *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a turn
-  in this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are
-  `special: false`). Typed into a message they are encoded as the text that they spell, so that no data ends a
-  turn or forges one. `--trust-control-tokens` turns this off.
-- All others are *text* like any other (`<think>`, `</think>`, `<tool_call>` of Qwen, GLM, Nemotron): inference
-  encodes them as one id wherever they stand, and so do we, in messages of every role. Tags inside a turn never
-  count as opening or ending it, even where the template writes one between a header and an answer (Qwen3), or
-  names them in a system text.
+- *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a
+  turn in this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are `special:
+  false`). Typed into a message they are encoded as the text that they spell, so that no data ends a turn or
+  forges one. `--trust-control-tokens` turns this off.
+- All others are *text* like any other (`<think>`, `</think>`, `<tool_call>` of Qwen, GLM, Nemotron):
+  inference encodes them as one id wherever they stand, and so do we, in messages of every role. Tags inside a
+  turn never count as opening or ending it, even where the template writes one between a header and an answer
+  (Qwen3), or names them in a system text.
 
-Of the tokens that a template writes around a message, the outermost open and end turns, and so do those in the
-headers of several roles. What it writes for reasoning or around calls is inside.
+Of the tokens that a template writes around a message, the outermost open and end turns, and so do those in
+the headers of several roles. What it writes for reasoning or around calls is inside.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def find_stops(
 
     Where the template writes one of the tokenizer's stop tokens after an answer, that ends the turn. Where it
     does not, the model must write the whole run of control tokens that follows (Command R7B:
-    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`) up to the header of the next message, and the last of them ends the
-    turn. Without such a run the first token of that header does (GLM-4: `<|user|>`). After a tool call the
-    brackets of the call itself are skipped, and a token that the template also writes before it only opens the
-    next message.
+    `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`) up to the header of the next message, and the last of them ends
+    the turn. Without such a run the first token of that header does (GLM-4: `<|user|>`). After a tool call
+    the brackets of the call itself are skipped, and a token that the template also writes before it only
+    opens the next message.
     """
     known = [*control_tokens, *stop_tokens]
     shape = re.compile(
@@ -126,7 +126,7 @@ def find_stops(
 
 
 def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
-    """Return the first of `stops` that the template writes after a tool call with an answer; None without one."""
+    """Return the first of `stops` that the template writes after an answered tool call; None for none."""
     for call in CALLS:
         _, after = _around_second(template, [USER, call, RESULT])
         found = min((stop for stop in stops if stop in after), key=after.index, default=None)
@@ -136,10 +136,10 @@ def find_call_end(template: ChatTemplate, stops: Sequence[str]) -> str | None:
 
 
 def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[str, ...]:
-    """Return the tokens of `template` that neither a tokenizer nor their look tells: `[|end|]`, `<sep>`, `[e~[`.
+    """Return the tokens of `template` that neither tokenizer nor look reveals: `[|end|]`, `<sep>`, `[e~[`.
 
-    Where no known control token follows an answer, what is in brackets right after every answer must be one; and
-    so must all that is written around messages in the same brackets (`[|user|]`).
+    Where no known control token follows an answer, what is in brackets right after every answer must be one;
+    and so must all that is written around messages in the same brackets (`[|user|]`).
     """
     shape = re.compile(
         "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern])
@@ -156,7 +156,7 @@ def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[s
 
 
 def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
-    """Return the text before the second message's data, and from its end to the next data; "" where refused."""
+    """Return the text before the second message's data, and from its end to the next; "" where refused."""
     found = frames(template, messages)
     before = "".join(frame.text for frame in found if frame.before < 1)
     after = next((frame.text for frame in found if frame.before == 1), "")
@@ -232,7 +232,7 @@ def guarded_tokens(
 
 
 def describe_tokens(guarded: Iterable[str], plain: Iterable[str]) -> list[str]:
-    """List, in one sentence each, the added tokens that stay text when a message spells them, and those that count.
+    """List the added tokens that stay text when a message spells them, and those that count; a sentence each.
 
     >>> for sentence in describe_tokens(["<|im_end|>"], ["<think>", "</think>"]):
     ...     print(sentence)
@@ -297,7 +297,7 @@ def _split(
 
 
 def _inside(token: str, role: str, known: set[str]) -> bool:
-    """Return whether a token is a tag with a counterpart (`<think>`, `</think>`) in a turn of the model or a tool."""
+    """Return whether a token is a paired tag (`<think>`, `</think>`) in a turn of the model or a tool."""
     tag = _TAG.fullmatch(token)
     if tag is None or role in ("system", "user"):
         return False

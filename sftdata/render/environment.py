@@ -1,10 +1,10 @@
-"""The jinja environment of chat templates: that of transformers' `render_jinja_template`, but for three things.
+"""The jinja environment of chat templates: that of transformers' `render_jinja_template`, with three changes.
 
-`strftime_now` yields the run's date, never today's. `{% generation %}` blocks come out between two sentinels, so
-that spans are read off the text itself. And a render has a budget: jinja's sandbox keeps a template from
-reaching the machine, not from wasting it. Every pass of a loop takes a step, every call some; long values take
-more, and what could make a huge one is measured before it is made. The budget counts steps, not seconds: a row is
-refused on every machine or on none.
+`strftime_now` yields the run's date, never today's. `{% generation %}` blocks come out between two sentinels,
+so that spans are read off the text itself. And a render has a budget: jinja's sandbox keeps a template from
+reaching the machine, not from wasting it. Every pass of a loop takes a step, every call some; long values
+take more, and what could make a huge one is measured before it is made. The budget counts steps, not seconds:
+a row is refused on every machine or on none.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Render a conversation twice, bare and with sentinels, and prove both equal: every character has a known author.
+"""Render a conversation bare and with sentinels, and prove both equal: each character's author is known.
 
-Sentinels are private characters put around data before a render. A pair of them (open, close) stands just inside
-the outer whitespace of each text that a message brings: a template that trims the text still leaves both. A
-placeholder stands for a control token typed inside data, so that the template's own control tokens and the
-data's can be told apart. Stripping sentinels and placeholders again must give the bare render, character for
-character; that equality proves that they changed nothing.
+Sentinels are private characters put around data before a render. A pair of them (open, close) stands just
+inside the outer whitespace of each text that a message brings: a template that trims the text still leaves
+both. A placeholder stands for a control token typed inside data, so that the template's own control tokens
+and the data's can be told apart. Stripping sentinels and placeholders again must give the bare render,
+character for character; that equality proves that they changed nothing.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ class ProvenRenderer:
         self, template: ChatTemplate, guarded: Iterable[str] = (), plain: Iterable[str] = ()
     ) -> None:
         self.template = template
-        # Whitespace tokens (Gemma's newlines, GPT-NeoX's indents) are how ordinary text is written, not control.
+        # Whitespace tokens (Gemma's newlines, GPT-NeoX's indents) are how ordinary text is written, not
+        # control.
         guarded = [token for token in guarded if token.strip()]
         self._plain = frozenset(plain).difference(guarded)
         self._tokens = any_of([*guarded, *self._plain]) if guarded else None
@@ -240,9 +241,9 @@ class ProvenRenderer:
     def render(self, row: Conversation) -> tuple[TracedText, Conversation]:
         """Render a row; return the traced text, and the row as the template read it.
 
-        Where the template cuts an answer at `</think>`, its reasoning is passed as `reasoning_content`, which is
-        what such templates make of it. Where sentinels change what the template finds, texts that hold a string
-        it looks for stay bare.
+        Where the template cuts an answer at `</think>`, its reasoning is passed as `reasoning_content`, which
+        is what such templates make of it. Where sentinels change what the template finds, texts that hold a
+        string it looks for stay bare.
 
         Raises:
             RowError: the template refuses the row, or sentinels change what it renders.
@@ -291,8 +292,12 @@ class ProvenRenderer:
                 return text, replace(attempt, counted=(*attempt.counted, *unread)) if unread else attempt
         if refusals:
             raise explain_refusal(self.template, row, refusals[0])
-        reason = "the chat template writes tool arguments as Python prints them, or encodes or braces their JSON twice"
-        raise RowError("arguments-misprinted", reason, CALLS_FIX)
+        raise RowError(
+            "arguments-misprinted",
+            "the chat template writes tool arguments as Python prints them,"
+            " or encodes or braces their JSON twice",
+            CALLS_FIX,
+        )
 
     def prompt(self, row: Conversation, index: int) -> TracedText | None:
         """Render what inference feeds before message `index`; None where the template refuses.
@@ -323,7 +328,7 @@ class ProvenRenderer:
         return (message["role"], keys, tuple(text for text in self._constants if text in content_of(message)))
 
     def dropped(self, row: Conversation, traced: TracedText) -> tuple[list[int], list[int]]:
-        """Return the messages of which the template dropped a text, and those of which it dropped the reasoning.
+        """Return the messages of which the template dropped a text, and those whose reasoning it dropped.
 
         Texts that the template looks into may stand there bare; they are not counted.
         """
@@ -390,7 +395,8 @@ class ProvenRenderer:
             if placeholders.table:
                 return RowError(
                     "control-token-ambiguous",
-                    "control tokens inside the data steer the chat template, so its own cannot be told from them",
+                    "control tokens inside the data steer the chat template,"
+                    " so its own cannot be told from them",
                     "--trust-control-tokens, or take them out of the data",
                 )
         return RowError(
@@ -421,7 +427,7 @@ def _skip_none(_: str) -> bool:
 
 
 def _reasoning_apart(row: Conversation) -> Iterator[Conversation]:
-    """Yield rows with `<think>...</think>` at the head of answers as `reasoning_content`, with and without blank lines."""
+    """Yield a row with the `<think>...</think>` of answers as `reasoning_content`, trimmed and untrimmed."""
     for blank in ("\n", ""):
         messages = [_reasoning_split_off(message, blank) for message in row.messages]
         if messages != row.messages:

@@ -1,4 +1,4 @@
-"""The shape cache: how a chat template lays out conversations of one shape, learned once, then only filled in.
+"""The shape cache: how a chat template lays out conversations of one shape, learned once, then filled in.
 
 A template is a program; what it writes may depend on what a message says. So before a shape (the roles of its
 messages, in order, and which of them are empty) is cached, the template runs on symbolic texts (symbolic.py):
@@ -46,7 +46,7 @@ class Turn:
 
 
 Place = tuple[int, int]
-"""A position in any conversation of a shape: how many contents precede it, and how many characters of literals."""
+"""A position in any row of a shape: how many contents, and how many characters of literals, precede it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

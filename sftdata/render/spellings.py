@@ -1,13 +1,13 @@
 """Pass a conversation to a chat template in a spelling that it takes, or explain what it refuses.
 
-The OpenAI API has tool arguments as JSON text and `content: null` beside a call; templates are written for what
-their author passed them: some join arguments as text, some print them with `tojson`, some measure a content that
-is not there. A row goes to the template as it is, and in another spelling of the same only where that one cannot
-be right.
+The OpenAI API has tool arguments as JSON text and `content: null` beside a call; templates are written for
+what their author passed them: some join arguments as text, some print them with `tojson`, some measure a
+content that is not there. A row goes to the template as it is, and in another spelling of the same only where
+that one cannot be right.
 
 What a template raises is written for its author ("Conversation roles must alternate", for a chat that has a
-system message), or for no one (`'dict object' has no attribute 'content'`, for a tool call). What it refuses is
-found by rendering the row without it.
+system message), or for no one (`'dict object' has no attribute 'content'`, for a tool call). What it refuses
+is found by rendering the row without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NULL_AS_EMPTY = "rows_with_null_content"
 
 
 def spellings(row: Conversation) -> Iterator[Conversation]:
-    """Yield a row as it is, then with "" for null contents; then both with arguments as objects, as JSON text."""
+    """Yield a row as it is and with "" for null contents; then both with arguments as objects, as JSON."""
     tried = []
     for spell in (_as_they_are, _as_objects, _as_text):
         for fill in (_as_it_is, _as_empty):
@@ -58,8 +58,8 @@ def needs_spelling(row: Conversation) -> bool:
 def misprinted(row: Conversation, text: str) -> bool:
     r"""Return whether a rendered text has tool arguments as no model should write them.
 
-    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\": 3}"`)
-    or put in braces of the template's own (`{{"n": 3}}`: Gemma 4, whose format for a call is not JSON).
+    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\":
+    3}"`) or put in braces of the template's own (`{{"n": 3}}`: Gemma 4, whose format for a call is not JSON).
     """
     wrong = {
         form
@@ -76,12 +76,13 @@ def misprinted(row: Conversation, text: str) -> bool:
 
 
 def _wrong_forms(arguments: object) -> Iterator[str]:
-    """Yield what a text may not hold: JSON encoded or in braces once more, objects and lists that Python printed."""
+    """Yield what a text may not hold: JSON encoded or braced once more, objects as Python prints them."""
     if isinstance(arguments, str):
         if arguments.lstrip().startswith("{"):  # else a formatter of the user's own wrote what belongs there
             yield f"{{{arguments}}}"
         once_more = [json.dumps(arguments, ensure_ascii=ascii) for ascii in (False, True)]
-        # With its outer quotes only where it has none inside (`"{}"`): a template may write other ones around it.
+        # With its outer quotes only where it has none inside (`"{}"`): a template may write other ones around
+        # it.
         yield from (text[1:-1] if '"' in arguments else text for text in once_more)
         return
     right = ""
@@ -139,8 +140,8 @@ def _as_empty(message: Message) -> Message:
 
 
 CALLS_FIX = (
-    "--chat-template Qwen/Qwen2.5-0.5B-Instruct (or another tokenizer or file whose template writes tool calls), "
-    "or take them out"
+    "--chat-template Qwen/Qwen2.5-0.5B-Instruct"
+    " (or another tokenizer or file whose template writes tool calls), or take them out"
 )
 # Built-in templates that put a system message where the models of a family have learnt to see it.
 _FAMILIES = (("<start_of_turn>", "gemma"), ("<<SYS>>", "llama-2"), ("[INST]", "mistral"))

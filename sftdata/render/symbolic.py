@@ -1,4 +1,4 @@
-"""Symbolic texts: run a chat template on strings that note what it asks of them, and refuse what cannot be noted.
+"""Symbolic texts: run a chat template on strings that note what it asks of them, or refuse to answer.
 
 No question may go unnoticed, so whatever could read characters behind a symbolic text's back (C code in
 filters, tests, joins and formats) is guarded: it may take symbolic texts only where it is known to ask
@@ -133,9 +133,9 @@ def _refuse(*_: object, **__: object) -> object:
 
 
 _HARMLESS = {
-    "__new__", "__init__", "__class__", "__getattribute__", "__setattr__", "__delattr__", "__doc__", "__repr__",
-    "__init_subclass__", "__subclasshook__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__dir__",
-    "__sizeof__", "__getstate__",
+    "__new__", "__init__", "__class__", "__getattribute__", "__setattr__", "__delattr__", "__doc__",
+    "__repr__", "__init_subclass__", "__subclasshook__", "__reduce__", "__reduce_ex__", "__getnewargs__",
+    "__dir__", "__sizeof__", "__getstate__",
 }  # fmt: skip
 for _name in dir(str):
     if _name not in _HARMLESS and _name not in vars(SymbolicText):
@@ -149,13 +149,13 @@ _FRAME = ("_loop_vars", "_block_vars")
 # Filters and tests that ask a symbolic text by its own methods, or only whether it is a text.
 _ASKING_FILTERS = {"trim", "string", "default", "d"}
 _ASKING_TESTS = {
-    "string", "defined", "undefined", "none", "mapping", "number", "boolean", "true", "false", "integer", "float",
-    "iterable", "sequence", "in", "eq", "equalto", "==", "ne", "!=",
+    "string", "defined", "undefined", "none", "mapping", "number", "boolean", "true", "false", "integer",
+    "float", "iterable", "sequence", "in", "eq", "equalto", "==", "ne", "!=",
 }  # fmt: skip
 # Filters that hand on what a list or a dict holds without looking at it.
 _PASSING_FILTERS = {
-    "length", "count", "first", "last", "list", "items", "selectattr", "rejectattr", "map", "select", "reject",
-    "reverse",
+    "length", "count", "first", "last", "list", "items", "selectattr", "rejectattr", "map", "select",
+    "reject", "reverse",
 }  # fmt: skip
 
 
@@ -195,8 +195,8 @@ class _GuardedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: object, *args: object, **kwargs: object) -> object:
-        # Macros and loops pass texts on, and a symbolic text's methods decide for themselves; any other function
-        # might read them.
+        # Macros and loops pass texts on, and a symbolic text's methods decide for themselves; any other
+        # function might read them.
         passes_on = (
             isinstance(obj, Macro | LoopContext)
             or isinstance(getattr(obj, "__self__", None), SymbolicText)

@@ -50,7 +50,8 @@ class TemplateChoice:
 
     Attributes:
         text: the Jinja source.
-        origin: where it comes from, in words: "tokenizer", "built-in chatml", a file, another tokenizer's name.
+        origin: where it comes from, in words: "tokenizer", "built-in chatml", a file, another tokenizer's
+            name.
         tokens: control tokens it writes that the tokenizer must hold as single ids.
         eos_token: the token that ends its turns, when it comes with one; None keeps the tokenizer's.
     """
@@ -77,7 +78,7 @@ BUILT_IN: Mapping[str, str | None] = {
 def choose_template(
     choice: str | None, own: str | None, clone: Callable[[str], tuple[str | None, Sequence[str], str | None]]
 ) -> TemplateChoice | None:
-    """Resolve `--chat-template`: a built-in name, a file, or a tokenizer to clone from; None keeps the tokenizer's own.
+    """Resolve `--chat-template`: a built-in name, a file, a tokenizer to clone; None keeps its own.
 
     Args:
         choice: the setting.
@@ -186,7 +187,7 @@ class ChatTemplate:
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:
         """Roles whose content the template takes as a list of parts only; nearly all templates take text."""
-        self.__dict__["roles_in_parts"] = frozenset()  # while the question is open, contents go as they are
+        self.__dict__["roles_in_parts"] = frozenset()  # until this is answered, contents go as they are
         conversations = (
             ("user", "assistant"),
             ("system", "user", "assistant"),
@@ -198,7 +199,7 @@ class ChatTemplate:
             return frozenset()
 
     def _iterated(self, roles: Sequence[str]) -> frozenset[str]:
-        """Return the fewest of these roles that need parts for all their texts to show; none where that does not help."""
+        """Return the fewest of these roles that need parts for all texts to show; none if no help."""
         texts = {role: f"{role[0].upper()}0" for role in roles}
         for count in range(len(roles) + 1):
             for chosen in combinations(roles, count):
@@ -296,7 +297,7 @@ def _normal_message(message: Mapping[str, object]) -> Message:
 
 
 def _compared_constants(tree: jinja2.nodes.Template) -> tuple[str, ...]:
-    """Return the strings a template compares, searches or splits content with: what it can tell contents apart by."""
+    """Return the strings a template compares, searches or splits with: what it can tell contents apart by."""
     found: set[str] = set()
     for node in tree.find_all(
         (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Test)
