@@ -88,9 +88,9 @@ def prepare(
         output: folder of the set.
         formatter: a function from a row to a training row, or its name as `module:function`. One that cannot
             be imported by name, such as a lambda or a cell of a notebook, is called in this process only.
-        on_note: called with each decision that was made for you, in one sentence. Default: the logger
+        on_note: called with each decision made for you, in one sentence. Default: the logger
             `sftdata`, level INFO.
-        on_progress: called after each shard task that is done.
+        on_progress: called after each finished shard task.
 
     The other arguments are the settings of `sftdata prepare --help`.
 
@@ -98,7 +98,7 @@ def prepare(
         The manifest of the set: its digest, sources, settings and the ledger of rows and tokens.
 
     Raises:
-        SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
+        SftError: one line with the problem and its fix; finished tasks are kept, and the same call
             resumes.
     """
     from sftdata.workers import start_workers
@@ -139,7 +139,7 @@ def preview(
     overwrite: bool = False,
     **unknown: Never,
 ) -> Preview:  # fmt: skip
-    """Prepare a sample of the rows and return what it shows, as `sftdata preview`; nothing is written.
+    """Prepare a sample of the rows and return the results, as `sftdata preview`; nothing is written.
 
     Args:
         inputs, tokenizer, formatter: as for `prepare`, and the settings too.
@@ -150,7 +150,7 @@ def preview(
         (`projected`) and notes.
 
     Raises:
-        SftError: what would stop `prepare` from starting, or there are no rows.
+        SftError: an error that would stop `prepare` before it starts, or there are no rows.
     """
     from sftdata.run import preview as run
 
@@ -185,9 +185,9 @@ def stream(
         rows: dicts or strings; a `datasets` dataset, streaming or not, will do.
         tokenizer: folder or Hub id.
         formatter: as for `prepare`.
-        buffer_rows: rows read, and shuffled, at a time.
-        infinite: begin again at the end of the input, for ever.
-        shuffle: mix the rows inside each buffer, anew in each pass.
+        buffer_rows: number of rows that are read, and shuffled, at a time.
+        infinite: start over at the end of the input, forever.
+        shuffle: shuffle the rows inside each buffer, differently in each pass.
         seed: of the shuffling.
 
     The other arguments are those settings of `prepare` that say how rows are read, rendered, masked and cut.
@@ -196,7 +196,7 @@ def stream(
         An iterable of dicts: int32[max_length] `input_ids` and `labels`, int32[S] `seq_lengths`.
 
     Raises:
-        SftError: in one line, what stopped it and how to fix it.
+        SftError: one line with the problem and its fix.
     """
     from sftdata.streaming import Stream, refuse_unstreamed
 
@@ -228,7 +228,7 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
         sha256: compare sha256 as well as xxh3-128: proof against forgery, several times slower.
 
     Returns:
-        What was read and, in `problems`, what is wrong, one line each; `ok` says whether nothing is.
+        What was read and, in `problems`, one line each; `ok` if there are none.
 
     Raises:
         SftError: there is no set, or its manifest is damaged, so that there is nothing to compare with.

@@ -1,4 +1,4 @@
-"""Every setting of `prepare`, in one frozen model; echoed whole into the manifest.
+"""Every setting of `prepare`, in one frozen model; the manifest stores it whole.
 
 Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with the nearest known one.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -35,7 +35,8 @@ class PrepareConfig(BaseModel):
     )
     split: str | None = Field(
         None,
-        description="Split of a dataset, or of files named after splits; also slices, as train[:95%] or train+test.",
+        description="Split of a dataset, or of files named after splits;"
+        " also slices, as train[:95%] or train+test.",
     )
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     format: str | None = Field(None, description="Row format by name; default: detected.")
@@ -48,7 +49,8 @@ class PrepareConfig(BaseModel):
     formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
     kind: Literal["auto", "conversation", "completion", "text"] = Field(
         "auto",
-        description="Treat instruction-like rows as this kind; auto: conversation if a chat template is in use.",
+        description="Treat instruction-like rows as this kind;"
+        " auto: conversation if a chat template is in use.",
     )
     prompt_template: str | None = Field(
         None, description="File with {field} placeholders, for instruction rows without a chat template."
@@ -129,25 +131,28 @@ class PrepareConfig(BaseModel):
 
     @field_validator("inputs", mode="before")
     @classmethod
-    def _one_input_is_a_list(cls, value: Any) -> Any:
-        """Take one path for a list of one.
+    def _one_input_is_a_list(cls, value: object) -> object:
+        """Take a single path as a list of one.
 
         Raises:
-            UsageError: it holds data, not names of data.
+            UsageError: data instead of the names of data.
         """
         if isinstance(value, (str, Path)):
             return (str(value),)
-        named = value if isinstance(value, (list, tuple)) else [value]
-        if odd := [item for item in named if not isinstance(item, (str, Path))]:
-            raise UsageError(
-                f"inputs: found a {type(odd[0]).__name__}; expected paths of files, folders or globs, URLs or Hub ids.",
-                "write the rows to a file and name it: dataset.to_parquet('rows.parquet'), or one JSON object a line.",
-            )
-        return tuple(map(str, named))
+        names = value if isinstance(value, (list, tuple)) else [value]
+        for name in names:
+            if not isinstance(name, (str, Path)):
+                raise UsageError(
+                    f"inputs: found a {type(name).__name__};"
+                    " expected paths of files, folders or globs, URLs or Hub ids.",
+                    "write the rows to a file and name it: dataset.to_parquet('rows.parquet'),"
+                    " or one JSON object a line.",
+                )
+        return tuple(map(str, names))
 
     @field_validator("tokenizer", mode="before")
     @classmethod
-    def _tokenizer_is_a_name(cls, value: Any) -> Any:
+    def _tokenizer_is_a_name(cls, value: object) -> object:
         if not isinstance(value, (str, Path)):
             raise UsageError(
                 f"tokenizer: found a {type(value).__name__}; expected the folder or Hub id of a tokenizer.",
@@ -157,8 +162,8 @@ class PrepareConfig(BaseModel):
 
     @field_validator("max_rejects", "date", mode="before")
     @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        """Take back what YAML made of `5` and `2025-01-01`."""
+    def _as_text(cls, value: object) -> object:
+        """Undo the conversion of `5` and `2025-01-01` by YAML."""
         return str(value) if type(value) in (int, float, date) else value
 
     @field_validator("max_rejects")
@@ -179,13 +184,13 @@ class PrepareConfig(BaseModel):
     def _output_is_local(cls, value: Path) -> Path:
         return local_output(value)
 
-    def content(self) -> dict[str, Any]:
-        """Return the settings that decide the bytes of the set; a resume refuses when one of these differs."""
+    def content(self) -> dict[str, object]:
+        """Return the settings that decide the bytes of the set; a resume refuses if one of them differs."""
         how = {"output", "workers", "engine", "overwrite", "max_rejects"}
         return self.model_dump(mode="json", exclude=how) | {"split": self.split or "train"}
 
 
-def make_config(**settings: Any) -> PrepareConfig:
+def make_config(**settings: object) -> PrepareConfig:
     """Validate settings, with a one-line error that names the nearest known key.
 
     Raises:

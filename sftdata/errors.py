@@ -5,8 +5,8 @@
     ├── DataError            3    too many rejected rows, nothing trainable
     └── IntegrityError       4    a set whose bytes do not match its manifest
 
-A bad *row* is not an error: a stage passes its `Fault` to the tally, which makes a `Reject` of it, and continues
-with the rest.
+A bad *row* is not an error: a stage passes its `Fault` to the tally, which makes a `Reject` of it, and
+continues with the rest.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def read_codes() -> dict[str, tuple[str, str]]:
 
 
 Unit = Literal["line", "record", "element", "row"]
-"""How a source is counted, from 1: lines of text, records of a CSV, elements of a JSON array, rows of a table."""
+"""What a source is counted in, from 1: lines, records of a CSV, elements of a JSON array, rows of a table."""
 
 UNITS: dict[str, Unit] = {
     "csv": "record", "json": "element", "parquet": "row", "arrow": "row", "saved": "row", "hub": "row",

@@ -1,7 +1,7 @@
-"""Settings of both programs: file < `--set key=value` < flag; merged, validated, and refused with their place.
+"""Settings of both programs: file < `--set key=value` < flag; merged, validated, refused with their place.
 
-The file and the values of `--set` are YAML; an error names where a key was set, as `sft.yaml:5`. For a setting of
-another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaMA-Factory), it names ours.
+The file and the values of `--set` are YAML; an error names where a key was set, as `sft.yaml:5`. For a
+setting of another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaMA-Factory), it names ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Constant-length rows from any iterable of rows, without files: bounded buffers, no lost tails.
+"""Constant-length rows from any iterable of rows, without files: bounded buffers, no tokens lost at their ends.
 
 rows ── buffer ── (shuffle) ── canonical ── render ── encode ── one stream of tokens ── cut every max_length
 """
@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,17 @@ from sftdata.plan import Job, choose_tokenizer
 from sftdata.sources.source import open_source, plan_sources
 
 BUFFER_ROWS = 1024
-# Settings of `prepare` that say where a set comes from, how it is packed, or how the work is shared out.
+# Settings of `prepare` for the files of a set, for packing, and for the distribution of the work.
 NOT_STREAMED = frozenset({
-    "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects", "max_line_bytes", "slice_bytes",
-    "workers",
+    "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects",
+    "max_line_bytes", "slice_bytes", "workers",
 })  # fmt: skip
 
 StreamedRow = dict[str, Int32 | Float32]
 
 
 def refuse_unstreamed(settings: Iterable[str]) -> None:
-    """Refuse settings that cannot act on a stream.
+    """Refuse settings that have no effect on a stream.
 
     Raises:
         UsageError: naming the first.
@@ -66,18 +66,18 @@ def refuse_unstreamed(settings: Iterable[str]) -> None:
 
 
 class Stream(Iterable[StreamedRow]):
-    """Rows of exactly `max_length` tokens; iterating again starts again.
+    """Rows of exactly `max_length` tokens; each iteration starts from the beginning.
 
     Args:
         rows: the input, as dicts or strings; read in buffers, never whole.
         config: as for `prepare`; inputs and output are not used, and packing is one cut stream.
-        buffer_rows: rows read, and shuffled, at a time.
-        infinite: begin again at the end of the input, for ever.
-        shuffle: mix the rows inside each buffer, anew in each pass.
+        buffer_rows: number of rows that are read, and shuffled, at a time.
+        infinite: start over at the end of the input, forever.
+        shuffle: shuffle the rows inside each buffer, differently in each pass.
         seed: of the shuffling.
 
     Attributes:
-        rejected: rows that could not be used, by the code of their fault; dropped ones, by their reason.
+        rejected: number of rejected rows by the code of their fault, and of dropped ones by their reason.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Stream(Iterable[StreamedRow]):
         refuse_conflicts(config)
         if infinite and iter(rows) is rows:
             raise UsageError(
-                "infinite=True reads the input again and again, and an iterator is gone after once.",
+                "infinite=True reads the input repeatedly, and an iterator is gone after once.",
                 "give a list.",
             )
         self._rows, self._config, self._buffer_rows = rows, config, buffer_rows
@@ -111,24 +111,22 @@ class Stream(Iterable[StreamedRow]):
         if len(carried) and self._stages:
             yield from _cut(carried, self._stages.job)
         if self.rejected:
-            found = ", ".join(f"{count} {code}" for code, count in self.rejected.most_common())
-            warnings.warn(f"rows left out of the stream: {found}", stacklevel=2)
+            counts = ", ".join(f"{rows} {code}" for code, rows in self.rejected.most_common())
+            warnings.warn(f"rows left out of the stream: {counts}", stacklevel=2)
 
     def _buffers(self) -> Iterator[list[Any]]:
-        turn = 0
-        while True:
-            source, shuffled = iter(self._rows), np.random.default_rng([self._seed, turn])
+        for epoch in count():
+            source, random = iter(self._rows), np.random.default_rng([self._seed, epoch])
             empty = True
             while buffer := list(islice(source, self._buffer_rows)):
                 empty = False
-                order = shuffled.permutation(len(buffer)) if self._shuffle else range(len(buffer))
+                order = random.permutation(len(buffer)) if self._shuffle else range(len(buffer))
                 yield [buffer[index] for index in order]
             if not self._infinite or empty:
                 return
-            turn += 1
 
     def _load(self, sample: list[Any]) -> Stages:
-        """Decide format and tokenizer, as `prepare` does, from the first buffer."""
+        """Choose format and tokenizer as `prepare` does, from the first buffer."""
         config = self._config
         tokenizer, _ = choose_tokenizer(config)
         max_length = config.max_length or min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
@@ -148,12 +146,8 @@ class Stream(Iterable[StreamedRow]):
 
     def _tokens(self, stages: Stages, buffer: list[Any], number: int) -> TokenBatch:
         ids = np.arange(len(buffer), dtype=np.int64)
-        batch = RowBatch(
-            [row if isinstance(row, str) else dict(row) for row in buffer],
-            ids,
-            ids + 1,
-            np.full_like(ids, -1),
-        )
+        rows = [row if isinstance(row, str) else dict(row) for row in buffer]
+        batch = RowBatch(rows, ids, ids + 1, np.full_like(ids, -1))
         tally = Tally(batch)
         converted = convert_rows(batch, stages.job.formats[0], stages.job.options, tally)
         tokens, _ = tokenize(stages, converted, tally)
@@ -172,12 +166,12 @@ class Stream(Iterable[StreamedRow]):
         return tokens
 
 
-def _as_line(row: Any) -> bytes:
+def _as_line(row: object) -> bytes:
     return msgspec.json.encode({"text": row} if isinstance(row, str) else row)
 
 
 def _slice(tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
-    """Return a stretch of the tokens, as examples of their own."""
+    """Return a range of the tokens, as examples of their own."""
     inside = tokens.offsets[(tokens.offsets > start) & (tokens.offsets < stop)]
     offsets = np.concatenate([[start], inside, [stop]]) if stop > start else np.array([start])
     rows = np.zeros(len(offsets) - 1, np.int64)
@@ -185,18 +179,12 @@ def _slice(tokens: TokenBatch, start: int, stop: int) -> TokenBatch:
 
 
 def _cut(tokens: TokenBatch, job: Job) -> Iterator[StreamedRow]:
-    """Yield the packed rows of a stretch; the last one is filled up where it is short."""
+    """Yield the packed rows of a range; the last one is padded if it is short."""
     if not len(tokens):
         return
     packs = plan_packs(tokens.lengths, job.max_length, "wrapped")
-    rows = gather(
-        tokens,
-        np.zeros(len(tokens), np.int64),
-        packs,
-        job.max_length,
-        job.tokenizer.filler_id,
-        weighted=job.config.loss_weights,
-    )
+    ids, padding = np.zeros(len(tokens), np.int64), job.tokenizer.filler_id
+    rows = gather(tokens, ids, packs, job.max_length, padding, weighted=job.config.loss_weights)
     for index in range(len(rows)):
         part = slice(rows.row_offsets[index], rows.row_offsets[index + 1])
         segments = slice(rows.segment_offsets[index], rows.segment_offsets[index + 1])

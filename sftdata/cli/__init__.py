@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Run the command of this process, then exit at once: freeing tokenizers takes longer than many commands."""
+    """Run the command of this process, then exit at once: freeing a tokenizer may outlast the command."""
     # Else every process of a run looks through all installed packages for pydantic plugins: 0.03 s each.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     code = main()

@@ -293,11 +293,13 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     cut = sum(ledger.tokens_cut.values())
     lines = [
         f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
-        f" in {len(manifest.shards)} shards ({ledger.tokens / max(slots, 1):.1%} full), digest {manifest.digest[:12]}",
+        f" in {len(manifest.shards)} shards ({ledger.tokens / max(slots, 1):.1%} full),"
+        f" digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
         + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
         f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained"
-        f" + {ledger.tokens_context:,} context + {cut:,} cut + {ledger.tokens_in_dropped_rows:,} in dropped rows",
+        f" + {ledger.tokens_context:,} context + {cut:,} cut"
+        f" + {ledger.tokens_in_dropped_rows:,} in dropped rows",
     ]
     counters = [
         f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(ledger.counters.items()) if count

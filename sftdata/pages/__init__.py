@@ -1,7 +1,7 @@
-"""Pages in HTML, from templates: one file each, no network, no script, light and dark, from phone to desk.
+"""HTML pages from templates: one file each, no network, no script, light and dark, for any width.
 
-Whatever is filled in is escaped by default, and what would act or hide is spelled out (`output.visible`); only what a
-macro returns is HTML already.
+Values are escaped by default, control characters included (`output.visible`); only the result of a macro is
+HTML already.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ _FOLDER = Path(__file__).parent
 
 
 def render(template: str | Path, **values: object) -> str:
-    """Fill in a template: one of ours by its name, another by its path."""
+    """Render a template: one of this folder by its name, another by its path."""
     path = _FOLDER / template
     return _environment(path.parent).get_template(path.name).render(values)
 
 
 def macro(template: str, name: str) -> Callable[..., str]:
-    """Return a macro of a template of ours; what it returns is not escaped again when it is filled in elsewhere."""
-    found: Callable[..., str] = getattr(_environment(_FOLDER).get_template(template).module, name)
-    return found
+    """Return a macro of one of these templates; its result is HTML, which other templates do not escape."""
+    function: Callable[..., str] = getattr(_environment(_FOLDER).get_template(template).module, name)
+    return function
 
 
 def write_page(path: Path, text: str) -> None:
     """Write a page.
 
     Raises:
-        UsageError: the file cannot be written, or is no local one.
+        UsageError: the file cannot be written, or is not local.
     """
     local_output(path, "--html")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        found = f"{path}: cannot be written: {error.strerror}."
-        raise UsageError(found, "name another file with --html.") from None
+        problem = f"{path}: cannot be written: {error.strerror}."
+        raise UsageError(problem, "name another file with --html.") from None
 
 
 @cache

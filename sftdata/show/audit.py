@@ -99,8 +99,8 @@ KINDS: dict[str, Kind] = {
     "tokens-added": Kind(
         "note", "token",
         "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
-        "train without --lora, add embed_tokens and lm_head to its target, or choose a --chat-template of known"
-        " tokens",
+        "train without --lora, add embed_tokens and lm_head to its target,"
+        " or choose a --chat-template of known tokens",
     ),
     "raw-prompts": Kind(
         "note", "source",
@@ -225,7 +225,7 @@ def make_finding(
 
 
 def audit(folder: str | Path, against: str | Path | None = None, *, every: bool = False) -> list[Finding]:
-    """Look for unintended supervision in the labels, ids and tokenizer of a set, and in the counts of `prepare`.
+    """Look for unintended supervision in the labels, ids and tokenizer of a set, and in its ledger.
 
     Args:
         folder: a finished set.
@@ -262,7 +262,7 @@ class Glance:
 
 
 def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
-    """Audit evenly spaced shards of about `tokens` tokens together, at least one; always the same for a set."""
+    """Audit evenly spaced shards of about `tokens` tokens in all, at least one; always the same for a set."""
     stride = max(1, -(-sum(shard.tokens for shard in manifest.shards) // tokens))
     chosen = manifest.shards[::stride]
     looked, documents = (sum(shard.documents for shard in shards) for shards in (chosen, manifest.shards))

@@ -59,7 +59,7 @@ class Documents:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def by_example(self) -> tuple[Documents, Int64]:
-        """Merge the stretches of each example; return examples by ascending id, and int64[E], their stretches.
+        """Merge the stretches of each example; return examples by ascending id, and int64[E], their number.
 
         A flag of an example holds if it holds for one stretch: packing may put them in any order.
         """
@@ -112,7 +112,7 @@ class DocumentReader:
         np.maximum.at(wrong_end, runs.document, np.where(run_ends & ~run_stops, last_id, np.int32(-1)))
         # Prefix sums count tokens of a kind in each run.
         substance, control = _sums(~blank & ~stops), _sums(np.isin(trained, self._control))
-        # The first token of a document may be its BOS, and the last one of a run its stop: both are legitimate.
+        # The first token of a document may be its BOS, and the last one of a run its stop: both are meant.
         first_trained = place[runs.start] == edges[runs.document]
         inside = control[runs.stop] - control[runs.start + first_trained] - run_stops
         # The first and the last run of each document; `last_run < first_run` where nothing is trained.

@@ -1,8 +1,8 @@
 """Views, stats and findings on a terminal.
 
-A view has a gutter with roles and token positions; trained tokens are green and underlined. Without styles (a
-pipe, a dumb terminal) they are between ⟦ and ⟧; NO_COLOR keeps the underline. The parts of a bar differ by glyph
-as well as by colour.
+A view has a gutter with roles and token positions; trained tokens are green and underlined. Without styles
+(a pipe, a dumb terminal) they are between ⟦ and ⟧; NO_COLOR keeps the underline. The parts of a bar differ by
+glyph as well as by colour.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _border(title: str, console: Console) -> Text:
 
 
 def _lines(document: DocumentView, styled: bool, ids: bool) -> Iterator[tuple[str, int, bool, Text]]:
-    """Yield each line: its role if a turn begins, position of its first token, whether it trains any, its text."""
+    """Yield each line: role if a turn begins, position of its first token, whether it trains any, text."""
     position = document.start
     for role, pieces in document.turns():
         for number, (begins, trains, line) in enumerate(_turn_lines(pieces, position, styled, ids)):

@@ -178,8 +178,8 @@ def _is_open(raw: bytes) -> bool:
 def find_turns(pieces: Sequence[Piece]) -> list[tuple[str, Sequence[Piece]]]:
     """Return the role and the pieces of each turn, from the headers that the chat template wrote.
 
-    Only control tokens count, so text that spells a header is not taken for one. A role is `prompt`, `answer` or
-    `text` where no header names it.
+    Only control tokens count, so text that spells a header is not taken for one. A role is `prompt`,
+    `answer` or `text` where no header names it.
     """
     if not pieces:
         return []
@@ -194,7 +194,7 @@ def find_turns(pieces: Sequence[Piece]) -> list[tuple[str, Sequence[Piece]]]:
 
 
 def _headers(pieces: Sequence[Piece]) -> Iterator[tuple[int, str]]:
-    """Yield the index and role of each control token that is or begins a header: `<|user|>`, `<|im_start|>user`."""
+    """Yield index and role of each control token that begins a header: `<|user|>`, `<|im_start|>user`."""
     openers: set[str] = set()
     for index, piece in enumerate(pieces):
         if not piece.special:
@@ -235,7 +235,7 @@ def _name_after(pieces: Sequence[Piece], index: int) -> str:
 
 
 def _stretches(pieces: Sequence[Piece]) -> Iterator[tuple[int, str]]:
-    """Yield the index and role of prompts and answers, by label; `text` if all but a first piece is trained."""
+    """Yield index and role of prompts and answers, by label; `text` if all but a first piece is trained."""
     changes = [i for i, piece in enumerate(pieces) if not i or piece.trained != pieces[i - 1].trained]
     if len(changes) <= 2 and changes[-1] <= 1 and pieces[-1].trained:
         yield 0, "text"
