@@ -374,6 +374,9 @@ def _model(task: Task, attention: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from sfttrain.attention import register_attention
+
+    register_attention()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if task.lora and task.device == "cuda" else torch.float32
     with torch.device(task.device):
