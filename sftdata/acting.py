@@ -26,8 +26,8 @@ from sftdata.formats.registry import FORMATS
 from sftdata.masks.markers import check_markers, shell_quote
 from sftdata.render.template import variables_of
 from sftdata.settings import flag_of
+from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.jsonrows import from_json
-from sftdata.sources.source import Chunk, SourcePlan
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"

@@ -42,7 +42,8 @@ from sftdata.set.ledger import (
     encode_reject,
 )
 from sftdata.set.shards import shard_name, write_shard
-from sftdata.sources.source import Chunk, read_chunk
+from sftdata.sources.chunks import Chunk
+from sftdata.sources.source import read_chunk
 
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:

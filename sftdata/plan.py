@@ -25,8 +25,8 @@ from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.sources import planning
-from sftdata.sources.planning import Say, grouped, short_names, told
-from sftdata.sources.source import Chunk, SourcePlan
+from sftdata.sources.chunks import Chunk, SourcePlan
+from sftdata.sources.planning import Say, grouped, short_names, with_progress
 
 CHUNK_BYTES = 1 << 20
 TASKS_WANTED = 16
@@ -151,7 +151,7 @@ def make_plan(
     formats: list[str] = []
     said: list[tuple[str, list[str]]] = []
     looks: list[Look] = []
-    for source in told(sources, say, "Looked at the rows of"):
+    for source in with_progress(sources, say, "Looked at the rows of"):
         name, look, note = look_at(config, source, tokenizer)
         formats.append(name)
         looks += [look] if look is not None else []

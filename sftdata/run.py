@@ -37,7 +37,8 @@ from sftdata.plan import Plan, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
-from sftdata.sources.source import Chunk, read_chunk
+from sftdata.sources.chunks import Chunk
+from sftdata.sources.source import read_chunk
 from sftdata.version import __version__
 from sftdata.workers import Workers, usable_cores
 

@@ -39,7 +39,8 @@ from sftdata.masks.tokens import encode_batch
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import Stages, tokenize
 from sftdata.plan import Job, choose_tokenizer
-from sftdata.sources.source import open_source, plan_sources
+from sftdata.sources.planning import plan_sources
+from sftdata.sources.source import open_source
 
 BUFFER_ROWS = 1024
 # Settings of `prepare` for the files of a set, for packing, and for the distribution of the work.

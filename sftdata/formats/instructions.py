@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from sftdata.batches import Completion, Conversation, Row, Text
 from sftdata.errors import RowError
@@ -64,7 +64,7 @@ def from_messages(value: Any) -> Any:
     return value
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: object) -> TypeGuard[list[object]]:
     """Return True for a list whose first item is a message."""
     return (
         isinstance(value, list)

@@ -1,6 +1,6 @@
-"""What reading passes on: a source, its plan, its chunks, and the rows that could not be read.
+"""What reading passes on: a source, its plan, its chunks, their rows, and the hashes of what was planned.
 
-All are small, frozen and picklable, because chunks travel to worker processes.
+All but the collector of rows are small, frozen and picklable, because chunks travel to worker processes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,9 +19,12 @@ from sftdata.errors import UNITS, DataError, Fault, IntegrityError, Unit, place
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
+RawRow = dict[str, object] | str
+"""A row as parsed: an object of JSON data, or a line of plain text."""
 
-GRAIN_BYTES = 64 << 10  # borders are noted this finely, so that a sample can be taken anywhere in the source
+GRAIN_BYTES = 64 << 10  # row boundaries are noted this finely, so that a sample can be taken anywhere
 SAMPLES = 32
+SHOWN_BYTES = 1000  # kept of a row that is too long to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +59,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A stretch of one source: `start:stop` in bytes of the decompressed stream, or in rows of a columnar source.
+    """A stretch of a source: `start:stop` in bytes of the decompressed stream, or in rows of a table.
 
     Attributes:
         first_record: 0-based line, element or record at `start`.
         first_id: example id of that record.
         first_line: of a CSV: 1-based line at `start`.
-        only: records of the source, half-open, that are read where the chunk holds more.
-        number, name: of its source among the inputs.
-        anchors: of a damaged array: how its elements begin, as white space and first key.
         records: how many planning counted here, blank lines included; None where it did not.
         seal: what the bytes must be; None for columnar sources.
         stamp: what the files of a columnar source must be; None where they are not on this machine.
+        only: records of the source, half-open, that are read where the chunk holds more.
+        number, name: of its source among the inputs.
     """
 
     source: Source
@@ -75,7 +77,6 @@ class Chunk:
     stop: int
     first_record: int
     first_id: int
-    anchors: tuple[bytes, ...] = ()
     first_line: int = 0
     records: int | None = None
     seal: Seal | None = None
@@ -93,7 +94,7 @@ class Chunk:
         return line if self.source.unit in ("line", "record") else None
 
     def place(self, example_id: int, line: int) -> str:
-        """Return where a row stands, in words; `line` as in a `RowBatch`."""
+        """Return where a row is, in words; `line` as in a `RowBatch`."""
         unit = self.source.unit
         return place(self.source.path, self.record_of(example_id), unit, line if unit == "record" else None)
 
@@ -108,9 +109,9 @@ class SourcePlan:
         raw_bytes: size of the raw file, still compressed.
         xxh3_128: hash of the raw bytes, hex.
         chunks: cut by size alone; end to end they are the source.
-        samples: up to 32 small stretches, evenly spaced from the first to the last; what detection looks at.
+        samples: up to 32 small stretches, evenly spaced from the first to the last, for detection.
         max_line_bytes: a longer row is not held.
-        notes: what the user should be told about the source, one line each.
+        notes: about the source, for the user, one line each.
     """
 
     source: Source
@@ -139,8 +140,8 @@ class SourcePlan:
         return self.source.path, example_id - self.base_id + 1
 
 
-class Stretch(NamedTuple):
-    """What lies between two borders: `start:stop` as in a `Chunk`, number of the first record, how many records, first line."""
+class _Cut(NamedTuple):
+    """What lies between two boundaries; `start:stop` as in a `Chunk`, `record` and `line` of the first."""
 
     start: int
     stop: int
@@ -150,16 +151,17 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Marks:
-    """Borders between rows, noted while planning: `positions[i]` is where record `records[i]` starts.
+class RowBoundaries:
+    """Boundaries between rows, noted while planning: `positions[i]` is where record `records[i]` starts.
 
     Attributes:
+        positions, records: int64[K], ascending.
         end: where the source ends, in the same unit as positions (bytes or rows).
         total: records in the source.
-        step: distance between borders that a chunk should span, in that unit.
+        step: distance between boundaries that a chunk should span, in that unit.
         raw_bytes, xxh3_128: of the raw file.
-        anchors, notes: for the chunks and the plan.
-        lines: of a CSV: int64[K], 1-based line of each border.
+        notes: for the plan.
+        lines: of a CSV: int64[K], 1-based line of each boundary.
         seal: of the stream; stamp: of the files of a columnar source.
     """
 
@@ -170,82 +172,80 @@ class Marks:
     step: int
     raw_bytes: int
     xxh3_128: str
-    anchors: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
     lines: Int64 | None = None
     seal: Seal | None = None
     stamp: Stamp | None = None
 
-    def cut(self, chosen: Int64) -> list[Stretch]:
-        """Return the stretches from each chosen border to the next chosen one."""
+    def cut(self, chosen: Int64) -> list[_Cut]:
+        """Return the stretches from each chosen boundary (an index) to the next chosen one or the end."""
         starts, first = self.positions[chosen], self.records[chosen]
+        # Each stretch stops where the next one starts, and holds the difference between their record numbers.
         stops, counts = np.append(starts, self.end)[1:], np.diff(np.append(first, self.total))
         lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
-        return [
-            Stretch(*found)
-            for found in zip(*map(np.ndarray.tolist, (starts, stops, first, counts, lines)), strict=True)
-        ]
+        columns = (starts, stops, first, counts, lines)
+        return [_Cut(*values) for values in zip(*map(np.ndarray.tolist, columns), strict=True)]
 
-    def chunk_borders(self) -> Int64:
-        """Return the index of the first border at or after every multiple of `step`."""
+    def chunk_starts(self) -> Int64:
+        """Return the index of the first boundary at or after every multiple of `step`."""
         if not len(self.positions):
             return self.positions
         wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
+        # A row longer than a step holds several multiples; they share the boundary after it, so unique.
         return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
 
-    def sampled(self) -> list[Stretch]:
-        """Return evenly spaced stretches from one border to the next, the first and the last included."""
+    def sampled(self) -> list[_Cut]:
+        """Return evenly spaced stretches from one boundary to the next, the first and the last included."""
         grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
         chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
         return [grains[i] for i in chosen]
 
 
-def make_plan(source: Source, base_id: int, marks: Marks, max_line_bytes: int) -> SourcePlan:
-    """Cut a source at its marks.
+def cut_source(source: Source, base_id: int, boundaries: RowBoundaries, max_line_bytes: int) -> SourcePlan:
+    """Cut a source at its row boundaries.
 
     Raises:
         InputChangedError: it began otherwise when its container was recognised.
     """
-    whole = marks.seal
-    if whole is not None and not whole.hashes.startswith(source.head):
+    seal, stamp = boundaries.seal, boundaries.stamp
+    if seal is not None and not seal.hashes.startswith(source.head):
         raise changed(source.path)
 
-    def as_chunks(stretches: list[Stretch]) -> tuple[Chunk, ...]:
+    def chunks(cuts: list[_Cut]) -> tuple[Chunk, ...]:
         return tuple(
             Chunk(
-                source, start, stop, record, base_id + record, marks.anchors, line, count,
-                whole and whole.part(start, stop), marks.stamp,
+                source, start, stop, record, base_id + record, line, count, seal and seal.part(start, stop),
+                stamp
             )
-            for start, stop, record, count, line in stretches
+            for start, stop, record, count, line in cuts
         )  # fmt: skip
 
-    chunks, samples = as_chunks(marks.cut(marks.chunk_borders())), as_chunks(marks.sampled())
     return SourcePlan(
         source,
         base_id,
-        marks.total,
-        marks.raw_bytes,
-        marks.xxh3_128,
-        chunks,
-        samples,
+        boundaries.total,
+        boundaries.raw_bytes,
+        boundaries.xxh3_128,
+        chunks(boundaries.cut(boundaries.chunk_starts())),
+        chunks(boundaries.sampled()),
         max_line_bytes,
-        marks.notes,
+        boundaries.notes,
     )
 
 
 @dataclass(slots=True)
-class Gathered:
-    """Rows and faults of one chunk, while it is being read."""
+class RowCollector:
+    """Rows and rejects of one chunk, while it is being read."""
 
     chunk: Chunk
-    rows: list[Any] = field(default_factory=list)
+    rows: list[RawRow] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     unreadable: list[Reject] = field(default_factory=list)
     blank: int = 0
 
-    def add(self, row: Any, record: int, offset: int, line: int | None = None) -> None:
+    def add(self, row: RawRow, record: int, offset: int, line: int | None = None) -> None:
         """Add a row; `line` where that is not the number of the record."""
         self.rows.append(row)
         self.records.append(record)
@@ -274,21 +274,17 @@ class Gathered:
         Raises:
             IntegrityError: planning counted other records in the same bytes.
         """
-        found, planned = len(self.rows) + len(self.unreadable) + self.blank, self.chunk.records
-        if planned not in (None, found):
-            where = f"{self.chunk.source.path}: from byte or row {self.chunk.start} to {self.chunk.stop}"
-            raise IntegrityError(
-                f"{where} planning counted {planned} records, and reading {found}.", "report this file."
-            )
-        records = np.array(self.records, np.int64)
-        ids = records + (self.chunk.first_id - self.chunk.first_record)
-        lines, offsets = (np.array(found, np.int64) for found in (self.lines, self.offsets))
         chunk = self.chunk
+        read = len(self.rows) + len(self.unreadable) + self.blank
+        if chunk.records not in (None, read):
+            where = f"{chunk.source.path}: from byte or row {chunk.start} to {chunk.stop}"
+            what = f"{where} planning counted {chunk.records} records, and reading {read}."
+            raise IntegrityError(what, "report this file.")
         batch = RowBatch(
             self.rows,
-            ids,
-            lines,
-            offsets,
+            np.array(self.records, np.int64) + (chunk.first_id - chunk.first_record),
+            np.array(self.lines, np.int64),
+            np.array(self.offsets, np.int64),
             file=chunk.name,
             numbered_from=chunk.first_record - chunk.first_id + 1,
             by_line=chunk.line_of(0) is not None,
@@ -296,10 +292,21 @@ class Gathered:
         return batch, self.unreadable
 
 
-# ------------------------------------------------------------------------------------------
+def too_long(length: int, limit: int) -> Fault:
+    """Return the fault of a row longer than the limit."""
+    what = f"the row takes {length} bytes; the limit is {limit}."
+    return Fault("line-too-long", what, "split the row, or raise the limit with --set max_line_bytes=N.")
 
-BLOCK_BYTES = 64 << 10
-HASH_BYTES = 8
+
+# ------------------------------------------------------------------------------- the bytes that were planned
+#
+# A set is made of the very bytes whose hash its manifest holds. A stream is hashed block by block while it is
+# planned, and each block again when a chunk reads it: whatever was written in between is found, even in
+# place, of the same length and with its old times. Columnar files are mapped by their libraries; there the
+# state of the files is compared before and after each read, and they are hashed again where it differs.
+
+HASHED_BYTES = 64 << 10  # of one block
+_HASH_BYTES = 8
 _CLOCK_NS = 20_000_000  # the clock of a file system moves in steps; two changes within one look alike
 
 
@@ -326,15 +333,15 @@ class BlockHashes:
         view = memoryview(data)
         self._size += len(view)
         while view:
-            part = view[: BLOCK_BYTES - self._filled]
+            part = view[: HASHED_BYTES - self._filled]
             self._block.update(part)
             self._filled += len(part)
-            if self._filled == BLOCK_BYTES:
+            if self._filled == HASHED_BYTES:
                 self._close()
             view = view[len(part) :]
 
     def seal(self) -> Seal:
-        """Return the seal of the whole stream; nothing may be added any more."""
+        """Return the seal of the whole stream; nothing may be added afterwards."""
         if self._filled:
             self._close()
         return Seal(0, bytes(self._done), self._size)
@@ -361,10 +368,9 @@ class Seal:
 
     def part(self, start: int, stop: int) -> Seal:
         """Return the seal of bytes `start:stop`."""
-        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-        return Seal(
-            first, self.hashes[(first - self.first) * HASH_BYTES : (last - self.first) * HASH_BYTES], self.end
-        )
+        first, last = start // HASHED_BYTES, -(-stop // HASHED_BYTES)
+        hashes = self.hashes[(first - self.first) * _HASH_BYTES : (last - self.first) * _HASH_BYTES]
+        return Seal(first, hashes, self.end)
 
 
 def block_hashes(data: bytes) -> bytes:
@@ -379,19 +385,19 @@ def unchanged(path: str, blocks: Iterable[bytes], seal: Seal, start: int, stop: 
 
     Args:
         path: for the message.
-        blocks: of the stream, of `BLOCK_BYTES` each, from the one that holds `start` on.
+        blocks: of the stream, of `HASHED_BYTES` each, from the one that holds `start` on.
 
     Raises:
         InputChangedError: they are not those that were planned.
     """
-    position = start // BLOCK_BYTES * BLOCK_BYTES
+    position = start // HASHED_BYTES * HASHED_BYTES
     for block in blocks:
         block = block[: seal.end - position]
-        at = (position // BLOCK_BYTES - seal.first) * HASH_BYTES
-        if xxhash.xxh3_64_digest(block) != seal.hashes[at : at + HASH_BYTES]:
+        at = (position // HASHED_BYTES - seal.first) * _HASH_BYTES
+        if xxhash.xxh3_64_digest(block) != seal.hashes[at : at + _HASH_BYTES]:
             raise changed(path)
         yield block[max(start - position, 0) : stop - position]
-        position += BLOCK_BYTES
+        position += HASHED_BYTES
         if position >= stop:
             return
     if position < stop:

@@ -1,4 +1,4 @@
-"""What the user named -> the files, URLs and dataset ids to read, in a fixed order."""
+"""What the user named -> the files, URLs and dataset ids to read, in a fixed order, with what is left out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,30 @@ from sftdata.errors import UsageError, nearest
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL_URL = re.compile(r"(?:file|local)://")
 
+DATA_SUFFIXES = (
+    *(".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".text"),
+    *(".parquet", ".arrow", ".feather"),
+)
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+REJECTS = "rejects.jsonl"
+# Named as data, but not data: what the Hub, datasets, transformers and trainers put beside it.
+METADATA = frozenset(
+    {
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "config.json"),
+        *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
+        *("adapter_config.json", "trainer_state.json", "package.json", "package-lock.json"),
+        *("readme.txt", "license.txt", "licence.txt", "notice.txt", "requirements.txt"),
+    }
+)
+_INDEX = ".index.json"  # of the shards of a checkpoint
+_SHOWN = 8  # names in a note
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What belongs together as one dataset: the files of a folder or a pattern, or all files that were named one by one.
+    """One dataset: the files of a folder or a pattern, or all files that were named one by one.
 
     Attributes:
         name: as the user gave it; the common folder of files named one by one.
@@ -35,8 +55,8 @@ class Input:
 def expand_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return what to read, and one line for each kind of files that was left out.
 
-    Files keep the order given; globs and folders are sorted by name. Left out are hidden files, and of a folder metadata, files
-    that are not named as data and sets made earlier; of a pattern, the files of such sets.
+    Files keep the order given; globs and folders are sorted by name. Left out are hidden files, and of a
+    folder metadata, files not named as data and sets made earlier; of a pattern, the files of such sets.
 
     Raises:
         UsageError: a file or pattern that matches nothing, or a finished set.
@@ -190,58 +210,11 @@ def _nearest(path: Path) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------
-
-DATA_SUFFIXES = (
-    ".jsonl",
-    ".json",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".text",
-    ".parquet",
-    ".arrow",
-    ".feather",
-)
-COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".xz", ".bz2")
-
-# Named as data, and none: what the Hub, datasets, transformers and trainers put beside it.
-METADATA = frozenset(
-    {
-        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
-        *(
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "vocab.json",
-            "vocab.txt",
-        ),
-        *(
-            "merges.txt",
-            "chat_template.json",
-            "config.json",
-            "generation_config.json",
-            "preprocessor_config.json",
-        ),
-        *(
-            "processor_config.json",
-            "adapter_config.json",
-            "trainer_state.json",
-            "package.json",
-            "package-lock.json",
-        ),
-        *("readme.txt", "license.txt", "licence.txt", "notice.txt", "requirements.txt"),
-    }
-)
-_INDEX = ".index.json"  # of the shards of a checkpoint
-_SHOWN = 8  # names in a note
-REJECTS = "rejects.jsonl"
+# ---------------------------------------------------------------------- what in a folder is data
 
 
 def plain_name(path: str) -> str:
-    """Return a path or URL in lower case, without the suffix of its compression and what follows the name in a URL."""
+    """Return a path or URL in lower case, without the suffix of its compression or the query of a URL."""
     name = (re.split(r"[?#]", path)[0] if "://" in path else path).lower()
     return next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
 
@@ -268,7 +241,7 @@ def set_in(folder: Path) -> str:
 
 
 def set_around(path: Path, within: Path, known: dict[Path, str]) -> str:
-    """Return what set a file or folder belongs to that lies at or below `within`; nothing where there is none.
+    """Return what set a file or folder at or below `within` belongs to; nothing where there is none.
 
     Args:
         known: what was found out about folders so far.
@@ -323,7 +296,7 @@ def data_files(folder: Path, left_out: LeftOut) -> Iterator[str]:
     """Yield the data files of a folder and of those inside it, by name; a saved dataset is one of them.
 
     Args:
-        left_out: is told of everything else.
+        left_out: takes everything else.
     """
     if is_saved_dataset(folder):
         yield str(folder)
@@ -352,6 +325,9 @@ def _beside(path: Path) -> str:
     return ""
 
 
+# -------------------------------------------------------------------------- errors about splits
+
+
 def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -> UsageError:
     """Return the error that asks for one of several splits; `mixed` where some files are of none."""
     beside = " beside files of no split" if mixed else ""
@@ -367,8 +343,7 @@ def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -
 
 def wrong_split(name: str, spec: str, splits: Collection[str], why: object) -> UsageError:
     """Return the error of a `--split` that names nothing here."""
-    said = str(why).rstrip(".")
-    what = f"{name}: --split {spec}: {said}; found {', '.join(sorted(splits))}."
+    what = f"{name}: --split {spec}: {str(why).rstrip('.')}; found {', '.join(sorted(splits))}."
     return UsageError(
         what, f"as --split {sorted(splits)[0]}, or a part of it: --split '{sorted(splits)[0]}[:95%]'."
     )

@@ -1,33 +1,52 @@
-"""JSON lines and plain text: a row is a line, a border is a newline."""
+"""Text read line by line: JSON lines, plain text (a document a line), and CSV (RFC 4180)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import csv
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault
-from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source
+from sftdata.sources.chunks import (
+    GRAIN_BYTES,
+    SHOWN_BYTES,
+    Chunk,
+    RowBoundaries,
+    RowCollector,
+    Source,
+    too_long,
+)
 from sftdata.sources.jsonrows import parse_row
-from sftdata.sources.streams import RawCount, read_all, read_range
+from sftdata.sources.streams import RawCount, read_all, read_range, skip_bytes
 
-SHOWN_BYTES = 1000  # of a line that is too long to keep
+RECORD_LIMIT = 16 << 20  # a longer record of a CSV is not held, bytes
+
+csv.field_size_limit(2**31 - 1)
+
+# -------------------------------------------------------------------------------- JSON lines and plain text
 
 
-def plan_lines(source: Source, slice_bytes: int) -> Marks:
+def plan_lines(source: Source, slice_bytes: int) -> RowBoundaries:
     """Count the lines of a source and note line starts, about one per grain. Memory: one block.
 
     Raises:
         IntegrityError: a damaged compressed stream.
     """
     grain = min(slice_bytes, GRAIN_BYTES)
-    count = RawCount.start()
+    count = RawCount()
     positions, records = [source.body], [0]
     offset, lines, wanted, last = 0, 0, source.body + grain, b"\n"
     for block in read_all(source, count):
-        newlines = np.frombuffer(block, np.uint8) == ord("\n")  # twice as fast as block.count
-        counted = max(source.body - offset, 0)
+        # Comparing arrays and counting True is 2.7 times as fast as block.count(b"\n").
+        newlines = np.frombuffer(block, np.uint8) == ord("\n")
+        counted = max(source.body - offset, 0)  # bytes of this block whose newlines are in `lines`
+        # A boundary is a line start at or after `wanted`, so its newline lies at `wanted - 1` or later.
         while (newline := block.find(b"\n", max(wanted - 1 - offset, counted))) >= 0:
             lines += int(np.count_nonzero(newlines[counted : newline + 1]))
             counted = newline + 1
@@ -36,13 +55,11 @@ def plan_lines(source: Source, slice_bytes: int) -> Marks:
             wanted = source.body + ((positions[-1] - source.body) // grain + 1) * grain
         lines += int(np.count_nonzero(newlines[counted:]))
         offset, last = offset + len(block), block[-1:]
-    if positions[-1] >= offset:
+    if positions[-1] >= offset:  # the last newline ends the file; no line starts after it
         positions.pop()
         records.pop()
     total = lines + (last != b"\n" and offset > source.body)
-    digest = count.hasher.hexdigest()
-    starts, numbers = np.array(positions, np.int64), np.array(records, np.int64)
-    return Marks(starts, numbers, offset, total, slice_bytes, count.size, digest, seal=count.blocks.seal())
+    return count.boundaries(positions, records, offset, total, slice_bytes)
 
 
 def split_lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
@@ -70,16 +87,11 @@ def split_lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes, in
         yield b"".join(parts), length
 
 
-def too_long(length: int, limit: int) -> Fault:
-    """Return the fault of a row longer than the limit."""
-    what = f"the row takes {length} bytes; the limit is {limit}."
-    return Fault("line-too-long", what, "split the row, or raise the limit with --set max_line_bytes=N.")
-
-
 def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
     """Parse the lines of a chunk; blank lines use up an id but are no rows."""
-    parse = parse_text if chunk.source.container == "text" else parse_row
-    found = Gathered(chunk)
+    parse: Callable[[bytes], dict[str, object] | str | Fault]
+    parse = _parse_text if chunk.source.container == "text" else parse_row
+    found = RowCollector(chunk)
     offset = chunk.start
     blocks = read_range(chunk)
     for record, (line, length) in enumerate(split_lines(blocks, max_line_bytes), chunk.first_record):
@@ -87,7 +99,7 @@ def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject
             found.reject(too_long(length, max_line_bytes), line[:SHOWN_BYTES], record, offset)
         elif line and not line.isspace():
             row = parse(line)
-            if type(row) is Fault:
+            if isinstance(row, Fault):
                 found.reject(row, line, record, offset)
             else:
                 found.add(row, record, offset)
@@ -97,12 +109,169 @@ def read_lines(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject
     return found.finish()
 
 
-def parse_text(line: bytes) -> str | Fault:
+def _parse_text(line: bytes) -> str | Fault:
     """Decode one document."""
     try:
         return line.removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:
-        found = (
-            f"byte 0x{line[error.start]:02x} at byte {error.start} of the line is not UTF-8 ({error.reason})."
-        )
-        return Fault("invalid-utf8", found, "convert the file to UTF-8, as with iconv -f latin1 -t utf-8.")
+        where = f"byte 0x{line[error.start]:02x} at byte {error.start} of the line"
+        fix = "convert the file to UTF-8, as with iconv -f latin1 -t utf-8."
+        return Fault("invalid-utf8", f"{where} is not UTF-8 ({error.reason}).", fix)
+
+
+# ---------------------------------------------------------------------------------------------- CSV and TSV
+
+
+class Record(NamedTuple):
+    """One record of a table.
+
+    Attributes:
+        offset, length: where it starts, and its bytes, the line break at its end included.
+        text: without that line break; of a record that is too long the first line only.
+        closed: no quoted field of it is left open.
+        lines: lines that it takes.
+    """
+
+    offset: int
+    text: bytes
+    length: int
+    closed: bool
+    lines: int
+
+
+def plan_delimited(source: Source, slice_bytes: int) -> RowBoundaries:
+    """Count the records of a CSV and note where some of them start."""
+    count = RawCount()
+    grain = min(slice_bytes, GRAIN_BYTES)
+    positions: list[int] = []
+    records: list[int] = []
+    lines: list[int] = []
+    total, wanted, line, end = 0, source.body, source.body_line, source.body
+    blocks = skip_bytes(read_all(source, count), source.body)
+    for record in records_of(blocks, source.body, source.delimiter, RECORD_LIMIT, partial(_reopen, source)):
+        if record.offset >= wanted:
+            positions.append(record.offset)
+            records.append(total)
+            lines.append(line)
+            wanted = source.body + ((record.offset - source.body) // grain + 1) * grain
+        total += 1
+        line += record.lines
+        end = record.offset + record.length
+    return count.boundaries(positions, records, end, total, slice_bytes, lines=lines)
+
+
+def read_delimited(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
+    """Parse the records of a chunk into dicts of strings."""
+    found = RowCollector(chunk)
+    source, limit = chunk.source, min(max_line_bytes, RECORD_LIMIT)
+    reopen = partial(read_range, chunk)
+    records = records_of(read_range(chunk), chunk.start, source.delimiter, RECORD_LIMIT, reopen)
+    line = chunk.first_line
+    for number, record in enumerate(records, chunk.first_record):
+        row = _parse_record(record, source, limit, max_line_bytes)
+        if isinstance(row, Fault):
+            text = record.text[:SHOWN_BYTES] if row.code == "line-too-long" else record.text
+            found.reject(row, text, number, record.offset, line)
+        elif row is not None:
+            found.add(row, number, record.offset, line)
+        else:
+            found.blank += 1
+        line += record.lines
+    return found.finish()
+
+
+def _parse_record(
+    record: Record, source: Source, limit: int, max_line_bytes: int
+) -> dict[str, object] | Fault | None:
+    """Return the record as a dict, or None for a blank line."""
+    if record.length > limit + 1:
+        if limit == max_line_bytes:
+            return too_long(record.length, limit)
+        what = f"the record takes {record.length} bytes; a record of a CSV may take {RECORD_LIMIT}."
+        return Fault("line-too-long", what, "split the row, or write it as a line of JSON.")
+    if not record.closed:
+        fix = "close it; double a quote that is part of the text."
+        return Fault("invalid-csv", "a quoted field is never closed.", fix)
+    text = _parse_text(record.text)
+    if isinstance(text, Fault):
+        return text
+    if not text.strip(" "):
+        return None
+    try:
+        fields = next(csv.reader([text], delimiter=source.delimiter, strict=True))
+    except csv.Error as error:
+        return Fault("invalid-csv", f"{error}.", "quote the field, and double the quotes inside it.")
+    if len(fields) != len(source.columns):
+        what = f"{len(fields)} fields, but the header names {len(source.columns)}."
+        return Fault("wrong-field-count", what, "quote fields that hold the delimiter or a line break.")
+    return dict(zip(source.columns, fields, strict=True))
+
+
+def records_of(
+    blocks: Iterator[bytes],
+    offset: int,
+    delimiter: str,
+    limit: int,
+    reopen: Callable[[int], Iterator[bytes]] | None = None,
+) -> Iterator[Record]:
+    """Yield each record; of one that takes more than `limit` bytes the first line only.
+
+    A quoted field that is never closed is one bad record of one line; reading goes on with the next line. The
+    csv module would take the rest of the file for that field.
+
+    Args:
+        reopen: opens the stream anew at an offset; without it, a field is not followed beyond `limit` bytes.
+    """
+    opening = re.compile(rb"(?:^|" + re.escape(delimiter.encode()) + rb')"')
+    lines = split_lines(blocks, limit)
+    waiting: deque[tuple[bytes, int]] = deque()
+
+    def following() -> tuple[bytes, int] | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while (line := following()) is not None:
+        text, first = line
+        length, lines_taken, followers = first, 1, list[tuple[bytes, int]]()
+        open_ = b'"' in text and _leaves_open(text, opening, inside=False)
+        while open_ and length <= limit and (line := following()) is not None:
+            followers.append(line)
+            length += line[1]
+            lines_taken += 1
+            open_ = _leaves_open(line[0], opening, inside=True)
+        if open_ and length > limit >= first and reopen:
+            # Too long to hold: look for its end all the same, and if there is none, reopen after its first
+            # line.
+            followers = []
+            while open_ and (line := following()) is not None:
+                length += line[1]
+                lines_taken += 1
+                open_ = _leaves_open(line[0], opening, inside=True)
+            lines = split_lines(reopen(offset + first), limit) if open_ else lines
+        elif open_:
+            waiting.extendleft(reversed(followers))
+        if open_:
+            length, lines_taken, followers = first, 1, []
+        whole = b"\n".join([text, *(more for more, _ in followers)])
+        yield Record(offset, whole, length, not open_, lines_taken)
+        offset += length
+
+
+def _reopen(source: Source, offset: int) -> Iterator[bytes]:
+    return skip_bytes(read_all(source), offset)
+
+
+def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bool:
+    """Return whether a quoted field is open at the end of a line."""
+    position = 0
+    while True:
+        if inside:
+            position = line.find(b'"', position) + 1
+            if not position:
+                return True
+            inside = line[position : position + 1] == b'"'  # a doubled quote is text
+            position += inside
+            continue
+        quote = opening.search(line, position)
+        if quote is None:
+            return False
+        position, inside = quote.end(), True

@@ -1,4 +1,4 @@
-"""From what the user named to planned sources: the datasets behind it, the split that is meant, every file read through once."""
+"""From what the user named to planned sources: the datasets, the split, every file read once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -14,16 +14,17 @@ from typing import TypeVar
 import numpy as np
 
 from sftdata.batches import Int64
+from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError, need
 from sftdata.output import written
-from sftdata.sources.chunks import Chunk, SourcePlan
+from sftdata.sources.chunks import Chunk, Source, SourcePlan
 from sftdata.sources.inputs import Input, find_inputs, is_hub_id, joined, several_splits, wrong_split
-from sftdata.sources.source import open_source, plan_source, plan_sources, read_chunk
+from sftdata.sources.source import open_source, plan_source, read_chunk
 
 Item = TypeVar("Item")
 Say = Callable[[str], object]
 MANY = 20  # files that are still named one by one
-SECONDS = 10.0  # between two lines on how far the work is
+SECONDS = 10.0  # between two lines on the progress
 
 
 def plan_inputs(
@@ -39,7 +40,7 @@ def plan_inputs(
         split: as `--split` has it; None asks for one where there are several.
         subset: of a Hub dataset.
         sizes: slice_bytes and max_line_bytes, as for `plan_source`.
-        say: told how far the work is, where that takes long.
+        say: takes a line on the progress, every few seconds.
 
     Returns:
         plans, with ids that run on from one to the next, and what was left out.
@@ -57,8 +58,8 @@ def plan_inputs(
     chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
     if split is None:
         paths = [path for one in found for path in one.paths]
-        sources = [open_source(path, subset=subset) for path in told(paths, say, "Opened")]
-        return plan_sources(told(sources, say, "Read"), *sizes), notes
+        sources = [open_source(path, subset=subset) for path in with_progress(paths, say, "Opened")]
+        return plan_sources(with_progress(sources, say, "Read"), *sizes), notes
     plans: list[SourcePlan] = []
     for one, files in zip(groups, chosen, strict=True):
         if files is None:
@@ -66,13 +67,20 @@ def plan_inputs(
             continue
         indices = sorted({index for some in files.splits.values() for index in some})
         opened = plan_sources(
-            [open_source(one.paths[index]) for index in told(indices, say, "Opened")], *sizes
+            [open_source(one.paths[index]) for index in with_progress(indices, say, "Opened")], *sizes
         )
         plans += select_rows(one.name, files, dict(zip(indices, opened, strict=True)))
     return numbered(plans), notes
 
 
-def numbered(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
+def plan_sources(
+    sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
+) -> list[SourcePlan]:
+    """Plan several sources, with numbers and example ids that run on from one to the next."""
+    return numbered(plan_source(source, 0, slice_bytes, max_line_bytes) for source in sources)
+
+
+def numbered(plans: Iterable[SourcePlan]) -> list[SourcePlan]:
     """Return the plans with numbers and example ids that run on from one to the next."""
     found: list[SourcePlan] = []
     base_id = 0
@@ -83,10 +91,12 @@ def numbered(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Name each source by what tells it from the others, free of the machine's folders.
+    """Name each source by what tells it from the others, without the machine's folders.
 
-    >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"]), short_names(["/data/a.jsonl", "/data/a.jsonl"])
-    (['a/train.jsonl', 'b/train.jsonl'], ['a.jsonl', 'a.jsonl#2'])
+    >>> short_names(["/data/a/train.jsonl", "/data/b/train.jsonl"])
+    ['a/train.jsonl', 'b/train.jsonl']
+    >>> short_names(["/data/a.jsonl", "/data/a.jsonl"])
+    ['a.jsonl', 'a.jsonl#2']
     """
     if len(set(paths)) == 1 or any(
         Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths
@@ -102,13 +112,13 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def grouped(said: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Return what was said of each file; what is true of very many files, once, with the names of a few.
+def grouped(notes: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the notes on each file; one that many files share, once.
 
     Args:
-        said: path of each file, and the lines about it, which begin with its path.
+        notes: path of each file, and the lines about it, which begin with its path.
     """
-    lines = [(path, line) for path, about in said for line in about]
+    lines = [(path, line) for path, about in notes for line in about]
     files: dict[str, list[str]] = {}
     for path, line in lines:
         files.setdefault(line.removeprefix(path), []).append(path)
@@ -121,8 +131,8 @@ def grouped(said: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     return found if len(lines) > MANY else [line for _, line in lines]
 
 
-def told(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -> Iterator[Item]:
-    """Yield the items, and say every few seconds how many of them are done."""
+def with_progress(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -> Iterator[Item]:
+    """Yield the items, and report every few seconds how many of them are done."""
     last = time.monotonic()
     for number, item in enumerate(items):
         now = time.monotonic()
@@ -132,21 +142,25 @@ def told(items: Sequence[Item], say: Say, done: str, seconds: float = SECONDS) -
         yield item
 
 
-# ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------- splits by names of files
+#
+# The Hub's rules are those of `datasets.data_files`: names as `train_sft-00000-of-00002.parquet`; else
+# folders called by a split; else files called so. `--split` takes what `datasets` takes: `train`,
+# `train+test`, `train[:95%]`, `train[10:20]+test`.
 
 KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_PARTED = "[-._ 0-9]"  # what may stand around a keyword
+_SEPARATOR = "[-._ 0-9]"  # what may stand around a keyword
 _SHARDED = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\..*")
 _FILES = {
-    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)}){_PARTED}.*")
+    split: re.compile(f"(?:.*{_SEPARATOR})?(?:{'|'.join(words)}){_SEPARATOR}.*")
     for split, words in KEYWORDS.items()
 }
 _FOLDERS = {
-    split: re.compile(f"(?:.*{_PARTED})?(?:{'|'.join(words)})(?:{_PARTED}.*)?")
+    split: re.compile(f"(?:.*{_SEPARATOR})?(?:{'|'.join(words)})(?:{_SEPARATOR}.*)?")
     for split, words in KEYWORDS.items()
 }
 _ADDED = re.compile(r"\s*\+\s*")
@@ -154,7 +168,9 @@ _NAME = re.compile(r"\w+(?:\.\w+)*")
 
 
 def splits_of(names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the splits that files belong to by their names, relative to the dataset, each with the indices of its files.
+    """Return the splits that files belong to by their names, each with the indices of its files.
+
+    Names are relative to the dataset.
 
     >>> splits_of(["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "notes.jsonl"])
     {'train': [0], 'test': [1]}
@@ -232,7 +248,7 @@ def _relative(path: str, base: str) -> str:
 
 
 def _refuse_several(found: Input, splits: Mapping[str, Sequence[int]]) -> None:
-    """Ask for a split where the files differ in theirs; files beside those of `train` are taken for more of the same."""
+    """Ask for a split where the files differ in theirs; files beside those of `train` are taken as train."""
     inside = {index for indices in splits.values() for index in indices}
     several = any(len(indices) < len(inside) for indices in splits.values())
     beside = len(inside) < len(found.paths) and bool(splits) and splits.keys() <= {"validation", "test"}
@@ -240,11 +256,11 @@ def _refuse_several(found: Input, splits: Mapping[str, Sequence[int]]) -> None:
         raise several_splits(found.name, splits, mixed=beside)
 
 
-# ------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- rows of a part of a split
 
 
 def select_rows(name: str, chosen: Chosen, plans: dict[int, SourcePlan]) -> list[SourcePlan]:
-    """Return the plans of the files that are read, in the order of `--split`, each cut down to the rows that are meant.
+    """Return the plans of the files that are read, in the order of `--split`, cut to the rows meant.
 
     Args:
         name: of the dataset.

@@ -1,6 +1,6 @@
-"""Open an input, plan it in one pass, and read its chunks: the face of `sftdata.sources` towards the pipeline.
+"""Open an input (recognise its container), plan it in one pass, and read its chunks.
 
-names ── expand_inputs ──> paths ── open_source ──> Source ── plan_sources ──> SourcePlan ── read_chunk ──> RowBatch
+names ─ expand_inputs ─> paths ─ open_source ─> Source ─ plan_source ─> SourcePlan ─ read_chunk ─> RowBatch
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,33 +19,21 @@ import numpy as np
 from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError
-from sftdata.sources.arrays import plan_array, read_array
 from sftdata.sources.chunks import (
     Chunk,
     Compression,
     Container,
-    Marks,
+    RowBoundaries,
     Source,
     SourcePlan,
     block_hashes,
-    make_plan,
+    cut_source,
 )
-from sftdata.sources.delimited import Record, plan_delimited, read_delimited, records_of
-from sftdata.sources.inputs import expand_inputs, is_hub_id, is_saved_dataset, is_url, plain_name
-from sftdata.sources.lines import plan_lines, read_lines
+from sftdata.sources.inputs import is_hub_id, is_saved_dataset, is_url, plain_name
+from sftdata.sources.jsonrows import plan_array, read_array
+from sftdata.sources.lines import Record, plan_delimited, plan_lines, read_delimited, read_lines, records_of
 from sftdata.sources.streams import RawCount, compression_of, read_all
 from sftdata.sources.tables import plan_table, read_table
-
-__all__ = [
-    "Chunk",
-    "Source",
-    "SourcePlan",
-    "expand_inputs",
-    "open_source",
-    "plan_source",
-    "plan_sources",
-    "read_chunk",
-]
 
 
 def open_source(path: str, *, split: str | None = None, subset: str | None = None) -> Source:
@@ -80,28 +68,16 @@ def plan_source(
     """
     match source.container:
         case "jsonl" | "text":
-            marks = plan_lines(source, slice_bytes)
+            boundaries = plan_lines(source, slice_bytes)
         case "json":
-            marks = plan_array(source, slice_bytes, max_line_bytes)
+            boundaries = plan_array(source, slice_bytes, max_line_bytes)
         case "csv":
-            marks = plan_delimited(source, slice_bytes)
+            boundaries = plan_delimited(source, slice_bytes)
         case "empty":
-            marks = _plan_empty(source, slice_bytes)
+            boundaries = _plan_empty(source, slice_bytes)
         case _:
-            marks = plan_table(source, slice_bytes)
-    return make_plan(source, base_id, marks, max_line_bytes)
-
-
-def plan_sources(
-    sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
-) -> list[SourcePlan]:
-    """Plan several sources, with numbers and example ids that run on from one to the next."""
-    plans: list[SourcePlan] = []
-    base_id = 0
-    for number, source in enumerate(sources):
-        plans.append(plan_source(source, base_id, slice_bytes, max_line_bytes).placed(number, base_id))
-        base_id += plans[-1].records
-    return plans
+            boundaries = plan_table(source, slice_bytes)
+    return cut_source(source, base_id, boundaries, max_line_bytes)
 
 
 def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Reject]]:
@@ -137,26 +113,17 @@ def _only(chunk: Chunk, batch: RowBatch, unreadable: list[Reject]) -> tuple[RowB
     return kept, [row for row in unreadable if chunk.only[0] < row.record <= chunk.only[1]]
 
 
-def _plan_empty(source: Source, slice_bytes: int) -> Marks:
-    count = RawCount.start()
+def _plan_empty(source: Source, slice_bytes: int) -> RowBoundaries:
+    count = RawCount()
     for _block in read_all(source, count):
         pass
-    none = np.zeros(0, np.int64)
-    notes = (f"{source.path}: the file is empty.",)
-    return Marks(
-        none,
-        none,
-        0,
-        0,
-        slice_bytes,
-        count.size,
-        count.hasher.hexdigest(),
-        notes=notes,
-        seal=count.blocks.seal(),
-    )
+    return count.boundaries([], [], 0, 0, slice_bytes, notes=(f"{source.path}: the file is empty.",))
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ recognising a file
+#
+# By its first bytes, not by its name. The name is asked in one case only, which no content can settle: a
+# table of comma-separated words, or lines of prose with commas.
 
 HEAD_BYTES = 256 << 10
 BOM = b"\xef\xbb\xbf"
@@ -228,7 +195,7 @@ def _recognise(path: str, compression: Compression, head: Head) -> Source:
 
 def _head(source: Source, size: int) -> Head:
     data = b""
-    stream = read_all(source, RawCount.start())
+    stream = read_all(source)
     for block in stream:
         data += block
         if len(data) > size:
@@ -273,7 +240,7 @@ def _refuse_utf16(path: str, order: str) -> None:
 
 
 def _json_container(head: Head) -> Container | None:
-    """Tell JSON lines from arrays and pretty-printed objects, by how many lines are shaped as objects, damaged or not."""
+    """Tell JSON lines from arrays and pretty-printed objects: by how many lines look like objects."""
     lines = [line.strip() for line in head.data.split(b"\n")]
     if not head.whole and len(lines) > 1:
         lines.pop()
@@ -292,7 +259,10 @@ def _json_container(head: Head) -> Container | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the header of a table of text
+#
+# A file that is named .csv or .tsv is a table or an error. Other files are one only where the header has
+# known column names and the lines below fit it, since prose has commas too.
 
 DELIMITERS = ("\t", ",", ";")
 NAMED_DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t", ",", ";", "|")}
@@ -359,7 +329,7 @@ def parse_header(line: bytes, delimiter: str) -> tuple[str, ...]:
 
 
 def _named_header(path: str, data: bytes, delimiters: tuple[str, ...]) -> Header:
-    """Return the header under the delimiter that parts it and most of the records below into the same number of fields."""
+    """Return the header for the delimiter that splits it and most records into equally many fields."""
     start = 0
     if directive := _DIRECTIVE.match(data):
         start, delimiters = directive.end(), (directive[1].decode("utf-8", "replace"),)

@@ -1,7 +1,7 @@
 """Bytes of a source, decompressed, from anywhere to anywhere; damage is an error that names the file.
 
-A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that takes chunks
-in increasing order decompresses a file once, not once per chunk.
+A compressed stream can only be read forward. Each process keeps its last stream open, so that a worker that
+takes chunks in increasing order decompresses a file once, not once per chunk.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
+import numpy as np
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
-from sftdata.sources.chunks import BLOCK_BYTES as HASHED_BYTES
-from sftdata.sources.chunks import BlockHashes, Chunk, Compression, Source, changed, unchanged
+from sftdata.sources.chunks import (
+    HASHED_BYTES,
+    BlockHashes,
+    Chunk,
+    Compression,
+    RowBoundaries,
+    Source,
+    changed,
+    unchanged,
+)
 from sftdata.sources.inputs import is_url
 
 BLOCK_BYTES = 1 << 20
@@ -82,6 +91,28 @@ class Decompressor(Protocol):
         """Return at most `max_length` bytes of what has been given so far."""
 
 
+class _Gzip:
+    """zlib's decompressor behind the interface of the others, which keep what they have not consumed."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        out = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        # A full block may leave more inside zlib although all input is consumed.
+        self.needs_input = not self._inner.unconsumed_tail and len(out) < max_length
+        return out
+
+
 def _start_zstd() -> Decompressor:
     if sys.version_info >= (3, 14):
         from compression import zstd
@@ -92,31 +123,18 @@ def _start_zstd() -> Decompressor:
     return zstd.ZstdDecompressor(options=options)
 
 
-def _drain_zlib(decoder: Any, data: bytes) -> Iterator[bytes]:
-    out = b""
-    while data or len(out) == BLOCK_BYTES:
-        out = decoder.decompress(data, BLOCK_BYTES)
-        data = decoder.unconsumed_tail
-        yield out
-
-
-def _drain(decoder: Decompressor, data: bytes) -> Iterator[bytes]:
-    yield decoder.decompress(data, BLOCK_BYTES)
-    while not decoder.eof and not decoder.needs_input:
-        yield decoder.decompress(b"", BLOCK_BYTES)
-
-
-# How each starts, and how it gives what a block holds piece by piece: a small file may hold any amount of zeros.
-DECOMPRESSORS: dict[str, tuple[Callable[[], Any], Callable[[Any, bytes], Iterator[bytes]]]] = {
-    "gzip": (lambda: zlib.decompressobj(wbits=31), _drain_zlib),
-    "xz": (lzma.LZMADecompressor, _drain),
-    "bz2": (bz2.BZ2Decompressor, _drain),
-    "zstd": (_start_zstd, _drain),
+_DECOMPRESSORS: dict[Compression, Callable[[], Decompressor]] = {
+    "gzip": _Gzip,
+    "xz": lzma.LZMADecompressor,
+    "bz2": bz2.BZ2Decompressor,
+    "zstd": _start_zstd,
 }
 
 
 def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
-    """Decompress a stream of one or more members into blocks of at most 1 MiB, and insist that the last one is whole.
+    """Decompress a stream of one or more members into blocks of at most 1 MiB, the last member whole.
+
+    A small file may hold any amount of zeros, so output is bounded rather than input.
 
     Raises:
         EOFError: the stream ends inside a member.
@@ -125,8 +143,8 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
     if compression == "none":
         yield from blocks
         return
-    start, drain = DECOMPRESSORS[compression]
-    decoder: Decompressor = start()
+    start = _DECOMPRESSORS[compression]
+    decoder = start()
     fed = False
     for block in blocks:
         while block:
@@ -135,11 +153,17 @@ def decompress(blocks: Iterable[bytes], compression: Compression) -> Iterator[by
                 if not block:
                     break
                 decoder, fed = start(), False
-            yield from filter(None, drain(decoder, block))
+            yield from filter(None, _drain(decoder, block))
             fed = True
             block = decoder.unused_data if decoder.eof else b""
     if fed and not decoder.eof:
         raise EOFError("the stream ends in the middle")
+
+
+def _drain(decoder: Decompressor, data: bytes) -> Iterator[bytes]:
+    yield decoder.decompress(data, BLOCK_BYTES)
+    while not decoder.eof and not decoder.needs_input:
+        yield decoder.decompress(b"", BLOCK_BYTES)
 
 
 def raw_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
@@ -148,18 +172,9 @@ def raw_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
     Raises:
         SftError: the disk or the connection fails.
     """
-    while block := read_block(stream, size):
-        yield block
-
-
-def read_block(stream: BinaryIO, size: int) -> bytes:
-    """Read from a file.
-
-    Raises:
-        SftError: the disk or the connection fails.
-    """
     try:
-        return stream.read(size)
+        while block := stream.read(size):
+            yield block
     except OSError as error:
         name = getattr(stream, "name", None) or getattr(stream, "path", "the input")
         what = f"{name}: cannot be read: {error.strerror or error}."
@@ -168,16 +183,11 @@ def read_block(stream: BinaryIO, size: int) -> bytes:
 
 @dataclass(slots=True)
 class RawCount:
-    """Size and xxh3-128 of the raw bytes that have passed through `watch`, and the hashes of the blocks they hold unpacked."""
+    """Size and hash of the raw bytes that passed through `watch`; block hashes of what they unpack to."""
 
-    size: int
-    hasher: xxhash.xxh3_128
+    size: int = 0
+    hasher: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
     blocks: BlockHashes = field(default_factory=BlockHashes)
-
-    @classmethod
-    def start(cls) -> RawCount:
-        """Return a count of nothing."""
-        return cls(0, xxhash.xxh3_128())
 
     def watch(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """Pass blocks on, counting and hashing them."""
@@ -185,6 +195,31 @@ class RawCount:
             self.size += len(block)
             self.hasher.update(block)
             yield block
+
+    def boundaries(
+        self,
+        positions: Sequence[int],
+        records: Sequence[int],
+        end: int,
+        total: int,
+        step: int,
+        *,
+        lines: Sequence[int] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> RowBoundaries:
+        """Return the row boundaries of the stream that passed through; to be called once."""
+        return RowBoundaries(
+            np.array(positions, np.int64),
+            np.array(records, np.int64),
+            end,
+            total,
+            step,
+            self.size,
+            self.hasher.hexdigest(),
+            notes,
+            None if lines is None else np.array(lines, np.int64),
+            self.blocks.seal(),
+        )
 
 
 def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -199,19 +234,24 @@ def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
     except Exception as error:  # zlib, lzma, bz2 and zstd each raise their own
         if source.compression == "none":
             raise
-        what = f"{source.path}: the {source.compression} stream is damaged after {done} decompressed bytes ({error})."
+        where = f"{source.path}: the {source.compression} stream"
+        what = f"{where} is damaged after {done} decompressed bytes ({error})."
         raise IntegrityError(what, "fetch or compress the file again; nothing of it was used.") from None
 
 
-def read_all(source: Source, count: RawCount) -> Iterator[bytes]:
-    """Yield the whole decompressed stream, counting and hashing its raw bytes.
+def read_all(source: Source, count: RawCount | None = None) -> Iterator[bytes]:
+    """Yield the whole decompressed stream; `count` counts and hashes its raw bytes.
 
     Raises:
         IntegrityError: the compressed stream is damaged or cut short.
     """
     size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
     with open_raw(source.path) as stream:
-        for block in _checked(source, count.watch(raw_blocks(stream, size))):
+        raw = raw_blocks(stream, size)
+        if count is None:
+            yield from _checked(source, raw)
+            return
+        for block in _checked(source, count.watch(raw)):
             count.blocks.update(block)
             yield block
 
@@ -225,7 +265,7 @@ def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
 
 
 class _Forward:
-    """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers where it stands."""
+    """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers its position."""
 
     def __init__(self, source: Source) -> None:
         self.stream = open_raw(source.path)

@@ -1,10 +1,11 @@
-"""Columnar sources: Parquet, Arrow files and streams, datasets saved to disk, Hub datasets. A chunk is a range of rows."""
+"""Columnar sources: Parquet, Arrow files and streams, saved and Hub datasets. A chunk is a range of rows."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -13,25 +14,47 @@ import numpy as np
 from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault, UsageError, need
 from sftdata.output import written
-from sftdata.sources.chunks import GRAIN_BYTES, Chunk, Gathered, Marks, Source, Stamp, changed, states_of
+from sftdata.sources.chunks import (
+    GRAIN_BYTES,
+    SHOWN_BYTES,
+    Chunk,
+    RowBoundaries,
+    RowCollector,
+    Source,
+    Stamp,
+    changed,
+    states_of,
+)
 from sftdata.sources.inputs import is_url, several_splits, wrong_split
-from sftdata.sources.lines import SHOWN_BYTES
 from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, DatasetDict
+
 _ATTEMPTS = 3
-Reader = Callable[[int, int], list[dict[str, Any]]]  # start, stop -> rows
 SHARD_COLUMNS = frozenset({"input_ids", "labels", "seq_lengths", "example_ids"})
+_MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf")
+
+Rows = list[dict[str, object]]
+Convert = Callable[[Any], object]  # from what Arrow gives for the column's type
 
 
 class _Table(NamedTuple):
-    """An open source: how many rows, how to read a range of them, and what makes their values JSON data."""
+    """An open source.
+
+    Attributes:
+        rows: how many.
+        read: start, stop -> these rows.
+        converters: by column, what turns its values into JSON data; only columns that need it.
+    """
 
     rows: int
-    read: Reader
+    read: Callable[[int, int], Rows]
     converters: dict[str, Convert]
 
 
-def plan_table(source: Source, slice_bytes: int) -> Marks:
+def plan_table(source: Source, slice_bytes: int) -> RowBoundaries:
     """Count rows and cut them in ranges that hold about `slice_bytes` of the raw bytes each."""
     files = _raw_files(source)
     local = not is_url(source.path)
@@ -41,15 +64,17 @@ def plan_table(source: Source, slice_bytes: int) -> Marks:
     stamp = Stamp(states, count.hasher.hexdigest()) if local else None
     if stamp is not None and not stamp.holds():
         raise changed(source.path)
+    # All rows are taken to be of the same size: Parquet knows no more of them without reading.
     rows_per_byte = total / max(count.size, 1)
     step = max(1, int(slice_bytes * rows_per_byte))
     grain = max(1, min(step, int(GRAIN_BYTES * rows_per_byte)))
     positions = np.arange(0, total, grain, dtype=np.int64)
-    return Marks(positions, positions, total, total, step, count.size, count.hasher.hexdigest(), stamp=stamp)
+    digest = count.hasher.hexdigest()
+    return RowBoundaries(positions, positions, total, total, step, count.size, digest, stamp=stamp)
 
 
 def _hashed(files: Sequence[str]) -> RawCount:
-    count = RawCount.start()
+    count = RawCount()
     for path in files:
         with open_raw(path) as stream:
             for _block in count.watch(raw_blocks(stream, BLOCK_BYTES)):
@@ -63,17 +88,14 @@ def read_table(chunk: Chunk) -> tuple[RowBatch, list[Reject]]:
     Raises:
         InputChangedError: the files hold other bytes than when they were planned.
     """
-    found = Gathered(chunk)
+    found = RowCollector(chunk)
     rows, convert = _read_planned(chunk)
     for record, row in enumerate(rows, chunk.start):
         try:
             found.add(row | {name: to_json(row[name]) for name, to_json in convert.items()}, record, -1)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            fault = Fault(
-                "invalid-json",
-                f"a value of the type arrow.json is not JSON: {error}.",
-                "write the column again.",
-            )
+            what = f"a value of the type arrow.json is not JSON: {error}."
+            fault = Fault("invalid-json", what, "write the column again.")
             found.reject(fault, repr(row).encode("utf-8", "backslashreplace")[:SHOWN_BYTES], record, -1)
     return found.finish()
 
@@ -81,8 +103,8 @@ def read_table(chunk: Chunk) -> tuple[RowBatch, list[Reject]]:
 _stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
 
 
-def _read_planned(chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Convert]]:
-    """Read rows while the files are, before and after, those that were planned; return them with what makes them JSON data."""
+def _read_planned(chunk: Chunk) -> tuple[Rows, dict[str, Convert]]:
+    """Read rows while the files are those that were planned, before and after; return also the converters."""
     if chunk.stamp is None:
         table = _open(chunk.source)
         return table.read(chunk.start, chunk.stop), table.converters
@@ -102,6 +124,9 @@ def _read_planned(chunk: Chunk) -> tuple[list[dict[str, Any]], dict[str, Convert
     raise changed(chunk.source.path)
 
 
+# ------------------------------------------------------------------------------------------------ opening
+
+
 @lru_cache(maxsize=1)
 def _open(source: Source) -> _Table:
     """Open a source; kept open between chunks.
@@ -117,26 +142,26 @@ def _open(source: Source) -> _Table:
         if source.container == "arrow":
             return _open_arrow(source)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"{source.path}: damaged {source.container} file ({error}).", "write or fetch the file again."
-        ) from None
+        what = f"{source.path}: damaged {source.container} file ({error})."
+        raise UsageError(what, "write or fetch the file again.") from None
     dataset = load_dataset(source)
 
-    def read(start: int, stop: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = dataset[start:stop].to_pylist()
+    def read(start: int, stop: int) -> Rows:
+        rows: Rows = dataset[start:stop].to_pylist()
         return rows
 
     return _table(source, len(dataset), read, dataset.features.arrow_schema)
 
 
-def _table(source: Source, total: int, read: Reader, schema: Any) -> _Table:
+def _table(source: Source, total: int, read: Callable[[int, int], Rows], schema: pa.Schema) -> _Table:
     if SHARD_COLUMNS.issubset(schema.names):
-        what = f"{source.path}: a shard of a finished set; its rows hold several documents each, whose borders would be lost."
+        several = "its rows hold several documents each, whose borders would be lost"
+        what = f"{source.path}: a shard of a finished set; {several}."
         raise UsageError(what, "prepare the sources of the set, or train on the set itself.")
     return _Table(total, read, converters(schema))
 
 
-def _open_file(path: str) -> Any:
+def _open_file(path: str) -> pa.NativeFile:
     """Return a file as pyarrow reads it, mapped where it is on this machine."""
     import pyarrow as pa
 
@@ -153,18 +178,18 @@ def _open_parquet(source: Source) -> _Table:
 
     file = pq.ParquetFile(_open_file(source.path))
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]  # of each row group, and the end of the last
 
     @lru_cache(maxsize=1)
-    def row_group(index: int) -> Any:
+    def row_group(index: int) -> pa.Table:
         return file.read_row_group(index)
 
-    def read(start: int, stop: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for index in range(len(sizes)):
-            first, last = max(start, int(borders[index])), min(stop, int(borders[index + 1]))
+    def read(start: int, stop: int) -> Rows:
+        rows: Rows = []
+        for index, size in enumerate(sizes):
+            first, last = max(start - starts[index], 0), min(stop - starts[index], size)
             if first < last:
-                rows += row_group(index).slice(first - int(borders[index]), last - first).to_pylist()
+                rows += row_group(index).slice(first, last - first).to_pylist()
         return rows
 
     return _table(source, file.metadata.num_rows, read, file.schema_arrow)
@@ -178,8 +203,8 @@ def _open_arrow(source: Source) -> _Table:
     data.seek(0)
     table = pa.ipc.open_file(data).read_all() if is_file else pa.ipc.open_stream(data).read_all()
 
-    def read(start: int, stop: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = table.slice(start, stop - start).to_pylist()
+    def read(start: int, stop: int) -> Rows:
+        rows: Rows = table.slice(start, stop - start).to_pylist()
         return rows
 
     return _table(source, table.num_rows, read, table.schema)
@@ -191,19 +216,11 @@ def _raw_files(source: Source) -> list[str]:
     return [str(entry["filename"]) for entry in load_dataset(source).cache_files]
 
 
-# ------------------------------------------------------------------------------------------
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-MEDIA = ("Image", "Audio", "Video", "Pdf")
-
-
 def load_dataset(source: Source) -> Dataset:
     """Load a saved or Hub dataset, media columns left undecoded.
 
     Raises:
-        UsageError: no such dataset or split, several splits and none is chosen, or `datasets` is not installed.
+        UsageError: no such dataset or split, several splits and none is chosen, or no package `datasets`.
     """
     datasets = need("datasets", "hub", f"{source.path} is a dataset")
     try:
@@ -214,14 +231,14 @@ def load_dataset(source: Source) -> Dataset:
     except Exception as error:  # the Hub client, datasets and the builders each have their own exceptions
         what = f"{source.path}: cannot be loaded as a dataset ({type(error).__name__}: {str(error)[:300]})."
         raise UsageError(what, "check the name, --split and --subset, or the connection.") from None
-    chosen = _choose(loaded, source, datasets)
+    chosen = _choose_split(loaded, source, datasets)
     for name, feature in chosen.features.items():
-        if type(feature).__name__ in MEDIA:
+        if type(feature).__name__ in _MEDIA_FEATURES:
             chosen = chosen.cast_column(name, type(feature)(decode=False))
     return chosen.with_format("arrow")
 
 
-def _choose(loaded: Any, source: Source, datasets: Any) -> Any:
+def _choose_split(loaded: Dataset | DatasetDict, source: Source, datasets: ModuleType) -> Dataset:
     """Return the rows that `split` names, as `datasets` cuts them."""
     if source.container == "hub" and not isinstance(loaded, dict):
         return loaded
@@ -240,14 +257,17 @@ def _choose(loaded: Any, source: Source, datasets: Any) -> Any:
     return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- Arrow's values as JSON data
+#
+# Arrow holds a JSON document as its text (the extension type arrow.json) and an object of any keys as a list
+# of pairs (a map). It gives every struct of a column every field that any row has: a null there says only
+# that another row had the field.
 
-Convert = Callable[[Any], Any]
 _decode = msgspec.json.Decoder().decode
 
 
-def converters(schema: Any) -> dict[str, Convert]:
-    """Return, for each column of a `pyarrow.Schema` that needs it, what turns its values into JSON data.
+def converters(schema: pa.Schema) -> dict[str, Convert]:
+    """Return, for each column that needs it, what turns its values into JSON data.
 
     A converter raises msgspec.DecodeError for a document of the type arrow.json that is not JSON.
     """
@@ -255,7 +275,7 @@ def converters(schema: Any) -> dict[str, Convert]:
     return {name: convert for name, convert in found.items() if convert}
 
 
-def _converter(kind: Any) -> Convert | None:
+def _converter(kind: pa.DataType) -> Convert | None:
     import pyarrow as pa
     from pyarrow import types
 
@@ -269,7 +289,7 @@ def _converter(kind: Any) -> Convert | None:
         return _of_struct({field.name: _converter(field.type) for field in kind})
     if hasattr(kind, "value_field"):  # every kind of list
         inner = _converter(kind.value_type)
-        return inner and _of_list(inner)
+        return inner and _or_null(lambda values: [inner(value) for value in values])
     return None
 
 
@@ -277,21 +297,17 @@ def _or_null(convert: Convert) -> Convert:
     return lambda value: None if value is None else convert(value)
 
 
-def _of_list(inner: Convert) -> Convert:
-    return _or_null(lambda values: [inner(value) for value in values])
-
-
 def _of_map(inner: Convert | None) -> Convert:
-    def convert(pairs: Any) -> dict[str, Any]:
+    def convert(pairs: Sequence[tuple[object, object]]) -> dict[str, object]:
         return {str(key): inner(value) if inner else value for key, value in pairs}
 
     return _or_null(convert)
 
 
-def _of_struct(inner: dict[str, Convert | None]) -> Convert:
+def _of_struct(inner: Mapping[str, Convert | None]) -> Convert:
     """Leave null fields out."""
 
-    def convert(struct: Any) -> dict[str, Any]:
+    def convert(struct: Mapping[str, object]) -> dict[str, object]:
         given = ((name, value, inner[name]) for name, value in struct.items() if value is not None)
         return {name: found(value) if found else value for name, value, found in given}
 

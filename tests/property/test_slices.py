@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftdata.batches import Reject, RowBatch
+from sftdata.errors import DataError
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
@@ -112,15 +113,9 @@ def test_elements_in_slices_are_the_elements_of_the_array(
     assert plan.records == len(array)
 
 
-def test_what_a_damaged_element_leaves_behind_takes_no_neighbour_along() -> None:
-    text = '[\n{prompt": "}", "completion": ""},\n{"prompt": "", "completion": "1"},\n{"prompt": "", "completion": "2"}\n]'
-    _, read = read_in_slices(text.encode(), 1 << 20, "a")
-    assert [row["completion"] for _, row in flatten(read)[0]] == ["1", "2"]
-
-
 @settings(deadline=None, max_examples=150)
 @given(st.lists(rows, min_size=3, max_size=8), st.data(), sizes, st.sampled_from([None, 1]))
-def test_one_byte_lost_inside_an_element_costs_at_most_that_element(
+def test_one_byte_lost_inside_an_element_costs_at_most_that_element_or_is_refused(
     array: list[dict[str, str]], data: st.DataObject, slice_bytes: int, indent: int | None
 ) -> None:
     texts = [json.dumps(row, indent=indent) for row in array]
@@ -128,7 +123,10 @@ def test_one_byte_lost_inside_an_element_costs_at_most_that_element(
     lost = data.draw(st.integers(1, len(texts[victim]) - 1))
     damaged = texts[victim][:lost] + texts[victim][lost + 1 :]
     text = "[\n" + ",\n".join([*texts[:victim], damaged, *texts[victim + 1 :]]) + "\n]"
-    plan, read = read_in_slices(text.encode(), slice_bytes, "a")
+    try:
+        plan, read = read_in_slices(text.encode(), slice_bytes, "a")
+    except DataError:
+        return  # the elements cannot be told apart, so none is read
     _, whole = read_in_slices(text.encode(), 1 << 20, "a")
     assert flatten(read) == flatten(whole)
     kept = [row for _, row in flatten(read)[0]]

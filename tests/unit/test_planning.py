@@ -8,8 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sftdata.sources.planning import grouped, plan_inputs, short_names, told
-from sftdata.sources.source import SourcePlan
+from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.planning import grouped, plan_inputs, short_names, with_progress
 
 
 def planned(folder: Path, files: int) -> tuple[int, list[SourcePlan]]:
@@ -42,9 +42,9 @@ def test_four_times_the_files_take_four_times_the_calls(tmp_path: Path) -> None:
 
 def test_a_long_plan_says_how_far_it_is() -> None:
     said: list[str] = []
-    assert list(told(range(3), said.append, "Read", seconds=0)) == [0, 1, 2]
+    assert list(with_progress(range(3), said.append, "Read", seconds=0)) == [0, 1, 2]
     assert said == ["Read 0 of 3 inputs.", "Read 1 of 3 inputs.", "Read 2 of 3 inputs."]
-    assert list(told(range(3), said.append, "Read", seconds=1e9)) == [0, 1, 2]
+    assert list(with_progress(range(3), said.append, "Read", seconds=1e9)) == [0, 1, 2]
     assert len(said) == 3
 
 

@@ -9,6 +9,7 @@ import json
 import lzma
 import pickle
 import random
+import re
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ import pytest
 import xxhash
 
 from sftdata.batches import Reject
-from sftdata.errors import IntegrityError, UsageError
+from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.sources import streams
 from sftdata.sources.chunks import Source
-from sftdata.sources.source import expand_inputs, open_source, plan_source, plan_sources, read_chunk
+from sftdata.sources.inputs import expand_inputs
+from sftdata.sources.planning import plan_sources
+from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.compressed import zstd
 
 ROWS: list[dict[str, Any]] = [
@@ -414,8 +417,6 @@ ENDLESS = {
         b"\\\\ it says ]}, { for some time",
     ),
     "objects, indented": (b"%s\n%s\n%s\n", b'{\n "text": "%s"\n}', b"\\n[[[[[[[[[[[[[[[["),
-    "array of texts": (b"[%s, %s, %s]", b'"%s"', b"{{{{{{{{"),
-    "array of numbers": (b"[%s, %s, %s]", b"%s", b"12345678"),
     "array of deep arrays": (b"[%s, %s, %s]", b"[%s 1]", b"[[[[]]]],"),
 }
 
@@ -466,7 +467,7 @@ def test_a_bad_record_is_one_fault_and_its_neighbours_stay(kind: str, tmp_path: 
 def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftdata.sources.delimited.RECORD_LIMIT", 1000)
+    monkeypatch.setattr("sftdata.sources.lines.RECORD_LIMIT", 1000)
     inside = 'looks,like a row\n"",""\n' * 200
     (tmp_path / "a.csv").write_text(f'prompt,completion\n1,x\n2,"{inside}"\n3,"z\nz"\n')
     for slice_bytes in (1, 1 << 20):
@@ -481,7 +482,7 @@ def test_a_quoted_field_too_long_to_hold_is_one_fault_and_its_neighbours_stay(
 def test_a_quote_that_never_closes_costs_its_line_alone_however_far_the_end_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftdata.sources.delimited.RECORD_LIMIT", 1000)
+    monkeypatch.setattr("sftdata.sources.lines.RECORD_LIMIT", 1000)
     (tmp_path / "a.csv").write_bytes(b'prompt,completion\n1,x\n2,"y\n' + b"3,z\n" * 1000)
     for slice_bytes in (1, 1 << 20):
         rows, bad, _ = read_all(tmp_path / "a.csv", slice_bytes)
@@ -494,25 +495,30 @@ def elements(*texts: str, before: str = "[", after: str = "]", between: str = ",
 
 
 A, B, C = '{"id": "a", "t": [{"id": 1}, {"k": "x"}]}', '{"id": "b", "t": []}', '{"id": "c"}'
+# What is wrong in an element whose quotes and brackets match, or between elements: rejects.
 DAMAGED = {
     "NaN": (elements(A, '{"id": NaN}', B, C), 1),
-    "a quote is missing": (elements(A, '{"id": "x, "t": []}', B, C), 1),
-    "the opening quote is missing": (elements(A, '{"id": x", "t": "y"}', B, C), 1),
-    "a brace is missing": (elements(A, '{"id": "x", "t": []', B, C), 1),
-    "a bracket is missing": (elements(A, '{"id": "x", "t": [{"k": 1}}', B, C), 1),
-    "a bracket too many": (elements(A, '{"id": "x", "t": 1]}', B, C), 1),
+    "a comma too many in an object": (elements(A, '{"id": 1,}', B, C), 1),
     "a comma is missing between elements": (elements(A + " " + B, C), 0),
-    "a comma is missing inside": (elements(A, '{"id": "x" "t": 1}', B, C), 1),
     "a comma too many at the end": (elements(A, B, C, after=",]"), 0),
     "a word between elements": (elements(A, "oops", B, C), 1),
     "numbers between objects": (elements(A, "1", "[2]", B, '"s"', C), 3),
-    "a raw newline in a string": (elements(A, '{"id": "x\ny"}', B, C, between=",\n"), 1),
-    "cut off inside an element": (elements(A, B, C, '{"id": "x', after=""), 1),
     "cut off between elements": (elements(A, B, C, after=","), 0),
-    "text after the end": (elements(A, B, C, after="] trailing"), 2),
-    "two in a row": (elements(A, '{"id": "x, "t"}', '{"id": y}', B, C), 2),
-    "the first": (elements('{"id": "x, "t": 1}', A, B, C), 1),
-    "the inside of one is lost": (elements(A, '{"t": [{"k": "x"},: 1}]}', B, C), 1),
+}
+# Where the end of an element cannot be told: the element, and what stands after the last one.
+HOPELESS = {
+    "a quote is missing": ('{"id": "x, "t": []}', "]"),
+    "the opening quote is missing": ('{"id": x", "t": "y"}', "]"),
+    "a brace is missing": ('{"id": "x", "t": []', "]"),
+    "a bracket is missing": ('{"id": "x", "t": [{"k": 1}}', "]"),
+    "a bracket too many": ('{"id": "x", "t": 1]}', "]"),
+    "a comma is missing inside": ('{"id": "x" "t": 1}', "]"),
+    "a raw newline in a string": ('{"id": "x\ny"}', "]"),
+    "the inside is lost": ('{"t": [{"k": "x"},: 1}]}', "]"),
+    "cut off inside an element": ('{"id": "x', ""),
+    "cut off inside a string": ('{"id": "x", "t": "it says ]}', ""),
+    "text after the end": ('{"id": "x"}', "] trailing"),
+    "a second array": ('{"id": "x"}', "] [1]"),
 }
 
 
@@ -540,28 +546,61 @@ def test_an_element_too_long_in_a_damaged_array_leaves_the_others(kind: str, tmp
         assert len(bad) == faults + 1
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", HOPELESS)
+def test_an_array_whose_elements_cannot_be_told_apart_is_refused_with_the_place(
+    kind: str, last: bool, tmp_path: Path
+) -> None:
+    element, after = HOPELESS[kind]
+    last = last or after != "]"
+    data = elements(A, B, element, after=after) if last else elements(A, element, B, C, after=after)
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_all(tmp_path / "a.json")
+    said = re.search(r"a\.json: .*\bbyte (\d+)", str(caught.value))
+    assert said, caught.value
+    start = data.index(element.encode())
+    assert start <= int(said[1]) <= start + len(element) + len(B)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['"%s"', "%s"])
+def test_a_value_beyond_the_limit_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f"[{A}, {text % ('1' * 2000)}]")
+    with pytest.raises(DataError, match=f"damaged at byte {len(A) + 3}: a value that is no object"):
+        read_all(tmp_path / "a.json", limit=1000)
+
+
 @pytest.mark.parametrize("block", [1, 7, 100])
-@pytest.mark.parametrize("kind", [*DAMAGED, *(shape for shape in TEXTS if "array" in shape)])
+@pytest.mark.parametrize("kind", [*DAMAGED, *HOPELESS, *(shape for shape in TEXTS if "array" in shape)])
 def test_elements_do_not_depend_on_how_the_stream_comes(
     kind: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = DAMAGED[kind][0] if kind in DAMAGED else TEXTS[kind][0]
+    known = DAMAGED | TEXTS
+    data = known[kind][0] if kind in known else elements(A, HOPELESS[kind][0], after=HOPELESS[kind][1])
     (tmp_path / "a.json").write_bytes(data)
-    whole = read_all(tmp_path / "a.json", 50, limit=70)
-    for module in ("streams", "elements"):
+
+    def read() -> tuple[list[Any], list[Reject]] | None:
+        try:
+            return read_all(tmp_path / "a.json", 50, limit=70)[:2]
+        except DataError:
+            return None
+
+    whole = read()
+    for module in ("streams", "jsonrows"):
         monkeypatch.setattr(f"sftdata.sources.{module}.BLOCK_BYTES", block)
-    assert read_all(tmp_path / "a.json", 50, limit=70) == whole
+    assert read() == whole
 
 
 @pytest.mark.parametrize(
     "text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"]
 )
 def test_an_element_that_a_block_cuts_is_never_taken_for_damage(text: str) -> None:
-    from sftdata.sources.elements import Elements
+    from sftdata.sources.jsonrows import Elements
 
     for cut in range(1, len(text.encode())):
         parts = iter([b"[ " + text.encode()[:cut], text.encode()[cut:] + b" , 1]"])
-        first, second = Elements(parts, 0, 1000, None, whole=True, strict=True)
+        first, second = Elements("a.json", parts, 0, 1000, whole=True)
         assert (first.text, second.text) == (text.encode(), b"1")
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.sources.chunks import BLOCK_BYTES, InputChangedError, Marks, SourcePlan
+from sftdata.sources.chunks import HASHED_BYTES, InputChangedError, RowBoundaries, SourcePlan
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.compressed import zstd
@@ -183,7 +183,7 @@ def test_a_header_that_changes_between_recognition_and_planning_is_a_change(tmp_
 
 def test_slices_hold_at_every_size_of_blocks_and_borders(tmp_path: Path) -> None:
     rng, path = random.Random(0), tmp_path / "rows.jsonl"
-    for size in (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES):
+    for size in (1, HASHED_BYTES - 1, HASHED_BYTES, HASHED_BYTES + 1, 3 * HASHED_BYTES):
         data = b'"' + b"x" * (size - 3) + b'"\n' if size > 3 else b"1"
         lines = [data, *(json.dumps("y" * rng.randrange(200_000)).encode() + b"\n" for _ in range(4))]
         for compressed in (False, True):
@@ -207,4 +207,4 @@ def test_marks_without_borders_have_no_slices() -> None:
     import numpy as np
 
     none = np.zeros(0, np.int64)
-    assert Marks(none, none, 0, 0, 1, 0, "").cut(none) == []
+    assert RowBoundaries(none, none, 0, 0, 1, 0, "").cut(none) == []
