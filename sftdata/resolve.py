@@ -2,7 +2,7 @@
 
 A tokenizer may give a marker other ids inside a text than alone: a Llama-2-like one writes `### Assistant:`
 with a leading space mark at the start of a text and without it after a newline, and any BPE may join its edge
-with what stands beside it.
+with what is beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MarkerIds:
         ids: the shortest run of tokens that covers the marker.
         starts_inside, ends_inside: the first token begins before the marker, the last one ends after it.
         count: occurrences with these ids.
-        row: index of the first text with them; `before` and `after`: what stands around the marker there.
+        row: index of the first text with them; `before` and `after`: the text around the marker there.
     """
 
     ids: tuple[int, ...]
@@ -173,7 +173,7 @@ def _encode_in_parts(texts: Sequence[str], rows: list[int], encode: Encode) -> I
 
 
 def _occurrences(text: str, marker: str, row: int, ids: list[int], offsets: Ranges) -> Iterator[MarkerIds]:
-    """Yield the covering run of tokens for every place where the marker stands, with a count of 1."""
+    """Yield the covering run of tokens for every occurrence of the marker, with a count of 1."""
     positions, starts, stops = _territories(offsets)
     for match in re.finditer(re.escape(marker), text):
         start, stop = match.span()

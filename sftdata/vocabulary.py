@@ -1,8 +1,8 @@
 """What a tokenizer folder tells without a tokenizer library: the bytes of each id, and where tokens lie.
 
 A tokenizer's own `decode` joins, strips and replaces; here one id is one stretch of bytes, so that text can
-be laid over ids. Where every token stands for a fixed number of bytes (`TokenLayout`), positions in a text cost
-one cumulative sum.
+be laid over ids. Where every token stands for a fixed number of bytes (`TokenLayout`), positions in a text
+cost one cumulative sum.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class TokenLayout:
     """What decides where tokens lie.
 
     Attributes:
-        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one metaspace per space) or "none": lengths
-            tell nothing.
-        prefix: where a space is invented before the text: nowhere, at its "first" byte, "always" after an
-            added token too.
-        prefix_doubles: the invented space comes before a real one too (normalizer Prepend).
+        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one metaspace per space), or "none" where
+            lengths are no help.
+        prefix: where a dummy prefix is added: nowhere ("none"), before the "first" byte of a text, or "always",
+            after an added token too.
+        prefix_doubles: the dummy prefix comes before a real space too (normalizer Prepend).
         prefix_words: words are split off at whitespace first, so that each gets its own prefix (T5).
         normal_form: Unicode normal form the text is brought into, or "".
         looks_ahead: words are found by a pattern, so that what follows can change the tokens before it.

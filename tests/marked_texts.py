@@ -9,11 +9,11 @@ import numpy as np
 
 from sftdata.batches import Bool
 from sftdata.errors import Fault, RowError
-from sftdata.masks.markers import Marked, find_spans
+from sftdata.masks.markers import TextAnswers, find_spans
 
 
 class MarkedTexts(NamedTuple):
-    """Columns of `Marked`, and the fault of each text that has no spans."""
+    """Columns of `TextAnswers`, and the fault of each text that has no spans."""
 
     spans: list[list[tuple[int, int]]]
     closed: Bool
@@ -22,13 +22,13 @@ class MarkedTexts(NamedTuple):
 
 
 def mask_rows(texts: Sequence[str], response: str, instruction: str | None = None) -> MarkedTexts:
-    rows: list[Marked] = []
+    rows: list[TextAnswers] = []
     faults: dict[int, Fault] = {}
     for index, text in enumerate(texts):
         try:
             rows.append(find_spans(text, response, instruction))
         except RowError as error:
-            rows.append(Marked([], False, False))
+            rows.append(TextAnswers([], False, False))
             faults[index] = error.fault
     closed, repeated = ([row[column] for row in rows] for column in (1, 2))
     return MarkedTexts([row.spans for row in rows], np.array(closed, bool), np.array(repeated, bool), faults)

@@ -114,6 +114,8 @@ def _place(encoder: Encoder, texts: list[str], raws: list[bytes], reach: bool) -
     if layout.prefix != "none" or encoder.strips_right.any() or encoder.strips_left.any():
         tokens, doubted = _Walk(encoder, before, reach).rows(raws, ids, offsets, base)
     else:
+        # Lengths that add up to the text put every token where it is. Where they do not, later rows are moved
+        # back to the starts of their texts, and the row itself goes to the reference.
         start = before[offsets]
         doubted = np.diff(start) != np.diff(base)
         tokens = Located(ids, before[:-1], before[1:])
@@ -124,7 +126,7 @@ def _place(encoder: Encoder, texts: list[str], raws: list[bytes], reach: bool) -
 
 
 def _denormal(form: str, texts: list[str]) -> Bool:
-    """bool[N]: texts that the tokenizer's normalizer may change."""
+    """bool[N]: texts that the tokenizer's Unicode normalization may change, and with them their length."""
     if not form:
         return np.zeros(len(texts), np.bool_)
     known = cast('Literal["NFC", "NFD", "NFKC", "NFKD"]', form)
@@ -165,6 +167,7 @@ class _Walk:
             doubted[row] = not self._row(
                 raw, ids, int(offsets[row]), tokens, int(offsets[row + 1]), int(base[row])
             )
+        # Each section is shifted as a whole; the tokens before the first one are not.
         sections: Int64 = np.diff(np.array([0, *self.index, len(ids)], np.int64)).astype(np.int64)
         shift = np.repeat(np.array([0, *self.shift], np.int64), sections)
         starts, ends = self.before[:-1] + shift, self.before[1:] + shift
@@ -175,6 +178,7 @@ class _Walk:
         return Located(ids, starts, ends), doubted
 
     def _row(self, raw: bytes, ids: Int32, first: int, added: list[int], stop: int, base: int) -> bool:
+        """Place tokens [first, stop) of one text; False where an added token is not where lengths put it."""
         position, token = 0, first
         for end in [*added, stop]:
             if end > token:
@@ -187,6 +191,7 @@ class _Walk:
         return position == len(raw)
 
     def _section(self, raw: bytes, position: int, token: int, end: int, at_start: bool, base: int) -> int:
+        """Place tokens [token, end), which begin at a position; return how many bytes of text they cover."""
         layout = self.encoder.resolved.layout
         prefixed = layout.prefix == "always" or (layout.prefix == "first" and at_start)
         prefixed = prefixed and (layout.prefix_doubles or raw[position : position + 1] != b" ")
@@ -217,6 +222,9 @@ def _skip_spaces(raw: bytes, position: int) -> int:
     return match.end() if match else position
 
 
+# --------------------------------------------------------------------------------- edges of trained spans
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Edges:
     """The edges of trained spans, in order; spans that hold nothing have none.
@@ -233,7 +241,7 @@ class Edges:
 
 
 def edges_of(spans: Ragged, base: Int64) -> Edges:
-    """List the edges of all spans of a batch."""
+    """List the edges of all spans of a batch: start, stop, start, stop, ..."""
     filled = spans.values[:, 1] > spans.values[:, 0]
     row = np.repeat(np.arange(len(base) - 1), np.diff(spans.offsets))[filled]
     position = (spans.values[filled] + base[row, None]).reshape(-1)
@@ -250,10 +258,12 @@ def straddled(places: Places, edges: Edges) -> Bool:
 def _absorbed(places: Places, edges: Edges, encoder: Encoder) -> Bool:
     """bool[E]: openings inside or after whitespace that an added token absorbs, unlike at inference."""
     tokens, token = places.tokens, _token_at(places, edges)
+    # Padded by one, so that `token` may be the end of the batch; what is read there is masked out below.
     ids, first, stop = np.append(tokens.ids, 0), places.offsets[edges.row], places.offsets[edges.row + 1]
     before = token - 1
     by_last = (before >= first) & encoder.strips_right[ids[before]]
     by_next = (token < stop) & encoder.strips_left[ids[token]]
+    # The gap between the two tokens is what one of them absorbed: the first one if it strips right.
     gap_start = np.where(before >= first, np.append(tokens.ends, 0)[before], places.base[edges.row])
     gap_stop = np.where(token < stop, np.append(tokens.starts, 0)[token], places.base[edges.row + 1])
     absorbed: Bool = edges.opens & np.where(
@@ -301,10 +311,10 @@ def _bad(
     """bool[E]: edges to cut at; at those marked by `cut` the text has been cut already."""
     bad = straddled(places, edges) | _absorbed(places, edges, encoder)
     if encoder.resolved.layout.looks_ahead:
-        asked = np.flatnonzero(edges.opens & ~bad & ~cut)
-        bad[asked] = Prefixes(places, encoder, raws, literal, edges.position[cut]).differ(
-            edges.position[asked], edges.row[asked]
-        )
+        # Encoding a prefix again is dear: only for openings that nothing cheaper has found.
+        left = np.flatnonzero(edges.opens & ~bad & ~cut)
+        prefixes = Prefixes(places, encoder, raws, literal, edges.position[cut])
+        bad[left] = prefixes.differ(edges.position[left], edges.row[left])
     return bad
 
 
@@ -320,12 +330,12 @@ class _Rows:
     @classmethod
     def of(cls, rows: Int64, edges: Edges, raws: list[bytes], literal: Ragged, base: Int64) -> _Rows:
         chosen = [raws[row] for row in rows.tolist()]
-        own = np.isin(edges.row, rows)
-        row = np.searchsorted(rows, edges.row[own])
-        new = offsets_of(np.array([len(raw) for raw in chosen], np.int64))
-        position = edges.position[own] - base[edges.row[own]] + new[row]
+        kept = np.isin(edges.row, rows)
+        row = np.searchsorted(rows, edges.row[kept])  # `rows` is sorted: the number of each in the new batch
+        new_base = offsets_of(np.array([len(raw) for raw in chosen], np.int64))
+        position = edges.position[kept] - base[edges.row[kept]] + new_base[row]
         ranges = Ragged.from_lists([ranges_of(literal, row) for row in rows.tolist()])
-        return cls(chosen, ranges, Edges(position, row, edges.opens[own]), new)
+        return cls(chosen, ranges, Edges(position, row, edges.opens[kept]), new_base)
 
     def encode(self, encoder: Encoder, cut: Bool) -> Places:
         """Encode the pieces between cuts; laid end to end they are the rows."""
@@ -347,6 +357,8 @@ class _Rows:
                 pieces[piece].append((max(start, begin) - begin, min(stop, end) - begin))
         return Ragged.from_lists(pieces)
 
+
+# ------------------------------------------------------------------------------- prefixes encoded alone
 
 # Bytes; of a longer prefix only the end is encoded again, which keeps the cost linear in the number of spans.
 FAR = 2048
@@ -395,6 +407,7 @@ class Prefixes:
         return differs
 
     def _stretches(self, position: Int64, row: Int64) -> list[_Stretch]:
+        """Return, for each opening, the tokens from the last fresh start of the encoding up to it."""
         tokens, base = self.places.tokens, self.places.base[row]
         added = np.flatnonzero(self.encoder.is_added[tokens.ids]) + 1
         fresh = np.sort(np.concatenate([[0], added, np.searchsorted(tokens.starts, self.cuts)]))
@@ -418,7 +431,7 @@ class Prefixes:
 
     def _compare(self, stretches: list[_Stretch]) -> Bool:
         """bool[A]: stretches whose text alone does not give their ids; each distinct one is encoded once."""
-        ids = memoryview(self.places.tokens.ids.tobytes())
+        ids = memoryview(self.places.tokens.ids.tobytes())  # int32: four bytes an id
         numbers: dict[tuple[bytes, bytes], int] = {}
         verdicts = []
         for row, start, stop, begin, end in stretches:
@@ -427,16 +440,16 @@ class Prefixes:
         alone, offsets = self.encoder.encode([text.decode() for text, _ in numbers])
         found = [alone[start:stop].tobytes() for start, stop in pairwise(offsets.tolist())]
         differs = np.array(
-            [own != expected for own, (_, expected) in zip(found, numbers, strict=True)], np.bool_
+            [one != expected for one, (_, expected) in zip(found, numbers, strict=True)], np.bool_
         )[verdicts]
-        for index in np.flatnonzero(
-            differs & (np.diff(self.literal.offsets) > 0)[[stretch.row for stretch in stretches]]
-        ).tolist():
+        # An engine matches control tokens that data spells; those rows are compared again with the reference.
+        has_literal = (np.diff(self.literal.offsets) > 0)[[stretch.row for stretch in stretches]]
+        for index in np.flatnonzero(differs & has_literal).tolist():
             differs[index] = self._differs_with_literal(stretches[index])
         return differs
 
     def _differs_with_literal(self, stretch: _Stretch) -> bool:
-        """Compare without matching what data spells."""
+        """Compare without matching the control tokens that data spells."""
         row, start, stop, begin, end = stretch
         literal = [
             (max(a, begin) - begin, min(b, end) - begin)

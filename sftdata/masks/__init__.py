@@ -20,7 +20,7 @@ To ask why one token is trained, follow its row:
    (tokens.py).
 3. `Mask.flags` has the last word on the ids: the masks that look for markers there decide anew.
 4. A cut by `--overlong` takes labels away with their tokens, and never adds one (limit_length).
-5. The first token of a document has no label: nothing stands before it to predict it from (pack.py).
+5. The first token of a document has no label: there is nothing before it to predict it from (pack.py).
 
 >>> Mask().spans(Completion("2+2=", "4"), as_rendered("2+2=4"), 0, Tally())
 Spans(ranges=[(4, 5)], closed=True, weights=None)
@@ -72,7 +72,7 @@ class Mask:
 
     @property
     def overrules(self) -> str:
-        """The flag, without its dashes, that decides whatever messages say of themselves; "" for none."""
+        """The flag, without its dashes, that overrules the switches of messages; "" for none."""
         return "train-on all" if self.train_on == "all" else ""
 
     @property
@@ -128,8 +128,10 @@ class Mask:
         first = 0 if self.train_on == "assistant" else row.prompt_messages
         if self.train_on == "last-assistant":
             first = max(assistants, default=0)
-        own = row.trained
-        return {index for index in assistants if own[index] or (own[index] is None and index >= first)}
+        switches = row.trained
+        return {
+            index for index in assistants if switches[index] or (switches[index] is None and index >= first)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +274,10 @@ def _flagged(tokens: TokenBatch, trained: Bool) -> TokenBatch:
 
 
 def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:
-    own = [row.trained[turn.message] for turn in turns]
-    if not any(isinstance(weight, float) for weight in own):
+    weights = [row.trained[turn.message] for turn in turns]
+    if not any(isinstance(weight, float) for weight in weights):
         return None
-    return [1.0 if weight is None else float(weight) for weight in own]
+    return [1.0 if weight is None else float(weight) for weight in weights]
 
 
 def _blanked(text: str, literal: Ranges) -> str:

@@ -1,6 +1,6 @@
 """Response and instruction markers in running text: which stretch of each text or token row is trained.
 
-A text that carries its own markers (`### Human:` ... `### Assistant:` ...) says itself where the answers are.
+A text with markers of its own (`### Human:` ... `### Assistant:` ...) tells where the answers are.
 Markers are looked for in the *text*, before any tokenizer, so it does not matter into which ids a tokenizer
 turns them there. Markers given as token ids are looked for in the ids instead, with the same rules:
 
@@ -8,7 +8,7 @@ turns them there. Markers given as token ids are looked for in the ids instead, 
 2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of
    the row.
    A marker itself is never trained: at inference it is given, not generated.
-3. Without an instruction marker no one can say where an earlier answer ends and the next question begins,
+3. Without an instruction marker it is unknown where an earlier answer ends and the next question begins,
    so only the stretch after the *last* response marker is trained. `repeated` counts the rows where that left
    answers out.
 4. A row without a response marker is a fault (`no-response-marker`). So is a row with several response
@@ -37,8 +37,8 @@ _TEXT_SHOWN = 40
 _SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 
 
-class Marked(NamedTuple):
-    """What one text trains.
+class TextAnswers(NamedTuple):
+    """The answers in one text.
 
     Attributes:
         spans: byte ranges (utf-8) to train, ascending, disjoint, none empty.
@@ -52,12 +52,12 @@ class Marked(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MarkedTokens:
-    """What N token rows train.
+class TokenAnswers:
+    """The answers in N token rows.
 
     Attributes:
         trained: bool[T], all False in a faulty row.
-        repeated: bool[N], as in `Marked`.
+        repeated: bool[N], as in `TextAnswers`.
         faults: index of a row -> why it cannot be used.
     """
 
@@ -91,7 +91,7 @@ def check_markers(response: Template, instruction: Template | None) -> None:
 # ---------------------------------------------------------------------------------------------- text
 
 
-def find_spans(text: str, response: str, instruction: str | None = None) -> Marked:
+def find_spans(text: str, response: str, instruction: str | None = None) -> TextAnswers:
     r"""Find the byte ranges of a text that follow its response markers.
 
     Raises:
@@ -116,7 +116,7 @@ def find_spans(text: str, response: str, instruction: str | None = None) -> Mark
     repeated = any(one[2] and two[2] for one, two in pairwise(markers))
     if instruction is None:
         answers = answers[-1:]
-    return Marked([span for span in answers if span[0] < span[1]], markers[-1][2], repeated)
+    return TextAnswers([span for span in answers if span[0] < span[1]], markers[-1][2], repeated)
 
 
 def _text_markers(data: bytes, response: str, instruction: str | None) -> list[tuple[int, int, bool]]:
@@ -175,7 +175,7 @@ def find_id_spans(
     offsets: Int64,
     response_ids: Sequence[int],
     instruction_ids: Sequence[int] | None = None,
-) -> MarkedTokens:
+) -> TokenAnswers:
     """Mark the tokens that follow response markers given as ids, the EOS at the end of an answer included.
 
     Args:
@@ -198,15 +198,17 @@ def find_id_spans(
     responses = np.bincount(row[is_response], minlength=rows)
     instructions = np.bincount(row[~is_response], minlength=rows)
 
+    # An answer lasts until the next marker of its row, or the end of the row.
     last_in_row = np.append(row[1:] != row[:-1], True)[: len(row)]
     until = np.where(last_in_row, offsets[row + 1], np.append(starts[1:], 0)[: len(row)])
     answers = is_response & (last_in_row if instruction_ids is None else True) & (stops < until)
     faults = _id_faults(responses, instructions, response_ids, instruction_ids)
     answers &= ~np.isin(row, np.fromiter(faults, np.int64, len(faults)))
 
+    # A response that follows another without an instruction between them.
     follows = is_response[1:] & is_response[:-1] & ~last_in_row[:-1]
     repeated = np.bincount(row[1:][follows], minlength=rows) > 0
-    return MarkedTokens(_paint(len(input_ids), stops[answers], until[answers]), repeated, faults)
+    return TokenAnswers(_paint(len(input_ids), stops[answers], until[answers]), repeated, faults)
 
 
 def _id_markers(
@@ -248,7 +250,7 @@ def _id_faults(
 
 def _paint(size: int, starts: Int64, stops: Int64) -> Bool:
     """Return bool[size], True inside the ranges, which are disjoint and not empty."""
-    steps = np.zeros(size + 1, np.int8)
+    steps = np.zeros(size + 1, np.int8)  # +1 where a range starts, -1 where one stops; the sum is 1 inside
     steps[starts] += 1
     steps[stops] -= 1
     return np.cumsum(steps[:-1], dtype=np.int8) > 0
@@ -363,14 +365,14 @@ def trl_0_7_10_mask(
     response_warned = np.array([len(row) == 0 for row in ends], np.bool_)
     instruction_warned = np.zeros(len(ends), np.bool_)
     if instruction_ids is None:
-        for row, own in enumerate(_rows(trained, offsets)):
-            _mask_until_last(own, (ends[row] + len(response_ids)).tolist())
+        for row, view in enumerate(_rows(trained, offsets)):
+            _mask_until_last(view, (ends[row] + len(response_ids)).tolist())
     else:
         starts = _matches_by_row(labels, offsets, instruction_ids)
         # A row without a response is masked before instructions are looked for, so there both warnings come.
         instruction_warned = response_warned | np.array([len(row) == 0 for row in starts], np.bool_)
-        for row, own in enumerate(_rows(trained, offsets)):
-            _mask_turns(own, starts[row].tolist(), (ends[row] + len(response_ids)).tolist())
+        for row, view in enumerate(_rows(trained, offsets)):
+            _mask_turns(view, starts[row].tolist(), (ends[row] + len(response_ids)).tolist())
 
     before = np.concatenate([[0], np.cumsum(trained)])
     nothing_trained = before[offsets[1:]] == before[offsets[:-1]]

@@ -165,8 +165,8 @@ class _Columns:
 
     def _loss_weights(self, trained: Ragged) -> Float32:
         weights = np.ones(len(trained.values), np.float32)
-        for index, own in self.weights.items():
-            weights[trained.offsets[index] : trained.offsets[index + 1]] = own
+        for index, values in self.weights.items():
+            weights[trained.offsets[index] : trained.offsets[index + 1]] = values
         return weights
 
 

@@ -1,6 +1,6 @@
 """Turn texts with trained spans into tokens, each with a flag: whether the model must generate it.
 
-    place ──> cut what straddles an edge ──> flag the tokens inside spans ──> BOS and EOS (raw texts)
+    locate ──> cut what straddles an edge ──> flag the tokens inside spans ──> BOS and EOS (raw texts)
 
 All of it is array work over the whole batch; single rows are touched only where a position is in doubt, where
 data spells a control token, or where a text must be cut at the edge of a span.
@@ -81,10 +81,13 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float
     row = row[filled]
     span = batch.trained.values[filled] + places.base[row, None]
     tokens = places.tokens
+    # Positions ascend over the whole batch, so one search finds the tokens of all spans: from the first that
+    # starts inside (`merge`: that ends inside) to the first that starts behind the span.
     first = np.searchsorted(tokens.starts, span[:, 0])
     if merge:
         first = np.minimum(first, np.searchsorted(tokens.ends, span[:, 0], "right"))
     stop = np.searchsorted(tokens.starts, span[:, 1])
+    # Tokens of no length share a position with the next text: keep each span within its own row.
     first = np.clip(first, places.offsets[row], places.offsets[row + 1])
     stop = np.clip(stop, places.offsets[row], places.offsets[row + 1])
     sizes = np.maximum(stop - first, 0)
@@ -100,13 +103,14 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float
 
 def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
     """bool[N]: rows whose last trained range reaches the end of the text, even an empty one there."""
+    # Shifted by one, index offsets[i + 1] is the last range of row i, or of an earlier row if it has none.
     last = np.append(-1, batch.trained.values[:, 1])[batch.trained.offsets[1:]]
     reaches: Bool = (np.diff(batch.trained.offsets) > 0) & (last == np.diff(places.base))
     return reaches
 
 
 def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTokenizer) -> Int64:
-    """int64[N], tokens of white space behind an EOS that ends the text; none is trained."""
+    """int64[N], tokens of whitespace behind an EOS that ends the text, which it untrains."""
     blank = np.zeros(len(batch), np.int64)
     for index, text in enumerate(batch.texts):
         if (
@@ -183,17 +187,17 @@ def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, 
     ids, trained, kept = [], [], []
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
-            own, own_trained = _checked(item, resolved)
+            row_ids, row_trained = _checked(item, resolved)
         except RowError as error:
             tally.reject(index, error.fault)
             continue
-        ids.append(own)
-        trained.append(own_trained)
+        ids.append(row_ids)
+        trained.append(row_trained)
         kept.append(index)
     return TokenBatch(
         np.concatenate([np.zeros(0, np.int32), *ids]),
         np.concatenate([np.zeros(0, np.bool_), *trained]),
-        offsets_of(np.array([len(own) for own in ids], np.int64)),
+        offsets_of(np.array(list(map(len, ids)), np.int64)),
         np.array(kept, np.int64),
     )
 

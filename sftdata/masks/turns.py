@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
 from sftdata.batches import Conversation, Ranges
 from sftdata.errors import RowError
@@ -63,8 +64,7 @@ class RenderedConversation:
     counted: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
+class _Region(NamedTuple):
     """The stretch of a rendered text that can belong to one message: between the data before and after it.
 
         data before | lead: header, opening tags | own data | stop token, header of the next | data after

@@ -197,9 +197,9 @@ def strip_sentinels(rendered: str, placeholders: Mapping[str, str]) -> TracedTex
             literal.append((position, position + len(token)))
             position += len(token)
         else:
-            message, closes = divmod(ord(piece) - _FIRST_SENTINEL, 2)
-            places.setdefault(message, []).append(len(sentinels))
-            sentinels.append(Sentinel(position, message, closes == 1))
+            number = ord(piece) - _FIRST_SENTINEL
+            places.setdefault(number // 2, []).append(len(sentinels))
+            sentinels.append(Sentinel(position, number // 2, number % 2 == 1))
     return TracedText("".join(pieces), sentinels, generation, literal, places)
 
 
@@ -325,7 +325,8 @@ class ProvenRenderer:
             for key, value in sorted(message.items())
             if value is not None
         )
-        return (message["role"], keys, tuple(text for text in self._constants if text in content_of(message)))
+        content = content_of(message)
+        return (message["role"], keys, tuple([text for text in self._constants if text in content]))
 
     def dropped(self, row: Conversation, traced: TracedText) -> tuple[list[int], list[int]]:
         """Return the messages of which the template dropped a text, and those whose reasoning it dropped.

@@ -58,8 +58,8 @@ def needs_spelling(row: Conversation) -> bool:
 def misprinted(row: Conversation, text: str) -> bool:
     r"""Return whether a rendered text has tool arguments as no model should write them.
 
-    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more (`"{\"n\":
-    3}"`) or put in braces of the template's own (`{{"n": 3}}`: Gemma 4, whose format for a call is not JSON).
+    An object printed as Python prints it (`{'n': 3}`), or JSON text encoded as JSON once more
+    (`"{\"n\": 3}"`) or put in braces by the template (`{{"n": 3}}`: Gemma 4, whose calls are not JSON).
     """
     wrong = {
         form
@@ -67,12 +67,12 @@ def misprinted(row: Conversation, text: str) -> bool:
         for function in _functions_with_arguments(message)
         for form in _wrong_forms(function["arguments"])
     }
-    own = (
+    data = (
         [text for message in row.messages for text in message_texts(message)]
         if any(form in text for form in wrong)
         else []
     )
-    return any(text.count(form) > sum(one.count(form) for one in own) for form in wrong)
+    return any(text.count(form) > sum(one.count(form) for one in data) for form in wrong)
 
 
 def _wrong_forms(arguments: object) -> Iterator[str]:

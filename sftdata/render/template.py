@@ -343,8 +343,9 @@ def message_texts(message: Message) -> Iterator[str]:
     >>> list(message_texts({"role": "assistant", "content": "", "tool_calls": [call]}))
     ['Rome']
     """
-    stack = [function.get("arguments") for function in functions_of(message)]
-    stack += [message.get("content"), reasoning_of(message)]
+    stack = [message.get("content"), reasoning_of(message)]
+    if "tool_calls" in message:
+        stack += [function.get("arguments") for function in functions_of(message)]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
