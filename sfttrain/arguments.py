@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain import refusals
+from sfttrain import activations, refusals
 from sfttrain.acting import Run, acts, checked_training, named_as_installed
 from sfttrain.config import TrainConfig
 from sfttrain.model import computes_in_bf16
@@ -33,6 +33,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     settings.setdefault("use_cpu", not torch.accelerator.is_available())
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
+    spread = any(settings.get(name) for name in ("fsdp", "deepspeed", "use_cpu"))
+    by_memory = "activation_checkpointing" not in settings and activations.measurable() and not spread
+    if by_memory:  # until the trial step shows that there is room without
+        settings["activation_checkpointing"] = True
     if settings.get("activation_checkpointing"):
         # Reentrant checkpoints run a parameter's hooks twice, which DDP refuses.
         settings["activation_checkpointing_kwargs"] = {
@@ -54,6 +58,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             old.gradient_checkpointing,
             old.gradient_checkpointing_kwargs,
         )
+    cast(Any, args).checkpoints_by_memory = by_memory
     return args
 
 

@@ -128,10 +128,13 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     known = [part for part in torch.compiler.config.dynamic_sources.split(",") if part]
     ours = [f"L['inputs']['{name}']" for name in _LONGEST]
     torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*known, *ours]))
+    # DDP overlaps by the hooks of each layer; to split the graph of one, the compiler would have to open its checkpoint.
+    torch._dynamo.config.optimize_ddp = False
     layers = list(repeated_layers(model))
     for layer in layers:
         module: Any = layer
-        module.__class__ = _compiled_kind(module.__class__, backend)
+        kind = module.__class__
+        module.__class__ = _compiled_kind(getattr(kind, "plain_kind", kind), backend)
     return len(layers)
 
 

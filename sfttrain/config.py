@@ -273,6 +273,8 @@ def _overlay(settings: dict[str, Any], more: Mapping[str, Any], places: Mapping[
         for name in _LENGTH:
             training.pop(name, None)
     training |= fields
+    if training.get("activation_checkpointing") == "auto":
+        del training["activation_checkpointing"]  # what is not given is left to the memory that there is
 
 
 def _training(given: Any, place: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
-from sfttrain import checkpoint
+from sfttrain import activations, checkpoint
 from sfttrain.acting import Run, given_training, training_defaults
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
@@ -56,7 +57,8 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")
-    if choice.what == "none":
+    by_memory = activations.by_memory(trainer)
+    if choice.what == "none" and not by_memory:
         return
     trainer.checkpoint_activations()
     batch = _trial_batch(trainer)
@@ -67,7 +69,15 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
         autocast = torch.autocast(args.device.type, dtype=compute, enabled=half, cache_enabled=not half)
         return try_step(model, batch, trainer.fused, autocast)
 
-    _try_compiled(model, choice, trial(), trial, say)
+    plain = trial()
+    compiled = partial(_try_compiled, model, choice, plain, trial, say) if choice.what != "none" else None
+    if by_memory and activations.drop_where_they_fit(trainer, compiled or trial, say):
+        return
+    if compiled:
+        try:
+            compiled()
+        except UsageError:
+            say("compile: nothing (it takes more memory than there is)")
 
 
 class FirstStep(TrainerCallback):
@@ -112,11 +122,18 @@ def out_of_memory(error: torch.OutOfMemoryError, step: int) -> UsageError:
 def _try_compiled(
     model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
 ) -> None:
-    """Compile, and keep it where loss and gradient of the first batch are those of the plain step."""
+    """Compile, and keep it where loss and gradient of the first batch are those of the plain step.
+
+    Raises:
+        UsageError: the step does not fit.
+    """
     before = sum(counters["graph_break"].values())
     try:
         parts = start_compiled(model, choice)
         compiled = trial()
+    except UsageError:
+        stop_compiled(model)
+        raise
     except Exception as error:  # whatever a compiler raises; the plain step works
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         reason = f"it failed: {first:.200}"

@@ -13,6 +13,7 @@ from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.acting import Run, refuse_inert
+from sfttrain.activations import by_memory
 from sfttrain.arguments import effective_settings, training_arguments
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Choice, choose_compile, start_compiled, stop_compiled
@@ -130,7 +131,7 @@ def _assemble(
     )
     try_optimizer(setting, model, steps)
     choice = _speed_up(setting, trainer, where, steps)
-    if resumed is None:
+    if resumed is None or by_memory(trainer):
         preflight.check_fit(trainer, compute, choice, say)
     elif choice.what != "none":
         say(f"compile: {start_compiled(cast(Any, trainer.model), choice)} ({choice.reason})")
