@@ -1,4 +1,4 @@
-"""Constant-length rows from any iterable of rows, without files: bounded buffers, no tokens lost at their ends.
+"""Constant-length rows from any iterable of rows, without files: bounded buffers, no lost tokens.
 
 rows ── buffer ── (shuffle) ── canonical ── render ── encode ── one stream of tokens ── cut every max_length
 """
