@@ -41,7 +41,7 @@ class Job:
         tokenizer: as used, tokens added and chat template included.
         formats: the row format of each source.
         options: how rows are read.
-        sources: name of each source, relative to what all have in common, and its first example id.
+        sources: the first example id of each source, by its name relative to their common folder.
         engine: which tokenizer engine encodes.
         mask: what is trained.
     """
@@ -68,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What becomes one shard: chunks that follow each other in the input, one batch each."""
+    """What becomes one shard: consecutive chunks of the input, one batch each."""
 
     index: int
     chunks: tuple[Chunk, ...]
@@ -76,7 +76,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A job, its tasks, and what was decided on the way.
+    """A job, its tasks, and the decisions made for the user.
 
     Attributes:
         sources: the inputs, read through once, with their hashes.
@@ -96,17 +96,17 @@ class Plan:
         return _sum_sizes(self.sources, self.tasks)
 
     def by_reference(self) -> Plan:
-        """Return the plan for input on which a fast engine differs from the reference."""
+        """Return the plan with the reference engine, for input on which the fast one differs."""
         reason = f"{self.job.engine} gives other ids on this data"
         return replace(self, job=replace(self.job, engine="tokenizers"), engine_reason=reason)
 
     def locate(self, example_id: int) -> tuple[str, int, Unit]:
-        """Return the path, the 1-based number of an example's row in it, and what is numbered."""
+        """Return the path, the 1-based number of an example's row in it, and the unit of that number."""
         source = self.sources[bisect_right(self.sources, example_id, key=lambda source: source.base_id) - 1]
         return *source.locate(example_id), source.source.unit
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the bytes of the set, flat: a resume with another identity is refused."""
+        """Return everything that decides the bytes of the set: a resume with another identity is refused."""
         settings = {key: value for key, value in self.job.config.content().items() if key not in _HASHED}
         return settings | {
             "sources": [[source.raw_bytes, source.xxh3_128] for source in self.sources],
@@ -132,31 +132,31 @@ _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template"
 
 def make_plan(
     config: PrepareConfig,
-    known: Callable[[ResolvedTokenizer], object] = lambda _: None,
-    say: Say = lambda _: None,
+    on_tokenizer: Callable[[ResolvedTokenizer], object] = lambda _: None,
+    note: Say = lambda _: None,
 ) -> Plan:
     """Read the inputs through once and decide everything.
 
     Args:
-        known: is told the tokenizer before that, to get ready meanwhile.
-        say: is told how far the work is, where there are very many files.
+        on_tokenizer: called with the tokenizer before the inputs are read, to load its engine meanwhile.
+        note: called with the progress, if there are very many files.
 
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
     """
     refuse_conflicts(config)
     tokenizer, notes = choose_tokenizer(config)
-    known(tokenizer)
-    sources, left_out = plan_inputs(config, say)
+    on_tokenizer(tokenizer)
+    sources, left_out = plan_inputs(config, note)
     formats: list[str] = []
-    said: list[tuple[str, list[str]]] = []
+    notes_of: list[tuple[str, list[str]]] = []
     looks: list[Look] = []
-    for source in with_progress(sources, say, "Looked at the rows of"):
-        name, look, note = look_at(config, source, tokenizer)
+    for source in with_progress(sources, note, "Looked at the rows of"):
+        name, look, remarks = look_at(config, source, tokenizer)
         formats.append(name)
         looks += [look] if look is not None else []
-        said.append((source.source.path, [*source.notes, *note]))
-    notes += [*grouped(said), *refuse_without_effect(config, looks, tokenizer)]
+        notes_of.append((source.source.path, [*source.notes, *remarks]))
+    notes += [*grouped(notes_of), *refuse_without_effect(config, looks, tokenizer)]
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
@@ -181,14 +181,14 @@ def make_plan(
     return Plan(job, tasks, tuple(sources), engine_reason, (*left_out, *notes))
 
 
-def plan_inputs(config: PrepareConfig, say: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
-    """Open and read through every input; return their plans and what was left out."""
+def plan_inputs(config: PrepareConfig, note: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
+    """Open and read through every input; return their plans, and notes on what was left out."""
     sizes = min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes
-    return planning.plan_inputs(config.inputs, config.split, config.subset, sizes, say)
+    return planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note)
 
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:
-    """Resolve the tokenizer with the chat template in use; return it and what was decided for the user."""
+    """Resolve the tokenizer with the chat template in use; return it, and notes on what was decided."""
     if written(config.tokenizer) != config.tokenizer:
         raise UsageError(
             f"-t {written(config.tokenizer)}: the name is not UTF-8.",
@@ -215,16 +215,15 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
         notes.append(f"Chat template: {template.origin}.")
     if tokenizer.tokens_added:
         names = ", ".join(token for token, _ in tokenizer.tokens_added)
-        notes.append(
-            f"Added to the tokenizer: {names}; the model's embeddings must grow to {tokenizer.vocab_size} rows."
-        )
+        rows = f"the model's embeddings must grow to {tokenizer.vocab_size} rows"
+        notes.append(f"Added to the tokenizer: {names}; {rows}.")
     return tokenizer, notes
 
 
 def _missing(base: ResolvedTokenizer, template: TemplateChoice | None, eos_token: str | None) -> list[str]:
-    wanted = [*(template.tokens if template else ()), *([eos_token] if eos_token else [])]
+    needed = [*(template.tokens if template else ()), *([eos_token] if eos_token else [])]
     known = {token.content for token in base.added_tokens}
-    return list(dict.fromkeys(token for token in wanted if token not in known))
+    return list(dict.fromkeys(token for token in needed if token not in known))
 
 
 def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
@@ -233,18 +232,18 @@ def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
 
 
 def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTask, ...]:
-    """Join chunks to tasks by size alone: about sixteen, of at least a chunk and at most `slice_bytes`."""
+    """Group chunks into tasks by size alone: about sixteen, of at least a chunk and at most `slice_bytes`."""
     chunks = [chunk for source in sources for chunk in source.chunks]
     sizes = [_size(sources[chunk.number], chunk) for chunk in chunks]
-    wanted = min(slice_bytes, max(CHUNK_BYTES, sum(sizes) // TASKS_WANTED))
+    target = min(slice_bytes, max(CHUNK_BYTES, sum(sizes) // TASKS_WANTED))
     groups: list[list[Chunk]] = []
-    filled = wanted
+    group_size = target
     for chunk, size in zip(chunks, sizes, strict=True):
-        if filled >= wanted:
+        if group_size >= target:
             groups.append([])
-            filled = 0
+            group_size = 0
         groups[-1].append(chunk)
-        filled += size
+        group_size += size
     return tuple(ShardTask(index, tuple(group)) for index, group in enumerate(groups))
 
 
