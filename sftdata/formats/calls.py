@@ -1,16 +1,15 @@
-"""Tool calls of every spelling, and the tools that may be called."""
+"""Tool calls of every spelling, the tools that may be called, and content written as a list of parts."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from sftdata.errors import RowError
-from sftdata.sources.jsonrows import from_json, kind_of
+from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
-Message = dict[str, Any]
+Message = JsonObject
+"""A message, or a part of one."""
 
 
-def read_calls(value: Any, where: str, counted: list[str]) -> list[Message]:
+def read_calls(value: object, where: str, counted: list[str]) -> list[Message]:
     """Read one call or several, as values or as JSON text.
 
     Raises:
@@ -21,8 +20,10 @@ def read_calls(value: Any, where: str, counted: list[str]) -> list[Message]:
     return [read_call(call, f"{where}[{index}]", counted) for index, call in enumerate(calls)]
 
 
-def read_call(call: Any, where: str, counted: list[str]) -> Message:
-    """Return a tool call as {"type": "function", "function": {"name", "arguments"}}, arguments in the form that the row has.
+def read_call(call: object, where: str, counted: list[str]) -> Message:
+    """Return a tool call as {"type": "function", "function": {"name", "arguments"}}.
+
+    Arguments stay an object, or the JSON text of one, as the row has them.
 
     Args:
         counted: where it is noted that arguments were encoded twice.
@@ -32,23 +33,21 @@ def read_call(call: Any, where: str, counted: list[str]) -> Message:
     """
     call = from_json(call)
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(name, str):
         what = f"{where} is {kind_of(call)} without a function name."
         raise RowError("bad-tool-call", what, 'write it as {"name": ..., "arguments": {...}}.')
-    outer = (
-        {key: value for key, value in call.items() if value is not None}
-        if function is not call
-        else {"type": "function"}
-    )
     inner = {key: value for key, value in function.items() if value is not None and key != "type"}
-    if function is call and "id" in inner:
-        outer["id"] = inner.pop("id")
+    if function is call:  # without an object around it
+        outer = {"type": "function"} | ({"id": inner.pop("id")} if "id" in inner else {})
+    else:
+        outer = {key: value for key, value in call.items() if value is not None}
     spelling = "arguments" if "arguments" in inner or "parameters" not in inner else "parameters"
     inner["arguments"] = _read_arguments(inner.pop(spelling, None), f"{where}.{spelling}", counted)
     return {"type": "function", **outer, "function": inner}
 
 
-def _read_arguments(value: Any, where: str, counted: list[str]) -> dict[str, Any] | str:
+def _read_arguments(value: object, where: str, counted: list[str]) -> Message | str:
     """Return arguments as an object, or as the JSON text of one; a text inside a text is taken out."""
     if value is None or value == "":
         return {}
@@ -60,16 +59,14 @@ def _read_arguments(value: Any, where: str, counted: list[str]) -> dict[str, Any
     if isinstance(parsed, str) and isinstance(from_json(parsed), dict) and parsed != value:
         counted.append("tool_arguments_decoded")
         return parsed
-    found = (
-        f"text that is not JSON ({value[:40]!r})"
-        if parsed is value and isinstance(value, str)
-        else kind_of(parsed)
-    )
+    found = kind_of(parsed)
+    if parsed is value and isinstance(value, str):
+        found = f"text that is not JSON ({value[:40]!r})"
     what = f"{where} is {found}; expected the arguments as one JSON object."
     raise RowError("bad-tool-call", what, 'write them as {"name": value, ...}, or remove the row.')
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
+def read_tools(value: object) -> list[Message] | None:
     """Return tool schemas, each as {"type": "function", "function": ...}; None when there is none.
 
     Raises:
@@ -85,31 +82,29 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     return [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def without_stray_nulls(
-    messages: list[Message], tools: list[dict[str, Any]], counted: list[str]
-) -> list[Message]:
-    """Take out null arguments that the called tool does not declare; calls of tools that are not there stay as they are.
+def without_stray_nulls(messages: list[Message], tools: list[Message], counted: list[str]) -> list[Message]:
+    """Remove null arguments that the called tool does not declare; leave calls of unknown tools as they are.
 
-    Arrow gives every object of a column every field that any of them has: such a null says only that another call had it.
+    Arrow gives every object of a column every field that any of them has: such a null says only that another
+        call
+    had it.
     """
-    declared = {}
+    declared: dict[object, object] = {}  # parameters by name of the tool
     for tool in tools:
         function = tool.get("function", tool)
-        if isinstance(function, dict):
-            declared[function.get("name")] = function.get("parameters")
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            declared[function["name"]] = function.get("parameters")
     return [
-        {
-            **message,
-            "tool_calls": [_without_stray_nulls(call, declared, counted) for call in message["tool_calls"]],
-        }
-        if message.get("tool_calls")
+        {**message, "tool_calls": [_without_stray_nulls(call, declared, counted) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
         else message
         for message in messages
     ]
 
 
-def _without_stray_nulls(call: Message, declared: dict[Any, Any], counted: list[str]) -> Message:
+def _without_stray_nulls(call: Message, declared: dict[object, object], counted: list[str]) -> Message:
     function = call["function"]
+    assert isinstance(function, dict)  # as read_call writes it
     arguments = from_json(function["arguments"])
     cleaned = _declared_only(arguments, declared.get(function["name"]))
     if cleaned == arguments:
@@ -118,12 +113,14 @@ def _without_stray_nulls(call: Message, declared: dict[Any, Any], counted: list[
     return {**call, "function": {**function, "arguments": cleaned}}
 
 
-def _declared_only(value: Any, schema: Any) -> Any:
-    """Return a value without the nulls that its JSON schema does not know of, at every depth that the schema describes."""
+def _declared_only(value: object, schema: object) -> object:
+    """Return a value without the nulls that its JSON schema does not declare, as deep as the schema goes."""
     if isinstance(value, list) and isinstance(schema, dict):
         return [_declared_only(item, schema.get("items")) for item in value]
     known = schema.get("properties") if isinstance(schema, dict) else None
-    if not isinstance(value, dict) or not isinstance(known, dict) or schema.get("additionalProperties"):
+    if not isinstance(schema, dict) or not isinstance(known, dict) or schema.get("additionalProperties"):
+        return value
+    if not isinstance(value, dict):
         return value
     return {
         key: _declared_only(item, known.get(key))
@@ -132,34 +129,32 @@ def _declared_only(value: Any, schema: Any) -> Any:
     }
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ parts of content
 
-TEXT = {"text", "input_text", "output_text"}
-REASONING = {"reasoning", "thinking"}
-CALLS = {"tool_call", "function_call"}
+_TEXT = frozenset({"text", "input_text", "output_text"})
+_REASONING = frozenset({"reasoning", "thinking"})
+_CALLS = frozenset({"tool_call", "function_call"})
 MEDIA = {
-    "image": "image-part",
-    "image_url": "image-part",
-    "input_image": "image-part",
-    "audio": "audio-part",
-    "audio_url": "audio-part",
-    "input_audio": "audio-part",
-    "video": "video-part",
-    "video_url": "video-part",
+    **dict.fromkeys(("image", "image_url", "input_image"), "image-part"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio-part"),
+    **dict.fromkeys(("video", "video_url"), "video-part"),
 }
+"""Type of a part -> code of the reject."""
 
 
-def read_parts(parts: list[Any], where: str, counted: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Return the text of content parts, and what else they hold: `reasoning_content`, `tool_calls` and `tools`.
+def read_parts(parts: list[object], where: str, counted: list[str]) -> tuple[str | None, Message]:
+    """Return the text of content parts, and what else they hold (`reasoning_content`, `tool_calls`, `tools`).
 
-    Templates write reasoning, then text, then tool calls; parts in another order would change place unseen, so they are refused.
+    Templates write reasoning, then text, then tool calls; parts in another order would change place unseen,
+    so they are refused.
 
     Raises:
         RowError: a picture, sound or film; a part of an unknown kind or out of order.
     """
-    found: dict[str, list[Any]] = {"reasoning": [], "text": [], "tool_calls": []}
-    rest: dict[str, Any] = {}
-    order = list(found)
+    texts: dict[str, list[str]] = {"reasoning": [], "text": []}
+    calls: list[Message] = []
+    rest: Message = {}
+    order = ("reasoning", "text", "tool_calls")
     last = 0
     for index, part in enumerate(parts):
         if isinstance(part, dict) and part.get("type") == "tools":
@@ -168,32 +163,38 @@ def read_parts(parts: list[Any], where: str, counted: list[str]) -> tuple[str | 
         name, value = _read_part(part, f"{where}[{index}]", counted)
         rank = order.index(name)
         if rank < last:
-            what = f"{where}[{index}]: {name} after {order[last]}; a template writes reasoning, text, tool calls, in this order."
+            template = "a template writes reasoning, text, tool calls, in this order"
+            what = f"{where}[{index}]: {name} after {order[last]}; {template}."
             raise RowError("part-order", what, "split the message in two.")
         last = rank
-        found[name].append(value)
-    if found["reasoning"]:
-        rest["reasoning_content"] = "".join(found["reasoning"])
-    if found["tool_calls"]:
-        rest["tool_calls"] = found["tool_calls"]
-    return ("".join(found["text"]) if found["text"] or not rest else None), rest
+        if isinstance(value, str):
+            texts[name].append(value)
+        else:
+            calls.append(value)
+    if texts["reasoning"]:
+        rest["reasoning_content"] = "".join(texts["reasoning"])
+    if calls:
+        rest["tool_calls"] = calls
+    return ("".join(texts["text"]) if texts["text"] or not rest else None), rest
 
 
-def _read_part(part: Any, where: str, counted: list[str]) -> tuple[str, Any]:
+def _read_part(part: object, where: str, counted: list[str]) -> tuple[str, str | Message]:
+    """Return what a part is, "text", "reasoning" or "tool_calls", and its text or call."""
     if isinstance(part, str):
         return "text", part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in MEDIA:
-        raise RowError(
-            MEDIA[kind], f"{where} is {kind!r}; only text can be prepared.", "leave out rows with media."
-        )
-    if kind in CALLS:
-        return "tool_calls", read_call(part.get("value", part.get(kind, part)), where, counted)
-    if kind not in TEXT | REASONING:
-        what = f"{where} is {repr(kind) if kind else kind_of(part)}; expected a part of type text, reasoning or tool_call."
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if isinstance(kind, str) and kind in MEDIA:
+        what = f"{where} is {kind!r}; only text can be prepared."
+        raise RowError(MEDIA[kind], what, "leave out rows with media.")
+    if isinstance(kind, str) and kind in _CALLS:
+        return "tool_calls", read_call(fields.get("value", fields.get(kind, part)), where, counted)
+    if not isinstance(kind, str) or kind not in _TEXT | _REASONING:
+        found = repr(kind) if kind else kind_of(part)
+        what = f"{where} is {found}; expected a part of type text, reasoning or tool_call."
         raise RowError("unknown-part", what, "write the content as a string.")
-    value = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
+    value = next((fields[key] for key in ("text", "value", kind) if fields.get(key) is not None), None)
     if not isinstance(value, str):
         what = f"{where} holds {kind_of(value)}; expected its text under text or value."
         raise RowError("not-text", what, "write it as a string.")
-    return ("text" if kind in TEXT else "reasoning"), value
+    return ("text" if kind in _TEXT else "reasoning"), value

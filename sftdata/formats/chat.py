@@ -1,10 +1,10 @@
-"""Chat messages of every spelling -> messages as chat templates take them."""
+"""Chat messages of every spelling -> messages as chat templates take them: contents, roles, switches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError, nearest
@@ -12,14 +12,16 @@ from sftdata.formats.calls import Message, read_calls, read_parts, read_tools, w
 from sftdata.formats.fields import Fields, FormatOptions
 from sftdata.sources.jsonrows import from_json, kind_of
 
-Turn = tuple[Message, bool | float | None]  # a message, and its own switch, or its weight
+Switch = bool | float | None
+"""What a message says about its own training: on, off, a weight, or nothing."""
+Switched = tuple[Message, Switch]
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_conversation(
-    turns: list[Turn], fields: Fields, options: FormatOptions, prompt_messages: int = 0
+    turns: list[Switched], fields: Fields, options: FormatOptions, prompt_messages: int = 0
 ) -> Conversation:
     """Join turns with the row's own system text, tools and template arguments.
 
@@ -30,13 +32,10 @@ def read_conversation(
         raise RowError("no-messages", "the conversation is empty.", "remove the row.")
     messages, trained = [message for message, _ in turns], [switch for _, switch in turns]
     if options.need_assistant and "assistant" not in [message["role"] for message in messages]:
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
         what = f"no assistant message to train on; found only {roles}."
-        raise RowError(
-            "no-assistant",
-            what,
-            "add the answer, name its role with --map-role ROLE=assistant, or --train-on all.",
-        )
+        fix = "add the answer, name its role with --map-role ROLE=assistant, or --train-on all."
+        raise RowError("no-assistant", what, fix)
     counted = tuple(fields.counted)
     if len(fields.names) == 1 and "tools" not in messages[0]:  # the row has messages and nothing beside them
         return Conversation(messages, trained, prompt_messages=prompt_messages, counted=counted)
@@ -46,9 +45,8 @@ def read_conversation(
             messages, trained = [{"role": "system", "content": system}, *messages], [None, *trained]
             prompt_messages += prompt_messages > 0
         elif messages[0].get("content") != system:
-            raise RowError(
-                "two-system-texts", "the system column and the first message differ.", "keep one of them."
-            )
+            what = "the system column and the first message differ."
+            raise RowError("two-system-texts", what, "keep one of them.")
     messages, tools, arguments = _read_tools_anywhere(messages, fields)
     if tools:
         messages = without_stray_nulls(messages, tools, fields.counted)
@@ -57,8 +55,11 @@ def read_conversation(
 
 def _read_tools_anywhere(
     messages: list[Message], fields: Fields
-) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, Any]]:
-    """Read tools from their column, from the template arguments or from the system message; return what is left of these too.
+) -> tuple[list[Message], list[Message] | None, Message]:
+    """Read tools from their column, from the template arguments or from the system message.
+
+    Returns:
+        messages and template arguments without them, tools between.
 
     Raises:
         RowError: tools in two places that differ.
@@ -77,7 +78,7 @@ def _read_tools_anywhere(
     return messages, next(iter(found.values()), None), arguments
 
 
-def read_messages(value: Any, column: str, options: FormatOptions, counted: list[str]) -> list[Turn]:
+def read_messages(value: object, column: str, options: FormatOptions, counted: list[str]) -> list[Switched]:
     """Read messages with `role` and `content`, or `from` and `value`.
 
     Args:
@@ -88,13 +89,10 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
     """
     value = from_json(value)
     if not isinstance(value, list):
-        raise RowError(
-            "no-messages",
-            f"{column} is {kind_of(value)}; expected an array of messages.",
-            "write one per turn.",
-        )
+        what = f"{column} is {kind_of(value)}; expected an array of messages."
+        raise RowError("no-messages", what, "write one per turn.")
     mapped = bool(options.roles)
-    turns: list[Turn] = []
+    turns: list[Switched] = []
     for index, message in enumerate(value):
         # Nearly all messages are plain: there is nothing to rewrite, and no place to name.
         if not mapped and _is_plain(message):
@@ -110,17 +108,17 @@ def read_messages(value: Any, column: str, options: FormatOptions, counted: list
             raise unknown_roles(value, column, options.roles)
         if "from" in message and message.get("role") is not None:
             _check_spellings(message, where, options)
-        calls = role == "assistant" and plain_name(spelling) in CALLS
-        read = (
-            _read_call_message(message, where, counted)
-            if calls
-            else _read_message(message, role, where, counted)
-        )
-        turn = read, read_switch(message, where, options.loss_weights)
-        if turn[1] is True and role != "assistant":
+        name = plain_name(str(spelling))
+        calls = role == "assistant" and name in CALLS
+        if calls:
+            read = _read_call_message(message, where, counted)
+        else:
+            read = _read_message(message, role, where, counted)
+        switch = read_switch(message, where, options.loss_weights)
+        if switch is True and role != "assistant":
             counted.append("switches_of_other_roles")
-        if not (calls and plain_name(spelling) == "tool_call" and _join_calls(turns, turn)):
-            turns.append(turn)
+        if not (calls and name == "tool_call" and _join_calls(turns, read, switch)):
+            turns.append((read, switch))
     return turns
 
 
@@ -132,7 +130,7 @@ def _check_spellings(message: Message, where: str, options: FormatOptions) -> No
     speakers = {key: find_role(message[key], options.roles) for key in ("role", "from")}
     if speakers["from"] is None:
         return
-    one, other = (plain_name(message[key]) in CALLS for key in speakers)
+    one, other = (plain_name(str(message[key])) in CALLS for key in speakers)
     texts = [message[key] for key in ("content", "value") if message.get(key) is not None]
     differing = "role and from" if len({*speakers.values()}) > 1 or one != other else ""
     differing = differing or ("content and value" if texts[1:] and texts[0] != texts[1] else "")
@@ -140,7 +138,7 @@ def _check_spellings(message: Message, where: str, options: FormatOptions) -> No
         raise RowError("said-twice", f"{where} has {differing}, which differ.", "keep one of them.")
 
 
-def _is_plain(message: Any) -> bool:
+def _is_plain(message: object) -> bool:
     return (
         type(message) is dict
         and message.keys() == _PLAIN_KEYS
@@ -152,8 +150,8 @@ def _is_plain(message: Any) -> bool:
 _PLAIN_KEYS = {"role", "content"}
 
 
-def _content(message: Message) -> tuple[Any, Message]:
-    """Return a message's content, and its other keys that say something: what stands under `content` outranks `value`."""
+def _content(message: Message) -> tuple[object, Message]:
+    """Return a message's content (`content` outranks `value`), and its other keys that are not null."""
     spelling = "content" if message.get("content") is not None else "value"
     role = "role" if message.get("role") is not None else "from"
     rest = {
@@ -197,22 +195,22 @@ def _read_call_message(message: Message, where: str, counted: list[str]) -> Mess
     return {"role": "assistant", **rest, "tool_calls": read_calls(content, f"{where}.value", counted)}
 
 
-def _join_calls(turns: list[Turn], turn: Turn) -> bool:
-    """Add calls to the assistant message before them, where both are one turn; False where they are a turn of their own.
+def _join_calls(turns: list[Switched], message: Message, switch: Switch) -> bool:
+    """Add calls to the assistant message before them, if both are one turn; return whether they were added.
 
-    A turn is switched on as a whole where one of its messages is, and the others say nothing.
-    So ms-swift writes them: `tool_call` after `tool_call` are parallel, and one after an answer's text belongs to that text.
+    A turn is switched on as a whole where one of its messages is, and the others say nothing. So ms-swift
+    writes them: `tool_call` after `tool_call` are parallel, and one after an answer's text belongs to that
+    text.
     """
-    message, switch = turn
     if not turns or turns[-1][0]["role"] != "assistant" or message.keys() != {"role", "tool_calls"}:
         return False
     before, other = turns[-1]
     if switch != other and {switch, other} != {True, None}:
         return False
-    turns[-1] = (
-        {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]},
-        switch or other,
-    )
+    earlier, calls = before.get("tool_calls", []), message["tool_calls"]
+    assert isinstance(earlier, list)  # as read_calls and read_parts write them
+    assert isinstance(calls, list)
+    turns[-1] = {**before, "tool_calls": [*earlier, *calls]}, switch or other
     return True
 
 
@@ -220,14 +218,13 @@ def _check_reasoning(rest: Message, where: str) -> None:
     found = {key: rest[key] for key in REASONING if key in rest}
     for key, value in found.items():
         if not isinstance(value, str):
-            raise RowError(
-                "not-text", f"{where}.{key} is {kind_of(value)}; expected a string.", "write it as a string."
-            )
+            what = f"{where}.{key} is {kind_of(value)}; expected a string."
+            raise RowError("not-text", what, "write it as a string.")
     if len(set(found.values())) > 1:
         raise RowError("said-twice", f"{where} has {' and '.join(found)}, which differ.", "keep one of them.")
 
 
-def _read_arguments(fields: Fields) -> dict[str, Any]:
+def _read_arguments(fields: Fields) -> Message:
     value = from_json(fields.get("chat_template_kwargs"))
     if value is None:
         return {}
@@ -237,26 +234,22 @@ def _read_arguments(fields: Fields) -> dict[str, Any]:
     return value
 
 
-def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
+def read_xtuner(value: object, column: str, *, weighted: bool) -> list[Switched]:
     """Read turns written as {system, input, output}; their switches are those of the answer.
 
     Raises:
         RowError: names the turn and what is wrong with it.
     """
-    turns: list[Turn] = []
+    turns: list[Switched] = []
     value = from_json(value)
     if not isinstance(value, list):
-        raise RowError(
-            "no-messages",
-            f"{column} is {kind_of(value)}; expected an array of turns.",
-            "write one object a turn.",
-        )
+        what = f"{column} is {kind_of(value)}; expected an array of turns."
+        raise RowError("no-messages", what, "write one object a turn.")
     for index, turn in enumerate(value):
         where = f"{column}[{index}]"
         if not isinstance(turn, dict):
-            raise RowError(
-                "not-a-message", f"{where} is {kind_of(turn)}; expected an object.", "write input and output."
-            )
+            what = f"{where} is {kind_of(turn)}; expected an object."
+            raise RowError("not-a-message", what, "write input and output.")
         fields = Fields(turn, {key: key for key in turn})
         if system := fields.optional_text("system"):
             turns.append(({"role": "system", "content": system}, None))
@@ -273,7 +266,7 @@ def read_xtuner(value: Any, column: str, *, weighted: bool) -> list[Turn]:
 _XTUNER_KEYS = {"system", "input", "output"}
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- roles
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALLS = ("function_call", "tool_call")
@@ -290,19 +283,19 @@ ALIASES = {
     "observation": "tool",
     "ipython": "tool",
 }
-# No one but the model goes by these names. They are not read unasked: a template may know a role of such a name.
+# Only a model has these names. They are suggested, not read: a template may have a role of such a name.
 _OF_MODELS = ("bot", "chatbot", "ai", "model", "llm")
 _TYPO = 0.85  # as alike as "asistant" and "assistant"; "assistant_result" and "assistant" are not
 
 
-def spelled_role(message: Mapping[str, Any]) -> Any:
+def spelled_role(message: Mapping[str, object]) -> object:
     """Return what stands under `role`, or under `from` where `role` is null or absent."""
     role = message.get("role")
     return message.get("from") if role is None else role
 
 
-def find_role(spelling: Any, mapping: Mapping[str, str]) -> str | None:
-    """Return the role that a spelling stands for, in any case of its letters; None for one that nothing is known of.
+def find_role(spelling: object, mapping: Mapping[str, str]) -> str | None:
+    """Return the role that a spelling stands for, in any case of its letters; None for an unknown one.
 
     >>> find_role("Human", {}), find_role("bot", {"bot": "assistant"}), find_role("context", {})
     ('user', 'assistant', None)
@@ -319,12 +312,12 @@ def plain_name(spelling: str) -> str:
     return spelling.strip().lower()
 
 
-def unknown_roles(messages: Sequence[Any], column: str, mapping: Mapping[str, str]) -> RowError:
-    """Return the error that names every unknown role of a conversation, with advice that trains no question and no result."""
+def unknown_roles(messages: Sequence[object], column: str, mapping: Mapping[str, str]) -> RowError:
+    """Return the error that names every unknown role; its advice trains no question and no tool's result."""
     spellings = [
         (index, spelled_role(message)) for index, message in enumerate(messages) if isinstance(message, dict)
     ]
-    unknown: dict[str | None, tuple[int, Any]] = {}
+    unknown: dict[str | None, tuple[int, object]] = {}
     for index, spelling in spellings:
         if find_role(spelling, mapping) is None:
             unknown.setdefault(spelling if isinstance(spelling, str) else None, (index, spelling))
@@ -346,27 +339,23 @@ def _advice(name: str) -> str:
     return f"--map-role {name}=ROLE, where ROLE is system, user, assistant (trained) or tool"
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------ switches and weights
 
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
 ON = ("train", "training", "trainable", "loss", "loss_mask", "output_with_loss")  # true: trained
 OFF = ("masked",)  # true: not trained
 UNCLEAR = {
     "mask": ("it may mean either", 'call it "train" or "masked", by what true means'),
-    "train_detail": (
-        "a part of a message cannot be trained",
-        'split the message, and switch its parts with "train"',
-    ),
-    "training_detail": (
-        "a part of a message cannot be trained",
-        'split the message, and switch its parts with "train"',
+    **dict.fromkeys(
+        ("train_detail", "training_detail"),
+        ("a part of a message cannot be trained", 'split the message, and switch its parts with "train"'),
     ),
 }
 SWITCHES = frozenset({*WEIGHTS, *ON, *OFF, *UNCLEAR})
 
 
-def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool | float | None:
-    """Return a message's own switch; several must all be on. With `weighted`, the product of weights that are no switches.
+def read_switch(message: Mapping[str, object], where: str, weighted: bool) -> Switch:
+    """Return a message's own switch; several must all be on. With `weighted`, the product of its weights.
 
     Raises:
         RowError: a value that is no switch, or a mask of which it is not known what it leaves out.
@@ -382,26 +371,22 @@ def read_switch(message: Mapping[str, Any], where: str, weighted: bool) -> bool 
     strange = [(key, value) for key, value in values if value not in (0, 1)]
     for key, value in strange:
         if not weighted or key not in WEIGHTS or not _is_weight(value):
-            wanted = (
-                "a number from 0 that float32 can hold"
-                if weighted and key in WEIGHTS
-                else "0 or 1, true or false"
-            )
-            fix = "fix the weight." if weighted else "round the weight, or keep it with --loss-weights."
-            fix = fix if key in WEIGHTS else "write it as true or false."
-            raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {wanted}.", fix)
+            expected, fix = "0 or 1, true or false", "write it as true or false."
+            if key in WEIGHTS:
+                expected = "a number from 0 that float32 can hold" if weighted else expected
+                fix = "fix the weight." if weighted else "round the weight, or keep it with --loss-weights."
+            raise RowError("fractional-weight", f"{where}.{key} is {value!r}; expected {expected}.", fix)
     on = all(not value if key in OFF else value for key, value in values)
     if not strange or not on:
         return on if values else None
-    weight = math.prod(float(value) for _, value in strange)
+    weight = math.prod((float(value) for _, value in strange if _is_weight(value)), start=1.0)
     if not _is_weight(weight):
-        raise RowError(
-            "fractional-weight", f"{where}: its weights multiply to {weight!r}.", "fix the weights."
-        )
+        what = f"{where}: its weights multiply to {weight!r}."
+        raise RowError("fractional-weight", what, "fix the weights.")
     return weight
 
 
-def _is_weight(value: Any) -> bool:
+def _is_weight(value: object) -> TypeGuard[float]:
     """Say whether float32 holds a number as one above 0 and finite."""
     return isinstance(value, int | float) and _SMALLEST <= value <= _LARGEST
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from sftdata.formats.formatter import load_formatter
 from sftdata.formats.instructions import is_messages
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import MEDIA_COLUMNS, UNJUDGED, has_media, unwanted_answer
-from sftdata.sources.jsonrows import kind_of
+from sftdata.sources.chunks import RawRow
+from sftdata.sources.jsonrows import JsonObject, kind_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +32,11 @@ class Converted:
 
 
 def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tally: Tally) -> Converted:
-    """Convert a batch of one format, as detected or named; with `options.formatter`, of whatever that returns.
+    """Convert a batch of one format, as detected or named; with `options.formatter`, what that returns.
 
     Args:
-        tally: takes the rows that cannot be used, those that the formatter leaves out, and the columns that nothing
-            reads.
+        tally: takes the rows that cannot be used, those that the formatter leaves out, and the columns that
+            nothing reads.
 
     Raises:
         UsageError: the formatter cannot be imported.
@@ -69,14 +69,13 @@ class _Converter:
             load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None
         )
         if self.format is None and self.formatter is None:
-            raise UsageError(
-                f"No row format is called {format_name!r}.", f"choose one of {', '.join(FORMATS)}."
-            )
+            what = f"No row format is called {format_name!r}."
+            raise UsageError(what, f"choose one of {', '.join(FORMATS)}.")
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
         self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
         self._unused: Counter[str] = Counter()  # of the other rows
 
-    def __call__(self, row: Any) -> Row | None:
+    def __call__(self, row: RawRow) -> Row | None:
         """Return the canonical row, or None when the user's formatter leaves the row out."""
         if self.formatter is None:
             assert self.format is not None
@@ -97,25 +96,22 @@ class _Converter:
             counts.update(dict.fromkeys(set(keys) - set(self._names[keys].values()), rows))
         return dict(sorted(counts.items()))
 
-    def _convert(self, chosen: Format, row: dict[str, Any], names: dict[str, str]) -> Row:
+    def _convert(self, chosen: Format, row: JsonObject, names: dict[str, str]) -> Row:
         if has_media(row):
             found = sorted(name for name in MEDIA_COLUMNS & row.keys() if row[name])
             what = f"the row has {', '.join(found)}; only text can be prepared."
             raise RowError("media-row", what, "leave out rows with media.")
         if self.options.labels_judge and chosen.name not in UNJUDGED and (column := unwanted_answer(row)):
             what = f"{column} is false, which marks an answer that is not wanted (KTO)."
-            raise RowError(
-                "unwanted-answer",
-                what,
-                f"leave the row out, or name the format where {column} means something else.",
-            )
+            fix = f"leave the row out, or name the format where {column} means something else."
+            raise RowError("unwanted-answer", what, fix)
         try:
             return chosen.convert(Fields(row, names), self.options)
         except RowError:
-            self._refuse_stranger(row)
+            self._refuse_other_format(row)
             raise
 
-    def _locate(self, chosen: Format, row: dict[str, Any]) -> dict[str, str]:
+    def _locate(self, chosen: Format, row: JsonObject) -> dict[str, str]:
         keys = tuple(row)
         names = self._names.get(keys)
         if names is not None:
@@ -124,10 +120,10 @@ class _Converter:
         try:
             names = chosen.locate(row, self.options.columns)
         except RowError:
-            self._refuse_stranger(row)
+            self._refuse_other_format(row)
             raise
         if not self.options.as_conversation:
-            names.pop("reasoning", None)  # running text has no place for it: it stays unread, and is named so
+            names.pop("reasoning", None)  # running text has no place for it; it is counted as unread
         if all(len(column.found(row, {})) < 2 for column in chosen.columns):
             self._names[keys] = names
             self._rows[keys] += 1
@@ -135,44 +131,44 @@ class _Converter:
             self._unused.update(row.keys() - set(names.values()))
         return names
 
-    def _refuse_stranger(self, row: dict[str, Any]) -> None:
+    def _refuse_other_format(self, row: JsonObject) -> None:
         """Name the format that a row has when it is not the input's own."""
         if self.format is None or self.format.readings(row, self.options.columns):
             return
         others = [other.name for other in FORMATS.values() if other.readings(row, self.options.columns)]
         if others:
             what = f"the row reads as {' or '.join(others)}, the input as {self.format.name}."
-            raise RowError(
-                "wrong-format", what, f"prepare such rows apart, with --format {others[0]}."
-            ) from None
+            fix = f"prepare such rows apart, with --format {others[0]}."
+            raise RowError("wrong-format", what, fix) from None
 
-    def _format(self, row: Any) -> Any:
+    def _format(self, row: RawRow) -> Row | JsonObject | None:
         """Return what the user's function makes of a row: None, a canonical row, or a dict."""
         assert self.formatter is not None
         try:
             formatted = self.formatter(dict(row) if isinstance(row, dict) else row)
         except Exception as error:  # the user's own code may raise anything
             what = f"{self.options.formatter} raised {type(error).__name__}: {error}"
-            raise RowError(
-                "formatter-error", what, "fix the function; it may return None to leave a row out."
-            ) from None
+            fix = "fix the function; it may return None to leave a row out."
+            raise RowError("formatter-error", what, fix) from None
         if isinstance(formatted, str):
             return {"text": formatted}
         if is_messages(formatted):
             return {"messages": formatted}
         if formatted is None or isinstance(formatted, dict | Conversation | Completion | Text | Tokens):
             return formatted
-        what = f"{self.options.formatter} returned {kind_of(formatted)}; expected a string, a dict, a list of messages or None."
+        found = f"{self.options.formatter} returned {kind_of(formatted)}"
+        what = f"{found}; expected a string, a dict, a list of messages or None."
         fix = "return one example for each row; mark a function of columns with @sftdata.by_columns."
         raise RowError("formatter-output", what, fix)
 
-    def _recognise(self, row: dict[str, Any]) -> Format:
+    def _recognise(self, row: JsonObject) -> Format:
         readings = [entry for entry in FORMATS.values() for _ in entry.readings(row, {})]
         if len(readings) == 1:
             self._unused.update(row.keys() - set(readings[0].locate(row, {}).values()))
             return readings[0]
         names = " and ".join(dict.fromkeys(entry.name for entry in readings)) or "no format"
-        what = f"{self.options.formatter} returned the columns {', '.join(sorted(map(str, row)))}, which read as {names}."
+        columns = ", ".join(sorted(map(str, row)))
+        what = f"{self.options.formatter} returned the columns {columns}, which read as {names}."
         raise RowError("formatter-output", what, "return the columns of one format.")
 
 

@@ -1,6 +1,7 @@
 """Choose the row format of an input from a sample of its rows, with evidence; refuse what cannot be told.
 
-Every sampled row gets one verdict; the most frequent verdict decides, so that neither the first row nor the order matters.
+Every sampled row gets one verdict; the most frequent verdict decides, so that neither the first row nor the
+order matters.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from sftdata.batches import Reject
 from sftdata.errors import UsageError, did_you_mean, nearest
@@ -16,20 +16,20 @@ from sftdata.formats.fields import Fields
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import (
     BY_COLUMNS,
-    NEAR_MISSES,
     PREFERENCE,
     UNJUDGED,
+    UNSUPPORTED,
     UNWANTED,
     VISION,
-    NearMiss,
     explain_odd_value,
     is_unanswered_preference,
 )
 from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.jsonrows import JsonObject
 from sftdata.sources.source import read_chunk
 
-Names = tuple[tuple[str, str], ...]  # (canonical column, column in the data)
-Reading = tuple[str, Names]  # a format, and where it finds its columns
+Reading = tuple[str, tuple[tuple[str, str], ...]]
+"""A format, and where it finds its columns: (canonical column, column in the data)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class Detection:
     total: int
     alternatives: tuple[tuple[str, int], ...]
     sources: tuple[dict[str, str], ...]
-    rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    rows: tuple[JsonObject, ...] = field(default=(), repr=False)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return plain JSON data, the rows aside."""
         alternatives = [{"reading": name, "rows": rows} for name, rows in self.alternatives]
         own = asdict(replace(self, rows=()))
@@ -72,37 +72,37 @@ class Detection:
 class _Verdicts:
     """The sampled rows by what they are."""
 
-    readings: dict[tuple[Reading, ...], list[dict[str, Any]]] = field(default_factory=dict)
-    misses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    strangers: list[dict[str, Any]] = field(default_factory=list)
+    readings: dict[tuple[Reading, ...], list[JsonObject]] = field(default_factory=dict)
+    unsupported: dict[str, list[JsonObject]] = field(default_factory=dict)
+    unknown: list[JsonObject] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any], readings: tuple[Reading, ...], *, named: bool) -> None:
+    def add(self, row: JsonObject, readings: tuple[Reading, ...], *, named: bool) -> None:
         """Judge one row by its readings, or by what it lacks; `named`: the user says which format it has."""
         if VISION.fits(row):
-            self.misses.setdefault(VISION.name, []).append(row)
+            self.unsupported.setdefault(VISION.name, []).append(row)
         elif (
             not named
             and readings
             and UNWANTED.fits(row)
             and UNJUDGED.isdisjoint(name for name, _ in readings)
         ):
-            self.misses.setdefault(UNWANTED.name, []).append(row)
+            self.unsupported.setdefault(UNWANTED.name, []).append(row)
         elif not named and is_unanswered_preference(row):
-            self.misses.setdefault(PREFERENCE.name, []).append(row)
+            self.unsupported.setdefault(PREFERENCE.name, []).append(row)
         elif readings:
             self.readings.setdefault(readings, []).append(row)
-        elif miss := next((miss for miss in NEAR_MISSES.values() if miss.fits(row)), None):
-            self.misses.setdefault(miss.name, []).append(row)
+        elif kind := next((kind for kind in UNSUPPORTED.values() if kind.fits(row)), None):
+            self.unsupported.setdefault(kind.name, []).append(row)
         else:
-            self.strangers.append(row)
+            self.unknown.append(row)
 
     def counts(self) -> dict[str, int]:
         """Return rows per verdict; rows with several readings count under all their names at once."""
         counts: Counter[str] = Counter()
         for readings, rows in self.readings.items():
             counts[name_of(readings)] += len(rows)
-        counts.update({name: len(rows) for name, rows in self.misses.items()})
-        counts.update({"no known format": len(self.strangers)} if self.strangers else {})
+        counts.update({name: len(rows) for name, rows in self.unsupported.items()})
+        counts.update({"no known format": len(self.unknown)} if self.unknown else {})
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -142,9 +142,8 @@ def detect(
     _check_columns(where, columns, rows)
     verdicts = _Verdicts()
     entries = [entry for entry in FORMATS.values() if format in (None, entry.name)]
-    possible: dict[
-        tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]
-    ] = {}  # most rows have the same shape
+    # By the columns of a row and which of them are null; most rows have the same.
+    possible: dict[tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]] = {}
     for row in rows:
         renamed = rename(row, columns)
         shape = tuple((name, value is None) for name, value in renamed.items())
@@ -167,9 +166,9 @@ def detect(
     return _settle(winner, counts, verdicts, plans, unreadable)
 
 
-def _sample(plans: Sequence[SourcePlan]) -> tuple[list[dict[str, Any]], list[Reject]]:
+def _sample(plans: Sequence[SourcePlan]) -> tuple[list[JsonObject], list[Reject]]:
     """Return rows from all over the input, and those of them that could not be read."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     unreadable: list[Reject] = []
     for plan in plans:
         for chunk in plan.samples:
@@ -188,7 +187,7 @@ def _settle(
 ) -> Detection:
     """Return the detection of a format that most rows have."""
     found: Counter[tuple[str, str]] = Counter()
-    kept: list[dict[str, Any]] = []
+    kept: list[JsonObject] = []
     for readings, rows in verdicts.readings.items():
         if name_of(readings) == winner:
             found.update(dict.fromkeys(readings[0][1], len(rows)))
@@ -200,9 +199,8 @@ def _settle(
         columns.setdefault(canonical, actual)
     sampled, total = sum(counts.values()), sum(plan.records for plan in plans)
     where = ", ".join(f"{actual or 'a line'} in {rows}" for (_, actual), rows in shown)
-    evidence = [
-        f"{winner} ({FORMATS[winner].about}): {counts[winner]} of {sampled} sampled rows, of {total} records: {where}."
-    ]
+    share = f"{counts[winner]} of {sampled} sampled rows, of {total} records"
+    evidence = [f"{winner} ({FORMATS[winner].about}): {share}: {where}."]
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)
     evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
     evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
@@ -219,33 +217,32 @@ def _refuse(
     where: str, winner: str, share: str, verdicts: _Verdicts, format: str | None, columns: Mapping[str, str]
 ) -> UsageError:
     """Return the error that says why the rows cannot be used and which flag settles it."""
-    misses: dict[str, NearMiss] = NEAR_MISSES | {VISION.name: VISION, UNWANTED.name: UNWANTED}
+    kinds = UNSUPPORTED | {VISION.name: VISION, UNWANTED.name: UNWANTED}
     ambiguous = next((readings for readings in verdicts.readings if name_of(readings) == winner), None)
     if ambiguous:
         what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
         return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
-    one_table = (
-        winner != BY_COLUMNS or len(verdicts.misses[winner]) == 1
-    )  # several such objects are rows with odd values
-    if winner in misses and one_table and not (format and winner != VISION.name):
-        reason, fix = misses[winner].explain(verdicts.misses[winner])
+    # Several objects that each look like a table by columns are rows with odd values.
+    one_table = winner != BY_COLUMNS or len(verdicts.unsupported[winner]) == 1
+    if winner in kinds and one_table and not (format and winner != VISION.name):
+        reason, fix = kinds[winner].explain(verdicts.unsupported[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
-    rows = [row for group in (verdicts.strangers, *verdicts.misses.values()) for row in group]
+    rows = [row for group in (verdicts.unknown, *verdicts.unsupported.values()) for row in group]
     if odd := explain_odd_value(rows, [FORMATS[format]] if format else FORMATS.values(), columns):
         return UsageError(f"{where}: {share}: {odd[0]}.", odd[1])
     counts = Counter(name for row in rows for name in row)
     names = sorted(counts, key=lambda name: (-counts[name], name))
     found = f"{share} have the columns {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
     if format:
-        wanted = ", ".join(
-            " or ".join(column.spellings) for column in FORMATS[format].columns if column.required
-        )
-        return UsageError(
-            f"{where}: {found}; {format} needs {wanted}.", "name them with --map, or choose another --format."
-        )
-    what = f"{where}: no known row format fits: {found}."
-    fix = "name columns, as --map question=COLUMN --map answer=COLUMN, or convert rows with --formatter module:function."
-    return UsageError(what, fix)
+        required = (column for column in FORMATS[format].columns if column.required)
+        needed = ", ".join(" or ".join(column.spellings) for column in required)
+        what = f"{where}: {found}; {format} needs {needed}."
+        return UsageError(what, "name them with --map, or choose another --format.")
+    fix = (
+        "name columns, as --map question=COLUMN --map answer=COLUMN,"
+        " or convert rows with --formatter module:function."
+    )
+    return UsageError(f"{where}: no known row format fits: {found}.", fix)
 
 
 def _settling_flags(readings: tuple[Reading, ...]) -> list[str]:
@@ -279,17 +276,13 @@ def _check_names(format: str | None, columns: Mapping[str, str]) -> None:
             raise UsageError(f"{flag} {name}: no such {kind}.", fix)
 
 
-def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> None:
+def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[JsonObject]) -> None:
     """Refuse a mapping from a column that no sampled row has."""
     present = {name for row in rows for name in row}
     for canonical, actual in columns.items():
         if actual not in present:
             near = nearest(actual, present)
-            fix = (
-                f"did you mean --map {canonical}={near}?"
-                if near
-                else f"the columns are {', '.join(sorted(present)[:12])}."
-            )
-            raise UsageError(
-                f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}.", fix
-            )
+            fix = f"the columns are {', '.join(sorted(present)[:12])}."
+            fix = f"did you mean --map {canonical}={near}?" if near else fix
+            what = f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}."
+            raise UsageError(what, fix)

@@ -1,4 +1,8 @@
-"""Lay out an instruction as text, for models without a chat template: `{field}` slots, filled once, never evaluated."""
+"""What formats read with: prompt templates, the user's options, and the columns of one row.
+
+A prompt template lays out an instruction as text, for models without a chat template: `{field}` slots, filled
+once, never evaluated.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from sftdata.errors import RowError, UsageError
-from sftdata.sources.jsonrows import kind_of
+from sftdata.sources.jsonrows import JsonObject, kind_of
 
 _SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
 QUESTIONS = ("instruction", "prompt", "question", "query")
@@ -20,17 +24,17 @@ INPUTS = ("input", "context")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SlotText:
     """A text with slots: literal i is followed by slot i; the last literal by nothing."""
 
     literals: tuple[str, ...]
     slots: tuple[str, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Layout:
+    def parse(cls, text: str) -> SlotText:
         """Split a text at its `{field}` slots; other braces are text.
 
-        >>> Layout.parse("Q: {question} {1}").literals
+        >>> SlotText.parse("Q: {question} {1}").literals
         ('Q: ', ' {1}')
         """
         parts = _SLOT.split(text)
@@ -49,36 +53,36 @@ class Layout:
                 for part in (literal, values[slot])
             ]
         except KeyError as missing:
-            what = f"the prompt template asks for {{{missing.args[0]}}}; the row has {', '.join(sorted(values))}."
-            raise RowError(
-                "missing-column", what, "add the column, or take the slot out of the template."
-            ) from None
+            slot = f"the prompt template asks for {{{missing.args[0]}}}"
+            what = f"{slot}; the row has {', '.join(sorted(values))}."
+            fix = "add the column, or take the slot out of the template."
+            raise RowError("missing-column", what, fix) from None
         return "".join(filled) + self.literals[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The text before the answer, with an input and without one, and the text after the answer; `text` as in the user's file."""
+    """The text before the answer, with and without an input, and after it; `text` as in the user's file."""
 
-    with_input: Layout
-    without_input: Layout
-    after: Layout
+    with_input: SlotText
+    without_input: SlotText
+    after: SlotText
     text: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> PromptTemplate:
-        """Split a template at its answer slot (`{output}`, `{response}`, `{completion}`, `{answer}`), if it has one."""
+        """Split a template at its answer slot (any of ANSWERS, as `{output}`), if it has one."""
         for match in _SLOT.finditer(text):
             if match.group(1) in ANSWERS:
-                before = Layout.parse(text[: match.start()])
-                return cls(before, before, Layout.parse(text[match.end() :].removesuffix("\n")))
-        before = Layout.parse(text)
-        return cls(before, before, Layout.parse(""))
+                before = SlotText.parse(text[: match.start()])
+                return cls(before, before, SlotText.parse(text[match.end() :].removesuffix("\n")))
+        before = SlotText.parse(text)
+        return cls(before, before, SlotText.parse(""))
 
     def lay_out(self, values: Mapping[str, str], answer: str) -> tuple[str, str]:
         """Return prompt and completion of one turn."""
-        layout = self.with_input if any(values.get(name) for name in INPUTS) else self.without_input
-        return layout.fill(values), answer + self.after.fill(values)
+        slots = self.with_input if any(values.get(name) for name in INPUTS) else self.without_input
+        return slots.fill(values), answer + self.after.fill(values)
 
     @property
     def slots(self) -> frozenset[str]:
@@ -86,25 +90,25 @@ class PromptTemplate:
         return frozenset(self.with_input.slots + self.without_input.slots + self.after.slots)
 
 
-# The prompt of Stanford Alpaca, as its data set spells it in the `text` column: the answer begins on a line of its own.
+# The prompt of Stanford Alpaca, as its data set spells it in the `text` column.
 # Source: https://github.com/tatsu-lab/stanford_alpaca
 ALPACA = PromptTemplate(
-    Layout.parse(
+    SlotText.parse(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     ),
-    Layout.parse(
+    SlotText.parse(
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:\n"
     ),
-    Layout.parse(""),
+    SlotText.parse(""),
 )
 
 
 def load_prompt_template(path: str) -> PromptTemplate:
-    """Read a prompt template from a UTF-8 file, taken to the byte (one final newline after an answer slot aside).
+    """Read a prompt template from a UTF-8 file, exactly but for one final newline after an answer slot.
 
     Raises:
         UsageError: no such file, or no `{field}` slot in it.
@@ -124,9 +128,9 @@ def load_prompt_template(path: str) -> PromptTemplate:
     return replace(template, text=text)
 
 
-# ------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- options, and one row
 
-Kind = Literal["auto", "conversation", "completion", "text"]
+RowKind = Literal["auto", "conversation", "completion", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class FormatOptions:
         kind: what instruction-like rows become; auto: a conversation when `chat`, else prompt and completion.
         chat: True when a chat template is in use.
         template: lays out instruction-like rows that do not become conversations.
-        need_assistant: False lets a conversation without an assistant message through (everything is trained).
+        need_assistant: False lets a conversation without an assistant message through (all is trained).
         formatter: `module:function` that turns a row into one of a known format.
         formatter_sha256: hash of its code, where it has a file.
         loss_weights: messages may have weights other than 0 and 1.
@@ -148,7 +152,7 @@ class FormatOptions:
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
-    kind: Kind = "auto"
+    kind: RowKind = "auto"
     chat: bool = True
     template: PromptTemplate = ALPACA
     need_assistant: bool = True
@@ -164,18 +168,18 @@ class FormatOptions:
 
 
 class Fields(msgspec.Struct, frozen=True):
-    """One row.
+    """One row, its columns under their canonical names; errors name a column as the data spells it.
 
     Attributes:
         names: each canonical column that the row has, and its own name.
         counted: what had to be put right to read the row, by the names of counters; grows while it is read.
     """
 
-    row: dict[str, Any]
+    row: JsonObject
     names: Mapping[str, str]
     counted: list[str] = msgspec.field(default_factory=list)
 
-    def get(self, column: str) -> Any:
+    def get(self, column: str) -> object:
         """Return the value, or None when the row has no such column."""
         name = self.names.get(column)
         return None if name is None else self.row[name]
@@ -191,13 +195,11 @@ class Fields(msgspec.Struct, frozen=True):
             return value
         name = self.names.get(column, column)
         if value is None:
-            raise RowError(
-                "null-field", f"{name} is null; expected a string.", "fill it in, or remove the row."
-            )
-        found = f"{name} is {kind_of(value)}; expected a string."
-        raise RowError(
-            "not-text", found, "write it as a string, or convert rows with --formatter module:function."
-        )
+            what = f"{name} is null; expected a string."
+            raise RowError("null-field", what, "fill it in, or remove the row.")
+        what = f"{name} is {kind_of(value)}; expected a string."
+        fix = "write it as a string, or convert rows with --formatter module:function."
+        raise RowError("not-text", what, fix)
 
     def optional_text(self, column: str) -> str:
         """Return the text of a column that may be absent or null, as "" then."""

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from sftdata.errors import DataError, UsageError
+from sftdata.sources.chunks import RawRow
 
 Formatter = Callable[[Any], Any]
 
@@ -27,15 +28,13 @@ _given: dict[str, Formatter] = {}  # by name; functions of this process alone
 def name_formatter(formatter: str | Formatter | None) -> tuple[str | None, bool]:
     """Return the name of a formatter, and whether only this process knows it.
 
-    A function that no import finds is named with a hash of its source, so that a set made with other code is not resumed;
-    what the function refers to is not hashed.
+    A function that no import finds is named with a hash of its source, so that a set made with other code is
+    not resumed; what the function refers to is not hashed.
     """
     if formatter is None or isinstance(formatter, str):
         return formatter, False
-    module, name = (
-        getattr(formatter, "__module__", "") or "",
-        getattr(formatter, "__qualname__", type(formatter).__qualname__),
-    )
+    module = getattr(formatter, "__module__", "") or ""
+    name = getattr(formatter, "__qualname__", type(formatter).__qualname__)
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is formatter:
         return f"{module}:{name}", False
     try:
@@ -49,7 +48,7 @@ def name_formatter(formatter: str | Formatter | None) -> tuple[str | None, bool]
 
 
 def formatter_sha256(spec: str) -> str | None:
-    """Return the hash of a formatter's code as it lies on disk; None where it has no source, or its name holds the hash.
+    """Return the hash of a formatter's code on disk; None if it has no source, or its name holds the hash.
 
     Raises:
         UsageError: there is no such module, or a package on the way to it fails.
@@ -76,12 +75,9 @@ def load_formatter(spec: str, sha256: str | None = None) -> Formatter:
 def _row_by_row(spec: str, function: Formatter) -> Formatter:
     """Call a function of columns with one row at a time, so that a bad row costs no other."""
 
-    def formatter(row: Any) -> Any:
-        made = list(
-            function(
-                {name: [value] for name, value in row.items()} if isinstance(row, dict) else {"text": [row]}
-            )
-        )
+    def formatter(row: RawRow) -> object:
+        row = row if isinstance(row, dict) else {"text": row}
+        made = list(function({name: [value] for name, value in row.items()}))
         if len(made) != 1:
             raise ValueError(f"{spec} made {len(made)} examples of one row; expected one for each")
         return made[0]
@@ -93,37 +89,37 @@ def _read(spec: str) -> dict[str, bytes]:
     """Return the sources of a formatter's module."""
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
-        raise UsageError(
-            f"--formatter {spec}: expected module:function.", "write it as --formatter my_rows:to_messages."
-        )
+        what = f"--formatter {spec}: expected module:function."
+        raise UsageError(what, "write it as --formatter my_rows:to_messages.")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     importlib.invalidate_caches()  # it may have been written within the second
-    with _told(spec):
+    with _import_errors(spec):
         return read_code(module_name)
 
 
 def _import(spec: str, sha256: str | None) -> Formatter:
     module_name, _, function_name = spec.partition(":")
     sources = _read(spec)
-    with _told(spec):
-        module = (
-            run_code(module_name, sources) if module_name in sources else importlib.import_module(module_name)
-        )
+    with _import_errors(spec):
+        if module_name in sources:
+            module = run_code(module_name, sources)
+        else:
+            module = importlib.import_module(module_name)
     if sha256 is not None and {code_sha256(sources), code_sha256(_read(spec))} != {sha256}:
         what = f"--formatter {spec}: its code changed while it was in use; no set is made with two versions."
         raise DataError(what, "run the same command again.")
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(
-            f"--formatter {spec}: {module_name} has no function {function_name!r}.", "check the name."
-        )
-    return function  # type: ignore[no-any-return]
+        what = f"--formatter {spec}: {module_name} has no function {function_name!r}."
+        raise UsageError(what, "check the name.")
+    made: Formatter = function
+    return made
 
 
 @contextmanager
-def _told(spec: str) -> Iterator[None]:
+def _import_errors(spec: str) -> Iterator[None]:
     """Turn whatever the user's module raises into one line."""
     module_name = spec.partition(":")[0]
     try:
@@ -133,16 +129,18 @@ def _told(spec: str) -> Iterator[None]:
         raise UsageError(what, f"run from the folder that holds {module_name}.py, or install it.") from None
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- the code behind a formatter
+#
+# Its module and what that imports from beside it, as bytes, so that other code has another hash.
 
 _INSTALLED = ("site-packages", "dist-packages")
 
 
 def read_code(module: str) -> dict[str, bytes]:
-    """Return the source of a module, and of each module that it imports, itself or through others, from the folder it lies in.
+    """Return the source of a module, and of each that it imports, directly or not, from its own folder.
 
-    What is installed is not followed, nor what is imported by a name that is only made at run time. A module without a source
-    file has none.
+    Installed packages are not followed, nor imports by a name that is only made at run time. A module without
+    a source file has none.
 
     Returns:
         module name -> source, in the order of names; the module itself among them.
@@ -181,7 +179,8 @@ def code_sha256(sources: dict[str, bytes]) -> str:
 def run_code(module: str, sources: dict[str, bytes]) -> ModuleType:
     """Run a module from the source that was read, whatever of it was imported before, and return it.
 
-    What it imports only when it is called is imported as usual, so in one process that lives on it may be as it was before.
+    What it imports only when it is called is imported as usual, so in a process that lives on it may be
+    outdated.
 
     Raises:
         Exception: whatever the module raises.
@@ -202,7 +201,7 @@ def run_code(module: str, sources: dict[str, bytes]) -> ModuleType:
 
 @contextmanager
 def _without(names: dict[str, bytes]) -> Iterator[None]:
-    """Let modules be imported anew, and leave no compiled copy behind, which would outlive a change within one second."""
+    """Let modules be imported anew; leave no compiled copy, which would outlive a change within a second."""
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:

@@ -1,15 +1,15 @@
-"""Instruction-like rows (a question and its answer in columns) -> a conversation, or prompt and completion, or text."""
+"""Rows of question and answer in columns -> a conversation, prompt and completion, or text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from sftdata.batches import Completion, Conversation, Row, Text
 from sftdata.errors import RowError
 from sftdata.formats.calls import Message
-from sftdata.formats.chat import Turn, read_conversation, read_messages
+from sftdata.formats.chat import Switched, read_conversation, read_messages
 from sftdata.formats.fields import ANSWERS, INPUTS, QUESTIONS, Fields, FormatOptions
 from sftdata.sources.jsonrows import from_json, kind_of
 
@@ -24,12 +24,8 @@ def read_instruction(fields: Fields, options: FormatOptions) -> Row:
     """
     question, given, answer = fields.text("question"), fields.optional_text("input"), fields.text("answer")
     if not question.strip() and not given.strip():
-        name = fields.names["question"]
-        raise RowError(
-            "empty-prompt",
-            f"{name} is empty; expected something to answer.",
-            "fill it in, or remove the row.",
-        )
+        what = f"{fields.names['question']} is empty; expected something to answer."
+        raise RowError("empty-prompt", what, "fill it in, or remove the row.")
     history = _read_history(fields.get("history"))
     if options.as_conversation:
         pairs = [*history, ("\n".join(part for part in (question, given) if part), answer)]
@@ -56,7 +52,7 @@ def read_prompt_completion(fields: Fields, options: FormatOptions) -> Row:
     return _join(_before(fields) + prompt, completion, options)
 
 
-def from_messages(value: Any) -> Any:
+def from_messages(value: object) -> object:
     """Return a list of messages written as JSON text as the list; anything else as it is."""
     if isinstance(value, str) and value.startswith("[{"):
         parsed = from_json(value)
@@ -74,7 +70,9 @@ def is_messages(value: object) -> TypeGuard[list[object]]:
     )
 
 
-def _as_turns(value: Any, role: str, fields: Fields, column: str, options: FormatOptions) -> list[Turn]:
+def _as_turns(
+    value: object, role: str, fields: Fields, column: str, options: FormatOptions
+) -> list[Switched]:
     if isinstance(value, list):
         return read_messages(value, fields.names[column], options, fields.counted)
     return [({"role": role, "content": fields.text(column)}, None)]
@@ -83,7 +81,7 @@ def _as_turns(value: Any, role: str, fields: Fields, column: str, options: Forma
 def _as_conversation(
     pairs: list[Pair], fields: Fields, options: FormatOptions, reasoning: str = ""
 ) -> Conversation:
-    turns: list[Turn] = []
+    turns: list[Switched] = []
     for question, answer in pairs:
         asked: Message = {"role": "user", "content": question}
         turns += [(asked, None), ({"role": "assistant", "content": answer}, None)]
@@ -100,32 +98,23 @@ def _lay_out(
     prompt = "" if "system" in options.template.slots else _before(fields)
     columns.setdefault("system", "")
     for asked, answered in history:
-        earlier = (
-            columns
-            | dict.fromkeys(QUESTIONS, asked)
-            | dict.fromkeys(ANSWERS, answered)
-            | dict.fromkeys(INPUTS, "")
-        )
+        earlier = columns | _slots(asked, "", answered)
         before, completion = options.template.lay_out(earlier, answered)
         prompt += before + completion + "\n\n"
-    now = (
-        dict.fromkeys(QUESTIONS, question)
-        | dict.fromkeys(ANSWERS, answer)
-        | dict.fromkeys(INPUTS, given)
-        | columns
-    )
-    before, completion = options.template.lay_out(now, answer)
+    before, completion = options.template.lay_out(_slots(question, given, answer) | columns, answer)
     return _join(prompt + before, completion, options)
 
 
+def _slots(question: str, given: str, answer: str) -> dict[str, str]:
+    """Return a turn under every name that a slot for it may have."""
+    return dict.fromkeys(QUESTIONS, question) | dict.fromkeys(ANSWERS, answer) | dict.fromkeys(INPUTS, given)
+
+
 def _before(fields: Fields) -> str:
-    """Return the system text as it stands before a prompt that is plain text."""
+    """Return the system text as it is put before a prompt that is plain text."""
     if fields.get("tools"):
-        raise RowError(
-            "tools-without-chat",
-            "tools need a chat template.",
-            "give --chat-template, or take the tools column out.",
-        )
+        fix = "give --chat-template, or take the tools column out."
+        raise RowError("tools-without-chat", "tools need a chat template.", fix)
     system = fields.optional_text("system")
     return f"{system}\n\n" if system else ""
 
@@ -134,15 +123,12 @@ def _join(prompt: str, completion: str, options: FormatOptions) -> Row:
     return Text(prompt + completion) if options.kind == "text" else Completion(prompt, completion)
 
 
-def _read_history(value: Any) -> list[Pair]:
+def _read_history(value: object) -> list[Pair]:
     """Return the earlier (question, answer) pairs."""
     history = from_json(value) or []
     if not isinstance(history, list):
-        raise RowError(
-            "bad-history",
-            f"history is {kind_of(history)}; expected pairs.",
-            "write it as [[question, answer], ...].",
-        )
+        what = f"history is {kind_of(history)}; expected pairs."
+        raise RowError("bad-history", what, "write it as [[question, answer], ...].")
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             what = f"history[{index}] is not a pair of strings."
@@ -150,7 +136,7 @@ def _read_history(value: Any) -> list[Pair]:
     return [(question, answer) for question, answer in history]
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ markers of turns in running text
 
 Markers = tuple[str, str]  # of an instruction, and of a response
 
@@ -182,6 +168,6 @@ def find_turn_markers(texts: Sequence[str]) -> Markers | None:
 
 
 def _marked(text: str, pair: Markers) -> bool:
-    """Say whether an instruction is followed by a response; a text begins a line of its own."""
+    """Return whether an instruction is followed by a response; the text begins a line."""
     asked = f"\n{text}".find(pair[0])
     return asked >= 0 and f"\n{text}".find(pair[1], asked + len(pair[0])) >= 0

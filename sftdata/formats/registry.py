@@ -1,18 +1,183 @@
-"""Rows tokenized elsewhere: ids, with labels, and with the masks that tools put beside them."""
+"""The table of row formats: how each is recognised, and what it becomes.
+
+To add a format, add one entry to FORMATS: its columns with their spellings, a test that the values fit, and a
+function from `Fields` to a canonical row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from sftdata.batches import IGNORE_INDEX, Row, Text, Tokens
 from sftdata.errors import RowError
 from sftdata.formats.chat import REASONING, read_conversation, read_messages, read_xtuner
 from sftdata.formats.fields import ANSWERS, Fields, FormatOptions
 from sftdata.formats.instructions import is_messages, read_instruction, read_prompt_completion
-from sftdata.sources.jsonrows import from_json, kind_of
+from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
+
+ColumnNames = Mapping[str, str]  # canonical column -> column in the data
+LINE = ""  # the one column of a row that is a line of plain text
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a format; the first spelling is the one to show."""
+
+    name: str
+    spellings: tuple[str, ...]
+    required: bool = True
+
+    def found(self, row: Mapping[str, object], pinned: ColumnNames) -> list[str]:
+        """Return the names under which a row has this column: as spelt here, else in any case (`Answer`)."""
+        wanted = [name for name in self.spellings if name in pinned] or self.spellings
+        return [name for name in wanted if name in row] or [name for name in row if name.lower() in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to write a training row.
+
+    Attributes:
+        fits: whether the values look like this format, given its columns are there.
+        convert: the canonical row; raises RowError for a bad one.
+    """
+
+    name: str
+    about: str
+    columns: tuple[Column, ...]
+    fits: Callable[[Fields], bool]
+    convert: Callable[[Fields, FormatOptions], Row]
+
+    def spelling(self, column: Column, row: Mapping[str, object], pinned: ColumnNames) -> list[str]:
+        """Return the names under which a row has this column; null ones only when there is no other."""
+        present = column.found(row, pinned)
+        return [name for name in present if row[name] is not None] or present[:1]
+
+    def readings(self, row: Mapping[str, object], pinned: ColumnNames) -> list[dict[str, str]]:
+        """Return every way to find this format's columns in a row; more than one is an ambiguity."""
+        return [names for names in self.candidates(row, pinned) if self.fits(Fields(dict(row), names))]
+
+    def candidates(self, row: Mapping[str, object], pinned: ColumnNames) -> list[dict[str, str]]:
+        """Return the readings of a row by which columns there are, and which of them are null."""
+        choices = {column.name: self.spelling(column, row, pinned) for column in self.columns}
+        required = [column.name for column in self.columns if column.required and choices[column.name]]
+        if len(required) < sum(column.required for column in self.columns):
+            return []
+        rest = {name: found[0] for name, found in choices.items() if name not in required and found}
+        found = [
+            dict(zip(required, names, strict=True)) | rest
+            for names in product(*(choices[name] for name in required))
+        ]
+        return [names for names in found if any(row[names[name]] is not None for name in required)]
+
+    def locate(self, row: Mapping[str, object], pinned: ColumnNames) -> dict[str, str]:
+        """Return where a row has this format's columns.
+
+        Raises:
+            RowError: a required column is missing, or is there twice.
+        """
+        names: dict[str, str] = {}
+        for column in self.columns:
+            found = self.spelling(column, row, pinned)
+            if len(found) > 1 and column.required:
+                what = f"{' and '.join(found)} both hold the {column.name} column of {self.name}."
+                fix = f"choose one, as with --map {column.spellings[0]}={found[0]}."
+                raise RowError("two-columns", what, fix)
+            if found:
+                names[column.name] = found[0]
+            elif column.required:
+                present = ", ".join(sorted(row)) or "none"
+                what = f"no {' or '.join(column.spellings)} column; the row has {present}."
+                fix = f"add it, or name its stand-in with --map {column.spellings[0]}=COLUMN."
+                raise RowError("missing-column", what, fix)
+        return names
+
+
+def rename(row: JsonObject, columns: ColumnNames) -> JsonObject:
+    """Return a row with the user's columns under their canonical names; a column they shadow is renamed."""
+    if not columns or not any(actual in row for actual in columns.values()):
+        return row
+    taken = {actual: canonical for canonical, actual in columns.items() if actual in row}
+    moved = {canonical: row[actual] for actual, canonical in taken.items()}
+    rest = {
+        (f"{name} (not mapped)" if name in moved else name): value
+        for name, value in row.items()
+        if name not in taken
+    }
+    return moved | rest
+
+
+# ------------------------------------------------------------------------------------------------- what fits
+
+
+def chat_style(value: object) -> str | None:
+    """Return "role", "from" or "turns" by the first message of a list (or of its JSON text), or None."""
+    value = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict):
+        return None
+    return next((style for key, style in _STYLES if key in first), None)
+
+
+_STYLES = (("role", "role"), ("from", "from"), ("output", "turns"), ("input", "turns"))
+
+
+def _styled(style: str) -> Callable[[Fields], bool]:
+    return lambda fields: chat_style(fields.get("messages")) == style
+
+
+def _texts(*columns: str) -> Callable[[Fields], bool]:
+    def fits(fields: Fields) -> bool:
+        return all(fields.get(column) is None or isinstance(fields.get(column), str) for column in columns)
+
+    return fits
+
+
+def _fits_text(fields: Fields) -> bool:
+    """A lone message of a conversation has a content too, but beside a role."""
+    return _texts("text")(fields) and not (
+        fields.names["text"].lower() == "content" and {"role", "Role"} & fields.row.keys()
+    )
+
+
+def _fits_alpaca(fields: Fields) -> bool:
+    if not _texts("question", "answer")(fields):
+        return False
+    return "input" in fields.names or "context" not in map(str.lower, fields.row)
+
+
+def _fits_prompt(fields: Fields) -> bool:
+    return all(
+        value is None or isinstance(value, str) or is_messages(value)
+        for value in map(fields.get, ("prompt", "answer"))
+    )
+
+
+# ------------------------------------------------------------------------------------------------ conversion
+
+
+def _convert_messages(fields: Fields, options: FormatOptions) -> Row:
+    value = fields.get("messages")
+    return read_conversation(
+        read_messages(value, fields.names["messages"], options, fields.counted), fields, options
+    )
+
+
+def _convert_xtuner(fields: Fields, options: FormatOptions) -> Row:
+    turns = read_xtuner(fields.get("messages"), fields.names["messages"], weighted=options.loss_weights)
+    return read_conversation(turns, fields, options)
+
+
+def _convert_text(fields: Fields, options: FormatOptions) -> Row:
+    text = fields.text("text")
+    if not text.strip():
+        raise RowError("empty-text", f"{fields.names['text'] or 'the line'} is empty.", "remove the row.")
+    return Text(text)
+
+
+# ------------------------------------------------------------------------------------------------- token ids
 
 # Masks of what is trained, 1 for each such token; one of the prompt says the opposite.
 TRAINED = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask", "response_mask")
@@ -33,8 +198,8 @@ def convert_tokens(fields: Fields, options: FormatOptions) -> Tokens:
     """Return the ids without their padding; a token is trained where its label and every mask say so.
 
     Raises:
-        RowError: a column that is no list of integers of the same length, several documents in one row, or a list of numbers, one
-            for each id, that nothing reads.
+        RowError: a column that is no list of integers of the same length, several documents in one row, or a
+            list of numbers, one for each id, that nothing reads.
     """
     ids = _integers(fields, "input_ids")
     if not ids or min(ids) < 0:
@@ -81,7 +246,8 @@ def _refuse_packed(fields: Fields, kept: slice) -> None:
         positions = _integers(fields, "position_ids")[kept]
         for index in range(1, len(positions)):
             if positions[index] <= positions[index - 1]:
-                what = f"{fields.names['position_ids']} start anew at token {index}: the row holds several documents."
+                where = f"{fields.names['position_ids']} start anew at token {index}"
+                what = f"{where}: the row holds several documents."
                 raise RowError("packed-row", what, _ONE_EACH)
     lengths = fields.get("seq_lengths")
     if isinstance(lengths, list) and len(lengths) > 1:
@@ -96,201 +262,32 @@ def _refuse_unread(fields: Fields, size: int) -> None:
     for name, value in fields.row.items():
         if name in fields.names.values() or name.lower() in _HARMLESS:
             continue
-        if isinstance(value, list) and len(value) == size and _says_something(value):
-            what = (
-                f"{name} has a number for each id, and nothing reads it; known are {', '.join(BESIDE_IDS)}."
-            )
-            raise RowError(
-                "unread-mask",
-                what,
-                "give it one of these names, as with --map loss_mask=COLUMN, or take it out.",
-            )
+        if isinstance(value, list) and len(value) == size and _varies(value):
+            known = ", ".join(BESIDE_IDS)
+            what = f"{name} has a number for each id, and nothing reads it; known are {known}."
+            fix = "give it one of these names, as with --map loss_mask=COLUMN, or take it out."
+            raise RowError("unread-mask", what, fix)
 
 
-def _says_something(values: list[Any]) -> bool:
+def _varies(values: list[object]) -> bool:
+    """Return whether a list holds numbers that differ, as a mask does."""
     return set(map(type, values)) <= {int, float, bool} and len(set(values)) > 1
 
 
 def _integers(fields: Fields, column: str) -> list[int]:
     values, name = fields.get(column), fields.names[column]
     if not isinstance(values, list) or set(map(type, values)) - {int, bool}:
-        raise RowError(
-            "bad-tokens",
-            f"{name} is {kind_of(values)}, not a list of integers.",
-            "write it as a list of integers.",
-        )
-    if len(values) != len(fields.get("input_ids")):
-        what = f"{name} has {len(values)} entries, input_ids has {len(fields.get('input_ids'))}."
+        what = f"{name} is {kind_of(values)}, not a list of integers."
+        raise RowError("bad-tokens", what, "write it as a list of integers.")
+    ids = fields.get("input_ids")
+    size = len(ids) if isinstance(ids, list) else 0
+    if len(values) != size:
+        what = f"{name} has {len(values)} entries, input_ids has {size}."
         raise RowError("bad-tokens", what, "make them equally long.")
     return values
 
 
-# ------------------------------------------------------------------------------------------
-
-Names = Mapping[str, str]  # canonical column -> column in the data
-LINE = ""  # the one column of a row that is a line of plain text
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a format; the first spelling is the one to show."""
-
-    name: str
-    spellings: tuple[str, ...]
-    required: bool = True
-
-    def found(self, row: Mapping[str, Any], pinned: Names) -> list[str]:
-        """Return the names under which a row has this column: as they are spelt here, else in any case (`Answer`)."""
-        wanted = [name for name in self.spellings if name in pinned] or self.spellings
-        return [name for name in wanted if name in row] or [name for name in row if name.lower() in wanted]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One way to write a training row.
-
-    Attributes:
-        fits: whether the values look like this format, given its columns are there.
-        convert: the canonical row; raises RowError for a bad one.
-    """
-
-    name: str
-    about: str
-    columns: tuple[Column, ...]
-    fits: Callable[[Fields], bool]
-    convert: Callable[[Fields, FormatOptions], Row]
-
-    def spelling(self, column: Column, row: Mapping[str, Any], pinned: Names) -> list[str]:
-        """Return the names under which a row has this column; null ones only when there is no other."""
-        present = column.found(row, pinned)
-        return [name for name in present if row[name] is not None] or present[:1]
-
-    def readings(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
-        """Return every way to find this format's columns in a row; more than one is an ambiguity."""
-        return [names for names in self.candidates(row, pinned) if self.fits(Fields(dict(row), names))]
-
-    def candidates(self, row: Mapping[str, Any], pinned: Names) -> list[dict[str, str]]:
-        """Return the readings of a row by its columns alone: by which there are, and which of them are null."""
-        choices = {column.name: self.spelling(column, row, pinned) for column in self.columns}
-        required = [column.name for column in self.columns if column.required and choices[column.name]]
-        if len(required) < sum(column.required for column in self.columns):
-            return []
-        rest = {name: found[0] for name, found in choices.items() if name not in required and found}
-        found = [
-            dict(zip(required, names, strict=True)) | rest
-            for names in product(*(choices[name] for name in required))
-        ]
-        return [names for names in found if any(row[names[name]] is not None for name in required)]
-
-    def locate(self, row: Mapping[str, Any], pinned: Names) -> dict[str, str]:
-        """Return where a row has this format's columns.
-
-        Raises:
-            RowError: a required column is missing, or is there twice.
-        """
-        names: dict[str, str] = {}
-        for column in self.columns:
-            found = self.spelling(column, row, pinned)
-            if len(found) > 1 and column.required:
-                what = f"{' and '.join(found)} both hold the {column.name} column of {self.name}."
-                raise RowError(
-                    "two-columns", what, f"choose one, as with --map {column.spellings[0]}={found[0]}."
-                )
-            if found:
-                names[column.name] = found[0]
-            elif column.required:
-                what = f"no {' or '.join(column.spellings)} column; the row has {', '.join(sorted(row)) or 'none'}."
-                raise RowError(
-                    "missing-column",
-                    what,
-                    f"add it, or name its stand-in with --map {column.spellings[0]}=COLUMN.",
-                )
-        return names
-
-
-def rename(row: dict[str, Any], columns: Names) -> dict[str, Any]:
-    """Return a row with the user's columns under their canonical names; a column shadowed by one keeps a name of its own."""
-    if not columns or not any(actual in row for actual in columns.values()):
-        return row
-    taken = {actual: canonical for canonical, actual in columns.items() if actual in row}
-    moved = {canonical: row[actual] for actual, canonical in taken.items()}
-    rest = {
-        (f"{name} (not mapped)" if name in moved else name): value
-        for name, value in row.items()
-        if name not in taken
-    }
-    return moved | rest
-
-
-# ------------------------------------------------------------------------------------------------------ what fits
-
-
-def chat_style(value: Any) -> str | None:
-    """Return "role", "from" or "turns" by the first message of a list (or of its JSON text), or None."""
-    value = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, dict):
-        return None
-    return next((style for key, style in _STYLES if key in first), None)
-
-
-_STYLES = (("role", "role"), ("from", "from"), ("output", "turns"), ("input", "turns"))
-
-
-def _styled(style: str) -> Callable[[Fields], bool]:
-    return lambda fields: chat_style(fields.get("messages")) == style
-
-
-def _texts(*columns: str) -> Callable[[Fields], bool]:
-    def fits(fields: Fields) -> bool:
-        return all(fields.get(column) is None or isinstance(fields.get(column), str) for column in columns)
-
-    return fits
-
-
-def _fits_text(fields: Fields) -> bool:
-    """A lone message of a conversation has a content too, but beside a role."""
-    return _texts("text")(fields) and not (
-        fields.names["text"].lower() == "content" and {"role", "Role"} & fields.row.keys()
-    )
-
-
-def _fits_alpaca(fields: Fields) -> bool:
-    if not _texts("question", "answer")(fields):
-        return False
-    return "input" in fields.names or "context" not in map(str.lower, fields.row)
-
-
-def _fits_prompt(fields: Fields) -> bool:
-    return all(
-        value is None or isinstance(value, str) or is_messages(value)
-        for value in map(fields.get, ("prompt", "answer"))
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ conversion
-
-
-def _convert_messages(fields: Fields, options: FormatOptions) -> Row:
-    value = fields.get("messages")
-    return read_conversation(
-        read_messages(value, fields.names["messages"], options, fields.counted), fields, options
-    )
-
-
-def _convert_xtuner(fields: Fields, options: FormatOptions) -> Row:
-    turns = read_xtuner(fields.get("messages"), fields.names["messages"], weighted=options.loss_weights)
-    return read_conversation(turns, fields, options)
-
-
-def _convert_text(fields: Fields, options: FormatOptions) -> Row:
-    text = fields.text("text")
-    if not text.strip():
-        raise RowError("empty-text", f"{fields.names['text'] or 'the line'} is empty.", "remove the row.")
-    return Text(text)
-
-
-# ------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------- the table
 
 
 def _optional(*names: str) -> tuple[Column, ...]:

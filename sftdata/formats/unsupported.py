@@ -1,4 +1,7 @@
-"""Rows with the columns of a format, and a value there that the format cannot take: which, what it is, and the way out."""
+"""Rows that look trainable and are not, or that no format takes: each kind with its reason and the fix.
+
+That includes rows with the columns of a format, and a value there that the format cannot take.
+"""
 
 from __future__ import annotations
 
@@ -6,179 +9,24 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sftdata.formats.calls import MEDIA
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
 from sftdata.formats.registry import FORMATS, Format, chat_style
-from sftdata.sources.jsonrows import from_json, kind_of
-
-RowDict = dict[str, Any]
-
-
-def by_formatter(expression: str) -> str:
-    """Return the fix that converts rows with a function of one expression, from `row` to the row that is meant."""
-    return f"--formatter rows:fix, with a file rows.py that holds: def fix(row): return {expression}"
-
-
-def explain_odd_value(
-    rows: Sequence[RowDict], formats: Iterable[Format], pinned: Mapping[str, str]
-) -> tuple[str, str] | None:
-    """Return reason and fix for the first row that has the columns of a format; None where no row has.
-
-    Args:
-        rows: rows that fit no format, the user's columns under their canonical names.
-        formats: in the order in which they are tried.
-        pinned: canonical column = column in the data, as the user maps them.
-    """
-    for entry in formats:
-        for row in rows:
-            for names in entry.candidates(row, pinned):
-                actual = {column: pinned.get(name, name) for column, name in names.items()}
-                for column, name in names.items():
-                    if odd := _odd(entry, column, row[name], actual[column]):
-                        return f"the column {actual[column]!r} of {entry.name} rows is {odd[0]}", odd[1]
-    return None
-
-
-def _odd(entry: Format, column: str, value: Any, name: str) -> tuple[str, str] | None:
-    """Return what is odd about a value, and the fix; None where nothing is."""
-    if value is None:
-        return None
-    if column == "messages":
-        return _odd_messages(value, name) if chat_style(value) is None else None
-    if entry.name == "tokens":
-        odd = column == "input_ids" and not (isinstance(value, list) and set(map(type, value)) == {int})
-        return (
-            (f"{shape(value)}; expected a list of integers", "write it as a list of integers.")
-            if odd
-            else None
-        )
-    if isinstance(value, str) or column not in ("question", "answer", "prompt", "input", "text"):
-        return None
-    if entry.name == "prompt-completion" and is_messages(value):
-        return None
-    return f"{shape(value)}; expected a string", by_formatter(
-        f"{{**row, {_quoted(name)}: {as_text(value, name)}}}"
-    )
-
-
-def _odd_messages(value: Any, name: str) -> tuple[str, str]:
-    expected = "expected a list of objects with role and content"
-    if isinstance(value, str):
-        if value.lstrip()[:2] in ("[{", "{'", "['") and not isinstance(from_json(value), list):
-            fix = by_formatter(
-                f"{{**row, {_quoted(name)}: __import__('ast').literal_eval(row[{_quoted(name)}])}}"
-            )
-            return (
-                f"text that is no JSON, as Python prints a list (single quotes); {expected}, or that list as JSON text",
-                fix,
-            )
-        return (
-            f"a string that is no list of messages ({value[:40]!r}); {expected}",
-            "write one object for each turn.",
-        )
-    if isinstance(value, dict) and chat_style([value]):
-        return f"one message; {expected}", by_formatter(f"{{**row, {_quoted(name)}: [row[{_quoted(name)}]]}}")
-    if isinstance(value, list) and value and isinstance(value[0], list) and chat_style(value[0]):
-        return f"a list of lists of messages; {expected}", "write one conversation a row."
-    return f"{shape(value)}; {expected}", 'write each message as {"role": ..., "content": ...}.'
-
-
-def shape(value: Any) -> str:
-    """Name a value as far as its shape goes: `a list of 2 strings`, `an object of text, answer_start`."""
-    if isinstance(value, dict):
-        return f"an object of {', '.join(map(str, list(value)[:4]))}" if value else "an empty object"
-    if not isinstance(value, list):
-        return f"{kind_of(value)} ({value})" if isinstance(value, int | float) else kind_of(value)
-    if not value:
-        return "an empty list"
-    first = value[0]
-    if isinstance(first, dict):
-        return f"a list of {len(value)} objects of {', '.join(map(str, list(first)[:4]))}"
-    kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}
-    return f"a list of {len(value)} {kinds.get(type(first), 'nulls')}"
-
-
-def as_text(value: Any, name: str) -> str:
-    """Return an expression that makes text of such a value: the first of a list, the text inside an object."""
-    found = f"row[{_quoted(name)}]"
-    while isinstance(value, list | dict) and value:
-        if isinstance(value, list):
-            found, value = f"{found}[0]", value[0]
-        else:
-            key = "text" if "text" in value else next(iter(value))
-            found, value = f"{found}[{_quoted(key)}]", value[key]
-    return found if isinstance(value, str) else f"str({found})"
-
-
-def _quoted(key: str) -> str:
-    return json.dumps(key, ensure_ascii=False)
-
-
-# ------------------------------------------------------------------------------------------
-
-
-_ROWS = "> rows.jsonl"
-_FIXES = {
-    "lists": "jq -c '. as $all | range([.[]][0] | length) as $i | $all | map_values(.[$i])' FILE",
-    "objects": "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE",
-    "split": "jq -c '.columns as $names | .data[] | [$names, .] | transpose | map({(.[0]): .[1]}) | add' FILE",
-    "index": "jq -c '.[]' FILE",
-}
-_SHAPES = {
-    "lists": "one object holds the whole table by columns: each is a list of its values",
-    "objects": "one object holds the whole table by columns: each is an object of its values by row (pandas to_json)",
-    "split": "one object holds the whole table as the lists columns and data (pandas orient=split)",
-    "index": "one object holds the rows by their number (pandas orient=index)",
-}
-
-
-def shape_of(row: RowDict) -> str | None:
-    """Return how an object holds a table; None for one that does not, or whose rows would be in no known format."""
-    return next((shape for shape, first in _first_rows(row) if _is_row(first)), None)
-
-
-def explain_columnwise(rows: Sequence[RowDict]) -> tuple[str, str]:
-    """Return the shape and the command that writes its rows as lines."""
-    shape = shape_of(rows[0]) or "lists"
-    return _SHAPES[shape], f"write it as rows: {_FIXES[shape]} {_ROWS}"
-
-
-def _first_rows(row: RowDict) -> list[tuple[str, RowDict]]:
-    values = list(row.values())
-    if values and all(isinstance(value, list) and value and len(value) == len(values[0]) for value in values):
-        return [("lists", {name: value[0] for name, value in row.items()})]
-    if values and all(
-        isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values
-    ):
-        number = next(iter(values[0]))
-        by_column = ("objects", {name: value[number] for name, value in row.items()})
-        return [("index", values[0])] if next(iter(row)).isdecimal() else [by_column]
-    names, data = row.get("columns"), row.get("data")
-    if (
-        isinstance(names, list)
-        and isinstance(data, list)
-        and data
-        and isinstance(data[0], list)
-        and len(data[0]) == len(names)
-    ):
-        return [("split", dict(zip(map(str, names), data[0], strict=True)))]
-    return []
-
-
-def _is_row(row: RowDict) -> bool:
-    return any(entry.readings(row, {}) for entry in FORMATS.values())
-
-
-# ------------------------------------------------------------------------------------------
+from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
 UNJUDGED = frozenset({"text", "lines", "tokens"})  # formats without an answer that a label could judge
-CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt")
+MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+_CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt")
 
 
-def unwanted_answer(row: RowDict) -> str | None:
+def has_media(row: JsonObject) -> bool:
+    """Return True for a row with a picture, sound or film in a column of its own."""
+    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
+
+
+def unwanted_answer(row: JsonObject) -> str | None:
     """Return the column that marks the answer of a row as not wanted (KTO); None where none does.
 
     Only the boolean false says so: a label that is a text or a number is a class.
@@ -186,83 +34,9 @@ def unwanted_answer(row: RowDict) -> str | None:
     return next((name for name in ("label", "kto_tag") if row.get(name) is False), None)
 
 
-def explain_unwanted(rows: Sequence[RowDict]) -> tuple[str, str]:
-    """Return reason and fix for rows with an answer that is not wanted."""
-    column = unwanted_answer(rows[0])
-    fix = by_formatter(f'None if row.get("{column}") is False else row')
-    return (
-        f"the column {column!r} is false, which marks answers that are not wanted (KTO); they would be trained as if they were",
-        f"keep the others: {fix}; or, where {column!r} says nothing about the answer, name the format with --format.",
-    )
-
-
-def is_preference(row: RowDict) -> bool:
-    """Say whether a row has a chosen and a rejected answer."""
-    return row.get("chosen") is not None and row.get("rejected") is not None
-
-
-def is_unanswered_preference(row: RowDict) -> bool:
-    """Say whether a row has a chosen and a rejected answer, and none of its own: its messages end in a question."""
-    if not is_preference(row):
-        return False
-    messages = next((from_json(row[name]) for name in CHAT_COLUMNS if row.get(name) is not None), None)
-    return isinstance(messages, list) and is_messages(messages) and not _is_answer(messages[-1])
-
-
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() in (
-        "assistant",
-        "gpt",
-        "chatgpt",
-    )
-
-
-def explain_preference(rows: Sequence[RowDict]) -> tuple[str, str]:
-    """Return reason and fix for preference pairs."""
-    return (
-        "the rows are preference pairs (chosen, rejected)",
-        f"train on the chosen answers: {_chosen_fix(rows[0])}",
-    )
-
-
-def _chosen_fix(row: RowDict) -> str:
-    """Return what makes the chosen answer the row's own: the first way that reads, and reads whole."""
-    chosen = row["chosen"] if not isinstance(row["chosen"], dict) else [row["chosen"]]
-    asked = next((name for name in CHAT_COLUMNS if is_messages(row.get(name)) and row.get(name)), None)
-    if is_messages(chosen) and _is_answer(chosen[0]) and asked:
-        answer = '[row["chosen"]]' if isinstance(row["chosen"], dict) else 'row["chosen"]'
-        return by_formatter(f'{{"messages": row["{asked}"] + {answer}}}')
-    if is_messages(row["chosen"]) and not _is_answer(chosen[0]):
-        return "--map messages=chosen."
-    if any(row.get(name) is not None for name in QUESTIONS):
-        return "--map completion=chosen."
-    markers = find_turn_markers([str(row["chosen"])])
-    if markers is None:
-        return "write each row as a prompt and its completion."
-    instruction, response = map(_shell_quoted, markers)
-    return f"--map text=chosen --response-template {response} --instruction-template {instruction}"
-
-
-def _shell_quoted(marker: str) -> str:
-    return f"$'{marker.encode('unicode_escape').decode()}'" if "\n" in marker else f"'{marker}'"
-
-
-# ------------------------------------------------------------------------------------------
-
-_CHAT_COLUMNS = ("messages", "conversations", "conversation", "prompt", "completion")
-
-
-MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-
-
-def has_media(row: dict[str, Any]) -> bool:
-    """Return True for a row with a picture, sound or film in a column of its own."""
-    return not MEDIA_COLUMNS.isdisjoint(row) and any(row[name] for name in MEDIA_COLUMNS & row.keys())
-
-
 @dataclass(frozen=True, slots=True)
-class NearMiss:
-    """Rows that a user may take for training rows.
+class Unsupported:
+    """A kind of rows that a user may take for training rows.
 
     Attributes:
         fits: whether one row is such a row.
@@ -270,23 +44,29 @@ class NearMiss:
     """
 
     name: str
-    fits: Callable[[RowDict], bool]
-    explain: Callable[[Sequence[RowDict]], tuple[str, str]]
+    fits: Callable[[JsonObject], bool]
+    explain: Callable[[Sequence[JsonObject]], tuple[str, str]]
 
 
-def _is_vision(row: RowDict) -> bool:
-    return has_media(row) or any(_has_media_part(row.get(column)) for column in _CHAT_COLUMNS)
+# ---------------------------------------------------------------- media, several answers, none, wrapped rows
 
 
-def _has_media_part(messages: Any) -> bool:
+def _is_vision(row: JsonObject) -> bool:
+    return has_media(row) or any(
+        _has_media_part(row.get(column)) for column in (*_CHAT_COLUMNS, "completion")
+    )
+
+
+def _has_media_part(messages: object) -> bool:
     if not is_messages(messages):
         return False
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") in MEDIA for part in parts)
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    return any(isinstance(kind, str) and kind in MEDIA for kind in kinds)
 
 
-def _explain_vision(rows: Sequence[RowDict]) -> tuple[str, str]:
+def _explain_vision(rows: Sequence[JsonObject]) -> tuple[str, str]:
     columns = sorted({name for row in rows for name in MEDIA_COLUMNS & row.keys()})
     place = f"the column {columns[0]!r}" if columns else "the content of messages"
     return (
@@ -295,38 +75,39 @@ def _explain_vision(rows: Sequence[RowDict]) -> tuple[str, str]:
     )
 
 
-def _is_several_answers(row: RowDict) -> bool:
+def _is_several_answers(row: JsonObject) -> bool:
     return isinstance(row.get("completions"), list)
 
 
-def _explain_several_answers(rows: Sequence[RowDict]) -> tuple[str, str]:
+def _explain_several_answers(rows: Sequence[JsonObject]) -> tuple[str, str]:
     return (
         "'completions' is a list of answers; a training row has one completion",
         by_formatter('{"prompt": row["prompt"], "completion": row["completions"][0]}'),
     )
 
 
-def _is_lone_message(row: RowDict) -> bool:
+def _is_lone_message(row: JsonObject) -> bool:
     return isinstance(row.get("role"), str) and isinstance(row.get("content"), str)
 
 
-def _explain_lone_message(rows: Sequence[RowDict]) -> tuple[str, str]:
+def _explain_lone_message(rows: Sequence[JsonObject]) -> tuple[str, str]:
     return "each row is one message of a conversation", 'write one conversation a row: {"messages": [...]}.'
 
 
-def _is_unanswered(row: RowDict) -> bool:
+def _is_unanswered(row: JsonObject) -> bool:
     return any(row.get(name) is not None for name in QUESTIONS) and all(
         row.get(name) is None for name in ANSWERS
     )
 
 
-def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
+def _explain_unanswered(rows: Sequence[JsonObject]) -> tuple[str, str]:
     question = next(name for name in QUESTIONS if any(row.get(name) is not None for row in rows))
     reason = f"the column {question!r} asks, but there is no answer column ({', '.join(ANSWERS)})"
     if not isinstance(rows[0].get(question), str):
         return (
             reason,
-            'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.',
+            'write each row as {"messages": [...]} that ends in the answer,'
+            " as with --formatter module:function.",
         )
     others = Counter(
         name for row in rows for name, value in row.items() if value is not None and name != question
@@ -349,17 +130,17 @@ def _explain_unanswered(rows: Sequence[RowDict]) -> tuple[str, str]:
 
 
 def _names_an_answer(column: str) -> bool:
-    """Say whether a column is called as an answer may be: a context, a title or a rationale is none."""
+    """Return whether a column has a name of an answer; a context, a title or a rationale does not."""
     return any(word in column.lower() for word in (*ANSWERS, "solution", "target", "reply", "chosen"))
 
 
-def _wrapping(row: RowDict) -> tuple[str, bool] | None:
+def _wrapping(row: JsonObject) -> tuple[str, bool] | None:
     """Return the column that holds a training row, or a list of them, and whether it is a list."""
     for name, value in row.items():
-        if name in _CHAT_COLUMNS:  # what it holds is meant as messages
+        if name in (*_CHAT_COLUMNS, "completion"):  # what it holds is meant as messages
             continue
         several = isinstance(value, list)
-        first = value[0] if several and value else value
+        first = value[0] if isinstance(value, list) and value else value
         # A text inside an object is more often a remark than a row.
         if isinstance(first, dict) and any(
             entry.readings(first, {}) for entry in FORMATS.values() if several or entry.name not in UNJUDGED
@@ -368,7 +149,7 @@ def _wrapping(row: RowDict) -> tuple[str, bool] | None:
     return None
 
 
-def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
+def _explain_wrapped(rows: Sequence[JsonObject]) -> tuple[str, str]:
     column, several = _wrapping(rows[0]) or ("", False)
     if several:
         fix = f"take them out, as with jq -c '.{column}[]' FILE > rows.jsonl."
@@ -376,20 +157,239 @@ def _explain_wrapped(rows: Sequence[RowDict]) -> tuple[str, str]:
     return f"each row is inside an object, under {column!r}", by_formatter(f'row["{column}"]')
 
 
-VISION = NearMiss("vision", _is_vision, _explain_vision)
-UNWANTED = NearMiss(
+# ------------------------------------------------------------------------ chosen and rejected, wanted or not
+
+
+def explain_unwanted(rows: Sequence[JsonObject]) -> tuple[str, str]:
+    """Return reason and fix for rows with an answer that is not wanted."""
+    column = unwanted_answer(rows[0])
+    fix = by_formatter(f'None if row.get("{column}") is False else row')
+    return (
+        f"the column {column!r} is false, which marks answers that are not wanted (KTO);"
+        " they would be trained as if they were",
+        f"keep the others: {fix}; or, where {column!r} says nothing about the answer,"
+        " name the format with --format.",
+    )
+
+
+def is_preference(row: JsonObject) -> bool:
+    """Return whether a row has a chosen and a rejected answer."""
+    return row.get("chosen") is not None and row.get("rejected") is not None
+
+
+def is_unanswered_preference(row: JsonObject) -> bool:
+    """Return whether a row has chosen and rejected answers, and its messages end in a question."""
+    if not is_preference(row):
+        return False
+    messages = next((from_json(row[name]) for name in _CHAT_COLUMNS if row.get(name) is not None), None)
+    return isinstance(messages, list) and is_messages(messages) and not _is_answer(messages[-1])
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() in (
+        "assistant",
+        "gpt",
+        "chatgpt",
+    )
+
+
+def explain_preference(rows: Sequence[JsonObject]) -> tuple[str, str]:
+    """Return reason and fix for preference pairs."""
+    return (
+        "the rows are preference pairs (chosen, rejected)",
+        f"train on the chosen answers: {_chosen_fix(rows[0])}",
+    )
+
+
+def _chosen_fix(row: JsonObject) -> str:
+    """Return what makes the chosen answer the row's own: the first way that reads, and reads whole."""
+    given = row["chosen"]
+    chosen = [given] if isinstance(given, dict) else given
+    asked = next((name for name in _CHAT_COLUMNS if is_messages(row.get(name)) and row.get(name)), None)
+    if is_messages(chosen) and _is_answer(chosen[0]) and asked:
+        answer = '[row["chosen"]]' if isinstance(given, dict) else 'row["chosen"]'
+        return by_formatter(f'{{"messages": row["{asked}"] + {answer}}}')
+    if is_messages(given) and not _is_answer(given[0]):
+        return "--map messages=chosen."
+    if any(row.get(name) is not None for name in QUESTIONS):
+        return "--map completion=chosen."
+    markers = find_turn_markers([str(given)])
+    if markers is None:
+        return "write each row as a prompt and its completion."
+    instruction, response = map(_shell_quoted, markers)
+    return f"--map text=chosen --response-template {response} --instruction-template {instruction}"
+
+
+def _shell_quoted(marker: str) -> str:
+    return f"$'{marker.encode('unicode_escape').decode()}'" if "\n" in marker else f"'{marker}'"
+
+
+# ------------------------------------------------------------------------------------ a table by its columns
+
+_FIXES = {
+    "lists": "jq -c '. as $all | range([.[]][0] | length) as $i | $all | map_values(.[$i])' FILE",
+    "objects": "jq -c '. as $all | ([.[]][0] | keys_unsorted[]) as $i | $all | map_values(.[$i])' FILE",
+    "split": "jq -c '.columns as $names | .data[] | [$names, .] | transpose"
+    " | map({(.[0]): .[1]}) | add' FILE",
+    "index": "jq -c '.[]' FILE",
+}
+_SHAPES = {
+    "lists": "one object holds the whole table by columns: each is a list of its values",
+    "objects": "one object holds the whole table by columns:"
+    " each is an object of its values by row (pandas to_json)",
+    "split": "one object holds the whole table as the lists columns and data (pandas orient=split)",
+    "index": "one object holds the rows by their number (pandas orient=index)",
+}
+
+
+def shape_of(row: JsonObject) -> str | None:
+    """Return how an object holds a table (told by its first row); None for one that does not."""
+    return next((shape for shape, first in _first_rows(row) if _is_row(first)), None)
+
+
+def explain_columnwise(rows: Sequence[JsonObject]) -> tuple[str, str]:
+    """Return the shape and the command that writes its rows as lines."""
+    shape = shape_of(rows[0]) or "lists"
+    return _SHAPES[shape], f"write it as rows: {_FIXES[shape]} > rows.jsonl"
+
+
+def _first_rows(row: JsonObject) -> list[tuple[str, JsonObject]]:
+    """Return how an object may hold a table, and the row that it would have first."""
+    lists = [value for value in row.values() if isinstance(value, list) and value]
+    if row and len(lists) == len(row) and len({len(value) for value in lists}) == 1:
+        return [("lists", {name: value[0] for name, value in zip(row, lists, strict=True)})]
+    objects = [value for value in row.values() if isinstance(value, dict) and value]
+    if row and len(objects) == len(row) and all(value.keys() == objects[0].keys() for value in objects):
+        if next(iter(row)).isdecimal():
+            return [("index", objects[0])]
+        number = next(iter(objects[0]))
+        return [("objects", {name: value[number] for name, value in zip(row, objects, strict=True)})]
+    names, data = row.get("columns"), row.get("data")
+    first = data[0] if isinstance(data, list) and data else None
+    if isinstance(names, list) and isinstance(first, list) and len(first) == len(names):
+        return [("split", dict(zip(map(str, names), first, strict=True)))]
+    return []
+
+
+def _is_row(row: JsonObject) -> bool:
+    return any(entry.readings(row, {}) for entry in FORMATS.values())
+
+
+# --------------------------------------------------------------------------------------------- one odd value
+
+
+def by_formatter(expression: str) -> str:
+    """Return the fix that converts rows with a function of one expression of `row`."""
+    return f"--formatter rows:fix, with a file rows.py that holds: def fix(row): return {expression}"
+
+
+def explain_odd_value(
+    rows: Sequence[JsonObject], formats: Iterable[Format], pinned: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """Return reason and fix for the first row that has the columns of a format; None where no row has.
+
+    Args:
+        rows: rows that fit no format, the user's columns under their canonical names.
+        formats: in the order in which they are tried.
+        pinned: canonical column = column in the data, as the user maps them.
+    """
+    for entry in formats:
+        for row in rows:
+            for names in entry.candidates(row, pinned):
+                actual = {column: pinned.get(name, name) for column, name in names.items()}
+                for column, name in names.items():
+                    if odd := _odd(entry, column, row[name], actual[column]):
+                        return f"the column {actual[column]!r} of {entry.name} rows is {odd[0]}", odd[1]
+    return None
+
+
+def _odd(entry: Format, column: str, value: object, name: str) -> tuple[str, str] | None:
+    """Return what is odd about a value, and the fix; None where nothing is."""
+    if value is None:
+        return None
+    if column == "messages":
+        return _odd_messages(value, name) if chat_style(value) is None else None
+    if entry.name == "tokens":
+        odd = column == "input_ids" and not (isinstance(value, list) and set(map(type, value)) == {int})
+        if not odd:
+            return None
+        return f"{shape(value)}; expected a list of integers", "write it as a list of integers."
+    if isinstance(value, str) or column not in ("question", "answer", "prompt", "input", "text"):
+        return None
+    if entry.name == "prompt-completion" and is_messages(value):
+        return None
+    return f"{shape(value)}; expected a string", by_formatter(
+        f"{{**row, {_quoted(name)}: {as_text(value, name)}}}"
+    )
+
+
+def _odd_messages(value: object, name: str) -> tuple[str, str]:
+    expected = "expected a list of objects with role and content"
+    if isinstance(value, str):
+        if value.lstrip()[:2] in ("[{", "{'", "['") and not isinstance(from_json(value), list):
+            fix = by_formatter(
+                f"{{**row, {_quoted(name)}: __import__('ast').literal_eval(row[{_quoted(name)}])}}"
+            )
+            found = "text that is no JSON, as Python prints a list (single quotes)"
+            return f"{found}; {expected}, or that list as JSON text", fix
+        return (
+            f"a string that is no list of messages ({value[:40]!r}); {expected}",
+            "write one object for each turn.",
+        )
+    if isinstance(value, dict) and chat_style([value]):
+        return f"one message; {expected}", by_formatter(f"{{**row, {_quoted(name)}: [row[{_quoted(name)}]]}}")
+    if isinstance(value, list) and value and isinstance(value[0], list) and chat_style(value[0]):
+        return f"a list of lists of messages; {expected}", "write one conversation a row."
+    return f"{shape(value)}; {expected}", 'write each message as {"role": ..., "content": ...}.'
+
+
+def shape(value: object) -> str:
+    """Name a value as far as its shape goes: `a list of 2 strings`, `an object of text, answer_start`."""
+    if isinstance(value, dict):
+        return f"an object of {', '.join(map(str, list(value)[:4]))}" if value else "an empty object"
+    if not isinstance(value, list):
+        return f"{kind_of(value)} ({value})" if isinstance(value, int | float) else kind_of(value)
+    if not value:
+        return "an empty list"
+    first = value[0]
+    if isinstance(first, dict):
+        return f"a list of {len(value)} objects of {', '.join(map(str, list(first)[:4]))}"
+    kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}
+    return f"a list of {len(value)} {kinds.get(type(first), 'nulls')}"
+
+
+def as_text(value: object, name: str) -> str:
+    """Return an expression that makes text of a value: the first of a list, the text inside an object."""
+    found = f"row[{_quoted(name)}]"
+    while isinstance(value, list | dict) and value:
+        if isinstance(value, list):
+            found, value = f"{found}[0]", value[0]
+        else:
+            key = "text" if "text" in value else next(iter(value))
+            found, value = f"{found}[{_quoted(key)}]", value[key]
+    return found if isinstance(value, str) else f"str({found})"
+
+
+def _quoted(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+VISION = Unsupported("vision", _is_vision, _explain_vision)
+UNWANTED = Unsupported(
     "answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted
 )
-PREFERENCE = NearMiss("preference pairs", is_preference, explain_preference)
+PREFERENCE = Unsupported("preference pairs", is_preference, explain_preference)
 BY_COLUMNS = "a table by columns"
-NEAR_MISSES = {
+UNSUPPORTED = {
     entry.name: entry
     for entry in (
-        NearMiss("several answers", _is_several_answers, _explain_several_answers),
+        Unsupported("several answers", _is_several_answers, _explain_several_answers),
         PREFERENCE,
-        NearMiss("lone messages", _is_lone_message, _explain_lone_message),
-        NearMiss(BY_COLUMNS, lambda row: shape_of(row) is not None, explain_columnwise),
-        NearMiss("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
-        NearMiss("prompts without answers", _is_unanswered, _explain_unanswered),
+        Unsupported("lone messages", _is_lone_message, _explain_lone_message),
+        Unsupported(BY_COLUMNS, lambda row: shape_of(row) is not None, explain_columnwise),
+        Unsupported("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
+        Unsupported("prompts without answers", _is_unanswered, _explain_unanswered),
     )
 }

@@ -31,6 +31,9 @@ from sftdata.sources.streams import BLOCK_BYTES, RawCount, read_all, read_range,
 
 # ----------------------------------------------------------------------------------------- one text, one row
 
+JsonObject = dict[str, object]
+"""An object of plain JSON data, such as a row or a message."""
+
 MAX_DEPTH = 256  # below Python's recursion limit wherever the call comes from, so every process decides alike
 
 _decode = msgspec.json.Decoder().decode
@@ -74,7 +77,7 @@ def from_json(value: object) -> object:
     return value
 
 
-def parse_row(line: bytes) -> dict[str, object] | str | Fault:
+def parse_row(line: bytes) -> JsonObject | str | Fault:
     """Parse one JSON object; unwrap a line of `rejects.jsonl` to the row inside.
 
     A bare list of messages is a conversation.
@@ -107,7 +110,7 @@ def _is_conversation(row: list[object]) -> bool:
     )
 
 
-def _unwrap(envelope: dict[str, object]) -> dict[str, object] | str | Fault:
+def _unwrap(envelope: JsonObject) -> JsonObject | str | Fault:
     """Return the row inside a line of `rejects.jsonl`; one that was never parsed is parsed now."""
     row = envelope["row"]
     if isinstance(row, dict):

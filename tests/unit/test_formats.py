@@ -786,3 +786,19 @@ def test_real_sparse_system_texts_are_kept(shared_data: Path) -> None:
     expected = [row["system"] for row in rows if "system" in row]
     assert len(expected) == 6
     assert [message["content"] for message in first if message["role"] == "system"] == expected
+
+
+@pytest.mark.parametrize("kind", [[], {}, 1, True])
+def test_a_part_whose_type_is_no_string_is_a_fault_of_the_row(kind: Any) -> None:
+    row = {"messages": [{"role": "user", "content": [{"type": kind, "text": "Q"}]}, TURN[1]]}
+    assert fault_of(row, "messages").code == "unknown-part"
+
+
+@pytest.mark.parametrize("name", [[], {}, None])
+def test_a_tool_whose_name_is_no_string_declares_nothing(name: Any) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    row = {
+        "messages": [TURN[0], {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": {}}}}],
+    }
+    assert talk(row, "messages").messages[1]["tool_calls"] == [call]
