@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from sftdata.errors import UsageError, did_you_mean
 from sfttrain.config import RENAMED, TRAINING_DEFAULTS, TrainConfig
@@ -14,11 +19,21 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+@cache
 def training_fields() -> dict[str, str]:
-    """Return the fields of TrainingArguments and their types, as text."""
-    from transformers import TrainingArguments
+    """Return the fields of TrainingArguments and their types, as text.
 
-    known = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
+    They are read from its source: importing it takes seconds, and a misspelt setting should take none.
+    """
+    package = cast(ModuleSpec, find_spec("transformers")).origin
+    source = Path(str(package)).with_name("training_args.py").read_text("utf-8")
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    body = next(node for node in classes if node.name == "TrainingArguments").body
+    known = {
+        ast.unparse(field.target): ast.unparse(field.annotation)
+        for field in body
+        if isinstance(field, ast.AnnAssign) and "init=False" not in ast.unparse(field.value or field.target)
+    }
     return {name: known[old] for old, name in RENAMED.items() if old in known} | known
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,13 +184,21 @@ def export(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--debug" not in given:
+        _quieten_libraries()
     number = rank()
-    return run_app(
-        app,
-        "sfttrain",
-        sys.argv[1:] if arguments is None else arguments,
-        f"rank {number}: " if number else "",
-    )
+    return run_app(app, "sfttrain", given, f"rank {number}: " if number else "")
+
+
+def _quieten_libraries() -> None:
+    """Leave the terminal to what a run says itself, unless the user asked libraries to speak."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)  # loggers that have no handler, as bitsandbytes'
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _named(texts: list[str] | None) -> dict[str, str] | None:

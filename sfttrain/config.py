@@ -118,6 +118,9 @@ class TrainConfig(BaseModel):
         "auto",
         description="If packing would leak: auto unpacks and logs it, require refuses. unpack always unpacks.",
     )
+    prove_again: bool = Field(
+        False, description="Prove anew what an earlier run of the same model, versions and device has proven."
+    )
 
     # ---- where
     output: Path = Field(description="Folder of the run: checkpoints, then the model.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
-from sfttrain.attention import FLATTENED, STAND_IN, registered_name
+from sfttrain.attention import FLATTENED, FORCED, STAND_IN, registered_name
 from sfttrain.data import Batch, Collator, Row
 from sfttrain.loss import fuse_loss
 from sfttrain.rotary import keep_rotary_apart
@@ -120,9 +120,12 @@ def prove(
         Exception: whatever the family raises where it cannot be made, or cannot take the batch.
     """
     flatten = attention in FLATTENED
+    exact = STAND_IN if flatten else attention
+    if attention in FORCED and where.compute != torch.float32:
+        exact = "sdpa"  # the kernel may know 16 bit only
     with fixed_seed(), full_float32():
         trial = _Trial(config, where, trusted)
-        proof = trial.in_float32(STAND_IN if flatten else attention, flatten, packed)
+        proof = trial.in_float32(exact, flatten, packed)
         if where.compute != torch.float32 and (proof.isolated or not packed):
             collate = Collator(flatten, proof.boundaries)
             proof = replace(proof, rounding=trial.in_compute_dtype(attention, collate, packed))

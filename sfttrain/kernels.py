@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from sftdata.errors import UsageError
 from sfttrain.config import TrainConfig
 from sfttrain.isolation import Surroundings
+from sfttrain.proofs import remembered
 from sfttrain.shrink import VOCABULARY
 from sfttrain.talk import Say
 from sfttrain.tiny import fixed_seed, full_float32, smallest_that_runs, tiny_model
@@ -54,7 +56,13 @@ def add_kernels(
     reason = _obstacle(model_config, where)
     if not reason:
         try:
-            rounding = prove_kernels(model_config, where, config.trust_remote_code, options or {})
+            rounding, before = remembered(
+                model_config,
+                {"kernels": "liger", "options": options, **asdict(where)},
+                float,
+                lambda: prove_kernels(model_config, where, config.trust_remote_code, options or {}),
+                config.prove_again,
+            )
             reason = f"they round {rounding:.1f} times as much as plain PyTorch does" * (rounding > _ROUNDING)
         except Exception as error:  # whatever a kernel raises on a card that it does not know
             first = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -65,7 +73,8 @@ def add_kernels(
         say(f"kernels: PyTorch's ({reason})")
         return False
     replaced = apply_liger(model, options or {})
-    say(f"kernels: Liger's for {', '.join(replaced)}, proven on a tiny {model_config.model_type}")
+    when = "before " * before
+    say(f"kernels: Liger's for {', '.join(replaced)}, proven {when}on a tiny {model_config.model_type}")
     return True
 
 

@@ -18,6 +18,7 @@ from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head,
 from sfttrain.attention import registered_name
 from sfttrain.config import TrainConfig
 from sfttrain.loss import Objective, fuse_loss
+from sfttrain.output import refuse_weights
 from sfttrain.refusals import require_package
 from sfttrain.rotary import keep_rotary_apart
 from sfttrain.talk import Say
@@ -99,7 +100,7 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
         )
     source = str(config.model)
-    _refuse_pickle(Path(source))
+    refuse_weights(Path(source))
     arguments: dict[str, object] = {
         "config": model_config,
         "revision": config.revision,
@@ -156,21 +157,6 @@ def _quantization(kind: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-
-
-def _refuse_pickle(folder: Path) -> None:
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
-    )
-    found = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
-    fix = (
-        "if you trust it, convert it with save_pretrained."
-        if pickles
-        else "name a folder with model.safetensors."
-    )
-    raise UsageError(f"{folder}: found {found}; expected safetensors.", fix)
 
 
 def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sftdata.errors import UsageError
 from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.store import explained
-from sfttrain.config import TrainConfig
+from sfttrain.config import TrainConfig, adapter_base
 from sfttrain.talk import rank
 
 RUN_NAME = "run.json"
@@ -37,6 +37,10 @@ def refuse_places(config: TrainConfig, *, given: bool) -> None:
     source = str(config.init_from_config or config.model)
     if not given and source.startswith(_LOOKS_LIKE_A_PATH) and not Path(source).exists():
         raise UsageError(f"{source}: no such folder.", "name a folder or Hub id of a causal language model.")
+    if not given and config.init_from_config is None:
+        refuse_weights(Path(source), none=True)
+    if config.adapter is not None:
+        adapter_base(config.adapter)
     for name in ("model", "adapter"):
         place = getattr(config, name)
         if place is not None and not given and output.exists() and Path(place).resolve() == output.resolve():
@@ -44,6 +48,29 @@ def refuse_places(config: TrainConfig, *, given: bool) -> None:
                 f"{output}: is the folder of the {name}, which the run would write over.",
                 "choose another -o.",
             )
+
+
+def refuse_weights(folder: Path, *, none: bool = False) -> None:
+    """Refuse a folder without weights that are safe to load; `name/model` may be on the Hub.
+
+    Args:
+        folder: the model's.
+        none: accept a config without weights, which may be refused for a better reason.
+    """
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
+    )
+    if none and not pickles and (folder / "config.json").exists():
+        return
+    found = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
+    fix = (
+        "if you trust it, convert it with save_pretrained."
+        if pickles
+        else "name a folder with model.safetensors."
+    )
+    raise UsageError(f"{folder}: found {found}; expected safetensors.", fix)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
 from sfttrain.attention import FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.isolation import Proof, Surroundings, prove
+from sfttrain.proofs import remembered
 from sfttrain.shrink import depends_on_row_length, text_config
 from sfttrain.talk import Say
 
@@ -70,6 +71,7 @@ class _Search:
         self._config, self._model_config, self._where, self._say = config, model_config, where, say
         self._family = model_config.model_type
         self._proofs: dict[str, Proof] = {}
+        self._before: set[str] = set()  # proven by an earlier run
         self._rejected: dict[str, str] = {}
         self._failure: Exception | None = None
 
@@ -91,9 +93,9 @@ class _Search:
             return self._plan(name, proof, unpack=True) if name in FLATTENED else None
         for failed, reason in self._rejected.items():
             self._say(f"attention: {name} instead of {failed} ({reason})")
-        self._say(
-            f"packing: proven on a tiny {self._family}: packed = alone within {proof.difference:.1e} ({name})"
-        )
+        when = "before (prove_again=true proves anew), " if name in self._before else ""
+        found = f"packed = alone within {proof.difference:.1e} ({name})"
+        self._say(f"packing: proven {when}on a tiny {self._family}: {found}")
         return self._plan(name, proof, unpack=False)
 
     def unpacked(self, asked: str | None) -> Plan:
@@ -109,7 +111,8 @@ class _Search:
         if asked in FLATTENED:
             raise UsageError(f"attention={asked}: {reason}.", "set attention=auto.") from self._failure
         if self._config.packing != "unpack":
-            self._say(f"packing: {reason}; every document is trained in a row of its own")
+            when = "; so it was proven before (prove_again=true proves anew)" if self._before else ""
+            self._say(f"packing: {reason}{when}; every document is trained in a row of its own")
         name = next((name for name in self._proofs if name not in FLATTENED), None)
         if name is None:
             return self._unproven(asked or "eager")
@@ -121,7 +124,13 @@ class _Search:
     def _prove(self, name: str, packed: bool) -> Proof | None:
         where = self._where
         try:
-            proof = prove(self._model_config, name, where, self._config.trust_remote_code, packed)
+            proof, before = remembered(
+                self._model_config,
+                {"attention": name, "packed": packed, **asdict(where)},
+                Proof,
+                lambda: prove(self._model_config, name, where, self._config.trust_remote_code, packed),
+                self._config.prove_again,
+            )
         except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
             self._failure = self._failure or error
             reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -135,6 +144,8 @@ class _Search:
                 f"{found}.", "name a model that is trained left to right (is_decoder=true in its config)."
             )
         self._proofs[name] = proof
+        if before:
+            self._before.add(name)
         return proof
 
     def _plan(self, name: str, proof: Proof, unpack: bool) -> Plan:

@@ -1,13 +1,15 @@
 """One training run, from a checked configuration to a model on disk: read me first.
 
-Without torch: take the output -> open and verify the sets -> compare vocabularies In training.py: choose
-attention -> prove packing and loss -> load the model -> resume or begin -> train -> export
+Without torch: names of settings -> places -> take the output -> open the sets, compare vocabularies, begin
+to verify. In training.py: choose attention -> prove packing and loss -> load the model -> resume or begin ->
+train -> export.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sfttrain.acting import checked_training
 from sfttrain.config import TrainConfig
 from sfttrain.output import refuse_places, take
 from sfttrain.refusals import require_trainer
@@ -35,9 +37,10 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
         SftError: what is wrong, and the fix; before the first step where it can be known then.
     """
     require_trainer()
+    checked_training(config.training)
     refuse_places(config, given=model is not None)
     with listening() as request, take(config.output):
-        sets, evaluation = open_sets(config)
+        sets, evaluation, reading = open_sets(config)
         from sfttrain.training import train_on  # imports torch and transformers, which takes seconds
 
-        return train_on(config, sets, evaluation, model, data, extras, request)
+        return train_on(config, sets, evaluation, reading, model, data, extras, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,11 +18,11 @@ from sfttrain.config import TrainConfig
 from sfttrain.talk import rank
 
 
-def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]:
-    """Open the sets to train and to evaluate on; the main process reads every byte of them once.
+def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet], Reading]:
+    """Open the sets to train and to evaluate on; the main process begins to read every byte of them once.
 
     Raises:
-        SftError: a set is missing, damaged or empty, or does not fit the others or the model.
+        SftError: a set is missing or empty, or does not fit the others or the model.
     """
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
@@ -30,9 +31,49 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
     known = _known_vocabulary(config)
     if known is not None:
         missing_embeddings(sets, known)
-    if rank() == 0:
-        verify_sets(everything)
-    return sets, evaluation
+    for opened in everything:
+        if not opened.manifest.ledger.tokens_trained:
+            raise DataError(
+                f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
+            )
+    return sets, evaluation, Reading(everything if rank() == 0 else [])
+
+
+class Reading:
+    """The verification of sets, in a thread beside the import of torch and the loading of the model.
+
+    Args:
+        sets: to be read.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self._sets, self._error = sets, list[Exception]()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Refuse what has been found so far.
+
+        Raises:
+            SftError: a set is damaged.
+        """
+        if self._error:
+            raise self._error[0]
+
+    def finish(self) -> None:
+        """Wait until every byte is read.
+
+        Raises:
+            SftError: a set is damaged.
+        """
+        self._thread.join()
+        self.check()
+
+    def _read(self) -> None:
+        try:
+            verify_sets(self._sets)
+        except Exception as error:  # raised again in the thread that waits
+            self._error.append(error)
 
 
 def verify_sets(sets: Sequence[ShardSet]) -> None:
@@ -43,7 +84,6 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
     Raises:
         IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that
             is none of the set's.
-        DataError: there is nothing to train on.
     """
     for opened in sets:
         checked = damaged_files(opened.folder, opened.manifest)
@@ -51,10 +91,6 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
         for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
             raise IntegrityError(problem)
         opened.hold()
-        if not opened.manifest.ledger.tokens_trained:
-            raise DataError(
-                f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
-            )
 
 
 def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:

@@ -29,6 +29,7 @@ from sfttrain.path import Plan, choose_path
 from sfttrain.preflight import try_optimizer
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.resume import Point, finished, identity_of, resume_point
+from sfttrain.sets import Reading
 from sfttrain.stop import StopRequest
 from sfttrain.talk import Say, say
 from sfttrain.trainer import SftTrainer
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
 
 
 def train_on(
-    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: Any, data: Any,
-    objects: dict[str, Any], request: StopRequest,
+    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], reading: Reading, model: Any,
+    data: Any, objects: dict[str, Any], request: StopRequest,
 ) -> SftTrainer | None:  # fmt: skip
     """Train on opened sets; see `sfttrain.run.train`.
 
     Args:
+        reading: the verification of the sets; nothing is trained, and no run called finished, before its end.
         objects: what transformers' Trainer takes as objects.
         request: where signals are noted.
     """
@@ -52,18 +54,19 @@ def train_on(
 
     disable_progress_bar()
     args = training_arguments(config)
+    reading.check()
     setting = Run(
         config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None
     )
     refusals.refuse_useless(config, args, model, data, objects, say)
     refuse_inert(setting)
-    args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
     identity = identity_of(setting, sets, evaluation)
     done = finished(config, identity)
     if done is not None:
+        reading.finish()
         conclude_again(config, args, done)
         return None
-    trainer, resumed, steps = _assemble(setting, sets, evaluation, model, data, identity)
+    trainer, resumed, steps = _assemble(setting, sets, evaluation, reading, model, data, identity)
     stop = StopAtStepEnd(request, args.world_size)
     trainer.add_callback(stop)
     _take_steps(trainer, resumed, steps)
@@ -83,6 +86,7 @@ def _assemble(
     setting: Run,
     sets: list[ShardSet],
     evaluation: dict[str, ShardSet],
+    reading: Reading,
     model: Any,
     data: Any,
     identity: checkpoint.Identity,
@@ -100,6 +104,8 @@ def _assemble(
         plan = _choose_path(config, model_config, model, where, say)
         model, plan = make_model(config, model_config, model, plan, sets, args, say)
     ready_generation(model, sets, say)
+    reading.finish()
+    args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
     rows = (
         TrainingRows(sets, plan.unpack)
         if data is None

@@ -15,6 +15,7 @@ settings.register_profile("long", deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("quick", settings.get_profile("long"), max_examples=25)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["SFTTRAIN_CACHE"] = ""  # tests replace what is proven; those of the cache name a folder
 
 # What the quick suite leaves out. The other marks need a GPU, the internet or half an hour; `slow` alone is the long suite.
 LONG = ("slow", "gpu", "network", "torture")

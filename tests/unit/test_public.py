@@ -81,7 +81,7 @@ train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, 
  kernels: Literal['auto', 'liger', 'none'] = 'auto',\
  compile: Literal['auto', 'layers', 'loss', 'none'] = 'auto',\
  objective: Literal['nll', 'dft'] = 'nll', packing: Literal['auto', 'require', 'unpack'] = 'auto',\
- overwrite: bool = False, push_to_hub: str | None = None,\
+ prove_again: bool = False, overwrite: bool = False, push_to_hub: str | None = None,\
  callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\
  compute_loss_func: Callable[..., Any] | None = None,\
  compute_metrics: Callable[..., dict[str, Any]] | None = None,\
