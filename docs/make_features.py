@@ -28,9 +28,12 @@ ROWS = {
     "attention": "flash_attention_4, 3 and 2, torch varlen, flex, sdpa, eager; `sdpa:flash`, `efficient`, `math` or `cudnn`"
     " forces a kernel. The choice is proven; a table shows why each was or was not chosen.",
     "NEFTune": "`--neftune-alpha 5`: noise during training only; the embedding itself is unchanged.",
-    "Liger": "`--liger`: Liger's kernels, on a GPU.",
+    "Liger": "`--liger` or `kernels=liger`, on a GPU: Liger's norms, rotary factors and activations, with our loss; proven on"
+    " a tiny model of the same architecture first, and put on this model only.",
+    "compiled layers": "`compile=layers` or `loss`; `auto` on a GPU in runs of 50 steps and more: the repeated layer and the"
+    " loss, each compiled once for any documents, kept where loss and gradient of the first batch stay the same.",
     "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",
-    "memory": "`activation_checkpointing`, offloading, `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
+    "memory": "`activation_checkpointing` (by default where a step without does not fit the GPU), offloading, `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
     "evaluation": "Sets by name, packed or not, `compute_metrics`, `preprocess_logits_for_metrics`, loss per source.",
     "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; `--loss-weights` of `prepare` keeps weights of messages: the"
     " weighted sum over the sum of the weights. On supervised positions, a chunk of logits at a time.",

@@ -71,7 +71,12 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
 
     plain = trial()
     compiled = partial(_try_compiled, model, choice, plain, trial, say) if choice.what != "none" else None
-    if by_memory and activations.drop_where_they_fit(trainer, compiled or trial, say):
+
+    def smallest() -> None:
+        if not (compiled and compiled()):
+            trial()
+
+    if by_memory and activations.drop_where_they_fit(trainer, smallest, say):
         return
     if compiled:
         try:
@@ -121,8 +126,8 @@ def out_of_memory(error: torch.OutOfMemoryError, step: int) -> UsageError:
 
 def _try_compiled(
     model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
-) -> None:
-    """Compile, and keep it where loss and gradient of the first batch are those of the plain step.
+) -> bool:
+    """Compile, and keep it where loss and gradient of the first batch are those of the plain step; say if it is kept.
 
     Raises:
         UsageError: the step does not fit.
@@ -146,9 +151,10 @@ def _try_compiled(
         if not reason:
             found = f"loss and gradient as before within {moved:.1e}"
             say(f"compile: {parts} ({choice.reason}) in {compiled.seconds:.0f} s; {found}")
-            return
+            return True
     stop_compiled(model)
     say(f"compile: nothing ({reason})")
+    return False
 
 
 def _trial_batch(trainer: SftTrainer) -> Batch:

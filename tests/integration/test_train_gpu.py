@@ -176,3 +176,36 @@ def test_liger_gives_the_loss_that_is_given_without_it(
     ours = train_in_process(shards, model, tmp_path / "ours", QUICK, **more)
     liger = train_in_process(shards, model, tmp_path / "liger", QUICK, kernels="liger", **more)
     assert _losses(liger) == pytest.approx(_losses(ours), rel=2e-2)
+
+
+# ------------------------------------------------------------------------------- compiled layers and kernels
+
+
+@pytest.mark.gpu(seconds=150)
+@pytest.mark.feature("compiled layers")
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_compiled_layers_train_as_plain_ones_and_compile_before_the_first_step(
+    shards: Path, model: Path, tmp_path: Path, checkpoints: bool
+) -> None:
+    from torch._dynamo.utils import counters
+
+    given = {**QUICK, "activation_checkpointing": checkpoints}
+    plain = train_in_process(shards, model, tmp_path / "plain", given, kernels="none", compile="none")
+    found = train_in_process(shards, model, tmp_path / "layers", given, kernels="none", compile="layers")
+    assert _losses(found) == pytest.approx(_losses(plain), rel=1e-2)
+    assert counters["stats"]["unique_graphs"] == 2  # the layer, and the loss
+    assert not counters["graph_break"]
+
+
+@pytest.mark.gpu(seconds=120)
+@pytest.mark.feature("Liger")
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
+def test_liger_s_kernels_are_proven_on_the_families_they_are_for(family: str) -> None:
+    pytest.importorskip("liger_kernel")
+    from sfttrain.kernels import prove_kernels
+
+    config = AutoConfig.for_model(
+        family, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=64,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    assert prove_kernels(config, Surroundings("cuda", torch.bfloat16), False, {}) < 3

@@ -33,6 +33,7 @@ def _train(tmp_path: Path, **training: Any) -> Any:
     return train_in_process(shards, model, tmp_path / "out", {**QUICK, "use_cpu": False, **training})
 
 
+@pytest.mark.feature("memory")
 @pytest.mark.parametrize(
     ("room", "on"),
     [

@@ -68,6 +68,7 @@ def _step(model: Any, batch: dict[str, Any], half: bool = False) -> tuple[Tensor
     return output.token_losses, torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
+@pytest.mark.feature("compiled layers")
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_compiled_layers_give_loss_and_gradient_of_the_plain_ones(
@@ -87,6 +88,7 @@ def test_compiled_layers_give_loss_and_gradient_of_the_plain_ones(
     assert not counters["graph_break"]
 
 
+@pytest.mark.feature("compiled layers")
 def test_packed_is_alone_with_compiled_layers() -> None:
     model = _model("sdpa")
     compile_layers(model, "aot_eager")

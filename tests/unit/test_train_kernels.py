@@ -45,6 +45,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
 
 
+@pytest.mark.feature("Liger")
 @pytest.mark.usefixtures("_on_a_gpu")
 def test_kernels_are_on_this_model_and_on_no_other() -> None:
     from transformers.models.qwen2 import modeling_qwen2
