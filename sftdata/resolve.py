@@ -27,7 +27,7 @@ from sftdata.sources.source import read_chunk
 
 Encoded = tuple[list[int], Ranges]
 """Ids of one text, and the (start, stop) characters of each token."""
-Encode = Callable[[Sequence[str]], list[Encoded]]
+EncodeWithOffsets = Callable[[Sequence[str]], list[Encoded]]
 
 _TEXTS_AT_ONCE = 256
 _CONTEXT_SHOWN = 24
@@ -117,7 +117,7 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
     ]
 
 
-def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolution:
+def resolve_marker(texts: Sequence[str], marker: str, encode: EncodeWithOffsets) -> Resolution:
     """Find every token id sequence that a marker has in the texts.
 
     Args:
@@ -157,7 +157,7 @@ def resolve_marker(texts: Sequence[str], marker: str, encode: Encode) -> Resolut
 
 
 def _encode(resolved: ResolvedTokenizer, texts: Sequence[str]) -> list[Encoded]:
-    """Encode texts with the reference."""
+    """EncodeWithOffsets texts with the reference."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(resolved.folder / "tokenizer.json"))
@@ -165,7 +165,9 @@ def _encode(resolved: ResolvedTokenizer, texts: Sequence[str]) -> list[Encoded]:
     return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
 
-def _encode_in_parts(texts: Sequence[str], rows: list[int], encode: Encode) -> Iterator[tuple[int, Encoded]]:
+def _encode_in_parts(
+    texts: Sequence[str], rows: list[int], encode: EncodeWithOffsets
+) -> Iterator[tuple[int, Encoded]]:
     # Offsets as Python tuples weigh much more than the text: hold those of a few texts at a time.
     for first in range(0, len(rows), _TEXTS_AT_ONCE):
         part = rows[first : first + _TEXTS_AT_ONCE]

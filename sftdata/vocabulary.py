@@ -55,10 +55,10 @@ class TokenLayout:
     """What decides where tokens lie.
 
     Attributes:
-        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one metaspace per space), or "none" where
-            lengths are no help.
-        prefix: where a dummy prefix is added: nowhere ("none"), before the "first" byte of a text, or "always",
-            after an added token too.
+        kind: "bytes" (byte-level alphabet), "spaces" (SentencePiece, one metaspace per space), or "none"
+            where lengths are no help.
+        prefix: where a dummy prefix is added: nowhere ("none"), before the "first" byte of a text, or
+            "always", after an added token too.
         prefix_doubles: the dummy prefix comes before a real space too (normalizer Prepend).
         prefix_words: words are split off at whitespace first, so that each gets its own prefix (T5).
         normal_form: Unicode normal form the text is brought into, or "".

@@ -34,7 +34,7 @@ from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.errors import SftError
 from sftdata.sources.inputs import expand_inputs
 
-Job = TypeVar("Job")
+Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -49,7 +49,7 @@ class Workers:
 
     Args:
         number: how many.
-        warm: start the leader now and let it import `module`, so that it is ready when the plan is.
+        warm: a module; the leader starts now and imports it, so that it is ready when the plan is.
     """
 
     def __init__(self, number: int, warm: str | None = None) -> None:
@@ -70,10 +70,10 @@ class Workers:
 
     def map(
         self,
-        function: Callable[[Job, Task], Result],
-        job: Job,
+        function: Callable[[Shared, Task], Result],
+        job: Shared,
         tasks: Sequence[Task],
-        load: Callable[[Job], object],
+        load: Callable[[Shared], object],
     ) -> Iterator[Result]:
         """Begin at once; return an iterator over `function(job, task)` of all tasks, as they finish.
 
@@ -91,8 +91,8 @@ class Workers:
         channel.send((load, job, (function, list(tasks))))
         return self._results(channel, len(tasks))
 
-    def begin(self, load: Callable[[Job], object], job: Job) -> None:
-        """Let the leader, where one was started, load something that workers will need, and go on at once."""
+    def begin(self, load: Callable[[Shared], object], job: Shared) -> None:
+        """Let the leader, where one was started, load something that workers will need; return at once."""
         if self._channel is not None:
             self._channel.send((load, job, None))
 

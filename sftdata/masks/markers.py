@@ -27,11 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, Ranges
 from sftdata.errors import Fault, RowError, UsageError
 
-Span = tuple[int, int]
-Template = str | tuple[int, ...]
+Marker = str | tuple[int, ...]
 _HEADERS_SHOWN = 3
 _TEXT_SHOWN = 40
 _SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
@@ -46,7 +45,7 @@ class TextAnswers(NamedTuple):
         repeated: a response marker follows another with no instruction marker between.
     """
 
-    spans: list[Span]
+    spans: Ranges
     closed: bool
     repeated: bool
 
@@ -66,7 +65,7 @@ class TokenAnswers:
     faults: dict[int, Fault]
 
 
-def check_markers(response: Template, instruction: Template | None) -> None:
+def check_markers(response: Marker, instruction: Marker | None) -> None:
     """Refuse markers that cannot tell answers from instructions.
 
     Raises:

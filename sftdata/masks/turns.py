@@ -84,9 +84,9 @@ class _Region(NamedTuple):
     @classmethod
     def of(cls, traced: TracedText, index: int) -> _Region:
         """Return the region of message `index`."""
-        places = traced.places.get(index, [])
-        before, after = _neighbours(traced.sentinels, places, index)
-        return cls([traced.sentinels[place] for place in places], before, after, traced.text)
+        numbers = traced.by_message.get(index, [])
+        before, after = _neighbours(traced.sentinels, numbers, index)
+        return cls([traced.sentinels[number] for number in numbers], before, after, traced.text)
 
     @property
     def origin(self) -> int:
@@ -193,11 +193,11 @@ class SpanFinder:
 
     def _turn(self, row: Conversation, traced: TracedText, index: int) -> Turn:
         """Find the turn of one assistant message: where its prompt ends, and which stop token ends it."""
-        message, places = row.messages[index], traced.places.get(index, [])
+        message, numbers = row.messages[index], traced.by_message.get(index, [])
         region = _Region.of(traced, index)
-        if places and (places[-1] - places[0] + 1 != len(places) or not region.own[-1].closes):
+        if numbers and (numbers[-1] - numbers[0] + 1 != len(numbers) or not region.own[-1].closes):
             raise _unproven(index, "its text stands in pieces between other messages")
-        _refuse_lost(message, places, index)
+        _refuse_lost(message, numbers, index)
         start, diverges = self._start(row, index, region)
         # Stop tokens inside its own data, or in its header, do not end it.
         answered = max(start, region.own_stop) if region.own else start
@@ -280,8 +280,8 @@ class SpanFinder:
         before = region.before
         previous = before.message if before else -1
         kinds = tuple(
-            self._renderer.kind_of(row.messages[place])
-            for place in (0, max(previous, 0), max(index - 1, 0), index)
+            self._renderer.kind_of(row.messages[number])
+            for number in (0, max(previous, 0), max(index - 1, 0), index)
         )
         key = (lead, kinds, index - previous, bool(region.own), row.tools is None, repr(row.template_kwargs))
         if key not in self._prompts:
@@ -336,11 +336,11 @@ def _owner(sentinels: list[Sentinel], start: int, stop: int, assistants: list[in
 
 
 def _neighbours(
-    sentinels: list[Sentinel], places: list[int], index: int
+    sentinels: list[Sentinel], numbers: list[int], index: int
 ) -> tuple[Sentinel | None, Sentinel | None]:
-    """Return the last sentinel before a message's own (at `places`) and the first after them."""
-    if places:
-        first, last = places[0], places[-1]
+    """Return the last sentinel before a message's own (at `numbers`) and the first after them."""
+    if numbers:
+        first, last = numbers[0], numbers[-1]
         return (
             sentinels[first - 1] if first else None,
             sentinels[last + 1] if last + 1 < len(sentinels) else None,

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from sftdata.render.proof import any_of, strip_sentinels, wrap_messages
 from sftdata.render.template import CONTROL_SHAPE, ChatTemplate, Message, TemplateRefusal
 
-# --------------------------------------------------------------- made-up conversations, and their frames
+# ------------------------------------------------ made-up conversations, and the gaps between their data
 
 SYSTEM: Message = {"role": "system", "content": "S"}
 USER: Message = {"role": "user", "content": "A"}
@@ -50,7 +50,7 @@ CALLS = (_calling({"x": "y"}), _calling('{"x": "y"}'))
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Gap:
     """What a template writes between the data of two messages, or after that of the last.
 
     Attributes:
@@ -64,8 +64,8 @@ class Frame:
     after: int | None
 
 
-def frames(template: ChatTemplate, messages: list[Message]) -> list[Frame]:
-    """Render a conversation and cut its messages' data out; no frames where the template refuses it."""
+def gaps(template: ChatTemplate, messages: list[Message]) -> list[Gap]:
+    """Render a conversation and cut its messages' data out; no gaps where the template refuses it."""
     wrapped = wrap_messages(messages, lambda _: False)
     for tools in (None, [_TOOL]):
         try:
@@ -75,9 +75,9 @@ def frames(template: ChatTemplate, messages: list[Message]) -> list[Frame]:
         found, at, before = [], 0, -1
         for sentinel in traced.sentinels:
             if sentinel.message != before:
-                found.append(Frame(traced.text[at : sentinel.position], before, sentinel.message))
+                found.append(Gap(traced.text[at : sentinel.position], before, sentinel.message))
             before, at = sentinel.message, sentinel.position
-        return [*found, Frame(traced.text[at:], before, None)]
+        return [*found, Gap(traced.text[at:], before, None)]
     return []
 
 
@@ -144,22 +144,22 @@ def find_unknown_tokens(template: ChatTemplate, known: Iterable[str]) -> tuple[s
     shape = re.compile(
         "|".join([*map(re.escape, sorted(known, key=len, reverse=True)), CONTROL_SHAPE.pattern])
     )
-    found = [*frames(template, [USER, ANSWER, USER, ANSWER]), *frames(template, [USER, ANSWER])]
-    after = [frame.text for frame in found if frame.before in (1, 3)]
+    found = [*gaps(template, [USER, ANSWER, USER, ANSWER]), *gaps(template, [USER, ANSWER])]
+    after = [gap.text for gap in found if gap.before in (1, 3)]
     ends = {"".join(_BRACKETED.findall(text)[:1] if _BRACKETED.match(text) else []) for text in after}
     if len(ends) != 1 or "" in ends or any(shape.search(text) for text in after):
         return ()
     (end,) = ends
-    tokens = [token for frame in found for token in _BRACKETED.findall(frame.text)]
+    tokens = [token for gap in found for token in _BRACKETED.findall(gap.text)]
     kin = [] if end[1].isalnum() else [token for token in tokens if token[:2] == end[:2]]
     return tuple(dict.fromkeys([end, *kin]))
 
 
 def _around_second(template: ChatTemplate, messages: list[Message]) -> tuple[str, str]:
     """Return the text before the second message's data, and from its end to the next; "" where refused."""
-    found = frames(template, messages)
-    before = "".join(frame.text for frame in found if frame.before < 1)
-    after = next((frame.text for frame in found if frame.before == 1), "")
+    found = gaps(template, messages)
+    before = "".join(gap.text for gap in found if gap.before < 1)
+    after = next((gap.text for gap in found if gap.before == 1), "")
     return before, after
 
 
@@ -192,7 +192,7 @@ def _first_token(template: ChatTemplate, shape: re.Pattern[str]) -> str | None:
     """Return the control token that opens a conversation, after its BOS."""
     bos = template.special_tokens.get("bos_token")
     for messages in ([SYSTEM, USER], [USER]):
-        found = frames(template, messages)
+        found = gaps(template, messages)
         tokens = [match[0] for match in shape.finditer(found[0].text) if match[0] != bos] if found else []
         if tokens:
             return tokens[0]
@@ -267,31 +267,31 @@ def turn_tokens(template: ChatTemplate, tokens: Iterable[str]) -> set[str]:
     headers: dict[str, set[str]] = defaultdict(set)
     for messages in (*_PLAIN, *_ANSWERED):
         roles = [str(message["role"]) for message in messages]
-        for frame in frames(template, messages):
+        for gap in gaps(template, messages):
             # Before a tool's turn the system text may name tags, and calls may be opened by one.
-            if messages in _ANSWERED and "tool" not in (roles[frame.before], roles[frame.after or 0]):
+            if messages in _ANSWERED and "tool" not in (roles[gap.before], roles[gap.after or 0]):
                 continue
-            ending, opening = _split(template, messages, frame, pattern)
-            opened = "user" if frame.before < 0 or frame.after is None else roles[frame.after]
-            found |= {token for token in ending[-1:] if not _inside(token, roles[frame.before], known)}
+            ending, opening = _split(template, messages, gap, pattern)
+            opened = "user" if gap.before < 0 or gap.after is None else roles[gap.after]
+            found |= {token for token in ending[-1:] if not _inside(token, roles[gap.before], known)}
             found |= {token for token in opening[:1] if not _inside(token, opened, known)}
-            for token in opening if frame.before >= 0 else ():
+            for token in opening if gap.before >= 0 else ():
                 headers[token].add(opened)
     return found | {token for token, of in headers.items() if len(of & _ROLES) > 1}
 
 
 def _split(
-    template: ChatTemplate, messages: list[Message], frame: Frame, pattern: re.Pattern[str]
+    template: ChatTemplate, messages: list[Message], gap: Gap, pattern: re.Pattern[str]
 ) -> tuple[list[str], list[str]]:
-    """Return the tokens of a frame that end the message before it, and those that open the message after it.
+    """Return the tokens of a gap that end the message before it, and those that open the message after it.
 
     What ends a message is also written when it is the last one.
     """
-    tokens = pattern.findall(frame.text)
-    if frame.before < 0:
+    tokens = pattern.findall(gap.text)
+    if gap.before < 0:
         return [], tokens[1:] if tokens[:1] == [template.special_tokens.get("bos_token")] else tokens
-    alone = frames(template, messages[: frame.before + 1])
-    closing = pattern.findall(alone[-1].text) if alone and alone[-1].before == frame.before else []
+    alone = gaps(template, messages[: gap.before + 1])
+    closing = pattern.findall(alone[-1].text) if alone and alone[-1].before == gap.before else []
     shared = common_prefix(tokens, closing)
     return tokens[:shared], tokens[shared:]
 

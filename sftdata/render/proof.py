@@ -63,14 +63,14 @@ class TracedText:
         sentinels: where the messages' texts open and close, in the order they stand in `text`.
         generation: (start, stop) of each `{% generation %}` block, characters.
         literal: (start, stop) of each control token that data brought, characters.
-        places: message -> indices of its own in `sentinels`.
+        by_message: message -> indices of its own in `sentinels`.
     """
 
     text: str
     sentinels: list[Sentinel]
     generation: Ranges
     literal: Ranges
-    places: dict[int, list[int]]
+    by_message: dict[int, list[int]]
 
 
 # ------------------------------------------------------------------------------------- sentinels put in
@@ -177,7 +177,7 @@ def strip_sentinels(rendered: str, placeholders: Mapping[str, str]) -> TracedTex
     sentinels: list[Sentinel] = []
     literal: Ranges = []
     generation: Ranges = []
-    places: dict[int, list[int]] = {}
+    by_message: dict[int, list[int]] = {}
     opened = position = 0
     if "\\udb" in rendered:
         rendered = _ESCAPED.sub(_unescape, rendered)
@@ -198,9 +198,9 @@ def strip_sentinels(rendered: str, placeholders: Mapping[str, str]) -> TracedTex
             position += len(token)
         else:
             number = ord(piece) - _FIRST_SENTINEL
-            places.setdefault(number // 2, []).append(len(sentinels))
+            by_message.setdefault(number // 2, []).append(len(sentinels))
             sentinels.append(Sentinel(position, number // 2, number % 2 == 1))
-    return TracedText("".join(pieces), sentinels, generation, literal, places)
+    return TracedText("".join(pieces), sentinels, generation, literal, by_message)
 
 
 def _unescape(found: re.Match[str]) -> str:
@@ -355,7 +355,7 @@ class ProvenRenderer:
         reasoning = reasoning_of(message)
         if not isinstance(reasoning, str) or not reasoning.strip() or self._skips[-1](reasoning):
             return False
-        own = [traced.sentinels[place] for place in traced.places.get(index, ())]
+        own = [traced.sentinels[number] for number in traced.by_message.get(index, ())]
         shown = [
             traced.text[one.position : two.position]
             for one, two in pairwise(own)

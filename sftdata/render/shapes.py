@@ -45,7 +45,7 @@ class Turn:
     diverges: bool
 
 
-Place = tuple[int, int]
+Anchor = tuple[int, int]
 """A position in any row of a shape: how many contents, and how many characters of literals, precede it."""
 
 
@@ -57,7 +57,7 @@ class ShapeTemplate:
         literals: one more than slots.
         slots: message number behind each literal but the last.
         turns: those of the conversation it was learned from.
-        spans: places where each turn starts and stops.
+        spans: anchors where each turn starts and stops.
         absent: strings that no content may hold.
         trimmed: no content may have outer whitespace.
     """
@@ -65,7 +65,7 @@ class ShapeTemplate:
     literals: tuple[str, ...]
     slots: tuple[int, ...]
     turns: tuple[Turn, ...]
-    spans: tuple[tuple[Place, Place], ...]
+    spans: tuple[tuple[Anchor, Anchor], ...]
     absent: tuple[str, ...]
     trimmed: bool
 
@@ -194,12 +194,12 @@ class ShapeCache:
         edges = [0, *(edge.position for pair in pairs for edge in pair), len(text)]
         literals = tuple(text[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True))
         spans = [(turn.start, turn.stop) for turn in proven.turns]
-        places = [(_place(literals, edges, start), _place(literals, edges, stop)) for start, stop in spans]
+        anchors = [(_anchor(literals, edges, start), _anchor(literals, edges, stop)) for start, stop in spans]
         shape = ShapeTemplate(
             literals,
             tuple(one.message for one, _ in pairs),
             tuple(proven.turns),
-            tuple((start, stop) for start, stop in places if start is not None and stop is not None),
+            tuple((start, stop) for start, stop in anchors if start is not None and stop is not None),
             tuple(sorted(conditions.absent.union(proven.absent))),
             conditions.trimmed,
         )
@@ -244,8 +244,8 @@ def _symbolic(content: str, conditions: Conditions) -> str:
     return SymbolicText.of(content, conditions) if content else content
 
 
-def _place(literals: tuple[str, ...], edges: list[int], position: int) -> Place | None:
-    """Return the place of a position; None inside a content."""
+def _anchor(literals: tuple[str, ...], edges: list[int], position: int) -> Anchor | None:
+    """Return the anchor of a position; None inside a content."""
     before = 0
     for number, literal in enumerate(literals):
         start = edges[2 * number]

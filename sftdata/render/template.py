@@ -1,11 +1,10 @@
-"""Chat templates: choose, compile, hash and render them, with the text of transformers' own renderer.
+"""Chat templates: choose, compile and render them, with the text of transformers' own renderer.
 
 What a render leaves unread of a message or of the template's arguments is counted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,11 +217,6 @@ class ChatTemplate:
                 if all(text in shown for text in texts.values()):
                     return frozenset(chosen)
         return frozenset()
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the source, as the manifest records it."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
     def render(
         self,
