@@ -162,7 +162,7 @@ class SpanFinder:
         return RenderedConversation(text, turns, [], [], [], row.counted)
 
     def _prove(self, row: Conversation) -> ProvenRender | None:
-        """Render a made-up conversation, to learn its shape; None where the template has no use for it."""
+        """Render a made-up conversation, to learn its shape; None where the template refuses it or drops a text."""
         try:
             rendered, traced = self._render(row)
         except RowError:
@@ -204,27 +204,16 @@ class SpanFinder:
         found = self._stop(traced, answered, region.limit)
         stop = found.end() if found else region.limit
         if message.get("tool_calls"):
-            self._check_calls(message, index, region, (start, answered, stop), found)
+            if not _calls_rendered(message, traced.text[start:stop]):
+                raise _calls_lost(index)
+            header = traced.text[region.origin : start]
+            tail = traced.text[answered : found.start() if found else stop]
+            if (region.after and not found) or _opens_another(header, tail):
+                raise _unproven(index, "no stop token ends its tool call")
         elif not found:
+            # Nothing ends the turn: it is the message's data alone, with the whitespace that ends it.
             stop = answered + _trailing_space(message, traced.text, answered)
         return Turn(index, start, stop, found is not None, diverges)
-
-    def _check_calls(
-        self,
-        message: Message,
-        index: int,
-        region: _Region,
-        span: tuple[int, int, int],
-        found: re.Match[str] | None,
-    ) -> None:
-        """Refuse a turn whose calls are not in its span, or that runs into the next message."""
-        start, answered, stop = span
-        if not _calls_rendered(message, region.text[start:stop]):
-            raise _calls_lost(index)
-        header = region.text[region.origin : start]
-        tail = region.text[answered : found.start() if found else stop]
-        if (region.after and not found) or _opens_another(header, tail):
-            raise _unproven(index, "no stop token ends its tool call")
 
     def _stop(self, traced: TracedText, start: int, limit: int) -> re.Match[str] | None:
         """Return the first stop token that the template, not data, wrote between `start` and `limit`."""
@@ -239,7 +228,7 @@ class SpanFinder:
         lead = region.text[origin : region.own_start]
         prompt = self._prompt_tail(row, index, region, lead)
         if prompt is None:
-            # Not even the prompt of another conversation fits better: look for the header that is usual.
+            # The template refuses to end before this message: look for the header it usually writes.
             prompt = self._usual_header
             opening = lead.rfind(prompt.partition("\n")[0]) if prompt else -1
             if opening < 0:
@@ -248,11 +237,10 @@ class SpanFinder:
         if region.text.startswith(prompt, origin, region.own_stop):
             return origin + len(prompt), False
         shared = find_divergence(prompt, lead)
-        return origin + shared + self._header(
-            index, region, origin + shared, prompt[shared:], lead[shared:]
-        ), True
+        at = origin + shared
+        return at + self._fed_after(index, region, at, prompt[shared:], lead[shared:]), True
 
-    def _header(self, index: int, region: _Region, at: int, prompt: str, lead: str) -> int:
+    def _fed_after(self, index: int, region: _Region, at: int, prompt: str, lead: str) -> int:
         """Return how many characters after a divergence are still fed at inference, not generated.
 
         Args:
@@ -262,13 +250,14 @@ class SpanFinder:
             prompt: the rest of the generation prompt.
             lead: the rest of what the template writes before the message's own data.
         """
-        # A text that lost its beginning lies in `lead` itself: nothing to search there.
+        # Where the template cut off the beginning of its text, `lead` holds data: no header to find there.
         header = None if region.own and region.own[0].closes else header_after(prompt, lead)
         stopped = self._stop_shape is not None and self._stop_shape.match(lead.lstrip())
         if header is None and not region.own and not stopped and prompt.strip():
             raise _unproven(index, "an empty turn does not follow its generation prompt")
         if header or not region.own or lead:
             return header or 0
+        # The prompt opens a tag that the template does not render: what of it the answer repeats is fed too.
         return repeated_tag(prompt, region.text[at : region.own_stop])
 
     def _prompt_tail(self, row: Conversation, index: int, region: _Region, lead: str) -> str | None:
