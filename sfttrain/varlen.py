@@ -51,7 +51,7 @@ def varlen_forward(
     if value.shape[-1] != query.shape[-1]:
         raise ValueError("varlen attention wants values as wide as the keys")
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else _compute_dtype(query)
-    q, k, v = (states.transpose(1, 2).squeeze(0).to(dtype) for states in (query, key, value))
+    q, k, v = (states.transpose(1, 2).squeeze(0).to(dtype).contiguous() for states in (query, key, value))
     window = None if sliding_window is None or sliding_window >= longest else sliding_window - 1
     from torch.nn.attention import varlen
 
