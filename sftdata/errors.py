@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -118,7 +119,7 @@ def explain(code: str) -> str:
 def read_codes() -> dict[str, tuple[str, str]]:
     """Return code -> (section, paragraph), in the order of the file."""
     codes: dict[str, tuple[str, str]] = {}
-    text = resources.files("sftdata").joinpath("codes.md").read_text("utf-8")
+    text = Path(__file__).with_name("codes.md").read_text("utf-8")
     for section in f"\n{text}".split("\n## ")[1:]:
         title, _, body = section.partition("\n")
         for entry in body.split("\n### ")[1:]:

@@ -21,8 +21,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-import msgspec
-
 from sftdata.errors import UsageError
 
 if TYPE_CHECKING:
@@ -349,6 +347,8 @@ def _clock(seconds: float) -> str:
 
 def print_json(data: object) -> None:
     """Print data to stdout as indented JSON."""
+    import msgspec  # here: `import sftdata` needs this module, and not that one
+
     try:
         text = msgspec.json.format(msgspec.json.encode(data), indent=2).decode()
     except UnicodeEncodeError:  # a lone surrogate, as in a file name that is not UTF-8
