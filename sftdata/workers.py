@@ -123,7 +123,7 @@ class Workers:
 
 
 def _lead(channel: Connection, number: int, warm: str | None) -> None:
-    """Get ready, fork the workers, and hand them the tasks until all are done or no one waits for them."""
+    """Get ready, fork the workers, and hand them the tasks until all are done or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first process decides
     # Libraries must not start threads before the fork; after it, workers are the threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -177,7 +177,7 @@ def _start_worker() -> None:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the one that started it is killed: no one would take its results."""
+    """End this process when the one that started it is killed: its results would be lost."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_handles([parent.sentinel])

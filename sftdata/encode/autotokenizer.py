@@ -107,14 +107,14 @@ def _special(content: str) -> AddedToken:
     return AddedToken(content, special=True, normalized=False)
 
 
-def _choose_eos(tokenizer: PreTrainedTokenizerFast, wanted: str | None, notes: list[str]) -> None:
-    if wanted is not None:
-        if wanted not in tokenizer.get_vocab():
+def _choose_eos(tokenizer: PreTrainedTokenizerFast, eos_token: str | None, notes: list[str]) -> None:
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
             known = ", ".join(tokenizer.all_special_tokens[:8]) or "none"
             raise UsageError(
-                f"has no token {wanted!r}; its special tokens: {known}.", "--eos-token with one of these."
+                f"has no token {eos_token!r}; its special tokens: {known}.", "--eos-token with one of these."
             )
-        tokenizer.eos_token = wanted
+        tokenizer.eos_token = eos_token
     elif tokenizer.eos_token is None:
         added = tokenizer.get_added_vocab()
         obvious = [token for token in END_OF_TEXT if token in added]

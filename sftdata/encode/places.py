@@ -2,7 +2,7 @@
 
     locate ──> places of tokens, from cumulative lengths ──> cut_rows: cut at edges, encode again
 
-Positions are bytes of the batch's texts laid end to end (`base[i]` is where text i starts), so that one
+Positions are bytes of the batch's concatenated texts (`base[i]` is where text i starts), so that one
 sorted array serves all rows. A row whose lengths do not add up to its text is encoded by the reference.
 
 At inference the model is fed the ids of the text up to the span, and nothing else. Joint encoding can differ
@@ -338,7 +338,7 @@ class _Rows:
         return cls(chosen, ranges, Edges(position, row, edges.opens[kept]), new_base)
 
     def encode(self, encoder: Encoder, cut: Bool) -> Places:
-        """Encode the pieces between cuts; laid end to end they are the rows."""
+        """Encode the pieces between cuts; concatenated, they are the rows."""
         bounds = np.sort(np.concatenate([self.base, self.edges.position[cut]]))
         text = b"".join(self.raws)
         raws = [text[start:stop] for start, stop in pairwise(bounds.tolist())]

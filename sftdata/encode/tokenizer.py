@@ -245,9 +245,9 @@ def _cache_root() -> Path:
 
 
 def _cache_key(source: Path, request: Request) -> str:
-    wanted = {key: value for key, value in request.items() if key != "source"}
+    settings = {key: value for key, value in request.items() if key != "source"}
     versions = [importlib.metadata.version(package) for package in ("transformers", "tokenizers")]
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, versions, wanted]).encode())
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, versions, settings]).encode())
     for path in sorted(set(_tokenizer_files(source))):
         digest.update(f"\0{path.relative_to(source)}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -5,17 +5,17 @@ A token has a label if and only if the model must generate it. What that is depe
 | row | trained |
 |---|---|
 | conversation | the assistant's turns, each from the end of its prompt to the token that ends it (turns.py) |
-| prompt and completion | the completion, and the EOS behind it |
-| text | all of it, and the EOS behind it |
+| prompt and completion | the completion, and the EOS after it |
+| text | all of it, and the EOS after it |
 | ids | those whose own label is the id (`read_given` in tokens.py) |
 
 `--train-on` and the switches of the messages choose among turns. A response template chooses instead of them:
-what lies behind the marker, looked for in the text (`TextMarkers`) or in the ids (`IdMarkers`, `TRL0710`).
+what follows the marker, looked for in the text (`TextMarkers`) or in the ids (`IdMarkers`, `TRL0710`).
 
 To ask why one token is trained, follow its row:
 
 1. `Mask.spans` gives the byte ranges of the row's text that are trained (texts.py asks it row by row).
-2. A token is trained where it begins inside a range; a text is cut where a token would lie across the edge of
+2. A token is trained where it begins inside a range; a text is cut where a token would straddle the edge of
    one. BOS never is; the EOS that closes a raw text is, where a range runs to the end of that text
    (tokens.py).
 3. `Mask.flags` has the last word on the ids: the masks that look for markers there decide anew.
@@ -49,8 +49,8 @@ class Spans(NamedTuple):
 
     Attributes:
         ranges: bytes (utf-8), half-open, ascending, disjoint. One that is empty at the end of the text trains
-            the EOS behind it.
-        closed: whether a trained EOS belongs behind the text, where the chat template has not written one.
+            the EOS after it.
+        closed: whether a trained EOS belongs after the text, where the chat template has not written one.
         weights: what each range weighs in the loss; None where all weigh 1.
     """
 
@@ -64,7 +64,7 @@ class Mask:
     """Train by the kind of the row: turns, the completion, or all.
 
     Attributes:
-        train_on: which parts; `auto` is every turn of a conversation, the completion behind its prompt, all
+        train_on: which parts; `auto` is every turn of a conversation, the completion after its prompt, all
             of a text.
     """
 
@@ -136,11 +136,11 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class TextMarkers(Mask):
-    """Train what lies behind response markers, looked for in the text before it is tokenized.
+    """Train what follows response markers, looked for in the text before it is tokenized.
 
     Attributes:
         response: the marker before each answer.
-        instruction: the marker before each question; None to train only what is behind the last response
+        instruction: the marker before each question; None to train only what follows the last response
             marker.
     """
 
@@ -158,7 +158,7 @@ class TextMarkers(Mask):
         return False
 
     def spans(self, row: Row, rendered: RenderedConversation, index: int, tally: Tally) -> Spans:
-        """Return what lies behind the markers; control tokens that data spells are no part of one.
+        """Return what follows the markers; control tokens that data spells are no part of one.
 
         Raises:
             RowError: the markers are not in the text.
@@ -175,7 +175,7 @@ class TextMarkers(Mask):
 
 @dataclass(frozen=True, slots=True)
 class IdMarkers(Mask):
-    """Train what lies behind response markers, looked for in the ids.
+    """Train what follows response markers, looked for in the ids.
 
     The spans of the text still say where it is cut before it is encoded.
 
@@ -192,7 +192,7 @@ class IdMarkers(Mask):
         return "response-template"
 
     def flags(self, tokens: TokenBatch, tally: Tally) -> TokenBatch:
-        """Flag what lies behind the markers; a row without them is lost."""
+        """Flag what follows the markers; a row without them is lost."""
         found = find_id_spans(tokens.input_ids, tokens.offsets, self.response, self.instruction)
         tally.count_rows("rows_with_repeated_markers", tokens.row[found.repeated])
         keep = np.ones(len(tokens), np.bool_)

@@ -5,7 +5,7 @@ Markers are looked for in the *text*, before any tokenizer, so it does not matte
 turns them there. Markers given as token ids are looked for in the ids instead, with the same rules:
 
 1. Markers are found left to right without overlap; where two begin at one place the longer one counts.
-2. Trained is what lies between the end of a response marker and the next marker of either kind, or the end of
+2. Trained is what is between the end of a response marker and the next marker of either kind, or the end of
    the row.
    A marker itself is never trained: at inference it is given, not generated.
 3. Without an instruction marker it is unknown where an earlier answer ends and the next question begins,

@@ -171,7 +171,7 @@ class _Columns:
 
 
 def _conversation(row: Conversation, index: int, renderer: Renderer, tally: Tally) -> RenderedConversation:
-    """Render a conversation, with an end token behind the last turn where one is to be written there."""
+    """Render a conversation, with an end token after the last turn if it needs one."""
     if renderer.finder is None:
         raise RowError(
             "no-chat-template",
@@ -179,7 +179,7 @@ def _conversation(row: Conversation, index: int, renderer: Renderer, tally: Tall
             "--chat-template chatml",
         )
     if (flag := renderer.mask.overrules) and False in row.trained:
-        what = f"messages[{row.trained.index(False)}] is switched off, and --{flag} does not heed it."
+        what = f"messages[{row.trained.index(False)}] is switched off, and --{flag} overrides it."
         raise RowError("switch-overruled", what, f"leave --{flag} out, or take the switch off the message.")
     rendered = renderer.finder.render(row)
     text, turns = rendered.text, rendered.turns

@@ -82,7 +82,7 @@ def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float
     span = batch.trained.values[filled] + places.base[row, None]
     tokens = places.tokens
     # Positions ascend over the whole batch, so one search finds the tokens of all spans: from the first that
-    # starts inside (`merge`: that ends inside) to the first that starts behind the span.
+    # starts inside (`merge`: that ends inside) to the first that starts after the span.
     first = np.searchsorted(tokens.starts, span[:, 0])
     if merge:
         first = np.minimum(first, np.searchsorted(tokens.ends, span[:, 0], "right"))
@@ -110,7 +110,7 @@ def _runs_to_end(batch: TextBatch, places: Places) -> Bool:
 
 
 def _blank_behind_end(tokens: TokenBatch, batch: TextBatch, resolved: ResolvedTokenizer) -> Int64:
-    """int64[N], tokens of whitespace behind an EOS that ends the text, which it untrains."""
+    """int64[N], tokens of whitespace after an EOS that ends the text, which it untrains."""
     blank = np.zeros(len(batch), np.int64)
     for index, text in enumerate(batch.texts):
         if (
@@ -161,18 +161,18 @@ def _write(ids: Int32, starts: Int64, values: Int32) -> None:
         ids[starts + column] = value
 
 
-def _begins_with(tokens: TokenBatch, wanted: Int32) -> Bool:
-    found = tokens.lengths >= max(len(wanted), 1)
-    for column, value in enumerate(wanted):
+def _begins_with(tokens: TokenBatch, pattern: Int32) -> Bool:
+    found = tokens.lengths >= max(len(pattern), 1)
+    for column, value in enumerate(pattern):
         found[found] = tokens.input_ids[tokens.offsets[:-1][found] + column] == value
-    return found if len(wanted) else np.zeros_like(found)
+    return found if len(pattern) else np.zeros_like(found)
 
 
-def _ends_with(tokens: TokenBatch, wanted: Int32) -> Bool:
-    found = tokens.lengths >= max(len(wanted), 1)
-    for column, value in enumerate(wanted):
-        found[found] = tokens.input_ids[tokens.offsets[1:][found] - len(wanted) + column] == value
-    return found if len(wanted) else np.zeros_like(found)
+def _ends_with(tokens: TokenBatch, pattern: Int32) -> Bool:
+    found = tokens.lengths >= max(len(pattern), 1)
+    for column, value in enumerate(pattern):
+        found[found] = tokens.input_ids[tokens.offsets[1:][found] - len(pattern) + column] == value
+    return found if len(pattern) else np.zeros_like(found)
 
 
 def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, tally: Tally) -> TokenBatch:

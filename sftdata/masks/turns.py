@@ -3,9 +3,9 @@
 A proven render (proof.py) tells who wrote each character. The span of a turn then
 
 - starts where its generation prompt ends: after the text that `render(messages before it,
-  add_generation_prompt=True)` writes behind the last data before the turn. Where that prompt and the rendered
+  add_generation_prompt=True)` writes after the last data before the turn. Where that prompt and the rendered
   text diverge (a prompt that opens `<think>`), it starts where they do;
-- stops after the stop token that the template writes behind the turn's own data.
+- stops after the stop token that the template writes after the turn's own data.
 
 The prompt is rendered once for each kind of transition (the kinds of the messages on both sides, and the very
 text between them) and remembered, so eighty turns cost a handful of renders. A template that has
@@ -50,7 +50,7 @@ class RenderedConversation:
     Attributes:
         text: what the chat template writes.
         turns: its assistant turns, in order.
-        literal: character ranges of the control tokens that data brought.
+        literal: character ranges of the control tokens that data spells.
         dropped, reasoning_dropped: indices of the messages of which the template dropped a text, and of those
             of which it dropped the reasoning.
         counted: names of counters: what was put right to render the row, and what the template did not read.
@@ -162,7 +162,7 @@ class SpanFinder:
         return RenderedConversation(text, turns, [], [], [], row.counted)
 
     def _prove(self, row: Conversation) -> ProvenRender | None:
-        """Render a made-up conversation, to learn its shape; None where the template refuses it or drops a text."""
+        """Render a made-up conversation, to learn its shape; None where it is refused or loses a text."""
         try:
             rendered, traced = self._render(row)
         except RowError:
@@ -196,7 +196,7 @@ class SpanFinder:
         message, numbers = row.messages[index], traced.by_message.get(index, [])
         region = _Region.of(traced, index)
         if numbers and (numbers[-1] - numbers[0] + 1 != len(numbers) or not region.own[-1].closes):
-            raise _unproven(index, "its text stands in pieces between other messages")
+            raise _unproven(index, "its text is rendered in pieces between other messages")
         _refuse_lost(message, numbers, index)
         start, diverges = self._start(row, index, region)
         # Stop tokens inside its own data, or in its header, do not end it.

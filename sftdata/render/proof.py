@@ -1,6 +1,6 @@
 """Render a conversation bare and with sentinels, and prove both equal: each character's author is known.
 
-Sentinels are private characters put around data before a render. A pair of them (open, close) stands just
+Sentinels are private characters put around data before a render. A pair of them (open, close) is put just
 inside the outer whitespace of each text that a message brings: a template that trims the text still leaves
 both. A placeholder stands for a control token typed inside data, so that the template's own control tokens
 and the data's can be told apart. Stripping sentinels and placeholders again must give the bare render,
@@ -60,9 +60,9 @@ class TracedText:
 
     Attributes:
         text: the plain render.
-        sentinels: where the messages' texts open and close, in the order they stand in `text`.
+        sentinels: where the messages' texts open and close, in the order of `text`.
         generation: (start, stop) of each `{% generation %}` block, characters.
-        literal: (start, stop) of each control token that data brought, characters.
+        literal: (start, stop) of each control token that data spells, characters.
         by_message: message -> indices of its own in `sentinels`.
     """
 
@@ -331,7 +331,7 @@ class ProvenRenderer:
     def dropped(self, row: Conversation, traced: TracedText) -> tuple[list[int], list[int]]:
         """Return the messages of which the template dropped a text, and those whose reasoning it dropped.
 
-        Texts that the template looks into may stand there bare; they are not counted.
+        Texts that the template looks into may be rendered bare; they are not counted.
         """
         closed = Counter(sentinel.message for sentinel in traced.sentinels if sentinel.closes)
         opened = Counter(sentinel.message for sentinel in traced.sentinels if not sentinel.closes)
@@ -402,7 +402,7 @@ class ProvenRenderer:
                 )
         return RowError(
             "spans-unproven",
-            "the chat template renders the data differently once it is marked",
+            "the chat template renders the data differently once sentinels are in it",
             "give a template with {% generation %} blocks",
         )
 

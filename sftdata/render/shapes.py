@@ -51,11 +51,11 @@ Anchor = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShapeTemplate:
-    """Literals and the messages whose content stands between them.
+    """Literals, and the messages whose contents fill the slots between them.
 
     Attributes:
         literals: one more than slots.
-        slots: message number behind each literal but the last.
+        slots: message number after each literal but the last.
         turns: those of the conversation it was learned from.
         spans: anchors where each turn starts and stops.
         absent: strings that no content may hold.

@@ -152,7 +152,7 @@ _ASKING_TESTS = {
     "string", "defined", "undefined", "none", "mapping", "number", "boolean", "true", "false", "integer",
     "float", "iterable", "sequence", "in", "eq", "equalto", "==", "ne", "!=",
 }  # fmt: skip
-# Filters that hand on what a list or a dict holds without looking at it.
+# Filters that pass on what a list or a dict holds without looking at it.
 _PASSING_FILTERS = {
     "length", "count", "first", "last", "list", "items", "selectattr", "rejectattr", "map", "select",
     "reject", "reverse",

@@ -108,7 +108,7 @@ def test_a_switch_that_a_flag_would_overrule_is_refused_by_name(
         json.loads(line) for line in (tmp_path / "set.partial" / "rejects.jsonl").read_text().splitlines()
     ]
     assert [reject["code"] for reject in rejects] == ["switch-overruled"], error
-    assert rejects[0]["reason"] == f"messages[1] is switched off, and {flag} does not heed it."
+    assert rejects[0]["reason"] == f"messages[1] is switched off, and {flag} overrides it."
 
 
 @pytest.mark.parametrize("trusted", [False, True])
