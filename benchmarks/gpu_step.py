@@ -10,7 +10,8 @@ in bfloat16. Each contender runs in a process forked from one that has imported 
 that peak memory is its alone, within a time limit. The most important rows come first; what the time does not allow is
 "not run". One JSON line a row goes to $OUT/gpu_step.jsonl as it comes, a table to $OUT/gpu_step.md and to the terminal.
 
-MFU counts 6 FLOP a weight and token and none for attention, against `--tflops` (989, dense bfloat16: H100 and H200).
+MFU counts 6 FLOP a trained weight and token, 4 a frozen one and none for attention or for what checkpoints compute again,
+against `--tflops` (989, dense bfloat16: H100 and H200). An embedding that is not the head is looked up, not multiplied.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def _run(task: Task, deadline: float) -> dict[str, Any]:
     said = log.read_text(errors="replace") if log.exists() else ""
     if "error" in found:
         found["log"] = said[-2_000:]
-    found["notes"] = [line for line in said.splitlines() if line.startswith(NOTES)]
+    found["notes"] = [line for line in said.splitlines() if line.startswith(NOTES) or task.run is _start]
     return found | {"wall": round(time.time() - began, 1)}
 
 
@@ -338,7 +339,7 @@ def _watch(task: Task) -> Any:
         def __init__(self) -> None:
             self.moments: list[float] = []
             self.losses: list[float] = []
-            self.weights, self.extra = 0, dict[str, Any]()
+            self.flops, self.extra = 0, dict[str, Any]()
 
         def on_step_end(
             self, args: Any = None, state: Any = None, control: Any = None, **kwargs: Any
@@ -348,7 +349,7 @@ def _watch(task: Task) -> Any:
             self.moments.append(time.perf_counter())
             if control is not None:
                 control.should_log = True
-            self.weights = self.weights or sum(weight.numel() for weight in kwargs["model"].parameters())
+            self.flops = self.flops or _flops(kwargs["model"])
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -363,11 +364,19 @@ def _watch(task: Task) -> Any:
             tokens = task.row_length * task.batch
             return {
                 "tokens_per_second": tokens / statistics.median(gaps), "fastest": tokens / min(gaps),
-                "peak": torch.cuda.max_memory_allocated() if task.device == "cuda" else None, "weights": self.weights,
+                "peak": torch.cuda.max_memory_allocated() if task.device == "cuda" else None, "flops": self.flops,
                 "losses": [round(loss, 4) for loss in self.losses], **self.extra,
             }  # fmt: skip
 
     return Watch()
+
+
+def _flops(model: Any) -> int:
+    """FLOP a token of a step: forward, gradient of what comes before, gradient of the weight."""
+    table = model.get_input_embeddings().weight
+    looked_up = table is not model.get_output_embeddings().weight
+    weights = (weight for weight in model.parameters() if weight is not table or not looked_up)
+    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
 
 
 def _model(task: Task, attention: str) -> Any:
@@ -537,7 +546,7 @@ class _Table:
         """Keep a row: a JSON line, and a line on the terminal."""
         self.failed += "error" in found
         if "tokens_per_second" in found:
-            found["mfu"] = 6 * found["weights"] * found["tokens_per_second"] / self._peak
+            found["mfu"] = found["flops"] * found["tokens_per_second"] / self._peak
         row = {
             "contender": task.contender,
             "shape": task.shape,

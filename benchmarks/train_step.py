@@ -132,16 +132,17 @@ def seconds_to_first_step(
         "SFTTRAIN_CACHE": str(cache),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    began, said = time.perf_counter(), []
+    began, said = time.perf_counter(), list[str]()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            said.append(line)
+            said.append(f"{time.perf_counter() - began:6.2f} {line}")
             if line.startswith("step 1/"):
                 seconds = time.perf_counter() - began
                 process.kill()
+                print("".join(line for line in said if not line[7:].startswith(" ")), end="", file=sys.stderr)
                 return round(seconds, 2)
     raise RuntimeError(f"{which} took no step: {''.join(said)[-2_000:]}")
 

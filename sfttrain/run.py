@@ -7,6 +7,11 @@ train -> export.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfttrain.acting import checked_training
@@ -41,6 +46,31 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     refuse_places(config, given=model is not None)
     with listening() as request, take(config.output):
         sets, evaluation, reading = open_sets(config)
+        start_ahead(config)
         from sfttrain.training import train_on  # imports torch and transformers, which takes seconds
 
         return train_on(config, sets, evaluation, reading, model, data, extras, request)
+
+
+def start_ahead(config: TrainConfig) -> threading.Thread:
+    """Let the disk and the GPU's driver begin beside the imports, which keep one core busy for seconds.
+
+    What fails here fails again, and is reported, where it is needed.
+    """
+    thread = threading.Thread(target=_start_ahead, args=(config,), daemon=True)
+    thread.start()
+    return thread
+
+
+def _start_ahead(config: TrainConfig) -> None:
+    with suppress(OSError):
+        for path in Path(config.model or "").glob("*.safetensors"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    if config.training.get("use_cpu"):
+        return
+    with suppress(OSError, AttributeError, ValueError):
+        driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), number) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # PyTorch takes the same one

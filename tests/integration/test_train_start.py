@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -15,8 +16,9 @@ import pytest
 
 from sftdata.errors import IntegrityError
 from sftdata.set.opened import open_set
-from sfttrain import sets
+from sfttrain import run, sets
 from sfttrain.acting import training_fields
+from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, ROOT, tiny_llama, train_in_process
 from tests.train_sets import make_set
 from tests.waiting import HANGS
@@ -164,6 +166,55 @@ def test_reading_hands_its_error_on_once_it_is_known(place: Path, tmp_path: Path
         with pytest.raises(IntegrityError):
             ask()
     sets.Reading([open_set(place / "set")]).finish()
+
+
+# ------------------------------------------------------------------------------------------------ beside imports
+
+
+class _Driver:
+    """Stands in for the driver's library; its functions return 0 for success."""
+
+    def __init__(self, *, works: bool = True) -> None:
+        self.works, self.calls = works, list[tuple[Any, ...]]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any) -> int:
+            self.calls.append((name, *(one for one in given if isinstance(one, int))))
+            return 0 if self.works else 100
+
+        return call
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_driver_starts_beside_the_imports(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    driver, given = (
+        _Driver(works=works),
+        {"sets": (place / "set",), "model": str(place / "llama"), "output": tmp_path},
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    run.start_ahead(read_settings(None, [], given)).join()
+    names = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    assert [name for name, *_ in driver.calls] == names[: 3 if works else 1]
+    assert not works or driver.calls[1] == ("cuDeviceGet", 3)
+    driver.calls.clear()
+    run.start_ahead(read_settings(None, ["use_cpu=true"], given)).join()
+    assert not driver.calls
+
+
+def test_a_machine_without_a_driver_or_a_local_model_has_nothing_to_start(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: str) -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    for model in ("someone/on-the-hub", str(place / "llama")):
+        run.start_ahead(
+            read_settings(None, [], {"sets": (place / "set",), "model": model, "output": tmp_path})
+        ).join()
 
 
 # ------------------------------------------------------------------------------------------------------ proofs
