@@ -5,6 +5,7 @@ needed = peak of the trial step + optimizer state + gradients kept while later m
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,6 +81,7 @@ def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Sa
     found = "does not fit" if needed is None else f"needs {needed / 1e9:.1f} of {free / 1e9:.0f} GB"
     say(f"activation checkpoints: {'off' if fits else 'on'}, a step without them {found}")
     if not fits:
+        reset_peak()
         switch(trainer, True)
     return fits
 
@@ -92,7 +94,8 @@ def _state(trainer: SftTrainer) -> int:
 
 
 def reset_peak() -> None:
-    """Forget the largest use of memory so far."""
+    """Forget the largest use of memory so far, and what a failed step still holds."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
