@@ -138,6 +138,11 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     return len(layers)
 
 
+def layers_compiled(model: nn.Module) -> bool:
+    """Say whether `compile_layers` acts on a model."""
+    return any(hasattr(type(module), "plain_kind") for module in model.modules())
+
+
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
     for module in model.modules():

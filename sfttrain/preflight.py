@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -70,19 +69,21 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
         return try_step(model, batch, trainer.fused, autocast)
 
     plain = trial()
-    compiled = partial(_try_compiled, model, choice, plain, trial, say) if choice.what != "none" else None
+    choices = {"layers": (choice, choice._replace(what="loss")), "loss": (choice,), "none": ()}[choice.what]
+
+    def compiled() -> bool:
+        return any(_try_compiled(model, one, plain, trial, say) for one in choices)
 
     def smallest() -> None:
-        if not (compiled and compiled()):
+        if not compiled():
             trial()
 
     if by_memory and activations.drop_where_they_fit(trainer, smallest, say):
         return
-    if compiled:
-        try:
-            compiled()
-        except UsageError:
-            say("compile: nothing (it takes more memory than there is)")
+    try:
+        compiled()
+    except UsageError:
+        say("compile: nothing (it takes more memory than there is)")
 
 
 class FirstStep(TrainerCallback):
@@ -153,7 +154,7 @@ def _try_compiled(
             say(f"compile: {parts} ({choice.reason}) in {compiled.seconds:.0f} s; {found}")
             return True
     stop_compiled(model)
-    say(f"compile: nothing ({reason})")
+    say(f"compile: not the {choice.what} ({reason})")
     return False
 
 

@@ -16,7 +16,7 @@ from sfttrain.acting import Run, refuse_inert
 from sfttrain.activations import by_memory
 from sfttrain.arguments import effective_settings, training_arguments
 from sfttrain.attention import choose_attention, register_attention
-from sfttrain.compiling import Choice, choose_compile, start_compiled, stop_compiled
+from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
 from sfttrain.custom import CustomRows, StreamRows, custom_rows
 from sfttrain.data import Collator, TrainingRows
@@ -136,25 +136,32 @@ def _assemble(
         **objects,
     )
     try_optimizer(setting, model, steps)
-    choice = _speed_up(setting, trainer, where, steps)
+    choice = _choose_compile(setting, trainer, where, steps)
     if resumed is None or by_memory(trainer):
         preflight.check_fit(trainer, compute, choice, say)
     elif choice.what != "none":
         say(f"compile: {start_compiled(cast(Any, trainer.model), choice)} ({choice.reason})")
+    if choice.what == "layers" and not layers_compiled(cast(Any, trainer.model)):
+        _add_kernels(setting, trainer, where)  # what the compiler could not do
     return trainer, resumed, steps
 
 
-def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
-    """Put kernels on the model where they pay, and return what to compile."""
-    config, model = setting.config, cast(Any, trainer.model)
-    choice = choose_compile(config, setting.args, model, steps, config.kernels == "liger")
-    on_gpu = where.device == "cuda"
-    if config.kernels == "liger" or (config.kernels == "auto" and choice.what != "layers" and on_gpu):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        add_kernels(config, inner, setting.args.liger_kernel_config, where, say)
-    if choice.what == "none" and on_gpu:
+def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
+    """Return what to compile; where that is not the layers, put kernels on them."""
+    config = setting.config
+    choice = choose_compile(config, setting.args, cast(Any, trainer.model), steps, config.kernels == "liger")
+    if config.kernels == "liger" or choice.what != "layers":
+        _add_kernels(setting, trainer, where)
+    if choice.what == "none" and where.device == "cuda":
         say(f"compile: nothing ({choice.reason})")
     return choice
+
+
+def _add_kernels(setting: Run, trainer: SftTrainer, where: Surroundings) -> None:
+    model, asked = cast(Any, trainer.model), setting.config.kernels
+    if asked == "liger" or (asked == "auto" and where.device == "cuda"):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        add_kernels(setting.config, inner, setting.args.liger_kernel_config, where, say)
 
 
 def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from sftdata.errors import UsageError
+from sfttrain import compiling
 from sfttrain.attention import register_attention
 from sfttrain.compiling import Choice, choose_compile, compile_layers, restore_layers, start_compiled
 from sfttrain.config import read_settings
@@ -148,6 +149,23 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_compiles_before_step_1
     assert losses("compiled", "layers") == pytest.approx(losses("plain", "none"), rel=1e-3)
     assert "compile: 2 layers as one and the loss (as asked)" in capsys.readouterr().err
     assert counters["stats"]["unique_graphs"] == 2  # one of the layers, one of the loss
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_the_compiler_cannot_do_is_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> int:
+        raise RuntimeError("no such instruction\nmore")
+
+    shards, model = make_set(tmp_path / "set", rows=8), tiny_llama(tmp_path / "model")
+    quick = {"max_steps": 1, "save_strategy": "no", "logging_steps": 1}
+    monkeypatch.setattr(compiling, "compile_layers", broken)
+    train_in_process(shards, model, tmp_path / "out", quick, compile="layers")
+    told = capsys.readouterr().err
+    assert "compile: not the layers (it failed: no such instruction)\n" in told
+    assert "compile: the loss (as asked) in" in told
 
 
 def _chosen(asked: str, device: str, steps: int, model: Any, kernels: bool = False, **more: Any) -> Choice:
