@@ -95,8 +95,8 @@ def train(
 def _train(data: Any, model: Any, on_note: Any, training: dict[str, Any], **given: Any) -> SftTrainer | None:
     """Sort what was given into settings and objects, and run."""
     from sfttrain.config import read_settings
+    from sfttrain.process import notes_to
     from sfttrain.run import train as run
-    from sfttrain.talk import notes_to
 
     defaults = {name: keyword.default for name, keyword in inspect.signature(train).parameters.items()}
     given = {name: value for name, value in given.items() if value is not defaults[name]} | training

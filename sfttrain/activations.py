@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain.talk import Say
+from sfttrain.process import Say
 
 if TYPE_CHECKING:
     from sfttrain.trainer import SftTrainer

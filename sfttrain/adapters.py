@@ -11,7 +11,7 @@ from torch import nn
 
 from sftdata.errors import UsageError
 from sfttrain.config import LoraSettings, adapter_base
-from sfttrain.talk import Say
+from sfttrain.process import Say
 
 if TYPE_CHECKING:
     from peft import PeftModel

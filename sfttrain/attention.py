@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sftdata.errors import UsageError
-from sfttrain.shrink import text_config
+from sfttrain.forward import text_config
 from sfttrain.varlen import stand_in_forward, varlen_forward
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import typer
 
 from sftdata.errors import UsageError
 from sftdata.frame import global_options, run_app
-from sfttrain.talk import rank
+from sfttrain.process import rank
 
 if TYPE_CHECKING:
     from sfttrain.config import TrainConfig

@@ -18,9 +18,9 @@ from sftdata.set.store import sync_folder, write_atomic
 from sfttrain.checkpoint import Identity
 from sfttrain.config import TrainConfig
 from sfttrain.output import RUN_NAME, SETTINGS_NAME
+from sfttrain.process import Say, say
 from sfttrain.report import write_report
 from sfttrain.resume import read_run
-from sfttrain.talk import Say, say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from sftdata.batches import IGNORE_INDEX
 from sfttrain.attention import FLATTENED, FORCED, STAND_IN, registered_name
 from sfttrain.data import Batch, Collator, Row
+from sfttrain.forward import depends_on_row_length, keep_rotary_apart, text_config
 from sfttrain.loss import fuse_loss
-from sfttrain.rotary import keep_rotary_apart
-from sfttrain.shrink import VOCABULARY, depends_on_row_length, text_config
-from sfttrain.tiny import fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
+from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Rows = list[list[Tensor]]
-# Documents of two rows, around `shrink.LIMIT`; the second row ends in padding.
+# Documents of two rows, around `tiny.LIMIT`; the second row ends in padding.
 _LENGTHS = ((11, 7, 14), (5, 13))
 # Of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3.
 _DIFFERENCE = 2e-4

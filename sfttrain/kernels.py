@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from sftdata.errors import UsageError
 from sfttrain.config import TrainConfig
 from sfttrain.isolation import Surroundings
+from sfttrain.process import Say
 from sfttrain.proofs import remembered
-from sfttrain.shrink import VOCABULARY
-from sfttrain.talk import Say
-from sfttrain.tiny import fixed_seed, full_float32, smallest_that_runs, tiny_model
+from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

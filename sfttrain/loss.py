@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from sftdata.batches import IGNORE_INDEX
-from sfttrain.terms import hidden_and_terms
+from sfttrain.forward import hidden_and_terms
 
 # Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the backward pass,
 # when all gradients are there, so the loss may take what they will need. A 0.5B model with Adam in fp32 (V = 151,936,

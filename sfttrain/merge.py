@@ -18,8 +18,8 @@ from sftdata.output import local_output
 from sftdata.set.opened import ShardSet, open_set
 from sfttrain.adapters import continue_adapters
 from sfttrain.config import adapter_base
+from sfttrain.process import Say
 from sfttrain.refusals import require_package
-from sfttrain.talk import Say
 from sfttrain.vocabulary import embedding_rows, embedding_table, grow_embeddings
 
 if TYPE_CHECKING:

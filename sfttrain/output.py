@@ -12,7 +12,7 @@ from sftdata.errors import UsageError
 from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.store import explained
 from sfttrain.config import TrainConfig, adapter_base
-from sfttrain.talk import rank
+from sfttrain.process import rank
 
 RUN_NAME = "run.json"
 SETTINGS_NAME = "settings.yaml"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from sftdata.errors import UsageError
 from sfttrain.attention import FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
+from sfttrain.forward import depends_on_row_length, text_config
 from sfttrain.isolation import Proof, Surroundings, prove
+from sfttrain.process import Say
 from sfttrain.proofs import remembered
-from sfttrain.shrink import depends_on_row_length, text_config
-from sfttrain.talk import Say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -21,7 +21,7 @@ from sfttrain import activations, checkpoint
 from sfttrain.acting import Run, given_training, training_defaults
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
-from sfttrain.talk import Say
+from sfttrain.process import Say
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sftdata.output import Meter
 from sftdata.set.store import write_atomic
-from sfttrain.stop import StopRequest
+from sfttrain.process import StopRequest
 
 LOG_NAME = "train_log.jsonl"
 _LABEL = "step {done}/{total}"

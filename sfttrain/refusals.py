@@ -12,7 +12,7 @@ import numpy as np
 from sftdata.errors import UsageError, did_you_mean
 from sftdata.set.opened import ShardSet
 from sfttrain.config import TrainConfig
-from sfttrain.talk import Say
+from sfttrain.process import Say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments

@@ -21,8 +21,8 @@ from sfttrain.acting import Run, acts, other_than_default
 from sfttrain.checkpoint import Identity
 from sfttrain.config import LoraSettings, TrainConfig
 from sfttrain.output import RUN_NAME
+from sfttrain.process import Say
 from sfttrain.progress import LOG_NAME
-from sfttrain.talk import Say
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

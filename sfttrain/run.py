@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from sfttrain.acting import checked_training
 from sfttrain.config import TrainConfig
 from sfttrain.output import refuse_places, take
+from sfttrain.process import listening
 from sfttrain.refusals import require_trainer
 from sfttrain.sets import open_sets
-from sfttrain.stop import listening
 
 if TYPE_CHECKING:
     from sfttrain.trainer import SftTrainer
@@ -31,7 +31,7 @@ def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras:
     Args:
         config: what to train on what, and how.
         model: a model object, adapters on it or not; else the one that the configuration names is loaded.
-        data: a dataset of rows with token ids, instead of sets; see `custom.py`.
+        data: a dataset of rows with token ids, instead of sets; see `data.py`.
         extras: more arguments for transformers' Trainer: `callbacks`, `compute_metrics`, `processing_class`,
             ...
 

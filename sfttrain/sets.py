@@ -15,7 +15,7 @@ from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.verify import damaged_files, foreign_shards
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.config import TrainConfig
-from sfttrain.talk import rank
+from sfttrain.process import rank
 
 
 def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet], Reading]:

@@ -18,8 +18,7 @@ from sfttrain.arguments import effective_settings, training_arguments
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
-from sfttrain.custom import CustomRows, StreamRows, custom_rows
-from sfttrain.data import Collator, TrainingRows
+from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.isolation import Surroundings
 from sfttrain.kernels import add_kernels
@@ -27,11 +26,10 @@ from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weigh
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
 from sfttrain.preflight import try_optimizer
+from sfttrain.process import Say, StopRequest, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.resume import Point, finished, identity_of, resume_point
 from sfttrain.sets import Reading
-from sfttrain.stop import StopRequest
-from sfttrain.talk import Say, say
 from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
 

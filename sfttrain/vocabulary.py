@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sftdata.batches import IGNORE_INDEX
 from sftdata.set.opened import PackedRow, ShardSet
 from sftdata.vocabulary import read_added_tokens
+from sfttrain.process import Say
 from sfttrain.sets import missing_embeddings
-from sfttrain.talk import Say
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

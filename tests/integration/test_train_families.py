@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sfttrain.attention import register_attention
 from sfttrain.data import Collator, Row
+from sfttrain.forward import depends_on_row_length, keep_rotary_apart
 from sfttrain.isolation import Surroundings, prove
 from sfttrain.model import disable_cache
-from sfttrain.rotary import keep_rotary_apart
-from sfttrain.shrink import depends_on_row_length, shrunk
+from sfttrain.tiny import shrunk
 
 pytestmark = pytest.mark.slow
 

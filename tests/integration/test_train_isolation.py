@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sfttrain.attention import VARLEN, register_attention
 from sfttrain.data import Collator, Row
 from sfttrain.isolation import Proof, Surroundings, prove
-from sfttrain.shrink import shrink
+from sfttrain.tiny import shrink
 from tests.varlen_signatures import SIGNATURES
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]

@@ -19,7 +19,7 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sfttrain import checkpoint
 from sfttrain.output import take
-from sfttrain.stop import listening
+from sfttrain.process import listening
 from tests.train_runs import OUR_WARNINGS, ROOT, train_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]

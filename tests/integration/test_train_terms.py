@@ -378,7 +378,7 @@ def test_no_inner_config_keeps_a_cache_in_training() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sfttrain.model import disable_cache
-    from sfttrain.shrink import shrink
+    from sfttrain.tiny import shrink
 
     model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("gemma3")))
     disable_cache(model)

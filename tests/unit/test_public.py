@@ -17,7 +17,7 @@ import sfttrain
 from sftdata.config import PrepareConfig
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
 from sfttrain.config import TrainConfig
-from sfttrain.talk import notes_to, say
+from sfttrain.process import notes_to, say
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]

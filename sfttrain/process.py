@@ -1,21 +1,51 @@
-"""Stopping on a signal: what a scheduler sends before it takes the machine away.
+"""A process of a run: its rank, the notes it prints, and stopping on a signal.
 
-While steps are taken, SIGTERM and SIGHUP let the step end, save a checkpoint and stop; before that, and when
-sent twice, they stop at once. The same command goes on. The exit code is 128 + the signal's number.
+A scheduler sends a signal before it takes the machine away. While steps are taken, SIGTERM and SIGHUP let the
+step end, save a checkpoint and stop; before that, and when sent twice, they stop at once. The same command
+goes on. The exit code is 128 + the signal's number.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from sftdata.output import StoppedError
-from sfttrain.talk import say
 
+Say = Callable[[str], object]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_listener: Say | None = None
+
+
+def rank() -> int:
+    """Return this process's number among those of a launcher, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """Pass a note to the listener, or print it, where this is the main process."""
+    if rank() == 0:
+        if _listener is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            _listener(text)
+
+
+@contextmanager
+def notes_to(listener: Say | None) -> Iterator[None]:
+    """Pass notes to `listener` while the block runs; None leaves them on standard error."""
+    global _listener
+    _listener, before = listener, _listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 class StopRequest:
