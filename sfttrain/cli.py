@@ -121,8 +121,7 @@ def config(settings: TrainConfig) -> None:
     """Print every setting as `run` would use it, as YAML that `--config` reads back."""
     import yaml
 
-    from sfttrain.acting import Run, refuse_inert
-    from sfttrain.arguments import effective_settings, training_arguments
+    from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments
 
     run = Run(settings, training_arguments(settings), {}, evaluated=bool(settings.eval))
     refuse_inert(run)

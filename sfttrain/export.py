@@ -15,9 +15,8 @@ import yaml
 from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet
 from sftdata.set.store import sync_folder, write_atomic
-from sfttrain.checkpoint import Identity
+from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME, Identity
 from sfttrain.config import TrainConfig
-from sfttrain.output import RUN_NAME, SETTINGS_NAME
 from sfttrain.process import Say, say
 from sfttrain.report import write_report
 from sfttrain.resume import read_run

@@ -16,10 +16,10 @@ from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet
 from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
 from sfttrain.attention import registered_name
+from sfttrain.checkpoint import refuse_weights
 from sfttrain.config import TrainConfig
 from sfttrain.forward import keep_rotary_apart, share_terms
 from sfttrain.loss import Objective, fuse_loss
-from sfttrain.output import refuse_weights
 from sfttrain.process import Say
 from sfttrain.refusals import require_package
 from sfttrain.vocabulary import align_special_tokens, resize_embeddings

@@ -1,11 +1,9 @@
-"""Checks before step 1: optimizer and schedule on a stand-in, room for checkpoints, what is compiled."""
+"""Checks before step 1: room for checkpoints and in memory, what is compiled, a finite loss."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +16,6 @@ from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import activations, checkpoint
-from sfttrain.acting import Run, given_training, training_defaults
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
 from sfttrain.process import Say
@@ -28,10 +25,7 @@ if TYPE_CHECKING:
 
     from sfttrain.trainer import SftTrainer
 
-# Fields that some optimizers read and others do not.
-_READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compiled
-_WHOLE = ("model", "optimizer_dict")  # arguments of optimizers that take more than parameters
 
 
 def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Say) -> None:
@@ -219,81 +213,3 @@ def describe_memory(model: nn.Module) -> str:
     state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     text = f"{total:,} parameters, {trained:,} trained; "
     return f"{text}weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
-
-
-def try_optimizer(run: Run, model: Any, steps: int) -> None:
-    """Build what `optim` and `lr_scheduler_type` name, and take a step on a stand-in.
-
-    Args:
-        model: the model that is trained; low-rank optimizers look for their modules in it.
-        steps: of the run.
-
-    Raises:
-        UsageError: naming the setting and what is wrong.
-    """
-    if run.objects.get("optimizers") or run.objects.get("optimizer_cls_and_kwargs"):
-        return
-    args = run.args
-    try:
-        kind, arguments = _kind(args, model)
-    except (ImportError, ValueError, RuntimeError, TypeError) as error:
-        raise _refusal(f"optim={_plain(args.optim)}", error, "set optim=adamw_torch") from None
-    for name, value in given_training(run.config).items():
-        if name in _READ_BY_SOME and not reads(name, args, model):
-            raise UsageError(f"{name}={value}: optim={_plain(args.optim)} does not read it.", "leave it out.")
-    if any(name in arguments for name in _WHOLE):
-        return
-    stand_in = torch.nn.Parameter(torch.ones(8, 8, device=args.device))
-    stand_in.grad = torch.ones_like(stand_in)
-    try:
-        optimizer = kind([stand_in], **{name: value for name, value in arguments.items() if name != "params"})
-        optimizer.step()
-    except Exception as error:  # whatever a foreign optimizer raises: it would raise it at the first step
-        raise _refusal(f"optim={_plain(args.optim)}", error, "set optim=adamw_torch") from None
-    _try_schedule(args, optimizer, steps)
-
-
-def reads(name: str, args: TrainingArguments, model: Any) -> bool:
-    """Say whether the optimizer of `args` depends on a field of it."""
-    if name not in _READ_BY_SOME:
-        return True
-    other, default = copy.copy(args), training_defaults()[name]
-    value = getattr(args, name)
-    setattr(other, name, value / 2 if isinstance(value, float) else default)
-    try:
-        return str(_kind(args, model)) != str(_kind(other, model))
-    except (ImportError, ValueError, RuntimeError, TypeError):
-        return True  # without it there is no optimizer at all
-
-
-def _try_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    from transformers import get_scheduler
-
-    kind, options = args.lr_scheduler_type, cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the optimizer has no more steps to take
-            schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, options)
-            schedule.step(*([0.0] if kind in ("reduce_lr_on_plateau", "greedy") else []))
-    except Exception as error:  # as above
-        given = f", lr_scheduler_kwargs={options}" if options else ""
-        found = f"lr_scheduler_type={_plain(kind)}{given}"
-        raise _refusal(
-            found, error, "set lr_scheduler_kwargs.NAME=VALUE, or lr_scheduler_type=cosine"
-        ) from None
-
-
-def _kind(args: TrainingArguments, model: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    from transformers import Trainer
-
-    kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return kind, arguments
-
-
-def _refusal(found: str, error: Exception, fix: str) -> UsageError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UsageError(f"{found}: cannot be used: {reason:.300}", f"{fix}.")
-
-
-def _plain(value: object) -> str:
-    return str(getattr(value, "value", value))

@@ -19,7 +19,7 @@ import yaml
 
 from sftdata.errors import UsageError
 from sftdata.pages import render, write_page
-from sfttrain.output import RUN_NAME, SETTINGS_NAME
+from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
 from sfttrain.progress import LOG_NAME
 
 REPORT_NAME = "report.html"

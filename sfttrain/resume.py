@@ -17,10 +17,9 @@ import msgspec
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint
-from sfttrain.acting import Run, acts, other_than_default
-from sfttrain.checkpoint import Identity
+from sfttrain.arguments import Run, acts, other_than_default
+from sfttrain.checkpoint import RUN_NAME, Identity
 from sfttrain.config import LoraSettings, TrainConfig
-from sfttrain.output import RUN_NAME
 from sfttrain.process import Say
 from sfttrain.progress import LOG_NAME
 

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfttrain.acting import checked_training
+from sfttrain.arguments import checked_training
+from sfttrain.checkpoint import refuse_places, take
 from sfttrain.config import TrainConfig
-from sfttrain.output import refuse_places, take
 from sfttrain.process import listening
 from sfttrain.refusals import require_trainer
 from sfttrain.sets import open_sets

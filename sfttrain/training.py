@@ -12,9 +12,8 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
-from sfttrain.acting import Run, refuse_inert
 from sfttrain.activations import by_memory
-from sfttrain.arguments import effective_settings, training_arguments
+from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
@@ -25,7 +24,6 @@ from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
-from sfttrain.preflight import try_optimizer
 from sfttrain.process import Say, StopRequest, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.resume import Point, finished, identity_of, resume_point

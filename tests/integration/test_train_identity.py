@@ -209,8 +209,7 @@ def test_settings_given_at_their_defaults_are_the_same_settings(
 def test_the_settings_that_a_run_recorded_are_the_same_settings(
     tmp_path: Path, shards: Path, training: dict[str, Any]
 ) -> None:
-    from sfttrain.acting import Run, refuse_inert
-    from sfttrain.arguments import effective_settings, training_arguments
+    from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments
     from sfttrain.config import read_settings
     from sfttrain.resume import identity_of
 

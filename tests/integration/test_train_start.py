@@ -17,7 +17,7 @@ import pytest
 from sftdata.errors import IntegrityError
 from sftdata.set.opened import open_set
 from sfttrain import run, sets
-from sfttrain.acting import training_fields
+from sfttrain.arguments import training_fields
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, ROOT, tiny_llama, train_in_process
 from tests.train_sets import make_set

@@ -18,7 +18,7 @@ import sfttrain
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sfttrain import checkpoint
-from sfttrain.output import take
+from sfttrain.checkpoint import take
 from sfttrain.process import listening
 from tests.train_runs import OUR_WARNINGS, ROOT, train_in_process
 

@@ -14,7 +14,7 @@ from sftdata.cli.flags import load_config
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.settings import assign, read_settings_file
-from sfttrain.acting import training_fields
+from sfttrain.arguments import training_fields
 from sfttrain.config import TrainConfig
 
 GOOD = "inputs: [rows.jsonl]\ntokenizer: tok\noutput: out\n"

@@ -10,10 +10,17 @@ import pytest
 from transformers import TrainingArguments
 
 from sftdata.errors import UsageError
-from sfttrain.acting import NEEDS, NEVER, Run, refuse_inert, training_defaults
-from sfttrain.arguments import effective_settings, training_arguments
+from sfttrain.arguments import (
+    NEEDS,
+    NEVER,
+    Run,
+    effective_settings,
+    refuse_inert,
+    training_arguments,
+    training_defaults,
+    try_optimizer,
+)
 from sfttrain.config import read_settings
-from sfttrain.preflight import try_optimizer
 
 FIELDS = {field.name: str(field.type) for field in dataclasses.fields(TrainingArguments) if field.init}
 # What stands in the way of each group of NEEDS, where nothing does by default.
