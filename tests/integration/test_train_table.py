@@ -412,6 +412,7 @@ def test_no_tracker_is_told_anything_by_default(shards: Path, model: Path, tmp_p
     assert trainer.args.report_to == []
     ours = {
         "DefaultFlowCallback",
+        "FirstStep",
         "FollowSettings",
         "LogEnds",
         "StopAtStepEnd",
