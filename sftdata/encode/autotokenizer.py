@@ -68,7 +68,9 @@ def _resolve(request: Request, target: Path) -> None:
     _save(tokenizer, folder, Path(request["source"]))
     facts = _facts(tokenizer, folder, notes) | _places(folder, target)
     ids = tokenizer.get_vocab()
-    facts["tokens_added"] = [(token, ids[token]) for token in request["add_tokens"] if ids[token] >= before]
+    facts["tokens_added"] = [
+        (token, ids[token]) for token in request["add_tokens"] if ids.get(token, 0) >= before
+    ]
     (target / FACTS_FILE).write_text(
         json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True), encoding="utf-8"
     )
