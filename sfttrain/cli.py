@@ -153,7 +153,7 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge adapters into their base, and compare logits before and after."""
-    from sfttrain.merge import merge as run_merge
+    from sfttrain.adapters import merge as run_merge
 
     run_merge(adapter, output, model, lambda text: print(text, file=sys.stderr))
 
@@ -167,7 +167,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Quantize a finished model with GPTQ (needs GPTQModel and a GPU)."""
-    from sfttrain.merge import quantize
+    from sfttrain.export import quantize
 
     try:
         settings = {"bits": 4, "group_size": 128} | {

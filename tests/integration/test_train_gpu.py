@@ -153,7 +153,7 @@ def test_each_attention_of_the_gpu_trains_with_the_same_loss(
 @pytest.mark.feature("export: GPTQ")
 def test_a_gptq_model_answers_nearly_as_the_original(shards: Path, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    from sfttrain.merge import quantize
+    from sfttrain.export import quantize
 
     quantize(model, shards, tmp_path / "gptq", 8, 32, print)
     ids = torch.arange(3, 40)[None].cuda()

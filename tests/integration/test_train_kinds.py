@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain.merge import merge
+from sfttrain.adapters import merge
 from sfttrain.vocabulary import ready_generation
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 

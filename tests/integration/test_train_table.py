@@ -506,7 +506,7 @@ def test_gptq_says_what_it_needs(
 
 @pytest.mark.feature("export: GPTQ")
 def test_calibration_rows_are_whole_documents_of_the_set(shards: Path) -> None:
-    from sfttrain.merge import calibration_rows
+    from sfttrain.export import calibration_rows
 
     opened = open_set(shards)
     documents = [document.input_ids.tolist() for row in opened for document in row.documents()]
