@@ -289,7 +289,7 @@ _TYPO = 0.85  # as alike as "asistant" and "assistant"; "assistant_result" and "
 
 
 def spelled_role(message: Mapping[str, object]) -> object:
-    """Return what stands under `role`, or under `from` where `role` is null or absent."""
+    """Return the value of `role`, or of `from` where `role` is null or absent."""
     role = message.get("role")
     return message.get("from") if role is None else role
 

@@ -1,4 +1,4 @@
-"""Choose the row format of an input from a sample of its rows, with evidence; refuse what cannot be told.
+"""Choose the row format of an input from a sample of its rows, with evidence; refuse what is ambiguous.
 
 Every sampled row gets one verdict; the most frequent verdict decides, so that neither the first row nor the
 order matters.

@@ -202,7 +202,7 @@ def explain_preference(rows: Sequence[JsonObject]) -> tuple[str, str]:
 
 
 def _chosen_fix(row: JsonObject) -> str:
-    """Return what makes the chosen answer the row's own: the first way that reads, and reads whole."""
+    """Return the fix that makes the chosen answer the row's own: the first one that works for this row."""
     given = row["chosen"]
     chosen = [given] if isinstance(given, dict) else given
     asked = next((name for name in _CHAT_COLUMNS if is_messages(row.get(name)) and row.get(name)), None)

@@ -2,8 +2,8 @@
 
 Those hold an array of rows, or pretty-printed objects one after another. An element that is valid JSON ends
 where msgspec says. One that breaks a rule inside, such as NaN, ends with its brackets and is one reject.
-Where quotes or brackets do not match, no one can tell where the next element begins: the file is refused,
-with the place.
+Where quotes or brackets do not match, it is unclear where the next element begins: the file is refused, with
+the place.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> RowBoun
     Memory: one element, or `max_line_bytes` of it.
 
     Raises:
-        DataError: an element is damaged so that its end cannot be told.
+        DataError: an element is damaged, and where it ends is unclear.
     """
     count = RawCount()
     blocks = skip_bytes(read_all(source, count), source.body)
@@ -259,7 +259,7 @@ class Elements:
         closed: once all is read: what was opened is closed.
 
     Raises:
-        DataError: an element is damaged so that its end cannot be told.
+        DataError: an element is damaged, and where it ends is unclear.
     """
 
     def __init__(
@@ -375,7 +375,7 @@ class Elements:
         return Element(start, length, text[:SHOWN_BYTES] if length > self._limit else text)
 
     def _damage(self, wrong: str) -> DataError:
-        """Return the error of an element whose end cannot be told; `wrong` may name a byte of the element."""
+        """Return the error of an element whose end is unclear; `wrong` may name a byte of the element."""
         place = _POSITION.search(wrong)
         at = self._at + (int(place.group(1)) if place else 0)
         near = self._window[max(at - 10, 0) : at + 20].decode("utf-8", "replace")
@@ -393,8 +393,8 @@ class Elements:
 def _value_end(view: memoryview) -> tuple[int | None, bool, str]:
     """Return where the JSON value at the start of a text ends, whether that is sure, and what is wrong.
 
-    It is sure where more text would change nothing.
-    0 stands for what is not JSON, None for a value that goes on, or (surely) nests too deep for msgspec.
+    It is sure where more text would change nothing. The end is 0 for what is not JSON, None for a value that
+    goes on, or (where that is sure) nests too deep for msgspec.
     """
     try:
         return len(memoryview(_one_value(view))), True, ""
