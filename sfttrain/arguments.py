@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sftdata.errors import UsageError, did_you_mean
 from sfttrain.config import RENAMED, TRAINING_DEFAULTS, TrainConfig
+from sfttrain.process import say
 from sfttrain.refusals import refuse_missing_launch
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     from transformers import TrainingArguments
 
     from sfttrain.activations import measurable
-    from sfttrain.model import computes_in_bf16
+    from sfttrain.device import check_device, computes_in_bf16
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refuse_missing_launch(settings)
     settings.setdefault("learning_rate", config.learning_rate)
+    check_device(settings, config.dtype, say)
     # Otherwise ranks without a GPU find no backend.
     settings.setdefault("use_cpu", not torch.accelerator.is_available())
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())

@@ -18,6 +18,7 @@ from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head,
 from sfttrain.attention import registered_name
 from sfttrain.checkpoint import refuse_weights
 from sfttrain.config import TrainConfig
+from sfttrain.device import computes_in_bf16
 from sfttrain.forward import keep_rotary_apart, share_terms
 from sfttrain.loss import Objective, fuse_loss
 from sfttrain.process import Say
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from sfttrain.path import Plan
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def computes_in_bf16() -> bool:
-    """Say whether this machine's GPU computes in bfloat16."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def weight_dtype(config: TrainConfig) -> torch.dtype:

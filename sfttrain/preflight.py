@@ -18,6 +18,7 @@ from sftdata.errors import DataError, UsageError
 from sfttrain import activations, checkpoint
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
+from sfttrain.device import out_of_memory
 from sfttrain.process import Say
 
 if TYPE_CHECKING:
@@ -110,15 +111,6 @@ class FirstStep(TrainerCallback):
         self._say(f"plan: {state.max_steps:,} steps of {self._rows} rows; {about}{peak}")
 
 
-def out_of_memory(error: torch.OutOfMemoryError, step: int) -> UsageError:
-    """Return the error of a step that the device has too little memory for."""
-    reason = str(error).split(". ")[0]
-    fix = (
-        "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length."
-    )
-    return UsageError(f"Step {step:,} does not fit: {reason}.", fix)
-
-
 def _try_compiled(
     model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
 ) -> bool:
@@ -196,7 +188,7 @@ def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextMan
         grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, 1) from None
+        raise cast(UsageError, out_of_memory(error, 1)) from None
     finally:
         model.zero_grad(set_to_none=True)
     value = float(loss.detach())

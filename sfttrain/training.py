@@ -18,6 +18,7 @@ from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
+from sfttrain.device import out_of_memory, refuse_too_large
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.isolation import Surroundings
 from sfttrain.kernels import add_kernels
@@ -102,11 +103,7 @@ def _assemble(
     ready_generation(model, sets, say)
     reading.finish()
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
-    rows = (
-        TrainingRows(sets, plan.unpack)
-        if data is None
-        else custom_rows(data, args.process_index, args.world_size)
-    )
+    rows = TrainingRows(sets, plan.unpack) if data is None else _custom_rows(data, args)
     order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
     run = identity | _planned(order, plan)
     steps = int(args.max_steps) if order is None else _total_steps(args, order)
@@ -142,6 +139,10 @@ def _assemble(
     return trainer, resumed, steps
 
 
+def _custom_rows(data: Any, args: TrainingArguments) -> CustomRows | StreamRows:
+    return custom_rows(data, args.process_index, args.world_size)
+
+
 def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
     """Return what to compile; where that is not the layers, put kernels on them."""
     config = setting.config
@@ -167,8 +168,11 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
             _restore(trainer, resumed[0], say)
         else:
             trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-    except torch.OutOfMemoryError as error:
-        raise preflight.out_of_memory(error, trainer.state.global_step + 1) from None
+    except RuntimeError as error:
+        refused = out_of_memory(error, trainer.state.global_step + 1)
+        if refused is None:
+            raise
+        raise refused from None
     except UnpicklingError:
         place = resumed[0] if resumed else trainer.args.output_dir
         found = f"{place}: holds a pickle that is more than tensors, which loading would run"
@@ -206,9 +210,13 @@ def _reach(args: TrainingArguments, sets: list[ShardSet], data: Any) -> tuple[in
 
 
 def _make_trainer(**arguments: Any) -> SftTrainer:
+    refuse_too_large(arguments["model"], arguments["args"])
     try:
         return SftTrainer(**arguments)
     except (ValueError, ImportError, RuntimeError) as error:  # what transformers finds out only now
+        refused = out_of_memory(error, 0) if isinstance(error, RuntimeError) else None
+        if refused is not None:
+            raise refused from None
         if isinstance(error, RuntimeError) and "install" not in str(error):
             raise
         raise UsageError(f"Training settings: {str(error).strip()}", "see `sfttrain config`.") from None

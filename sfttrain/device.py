@@ -1,0 +1,142 @@
+"""What the GPU of this machine can do: its driver, its kernels, bfloat16 and memory, known before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sftdata.errors import UsageError
+from sfttrain.process import Say
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+DRIVER = Path("/proc/driver/nvidia/version")
+_INSTEAD = "use_cpu=true trains on the CPU."
+# Tensors as large as the weights that training holds: weights, gradients, and what the optimizer keeps.
+_HELD = {"adamw_torch": 4, "adamw_torch_fused": 4, "sgd": 2}
+_LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def check_device(settings: Mapping[str, object], dtype: str, say: Say) -> None:
+    """Refuse a GPU that cannot be used as asked, and say what a GPU that is there is not used for.
+
+    Args:
+        settings: of TrainingArguments, as given.
+        dtype: of the weights, as given.
+        say: told what is not refused.
+
+    Raises:
+        UsageError: the driver or the GPU is too old for this PyTorch, or the GPU does not know the dtype.
+    """
+    if settings.get("use_cpu") or not (DRIVER.exists() or torch.cuda.is_available()):
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        say("devices: the CPU; there is an NVIDIA driver, but this PyTorch was built without CUDA")
+    elif torch.cuda.is_available():
+        _refuse_old_gpu()
+        _check_bf16(settings, dtype, say)
+    else:
+        reason = _why_unavailable()
+        if "too old" in reason:
+            fix = "update it, or install a PyTorch for an older CUDA (https://pytorch.org/get-started/previous-versions)"
+            raise UsageError(
+                f"PyTorch {torch.__version__} cannot use the GPU: {reason}.", f"{fix}; {_INSTEAD}"
+            )
+
+
+def _refuse_old_gpu() -> None:
+    known = [
+        name.removeprefix("sm_").rstrip("af") for name in torch.cuda.get_arch_list() if name.startswith("sm_")
+    ]
+    oldest = min(((int(name[:-1]), int(name[-1])) for name in known), default=(0, 0))
+    found = torch.cuda.get_device_capability()
+    if found < oldest:
+        name = f"{torch.cuda.get_device_name()} (compute capability {found[0]}.{found[1]})"
+        raise UsageError(
+            f"{name}: this PyTorch has kernels for {oldest[0]}.{oldest[1]} and newer.",
+            f"install an older PyTorch, which has them; {_INSTEAD}",
+        )
+
+
+def _check_bf16(settings: Mapping[str, object], dtype: str, say: Say) -> None:
+    if computes_in_bf16():
+        return
+    name = torch.cuda.get_device_name()
+    if settings.get("bf16"):
+        raise UsageError(
+            f"bf16=true: {name} does not compute in bfloat16.",
+            "set fp16=true, or leave bf16 out for float32.",
+        )
+    if dtype == "bfloat16":
+        raise UsageError(
+            f"dtype=bfloat16: {name} does not compute in bfloat16.",
+            "set dtype=float32, or dtype=float16 with --lora.",
+        )
+    if not settings.get("fp16"):
+        say(f"compute: float32, since {name} does not compute in bfloat16; fp16=true is faster")
+
+
+def _why_unavailable() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().split(". ")[0]
+    return ""
+
+
+def note_missing_build(say: Say) -> None:
+    """Say that a GPU is left idle because this PyTorch is built without CUDA."""
+    if DRIVER.exists() and torch.version.cuda is None and torch.version.hip is None:
+        say("devices: the CPU; there is an NVIDIA driver, but this PyTorch was built without CUDA")
+
+
+def computes_in_bf16() -> bool:
+    """Say whether this machine's GPU computes in bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def refuse_too_large(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Refuse a model whose weights, gradients and optimizer state alone are more than the GPU has.
+
+    Args:
+        model: as loaded, wherever it is.
+        args: of the run; what is sharded over several GPUs is not judged.
+
+    Raises:
+        UsageError: naming both sizes, and ways to train with less.
+    """
+    spread = args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in _LAUNCHED)
+    if args.device.type != "cuda" or spread or getattr(model, "hf_device_map", None):
+        return
+    held = _HELD.get(str(getattr(args.optim, "value", args.optim)), 1)
+    weights = [
+        (weight.numel() * weight.element_size(), weight.requires_grad) for weight in model.parameters()
+    ]
+    needed = sum(size * (held if trained else 1) for size, trained in weights)
+    whole = torch.cuda.mem_get_info()[1]
+    if needed > whole:
+        found = f"weights, gradients and optimizer state take {needed / 1e9:.1f} GB"
+        fix = "--lora r=16, with --quantize nf4 if need be; optim=adamw_bnb_8bit; or several GPUs with FSDP."
+        raise UsageError(f"The model does not fit: {found}, and the GPU has {whole / 1e9:.1f} GB.", fix)
+
+
+def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
+    """Return the error of a device with too little memory for a step, or for the model (step 0); None for others."""
+    reason = str(error).strip().split("\n")[0]
+    host = "DefaultCPUAllocator: can't allocate memory"
+    if not isinstance(error, torch.OutOfMemoryError) and host not in reason:
+        return None
+    reason = host if host in reason else reason.split(". ")[0]
+    if not step:
+        return UsageError(
+            f"The model does not fit: {reason}.", "--lora r=16, --quantize nf4, or a smaller model."
+        )
+    fix = (
+        "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length."
+    )
+    return UsageError(f"Step {step:,} does not fit: {reason}.", fix)
