@@ -156,7 +156,7 @@ def _cut(lengths: Int64, limit: int, policy: Policy) -> tuple[Int64, Int64, Int6
 
 
 def _trained(places: Int64, start: Int64, stop: Int64) -> Int64:
-    """Count the trained tokens, at these places, that lie behind the first token of each stretch, int64[K]."""
+    """Count the trained tokens, at these places, that follow the first token of each stretch, int64[K]."""
     found: Int64 = np.searchsorted(places, stop) - np.searchsorted(places, np.minimum(start + 1, stop))
     return found
 

@@ -64,6 +64,17 @@ def test_no_function_is_longer_than_60_lines() -> None:
     assert not long
 
 
+def test_no_line_outside_the_packages_is_wider_than_130() -> None:
+    """The packages keep to 110, which ruff checks; it has one width for all files."""
+    wide = [
+        f"{path}:{number}"
+        for path, source in modules("tests", "benchmarks", "docs", "examples")
+        for number, line in enumerate(source.splitlines(), 1)
+        if len(line) > 130
+    ]
+    assert not wide
+
+
 def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
     drawers = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
     assert not [

@@ -11,7 +11,8 @@ import typer
 
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import PrepareConfig
-from sftdata.output import Meter, Progress, print_json, print_line
+from sftdata.errors import UsageError
+from sftdata.output import Meter, Progress, local_output, print_json, print_line
 
 if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
@@ -43,9 +44,6 @@ def init(
 
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
     """
-    from sftdata.errors import UsageError
-    from sftdata.output import local_output
-
     local_output(file, "-f")
     local_output(output)
     if file != "-" and Path(file).exists():

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from sftdata.cli.flags import Folder, Json
+from sftdata.errors import DataError, IntegrityError, read_codes
 from sftdata.output import print_json, print_line
 
 VARIABLES = (
@@ -37,7 +38,6 @@ def audit(
 
     Example: sftdata audit shards --strict
     """
-    from sftdata.errors import DataError
     from sftdata.show.audit import audit as run
 
     findings = run(folder, against, every=as_json)
@@ -136,7 +136,6 @@ def verify(
 
     Example: sftdata verify shards
     """
-    from sftdata.errors import IntegrityError
     from sftdata.set.verify import verify as run
 
     report = run(folder, sha256=sha256)
@@ -165,8 +164,6 @@ def verify(
 
 
 def _complete(start: str) -> list[str]:
-    from sftdata.errors import read_codes
-
     return [code for code in read_codes() if code.startswith(start)]
 
 
@@ -184,7 +181,6 @@ def explain(
     Example: sftdata explain spans-unproven
     """
     from sftdata.errors import explain as run
-    from sftdata.errors import read_codes
 
     codes = read_codes()
     if code is not None:

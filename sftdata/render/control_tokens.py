@@ -5,9 +5,9 @@ Both are read off plain renders of made-up conversations: what the template writ
 A tokenizer matches its added tokens before it does anything else, wherever they are. Of these
 
 - *guarded* are the tokens marked `special: true`, those that stop generation, and whatever opens or ends a
-  turn in this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are `special:
-  false`). Typed into a message they are encoded as the text that they spell, so that no data ends a turn or
-  forges one. `--trust-control-tokens` turns this off.
+  turn in this chat template, however it is marked (DeepSeek's `<｜User｜>` and `<｜Assistant｜>` are
+  `special: false`). Typed into a message they are encoded as the text that they spell, so that no data ends
+  a turn or forges one. `--trust-control-tokens` turns this off.
 - All others are *text* like any other (`<think>`, `</think>`, `<tool_call>` of Qwen, GLM, Nemotron):
   inference encodes them as one id wherever they are, and so do we, in messages of every role. Tags inside a
   turn never count as opening or ending it, even where the template writes one between a header and an answer
