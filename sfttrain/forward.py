@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,25 @@ from torch import Tensor, nn
 from sftdata.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils.generic import ModelOutput
 
+Forward: TypeAlias = "Callable[..., ModelOutput]"
+State = Tensor | int | float  # what a rotary module keeps from one forward to the next
 DYNAMIC_ROPES = frozenset({"dynamic", "longrope"})  # rotary factors that follow the longest position
 
 
-def share_terms(model: Any) -> None:
+def share_terms(model: PreTrainedModel) -> None:
     """Let a model with its own loss count only `term_share` of what it adds to the cross entropy."""
-    own_forward = model.forward
+    own_forward: Forward = model.forward
 
-    def forward(self: Any, term_share: Any = 1.0, **inputs: Any) -> Any:
+    def forward(self: PreTrainedModel, term_share: float | Tensor = 1.0, **inputs: object) -> ModelOutput:
         if inputs.get("labels") is None:
             return own_forward(**inputs)
         seen: list[Tensor] = []
         own_loss = self.loss_function
 
-        def cross_entropy(*given: Any, **options: Any) -> Tensor:
+        def cross_entropy(*given: object, **options: object) -> Tensor:
             seen.append(own_loss(*given, **options))
             return seen[-1].clone()  # the model may add its terms in place
 
@@ -49,11 +52,11 @@ def share_terms(model: Any) -> None:
         return outputs
 
     model.forward = types.MethodType(forward, model)
-    model.accepts_loss_kwargs = True
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]  # torch: modules and tensors only
 
 
 def hidden_and_terms(
-    model: Any, own_forward: Any, labels: Tensor, inputs: dict[str, Any]
+    model: PreTrainedModel, own_forward: Forward, labels: Tensor, inputs: Mapping[str, object]
 ) -> tuple[Tensor, Tensor]:
     """Return the last hidden states, float[B, L, D], and the model's own terms, float[].
 
@@ -72,7 +75,7 @@ def hidden_and_terms(
 
 
 @contextmanager
-def _loss_function(model: Any, function: Any) -> Iterator[None]:
+def _loss_function(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
     """Give the model another cross entropy."""
     before = model.__dict__.get("_loss_function")
     model.loss_function = function
@@ -127,16 +130,20 @@ def _is_dynamic(module: nn.Module) -> bool:
     return hasattr(module, "forward") and any(kind in DYNAMIC_ROPES for kind in kinds)
 
 
-def _wrap(module: Any) -> None:
+def _wrap(module: nn.Module) -> None:
     own_forward, fresh = module.forward, dict(_state(module))
-    ropes = list(dynamic_ropes(module.config))
+    ropes = list(dynamic_ropes(cast("PreTrainedConfig", module.config)))
     limit = min(length for _, length in ropes)
     two_sides = all(kind == "longrope" and length == limit for kind, length in ropes)
 
-    def forward(self: Any, x: Tensor, position_ids: Tensor, *more: Any, **options: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self: nn.Module, x: Tensor, position_ids: Tensor, *more: object, **options: object
+    ) -> tuple[Tensor, ...]:
         lengths = document_lengths(position_ids)
         sides = (lengths > limit).long() if two_sides else torch.where(lengths > limit, lengths, 0)
         merged: tuple[Tensor, ...] = ()
+        # longrope has one set of factors up to the limit and one beyond it; dynamic NTK has one for every length
+        # beyond it. Each is computed as if only its own documents were there, and kept at their tokens.
         for side in sides.unique().tolist():
             _restore(self, fresh, x.device)
             chosen = sides == side
@@ -151,31 +158,31 @@ def _wrap(module: Any) -> None:
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
-    """int64[..., L], for each token how long its document is, by its last position.
+    """Return int64[..., L], the length of the document that each token is in, from its last position.
 
     >>> document_lengths(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist()
     [[3, 3, 3, 2, 2, 1]]
     """
     starts = position_ids == 0
-    starts[..., 0] = True
+    starts[..., 0] = True  # a row may begin in the middle of a document
     number = starts.cumsum(-1) - 1
     last = torch.zeros_like(position_ids).scatter_reduce_(-1, number, position_ids, "amax")
     return last.gather(-1, number) + 1
 
 
-def _state(module: Any) -> Iterator[tuple[str, Any]]:
+def _state(module: nn.Module) -> Iterator[tuple[str, State]]:
     """What a forward leaves behind for the next one, as it was before the first."""
     for name, buffer in module.named_buffers(recurse=False):
         yield name, getattr(module, name.replace("inv_freq", "original_inv_freq"), buffer).clone()
     for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-        yield name, int(module.original_max_seq_len)
+        yield name, int(cast(int, module.original_max_seq_len))
     if "attention_scaling" in vars(module):
-        yield "attention_scaling", module.attention_scaling
+        yield "attention_scaling", cast(float, module.attention_scaling)
 
 
-def _restore(module: Any, fresh: dict[str, Any], device: torch.device) -> None:
+def _restore(module: nn.Module, fresh: Mapping[str, State], device: torch.device) -> None:
     for name, value in fresh.items():
-        if name in module._buffers:
+        if isinstance(value, Tensor):
             module._buffers[name] = value.to(device, copy=True)
         else:
             setattr(module, name, value)
