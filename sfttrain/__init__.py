@@ -11,12 +11,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from sfttrain.iterative import IterativeTrainer
@@ -32,7 +33,7 @@ _OBJECTS = (
 
 
 def train(
-    data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *,
+    data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *,
     output: str | Path,
     model: str | Path | torch.nn.Module | None = None,
     on_note: Callable[[str], object] | None = None,
@@ -42,8 +43,8 @@ def train(
     init_from_config: str | Path | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    model_init_kwargs: Mapping[str, Any] = {},
-    lora: str | Mapping[str, Any] | None = None,
+    model_init_kwargs: Mapping[str, object] = {},
+    lora: str | Mapping[str, object] | None = None,
     adapter: str | Path | None = None,
     resize_to_multiple_of: int = 1,
     quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
@@ -59,14 +60,14 @@ def train(
     push_to_hub: str | None = None,
     # ---- objects of transformers' Trainer
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
-    compute_loss_func: Callable[..., Any] | None = None,
-    compute_metrics: Callable[..., dict[str, Any]] | None = None,
-    eval_dataset: Any = None,
-    optimizers: tuple[Any, Any] | None = None,
-    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
-    preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+    compute_loss_func: Callable[..., torch.Tensor] | None = None,
+    compute_metrics: Callable[..., Mapping[str, object]] | None = None,
+    eval_dataset: object = None,
+    optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] | None = None,
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], Mapping[str, object]] | None = None,
+    preprocess_logits_for_metrics: Callable[..., object] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
-    **training: Any,
+    **training: object,
 ) -> SftTrainer | None:  # fmt: skip
     """Train a model; the same function as `sfttrain run`, and the same call resumes a broken run.
 
@@ -92,7 +93,13 @@ def train(
     return _train(**locals())
 
 
-def _train(data: Any, model: Any, on_note: Any, training: dict[str, Any], **given: Any) -> SftTrainer | None:
+def _train(
+    data: object,
+    model: object,
+    on_note: Callable[[str], object] | None,
+    training: dict[str, object],
+    **given: object,
+) -> SftTrainer | None:
     """Sort what was given into settings and objects, and run."""
     from sfttrain.config import read_settings
     from sfttrain.process import notes_to
@@ -114,7 +121,7 @@ def _train(data: Any, model: Any, on_note: Any, training: dict[str, Any], **give
         return run(config, model=None if named else model, data=None if folders else data, **objects)
 
 
-def _name_of(model: Any) -> str:
+def _name_of(model: object) -> str:
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,9 @@ def add_adapters(
 
     saved = _names(lora.modules_to_save)
     embeddings = _embedding_names(model)
-    beside: dict[str, Any] = {}
+    rows: dict[str, list[int]] | None = None
     if untrained and not set(saved) & set(embeddings):
-        beside, saved = _train_embeddings(model, embeddings, untrained, saved, say)
+        rows, saved = _train_embeddings(model, embeddings, untrained, saved, say)
     skipped = [
         name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)
     ]
@@ -69,7 +69,7 @@ def add_adapters(
         ensure_weight_tying=bool(set(saved) & set(embeddings))
         and _tied(model),  # single rows are tied anyway
         task_type="CAUSAL_LM",
-        **beside,
+        trainable_token_indices=rows,
     )
     _silence_peft()
     try:
@@ -104,7 +104,7 @@ def _without_adapters(model: PreTrainedModel) -> list[str]:
 
 def _say_targets(adapted: PeftModel, say: Say) -> None:
     """Say which weights got adapters, and which matrices of the layers stay as they are."""
-    base: PreTrainedModel = cast(Any, adapted).get_base_model()
+    base = cast("PreTrainedModel", adapted.get_base_model())
     ends = [
         one.weight for one in (base.get_input_embeddings(), base.get_output_embeddings()) if one is not None
     ]
@@ -182,8 +182,8 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
 
 def _train_embeddings(
     model: PreTrainedModel, embeddings: list[str], untrained: Sequence[int], saved: list[str], say: Say
-) -> tuple[dict[str, Any], list[str]]:
-    """Return further arguments of LoraConfig, and the modules to save."""
+) -> tuple[dict[str, list[int]] | None, list[str]]:
+    """Return the rows to train of each table, None where a table is trained in full, and the modules to save."""
     # Of tied tables only the input side is named: the head follows.
     tables = embeddings[:1] if _tied(model) else embeddings
     if len(untrained) <= FEW_TOKENS:
@@ -191,12 +191,12 @@ def _train_embeddings(
             f"embeddings: {len(untrained)} rows of {' and '.join(tables)} are trained, "
             "since the model was never trained on these tokens"
         )
-        return {"trainable_token_indices": {table: list(untrained) for table in tables}}, saved
+        return {table: list(untrained) for table in tables}, saved
     say(
         f"embeddings: {' and '.join(tables)} are trained in full, "
         f"since the model was never trained on {len(untrained)} tokens of the set"
     )
-    return {}, [*saved, *tables]
+    return None, [*saved, *tables]
 
 
 def _embedding_names(model: PreTrainedModel) -> list[str]:

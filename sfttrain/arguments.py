@@ -22,7 +22,7 @@ from sfttrain.refusals import refuse_missing_launch
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 # Fields that some optimizers read and others do not.
 _READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -69,16 +69,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
     if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
-        old: Any = args
-        old.activation_checkpointing, old.activation_checkpointing_kwargs = (
-            old.gradient_checkpointing,
-            old.gradient_checkpointing_kwargs,
-        )
-    cast(Any, args).checkpoints_by_memory = by_memory
+        for old, name in RENAMED.items():
+            setattr(args, name, getattr(args, old))
+    args.checkpoints_by_memory = by_memory  # type: ignore[attr-defined]  # a mark of ours
     return args
 
 
-def effective_settings(run: Run, model: Any = None) -> dict[str, Any]:
+def effective_settings(run: Run, model: PreTrainedModel | None = None) -> dict[str, object]:
     """Return every setting that acts, with defaults resolved, as plain data.
 
     Args:
@@ -91,9 +88,9 @@ def effective_settings(run: Run, model: Any = None) -> dict[str, Any]:
     }
 
 
-def _given(settings: dict[str, Any], name: str) -> dict[str, Any]:
+def _given(settings: Mapping[str, object], name: str) -> dict[str, object]:
     value = settings.get(name) or {}
-    return dict(json.loads(value) if isinstance(value, str) else value)
+    return dict(json.loads(value) if isinstance(value, str) else cast(Mapping[str, object], value))
 
 
 @cache
@@ -114,7 +111,7 @@ def training_fields() -> dict[str, str]:
     return {name: known[old] for old, name in RENAMED.items() if old in known} | known
 
 
-def named_as_installed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def named_as_installed(settings: Mapping[str, object]) -> dict[str, Any]:
     """Return settings of TrainingArguments by the names that the installed transformers knows, old or new."""
     from transformers import TrainingArguments
 
@@ -123,7 +120,7 @@ def named_as_installed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name if name in known else older.get(name, name): value for name, value in settings.items()}
 
 
-def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_training(given: Mapping[str, object]) -> dict[str, object]:
     """Return settings of TrainingArguments as it takes them.
 
     Raises:
@@ -137,7 +134,7 @@ def checked_training(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _coerced(key, value, known[key]) for key, value in given.items()}
 
 
-def given_training(config: TrainConfig) -> dict[str, Any]:
+def given_training(config: TrainConfig) -> dict[str, object]:
     """Return the settings of TrainingArguments that were given and are not what they would be anyway."""
     defaults = {**training_defaults(), "learning_rate": config.learning_rate}
     given = {
@@ -146,7 +143,7 @@ def given_training(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
-def other_than_default(args: TrainingArguments) -> dict[str, Any]:
+def other_than_default(args: TrainingArguments) -> dict[str, object]:
     """Return the fields of TrainingArguments as it resolved them, without those at their defaults.
 
     The same comes out for settings as they were given and as a run recorded them: some are resolved from
@@ -156,13 +153,13 @@ def other_than_default(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in args.to_dict().items() if _set(value) != _set(defaults.get(name))}
 
 
-def _set(value: Any) -> object:
+def _set(value: object) -> object:
     """Return a value, None where it is one of the forms of not being set."""
     value = getattr(value, "value", value)
     return None if value is False or value in ("", "none", [], ["none"], {}) else value
 
 
-def training_defaults() -> dict[str, Any]:
+def training_defaults() -> dict[str, object]:
     """Return the defaults of TrainingArguments' fields, except `bf16`, which depends on the machine."""
     from transformers import TrainingArguments
 
@@ -243,7 +240,7 @@ class Run:
 
     config: TrainConfig
     args: TrainingArguments
-    objects: Mapping[str, Any]
+    objects: Mapping[str, object]
     evaluated: bool
 
     @property
@@ -343,7 +340,7 @@ def _unmet(name: str, run: Run) -> str:
     return next((needs for names, needs, acts_on in NEEDS if name in names and not acts_on(run)), "")
 
 
-def try_optimizer(run: Run, model: Any, steps: int) -> None:
+def try_optimizer(run: Run, model: PreTrainedModel, steps: int) -> None:
     """Build what `optim` and `lr_scheduler_type` name, and take a step on a stand-in.
 
     Args:
@@ -377,7 +374,7 @@ def try_optimizer(run: Run, model: Any, steps: int) -> None:
     _try_schedule(args, optimizer, steps)
 
 
-def reads(name: str, args: TrainingArguments, model: Any) -> bool:
+def reads(name: str, args: TrainingArguments, model: PreTrainedModel | None) -> bool:
     """Say whether the optimizer of `args` depends on a field of it."""
     if name not in _READ_BY_SOME:
         return True
@@ -393,7 +390,7 @@ def reads(name: str, args: TrainingArguments, model: Any) -> bool:
 def _try_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> None:
     from transformers import get_scheduler
 
-    kind, options = args.lr_scheduler_type, cast(dict[str, Any] | None, args.lr_scheduler_kwargs)
+    kind, options = args.lr_scheduler_type, cast(dict[str, object] | None, args.lr_scheduler_kwargs)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer has no more steps to take
@@ -407,7 +404,9 @@ def _try_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, ste
         ) from None
 
 
-def _kind(args: TrainingArguments, model: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _kind(
+    args: TrainingArguments, model: PreTrainedModel | None
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, object]]:
     from transformers import Trainer
 
     kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)

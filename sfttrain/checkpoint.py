@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -29,7 +28,7 @@ _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
-Identity = dict[str, Any]  # what makes a run the same run, as plain JSON data
+Identity = dict[str, object]  # what makes a run the same run, as plain JSON data
 
 
 def refuse_places(config: TrainConfig, *, given: bool) -> None:
@@ -239,7 +238,7 @@ def _check_step(folder: Path, found: Seal) -> None:
     names = {file.name for file in found.files}
     if STATE not in names:
         return
-    step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, Any]).get("global_step")
+    step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, object]).get("global_step")
     if len({found.step, _step(folder), step}) > 1:
         steps = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
         raise IntegrityError(

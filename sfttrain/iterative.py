@@ -7,7 +7,7 @@ cut into batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.errors import UsageError
 from sftdata.streaming import TextEncoder
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedConfig
 
 LEARNING_RATE = 2e-5
 MAX_GRAD_NORM = 1.0
@@ -37,8 +41,8 @@ class IterativeTrainer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: str | None = None, *,
-        optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None,
+        self, model: torch.nn.Module, tokenizer: str | None = None, *,
+        optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None,
         max_length: int | None = None, truncation_mode: Literal["keep_end", "keep_start"] = "keep_end",
         batch_size: int | None = None,
     ) -> None:  # fmt: skip
@@ -84,7 +88,7 @@ class IterativeTrainer:
 
     @property
     def _answers_apart(self) -> bool:
-        return bool(self.model.config.is_encoder_decoder)
+        return bool(cast("PreTrainedConfig", self.model.config).is_encoder_decoder)
 
     def _given(
         self, input_ids: Ids, attention_mask: Ids | None, labels: Ids | None

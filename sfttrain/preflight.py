@@ -47,7 +47,7 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
     if args.save_strategy != "no" and args.process_index == 0:
         kept = args.save_total_limit or 2
         checkpoint.require_space(Path(str(args.output_dir)), (min(kept, 2) + 1) * checkpoint_bytes(model))
-    trainer.add_callback(FirstStep(trainer.run["global_batch"], say))
+    trainer.add_callback(FirstStep(cast(int, trainer.run["global_batch"]), say))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")

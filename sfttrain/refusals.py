@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,7 +29,12 @@ _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml")  # package
 
 
 def refuse_useless(
-    config: TrainConfig, args: TrainingArguments, model: Any, data: Any, extras: Mapping[str, Any], say: Say
+    config: TrainConfig,
+    args: TrainingArguments,
+    model: object,
+    data: object,
+    extras: Mapping[str, object],
+    say: Say,
 ) -> None:
     """Refuse settings that cannot work together, before anything is read.
 
@@ -85,7 +90,7 @@ def refuse_missing_launch(settings: Mapping[str, object]) -> None:
         raise UsageError("fsdp: one process has nothing to shard over.", fix)
 
 
-def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, model: Any = None) -> None:
+def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, model: object = None) -> None:
     """Refuse a model that a run cannot train, by its config.
 
     Args:
@@ -148,7 +153,7 @@ def _refuse_loading(config: TrainConfig, args: TrainingArguments) -> None:
         )
 
 
-def _refuse_object(config: TrainConfig, model: Any) -> None:
+def _refuse_object(config: TrainConfig, model: object) -> None:
     """A model that is at hand is not loaded, so what says how to load it would be ignored."""
     fields = TrainConfig.model_fields
     given = [
@@ -166,7 +171,7 @@ def _refuse_object(config: TrainConfig, model: Any) -> None:
         )
 
 
-def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, Any]) -> None:
+def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, object]) -> None:
     if config.kernels == "liger" and args.device.type == "cpu":
         raise UsageError(
             "kernels=liger: its kernels need a GPU, and the device is the CPU.", "set kernels=auto."
@@ -192,7 +197,7 @@ def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[s
         )
 
 
-def _refuse_evaluation(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, Any]) -> None:
+def _refuse_evaluation(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, object]) -> None:
     data = extras.get("eval_dataset")
     names = [*config.eval, *(data if isinstance(data, dict) else ["data"] if data is not None else [])]
     for rows in data.values() if isinstance(data, dict) else [data]:

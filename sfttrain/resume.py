@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -231,12 +231,12 @@ def _flat(run: Identity, known: Identity) -> Identity:
     """Return an identity as single settings: those that `known` has, too."""
     flat = {name: run[name] for name in known if name in run and name not in ("settings", "lora")}
     if run.get("lora"):
-        lora = LoraSettings(**run["lora"])
+        lora = LoraSettings.model_validate(run["lora"])
         flat |= {
             f"lora.{name}": value
             for name, value in {"r": lora.r, **lora.model_dump(exclude_defaults=True)}.items()
         }
-    return flat | dict(run.get("settings", {}))
+    return flat | cast(Identity, run.get("settings", {}))
 
 
 def _shown(settings: Identity, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
@@ -33,7 +34,7 @@ from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 
 def train_on(
@@ -74,7 +75,7 @@ def train_on(
         )
         raise StoppedError(stop.number)
     request.done = True
-    export(trainer, sets, effective_settings(setting, trainer.model), trainer.run)
+    export(trainer, sets, effective_settings(setting, cast("PreTrainedModel", trainer.model)), trainer.run)
     conclude(config, args)
     return trainer
 
@@ -124,7 +125,7 @@ def _assemble(
             LogEnds(),
             TrainLog(config.output / LOG_NAME),
             Progress(),
-            *objects.pop("callbacks", ()),
+            *cast("Sequence[TrainerCallback]", objects.pop("callbacks", ())),
         ],
         **objects,
     )

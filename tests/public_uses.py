@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 import sftdata
 import sfttrain
 
@@ -47,7 +49,7 @@ def questions(columns: dict[str, list[str]]) -> list[sftdata.Completion]:
     return [sftdata.Completion(q, a) for q, a in zip(columns["q"], columns["a"], strict=True)]
 
 
-def train(model: object, notes: list[str]) -> float:
+def train(model: torch.nn.Module, notes: list[str]) -> float:
     """Train by name, with settings of ours and of transformers."""
     made: list[sftdata.Completion] = questions({"q": ["Red?"], "a": ["Beetroot."]})
     trainer = sfttrain.train(

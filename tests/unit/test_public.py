@@ -66,15 +66,15 @@ stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = Non
 verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport
 """,
     "sfttrain": """
-IterativeTrainer(model: Any, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
- scheduler: Any = None, max_length: int | None = None,\
+IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
+ scheduler: LRScheduler | None = None, max_length: int | None = None,\
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
-train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, output: str | Path,\
+train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *, output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
  weights: Sequence[float] = (), eval: Mapping[str, str | Path] = {},\
  init_from_config: str | Path | None = None, revision: str | None = None,\
  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto',\
- model_init_kwargs: Mapping[str, Any] = {}, lora: str | Mapping[str, Any] | None = None,\
+ model_init_kwargs: Mapping[str, object] = {}, lora: str | Mapping[str, object] | None = None,\
  adapter: str | Path | None = None, resize_to_multiple_of: int = 1,\
  quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool = False,\
  attention: str = 'auto', loss: Literal['auto', 'chunked', 'torch', 'plain'] = 'auto',\
@@ -83,12 +83,13 @@ train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]], *, 
  objective: Literal['nll', 'dft'] = 'nll', packing: Literal['auto', 'require', 'unpack'] = 'auto',\
  prove_again: bool = False, overwrite: bool = False, push_to_hub: str | None = None,\
  callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,\
- compute_loss_func: Callable[..., Any] | None = None,\
- compute_metrics: Callable[..., dict[str, Any]] | None = None,\
- eval_dataset: Any = None, optimizers: tuple[Any, Any] | None = None,\
- optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,\
- preprocess_logits_for_metrics: Callable[..., Any] | None = None,\
- processing_class: PreTrainedTokenizerBase | None = None, **training: Any) -> SftTrainer | None
+ compute_loss_func: Callable[..., torch.Tensor] | None = None,\
+ compute_metrics: Callable[..., Mapping[str, object]] | None = None,\
+ eval_dataset: object = None,\
+ optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] | None = None,\
+ optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], Mapping[str, object]] | None = None,\
+ preprocess_logits_for_metrics: Callable[..., object] | None = None,\
+ processing_class: PreTrainedTokenizerBase | None = None, **training: object) -> SftTrainer | None
 """,
 }
 
