@@ -22,10 +22,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
@@ -33,7 +34,7 @@ from sftdata.errors import DataError, UsageError
 from sftdata.set.opened import PackedRow, ShardSet
 from sfttrain.order import FILLER
 
-Batch = dict[str, Any]
+Batch = dict[str, Tensor | int]
 _MASKS = ("completion_mask", "assistant_masks")
 _WEIGHTS = "loss_weights"
 
@@ -151,7 +152,7 @@ class Collator:
         shape = batch["input_ids"].shape
         if self.boundaries:
             batch["seq_idx"] = torch.from_numpy(np.concatenate(_numbers(lengths, self.flatten))).view(shape)
-        return batch | (_cumulative(lengths) if self.boundaries or self.flatten else {})
+        return {**batch, **(_cumulative(lengths) if self.boundaries or self.flatten else {})}
 
     def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
         """Count padding as part of the last document, or as one: causal attention never sees it."""
@@ -185,11 +186,15 @@ def _cumulative(lengths: list[Int64]) -> Batch:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
+def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> dict[str, Tensor]:
     flat = np.concatenate(lengths)
     labels = np.concatenate([_labels(row) for row in rows])
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": positions(flat)}
+    columns: dict[str, Int64 | Float32] = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": positions(flat),
+    }
     if rows[0].source is not None:
         columns["source"] = np.concatenate(_sources(rows))
     if _weighted(rows):
@@ -197,7 +202,7 @@ def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
     return {name: torch.from_numpy(column)[None] for name, column in columns.items()}
 
 
-def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
+def _padded(rows: Sequence[Row], lengths: list[Int64]) -> dict[str, Tensor]:
     width = int(lengths[0].sum())
     input_ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
@@ -205,7 +210,11 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> Batch:
         input_ids[index, : len(row.input_ids)] = row.input_ids
         labels[index, : len(row.input_ids)] = _labels(row)
     position_ids = np.stack([positions(part) for part in lengths])
-    columns: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    columns: dict[str, Int64 | Float32] = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": position_ids,
+    }
     if rows[0].source is not None:
         columns["source"] = np.stack([np.pad(part, (0, width - len(part))) for part in _sources(rows)])
     if _weighted(rows):
@@ -257,7 +266,7 @@ class CustomRows(Dataset[Row]):
         weighted: whether the first row says what its tokens weigh.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
         self._rows = rows
         self.sizes = [len(rows)]
         self.sources: list[str] = []
@@ -273,7 +282,7 @@ class CustomRows(Dataset[Row]):
 class StreamRows(IterableDataset[Row]):
     """Rows of an iterable; with several ranks each takes its turn, so every rank reads and none repeats."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], rank: int, ranks: int) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, object]], rank: int, ranks: int) -> None:
         self._rows, self._rank, self._ranks = rows, rank, ranks
         self.weighted = False  # not known before the first row; then each batch says so
 
@@ -283,7 +292,7 @@ class StreamRows(IterableDataset[Row]):
                 yield make_row(row, index)
 
 
-def custom_rows(data: Any, rank: int = 0, ranks: int = 1) -> CustomRows | StreamRows:
+def custom_rows(data: object, rank: int = 0, ranks: int = 1) -> CustomRows | StreamRows:
     """Wrap a dataset: rows by number where it has a length, else a stream.
 
     Raises:
@@ -298,7 +307,7 @@ def custom_rows(data: Any, rank: int = 0, ranks: int = 1) -> CustomRows | Stream
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise DataError("The dataset has no rows.", "check how it was made.")
-        return CustomRows(cast(Sequence[Mapping[str, Any]], data))
+        return CustomRows(cast(Sequence[Mapping[str, object]], data))
     if isinstance(data, Iterable):
         return StreamRows(data, rank, ranks)
     raise UsageError(f"Found {type(data).__name__}; expected a dataset of rows with input_ids.")
@@ -309,7 +318,7 @@ def filler() -> Row:
     return Row(np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32), np.array([2], np.int32))
 
 
-def make_row(row: Mapping[str, Any], index: int) -> Row:
+def make_row(row: Mapping[str, object], index: int) -> Row:
     """Turn the columns of one row into what a batch is made of.
 
     Raises:
@@ -337,7 +346,7 @@ def make_row(row: Mapping[str, Any], index: int) -> Row:
     return Row(ids, labels, _lengths(row, ids, index), None, weights)
 
 
-def _loss_weights(row: Mapping[str, Any], count: int, index: int) -> Float32 | None:
+def _loss_weights(row: Mapping[str, object], count: int, index: int) -> Float32 | None:
     if row.get(_WEIGHTS) is None:
         return None
     try:
@@ -352,7 +361,7 @@ def _loss_weights(row: Mapping[str, Any], count: int, index: int) -> Float32 | N
     return weights
 
 
-def _lengths(row: Mapping[str, Any], ids: Int32, index: int) -> Int32:
+def _lengths(row: Mapping[str, object], ids: Int32, index: int) -> Int32:
     if row.get("seq_lengths") is not None:
         lengths = _column(row, "seq_lengths", index)
         if lengths.sum() != len(ids):
@@ -367,7 +376,7 @@ def _lengths(row: Mapping[str, Any], ids: Int32, index: int) -> Int32:
     return np.array([len(ids)], np.int32)
 
 
-def _column(row: Mapping[str, Any], name: str, index: int) -> Int32:
+def _column(row: Mapping[str, object], name: str, index: int) -> Int32:
     try:
         column = np.asarray(row[name], dtype=np.int64).astype(np.int32)
     except (TypeError, ValueError):

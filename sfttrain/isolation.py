@@ -222,7 +222,7 @@ class _Trial:
         """Compare the model's own loss with plain cross entropy, and with ours."""
         batch = self._batch(collate, rows)
         outputs = model(**batch)
-        own, plain = float(outputs.loss), float(_cross_entropy(outputs.logits, batch["labels"]))
+        own, plain = float(outputs.loss), float(_cross_entropy(outputs.logits, cast(Tensor, batch["labels"])))
         terms = abs(own - plain) > proof.tolerance * max(plain, 1e-6)
         fuse_loss(model, terms=terms)
         model.training = True  # of the outermost module only: the terms are for training, dropout is not

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import cast
 
 import numpy as np
 import yaml
@@ -37,7 +37,7 @@ SHOWN_SETTINGS = (
 _SPEED = ("_runtime", "_per_second")
 _KINDS = ("lost", "context", "bad")
 
-Line = dict[str, Any]
+Line = dict[str, object]
 _MOST_POINTS = 500
 _SMOOTHED = 60  # points from which on a noisy curve is shown faint, with its mean drawn over it
 Point = tuple[float, float]
@@ -105,8 +105,13 @@ def _read_run(path: Path) -> Line:
 
 
 def _curve(lines: Sequence[Line], name: str, label: str, kind: str) -> Curve:
-    points = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
-    return Curve(label, kind, points, noisy=name != "learning_rate")
+    return Curve(label, kind, _points(lines, name), noisy=name != "learning_rate")
+
+
+def _points(lines: Sequence[Line], name: str) -> list[Point]:
+    """Return step and value of a figure, from the lines that hold it."""
+    found = ((cast(int, line["step"]), line.get(name)) for line in lines)
+    return [(step, float(value)) for step, value in found if isinstance(value, (int, float))]
 
 
 def _evaluated(log: Sequence[Line]) -> list[str]:
@@ -141,19 +146,23 @@ def _evaluation(log: Sequence[Line]) -> Iterator[dict[str, str | float]]:
 
 def _label(name: str) -> str:
     """Name an evaluation figure: `eval_held_out_loss` is `held_out loss`."""
-    return " ".join(part for part in name.removeprefix("eval_").partition("_loss") if part).replace("_loss", "loss").replace(
-        "loss _", "loss of ")  # fmt: skip
+    evaluated, loss, source = name.removeprefix("eval_").partition("_loss")
+    if not loss:
+        return evaluated
+    return f"{evaluated} loss of {source.removeprefix('_')}" if source else f"{evaluated} loss"
 
 
 def _figures(steps: Sequence[Line], log: Sequence[Line]) -> list[tuple[str, str]]:
     figures = [(f"{log[-1]['step'] if log else 0:,}", "steps" if log else "steps were logged")]
     if steps:
         last = steps[-1]
-        figures.append((short(last["loss"]), f"loss, from {short(steps[0]['loss'])}"))
+        losses, speeds, seconds = (
+            [value for _, value in _points(steps, name)] for name in ("loss", "tokens_per_second", "seconds")
+        )
+        figures.append((short(losses[-1]), f"loss, from {short(losses[0])}"))
         figures += [(f"{last['tokens']:,}", "tokens")] if "tokens" in last else []
-        speeds = [line["tokens_per_second"] for line in steps if "tokens_per_second" in line]
         figures += [(f"{median(speeds):,.0f}", "tokens a second")] if speeds else []
-        figures.append((_duration(sum(line.get("seconds", 0) for line in steps)), "of training"))
+        figures.append((_duration(sum(seconds)), "of training"))
     return figures
 
 
@@ -161,13 +170,13 @@ def _shown_settings(settings: Line) -> Iterator[tuple[str, str]]:
     for name in ("model", "init_from_config", "sets", "eval", "lora", "quantize", "loss", "attention"):
         if settings.get(name):
             yield name, _plain(settings[name])
-    training = settings.get("training") or {}
+    training = cast(Line, settings.get("training") or {})
     for name in SHOWN_SETTINGS:
         if training.get(name) is not None:
             yield name, str(training[name])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={part}" for name, part in value.items() if part is not None)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -183,11 +183,6 @@ def shrunk(config: PreTrainedConfig, reach: int | None = None) -> Iterator[PreTr
         yield _rebuilt(config, heads, reach)
 
 
-def shrink(config: PreTrainedConfig, reach: int | None = None) -> PreTrainedConfig:
-    """Return the smallest copy of `shrunk`."""
-    return next(shrunk(config, reach))
-
-
 def _rebuilt(config: PreTrainedConfig, heads: int | None, reach: int | None) -> PreTrainedConfig:
     """Shrink the text part's fields and rebuild the config, since some fields are computed from others."""
     text = text_config(config)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sfttrain.attention import VARLEN, register_attention
 from sfttrain.data import Collator, Row
 from sfttrain.isolation import Proof, Surroundings, prove
-from sfttrain.tiny import shrink
+from sfttrain.tiny import shrunk
 from tests.varlen_signatures import SIGNATURES
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo", "smollm3"]
@@ -119,7 +119,7 @@ def test_documents_are_isolated_only_where_nothing_leaks(
 def _model(name: str, attention: str) -> Any:
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        shrink(AutoConfig.for_model(name)), attn_implementation=attention
+        next(shrunk(AutoConfig.for_model(name))), attn_implementation=attention
     ).eval()
     for weight in model.parameters():
         if weight.dim() > 1:

@@ -378,9 +378,9 @@ def test_no_inner_config_keeps_a_cache_in_training() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sfttrain.model import disable_cache
-    from sfttrain.tiny import shrink
+    from sfttrain.tiny import shrunk
 
-    model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("gemma3")))
+    model = AutoModelForCausalLM.from_config(next(shrunk(AutoConfig.for_model("gemma3"))))
     disable_cache(model)
     assert not model.config.get_text_config().use_cache
     assert model(input_ids=torch.arange(3, 9)[None]).past_key_values is None
