@@ -183,7 +183,7 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
 def _train_embeddings(
     model: PreTrainedModel, embeddings: list[str], untrained: Sequence[int], saved: list[str], say: Say
 ) -> tuple[dict[str, list[int]] | None, list[str]]:
-    """Return the rows to train of each table, None where a table is trained in full, and the modules to save."""
+    """Return the rows to train of each table, None if a table is trained in full, and the modules to save."""
     # Of tied tables only the input side is named: the head follows.
     tables = embeddings[:1] if _tied(model) else embeddings
     if len(untrained) <= FEW_TOKENS:
@@ -302,7 +302,8 @@ def _saved_rows(folder: Path, base: PreTrainedModel) -> int:
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings).rpartition(".")[2]
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if f".{name}." in key}  # noqa: SIM118 -- no dict
+        keys = [key for key in file.keys() if f".{name}." in key]  # noqa: SIM118 -- no dict
+        shapes = {key: file.get_slice(key).get_shape() for key in keys}
     width = embedding_table(base).shape[1]
     tables = [
         shape[0]

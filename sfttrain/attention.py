@@ -2,11 +2,11 @@
 
 | name | isolation comes from | needs |
 |---|---|---|
-| `flash_attention_4`, `flash_attention_3`, `flash_attention_2` | cumulative lengths | CUDA, 16 bit, the package |
+| `flash_attention_4`, `_3`, `_2` | cumulative lengths | CUDA, 16 bit, the package |
 | `varlen` | cumulative lengths; PyTorch's own FlashAttention | CUDA, 16 bit |
 | `flex_attention` | block mask from position ids | CUDA |
 | `sdpa`, `eager` | dense mask from position ids | nothing |
-| `sdpa:flash`, `sdpa:efficient`, `sdpa:math`, `sdpa:cudnn` | as `sdpa`, by this kernel of PyTorch or none | the kernel |
+| `sdpa:flash`, `:efficient`, `:math`, `:cudnn` | as `sdpa`, by this kernel of PyTorch or none | the kernel |
 
 A forced kernel that takes no mask (`sdpa:flash` on a GPU) trains every document in a row of its own; `varlen`
 is the same FlashAttention on packed rows.

@@ -62,10 +62,11 @@ _OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "p
 
 
 def _settings(
-    sets: Sets = None, model: Model = None, output: Output = None, config: File = None, override: Override = None,
-    init_from_config: InitFromConfig = None, max_steps: MaxSteps = None, epochs: Epochs = None, lora: Lora = None,
-    adapter: Adapter = None, quantize: Quantize = None, evaluate: Eval = None, neftune_alpha: Neftune = None,
-    liger: Liger = False, report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
+    sets: Sets = None, model: Model = None, output: Output = None, config: File = None,
+    override: Override = None, init_from_config: InitFromConfig = None, max_steps: MaxSteps = None,
+    epochs: Epochs = None, lora: Lora = None, adapter: Adapter = None, quantize: Quantize = None,
+    evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
+    report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
     overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> Any:  # fmt: skip
     flags = locals()

@@ -56,7 +56,8 @@ class LoraSettings(BaseModel):
     )
     parameters: str = Field(
         "",
-        description="Parameters that are not a module's weight, such as experts', joined by +: experts.gate_up_proj.",
+        description="Parameters that are not a module's weight, such as experts', joined by +:"
+        " experts.gate_up_proj.",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
     rslora: bool = Field(
@@ -82,7 +83,8 @@ class TrainConfig(BaseModel):
     revision: str | None = Field(None, description="Revision of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Dtype of the weights; auto: float32, but bfloat16 for a frozen base on a GPU that supports it.",
+        description="Dtype of the weights; auto: float32,"
+        " but bfloat16 for a frozen base on a GPU that supports it.",
     )
     model_init_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments for from_pretrained."
@@ -106,7 +108,8 @@ class TrainConfig(BaseModel):
     )
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto",
-        description="Norms, rotary factors, activations; auto: Liger's on a GPU, where proven, unless layers are compiled.",
+        description="Norms, rotary factors, activations; auto: Liger's on a GPU, where proven,"
+        " unless layers are compiled.",
     )
     compile: Literal["auto", "layers", "loss", "none"] = Field(
         "auto", description="auto: the repeated layer and the loss on a GPU, in runs of 50 steps and more."
@@ -116,7 +119,8 @@ class TrainConfig(BaseModel):
     )
     packing: Literal["auto", "require", "unpack"] = Field(
         "auto",
-        description="If packing would leak: auto unpacks and logs it, require refuses. unpack always unpacks.",
+        description="If packing would leak: auto unpacks and logs it, require refuses."
+        " unpack always unpacks.",
     )
     prove_again: bool = Field(
         False, description="Prove anew what an earlier run of the same model, versions and device has proven."
@@ -158,7 +162,8 @@ class TrainConfig(BaseModel):
     def _packing_of_the_set(cls, value: Any) -> Any:
         if value in (True, False, "bfd", "wrapped", "none", "bfd_split"):
             raise ValueError(
-                "documents are packed by `sftdata prepare --packing`; here it is what to do where packing leaks"
+                "documents are packed by `sftdata prepare --packing`;"
+                " here it is what to do where packing leaks"
             )
         return value
 

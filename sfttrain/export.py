@@ -1,4 +1,4 @@
-"""The output folder: model, tokenizer, settings, card; written aside, moved, marked last. The Hub, and GPTQ."""
+"""The output folder: model, tokenizer, settings, card; written aside, moved, marked last. Hub, and GPTQ."""
 
 from __future__ import annotations
 

@@ -142,8 +142,9 @@ def _wrap(module: nn.Module) -> None:
         lengths = document_lengths(position_ids)
         sides = (lengths > limit).long() if two_sides else torch.where(lengths > limit, lengths, 0)
         merged: tuple[Tensor, ...] = ()
-        # longrope has one set of factors up to the limit and one beyond it; dynamic NTK has one for every length
-        # beyond it. Each is computed as if only its own documents were there, and kept at their tokens.
+        # longrope has one set of factors up to the limit and one beyond it; dynamic NTK has one for every
+        # length beyond it. Each is computed as if only its own documents were there, and kept at their
+        # tokens.
         for side in sides.unique().tolist():
             _restore(self, fresh, x.device)
             chosen = sides == side

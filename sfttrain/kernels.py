@@ -1,7 +1,7 @@
-"""Liger's kernels for norms, rotary factors and activations, on one model, never on transformers' own classes.
+"""Liger's kernels for norms, rotary factors and activations: on one model, never on transformers' classes.
 
-The loss stays ours: Liger's computes the positions too that are not trained. A tiny model of the same architecture
-shows first that the kernels round no more than plain PyTorch does in the dtype of training.
+The loss stays ours: Liger's computes the untrained positions too. A tiny model of the same architecture shows
+first that the kernels round no more than plain PyTorch does in the dtype of training.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _seeing(function: types.FunctionType, names: dict[str, Any]) -> types.Functi
 
 @contextmanager
 def _modelling_restored() -> Iterator[dict[str, Any]]:
-    """Undo what the block changes in transformers' modelling code; give what that was, by name, at the end."""
+    """Undo the changes of the block to transformers' modelling code; give them, by name, at the end."""
     spaces: list[Any] = [
         module for name, module in list(sys.modules.items()) if name.startswith("transformers.models.")
     ]

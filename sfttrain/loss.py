@@ -1,6 +1,6 @@
 """Cross entropy on supervised positions only, a chunk of positions at a time: full logits never exist.
 
-hidden states ── supervised positions ── chunk ── head ── loss and gradient at once ── sum / num_items_in_batch
+hidden states ── supervised positions ── chunk ── head ── loss and gradient ── sum / num_items_in_batch
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from transformers.utils.generic import ModelOutput
 from sftdata.batches import IGNORE_INDEX
 from sfttrain.forward import hidden_and_terms
 
-# Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the backward pass,
-# when all gradients are there, so the loss may take what they will need. A 0.5B model with Adam in fp32 (V = 151,936,
-# D = 896, 24 layers, 16,384 tokens, activation checkpoints), in GiB:
-#   at the loss: weights and moments 5.5, layer inputs 1.3, head gradient 0.5, head in bf16 0.25, chunk 0.5: 8.1
+# Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the
+# backward pass, when all gradients are there, so the loss may take what they will need. A 0.5B model with
+# Adam in fp32 (V = 151,936, D = 896, 24 layers, 16,384 tokens, activation checkpoints), in GiB:
+#   at the loss: weights and moments 5.5, layer inputs 1.3, head gradient 0.5, head in bf16 0.25, chunk 0.5,
+#                in all 8.1
 #   at the end:  weights, moments, gradients 7.4, the embedding's own gradient 0.5, one layer 0.3: 8.2
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
@@ -152,7 +153,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunk_rows(device: str, vocabulary: int, positions: int, width: int = 4) -> int:
-    """Return how many positions share one chunk of logits, `width` bytes each; all chunks are about as large."""
+    """Return how many positions of `width` bytes share a chunk of logits; chunks are about equally large."""
     most = max(1, CHUNK_BYTES.get(device, 64 << 20) // (width * vocabulary))
     chunks = max(1, -(-positions // most))
     return -(-positions // chunks)

@@ -1,6 +1,6 @@
 """Which rows each rank sees at each step: a function of (seed, epoch, step) alone.
 
-    epoch ── permutation per set ── one list ── filled to whole global batches ── batch b of step s belongs to one rank
+    epoch ── permutation per set ── one list ── filled to global batches ── batch b of step s is of one rank
 
 Nothing is kept between steps, so a resumed run skips ahead by arithmetic and a changed number of ranks, at
 the same global batch, sees the same global batches.
@@ -30,13 +30,13 @@ class Order(Sampler[list[int]]):
         rank, ranks: this process, of how many.
         shuffle: False keeps the order at rest.
 
-    >>> [batch for batch in Order([5], [1.0], seed=0, batch_size=2, accumulation=1, rank=1, ranks=2, shuffle=False)]
+    >>> list(Order([5], [1.0], seed=0, batch_size=2, accumulation=1, rank=1, ranks=2, shuffle=False))
     [[2, 3], [-1, -1]]
     """
 
     def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, batch_size: int, accumulation: int = 1,
-        rank: int = 0, ranks: int = 1, shuffle: bool = True,
+        self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, batch_size: int,
+        accumulation: int = 1, rank: int = 0, ranks: int = 1, shuffle: bool = True,
     ) -> None:  # fmt: skip
         self.sizes, self.weights, self.seed, self.shuffle = list(sizes), list(weights), seed, shuffle
         self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks

@@ -1,4 +1,4 @@
-"""Proofs of earlier runs, kept by what they were made of: the same model, versions and device are proven once.
+"""Proofs of earlier runs, by what they were made of: a model is proven once for the same versions and device.
 
 A file of the user's cache holds one proof. Its name is a hash of the model's config, of the versions of the
 packages and of this one's source, of the device and of what was asked. A damaged file is no proof, and a
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FOLDER = "SFTTRAIN_CACHE"  # environment variable: where proofs are kept; empty: none are
 # Whatever computes a step. Their releases change kernels and modelling code.
 _PACKAGES = (
-    "torch", "transformers", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels",
-    "causal-conv1d", "mamba-ssm", "flash-linear-attention",
+    "torch", "transformers", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4",
+    "kernels", "causal-conv1d", "mamba-ssm", "flash-linear-attention",
 )  # fmt: skip
 _NAMES = ("_name_or_path", "name_or_path", "transformers_version")  # fields of a config that compute nothing
 

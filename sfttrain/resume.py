@@ -47,8 +47,8 @@ MAY_CHANGE = frozenset({
 # Not compared: places, the machine, and what `identity_of` names in another way.
 _NOT_COMPARED = frozenset({
     "sets", "weights", "model", "init_from_config", "lora", "adapter", "eval", "training", "output",
-    "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu", "dataloader_pin_memory", "disable_tqdm",
-    "output_dir", "local_rank", "bf16", "fp16",
+    "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu", "dataloader_pin_memory",
+    "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip
 _LABELS = {
