@@ -38,8 +38,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     import torch
     from transformers import TrainingArguments
 
-    from sfttrain.activations import measurable
-    from sfttrain.device import check_device, computes_in_bf16
+    from sfttrain.device import check_device, computes_in_bf16, measurable
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refuse_missing_launch(settings)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
-from sfttrain import activations, checkpoint
+from sfttrain import checkpoint, device
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
 from sfttrain.data import Batch
 from sfttrain.device import out_of_memory
@@ -51,7 +51,7 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")
-    by_memory = activations.by_memory(trainer)
+    by_memory = device.by_memory(trainer)
     if choice.what == "none" and not by_memory:
         return
     trainer.checkpoint_activations()
@@ -73,7 +73,7 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
         if not compiled():
             trial()
 
-    if by_memory and activations.drop_where_they_fit(trainer, smallest, say):
+    if by_memory and device.drop_where_they_fit(trainer, smallest, say):
         return
     try:
         compiled()

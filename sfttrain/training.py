@@ -13,13 +13,12 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
-from sfttrain.activations import by_memory
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
-from sfttrain.device import out_of_memory, refuse_too_large
+from sfttrain.device import by_memory, out_of_memory, refuse_too_large
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.isolation import Surroundings
 from sfttrain.kernels import add_kernels

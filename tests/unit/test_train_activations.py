@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sfttrain import activations
+from sfttrain import device
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
@@ -21,10 +21,10 @@ WEIGHTS = 23_712 * 4  # bytes of `tiny_llama`
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A machine with a card of so many bytes, on which each step peaks at so many."""
     memory: dict[str, Any] = {"room": 10**9, "peak": 1000}
-    monkeypatch.setattr(activations, "measurable", lambda: True)
-    monkeypatch.setattr(activations, "reset_peak", lambda: None)
-    monkeypatch.setattr(activations, "peak", lambda: memory["peak"])
-    monkeypatch.setattr(activations, "room", lambda: memory["room"])
+    monkeypatch.setattr(device, "measurable", lambda: True)
+    monkeypatch.setattr(device, "reset_peak", lambda: None)
+    monkeypatch.setattr(device, "peak", lambda: memory["peak"])
+    monkeypatch.setattr(device, "room", lambda: memory["room"])
     return memory
 
 
