@@ -98,12 +98,6 @@ def _why_unavailable() -> str:
     return ""
 
 
-def note_missing_build(say: Say) -> None:
-    """Say that a GPU is left idle because this PyTorch is built without CUDA."""
-    if DRIVER.exists() and torch.version.cuda is None and torch.version.hip is None:
-        say("devices: the CPU; there is an NVIDIA driver, but this PyTorch was built without CUDA")
-
-
 def computes_in_bf16() -> bool:
     """Say whether this machine's GPU computes in bfloat16."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from sftdata.errors import UsageError
 from sfttrain.config import TrainConfig
-from sfttrain.isolation import Surroundings
 from sfttrain.process import Say
-from sfttrain.proofs import remembered
+from sfttrain.proofs import Surroundings, remembered
 from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from sftdata.errors import UsageError
 from sfttrain.attention import FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.forward import depends_on_row_length, text_config
-from sfttrain.isolation import Proof, Surroundings, prove
 from sfttrain.process import Say
-from sfttrain.proofs import remembered
+from sfttrain.proofs import Proof, Surroundings, prove, remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -20,13 +20,13 @@ from sfttrain.config import TrainConfig
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
 from sfttrain.device import by_memory, out_of_memory, refuse_too_large
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
-from sfttrain.isolation import Surroundings
 from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
 from sfttrain.process import Say, StopRequest, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
+from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
 from sfttrain.sets import Reading
 from sfttrain.trainer import SftTrainer

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sfttrain.attention import register_attention
 from sfttrain.data import Collator, Row
 from sfttrain.forward import depends_on_row_length, keep_rotary_apart
-from sfttrain.isolation import Surroundings, prove
 from sfttrain.model import disable_cache
+from sfttrain.proofs import Surroundings, prove
 from sfttrain.tiny import shrunk
 
 pytestmark = pytest.mark.slow

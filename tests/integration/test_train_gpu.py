@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 import sfttrain
 from sftdata.set.opened import open_set
 from sfttrain.attention import register_attention
-from sfttrain.isolation import Surroundings, prove
+from sfttrain.proofs import Surroundings, prove
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_mixed_set, make_set
 

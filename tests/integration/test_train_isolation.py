@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sfttrain.attention import VARLEN, register_attention
 from sfttrain.data import Collator, Row
-from sfttrain.isolation import Proof, Surroundings, prove
+from sfttrain.proofs import Proof, Surroundings, prove
 from sfttrain.tiny import shrunk
 from tests.varlen_signatures import SIGNATURES
 

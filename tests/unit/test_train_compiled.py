@@ -19,8 +19,8 @@ from sfttrain.attention import register_attention
 from sfttrain.compiling import Choice, choose_compile, compile_layers, restore_layers, start_compiled
 from sfttrain.config import read_settings
 from sfttrain.data import Collator
-from sfttrain.isolation import _row
 from sfttrain.loss import Head, Objective, fuse_loss, supervised_loss
+from sfttrain.proofs import _row
 from tests import varlen_op
 from tests.train_runs import tiny_llama, train_in_process
 from tests.train_sets import make_set

@@ -14,8 +14,8 @@ from torch import Tensor
 from sftdata.errors import UsageError
 from sfttrain import kernels
 from sfttrain.config import read_settings
-from sfttrain.isolation import Surroundings
 from sfttrain.kernels import add_kernels, apply_liger, prove_kernels
+from sfttrain.proofs import Surroundings
 from tests import liger_stand_in
 from tests.liger_stand_in import CALLS
 

@@ -12,8 +12,7 @@ import torch
 from transformers import Qwen2Config
 
 from sfttrain import proofs
-from sfttrain.isolation import Proof
-from sfttrain.proofs import cache_folder, remembered
+from sfttrain.proofs import Proof, cache_folder, remembered
 
 PROOF = Proof(3e-6, 0.0, 1e-8, padded=2e-7, rounding=1.25, unreached=("vision.tower",))
 ABOUT = {"attention": "sdpa", "compute": torch.bfloat16, "rows": 2}
