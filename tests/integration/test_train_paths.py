@@ -116,6 +116,35 @@ def test_after_a_failed_proof_the_next_attention_packs(
     assert len(_losses(trainer)) == 2
 
 
+@pytest.fixture
+def broken_package(tmp_path: Path, kernels: pytest.MonkeyPatch) -> str:
+    """A FlashAttention 2 that is installed, and built for another PyTorch."""
+    reason = "flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E"
+    (tmp_path / "site/flash_attn").mkdir(parents=True)
+    (tmp_path / "site/flash_attn/__init__.py").write_text(f"raise ImportError({reason!r})\n")
+    (tmp_path / "site/flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "site/flash_attn-2.8.3.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n"
+    )
+    kernels.syspath_prepend(tmp_path / "site")
+    kernels.setattr("torch.nn.attention.varlen.varlen_attn", SIGNATURES["2.13"])
+    return reason
+
+
+def test_a_kernel_package_that_does_not_import_is_left_out_by_name(
+    shards: Path, wide: Path, tmp_path: Path, broken_package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = train_in_process(shards, wide, tmp_path / "out", SIXTEEN)
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "instead of" in line]
+    assert line.startswith("attention: varlen instead of flash_attention_2 (")
+    assert trainer.model.config._attn_implementation == "varlen"
+    assert trainer.data_collator.flatten
+    with pytest.raises(UsageError, match="attention=flash_attention_2: .*Fix: set attention=auto") as caught:
+        train_in_process(shards, wide, tmp_path / "asked", SIXTEEN, attention="flash_attention_2")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("packing", ["auto", "require"])
 def test_an_attention_that_was_asked_for_is_refused_where_its_proof_fails(
     shards: Path, wide: Path, tmp_path: Path, kernels: pytest.MonkeyPatch, packing: str
