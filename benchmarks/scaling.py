@@ -82,7 +82,7 @@ def measure(work: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     memory.stop()
     written = 512 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock - written)
     ledger = json.loads(stdout)["ledger"]
-    size = sum(path.stat().st_size for path in output.glob("*.arrow"))
+    size = sum(path.stat().st_size for path in output.glob("shard-*.arrow"))
     return {
         "seconds": round(seconds, 2),
         "tokens_per_second": ledger["tokens_in"] / seconds,

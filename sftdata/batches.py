@@ -220,13 +220,18 @@ class TokenBatch:
         offsets = offsets_of(self.lengths[keep])
         return self.at(tokens, offsets, self.row[keep])
 
+    def pick(self, examples: Int64) -> TokenBatch:
+        """Return these examples, int64[K], in this order."""
+        lengths = self.lengths[examples]
+        places = positions_of(self.offsets[:-1][examples], lengths)
+        return self.at(places, offsets_of(lengths), self.row[examples])
+
     def in_row_order(self) -> TokenBatch:
         """Return the examples in the order of their rows; examples of one row keep theirs."""
         order = np.argsort(self.row, kind="stable")
         if (np.diff(order) > 0).all():
             return self
-        lengths = self.lengths[order]
-        return self.at(positions_of(self.offsets[:-1][order], lengths), offsets_of(lengths), self.row[order])
+        return self.pick(order)
 
     def at(self, tokens: Int64 | Bool | slice, offsets: Int64, row: Int64) -> TokenBatch:
         """Return the tokens that an index, a mask or a slice picks, as examples of their own."""
@@ -284,6 +289,16 @@ class PackPlan:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def within(self, example: Int64, start: Int64) -> PackPlan:
+        """Return the plan in terms of the examples that its own are stretches of.
+
+        Args:
+            example: int64[N], what each example of this plan is a stretch of.
+            start: int64[N], where in it the stretch begins.
+        """
+        before = start[self.example]
+        return PackPlan(self.offsets, example[self.example], self.start + before, self.stop + before)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

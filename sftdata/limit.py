@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Int64, Tally, TokenBatch, offsets_of, positions_of
+from sftdata.batches import Int64, PackPlan, Tally, TokenBatch, offsets_of, positions_of
 from sftdata.errors import DataError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
@@ -49,11 +50,31 @@ class Pieces:
     trained: Int64
     reason: Int64
 
+    def __len__(self) -> int:
+        return len(self.example)
+
+    @property
+    def lengths(self) -> Int64:
+        """int64[K], tokens of each piece."""
+        return self.stop - self.start
+
     def kept(self) -> Pieces:
         """Return the pieces that stay."""
         stays = self.reason == KEPT
         return Pieces(
             self.example[stays], self.start[stays], self.stop[stays], self.trained[stays], self.reason[stays]
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Pieces], sizes: Sequence[int]) -> Pieces:
+        """Put pieces of batches end to end; `sizes` are the examples of each batch."""
+        before = offsets_of(sizes)[:-1].tolist()
+        return cls(
+            np.concatenate([part.example + first for part, first in zip(parts, before, strict=True)]),
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("start", "stop", "trained", "reason")
+            ),
         )
 
 
@@ -113,6 +134,32 @@ def take_pieces(batch: TokenBatch, pieces: Pieces) -> TokenBatch:
     lengths = pieces.stop - pieces.start
     tokens = positions_of(batch.offsets[pieces.example] + pieces.start, lengths)
     return batch.at(tokens, offsets_of(lengths), batch.row[pieces.example])
+
+
+def left_over(lengths: Int64, pieces: Pieces, policy: Policy) -> tuple[PackPlan, list[str]]:
+    """Return what no kept piece holds, a row a stretch, and why: of `REASONS`, or the policy that cut it.
+
+    An example without a kept piece is left over whole, even where it has no tokens.
+
+    Args:
+        lengths: int64[N], of the examples.
+        pieces: of the same examples, as `choose_pieces` returned them.
+    """
+    kept = pieces.kept()
+    stays = np.bincount(kept.example, minlength=len(lengths)) > 0
+    last = np.diff(kept.example, append=-1) != 0
+    before = np.where(np.diff(kept.example, prepend=-1) != 0, 0, np.append(0, kept.stop[:-1])[: len(kept)])
+    gone = np.flatnonzero(~stays)
+    example = np.concatenate([kept.example, kept.example[last], gone])
+    start = np.concatenate([before, kept.stop[last], np.zeros_like(gone)])
+    stop = np.concatenate([kept.start, lengths[kept.example[last]], lengths[gone]])
+    order = np.lexsort((start, example))
+    order = order[(stop > start)[order] | ~stays[example[order]]]
+    example = example[order]
+    why = pieces.reason[np.searchsorted(pieces.example, example)]
+    cut = REASONS[2] if policy == "split" else policy
+    reasons = [cut if stays[of] else REASONS[code - 1] for of, code in zip(example, why, strict=True)]
+    return PackPlan(np.arange(len(order) + 1), example, start[order], stop[order]), reasons
 
 
 def count_pieces(batch: TokenBatch, pieces: Pieces, tally: Tally) -> None:

@@ -1,7 +1,7 @@
 """From chunks of the input to a shard. Read me first.
 
     make_plan:      inputs -> sources -> formats, tokenizer, mask, engine, shard tasks by input size (plan.py)
-    prepare_shard:  chunks -> rows -> canonical rows -> texts + spans -> tokens + trained -> packs -> shard
+    prepare_shard:  chunks -> rows -> canonical -> texts, spans -> tokens, trained -> packs, rest -> files
     prepare:        plan, map prepare_shard over the tasks on any engine, then the manifest, last (run.py)
 
 A shard is a pure function of the plan and its task, so workers, engines, kills and resumes cannot change a
@@ -22,7 +22,7 @@ from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, lo
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import DataError
 from sftdata.formats.convert import Converted, convert_rows
-from sftdata.limit import OverlongError, limit_length
+from sftdata.limit import OverlongError, Pieces, choose_pieces, count_pieces, left_over
 from sftdata.masks.texts import Renderer, render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.masks.turns import SpanFinder
@@ -31,6 +31,7 @@ from sftdata.plan import Job, ShardTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
 from sftdata.set.build import Build, ShardResult
+from sftdata.set.index import Placed, write_slice
 from sftdata.set.ledger import (
     COUNTED_NAME,
     DROPPED_NAME,
@@ -41,7 +42,6 @@ from sftdata.set.ledger import (
     encode_lines,
     encode_reject,
 )
-from sftdata.set.shards import shard_name, write_shard
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
 
@@ -50,7 +50,7 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
     """Turn the chunks of one task into one shard, and commit it."""
     stages = load_stages(job)
     build = Build(job.config.output)
-    ledger, examples, ids = Ledger(), [], []
+    ledger, documents, ids, pieces = Ledger(), [], [], []
     texts: list[str] = []
     lists = dict.fromkeys(LISTS, b"")
     for chunk in task.chunks:
@@ -59,44 +59,67 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
         ledger.merge(done.ledger)
         for name, lines in done.lists().items():
             lists[name] += lines
-        examples.append(done.tokens)
+        documents.append(done.documents)
         ids.append(done.example_ids)
-    tokens, example_ids = TokenBatch.join(examples), np.concatenate(ids)
-    examples.clear()  # free the inputs: memory peaks below
-    packs = plan_packs(tokens.lengths, job.max_length, job.config.packing)
+        pieces.append(done.pieces)
+    placed = place_documents(job, documents, np.concatenate(ids), pieces)
+    documents.clear()  # free the inputs: memory peaks below
     rows = gather(
-        tokens,
-        example_ids,
-        packs,
+        placed.documents,
+        placed.example_ids,
+        placed.packs,
         job.row_length,
         job.tokenizer.filler_id,
         weighted=job.config.loss_weights,
     )
     ledger.count_packed(rows, job.row_length, job.sources)
-    shards = (write_shard(build.folder / shard_name(task.index), rows, job.row_length),) if len(rows) else ()
+    bos_id = job.tokenizer.bos_id
+    shards, files = write_slice(build.folder, task.index, placed, rows, job.row_length, bos_id)
     sample, digest = stages.sample(texts)
-    rejects = sum(ledger.rows_rejected.values())
     result = ShardResult(
-        index=task.index, shards=shards, ledger=ledger, rejects=rejects, sample=sample, sample_xxh3=digest
+        index=task.index,
+        shards=shards,
+        files=files,
+        ledger=ledger,
+        rejects=sum(ledger.rows_rejected.values()),
+        sample=sample,
+        sample_xxh3=digest,
     )
     build.commit(result, lists)
     return result
 
 
+def place_documents(job: Job, parts: list[TokenBatch], example_ids: Int64, pieces: list[Pieces]) -> Placed:
+    """Decide where each token of a slice goes: into a packed row, or into the rest.
+
+    Args:
+        parts: the documents of each chunk, whole.
+        example_ids: int64[N], of all of them.
+        pieces: what stays of each chunk's.
+    """
+    documents, chosen = TokenBatch.join(parts), Pieces.join(pieces, [len(part) for part in parts])
+    kept = chosen.kept()
+    packs = plan_packs(kept.lengths, job.max_length, job.config.packing).within(kept.example, kept.start)
+    rest, reasons = left_over(documents.lengths, chosen, job.config.overlong)
+    return Placed(documents, example_ids, packs, rest, reasons)
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedChunk:
-    """The examples of a chunk, ready to pack.
+    """The documents of a chunk, whole, and what of them is to be packed.
 
     Attributes:
-        tokens: within `max_length`, each with something to train.
-        example_ids: int64[N], global number of each example's row.
+        documents: one for each row that is neither rejected nor filtered.
+        example_ids: int64[N], global number of each document's row.
+        pieces: what may stay of them; kept ones are within `max_length` and have something to train.
         tally: what the stages counted; rejected and dropped rows in order.
         ledger: what became of its rows and tokens, packing aside.
         texts: as rendered.
     """
 
-    tokens: TokenBatch
+    documents: TokenBatch
     example_ids: Int64
+    pieces: Pieces
     tally: Tally
     ledger: Ledger
     texts: list[str]
@@ -121,20 +144,21 @@ def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
     converted = convert_rows(rows, job.formats[chunk.number], job.options, tally)
     tokens, texts = tokenize(stages, converted, tally)
     tokens = job.mask.flags(tokens, tally)
-    kept = cut_length(job, chunk, tokens, tally)
+    pieces = choose_length(job, chunk, tokens, tally)
+    count_pieces(tokens, pieces, tally)
     for gone in (tally.rejects, tally.dropped):
         gone.sort(key=lambda row: row.record)
     ledger = Ledger(
         rows_in=len(rows) + len(unreadable),
-        rows_kept=len(np.unique(kept.row)),
+        rows_kept=len(np.unique(pieces.kept().example)),
         tokens_in=len(tokens.input_ids),
     )
     ledger.count_tally(tally, job.config.overlong)
     ledger.count_lengths(tokens.lengths)
-    return PreparedChunk(kept, rows.example_ids[kept.row], tally, ledger, texts)
+    return PreparedChunk(tokens, rows.example_ids[tokens.row], pieces, tally, ledger, texts)
 
 
-def cut_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> TokenBatch:
+def choose_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> Pieces:
     """Apply the over-long policy; the one cut stream of `wrapped` has room for any example.
 
     Raises:
@@ -142,7 +166,7 @@ def cut_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> Toke
     """
     limit = None if job.config.packing == "wrapped" else job.max_length
     try:
-        return limit_length(tokens, limit, job.config.overlong, tally)
+        return choose_pieces(tokens, limit, job.config.overlong)
     except OverlongError as error:
         rows = tally.batch
         where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))

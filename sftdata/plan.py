@@ -6,12 +6,15 @@ worker processes; nothing in them depends on how many there are.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import msgspec
+import xxhash
 
 from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refuse_without_effect
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
@@ -23,6 +26,7 @@ from sftdata.masks import Mask, choose_mask
 from sftdata.output import written
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
+from sftdata.set.ledger import SliceSource
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.sources import planning
 from sftdata.sources.chunks import Chunk, SourcePlan
@@ -117,13 +121,24 @@ class Plan:
             **({"formatter_sha256": code} if (code := self.job.options.formatter_sha256) else {}),
         }
 
+    def made_with(self, task: ShardTask) -> str:
+        """Return the sha256 of all that decides the bytes of a task's shard but its place and its input."""
+        content = {key: value for key, value in self.identity().items() if key not in ("sources", "formats")}
+        content["formats"] = list(dict.fromkeys(self.job.formats[chunk.number] for chunk in task.chunks))
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+    def stretches(self, task: ShardTask) -> tuple[SliceSource, ...]:
+        """Return what a task is made from, source by source."""
+        return tuple(
+            _stretch(self.sources[number], list(chunks))
+            for number, chunks in groupby(task.chunks, key=lambda chunk: chunk.number)
+        )
+
     def difference(self, manifest: Manifest) -> list[str]:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
         mine = msgspec.to_builtins(self.identity())
         changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
-        # Format version 1 is version 2 but for the first labels of rows that keep their own length.
-        outdated = self.job.row_length is None and manifest.format_version < FORMAT_VERSION
-        return sorted([*changed, *(["format_version"] if outdated else [])])
+        return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])
 
 
 # Names of things that are compared by their content.
@@ -245,6 +260,26 @@ def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTas
         groups[-1].append(chunk)
         group_size += size
     return tuple(ShardTask(index, tuple(group)) for index, group in enumerate(groups))
+
+
+def _stretch(source: SourcePlan, chunks: Sequence[Chunk]) -> SliceSource:
+    """Return the stretch of a source that chunks are which follow each other."""
+    first, last = chunks[0], chunks[-1]
+    counts = [chunk.records for chunk in chunks]
+    blocks, seen = xxhash.xxh3_128(), 0
+    for seal in (chunk.seal for chunk in chunks if chunk.seal is not None):
+        # Neighbours share the block that their border lies in.
+        blocks.update(seal.since(seen))
+        seen = seal.stop
+    return SliceSource(
+        name=first.name,
+        start=first.start,
+        stop=last.stop,
+        first_record=first.first_record,
+        records=None if None in counts else sum(count or 0 for count in counts),
+        first_id=first.first_id,
+        xxh3=blocks.hexdigest() if first.seal is not None else source.xxh3_128,
+    )
 
 
 def _sum_sizes(sources: Sequence[SourcePlan], tasks: Sequence[ShardTask]) -> int:

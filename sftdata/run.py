@@ -35,7 +35,7 @@ from sftdata.pipeline import (
 )
 from sftdata.plan import Plan, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, SliceRecord, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
@@ -51,7 +51,8 @@ UNTRAINED_FIXES = {
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
 }
 
-ROW_BYTES = 8  # an id and a label for each token of a row
+TOKEN_BYTES = 8  # an id and a label
+SEGMENT_BYTES = 48  # of the index, for each document that is whole
 PADDING_NOTED = 1 << 23  # tokens
 
 OnProgress = Callable[[Progress], object]
@@ -90,7 +91,7 @@ def note_padding(plan: Plan, note: OnNote) -> None:
     """Note the size of rows that will be mostly padding, before they are built."""
     length, rows = plan.job.row_length or 0, len(plan.tasks)
     if length * rows > max(4 * plan.size, PADDING_NOTED):
-        size = f"{length * rows * ROW_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
+        size = f"{length * rows * TOKEN_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
         note(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {size}.")
 
 
@@ -167,7 +168,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
         ledger.merge(result.ledger)
     ledger.check("prepare")
     blank = sum(source.records for source in plan.sources) - ledger.rows_in
-    build.write_lists([result.index for result in results])
+    build.write_lists(records_of(plan, results))
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
@@ -197,10 +198,25 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
+        files=tuple(file for result in results for file in result.files),
         notes=tuple(map(without_folders, notes)),
         blank_lines=blank,
         software={"sftdata": __version__} | {name: version(name) for name in ("tokenizers", "pyarrow")},
     )
+
+
+def records_of(plan: Plan, results: list[ShardResult]) -> list[SliceRecord]:
+    """Return what each slice was made from."""
+    return [
+        SliceRecord(
+            number=task.index,
+            made_with=plan.made_with(task),
+            sources=plan.stretches(task),
+            files=tuple(file.name for file in (*result.shards, *result.files)),
+            ledger=result.ledger.to_json(),
+        )
+        for task, result in zip(plan.tasks, results, strict=True)
+    ]
 
 
 def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
@@ -297,11 +313,13 @@ class Preview:
         """Return estimates for the whole input; exact if all of it was sampled."""
         tokens = round(self.ledger_tokens / self.share)
         packs = -(-round(tokens / max(self.fill, 1e-9)) // self.max_length)
+        rest, documents = self.ledger.tokens_in - self.ledger_tokens, sum(self.ledger.lengths.values())
+        beside = rest * TOKEN_BYTES + documents * SEGMENT_BYTES
         return {
             "rows": self.ledger.rows_in if self.share == 1 else self.records,
             "tokens": tokens,
             "packed_rows": packs,
-            "bytes_on_disk": packs * self.max_length * 8,
+            "bytes_on_disk": packs * self.max_length * TOKEN_BYTES + round(beside / self.share),
             "steps_per_epoch": -(-packs // batch_size),
             "seconds_at_most": math.ceil(self.seconds / self.share / self.workers),
         }
@@ -367,11 +385,11 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         ledger.merge(chunk.ledger)
     if not ledger.rows_in:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
-    lengths = np.concatenate([chunk.tokens.lengths for chunk in chunks]) if chunks else np.zeros(0, np.int64)
+    lengths = np.concatenate([np.zeros(0, np.int64), *(chunk.pieces.kept().lengths for chunk in chunks)])
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.row_length if plan.job.row_length else int(lengths.sum())
-    stride = max(1, sum(len(chunk.tokens) for chunk in chunks) // number)
     examples = [example for chunk in chunks for example in _examples(plan, chunk)]
+    stride = max(1, len(examples) // number)
     return Preview(
         examples=examples[::stride][:number],
         ledger=ledger,
@@ -416,9 +434,11 @@ def _share(plan: Plan, sample: list[Chunk]) -> float:
 
 
 def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
-    tokens = chunk.tokens
-    for index, example_id in enumerate(chunk.example_ids.tolist()):
-        span = slice(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
-        labels = np.where(tokens.trained[span], tokens.input_ids[span], IGNORE_INDEX).astype(np.int32)
+    documents, kept = chunk.documents, chunk.pieces.kept()
+    first = documents.offsets[kept.example]
+    ids = chunk.example_ids[kept.example].tolist()
+    for example_id, start, stop in zip(ids, first + kept.start, first + kept.stop, strict=True):
+        input_ids = documents.input_ids[start:stop]
+        labels = np.where(documents.trained[start:stop], input_ids, IGNORE_INDEX).astype(np.int32)
         labels[:1] = IGNORE_INDEX
-        yield Example(*plan.locate(example_id), tokens.input_ids[span], labels)
+        yield Example(*plan.locate(example_id), input_ids, labels)

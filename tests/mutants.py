@@ -136,7 +136,7 @@ FAULTS = [
     Fault("verify takes a label that is not its token's id",
           "& (rows.labels != rows.input_ids)", "& (rows.labels != rows.labels)", "unit/test_verify.py"),
     Fault("a resume takes a shard of any size",
-          "return path.is_file() and path.stat().st_size == shard.bytes",
+          "return path.is_file() and path.stat().st_size == file.bytes",
           "return path.is_file()", "unit/test_build.py"),
     Fault("a resume goes on with other settings",
           "if changed and not overwrite and not self._refused.exists():", "if False:", "unit/test_build.py"),

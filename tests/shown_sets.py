@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from sftdata.batches import TokenBatch
+from sftdata.batches import PackPlan, TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
+from sftdata.set.index import Placed, write_slice
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.set.shards import shard_name, write_shard
+from tests.whole_slices import NO_REST
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tokenizer"
 EOS, PAD = 2, 0
@@ -54,8 +55,19 @@ def write_set(
         offsets,
         np.arange(len(examples)),
     )
-    packs = plan_packs(tokens.lengths, max_length, strategy)
-    rows = gather(tokens, np.arange(len(examples)), packs, max_length, PAD)
+    packs, ids = plan_packs(tokens.lengths, max_length, strategy), np.arange(len(examples))
+    rows = gather(tokens, ids, packs, max_length, PAD)
+    placed = Placed(tokens, ids, packs, NO_REST, [])
+    if cut:  # behind the last example
+        last = np.array([int(tokens.lengths[-1])])
+        longer = TokenBatch(
+            np.append(tokens.input_ids, np.full(cut, EOS, np.int32)),
+            np.append(tokens.trained, np.zeros(cut, np.bool_)),
+            np.append(offsets[:-1], offsets[-1] + cut),
+            tokens.row,
+        )
+        placed = Placed(longer, ids, packs, PackPlan(np.arange(2), ids[-1:], last, last + cut), ["truncate"])
+    shards, files = write_slice(folder, 0, placed, rows, max_length, None)
     ledger = Ledger(rows_in=len(examples), rows_kept=len(examples), tokens_in=int(offsets[-1]) + cut)
     ledger.tokens_cut = {"truncate": cut} if cut else {}
     ledger.counters = changes.pop("counters", {})
@@ -76,7 +88,8 @@ def write_set(
         tokenizer=TokenizerInfo(**facts),
         sources=(SourceInfo(name="data.jsonl", bytes=9, xxh3="0" * 32, rows=len(examples), first_id=0),),
         ledger=ledger,
-        shards=(write_shard(folder / shard_name(0), rows, max_length),),
+        shards=shards,
+        files=files,
     )
     write_manifest(folder, manifest)
     return folder

@@ -12,7 +12,7 @@ from sftdata.batches import PackedRows, TokenBatch
 from sftdata.pack import gather, plan_packs
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.set.shards import shard_name, write_shard
+from tests.whole_slices import NOTHING, Written, write_rows, write_whole
 
 EOS = 2
 
@@ -24,13 +24,14 @@ def make_set(
     """Write a set whose documents count upwards from a random start, so that a model can learn it."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    infos, ledger, example = [], Ledger(max_length=max_length if packed else None), 0
+    (infos, files), ledger, example = NOTHING, Ledger(max_length=max_length if packed else None), 0
     for index, part in enumerate(np.array_split(np.arange(rows), shards)):
         drawn = [_row(rng, max_length, vocabulary, packed, trained) for _ in part]
         columns, example = _columns(drawn, example)
-        infos.append(write_shard(folder / shard_name(index), columns, max_length if packed else None))
+        made, beside = write_rows(folder, index, columns, max_length if packed else None)
+        infos, files = infos + made, files + beside
         ledger.count_packed(columns, max_length if packed else None)
-    manifest = _manifest(ledger, infos, example, packed, max_length, vocabulary, sources, seed)
+    manifest = _manifest(ledger, (infos, files), example, packed, max_length, vocabulary, sources, seed)
     added = tuple(f"<added-{n}>" for n in range(tokens_added))
     named = msgspec.structs.replace(manifest.tokenizer, sha256=tokenizer * 64, tokens_added=added)
     write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=named))
@@ -63,16 +64,17 @@ def make_mixed_set(
     ids[offsets[1:] - 1] = EOS
     answers = place >= np.repeat(np.maximum(1, np.rint(lengths * (1 - trained))), lengths)
     tokens = TokenBatch(ids.astype(np.int32), answers, offsets, np.arange(len(lengths)))
-    columns = gather(tokens, np.arange(len(lengths)), plan_packs(lengths, max_length), max_length, 0)
+    example_ids, packs = np.arange(len(lengths)), plan_packs(lengths, max_length)
+    columns = gather(tokens, example_ids, packs, max_length, 0)
     ledger = Ledger(max_length=max_length)
     ledger.count_packed(columns, max_length)
-    infos = [write_shard(folder / shard_name(0), columns, max_length)]
-    write_manifest(folder, _manifest(ledger, infos, len(lengths), True, max_length, vocabulary, 1, seed))
+    written = write_whole(folder, 0, tokens, example_ids, packs, columns, max_length)
+    write_manifest(folder, _manifest(ledger, written, len(lengths), True, max_length, vocabulary, 1, seed))
     return folder
 
 
 def _manifest(
-    ledger: Ledger, infos: list[Any], examples: int, packed: bool, max_length: int, vocabulary: int, sources: int, seed: int
+    ledger: Ledger, written: Written, examples: int, packed: bool, max_length: int, vocabulary: int, sources: int, seed: int
 ) -> Manifest:  # fmt: skip
     ledger.tokens_in, ledger.rows_in, ledger.rows_kept = ledger.tokens, examples, examples
     return Manifest(
@@ -85,7 +87,8 @@ def _manifest(
             for n, part in enumerate(np.array_split(np.arange(examples), sources))
         ),
         ledger=ledger,
-        shards=tuple(infos),
+        shards=written[0],
+        files=written[1],
     )  # fmt: skip
 
 

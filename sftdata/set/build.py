@@ -3,7 +3,8 @@
     DIR.partial/
       plan.json             what is being built: another plan refuses to go on here
       shard-00000.arrow     written by its task, final from then on
-      slices/00000.json     written after the task's shard and lists (00000.rejects.jsonl, ...): it is done
+      rest-00000.arrow, index-00000.arrow    beside it, the same
+      slices/00000.json     written after the task's files and lists (00000.rejects.jsonl, ...): it is done
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
 A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders
@@ -25,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.set.ledger import LISTS, Ledger, write_parts
+from sftdata.set.ledger import LISTS, SLICES_NAME, Ledger, SliceRecord, encode_slice, write_parts
 from sftdata.set.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -63,7 +64,8 @@ A set of tokenized, masked and packed rows for supervised fine-tuning, made by `
 
 `load_dataset` reads its rows: `input_ids` and `labels` (-100 where not trained), `seq_lengths` of the
 documents in a row, and `example_ids`, the input rows they come from. `tokenizer/` holds the tokenizer, chat
-template included.
+template included. `rest-*.arrow` hold the tokens that were cut or dropped, and `index-*.arrow` say where each
+document is.
 """
 
 
@@ -73,6 +75,7 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         index: its number in the plan.
         shards: its shards, none when it kept no row.
+        files: what stands beside them, index and rest.
         ledger: what became of its rows and tokens.
         rejects: rows it rejected, also counted in the ledger.
         sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for
@@ -81,6 +84,7 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     shards: tuple[ShardInfo, ...]
+    files: tuple[SetFile, ...]
     ledger: Ledger
     rejects: int = 0
     sample: tuple[str, ...] = ()
@@ -209,7 +213,7 @@ class Build:
         return {
             result.index: result
             for result in listed
-            if all(_stands(self.folder, shard) for shard in result.shards)
+            if all(_stands(self.folder, file) for file in (*result.shards, *result.files))
         }
 
     def _begun(self) -> dict[str, object]:
@@ -256,15 +260,20 @@ class Build:
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
 
-    def write_lists(self, slices: Sequence[int]) -> None:
-        """Join the tasks' parts of the lists of rows, in order."""
+    def write_lists(self, slices: Sequence[SliceRecord]) -> None:
+        """Write the records of the slices, and join the tasks' parts of the lists of rows, in order."""
+        write_atomic(self.folder / SLICES_NAME, partial(write_parts, map(encode_slice, slices)))
         for name in LISTS:
             with explained(self.folder / name):
-                parts = [self._part(index, name).read_bytes() for index in slices]
+                parts = [self._part(record.number, name).read_bytes() for record in slices]
             write_atomic(self.folder / name, partial(write_parts, parts))
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
-        """Add the tokenizer's files, the manifest last, and put the set in place.
+        """Add the lists and the tokenizer's files, the manifest last, and put the set in place.
+
+        Args:
+            manifest: whose files are those of the slices.
+            tokenizer: folder.
 
         Raises:
             SftError: the tokenizer was changed or is gone.
@@ -278,14 +287,13 @@ class Build:
             for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
                 sync_folder(folder)
         write_atomic(self.folder / CARD_NAME, partial(write_parts, [CARD]))
-        files = [*map(self._describe, (*LISTS, CARD_NAME)), *copied]
+        files = [*manifest.files, *map(self._describe, (*LISTS, SLICES_NAME, CARD_NAME)), *copied]
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
         self.put_in_place()
         return sealed
 
     def _describe(self, name: str) -> SetFile:
-        digest = digest_file(self.folder / name)
-        return SetFile(name=name, bytes=digest.bytes, xxh3=digest.xxh3, sha256=digest.sha256)
+        return SetFile(name=name, **msgspec.structs.asdict(digest_file(self.folder / name)))
 
     def _copy(self, tokenizer: Path) -> Iterator[SetFile]:
         for path in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
@@ -339,10 +347,10 @@ def _take(lock: int, folder: Path) -> bool:
         raise
 
 
-def _stands(folder: Path, shard: ShardInfo) -> bool:
-    """Say whether a committed shard is on disk, whole."""
-    path = folder / shard.name
-    return path.is_file() and path.stat().st_size == shard.bytes
+def _stands(folder: Path, file: SetFile) -> bool:
+    """Say whether a committed file is on disk, whole."""
+    path = folder / file.name
+    return path.is_file() and path.stat().st_size == file.bytes
 
 
 def _read_json(path: Path) -> dict[str, object]:

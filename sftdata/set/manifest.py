@@ -16,12 +16,13 @@ import xxhash
 from msgspec import Meta
 
 from sftdata.errors import IntegrityError, Unit, UsageError
+from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import Count, SetFile, Sha256, TokenId, write_atomic
 
 FORMAT_VERSION = 2
-"""What is written. Version 1, read too, labels the first token of a row that keeps its own length."""
+"""What is written. Version 1, which is read too, has neither index nor rest, and other first labels."""
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
@@ -241,10 +242,30 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         if counted != summed:
             raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
     _check_sources(manifest, where)
-    names = sorted([shard.name for shard in shards] + [file.name for file in manifest.files])
-    for name, following in pairwise(names):
-        if name == following:
-            raise IntegrityError(f"{where}: {name} is listed twice.")
+    if manifest.format_version > 1:
+        _check_beside(manifest, where)
+    names = [file.name for file in (*shards, *manifest.files)]
+    if len(set(names)) < len(names):
+        name = next(name for name, following in pairwise(sorted(names)) if name == following)
+        raise IntegrityError(f"{where}: {name} is listed twice.")
+
+
+def _check_beside(manifest: Manifest, where: str) -> None:
+    """Assert that each slice has its index, and that tokens which rows do not hold are in the set too."""
+    names = {file.name for file in manifest.files}
+    rest = [name for name in names if name.startswith(f"{REST}-")]
+    listed = [*rest, *(shard.name for shard in manifest.shards)]
+    lacking = {f"{INDEX}-{name.partition('-')[2]}" for name in listed} - names
+    if lacking:
+        index = min(lacking)
+        name = max(name for name in listed if name.endswith(index.partition("-")[2]))
+        raise IntegrityError(f"{where}: {name} is listed without {index}.", "prepare the set again.")
+    missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
+    if missing and not rest:
+        raise IntegrityError(
+            f"{where}: {missing} tokens were cut or dropped, and no {REST} file is listed that holds them.",
+            "prepare the set again.",
+        )
 
 
 def _check_sources(manifest: Manifest, where: str) -> None:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, overload
 from sftdata.batches import Float32, Int32, Int64, PackedRows
 from sftdata.errors import IntegrityError, SftError, need, place
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, SourceInfo, read_manifest
-from sftdata.set.shards import ShardInfo, read_batches, read_shard, shard_schema
+from sftdata.set.shards import ShardInfo, read_batches, read_shard, refuse_unlawful, shard_schema
 from sftdata.set.store import plain_file
-from sftdata.set.verify import refuse_unlawful
 
 if TYPE_CHECKING:
     import polars as pl

@@ -10,17 +10,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows
+from sftdata.batches import (
+    IGNORE_INDEX,
+    Bool,
+    Float32,
+    Int32,
+    Int64,
+    PackedRows,
+    offsets_of,
+    positions_of,
+)
 from sftdata.errors import IntegrityError, SftError
 from sftdata.set.store import Count, SetFile, ShardName, Sink, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from sftdata.set.manifest import Manifest
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
 WEIGHTS = "loss_weights"
@@ -79,17 +93,16 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
     Raises:
         UsageError: the file cannot be written.
     """
-    digest = write_atomic(path, lambda sink: _write_ipc(sink, rows, max_length))
+    schema = shard_schema(max_length, rows.loss_weights is not None)
+    batches = (_batch(rows, first, last, schema) for first, last in batch_edges(rows.row_offsets))
+    file = write_file(path, schema, batches)
     is_document = rows.example_ids >= 0
     return ShardInfo(
-        name=path.name,
         rows=len(rows),
         documents=int(is_document.sum()),
         tokens=int(rows.seq_lengths[is_document].sum(dtype=np.int64)),
         tokens_trained=int(np.count_nonzero(rows.labels != IGNORE_INDEX)),
-        bytes=digest.bytes,
-        xxh3=digest.xxh3,
-        sha256=digest.sha256,
+        **msgspec.structs.asdict(file),
     )
 
 
@@ -108,15 +121,187 @@ def read_shard(path: Path, max_length: int | None, weighted: bool = False) -> li
 
 
 def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> list[pa.RecordBatch]:
-    """Map a shard and return its record batches, with their schema and their offsets checked.
+    """Map a shard and return its record batches.
 
     Raises:
         IntegrityError: the file is no such shard.
+        SftError: the machine cannot map it.
+    """
+    return read_file(path, shard_schema(max_length, weighted))
+
+
+def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
+    segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
+    row_offsets = rows.row_offsets[first : last + 1]
+    segment_offsets = rows.segment_offsets[first : last + 1]
+    columns: list[tuple[Int32 | Int64 | Float32, Int64]] = [
+        (rows.input_ids[tokens], row_offsets),
+        (rows.labels[tokens], row_offsets),
+        (rows.seq_lengths[segments], segment_offsets),
+        (rows.example_ids[segments], segment_offsets),
+    ]
+    if rows.loss_weights is not None:
+        columns.append((rows.loss_weights[tokens], row_offsets))
+    arrays = []
+    for field, (values, offsets) in zip(schema, columns, strict=True):
+        if pa.types.is_fixed_size_list(field.type):
+            arrays.append(pa.FixedSizeListArray.from_arrays(as_arrow(values), type=field.type))
+        else:
+            arrays.append(list_array(values, offsets))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
+    input_ids, labels, seq_lengths, example_ids, *weights = (
+        as_numpy(list_items(column)) for column in batch.columns
+    )
+    ragged = batch.schema.names if max_length is None else COLUMNS[2:]
+    offsets = {name: list_offsets(batch[name]) for name in ragged}
+    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
+        if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
+            raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
+    row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
+    return PackedRows(
+        input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights
+    )
+
+
+# ------------------------------------------------------------------------------------- laws of the rows
+
+
+def broken_laws(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    """Yield what is wrong with packed rows: int64[K], the rows concerned, and what is wrong with them.
+
+    Where the documents do not add up to their rows nothing else is looked at, since nothing else has a place.
+    """
+    misshapen = False
+    for where, what in _shape(rows, manifest):
+        misshapen = True
+        yield where, what
+    if not misshapen:
+        yield from _segments(rows, manifest)
+        yield from _tokens(rows, manifest)
+
+
+def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    summed = offsets_of(rows.seq_lengths)
+    width = np.diff(rows.row_offsets)
+    yield from _rows(rows.segment_offsets, rows.seq_lengths < 1, "a document has no tokens")
+    yield from _finding(
+        np.flatnonzero(np.diff(summed[rows.segment_offsets]) != width),
+        "seq_lengths do not sum to the length of the row",
+    )
+    yield from _finding(np.flatnonzero(np.diff(rows.segment_offsets) < 1), "the row holds nothing")
+    if manifest.max_length is not None:
+        yield from _finding(
+            np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long"
+        )
+
+
+def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifest) -> None:
+    """Refuse a shard whose rows break a law, so that no reader meets an id, label or length that cannot be.
+
+    Raises:
+        IntegrityError: naming the first row and what is wrong with it.
+    """
+    first = 0
+    for batch in batches:
+        for rows, what in broken_laws(batch, manifest):
+            raise IntegrityError(f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again.")
+        first += len(batch)
+
+
+def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    ids = rows.example_ids
+    known = sum(
+        source.rows for source in manifest.sources
+    )  # read_manifest saw that they share out all ids from 0 on
+    padding = ids == -1
+    last = np.zeros(len(ids), np.bool_)
+    last[rows.segment_offsets[1:] - 1] = True
+    yield from _rows(rows.segment_offsets, (ids < -1) | (ids >= known), "an example id belongs to no source")
+    yield from _rows(rows.segment_offsets, padding & ~last, "padding stands before a document")
+    first = np.zeros(len(ids), np.bool_)
+    first[rows.segment_offsets[:-1]] = True
+    yield from _rows(rows.segment_offsets, padding & first, "the row is all padding")
+    starts = offsets_of(rows.seq_lengths)
+    if manifest.max_length is not None or manifest.format_version > 1:
+        trained = rows.labels[starts[:-1]] != IGNORE_INDEX
+        yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
+    if manifest.max_length is None:
+        yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
+        return
+    inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
+    yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != IGNORE_INDEX], "padding is trained")
+    pad_id = manifest.tokenizer.pad_id
+    yield from _rows_of(
+        rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}"
+    )
+
+
+def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
+    # One unsigned comparison finds negative ids too.
+    outside = rows.input_ids.view(np.uint32) >= manifest.tokenizer.vocab_size
+    other = (rows.labels != IGNORE_INDEX) & (rows.labels != rows.input_ids)
+    yield from _rows(
+        rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}"
+    )
+    yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
+    if rows.loss_weights is not None:
+        # A weight that is no number is above nothing, and one without end is not finite.
+        weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)
+        wrong = np.where(rows.labels != IGNORE_INDEX, ~weighs, rows.loss_weights != 0)
+        yield from _rows(
+            rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere"
+        )
+
+
+def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]:
+    """Say in which rows the items lie that are wrong."""
+    if wrong.any():
+        yield from _rows_of(offsets, np.flatnonzero(wrong), what)
+
+
+def _rows_of(offsets: Int64, wrong: Int64, what: str) -> Iterator[tuple[Int64, str]]:
+    yield from _finding(np.unique(np.searchsorted(offsets, wrong, side="right") - 1), what)
+
+
+def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:
+    if len(where):
+        yield where, what
+
+
+# ------------------------------------------------------------------------------------------ Arrow IPC files
+
+
+def write_file(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> SetFile:
+    """Write record batches as an Arrow IPC file, atomically, and describe it.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    import pyarrow as pa
+
+    def write(sink: Sink) -> None:
+        with pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+
+    return SetFile(name=path.name, **msgspec.structs.asdict(write_atomic(path, write)))
+
+
+def read_file(path: Path, expected: pa.Schema) -> list[pa.RecordBatch]:
+    """Map an Arrow IPC file and return its record batches, with their schema and their offsets checked.
+
+    Raises:
+        IntegrityError: the file has other columns, holds nulls, or is damaged.
         SftError: the machine cannot map it: no memory, no descriptors, no permission.
     """
     import pyarrow as pa
 
-    expected = shard_schema(max_length, weighted)
     try:
         # The views keep the mapping alive; closing gives back the descriptor: 10,000 shards can be open.
         with pa.memory_map(str(path)) as file:
@@ -124,15 +309,13 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
             reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
-                raise IntegrityError(
-                    f"{path}: the columns are {found};"
-                    f" expected those of a shard with max_length {max_length}."
-                )
+                wanted = ", ".join(f"{f.name}: {f.type}" for f in expected)
+                raise IntegrityError(f"{path}: the columns are {found}; expected {wanted}.")
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
-            if any(column.null_count or _items(column).null_count for column in batch.columns):
-                raise IntegrityError(f"{path}: holds nulls; a shard has none.")
+            if any(column.null_count or list_items(column).null_count for column in batch.columns):
+                raise IntegrityError(f"{path}: holds nulls; a set has none.")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
         # What the system says, not what the file holds.
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
@@ -146,16 +329,7 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
     return batches
 
 
-def _write_ipc(sink: Sink, rows: PackedRows, max_length: int | None) -> None:
-    import pyarrow as pa
-
-    schema = shard_schema(max_length, rows.loss_weights is not None)
-    with pa.ipc.new_file(sink, schema) as writer:
-        for first, last in _batch_edges(rows.row_offsets):
-            writer.write_batch(_batch(rows, first, last, schema))
-
-
-def _batch_edges(row_offsets: Int64) -> list[tuple[int, int]]:
+def batch_edges(row_offsets: Int64) -> list[tuple[int, int]]:
     """Cut rows into record batches of about a million tokens, by content alone."""
     edges, first, count = [], 0, len(row_offsets) - 1
     while first < count:
@@ -166,66 +340,34 @@ def _batch_edges(row_offsets: Int64) -> list[tuple[int, int]]:
     return edges
 
 
-def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
+def list_array(values: Int32 | Int64 | Float32, offsets: Int64) -> pa.ListArray:
+    """Return lists of these values; `offsets`, int64[N + 1], may begin anywhere."""
     import pyarrow as pa
 
-    tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
-    segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
-    row_offsets = _rebased(rows.row_offsets, first, last)
-    segment_offsets = _rebased(rows.segment_offsets, first, last)
-    columns: list[tuple[Int32 | Int64 | Float32, Int32]] = [
-        (rows.input_ids[tokens], row_offsets),
-        (rows.labels[tokens], row_offsets),
-        (rows.seq_lengths[segments], segment_offsets),
-        (rows.example_ids[segments], segment_offsets),
-    ]
-    if rows.loss_weights is not None:
-        columns.append((rows.loss_weights[tokens], row_offsets))
-    arrays = []
-    for field, (values, offsets) in zip(schema, columns, strict=True):
-        flat = _as_arrow(values)
-        if pa.types.is_fixed_size_list(field.type):
-            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-        else:
-            arrays.append(pa.ListArray.from_arrays(_as_arrow(offsets), flat, type=field.type))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    rebased = offsets - offsets[0]
+    if rebased[-1] > _LARGEST_OFFSET:
+        raise ValueError(f"a row of {rebased[-1]} tokens is more than an Arrow list can hold")
+    return pa.ListArray.from_arrays(as_arrow(rebased.astype(np.int32)), as_arrow(values))
 
 
-def _rebased(offsets: Int64, first: int, last: int) -> Int32:
-    part = offsets[first : last + 1] - offsets[first]
-    if part[-1] > _LARGEST_OFFSET:
-        raise ValueError(f"a row of {part[-1]} tokens is more than an Arrow list can hold")
-    rebased: Int32 = part.astype(np.int32)
-    return rebased
+def list_items(column: pa.Array) -> pa.Array:
+    """Return the items of the lists of a column without nulls, or the column itself where it has no lists.
 
-
-def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
-    input_ids, labels, seq_lengths, example_ids, *weights = (
-        _as_numpy(_items(column)) for column in batch.columns
-    )
-    ragged = batch.schema.names if max_length is None else COLUMNS[2:]
-    offsets = {name: _list_offsets(batch[name]) for name in ragged}
-    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
-        if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
-            raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
-    row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
-    return PackedRows(
-        input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights
-    )
-
-
-def _items(column: pa.Array) -> pa.Array:
-    """Return what the lists of a column without nulls hold; `flatten` would import pyarrow.compute, 0.1 s."""
+    Its own `flatten` would import pyarrow.compute, 0.1 s.
+    """
     import pyarrow as pa
 
+    if not pa.types.is_nested(column.type):
+        return column
     if pa.types.is_fixed_size_list(column.type):
         return column.values.slice(column.offset * column.type.list_size, len(column) * column.type.list_size)
     first, last = (column.offsets[0].as_py(), column.offsets[len(column)].as_py()) if len(column) else (0, 0)
     return column.values.slice(first, last - first)
 
 
-def _list_offsets(column: pa.ListArray) -> Int64:
-    offsets: Int64 = _as_numpy(column.offsets).astype(np.int64)
+def list_offsets(column: pa.ListArray) -> Int64:
+    """int64[N + 1], offsets into `list_items` of a column."""
+    offsets: Int64 = as_numpy(column.offsets).astype(np.int64)
     offsets -= offsets[0]
     return offsets
 
@@ -233,7 +375,8 @@ def _list_offsets(column: pa.ListArray) -> Int64:
 # pyarrow's own ways to and from numpy import pandas where it is installed, which takes longer than most runs.
 
 
-def _as_arrow(values: Int32 | Int64 | Float32) -> pa.Array:
+def as_arrow(values: npt.NDArray[np.generic]) -> pa.Array:
+    """Return an array of numbers as a view of these."""
     import pyarrow as pa
 
     return pa.Array.from_buffers(
@@ -241,7 +384,7 @@ def _as_arrow(values: Int32 | Int64 | Float32) -> pa.Array:
     )
 
 
-def _as_numpy(values: pa.Array) -> Any:
+def as_numpy(values: pa.Array) -> Any:
     """Return a read-only view of an array of numbers without nulls."""
     dtype = np.dtype(values.type.to_pandas_dtype())
     return np.frombuffer(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows, offsets_of, positions_of
+from sftdata.batches import Int64, PackedRows, TokenBatch
 from sftdata.errors import IntegrityError
-from sftdata.set.ledger import Ledger, distinct
+from sftdata.set.index import (
+    INDEX,
+    REST,
+    RestRows,
+    Segments,
+    beside_name,
+    hash_documents,
+    hash_prompts,
+    read_index,
+    read_rest,
+    slice_number,
+)
+from sftdata.set.ledger import SLICES_NAME, Ledger, distinct, read_slices
 from sftdata.set.manifest import Manifest, read_manifest
-from sftdata.set.shards import ShardInfo, read_shard
+from sftdata.set.shards import ShardInfo, broken_laws, read_shard, shard_name
 from sftdata.set.store import SetFile, digest_file, plain_file
 
 _COUNTED = ("rows_packed", "documents", "tokens_trained", "tokens_context", "tokens_padding")
@@ -87,6 +100,8 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     report.rows = count.ledger.rows_packed
     if not report.problems:
         report.problems += count.compare(folder)
+    if not report.problems and manifest.format_version > 1:
+        report.problems += lost_tokens(folder, manifest)
     report.problems += foreign_shards(folder, manifest)
     return report
 
@@ -170,7 +185,7 @@ def _differs(path: Path, name: str, said: int, found: int) -> str:
 
 def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Name shards that are not in the manifest: other readers read every `.arrow` file of the folder."""
-    listed = {info.name: info for info in manifest.shards}
+    listed = {info.name for info in (*manifest.shards, *manifest.files)}
     sizes = {info.bytes for info in manifest.shards}
     by_digest = {info.xxh3: info.name for info in manifest.shards}
     for path in sorted(folder.iterdir()):
@@ -181,106 +196,109 @@ def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path}: {what}. Fix: move it out of the folder."
 
 
-# -------------------------------------------------------------------------------- laws of the rows
+# ------------------------------------------------------------------- every token is in the set, once
 
 
-def broken_laws(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
-    """Yield what is wrong with packed rows: int64[K], the rows concerned, and what is wrong with them.
+def lost_tokens(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Join every document from rows and rest, as the index says; yield what is missing, doubled or changed.
 
-    Where the documents do not add up to their rows nothing else is looked at, since nothing else has a place.
+    A document may have its segments in several slices; those that are not whole in one are joined at the end.
     """
-    misshapen = False
-    for where, what in _shape(rows, manifest):
-        misshapen = True
-        yield where, what
-    if not misshapen:
-        yield from _segments(rows, manifest)
-        yield from _tokens(rows, manifest)
+    count = _Conserved(manifest)
+    names = (file.name for file in (*manifest.shards, *manifest.files))
+    for number in sorted({found for found in map(slice_number, names) if found is not None}):
+        try:
+            count.add(folder, number)
+        except IntegrityError as error:
+            yield str(error)
+            return
+    for problem in count.problems():
+        yield f"{folder}: {problem}. Fix: {_AGAIN}"
+    ledger, cut = manifest.ledger, sum(count.rest[policy] for policy in manifest.ledger.tokens_cut)
+    pairs = [
+        ("tokens_in", ledger.tokens_in, count.tokens),
+        ("tokens_cut", sum(ledger.tokens_cut.values()), cut),
+        ("tokens_in_dropped_rows", ledger.tokens_in_dropped_rows, count.rest.total() - cut),
+        *((f"rows_dropped {name}", said, count.dropped[name]) for name, said in ledger.rows_dropped.items()),
+    ]
+    yield from (_differs(folder, name, said, found) for name, said, found in pairs if said != found)
+    records = read_slices(folder)
+    slices = Ledger()
+    for record in records:
+        slices.merge(Ledger.from_json(record.ledger))
+    if records and slices.to_json() != ledger.to_json():
+        yield f"{folder / SLICES_NAME}: its ledgers do not add up to the manifest's. Fix: {_AGAIN}"
 
 
-def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
-    summed = offsets_of(rows.seq_lengths)
-    width = np.diff(rows.row_offsets)
-    yield from _rows(rows.segment_offsets, rows.seq_lengths < 1, "a document has no tokens")
-    yield from _finding(
-        np.flatnonzero(np.diff(summed[rows.segment_offsets]) != width),
-        "seq_lengths do not sum to the length of the row",
-    )
-    yield from _finding(np.flatnonzero(np.diff(rows.segment_offsets) < 1), "the row holds nothing")
-    if manifest.max_length is not None:
-        yield from _finding(
-            np.flatnonzero(width != manifest.max_length), f"the row is not {manifest.max_length} tokens long"
-        )
+class _Conserved:
+    """The documents of a set, as rows and rest hold them together.
 
-
-def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifest) -> None:
-    """Refuse a shard whose rows break a law, so that no reader meets an id, label or length that cannot be.
-
-    Raises:
-        IntegrityError: naming the first row and what is wrong with it.
+    Attributes:
+        tokens: in all segments.
+        rest: tokens in the rest, by reason.
+        dropped: documents that are in the rest whole, by reason.
     """
-    first = 0
-    for batch in batches:
-        for rows, what in broken_laws(batch, manifest):
-            raise IntegrityError(f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again.")
-        first += len(batch)
 
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._names = {file.name for file in (*manifest.shards, *manifest.files)}
+        self._whole: list[Int64] = []
+        self._left: list[tuple[Segments, TokenBatch]] = []
+        self.tokens = 0
+        self.rest: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
 
-def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
-    ids = rows.example_ids
-    known = sum(
-        source.rows for source in manifest.sources
-    )  # read_manifest saw that they share out all ids from 0 on
-    padding = ids == -1
-    last = np.zeros(len(ids), np.bool_)
-    last[rows.segment_offsets[1:] - 1] = True
-    yield from _rows(rows.segment_offsets, (ids < -1) | (ids >= known), "an example id belongs to no source")
-    yield from _rows(rows.segment_offsets, padding & ~last, "padding stands before a document")
-    first = np.zeros(len(ids), np.bool_)
-    first[rows.segment_offsets[:-1]] = True
-    yield from _rows(rows.segment_offsets, padding & first, "the row is all padding")
-    starts = offsets_of(rows.seq_lengths)
-    if manifest.max_length is not None or manifest.format_version > 1:
-        trained = rows.labels[starts[:-1]] != IGNORE_INDEX
-        yield from _rows(rows.segment_offsets, trained, "the first token of a document is trained")
-    if manifest.max_length is None:
-        yield from _rows(rows.segment_offsets, padding, "padding in a row that keeps its own length")
-        return
-    inside = positions_of(starts[:-1][padding], rows.seq_lengths[padding].astype(np.int64))
-    yield from _rows_of(rows.row_offsets, inside[rows.labels[inside] != IGNORE_INDEX], "padding is trained")
-    pad_id = manifest.tokenizer.pad_id
-    yield from _rows_of(
-        rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}"
-    )
+    def add(self, folder: Path, number: int) -> None:
+        """Join the documents of a slice.
 
+        Raises:
+            IntegrityError: a file is not readable, or the index names other segments than rows and rest hold.
+        """
+        path, manifest = folder / beside_name(INDEX, number), self._manifest
+        index = read_index(path, manifest.weighted)
+        rows, rest = list[PackedRows](), list[RestRows]()
+        if shard_name(number) in self._names:
+            rows = read_shard(folder / shard_name(number), manifest.max_length, manifest.weighted)
+        if beside_name(REST, number) in self._names:
+            rest = read_rest(folder / beside_name(REST, number), manifest.weighted)
+        tokens = index.restore(path, rows, rest)
+        self.tokens += len(tokens.input_ids)
+        reasons = (reason for part in rest for reason in part.reasons)
+        stretches = index.length[index.rest].tolist(), index.whole[index.rest].tolist()
+        for reason, length, whole in zip(reasons, *stretches, strict=True):
+            self.rest[reason] += length
+            self.dropped[reason] += whole
+        left = self._join(index, tokens)
+        if len(left):
+            self._left.append((index.at(left), tokens.pick(left)))
 
-def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
-    # One unsigned comparison finds negative ids too.
-    outside = rows.input_ids.view(np.uint32) >= manifest.tokenizer.vocab_size
-    other = (rows.labels != IGNORE_INDEX) & (rows.labels != rows.input_ids)
-    yield from _rows(
-        rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}"
-    )
-    yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
-    if rows.loss_weights is not None:
-        # A weight that is no number is above nothing, and one without end is not finite.
-        weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)
-        wrong = np.where(rows.labels != IGNORE_INDEX, ~weighs, rows.loss_weights != 0)
-        yield from _rows(
-            rows.row_offsets, wrong, "loss_weights are not above 0 and finite where trained, and 0 elsewhere"
+    def problems(self) -> Iterator[str]:
+        """Join what is left, now that all slices are there; yield what is wrong."""
+        if self._left:
+            index = Segments.join([index for index, _ in self._left])
+            left = self._join(index, TokenBatch.join([tokens for _, tokens in self._left]))
+            if len(left):
+                yield f"rows and rest do not hold example {index.example_ids[left[0]]} as it came in"
+        ids = np.sort(np.concatenate([np.empty(0, np.int64), *self._whole]))
+        if (twice := ids[1:][np.diff(ids) == 0]).size:
+            yield f"example {twice[0]} is in the set twice"
+
+    def _join(self, index: Segments, tokens: TokenBatch) -> Int64:
+        """Note the documents that are whole and as they were hashed; return the segments of all others."""
+        order = np.lexsort((index.offset, index.example_ids))
+        index, tokens = index.at(order), tokens.pick(order)
+        begins = np.flatnonzero(np.diff(index.example_ids, prepend=-1))
+        of = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(index))))
+        offsets = np.append(tokens.offsets[begins], tokens.offsets[-1])
+        documents = replace(tokens, offsets=offsets, row=np.arange(len(begins)))
+        hashes = hash_documents(documents, self._manifest.weighted)[of]
+        prompts = hash_prompts(documents, self._manifest.tokenizer.bos_id)[of]
+        right = (
+            (index.offset == tokens.offsets[:-1] - offsets[of])
+            & (index.whole == (index.length == documents.lengths[of]))
+            & (index.document_hash == hashes).all(axis=1)
+            & (index.prompt_hash == prompts)
         )
-
-
-def _rows(offsets: Int64, wrong: Bool, what: str) -> Iterator[tuple[Int64, str]]:
-    """Say in which rows the items lie that are wrong."""
-    if wrong.any():
-        yield from _rows_of(offsets, np.flatnonzero(wrong), what)
-
-
-def _rows_of(offsets: Int64, wrong: Int64, what: str) -> Iterator[tuple[Int64, str]]:
-    yield from _finding(np.unique(np.searchsorted(offsets, wrong, side="right") - 1), what)
-
-
-def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:
-    if len(where):
-        yield where, what
+        wrong = np.bincount(of[~right], minlength=len(begins)) > 0
+        self._whole.append(index.example_ids[begins][~wrong])
+        return np.sort(order[wrong[of]])

@@ -366,6 +366,15 @@ class Seal:
     hashes: bytes
     end: int
 
+    @property
+    def stop(self) -> int:
+        """Number of the block behind the last."""
+        return self.first + len(self.hashes) // _HASH_BYTES
+
+    def since(self, block: int) -> bytes:
+        """Return the hashes of the blocks from this number on."""
+        return self.hashes[max(block - self.first, 0) * _HASH_BYTES :]
+
     def part(self, start: int, stop: int) -> Seal:
         """Return the seal of bytes `start:stop`."""
         first, last = start // HASHED_BYTES, -(-stop // HASHED_BYTES)

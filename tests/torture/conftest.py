@@ -38,7 +38,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     folder = tmp_path_factory.mktemp("small")
     data = write_chats(folder / "chats.jsonl", 34)
     digest = prepare(data, folder / "set").digest
-    assert len(list((folder / "set").glob("*.arrow"))) == 3
+    assert len(list((folder / "set").glob("shard-*.arrow"))) == 3
     return Unbroken(data, content(folder / "set"), digest)
 
 

@@ -18,7 +18,7 @@ from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.frame import run_app
 from sftdata.set.build import Build
-from sftdata.set.ledger import LISTS
+from sftdata.set.ledger import LISTS, SLICES_NAME
 from sftdata.set.manifest import read_manifest
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
@@ -158,12 +158,13 @@ def test_a_tokenizer_with_a_folder_inside_is_copied_whole(small: Unbroken, place
     (tokenizer / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     manifest = prepare(small.data, place / "set")
     held = msgspec.structs.replace(manifest.tokenizer, sha256=hashlib.sha256(b"{}").hexdigest())
-    manifest = msgspec.structs.replace(manifest, tokenizer=held)
+    beside = tuple(file for file in manifest.files if file.name.endswith(".arrow"))
+    manifest = msgspec.structs.replace(manifest, tokenizer=held, files=beside)
     with Build(place / "other").locked() as build:
-        for name in LISTS:
+        for name in (*LISTS, SLICES_NAME):
             (build.folder / name).write_bytes(b"")
-        for shard in manifest.shards:
-            (build.folder / shard.name).write_bytes((place / "set" / shard.name).read_bytes())
+        for file in (*manifest.shards, *beside):
+            (build.folder / file.name).write_bytes((place / "set" / file.name).read_bytes())
         build.finish(manifest, tokenizer)
     names = [file.name for file in read_manifest(place / "other").files]
     assert names[-2:] == ["tokenizer/additional_chat_templates/tool_use.jinja", "tokenizer/tokenizer.json"]

@@ -12,8 +12,8 @@ from sftdata.batches import TokenBatch
 from sftdata.pack import Strategy, gather, plan_packs
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest, SetFile, SourceInfo, TokenizerInfo, write_manifest
-from sftdata.set.shards import shard_name, write_shard
 from sftdata.set.store import write_atomic
+from tests.whole_slices import write_whole
 
 VOCAB, PAD = 1000, 0
 
@@ -40,17 +40,15 @@ def build_set(tmp_path: Path) -> SetBuilder:
         folder = folder or tmp_path / "set"
         folder.mkdir()
         constant = strategy != "none"
-        ledger, shards, sources, first_id = Ledger(), [], [], 0
+        ledger, shards, files, sources, first_id = Ledger(), [], [], [], 0
         for index, lengths in enumerate(slices):
             tokens, ids = random_tokens(lengths, seed=index), np.arange(first_id, first_id + len(lengths))
-            rows = gather(
-                tokens,
-                ids,
-                plan_packs(tokens.lengths, max_length, strategy),
-                max_length if constant else None,
-                PAD,
-            )
-            shards.append(write_shard(folder / shard_name(index), rows, max_length if constant else None))
+            row_length = max_length if constant else None
+            packs = plan_packs(tokens.lengths, max_length, strategy)
+            rows = gather(tokens, ids, packs, row_length, PAD)
+            made, beside = write_whole(folder, index, tokens, ids, packs, rows, row_length)
+            shards += made
+            files += beside
             counts = Ledger(rows_in=len(lengths), rows_kept=len(lengths), tokens_in=sum(lengths))
             counts.count_lengths(tokens.lengths)
             counts.count_packed(rows, max_length if constant else None, {f"part-{index}.jsonl": first_id})
@@ -71,6 +69,7 @@ def build_set(tmp_path: Path) -> SetBuilder:
             ledger=ledger,
             shards=tuple(shards),
             files=(
+                *files,
                 SetFile(name="rejects.jsonl", bytes=rejects.bytes, xxh3=rejects.xxh3, sha256=rejects.sha256),
             ),
         )

@@ -27,13 +27,14 @@ SETS = (
 PACKING = {"version-1-packed": "bfd", "version-1-none": "none"}
 
 
-def now(output: Path, packing: str) -> Manifest:
+def now(output: Path, packing: str, *, overwrite: bool = False) -> Manifest:
     config = make_config(
         inputs=str(ROOT / "examples/text.txt"),
         tokenizer=str(ROOT / "examples/tokenizer"),
         output=output,
         packing=packing,
         max_length=64,
+        overwrite=overwrite,
     )
     return prepare(config, Workers(1))
 
@@ -81,20 +82,35 @@ def test_a_set_that_is_not_packed_differs_in_its_first_labels_alone(tmp_path: Pa
 
 def test_a_first_label_breaks_the_law_of_version_2(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    shutil.copytree(SETS / "version-1-none", folder)
-    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), format_version=2))
+    sealed = now(folder, "none")
+    old, shard = read_manifest(SETS / "version-1-none").shards[0], folder / "shard-00000.arrow"
+    shutil.copy(SETS / "version-1-none" / old.name, shard)
+    counts = {name: getattr(old, name) for name in ("bytes", "xxh3", "sha256", "tokens_trained")}
+    sealed.ledger.tokens_context += sealed.ledger.tokens_trained - old.tokens_trained
+    sealed.ledger.tokens_trained = old.tokens_trained
+    shards = (msgspec.structs.replace(sealed.shards[0], **counts),)
+    write_manifest(folder, msgspec.structs.replace(sealed, shards=shards))
     (problem,) = verify(folder).problems
     assert "the first token of a document is trained" in problem
     with pytest.raises(IntegrityError, match="row 0: the first token of a document is trained"):
         open_set(folder)[0]
 
 
-def test_an_old_set_is_up_to_date_where_its_labels_are_those_of_today(tmp_path: Path) -> None:
-    for name in PACKING:
-        shutil.copytree(SETS / name, tmp_path / name)
-    assert now(tmp_path / "version-1-packed", "bfd").format_version == 1
+def test_a_set_of_version_1_does_not_pass_for_one_of_version_2(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(SETS / "version-1-packed", folder)
+    with pytest.raises(IntegrityError, match=r"shard-00000\.arrow is listed without index-00000\.arrow"):
+        write_manifest(folder, msgspec.structs.replace(read_manifest(folder), format_version=2))
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_an_old_set_is_made_anew_where_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    """It lacks the rest and the index, so that a set which has them is another."""
+    shutil.copytree(SETS / name, tmp_path / name)
     with pytest.raises(UsageError, match=r"made otherwise \(format_version differ\)"):
-        now(tmp_path / "version-1-none", "none")
+        now(tmp_path / name, PACKING[name])
+    assert now(tmp_path / name, PACKING[name], overwrite=True).format_version == FORMAT_VERSION
+    assert verify(tmp_path / name).ok
 
 
 def test_an_unfinished_set_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:

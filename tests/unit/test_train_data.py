@@ -122,7 +122,7 @@ def test_no_document_is_predicted_from_the_one_before() -> None:
 def test_a_row_of_a_thousand_shards_costs_few_steps(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "set", rows=1000, shards=1000, max_length=16)
     assert len(TrainingRows([open_set(folder)])[999].input_ids) == 16
-    assert steps(lambda: TrainingRows([open_set(folder)])[999]) < 20_000
+    assert steps(lambda: TrainingRows([open_set(folder)])[999]) < 30_000  # an index beside each
 
 
 def test_rows_are_views_of_the_mapped_file(tmp_path: Path) -> None:

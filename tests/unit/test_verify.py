@@ -46,8 +46,8 @@ def test_a_sound_set_passes(build_set: Build, tmp_path: Path, strategy: str, sha
     assert report.ok
     assert report.digest == manifest.digest
     assert report.rows == manifest.ledger.rows_packed
-    assert report.files == 4
-    assert report.bytes == sum(shard.bytes for shard in manifest.shards)
+    assert report.files == 7  # an index beside each shard, and the rejects
+    assert report.bytes == sum(file.bytes for file in (*manifest.shards, *manifest.files))
 
 
 def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
