@@ -14,12 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+from pydantic import BaseModel
+
 import sftdata.cli
 import sfttrain.cli
 from sftdata import config
 from sftdata.errors import read_codes
 from sftdata.formats.registry import FORMATS, LINE
 from sftdata.show.audit import KINDS
+from sftdata.views.recipe import ViewConfig
 
 DOCS = Path(__file__).resolve().parent
 COMMANDS = re.compile(r"^  (?P<name>[a-z]+)  +\S", re.MULTILINE)
@@ -112,11 +115,11 @@ def definitions(package: ModuleType) -> Iterator[tuple[str, str]]:
                 yield node.name, "\n".join(source.splitlines()[node.lineno - 1 : node.body[0].end_lineno])
 
 
-def settings_table(function: Callable[..., object]) -> str:
+def settings_table(function: Callable[..., object], model: type[BaseModel] = config.PrepareConfig) -> str:
     """Return the settings that are keywords of a function, with their types there."""
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, keyword in inspect.signature(function).parameters.items():
-        field = config.PrepareConfig.model_fields.get(name)
+        field = model.model_fields.get(name)
         if field is not None and keyword.default is not keyword.empty and name != "formatter":
             kind = keyword.annotation.replace("|", "\\|")
             lines.append(f"| `{name}` | `{kind}` | `{keyword.default!r}` | {field.description} |")
@@ -131,6 +134,7 @@ def python_page() -> str:
         for name, head in definitions(package):
             parts.append(f"### {package.__name__}.{name}\n\n```py\n{head}\n```\n")
     parts.append(f"## Settings of prepare and preview\n\n{settings_table(sftdata.prepare)}")
+    parts.append(f"## Settings of view\n\n{settings_table(sftdata.view, ViewConfig)}")
     return "\n".join(parts)
 
 

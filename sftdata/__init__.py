@@ -45,6 +45,7 @@ __all__ = [
     "preview",
     "stream",
     "verify",
+    "view",
 ]
 
 Inputs = str | Path | Sequence[str | Path]
@@ -203,6 +204,56 @@ def stream(
     refuse_unstreamed(unknown)
     config, _ = _config(**locals(), inputs="stream", output=".")
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
+
+
+def view(
+    sets: str | Path | Sequence[str | Path], *,
+    output: str | Path,
+    on_note: Callable[[str], object] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+    # ---- which documents
+    sources: Sequence[str] = (), without: Sequence[str] = (),
+    min_tokens: int | None = None, max_tokens: int | None = None,
+    min_trained: str | None = None, max_trained: str | None = None, drop: Path | None = None,
+    dedup: Literal["row", "prompt"] | None = None,
+    exclude: Sequence[str] = (), exclude_by: Literal["row", "prompt"] = "prompt",
+    cap: Mapping[str, str] = {},
+    # ---- split and mix
+    eval: str | None = None, mix: Mapping[str, float] = {},
+    mix_by: Literal["rows", "tokens", "trained"] = "trained", passes: float = 1, total: str | None = None,
+    seed: int = 0,
+    # ---- how it is laid out
+    max_length: int | None = None,
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] | None = None,
+    packing: Literal["bfd", "wrapped", "none"] | None = None,
+    pack_over: Literal["auto", "slice", "view"] = "auto", order: Literal["as-is", "shuffled"] = "as-is",
+    overwrite: bool = False,
+    **unknown: Never,
+) -> tuple[Manifest, ...]:  # fmt: skip
+    """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
+
+    Args:
+        sets: folders of finished sets, made with one tokenizer.
+        output: folder of the new set; with `eval`, of two: `train` and `eval`.
+        on_note: called with what was realised, in one sentence each. Default: the logger `sftdata`, level
+            INFO.
+        on_progress: called after each shard.
+
+    The other arguments are the settings of `sftdata view --help`.
+
+    Returns:
+        The manifest of the set; with `eval` those of both, training first.
+
+    Raises:
+        SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
+            resumes.
+    """
+    from sftdata.settings import check_settings
+    from sftdata.views.recipe import ViewConfig
+    from sftdata.views.write import make_view
+
+    given = {name: value for name, value in locals().items() if name in ViewConfig.model_fields}
+    return make_view(check_settings(ViewConfig, "sftdata", given | unknown), on_progress, on_note or _log)
 
 
 def open(folder: str | Path) -> ShownSet:

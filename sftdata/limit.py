@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Int64, PackPlan, Tally, TokenBatch, offsets_of, positions_of
+from sftdata.batches import Bool, Int64, PackPlan, Tally, TokenBatch, offsets_of, positions_of
 from sftdata.errors import DataError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
@@ -60,9 +60,14 @@ class Pieces:
 
     def kept(self) -> Pieces:
         """Return the pieces that stay."""
-        stays = self.reason == KEPT
+        return self.take(self.reason == KEPT)
+
+    def take(self, which: Bool) -> Pieces:
+        """Return some of the pieces, by a mask."""
+        if which.all():
+            return self
         return Pieces(
-            self.example[stays], self.start[stays], self.stop[stays], self.trained[stays], self.reason[stays]
+            self.example[which], self.start[which], self.stop[which], self.trained[which], self.reason[which]
         )
 
     @classmethod
@@ -184,7 +189,7 @@ def count_pieces(batch: TokenBatch, pieces: Pieces, tally: Tally) -> None:
     cut = missing[stays]
     tally.tokens_cut += int(cut.sum())
     tally.counts["rows_cut"] += int((cut > 0).sum())
-    tally.counts["rows_without_ending"] += _endings_lost(batch, kept)
+    tally.counts["rows_without_ending"] += len(without_ending(batch, kept))
 
 
 def _cut(lengths: Int64, limit: int, policy: Policy) -> tuple[Int64, Int64, Int64]:
@@ -208,10 +213,10 @@ def _trained(places: Int64, start: Int64, stop: Int64) -> Int64:
     return found
 
 
-def _endings_lost(batch: TokenBatch, kept: Pieces) -> int:
-    """Count examples whose last trained token lies in none of the pieces that stay."""
+def without_ending(batch: TokenBatch, kept: Pieces) -> Int64:
+    """Return the examples, int64[N], whose last trained token lies in none of the pieces kept of them."""
     places = np.flatnonzero(batch.trained)
     last = np.append(places, 0)[np.searchsorted(places, batch.offsets[kept.example + 1]) - 1]
     last -= batch.offsets[kept.example]
     holding = kept.example[(kept.start <= last) & (last < kept.stop)]
-    return len(np.unique(kept.example)) - len(np.unique(holding))
+    return np.setdiff1d(kept.example, holding)

@@ -339,6 +339,7 @@ _CONVERTED = (
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
+_VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 ELSEWHERE: dict[str, str] = {
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
     "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
@@ -368,6 +369,18 @@ ELSEWHERE: dict[str, str] = {
     ),
     "--format {}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
+    "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
+    "--pack-over view.": _VIEWS,
+    "# Settings of a view. Make it: sftdata view THIS_FILE.\\n": (
+        "tests/integration/test_views_choice.py::test_a_recipe_is_written_checked_and_run"
+    ),
+    "give --total in {}, or --mix-by {}.": _VIEWS,
+    "take it out of --mix, or loosen the filters.": _VIEWS,
+    "--passes {}, or a smaller --total.": _VIEWS,
+    "see `sftdata stats` for sources.": _VIEWS,
+    "run the same command again, with --overwrite to discard what was begun.": (
+        "tests/integration/test_views_choice.py::test_a_base_that_is_replaced_meanwhile_is_refused"
+    ),
     "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.": _RUN,
     "--overlong truncate, or a larger --max-length.": _RUN,
     ", or go on without them: --max-rejects {}": _RUN,

@@ -35,13 +35,26 @@ def command() -> NoReturn:
 def build_app() -> typer.Typer:
     """Assemble the commands, in the order a user meets them."""
     from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
-    from sftdata.cli.sets import audit, env, explain, inspect, stats, verify
+    from sftdata.cli.sets import audit, env, explain, inspect, stats, verify, view
     from sftdata.frame import global_options
 
     app = _group("sftdata", "Turn SFT data into verified constant-length shards.\n\n"
                  "Example: sftdata preview chats.jsonl -t TOKENIZER")  # fmt: skip
     app.callback()(global_options)
-    for command in (init, prepare, detect, preview, resolve, audit, inspect, stats, verify, explain, env):
+    for command in (
+        init,
+        prepare,
+        detect,
+        preview,
+        resolve,
+        audit,
+        inspect,
+        stats,
+        view,
+        verify,
+        explain,
+        env,
+    ):
         _add(app, command, bare=command in (explain, env))
     config = _group("config", "Show the schema of settings, or check a settings file.")
     _add(config, schema, bare=True)

@@ -1,4 +1,4 @@
-"""Flags from the settings model: each field of PrepareConfig is a flag of the same name, described there."""
+"""Flags from the settings models: each field is a flag of the same name, described there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
-from sftdata.settings import Layer, load_settings, read_settings_file
+from sftdata.settings import Layer, Model, load_settings, read_settings_file
 
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
@@ -26,12 +28,16 @@ Sets = Annotated[
 ]
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command INPUT..., `-c`, `--set` and the flags of these settings, as a `PrepareConfig`: `config`.
+def with_settings(
+    *names: str, model: type[BaseModel] = PrepareConfig
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command INPUT..., `-c`, `--set` and the flags of these settings, as one object: `config`.
 
     Args:
-        names: fields of PrepareConfig, in the order of the help text; `inputs` is always there.
+        names: fields of the model, in the order of the help text; its first field is always there.
+        model: holds every setting.
     """
+    positional = next(iter(model.model_fields))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         options = [
@@ -41,16 +47,15 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         ]
 
         @functools.wraps(command)
-        def run(
-            inputs: list[str], config_file: Path | None = None, sets: list[str] | None = None, **flags: object
-        ) -> None:
+        def run(config_file: Path | None = None, assigned: list[str] | None = None, **flags: Any) -> None:
+            inputs = flags.pop(positional)
             given = {option.name: flags.pop(option.name) for option in options}
-            placeholders = {name: value for name, value in _PLACEHOLDERS.items() if name not in names}
-            command(config=load_config(inputs, config_file, sets or [], placeholders | flags), **given)
+            absent = {n: v for n, v in _PLACEHOLDERS.items() if n in model.model_fields and n not in names}
+            command(config=load_config(inputs, config_file, assigned or [], absent | flags, model), **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter("inputs", keyword, annotation=_INPUTS)]
-        parameters += [_option(name) for name in names]
+        parameters = [inspect.Parameter(positional, keyword, annotation=_POSITIONAL[positional])]
+        parameters += [_option(name, model.model_fields[name]) for name in names]
         parameters += [option.replace(kind=keyword) for option in options]
         parameters += [
             inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _FILES.items()
@@ -65,22 +70,29 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 # For commands that need no tokenizer, or write nothing.
 _PLACEHOLDERS: dict[str, object] = {"tokenizer": "(none)", "output": Path("(none)")}
 
-_INPUTS = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="INPUT...",
-        help="Files, folders, globs, URLs, Hub dataset ids, or one YAML settings file.",
-    ),
-]
+_POSITIONAL = {
+    "inputs": Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Files, folders, globs, URLs, Hub dataset ids, or one YAML settings file.",
+        ),
+    ],
+    "sets": Annotated[
+        list[str],
+        typer.Argument(metavar="SET...", help="Folders of finished sets, or one YAML settings file."),
+    ],
+}
 _FILES = {
     "config_file": Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")],
-    "sets": Sets,
+    "assigned": Sets,
 }
 
 
 def load_config(
-    inputs: list[str], config_file: Path | None, sets: list[str], flags: Mapping[str, object]
-) -> PrepareConfig:
+    inputs: list[str], config_file: Path | None, sets: list[str], flags: Mapping[str, object],
+    model: type[Model] = PrepareConfig,  # type: ignore[assignment]
+) -> Model:  # fmt: skip
     """Merge settings, file < `--set` < flag, and validate them.
 
     Raises:
@@ -90,14 +102,17 @@ def load_config(
     if len(inputs) == 1 and inputs[0].endswith(_YAML):
         files.append(read_settings_file(Path(inputs[0])))
     elif inputs:
-        files.append(({"inputs": inputs}, {}))
-    given = {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+        files.append(({next(iter(model.model_fields)): inputs}, {}))
+    given = {
+        name: _value(name, value, model.model_fields[name])
+        for name, value in flags.items()
+        if value not in (None, [])
+    }
     named = {name: "--" + name.replace("_", "-") for name in given}
-    return load_settings(PrepareConfig, "sftdata", files, sets, (given, named))
+    return load_settings(model, "sftdata", files, sets, (given, named))
 
 
-def _option(name: str) -> inspect.Parameter:
-    field = PrepareConfig.model_fields[name]
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, metavar = _flag_type(field.annotation)
     flag = "--" + name.replace("_", "-")
     if kind is bool:
@@ -111,10 +126,13 @@ def _option(name: str) -> inspect.Parameter:
 
 def _flag_type(annotation: Any) -> tuple[Any, str | None]:
     """Return the type a flag is parsed to, and the placeholder for its value in the help."""
-    if get_origin(annotation) is Literal:
-        return annotation, None
+    for choice in (annotation, *get_args(annotation)):
+        if get_origin(choice) is Literal:
+            return choice, None
     if get_origin(annotation) is dict:
         return list[str], "NAME=VALUE"
+    if get_origin(annotation) is tuple:
+        return list[str], "TEXT"
     kinds = set(get_args(annotation)) or {annotation}
     for kind in (bool, int, Path):
         if kind in kinds:
@@ -122,9 +140,9 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
     return str, "TEXT"
 
 
-def _value(name: str, value: object) -> object:
+def _value(name: str, value: object, field: FieldInfo) -> object:
     """Return a setting from the text, or texts, of its flag."""
-    if isinstance(value, list):
+    if isinstance(value, list) and get_origin(field.annotation) is dict:
         pairs = [text.partition("=") for text in value]
         for text, (key, equals, _) in zip(value, pairs, strict=True):
             if not equals or not key:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import BaseModel
 
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.output import Meter, Progress, local_output, print_json, print_line
+from sftdata.settings import read_settings_file
+from sftdata.views.recipe import ViewConfig
 
 if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
@@ -73,10 +76,19 @@ def _settings_yaml(config: PrepareConfig) -> str:
         *plan.notes,
     ]
     text = "".join(f"# {line}\n" for line in lines)
-    values = config.model_dump(mode="json")
-    for name, field in PrepareConfig.model_fields.items():
-        if name in _GROUPS:
-            text += f"\n# ---- {_GROUPS[name]}\n"
+    return text + commented(config, _GROUPS)
+
+
+def commented(config: BaseModel, groups: Mapping[str, str]) -> str:
+    """Return every setting as YAML, with its description; those left at their default are comments.
+
+    Args:
+        groups: the first setting of each group, and the group's title.
+    """
+    text, values = "", config.model_dump(mode="json")
+    for name, field in type(config).model_fields.items():
+        if name in groups:
+            text += f"\n# ---- {groups[name]}\n"
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         chosen = field.is_required() or getattr(config, name) != default
         text += f"\n# {field.description}\n" + _entry(name, values[name], comment="" if chosen else "# ")
@@ -205,12 +217,14 @@ def resolve(
             )
 
 
-def schema() -> None:
+def schema(
+    of_view: Annotated[bool, typer.Option("--view", help="Of a file for `view`, not `prepare`.")] = False,
+) -> None:
     """Print the JSON Schema of a settings file, for editors.
 
     Example: sftdata config schema > sftdata.schema.json
     """
-    print_json(PrepareConfig.model_json_schema())
+    print_json((ViewConfig if of_view else PrepareConfig).model_json_schema())
 
 
 def check(
@@ -218,11 +232,12 @@ def check(
     sets: Sets = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the settings as JSON.")] = False,
 ) -> None:
-    """Check a settings file, and print every setting as `prepare` would use it.
+    """Check a settings file, and print every setting as `prepare`, or `view`, would use it.
 
     Example: sftdata config check sft.yaml --set max_length=4096
     """
-    settings = load_config([], file, sets or [], {}).model_dump(mode="json")
+    model = ViewConfig if "sets" in read_settings_file(file)[0] else PrepareConfig
+    settings = load_config([], file, sets or [], {}, model).model_dump(mode="json")
     if as_json:
         print_json(settings)
     else:
@@ -287,7 +302,8 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     """Return the ledger of a set in words."""
     ledger = manifest.ledger
     slots = ledger.tokens + ledger.tokens_padding
-    lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped}
+    left_out = {f"left out by {step}": count for step, count in ledger.documents_left_out.items()}
+    lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped, **left_out}
     cut = sum(ledger.tokens_cut.values())
     lines = [
         f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
@@ -297,7 +313,9 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
         + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
         f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained"
         f" + {ledger.tokens_context:,} context + {cut:,} cut"
-        f" + {ledger.tokens_in_dropped_rows:,} in dropped rows",
+        f" + {ledger.tokens_in_dropped_rows:,} in dropped rows"
+        + f" + {ledger.tokens_left_out:,} left out"
+        * bool(ledger.tokens_left_out),
     ]
     counters = [
         f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(ledger.counters.items()) if count

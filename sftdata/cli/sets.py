@@ -15,10 +15,17 @@ from typing import Annotated
 
 import typer
 
-from sftdata.cli.flags import Folder, Json
+from sftdata.cli.flags import Folder, Json, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
 from sftdata.output import print_json, print_line
+from sftdata.views.recipe import ViewConfig
 
+VIEW_GROUPS = {
+    "sets": "what it is made of",
+    "sources": "which documents",
+    "eval": "split and mix",
+    "max_length": "how it is laid out",
+}
 VARIABLES = (
     "HF_HUB_OFFLINE", "NO_COLOR", "OMP_NUM_THREADS", "PYTHONHASHSEED", "RAYON_NUM_THREADS",
     "TOKENIZERS_PARALLELISM", "TZ",
@@ -122,6 +129,38 @@ def stats(
         from sftdata.show.terminal import make_console, print_stats
 
         print_stats(measure(shards.manifest), str(folder), make_console())
+
+
+@with_settings(*(name for name in ViewConfig.model_fields if name != "sets"), model=ViewConfig)
+def view(
+    config: ViewConfig,
+    init: Annotated[
+        bool, typer.Option("--init", help="Print the settings as a commented file; make nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a set of documents of finished sets: select, split, mix, limit, pack. Nothing is tokenized.
+
+    Example: sftdata view shards -o longer --max-length 8192
+    Example: sftdata view chats code -o both --mix 'chats.jsonl=70' --mix '*.py.jsonl=30' --eval 2%
+    """
+    from sftdata.cli.rows import RunLog, commented, summary_lines
+    from sftdata.views.write import SIDES, make_view
+
+    if init:
+        title = "# Settings of a view. Make it: sftdata view THIS_FILE.\n"
+        typer.echo(title + commented(config, VIEW_GROUPS), nl=False)
+        return
+    with RunLog() as log:
+        manifests = make_view(config, log.progress, log.note)
+    folders = [config.output / side for side in SIDES] if config.eval is not None else [config.output]
+    if as_json:
+        made = {str(folder): made.to_json() for folder, made in zip(folders, manifests, strict=True)}
+        print_json(made if config.eval is not None else manifests[0].to_json())
+        return
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for line in summary_lines(manifest, folder):
+            print_line(line, err=True)
 
 
 def verify(

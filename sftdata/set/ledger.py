@@ -39,6 +39,11 @@ SLICES_NAME = "slices.jsonl"
 LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
 
 Counts = dict[str, Count]
+_OF_VIEWS = (
+    "documents_left_out",
+    "tokens_left_out",
+    "documents_repeated",
+)  # not written where there are none
 _Key = TypeVar("_Key", str, int)
 
 
@@ -59,8 +64,8 @@ class SourceCounts(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Counts that must add up.
 
-        rows_in    = rows_kept + rows_rejected + rows_filtered + rows_dropped
-        tokens_in  = tokens_trained + tokens_context + tokens_cut + tokens_in_dropped_rows
+        rows_in    = rows_kept + rows_rejected + rows_filtered + rows_dropped + documents_left_out
+        tokens_in  = tokens_trained + tokens_context + tokens_cut + tokens_in_dropped_rows + tokens_left_out
         rows_packed * max_length = tokens_trained + tokens_context + tokens_padding
 
     Attributes:
@@ -73,6 +78,10 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         examples: rows behind a counter, by its name: the ids of the first three.
         lengths: examples by length before any cut, {lower bound of the bin: examples}, see `length_bins`.
         sources: what each source gave.
+        documents_left_out: of the sets that a view is made of, by the step that left them out.
+        tokens_left_out: tokens of these documents.
+        documents_repeated: documents of a mixture beyond the first pass over their source; `rows_in` counts
+            them.
     """
 
     rows_in: Count = 0
@@ -93,6 +102,9 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     examples: dict[str, list[Count]] = {}
     lengths: dict[Count, Count] = {}
     sources: dict[str, SourceCounts] = {}
+    documents_left_out: Counts = {}
+    tokens_left_out: Count = 0
+    documents_repeated: Count = 0
 
     @property
     def tokens(self) -> int:
@@ -179,20 +191,20 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         rejected, filtered, dropped = (
             sum(c.values()) for c in (self.rows_rejected, self.rows_filtered, self.rows_dropped)
         )
-        cut = sum(self.tokens_cut.values())
+        cut, left_out = sum(self.tokens_cut.values()), sum(self.documents_left_out.values())
         _equal(
             where,
             f"rows_in = rows_kept {self.rows_kept} + rejected {rejected} + filtered {filtered}"
-            f" + dropped {dropped}",
+            f" + dropped {dropped} + left out {left_out}",
             self.rows_in,
-            self.rows_kept + rejected + filtered + dropped,
+            self.rows_kept + rejected + filtered + dropped + left_out,
         )
         _equal(
             where,
             f"tokens_in = trained {self.tokens_trained} + context {self.tokens_context} + cut {cut}"
-            f" + in dropped rows {self.tokens_in_dropped_rows}",
+            f" + in dropped rows {self.tokens_in_dropped_rows} + left out {self.tokens_left_out}",
             self.tokens_in,
-            self.tokens + cut + self.tokens_in_dropped_rows,
+            self.tokens + cut + self.tokens_in_dropped_rows + self.tokens_left_out,
         )
         if self.max_length is None:
             _equal(where, "tokens_padding = 0, as rows keep their own length", self.tokens_padding, 0)
@@ -209,7 +221,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data, every mapping in the order of its keys."""
         plain: dict[str, object] = msgspec.to_builtins(self)
-        return {name: _ordered(value) for name, value in plain.items()}
+        return {name: _ordered(value) for name, value in plain.items() if value or name not in _OF_VIEWS}
 
     @classmethod
     def from_json(cls, data: object) -> Ledger:

@@ -30,7 +30,7 @@ _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of
 # Settings that say where things are (their content is hashed) or how work is done: they never change a byte.
 _PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
 _MANNER = ("workers", "engine", "overwrite", "max_rejects")
-_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines")
+_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines", "bases")
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +73,13 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unit: Unit = "line"
 
 
+class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A set that a view was made of: its path from the folder that holds the view, and its digest."""
+
+    path: str
+    digest: Sha256
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything there is to know about a set without opening a shard.
 
@@ -89,7 +96,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         notes: what was defaulted or guessed, one sentence each.
         software: versions that made the set.
         blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in +
-            blank_lines` is what the sources hold together. None in sets made before this was counted.
+            blank_lines` is what the sources hold together. None in sets made before this was counted,
+            and where a view goes through a source again.
+        bases: the sets that a view was made of; not part of the digest.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
@@ -105,6 +114,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     notes: tuple[str, ...] = ()
     software: dict[str, str] = {}
     blank_lines: Count | None = None
+    bases: tuple[BaseInfo, ...] = ()
 
     @property
     def max_length(self) -> int | None:
@@ -121,6 +131,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
         if self.blank_lines is None:
             del plain["blank_lines"]
+        if not self.bases:
+            del plain["bases"]
         return plain | {"ledger": self.ledger.to_json()}
 
 

@@ -216,7 +216,7 @@ def lost_tokens(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{folder}: {problem}. Fix: {_AGAIN}"
     ledger, cut = manifest.ledger, sum(count.rest[policy] for policy in manifest.ledger.tokens_cut)
     pairs = [
-        ("tokens_in", ledger.tokens_in, count.tokens),
+        ("tokens_in", ledger.tokens_in - ledger.tokens_left_out, count.tokens),
         ("tokens_cut", sum(ledger.tokens_cut.values()), cut),
         ("tokens_in_dropped_rows", ledger.tokens_in_dropped_rows, count.rest.total() - cut),
         *((f"rows_dropped {name}", said, count.dropped[name]) for name, said in ledger.rows_dropped.items()),

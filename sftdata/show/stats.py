@@ -171,6 +171,10 @@ def _rows(ledger: Ledger) -> tuple[Part, ...]:
         *((f"dropped: {reason}", "lost", count) for reason, count in sorted(ledger.rows_dropped.items())),
         *((f"filtered: {rule}", "padding", count) for rule, count in sorted(ledger.rows_filtered.items())),
         *((f"rejected: {code}", "bad", count) for code, count in sorted(ledger.rows_rejected.items())),
+        *(
+            (f"left out: {step}", "padding", count)
+            for step, count in sorted(ledger.documents_left_out.items())
+        ),
     )
 
 
@@ -180,6 +184,7 @@ def _tokens(ledger: Ledger) -> tuple[Part, ...]:
         ("context", "context", ledger.tokens_context),
         *((f"cut: {policy}", "lost", count) for policy, count in sorted(ledger.tokens_cut.items())),
         ("in dropped rows", "bad", ledger.tokens_in_dropped_rows),
+        ("left out", "padding", ledger.tokens_left_out),
     )
 
 

@@ -51,15 +51,15 @@ def test_a_balanced_ledger_passes() -> None:
     [
         (
             {"rows_in": 11},
-            "rows_in = rows_kept 6 + rejected 2 + filtered 1 + dropped 1 does not hold: 11 is not 10",
+            "rows_in = rows_kept 6 + rejected 2 + filtered 1 + dropped 1 + left out 0 does not hold: 11 is not 10",
         ),
         (
             {"rows_rejected": {}},
-            "rows_in = rows_kept 6 + rejected 0 + filtered 1 + dropped 1 does not hold: 10 is not 8",
+            "rows_in = rows_kept 6 + rejected 0 + filtered 1 + dropped 1 + left out 0 does not hold: 10 is not 8",
         ),
         (
             {"tokens_cut": {"t": 19}},
-            "tokens_in = trained 40 + context 30 + cut 19 + in dropped rows 10 does not hold: 100 is not 99",
+            "tokens_in = trained 40 + context 30 + cut 19 + in dropped rows 10 + left out 0 does not hold: 100 is not 99",
         ),
         (
             {"tokens_padding": 9},

@@ -16,6 +16,7 @@ import sftdata
 import sfttrain
 from sftdata.config import PrepareConfig
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
+from sftdata.views.recipe import ViewConfig
 from sfttrain.config import TrainConfig
 from sfttrain.process import notes_to, say
 from tests.waiting import HANGS
@@ -64,6 +65,17 @@ preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Fo
 stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport
+view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
+ on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
+ sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
+ max_tokens: int | None = None, min_trained: str | None = None, max_trained: str | None = None,\
+ drop: Path | None = None, dedup: Literal['row', 'prompt'] | None = None, exclude: Sequence[str] = (),\
+ exclude_by: Literal['row', 'prompt'] = 'prompt', cap: Mapping[str, str] = {{}}, eval: str | None = None,\
+ mix: Mapping[str, float] = {{}}, mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float = 1,\
+ total: str | None = None, seed: int = 0, max_length: int | None = None,\
+ overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
+ packing: Literal['bfd', 'wrapped', 'none'] | None = None, pack_over: Literal['auto', 'slice', 'view'] = 'auto',\
+ order: Literal['as-is', 'shuffled'] = 'as-is', overwrite: bool = False, **unknown: Never) -> tuple[Manifest, ...]
 """,
     "sfttrain": """
 IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
@@ -155,12 +167,23 @@ def test_the_keywords_are_the_settings_with_their_kinds_and_defaults(function: A
         assert keywords[name].default == field.get_default(call_default_factory=True), name
 
 
+def test_the_keywords_of_view_are_its_settings_with_their_defaults() -> None:
+    keywords = inspect.signature(sftdata.view).parameters
+    fields = {
+        name: field for name, field in ViewConfig.model_fields.items() if name not in ("sets", "output")
+    }
+    assert [name for name in keywords if name in fields] == list(fields)
+    for name, field in fields.items():
+        assert keywords[name].default == field.get_default(call_default_factory=True), name
+
+
 @pytest.mark.parametrize(
     ("call", "answer"),
     [
         (lambda: sftdata.prepare(CHATS, tokenizer=TOKENIZER, output="set", max_lenght=64), "'max_length'"),
         (lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, max_seq_length=64), "--max-length"),
         (lambda: sftdata.stream([], tokenizer=TOKENIZER, packing="bfd"), "leave it out"),
+        (lambda: sftdata.view("set", output="view", packin="bfd"), "'packing'"),
     ],
 )
 def test_a_keyword_that_is_no_setting_is_answered(call: Any, answer: str) -> None:

@@ -1,0 +1,110 @@
+"""What a view costs: planning, writing, beside preparing the same set anew, and planning millions of documents.
+
+    python benchmarks/views.py [--rounds 3] [--documents 10000000] [--json]
+
+The base are the chats of prepare.py. Times are of the processor, the best of the rounds; `view` and `prepare` are whole
+commands, one process each, and must give one digest. The many documents are an index alone, drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prepare import write_rows
+
+from sftdata.set.manifest import SourceInfo, read_manifest
+from sftdata.views.documents import Located, join_segments
+from sftdata.views.plan import _pack_whole, _passes, _stretches, plan_views
+from sftdata.views.recipe import ViewConfig
+from sftdata.views.select import Choice, limit_documents
+from sftdata.views.write import write_slice
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_chats(Path(folder), options.rounds)
+    found |= measure_many(options.documents)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(f"{k:32}{v}" for k, v in found.items()))
+
+
+def measure_chats(folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure views of the chats to another length."""
+    rows, tokenizer = write_rows(folder / "chats.jsonl", 1)
+    prepare = ["prepare", folder / "chats.jsonl", "-t", tokenizer, "--workers", "1", "--max-length"]
+    command(*prepare, 2048, "-o", folder / "base")
+    spent: dict[str, list[float]] = {"prepare": [], "view": [], "plan": [], "write": []}
+    for number in range(rounds):
+        spent["prepare"].append(command(*prepare, 1024, "-o", folder / f"made-{number}"))
+        view = folder / f"view-{number}"
+        spent["view"].append(command("view", folder / "base", "-o", view, "--max-length", 1024))
+        assert read_manifest(view).digest == read_manifest(folder / f"made-{number}").digest
+        config = ViewConfig(sets=(str(folder / "base"),), output=folder / "unused", max_length=1024)
+        begin = time.process_time()
+        plan = plan_views(config)[0]
+        middle = time.process_time()
+        (folder / "shards").mkdir(exist_ok=True)
+        size = sum(write_slice(plan, part, folder / "shards").shards[0].bytes for part in plan.slices)
+        spent["plan"].append(middle - begin)
+        spent["write"].append(time.process_time() - middle)
+    best = {name: min(times) for name, times in spent.items()}
+    return {
+        "rows": rows,
+        "plan, s": round(best["plan"], 3),
+        "written, MB/s a core": round(size / 1e6 / best["write"]),
+        "view / prepare, processor time": round(best["view"] / best["prepare"], 3),
+    }
+
+
+def command(*arguments: object) -> float:
+    """Run a command of sftdata; return the processor seconds it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "sftdata", *map(str, arguments)], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure_many(count: int) -> dict[str, Any]:
+    """Measure the planning of many documents, packed together at 8,192 tokens."""
+    rng, same = np.random.default_rng(0), np.zeros(count, np.int32)
+    length = np.minimum(rng.lognormal(5.3, 1.0, count) + 5, 8000).astype(np.int32)
+    located = Located(
+        np.arange(count), same, np.zeros(count, np.int64), length, same, length // 3, np.zeros(count, np.bool_),
+        np.ones(count, np.float32), same, rng.integers(0, 2**63, (count, 2)).astype(np.uint64),
+        rng.integers(0, 2**63, count).astype(np.uint64),
+    )  # fmt: skip
+    config = ViewConfig(sets=("many",), output=Path("none"), max_length=8192, packing="bfd")
+    begin = time.process_time()
+    choice = Choice.of(
+        join_segments(located, (), "many"),
+        (SourceInfo(name="many", bytes=None, xxh3="", rows=count, first_id=0),),
+    )
+    limited = limit_documents(choice, 8192, "truncate")
+    kept, rest = _stretches(config, choice, limited, _passes(choice)[1])
+    slices = _pack_whole(config, choice, kept, rest)[2]
+    slots = 8192 * sum(len(part.packs) for part in slices)
+    return {
+        "documents of an index": count,
+        "planned, s": round(time.process_time() - begin, 2),
+        "largest memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "full": f"{length.sum() / slots:.3%}",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Views: choose documents of finished sets, then limit, pack and order them anew, without a tokenizer."""

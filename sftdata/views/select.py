@@ -1,0 +1,312 @@
+"""Which documents a view holds, and how often: the steps of a recipe, one after the other, each counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from sftdata.batches import Bool, Int64, offsets_of
+from sftdata.errors import DataError, UsageError, did_you_mean, place
+from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
+from sftdata.set.manifest import SourceInfo
+from sftdata.views.bases import open_bases, read_documents
+from sftdata.views.choose import (
+    draw,
+    drawn_share,
+    first_of_each,
+    found_in,
+    plan_shares,
+    take_passes,
+    within_cap,
+)
+from sftdata.views.documents import Documents, UInt64
+from sftdata.views.recipe import Measure, ViewConfig, read_amount, read_drops, read_share
+
+_BLOCK_TOKENS = 1 << 22  # over-long documents are read in blocks of about so many tokens
+_STAYS = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limited:
+    """What stays of documents once they are cut to a length.
+
+    Attributes:
+        pieces: `example` indexes the documents; in the order of the documents.
+        unended: int64[K], documents that stay without their last trained token.
+    """
+
+    pieces: Pieces
+    unended: Int64
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """Which documents stay, and which step left the others out.
+
+    Attributes:
+        documents: all of the bases.
+        sources: of the bases, in the order of their ids.
+        source: int64[N], index of each document's source.
+        left_by: int64[N], index of the step that left a document out; -1 where it stays.
+        steps: names of the steps.
+        times: int64[N], how often each document is taken; 0 where it is left out.
+        shares: what `--mix` asked of each source, and what it got, one sentence each.
+    """
+
+    documents: Documents
+    sources: tuple[SourceInfo, ...]
+    source: Int64
+    left_by: Int64
+    steps: list[str] = field(default_factory=list)
+    times: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    shares: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, documents: Documents, sources: tuple[SourceInfo, ...]) -> Choice:
+        """Return the choice of all documents."""
+        firsts = np.array([source.first_id for source in sources if source.rows], np.int64)
+        numbers = np.flatnonzero([source.rows > 0 for source in sources])
+        source = numbers[np.searchsorted(firsts, documents.ids, side="right") - 1]
+        count = len(documents)
+        return cls(documents, sources, source, np.full(count, _STAYS), times=np.ones(count, np.int64))
+
+    @property
+    def stays(self) -> Bool:
+        """bool[N]: documents that no step has left out."""
+        stays: Bool = self.left_by == _STAYS
+        return stays
+
+    def keep(self, step: str, kept: Bool) -> None:
+        """Leave out what a step does not keep, bool[N], of what is still there."""
+        gone = self.stays & ~kept
+        self.left_by[gone] = len(self.steps)
+        self.times[gone] = 0
+        self.steps.append(step)
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Return how many documents, and tokens, each step left out, where any."""
+        gone = ~self.stays
+        counts = np.bincount(self.left_by[gone], minlength=len(self.steps)).tolist()
+        weights = self.documents.lengths[gone]
+        tokens = np.bincount(self.left_by[gone], weights, len(self.steps)).astype(np.int64).tolist()
+        return {
+            step: (count, size) for step, count, size in zip(self.steps, counts, tokens, strict=True) if count
+        }
+
+    def place(self, index: int) -> str:
+        """Return in words where a document comes from."""
+        source = self.sources[int(self.source[index])]
+        return place(source.name, int(self.documents.ids[index]) - source.first_id + 1, source.unit)
+
+    def named(self, pattern: str, *, setting: str) -> Bool:
+        """bool[N]: documents of the sources that a name or glob matches.
+
+        Raises:
+            UsageError: it matches no source.
+        """
+        names = [source.name for source in self.sources]
+        hits = [pattern in (name, name.rpartition("/")[2]) or fnmatchcase(name, pattern) for name in names]
+        if not any(hits):
+            raise UsageError(
+                f"--{setting} {pattern}: no source of that name.",
+                did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."),
+            )
+        return np.array(hits, np.bool_)[self.source]
+
+
+def filter_documents(choice: Choice, config: ViewConfig) -> None:
+    """Leave out what the recipe does not want, by what the index says of each document.
+
+    Raises:
+        UsageError: a source, place, id or set that the recipe names is not there.
+    """
+    documents = choice.documents
+    if config.sources:
+        named = [choice.named(pattern, setting="sources") for pattern in config.sources]
+        choice.keep("source", np.logical_or.reduce(named))
+    for pattern in config.without:
+        choice.keep("without", ~choice.named(pattern, setting="without"))
+    lengths = documents.lengths
+    if config.min_tokens is not None:
+        choice.keep("min-tokens", lengths >= config.min_tokens)
+    if config.max_tokens is not None:
+        choice.keep("max-tokens", lengths <= config.max_tokens)
+    if config.min_trained is not None:
+        choice.keep("min-trained", documents.trained >= read_share(config.min_trained) * lengths)
+    if config.max_trained is not None:
+        choice.keep("max-trained", documents.trained <= read_share(config.max_trained) * lengths)
+    if config.drop is not None:
+        choice.keep("drop", ~_dropped(choice, config))
+    if config.dedup is not None:
+        left = np.flatnonzero(choice.stays)
+        first = np.zeros(len(documents), np.bool_)
+        first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
+        choice.keep(f"dedup-{config.dedup}", first)
+    if config.exclude:
+        others = read_documents(open_bases([*config.sets[:1], *config.exclude])[1:])
+        by = config.exclude_by
+        choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
+
+
+def _hashes(documents: Documents, by: str) -> UInt64:
+    return documents.document if by == "row" else documents.prompt
+
+
+def _dropped(choice: Choice, config: ViewConfig) -> Bool:
+    """bool[N]: documents that the list of `--drop` names."""
+    assert config.drop is not None
+    places, wanted = read_drops(config.drop)
+    for name, line in places:
+        found = [
+            source
+            for source in choice.sources
+            if name in (source.name, source.name.rpartition("/")[2]) and line <= source.rows
+        ]
+        if not found:
+            raise UsageError(
+                f"--drop {config.drop}: {name}:{line} is in no source of these sets.",
+                did_you_mean(
+                    name, [source.name for source in choice.sources], "see `sftdata stats` for sources."
+                ),
+            )
+        wanted += [source.first_id + line - 1 for source in found]
+    return np.isin(choice.documents.ids, np.array(wanted, np.int64))
+
+
+def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> Limited:
+    """Cut the documents that stay to a length; only those that are longer are read.
+
+    Args:
+        max_length: tokens; None for no limit.
+
+    Raises:
+        DataError: a document is over-long and the policy is "error".
+    """
+    documents, chosen = choice.documents, np.flatnonzero(choice.stays)
+    lengths = documents.lengths
+    limit = int(lengths.max(initial=1)) if max_length is None else max_length
+    whole = chosen[lengths[chosen] <= limit]
+    trained = documents.trained[whole]
+    parts = [Pieces(whole, np.zeros_like(whole), lengths[whole], trained, (trained == 0).astype(np.int64))]
+    unended = [np.zeros(0, np.int64)]
+    overlong = chosen[lengths[chosen] > limit]
+    total = offsets_of(lengths[overlong])
+    edges = np.searchsorted(total, np.arange(_BLOCK_TOKENS, total[-1], _BLOCK_TOKENS))
+    for block in np.split(overlong, edges):
+        batch = documents.whole(block)
+        try:
+            found = choose_pieces(batch, limit, policy)
+        except OverlongError as error:
+            where = choice.place(int(block[error.row]))
+            raise DataError(f"{where}: {error.message}", error.fix) from None
+        unended.append(block[without_ending(batch, found.kept())])
+        parts.append(replace(found, example=block[found.example]))
+    if not len(overlong):
+        return Limited(parts[0], unended[0])
+    order = np.argsort(np.concatenate([part.example for part in parts]), kind="stable")
+    columns = (np.concatenate([getattr(part, name) for part in parts])[order] for name in Pieces.__slots__)
+    return Limited(Pieces(*columns), np.concatenate(unended))
+
+
+def cap_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
+    """Leave out what a source has above its cap, counting what stays of each document after the limit."""
+    tokens, trained = _kept_amounts(choice, limited)
+    keys = draw(choice.documents.document[:, 0], config.seed, "cap")
+    for pattern, text in config.cap.items():
+        cap = read_amount(text)
+        counted = choice.stays & choice.named(pattern, setting="cap") & (tokens > 0)
+        amounts = amounts_by(cap.measure, tokens, trained)
+        kept = ~counted
+        kept[counted] = within_cap(amounts[counted], keys[counted], cap.number)
+        choice.keep("cap", kept)
+
+
+def split_off(choice: Choice, config: ViewConfig) -> dict[str, Choice]:
+    """Return the choice for each side of the split: the same prompt is never on both."""
+    assert config.eval is not None
+    held_out = drawn_share(choice.documents.prompt, read_share(config.eval), config.seed, "eval")
+    sides = {}
+    for side, kept, other in (("train", ~held_out, "eval"), ("eval", held_out, "train")):
+        sides[side] = replace(
+            choice, left_by=choice.left_by.copy(), times=choice.times.copy(), steps=[*choice.steps]
+        )
+        sides[side].keep(other, kept)
+    return sides
+
+
+def mix_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
+    """Take of each source what its share asks for; sources without one are left out.
+
+    Raises:
+        UsageError: two patterns match one source, or the passes do not suffice.
+    """
+    tokens, trained = _kept_amounts(choice, limited)
+    amounts = amounts_by(config.mix_by, tokens, trained) * (tokens > 0)
+    groups = [choice.named(pattern, setting="mix") for pattern in config.mix]
+    doubly = np.sum(groups, axis=0) > 1
+    if doubly.any():
+        name = choice.sources[int(choice.source[doubly][0])].name
+        raise UsageError(f"--mix: {name} has two shares.", "let each source match one name or glob.")
+    choice.keep("mix", np.logical_or.reduce(groups))
+    members = [np.flatnonzero(group & choice.stays & (amounts > 0)) for group in groups]
+    targets = _targets([int(amounts[member].sum()) for member in members], config)
+    keys = draw(choice.documents.document[:, 0], config.seed, "mix")
+    kept = np.ones(len(choice.documents), np.bool_)
+    got = []
+    for member, target in zip(members, targets, strict=True):
+        times = take_passes(amounts[member], keys[member], target)
+        choice.times[member] = times
+        kept[member[times == 0]] = False
+        got.append(int((times * amounts[member]).sum()))
+    choice.keep("mix", kept)
+    choice.shares = tuple(_realised(config, got, members, amounts))
+
+
+def _targets(available: list[int], config: ViewConfig) -> list[int]:
+    """Return how much each source is to give."""
+    names, shares = list(config.mix), list(config.mix.values())
+    total = None if config.total is None else read_amount(config.total)
+    if total is not None and total.measure != config.mix_by:
+        raise UsageError(
+            f"--total {config.total}: counts {total.measure}; --mix-by is {config.mix_by}.",
+            f"give --total in {config.mix_by}, or --mix-by {total.measure}.",
+        )
+    for name, amount in zip(names, available, strict=True):
+        if not amount:
+            raise UsageError(
+                f"--mix {name}: nothing left of it to take.", "take it out of --mix, or loosen the filters."
+            )
+    try:
+        return plan_shares(available, shares, config.passes, None if total is None else total.number)
+    except ValueError as error:
+        index, passes = error.args
+        raise UsageError(
+            f"--mix {names[index]}={shares[index]:g}: takes {passes:.2f} passes for --total {config.total}; "
+            f"--passes allows {config.passes:g}.",
+            f"--passes {np.ceil(passes * 100) / 100:g}, or a smaller --total.",
+        ) from None
+
+
+def _realised(config: ViewConfig, got: list[int], members: Sequence[Int64], amounts: Int64) -> list[str]:
+    whole, asked = sum(got), sum(config.mix.values())
+    return [
+        f"{name}: {share / asked:.3%} asked, {taken / max(whole, 1):.3%} taken: {taken:,} {config.mix_by},"
+        f" {taken / int(amounts[member].sum()):.2f} passes."
+        for (name, share), taken, member in zip(config.mix.items(), got, members, strict=True)
+    ]
+
+
+def _kept_amounts(choice: Choice, limited: Limited) -> tuple[Int64, Int64]:
+    """Return tokens and trained tokens that stay of each document, int64[N] each."""
+    kept, count = limited.pieces.kept(), len(choice.documents)
+    tokens = np.bincount(kept.example, kept.stop - kept.start, count).astype(np.int64)
+    trained = np.bincount(kept.example, kept.trained, count).astype(np.int64)
+    return tokens, trained
+
+
+def amounts_by(measure: Measure, tokens: Int64, trained: Int64) -> Int64:
+    """Return what each document counts for, int64[N]."""
+    return {"rows": tokens * 0 + 1, "tokens": tokens, "trained": trained}[measure]

@@ -1,0 +1,276 @@
+"""Write a view as a set of its own: gather its rows from the bases, shard by shard, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import Dropped, PackPlan
+from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.output import Progress, behind_links, without_folders
+from sftdata.pack import gather
+from sftdata.set.build import Build, ShardResult, finished_set
+from sftdata.set.index import Placed
+from sftdata.set.index import write_slice as write_files
+from sftdata.set.ledger import (
+    COUNTED_NAME,
+    DROPPED_NAME,
+    REJECTS_NAME,
+    Ledger,
+    SliceRecord,
+    counted_rows,
+    encode_lines,
+    read_counted,
+)
+from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
+from sftdata.version import __version__
+from sftdata.views.bases import Base
+from sftdata.views.plan import ViewPlan, ViewSlice, plan_views
+from sftdata.views.recipe import ViewConfig
+
+OnProgress = Callable[[Progress], object]
+Say = Callable[[str], object]
+SIDES = ("train", "eval")
+
+
+def make_view(
+    config: ViewConfig, progress: OnProgress | None = None, say: Say = lambda _: None
+) -> tuple[Manifest, ...]:
+    """Make a view, or both sides of a split; return the manifest of each.
+
+    Args:
+        config: the settings.
+        progress: called after each shard.
+        say: told, in one sentence each, what was decided or realised.
+
+    Raises:
+        SftError: whatever stops it; what is finished is kept, and the same command goes on from there.
+    """
+    config = config.model_copy(update={"output": behind_links(config.output)})
+    if config.eval is not None:
+        return _make_split(config, progress, say)
+    old = finished_set(config.output, overwrite=config.overwrite)
+    return (_write(plan_views(config)[0], old, progress, say),)
+
+
+def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tuple[Manifest, ...]:
+    """Make both sides of a split in a folder of their own, which takes its name when both are whole."""
+    output = config.output
+    if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
+        finished_set(output, overwrite=config.overwrite)
+    elif not config.overwrite:
+        plans = plan_views(config)
+        return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans)
+    with Build(output).locked() as both:
+        plans = plan_views(config.model_copy(update={"output": both.folder}))
+        sides = [
+            _write(plan, finished_set(plan.output, overwrite=config.overwrite), progress, say)
+            for plan in plans
+        ]
+        both.put_in_place()
+    return tuple(sides)
+
+
+def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, say: Say) -> Manifest:
+    """Build a planned view, unless it is there already or only waits to be put in its place."""
+    output, overwrite = plan.output, plan.config.overwrite
+    if old is not None and _is_this(plan, old):
+        Build(output).sweep()
+        say(f"{output} is up to date: same sets, same settings.")
+        return old
+    if old is not None and not overwrite:
+        raise UsageError(
+            f"{output}: holds a finished set made otherwise.",
+            "choose another -o, or replace the set with --overwrite.",
+        )
+    for note in plan.notes:
+        say(note)
+    with Build(output).locked() as build:
+        sealed = build.sealed()
+        if sealed is not None and _is_this(plan, sealed):
+            build.put_in_place()
+            return sealed
+        done = build.start(_identity(plan), overwrite=overwrite)
+        if done:
+            say(f"Resuming: {len(done)}/{len(plan.slices)} slices complete; settings match.")
+        with build.refusable():
+            results = _write_slices(plan, build, done, progress)
+            _refuse_changed(plan.bases)
+            return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
+
+
+def _identity(plan: ViewPlan) -> dict[str, object]:
+    """Return all that decides the bytes of the view, flat: a resume with another identity is refused."""
+    settings = {key: value for key, value in plan.settings.items() if key not in ("inputs", "tokenizer")}
+    plain: dict[str, object] = msgspec.json.decode(
+        msgspec.json.encode(settings | {"bases": [base.manifest.digest for base in plan.bases]})
+    )
+    return plain
+
+
+def _is_this(plan: ViewPlan, manifest: Manifest) -> bool:
+    """Whether a finished set is what the plan would make."""
+    settings = msgspec.json.decode(msgspec.json.encode(plan.settings))
+    digests = [base.manifest.digest for base in plan.bases]
+    return settings == manifest.settings and digests == [base.digest for base in manifest.bases]
+
+
+def _refuse_changed(bases: tuple[Base, ...]) -> None:
+    """Refuse to finish where another set has taken the place of a base meanwhile."""
+    for base in bases:
+        try:
+            found = read_manifest(base.folder).digest
+        except SftError as error:
+            raise IntegrityError(
+                f"{base.folder}: gone while it was in use: {error.message}",
+                "restore the set, then run again.",
+            ) from None
+        if found != base.manifest.digest:
+            raise IntegrityError(
+                f"{base.folder}: replaced while it was in use: opened as {base.manifest.digest[:12]},"
+                f" now {found[:12]}.",
+                "run the same command again, with --overwrite to discard what was begun.",
+            )
+
+
+# ------------------------------------------------------------------------------------------ one shard
+
+
+def _write_slices(
+    plan: ViewPlan, build: Build, done: dict[int, ShardResult], progress: OnProgress | None
+) -> list[ShardResult]:
+    """Write what is not done; return all results in order."""
+    todo = [part for part in plan.slices if part.index not in done]
+    results, tokens = dict(done), 0
+    for number, part in enumerate(todo, start=1):
+        lists = _lists(plan) if part is plan.slices[0] else dict.fromkeys(_LISTS, b"")
+        result = write_slice(plan, part, build.folder)
+        build.commit(result, lists)
+        results[part.index] = result
+        tokens += result.ledger.tokens
+        if progress:
+            progress(Progress(number, len(todo), tokens, 0))
+    return [results[part.index] for part in plan.slices]
+
+
+def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
+    """Gather the documents of one slice, and write its rows and what they do not hold."""
+    which, rest = part.packs.example, plan.rest.take(part.rest)
+    kept = plan.kept.take(which)
+    ids, first, number = np.unique(np.concatenate([kept.id, rest.id]), return_index=True, return_inverse=True)
+    documents = plan.choice.documents.whole(np.concatenate([kept.document, rest.document])[first])
+    packs = PackPlan(
+        part.packs.offsets, number[: len(kept)], kept.start + part.packs.start, kept.start + part.packs.stop
+    )
+    others = PackPlan(np.arange(len(rest) + 1), number[len(kept) :], rest.start, rest.stop)
+    placed = Placed(documents, ids, packs, others, rest.reason.tolist())
+    tokenizer, weighted = plan.bases[0].manifest.tokenizer, bool(plan.settings["loss_weights"])
+    rows = gather(documents, ids, packs, plan.row_length, tokenizer.pad_id or 0, weighted=weighted)
+    ledger = Ledger()
+    if part is plan.slices[0]:
+        ledger.merge(plan.ledger)
+    ledger.count_packed(rows, plan.row_length, {source.name: source.first_id for source in plan.sources})
+    shards, files = write_files(folder, part.index, placed, rows, plan.row_length, tokenizer.bos_id)
+    return ShardResult(index=part.index, shards=shards, files=files, ledger=ledger)
+
+
+# ------------------------------------------------------------------------------------------ the whole
+
+_LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
+
+
+def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manifest:
+    """Merge what was counted, and say what the set is."""
+    ledger = Ledger()
+    for result in results:
+        ledger.merge(result.ledger)
+    ledger.check("view")
+    build.write_lists([_record(plan, result) for result in results])
+    first = plan.bases[0].manifest
+    blank = [base.manifest.blank_lines for base in plan.bases]
+    whole = ledger.documents_repeated == 0 and None not in blank
+    notes = dict.fromkeys(note for base in plan.bases for note in base.manifest.notes)
+    return Manifest(
+        settings=plan.settings,
+        tokenizer=first.tokenizer,
+        chat_template_sha256=first.chat_template_sha256,
+        sources=plan.sources,
+        ledger=ledger,
+        shards=tuple(shard for result in results for shard in result.shards),
+        files=tuple(file for result in results for file in result.files),
+        notes=(*notes, *map(without_folders, plan.notes)),
+        blank_lines=sum(count or 0 for count in blank) if whole else None,
+        software={"sftdata": __version__, "pyarrow": version("pyarrow")},
+        bases=tuple(
+            BaseInfo(path=os.path.relpath(base.folder, plan.output), digest=base.manifest.digest)
+            for base in plan.bases
+        ),
+    )
+
+
+def _record(plan: ViewPlan, result: ShardResult) -> SliceRecord:
+    """Return what became of a slice; what it was made from are the bases that the manifest names."""
+    identity = msgspec.json.encode(_identity(plan), order="sorted")
+    return SliceRecord(
+        number=result.index,
+        made_with=hashlib.sha256(identity).hexdigest(),
+        sources=(),
+        files=tuple(file.name for file in (*result.shards, *result.files)),
+        ledger=result.ledger.to_json(),
+    )
+
+
+def _lists(plan: ViewPlan) -> dict[str, bytes]:
+    """Return the lists beside the shards: rejects of the bases, dropped rows, rows behind counters."""
+    rejects = b"".join((base.folder / REJECTS_NAME).read_bytes() for base in plan.bases)
+    dropped = dict(_carried(plan)) | dict(_dropped(plan))
+    return {
+        REJECTS_NAME: rejects,
+        DROPPED_NAME: encode_lines(dropped[number] for number in sorted(dropped)),
+        COUNTED_NAME: _counted(plan),
+    }
+
+
+def _carried(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
+    """Yield the rows that the bases dropped before they were tokenized, with their ids in the view."""
+    known = plan.choice.documents.ids
+    for base in plan.bases:
+        firsts = {source.name: source.first_id + base.first_id for source in base.manifest.sources}
+        for line in (base.folder / DROPPED_NAME).read_bytes().splitlines():
+            row = msgspec.json.decode(line, type=Dropped)
+            number = firsts[row.file] + row.record - 1
+            place = int(np.searchsorted(known, number))
+            if place == len(known) or known[place] != number:
+                yield number, row
+
+
+def _dropped(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
+    """Yield the documents that the limit takes out whole, with their ids."""
+    rest, lengths = plan.rest, plan.choice.documents.lengths
+    gone = rest.take(~np.isin(rest.id, plan.kept.id))
+    firsts = [source.first_id for source in plan.sources]
+    for number, document, reason in zip(gone.id.tolist(), gone.document.tolist(), gone.reason, strict=True):
+        source = plan.sources[bisect_right(firsts, number) - 1]
+        record = number - source.first_id + 1
+        line, tokens = record if source.unit == "line" else None, int(lengths[document])
+        yield number, Dropped(file=source.name, line=line, record=record, reason=reason, tokens=tokens)
+
+
+def _counted(plan: ViewPlan) -> bytes:
+    """Return the rows behind each counter that are still there."""
+    if len(plan.bases) == 1 and not plan.config.selects:
+        path = plan.bases[0].folder / COUNTED_NAME
+        return path.read_bytes() if path.is_file() else b""
+    taken = plan.choice.documents.ids[plan.choice.times > 0]
+    lines = b""
+    for base in plan.bases:
+        rows = {name: ids + base.first_id for name, ids in read_counted(base.folder).items()}
+        lines += encode_lines(counted_rows({name: ids[np.isin(ids, taken)] for name, ids in rows.items()}))
+    return lines
