@@ -88,13 +88,13 @@ class FirstStep(TrainerCallback):
         self._rows, self._say, self._began = rows, say, 0.0
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Start the clock."""
         self._began = self._began or time.perf_counter()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Log the figures of the first step."""
         if state.global_step != 1 or not state.is_world_process_zero:

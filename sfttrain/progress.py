@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,7 +24,7 @@ class TrainLog(TrainerCallback):
         self._path = path
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Drop what an interrupted run logged after the checkpoint that this one resumes from."""
         if state.is_world_process_zero:
@@ -36,8 +35,8 @@ class TrainLog(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
         """Write what was logged, where this is the main process."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -55,7 +54,7 @@ class Progress(TrainerCallback):
         self._figures = ""
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Start the clock."""
         self._meter = Meter(_LABEL, before=state.global_step)
@@ -65,8 +64,8 @@ class Progress(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
         """Keep the newest figures; print those of the first and the last step, and of each evaluation."""
         if not logs or not state.is_world_process_zero:
@@ -80,14 +79,14 @@ class Progress(TrainerCallback):
             self._meter.write(", ".join(losses))
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Advance the bar, or print a line when one is due."""
         if state.is_world_process_zero:
             self._meter.show(state.global_step, state.max_steps, self._figures)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Take the bar away, and leave the figures of the last step where it was."""
         if self._meter.drawn:
@@ -111,8 +110,8 @@ def _forget_after(path: Path, step: int) -> None:
     write_atomic(path, lambda sink: sink.write("".join(kept).encode()))
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def _plain(value: float | torch.Tensor) -> float:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 class FollowSettings(TrainerCallback):
@@ -127,8 +126,8 @@ class FollowSettings(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        lr_scheduler: Any = None,
-        **_: Any,
+        lr_scheduler: object = None,
+        **_: object,
     ) -> None:
         """Set intervals and learning rates anew."""
         state.compute_steps(args, state.max_steps)
@@ -144,7 +143,7 @@ class LogEnds(TrainerCallback):
     """Log the first and the last step, and every one that is evaluated, whatever `logging_steps` is."""
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Ask for a line where one is due; `logging_strategy=no` is respected."""
         due = (
@@ -171,13 +170,13 @@ class StopAtStepEnd(TrainerCallback):
         self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Note that there is something to save from now on."""
         self._request.stepping = True
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Stop once all ranks know of a signal; after the last step there is nothing to stop."""
         number = self._request.number if self._ranks == 1 else self._of_all_ranks(args.device)

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
@@ -133,8 +134,8 @@ def _assemble(
     if resumed is None or by_memory(trainer):
         preflight.check_fit(trainer, compute, choice, say)
     elif choice.what != "none":
-        say(f"compile: {start_compiled(cast(Any, trainer.model), choice)} ({choice.reason})")
-    if choice.what == "layers" and not layers_compiled(cast(Any, trainer.model)):
+        say(f"compile: {start_compiled(cast(nn.Module, trainer.model), choice)} ({choice.reason})")
+    if choice.what == "layers" and not layers_compiled(cast(nn.Module, trainer.model)):
         _add_kernels(setting, trainer, where)  # what the compiler could not do
     return trainer, resumed, steps
 
@@ -146,7 +147,9 @@ def _custom_rows(data: Any, args: TrainingArguments) -> CustomRows | StreamRows:
 def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
     """Return what to compile; where that is not the layers, put kernels on them."""
     config = setting.config
-    choice = choose_compile(config, setting.args, cast(Any, trainer.model), steps, config.kernels == "liger")
+    choice = choose_compile(
+        config, setting.args, cast(nn.Module, trainer.model), steps, config.kernels == "liger"
+    )
     if config.kernels == "liger" or choice.what != "layers":
         _add_kernels(setting, trainer, where)
     if choice.what == "none" and where.device == "cuda":
@@ -180,7 +183,7 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
             f"{found}.", "remove the folder, then run again: it resumes from the one before."
         ) from None
     finally:
-        stop_compiled(cast(Any, trainer.model))
+        stop_compiled(cast(nn.Module, trainer.model))
 
 
 def _what_is_saved(args: TrainingArguments, step: int) -> str:
@@ -200,7 +203,7 @@ def _choose_path(
     return choose_path(config, model_config, choice, where, say)
 
 
-def _reach(args: TrainingArguments, sets: list[ShardSet], data: Any) -> tuple[int, int | None]:
+def _reach(args: TrainingArguments, sets: list[ShardSet], data: object) -> tuple[int, int | None]:
     """Return the rows of the largest batch and the longest row, None where only the data knows."""
     lengths = [opened.manifest.max_length for opened in sets]
     known = [length for length in lengths if length is not None]
