@@ -110,8 +110,8 @@ def _forget_after(path: Path, step: int) -> None:
     write_atomic(path, lambda sink: sink.write("".join(kept).encode()))
 
 
-def _plain(value: float | torch.Tensor) -> float:
-    return value.item() if isinstance(value, torch.Tensor) else value
+def _plain(value: object) -> object:
+    return value.item() if hasattr(value, "item") else value
 
 
 class FollowSettings(TrainerCallback):

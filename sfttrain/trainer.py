@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from sftdata.batches import IGNORE_INDEX
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sfttrain import checkpoint
-from sfttrain.data import custom_rows
+from sfttrain.data import CustomRows, Row, TrainingRows, custom_rows
 from sfttrain.loss import LossOutput, items_of
 from sfttrain.order import Order
 from sfttrain.path import Plan
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from torch.nn.modules.module import _IncompatibleKeys
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+    from transformers.modeling_outputs import CausalLMOutput
+    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.utils.generic import ModelOutput
 
 
 class SftTrainer(Trainer):
@@ -69,24 +73,24 @@ class SftTrainer(Trainer):
         """Turn activation checkpoints on, where asked for, as transformers does when training begins."""
         if not self.args.activation_checkpointing:
             return
-        options = dict(cast(Any, self.args.activation_checkpointing_kwargs) or {})
+        options = dict(cast(dict[str, object] | None, self.args.activation_checkpointing_kwargs) or {})
         ours = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        model: Any = self.model
         # Newer transformers and older ones, and models such as peft's that have only the older name.
-        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(model, f"{word}_checkpointing_enable")
+        word = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(self.model, f"{word}_checkpointing_enable")
         enable(**{f"{word}_checkpointing_kwargs": options or None}, **ours)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[Row]:
         """Return this rank's batches. The order already knows ranks, so accelerate has nothing to shard."""
-        return self._loader(self.train_dataset, self.order)
+        return self._loader(cast(Dataset[Row], self.train_dataset), self.order)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+    def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader[Row]:
         """Return this rank's share of an evaluation set: every row once, none repeated to fill a batch."""
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = cast(dict[str, Any], self.eval_dataset)[rows]
-        rows = rows if hasattr(rows, "sources") else custom_rows(rows)
+        given: object = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, str):
+            given = cast(Mapping[str, object], self.eval_dataset)[given]
+        known = isinstance(given, TrainingRows | CustomRows)
+        rows = cast(TrainingRows | CustomRows, given if known else custom_rows(given))
         self._evaluated = EvalFigures(rows.sources, self.args.device)
         rank, ranks = self.args.process_index, self.args.world_size
         return self._loader(
@@ -102,15 +106,13 @@ class SftTrainer(Trainer):
             ),
         )
 
-    def _loader(self, rows: Any, order: Order | None) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset[Row], order: Order | None) -> DataLoader[Row]:
         # Several workers would each read the whole stream and repeat it.
         workers = self.args.dataloader_num_workers if order is not None else 0
-        batches: dict[str, Any] = (
-            {"batch_size": self.args.train_batch_size} if order is None else {"batch_sampler": order}
-        )
         return DataLoader(
             rows,
-            **batches,
+            batch_size=self.args.train_batch_size if order is None else 1,  # 1: the order makes batches
+            batch_sampler=order,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -120,8 +122,9 @@ class SftTrainer(Trainer):
         )
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:  # fmt: skip
         """Return the loss, without logits unless they are needed."""
         wants_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
         if self.fused and not wants_logits:
@@ -133,7 +136,9 @@ class SftTrainer(Trainer):
             self._count(inputs["input_ids"], outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | int | None:
         """Return the divisor of a step's losses: the sum of their weights, or transformers' count."""
         if self._terms:
             trained = sum((_trains(batch["labels"]) for batch in batch_samples), torch.zeros(())).to(device)
@@ -154,8 +159,9 @@ class SftTrainer(Trainer):
             raise UsageError(f"{found}.", "set loss=auto, or prepare without --loss-weights.")
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """Evaluate one batch; logits exist only when metrics are computed from them."""
         inputs = self._prepare_inputs(inputs)
         source, labels, _ = inputs.pop("source", None), inputs["labels"], inputs.pop("loss_weights", None)
@@ -168,13 +174,14 @@ class SftTrainer(Trainer):
         return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None, metric_key_prefix: str = "eval",
-    ) -> Any:  # fmt: skip
+        self, dataloader: DataLoader[Row], description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
         """Evaluate a set; its loss is the mean over trained tokens, of all and of each source."""
-        loop: Any = super().evaluation_loop
-        output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        cast(dict[str, float], output.metrics).update(
             self._evaluated.metrics(metric_key_prefix, lambda sums: self.accelerator.reduce(sums, "sum"))
         )
         return output
@@ -189,8 +196,7 @@ class SftTrainer(Trainer):
             or control.should_training_stop
         ):
             self._require_finite(tr_loss)
-        own: Any = super()._maybe_log_save_evaluate
-        own(tr_loss, *more, **options)
+        super()._maybe_log_save_evaluate(tr_loss, *more, **options)
 
     def _require_finite(self, loss: Tensor) -> None:
         """Refuse to go on with a loss, or to save weights, that are no numbers; every rank does.
@@ -201,9 +207,9 @@ class SftTrainer(Trainer):
         astray = ~torch.isfinite(loss).all()
         # FSDP and DeepSpeed shard the weights, so each rank would see only its part.
         if self.control.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model: Any = self.model
+            weights = cast(nn.Module, self.model).parameters()
             astray |= ~torch.stack(
-                [weight.isfinite().all() for weight in model.parameters() if weight.requires_grad]
+                [weight.isfinite().all() for weight in weights if weight.requires_grad]
             ).all()
         if not self.accelerator.reduce(astray.float(), "sum"):
             return
@@ -226,7 +232,7 @@ class SftTrainer(Trainer):
             logs.update(self._drain())
         super().log(logs, start_time)
 
-    def _count(self, input_ids: Tensor, outputs: Any) -> None:
+    def _count(self, input_ids: Tensor, outputs: ModelOutput) -> None:
         self._figures[0] += input_ids.numel()
         if isinstance(outputs, LossOutput) and outputs.supervised is not None and outputs.correct is not None:
             self._figures[1] += outputs.supervised
@@ -256,16 +262,16 @@ class SftTrainer(Trainer):
         self._tokens += tokens
         self.state.num_input_tokens_seen += tokens
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
+    def _issue_warnings_after_load(self, load_result: _IncompatibleKeys) -> None:
         """Refuse a checkpoint that lacks weights; those that are tied to others are saved once."""
         tied = getattr(self.model, "_tied_weights_keys", None) or ()
         lost = [*load_result.unexpected_keys, *(key for key in load_result.missing_keys if key not in tied)]
         if lost:
             found = f"The checkpoint does not fit the model: {', '.join(lost):.300}."
             raise IntegrityError(found, "start anew with --overwrite.")
-        cast(Any, self.model).tie_weights()
+        cast("PreTrainedModel", self.model).tie_weights()
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint as transformers does, then seal it once every rank is done."""
         folder = Path(str(self.args.output_dir)) / f"{checkpoint.PREFIX}{self.state.global_step}"
         self._fold_tokens()
@@ -292,7 +298,7 @@ class _EpochOfOrder(TrainerCallback):
         self._order = order
 
     def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._order.set_epoch(int(state.epoch or 0))
 
@@ -324,18 +330,18 @@ class EvalFigures:
             targets = source[:, 1:][labels[:, 1:] != IGNORE_INDEX]
             self._sums.index_add_(0, targets + 1, both)
 
-    def metrics(self, prefix: str, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
+    def metrics(self, prefix: str, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the mean loss of a token, of all and by source; `reduce` sums over ranks."""
         sums = reduce(self._sums).tolist()
         names = [f"{prefix}_loss", *(f"{prefix}_loss_{source}" for source in self.sources)]
         return {name: loss / tokens for name, (loss, tokens) in zip(names, sums, strict=True) if tokens}
 
 
-def token_losses_of(outputs: Any, labels: Tensor) -> Tensor:
+def token_losses_of(outputs: CausalLMOutput, labels: Tensor) -> Tensor:
     """Return the loss of each supervised position, float32[N], from what a model put out."""
     given: Tensor | None = getattr(outputs, "token_losses", None)
     if given is not None:
         return given
     chosen = labels[:, 1:] != IGNORE_INDEX
-    logits = outputs.logits[:, :-1][chosen].float()
+    logits = cast(Tensor, outputs.logits)[:, :-1][chosen].float()
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:][chosen], reduction="none")
