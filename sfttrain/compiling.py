@@ -19,6 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftdata.errors import UsageError
 from sfttrain.config import TrainConfig
+from sfttrain.gated import gate_as_before, gate_in_place
+from sfttrain.varlen import read_signature
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -120,11 +122,17 @@ def _fused(model: nn.Module) -> Any:
     return next((module for module in model.modules() if "compiles_loss" in vars(module)), None)
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
+def compile_layers(model: nn.Module, backend: str = "inductor", in_place: bool | None = None) -> int:
     """Let the layers of a model train compiled, until `restore_layers`; return how many there are.
 
     Evaluation and generation are left as they are.
+
+    Args:
+        model: its layers are those that transformers would checkpoint.
+        backend: of `torch.compile`.
+        in_place: whether the gradient of gated activations is written where they lie; default: on a GPU.
     """
+    read_signature()
     known = [part for part in torch.compiler.config.dynamic_sources.split(",") if part]
     ours = [f"L['inputs']['{name}']" for name in _LONGEST]
     torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*known, *ours]))
@@ -133,6 +141,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     layers = list(repeated_layers(model))
     for layer in layers:
         module: Any = layer
+        if next(model.parameters()).device.type == "cuda" if in_place is None else in_place:
+            gate_in_place(layer)
         kind = module.__class__
         module.__class__ = _compiled_kind(getattr(kind, "plain_kind", kind), backend)
     return len(layers)
@@ -145,6 +155,7 @@ def layers_compiled(model: nn.Module) -> bool:
 
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
+    gate_as_before(model)
     for module in model.modules():
         module.__class__ = getattr(type(module), "plain_kind", type(module))
 

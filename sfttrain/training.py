@@ -130,18 +130,23 @@ def _assemble(
         **objects,
     )
     try_optimizer(setting, model, steps)
-    choice = _choose_compile(setting, trainer, where, steps)
-    if resumed is None or by_memory(trainer):
-        preflight.check_fit(trainer, compute, choice, say)
-    elif choice.what != "none":
-        say(f"compile: {start_compiled(cast(nn.Module, trainer.model), choice)} ({choice.reason})")
-    if choice.what == "layers" and not layers_compiled(cast(nn.Module, trainer.model)):
-        _add_kernels(setting, trainer, where)  # what the compiler could not do
+    _speed_up(setting, trainer, where, steps, resumed is None)
     return trainer, resumed, steps
 
 
 def _custom_rows(data: Any, args: TrainingArguments) -> CustomRows | StreamRows:
     return custom_rows(data, args.process_index, args.world_size)
+
+
+def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int, fresh: bool) -> None:
+    """Choose kernels, and what to compile; try both, and the room there is, where the run is fresh."""
+    choice, model = _choose_compile(setting, trainer, where, steps), cast(nn.Module, trainer.model)
+    if fresh or by_memory(trainer):
+        preflight.check_fit(trainer, where.compute, choice, say)
+    elif choice.what != "none":
+        say(f"compile: {start_compiled(model, choice)} ({choice.reason})")
+    if choice.what == "layers" and not layers_compiled(model):
+        _add_kernels(setting, trainer, where)  # what the compiler could not do
 
 
 def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any, cast
 
@@ -117,6 +118,14 @@ def _documents(kwargs: dict[str, Any]) -> tuple[Tensor, int]:
             "varlen attention needs document lengths; call model.set_attn_implementation('sdpa') to generate"
         )
     return lengths, int(kwargs["max_length_q"])
+
+
+def read_signature() -> None:
+    """Read what PyTorch's kernel takes, where there is one: a layer that is being compiled cannot."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        from torch.nn.attention import varlen
+
+        _arguments(varlen.varlen_attn)
 
 
 _known: tuple[Any, tuple[str, ...]] = (None, ())

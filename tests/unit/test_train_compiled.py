@@ -70,22 +70,31 @@ def _step(model: Any, batch: dict[str, Any], half: bool = False) -> tuple[Tensor
 
 
 @pytest.mark.feature("compiled layers")
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
 def test_compiled_layers_give_loss_and_gradient_of_the_plain_ones(
-    flatten: bool, checkpoints: bool, monkeypatch: pytest.MonkeyPatch
+    flatten: bool, checkpoints: bool, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     varlen_op.install(monkeypatch)
     model = _model("varlen" if flatten else "sdpa", checkpoints)
     batches = [_batch(lengths, flatten) for lengths in SETS]
     plain = [_step(model, batch, half=flatten) for batch in batches]
-    assert compile_layers(model, "aot_eager") == 3
+    assert compile_layers(model, "aot_eager", in_place) == 3
     for batch, (losses, gradient) in zip(batches, plain, strict=True):
         found, moved = _step(model, batch, half=flatten)
         near = {"rtol": 2e-2, "atol": 2e-2} if flatten else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(found, losses, **near)
         assert float((moved - gradient).norm() / gradient.norm()) < (2e-2 if flatten else 1e-5)
     assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+
+
+def test_layers_that_never_ran_plainly_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen_op.install(monkeypatch)
+    model = _model("varlen", checkpoints=True)
+    compile_layers(model, "aot_eager")
+    _step(model, _batch(SETS[0], True), half=True)
     assert not counters["graph_break"]
 
 
@@ -107,8 +116,11 @@ def test_layers_are_compiled_in_training_only_and_restored_afterwards() -> None:
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(3, 20)[None])
     assert counters["stats"]["unique_graphs"] == 0
+    compile_layers(model, "aot_eager", in_place=True)
+    assert "forward" in vars(model.model.layers[0].mlp)
     restore_layers(model)
     assert type(model.model.layers[0]) is kind
+    assert "forward" not in vars(model.model.layers[0].mlp)
 
 
 @needs_compiler
