@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from sftdata.version import __version__
 
@@ -118,7 +118,12 @@ def _train(
         given["sets"] = data
     with notes_to(on_note):
         config = read_settings(None, [], given)
-        return run(config, model=None if named else model, data=None if folders else data, **objects)
+        return run(
+            config,
+            model=None if named else cast("torch.nn.Module", model),
+            data=None if folders else data,
+            **objects,
+        )
 
 
 def _name_of(model: object) -> str:

@@ -1,4 +1,4 @@
-"""Settings of transformers' TrainingArguments: checked, refused where they cannot act, tried, and recorded."""
+"""Settings of TrainingArguments: checked, refused where they have no effect, tried, and recorded."""
 
 from __future__ import annotations
 

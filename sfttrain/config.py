@@ -25,7 +25,7 @@ from sftdata.output import local_output
 from sftdata.settings import Layer, answer, load_settings, read_settings_file
 
 # Our defaults where they differ from transformers'; each can be set back.
-TRAINING_DEFAULTS: dict[str, Any] = {
+TRAINING_DEFAULTS: dict[str, object] = {
     "per_device_train_batch_size": 1,  # a packed row is a batch of its own
     "per_device_eval_batch_size": 1,
     "logging_steps": 10,
@@ -141,7 +141,7 @@ class TrainConfig(BaseModel):
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _lora_from_text(cls, value: Any) -> Any:
+    def _lora_from_text(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         pairs = [part.partition("=") for part in value.split(",") if part]
@@ -152,14 +152,14 @@ class TrainConfig(BaseModel):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _liger_is_no_loss(cls, value: Any) -> Any:
+    def _liger_is_no_loss(cls, value: object) -> object:
         if value == "liger":
             raise ValueError("Liger's kernels come without its loss now; set kernels=liger")
         return value
 
     @field_validator("packing", mode="before")
     @classmethod
-    def _packing_of_the_set(cls, value: Any) -> Any:
+    def _packing_of_the_set(cls, value: object) -> object:
         if value in (True, False, "bfd", "wrapped", "none", "bfd_split"):
             raise ValueError(
                 "documents are packed by `sftdata prepare --packing`;"
@@ -169,7 +169,7 @@ class TrainConfig(BaseModel):
 
     @field_validator("quantize", mode="before")
     @classmethod
-    def _known_quantization(cls, value: Any) -> Any:
+    def _known_quantization(cls, value: object) -> object:
         if value == "torchao-int4":
             raise ValueError("transformers trains on torchao's 8-bit weights only; for 4 bits set nf4")
         return value
@@ -202,7 +202,7 @@ class TrainConfig(BaseModel):
 
     @field_validator("sets", mode="before")
     @classmethod
-    def _one_set_is_a_list(cls, value: Any) -> Any:
+    def _one_set_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")
@@ -243,7 +243,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 _MAPPINGS = ("eval", "lora", "model_init_kwargs")
 
 
-def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> TrainConfig:
+def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, object]) -> TrainConfig:
     """Merge a YAML file, `key=value` overrides and flags into a checked configuration.
 
     Args:
@@ -258,10 +258,10 @@ def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[st
     return load_settings(TrainConfig, "sfttrain", files, overrides, (flags, {}), _overlay)
 
 
-def _overlay(settings: dict[str, Any], more: Mapping[str, Any], places: Mapping[str, str]) -> None:
+def _overlay(settings: dict[str, Any], more: Mapping[str, object], places: Mapping[str, str]) -> None:
     """Merge the settings of one source; keys that are not ours are fields of TrainingArguments."""
     training = settings.setdefault("training", {})
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for key, value in more.items():
         place = places.get(key, key)
         if value is None:
@@ -285,7 +285,7 @@ def _overlay(settings: dict[str, Any], more: Mapping[str, Any], places: Mapping[
         del training["activation_checkpointing"]  # what is not given is left to the memory that there is
 
 
-def _training(given: Any, place: str) -> dict[str, Any]:
+def _training(given: object, place: str) -> dict[str, object]:
     """Return fields of TrainingArguments by the names they have now.
 
     Raises:

@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -52,7 +52,10 @@ def check_device(settings: Mapping[str, object], dtype: str, say: Say) -> None:
     else:
         reason = _why_unavailable()
         if "too old" in reason:
-            fix = "update it, or install a PyTorch for an older CUDA (https://pytorch.org/get-started/previous-versions)"
+            fix = (
+                "update it, or install a PyTorch for an older CUDA "
+                "(https://pytorch.org/get-started/previous-versions)"
+            )
             raise UsageError(
                 f"PyTorch {torch.__version__} cannot use the GPU: {reason}.", f"{fix}; {_INSTEAD}"
             )
@@ -129,7 +132,7 @@ def refuse_too_large(model: torch.nn.Module, args: TrainingArguments) -> None:
 
 
 def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
-    """Return the error of a device with too little memory for a step, or for the model (step 0); None for others."""
+    """Return the error of a device out of memory at a step, or at the model (step 0); None for others."""
     reason = str(error).strip().split("\n")[0]
     host = "DefaultCPUAllocator: can't allocate memory"
     if not isinstance(error, torch.OutOfMemoryError) and host not in reason:
@@ -146,10 +149,10 @@ def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
 
 
 def by_memory(trainer: SftTrainer) -> bool:
-    """Say whether activation checkpoints are left to the memory that there is; turn them off where none are known."""
-    args, model = cast(Any, trainer.args), trainer.model
+    """Say whether memory decides on activation checkpoints; turn them off for models that have none."""
+    args = trainer.args
     asked = bool(getattr(args, "checkpoints_by_memory", False))
-    if asked and not getattr(model, "supports_gradient_checkpointing", False):
+    if asked and not getattr(trainer.model, "supports_gradient_checkpointing", False):
         args.activation_checkpointing = args.gradient_checkpointing = False
         return False
     return asked
@@ -162,7 +165,7 @@ def measurable() -> bool:
 
 def switch(trainer: SftTrainer, on: bool) -> None:
     """Turn activation checkpoints on or off, for the trial and for training."""
-    args, model = cast(Any, trainer.args), cast(Any, trainer.model)
+    args, model = trainer.args, trainer.model
     args.activation_checkpointing = on
     if hasattr(args, "gradient_checkpointing"):  # what older transformers read
         args.gradient_checkpointing = on
@@ -186,7 +189,8 @@ def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Sa
     """
     if trainer.run["unpack"]:
         say(
-            "activation checkpoints: on, since rows differ in length and the first batch says little of others"
+            "activation checkpoints: on, since rows differ in length "
+            "and the first batch says little of others"
         )
         return False
     switch(trainer, False)
@@ -211,8 +215,8 @@ def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Sa
 
 
 def _state(trainer: SftTrainer) -> int:
-    """Bytes that training holds beside the trial step: moments, and gradients that later micro-batches add to."""
-    trained = [weight for weight in cast(Any, trainer.model).parameters() if weight.requires_grad]
+    """Return the bytes that training holds besides a trial step: moments, and gradients that accumulate."""
+    trained = [weight for weight in cast(torch.nn.Module, trainer.model).parameters() if weight.requires_grad]
     size: int = sum(weight.numel() * weight.element_size() for weight in trained)
     return (_MOMENTS + (trainer.args.gradient_accumulation_steps > 1)) * size
 

@@ -6,9 +6,9 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -53,7 +53,9 @@ def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path |
     return folders[0] if folders else None
 
 
-def export(trainer: SftTrainer, sets: Sequence[ShardSet], settings: dict[str, Any], run: Identity) -> None:
+def export(
+    trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, object], run: Identity
+) -> None:
     """Write the trained model and everything beside it into the run's folder; every rank calls this."""
     output = Path(str(trainer.args.output_dir))
     partial = output / _PARTIAL
@@ -107,9 +109,9 @@ def _write_run(output: Path, content: Identity) -> None:
     write_atomic(output / RUN_NAME, lambda sink: sink.write(text))
 
 
-def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: dict[str, Any]) -> str:
+def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, object]) -> str:
     """Write the model's card: names, never paths of this machine."""
-    base = settings.get("model")
+    base = cast(str | None, settings.get("model"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     front = {"library_name": "peft" if adapted else "transformers", "pipeline_tag": "text-generation"}
@@ -187,7 +189,7 @@ def uploads(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def without_places(content: Any) -> Any:
+def without_places(content: object) -> object:
     """Return settings with the last part of each local path in its place."""
     if isinstance(content, dict):
         return {key: without_places(value) for key, value in content.items()}
@@ -240,7 +242,7 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
     )
 
 
-def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, Any]]:
+def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, list[int]]]:
     """Return ids and masks of documents spread over a set, each by itself, as GPTQ takes them."""
     rows = []
     for index in np.unique(np.linspace(0, len(opened) - 1, min(count, len(opened))).astype(np.int64)):

@@ -26,7 +26,8 @@ from sfttrain.refusals import require_package
 from sfttrain.vocabulary import align_special_tokens, resize_embeddings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from sfttrain.path import Plan
 
@@ -75,7 +76,7 @@ def _owner(model_config: PreTrainedConfig, name: str) -> PreTrainedConfig | None
 
 def load_model(
     config: TrainConfig, model_config: PreTrainedConfig, attention: str, device: torch.device
-) -> Any:
+) -> PreTrainedModel:
     """Return the model with its weights, or with fresh ones under `init_from_config`.
 
     Args:
@@ -88,12 +89,13 @@ def load_model(
 
     dtype = weight_dtype(config)
     if config.init_from_config is not None:
-        return AutoModelForCausalLM.from_config(
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
             model_config,
             attn_implementation=registered_name(attention),
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
+        return fresh
     source = str(config.model)
     refuse_weights(Path(source))
     arguments: dict[str, object] = {
@@ -120,8 +122,8 @@ def load_model(
 def disable_cache(model: nn.Module) -> None:
     """Turn the key-value cache off in every part of a model: inner configs have their own switch."""
     for part in model.modules():
-        config: Any = getattr(part, "config", None)
-        if getattr(config, "use_cache", False):
+        config = getattr(part, "config", None)
+        if config is not None and getattr(config, "use_cache", False):
             config.use_cache = False
 
 
@@ -134,7 +136,7 @@ def describe_model(model: nn.Module, config: TrainConfig) -> str:
     return f"model: {type(model).__name__} in {' and '.join(dtypes)}{quantized}{revision}{more}"
 
 
-def _quantization(kind: str) -> Any:
+def _quantization(kind: str) -> QuantizationConfigMixin:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if kind == "torchao-int8":

@@ -32,7 +32,7 @@ _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compi
 def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Say) -> None:
     """Check room on the disk, log what the weights take, and compile what was chosen.
 
-    Nothing else is tried: what a step lacks shows in the first one (`FirstStep`), and nothing is lost by then.
+    Nothing else is tried: what a step lacks shows in the first one (`FirstStep`), before anything is lost.
 
     Args:
         trainer: with the model.
@@ -58,7 +58,7 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Sa
     batch = _trial_batch(trainer)
 
     def trial() -> Trial:
-        # Under 16 bit without a cache, as in training: what is compiled would be compiled again for another state.
+        # Under 16 bit without a cache, as in training; another state would compile everything once more.
         half = compute != torch.float32
         autocast = torch.autocast(args.device.type, dtype=compute, enabled=half, cache_enabled=not half)
         return try_step(model, batch, trainer.fused, autocast)
@@ -114,7 +114,7 @@ class FirstStep(TrainerCallback):
 def _try_compiled(
     model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
 ) -> bool:
-    """Compile, and keep it where loss and gradient of the first batch are those of the plain step; say if it is kept.
+    """Compile; keep it, and return True, where loss and gradient of the first batch are those of the plain step.
 
     Raises:
         UsageError: the step does not fit.

@@ -7,9 +7,9 @@ others untouched; kernels that compute in 16 bit only have a stand-in there. The
 in the dtype of training, forward and backward, and must be as near to the float32 logits as plain attention
 is in that dtype.
 
-The same model, versions and device are proven once. A file of the user's cache holds one proof; its name is a
-hash of the model's config, of the versions of the packages and of this one's source, of the device and of what
-was asked. A damaged file is no proof, and a folder that cannot be written keeps none.
+The same model, versions and device are proven once. A file of the user's cache holds one proof; its name is
+a hash of the model's config, of the versions of the packages and of this one's source, of the device and of
+what was asked. A damaged file is no proof, and a folder that cannot be written keeps none.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import os
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sfttrain.arguments import checked_training
 from sfttrain.checkpoint import refuse_places, take
@@ -22,10 +22,14 @@ from sfttrain.refusals import require_trainer
 from sfttrain.sets import open_sets
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sfttrain.trainer import SftTrainer
 
 
-def train(config: TrainConfig, *, model: Any = None, data: Any = None, **extras: Any) -> SftTrainer | None:
+def train(
+    config: TrainConfig, *, model: nn.Module | None = None, data: object = None, **extras: object
+) -> SftTrainer | None:
     """Run a configuration to its end, resuming what an earlier, broken run left.
 
     Args:
