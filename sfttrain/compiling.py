@@ -1,8 +1,9 @@
-"""Compile the repeated layer of a model and the arithmetic of the loss: once each, whatever the documents are.
+"""Compile the repeated layer of a model and the arithmetic of the loss: once each, for any documents.
 
-The layer is compiled together with its activation checkpoint, so that the casts of the weights, the norms, the
-rotary factors and the activation fuse into a few kernels, and the backward pass recomputes only what it needs.
-The number of documents and the longest one are symbols of the graph; the length of a row is a constant.
+The layer is compiled together with its activation checkpoint, so that the casts of the weights, the norms,
+the rotary factors and the activation fuse into a few kernels, and the backward pass recomputes only what it
+needs. The number of documents and the longest one are symbols of the graph; the length of a row is a
+constant.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor", in_place: bool |
     known = [part for part in torch.compiler.config.dynamic_sources.split(",") if part]
     ours = [f"L['inputs']['{name}']" for name in _LONGEST]
     torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*known, *ours]))
-    # DDP overlaps by the hooks of each layer; to split the graph of one, the compiler would have to open its checkpoint.
+    # DDP overlaps by the hooks of each layer; to split the graph of one, the compiler would have to open its
+    # checkpoint.
     torch._dynamo.config.optimize_ddp = False
     layers = list(repeated_layers(model))
     for layer in layers:

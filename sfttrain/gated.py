@@ -1,8 +1,9 @@
 """`silu(gate) * up` of a compiled layer, whose gradient is written where its inputs lie.
 
-A compiler fuses the activation and both gradients into one kernel, which holds six tensors as wide as the inner layer
-at once: the peak of a step with activation checkpoints. Here three of them serve for all, the third for the gradient
-of the product at first and for the product itself at the end, which the projection behind it wants.
+A compiler fuses the activation and both gradients into one kernel, which holds six tensors as wide as the
+inner layer at once: the peak of a step with activation checkpoints. Here three of them serve for all, the
+third for the gradient of the product at first and for the product itself at the end, which the projection
+behind it wants.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ silu_mul_linear.register_autograd(_differentiate_linear, setup_context=_keep)
 
 
 def gate_in_place(layer: nn.Module) -> None:
-    """Let the gated parts of a layer use it: those that are three projections with `silu` between them, no more."""
+    """Let the gated parts of a layer use it: three projections with `silu` between them, and no more."""
     for part in layer.modules():
         code = getattr(type(part).forward, "__code__", None)
         known = code is not None and set(code.co_names) == _NAMES and "forward" not in vars(part)

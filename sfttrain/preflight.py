@@ -114,7 +114,7 @@ class FirstStep(TrainerCallback):
 def _try_compiled(
     model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
 ) -> bool:
-    """Compile; keep it, and return True, where loss and gradient of the first batch are those of the plain step.
+    """Compile; keep it, and return True, if loss and gradient of the first batch are those of a plain step.
 
     Raises:
         UsageError: the step does not fit.
