@@ -18,7 +18,7 @@ from sftdata.version import __version__
 if TYPE_CHECKING:
     import torch
     from torch.optim.lr_scheduler import LRScheduler
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from sfttrain.iterative import IterativeTrainer
     from sfttrain.trainer import SftTrainer
@@ -120,7 +120,7 @@ def _train(
         config = read_settings(None, [], given)
         return run(
             config,
-            model=None if named else cast("torch.nn.Module", model),
+            model=None if named else cast("PreTrainedModel", model),
             data=None if folders else data,
             **objects,
         )

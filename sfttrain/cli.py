@@ -68,7 +68,7 @@ def _settings(
     evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
     report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
     overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
-) -> Any:  # fmt: skip
+) -> Any:  # fmt: skip  # evaluated by `_with_settings`, before `config` is imported
     flags = locals()
     from sfttrain.config import read_settings
 

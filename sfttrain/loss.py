@@ -9,14 +9,17 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from sftdata.batches import IGNORE_INDEX
-from sfttrain.forward import hidden_and_terms
+from sfttrain.forward import Forward, hidden_and_terms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the
 # backward pass, when all gradients are there, so the loss may take what they will need. A 0.5B model with
@@ -54,6 +57,7 @@ class Objective:
 
 
 PLAIN = Objective()
+CrossEntropy: TypeAlias = "Callable[..., tuple[Tensor, Tensor, Tensor]]"
 
 
 class Targets(NamedTuple):
@@ -245,17 +249,17 @@ def _adds_in_float32(device: str, dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
     """Describe the output head of a causal language model.
 
     Scales and caps are known by the names that transformers' own configs give them; preflight proves the
     description against the model's own loss, so an unknown one cannot pass unseen.
     """
-    module = cast(Any, model).get_output_embeddings()
+    module = model.get_output_embeddings()
     bias = getattr(module, "bias", None)
     if bias is None:  # an adapter around the head shows its weight, merged, but not always its bias
         bias = getattr(getattr(module, "original_module", None), "bias", None)
-    config = cast(Any, model).config.get_text_config()
+    config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
         getattr(config, "logits_scaling", None) or 1.0
     )
@@ -299,7 +303,7 @@ def supervised_loss(
             rows.to(dtype), head.weight.to(dtype), targets, linear_bias=bias, reduction="sum", options=options
         )
         return loss.float(), torch.tensor(-1, device=hidden.device), supervised, None
-    cross_entropy: Any = _ChunkedCrossEntropy.apply
+    cross_entropy = cast("CrossEntropy", _ChunkedCrossEntropy.apply)
     inputs = (rows, head.weight, head.bias)
     if not torch.is_grad_enabled():  # inside the function this can no longer be asked
         inputs = (rows.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
@@ -317,7 +321,9 @@ def items_of(labels: Tensor, loss_weights: Tensor | None) -> Tensor:
     return loss_weights[:, 1:][trained].double().sum()
 
 
-def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN, terms: bool = False) -> None:
+def fuse_loss(
+    model: PreTrainedModel, engine: str = "chunked", objective: Objective = PLAIN, terms: bool = False
+) -> None:
     """Let `model(labels=..., skip_logits=True)` return a `LossOutput`; other calls are unchanged.
 
     The loss stays inside `forward`, where DDP and FSDP expect every use of a parameter.
@@ -326,12 +332,13 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN,
         terms: the model adds terms of its own to the cross entropy, such as a router loss, which training
             keeps; a call says by `term_share` how much of them counts.
     """
-    own_forward = model.forward
+    own_forward: Forward = model.forward
 
     def forward(
-        self: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, skip_logits: bool = False,
-        loss_weights: Tensor | None = None, term_share: Any = 1.0, **inputs: Any,
-    ) -> Any:  # fmt: skip
+        self: PreTrainedModel, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False, loss_weights: Tensor | None = None, term_share: float | Tensor = 1.0,
+        **inputs: object,
+    ) -> ModelOutput:  # fmt: skip
         if labels is None or not skip_logits:
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return own_forward(labels=labels, **extra, **inputs)
@@ -342,7 +349,13 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN,
             hidden = self.base_model(**inputs)[0]
         aim = objective if self.training else PLAIN
         loss, correct, supervised, token_losses = supervised_loss(
-            hidden, labels, head_of(self), engine, aim, loss_weights, self.training and self.compiles_loss
+            hidden,
+            labels,
+            head_of(self),
+            engine,
+            aim,
+            loss_weights,
+            self.training and bool(self.compiles_loss),
         )
         items = num_items_in_batch
         if items is None:
@@ -354,5 +367,5 @@ def fuse_loss(model: Any, engine: str = "chunked", objective: Objective = PLAIN,
         return LossOutput(mean, correct, supervised, token_losses)
 
     model.forward = types.MethodType(forward, model)
-    model.compiles_loss = False  # `compiling.speed_up` decides
-    model.accepts_loss_kwargs = True  # the Trainer then hands over num_items_in_batch
+    model.compiles_loss = False  # type: ignore[assignment]  # `compiling.speed_up` decides
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]  # the Trainer then hands over num_items_in_batch

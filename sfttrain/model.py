@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -176,12 +176,12 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
 def make_model(
     config: TrainConfig,
     model_config: PreTrainedConfig,
-    model: Any,
+    model: PreTrainedModel | None,
     plan: Plan,
     sets: list[ShardSet],
     args: TrainingArguments,
     say: Say,
-) -> tuple[Any, Plan]:
+) -> tuple[PreTrainedModel, Plan]:
     """Return the model to train, and the plan, without the chunked loss where the model rules it out."""
     from transformers import set_seed
 
@@ -191,7 +191,8 @@ def make_model(
         say(describe_model(model, config))
     elif model.config._attn_implementation != registered_name(plan.attention):
         model.set_attn_implementation(registered_name(plan.attention))
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    inner: PreTrainedModel = model if unwrap is None else unwrap()
     disable_cache(inner)
     _freeze(inner, plan.unreached, say)
     if plan.restart:
@@ -228,22 +229,23 @@ def _freeze(model: nn.Module, names: tuple[str, ...], say: Say) -> None:
 
 def _adapt(
     config: TrainConfig,
-    model: Any,
-    inner: Any,
+    model: PreTrainedModel,
+    inner: PreTrainedModel,
     untrained: list[int],
     plan: Plan,
     args: TrainingArguments,
     say: Say,
-) -> Any:
+) -> PreTrainedModel:
     """Freeze the model and put adapters on it, where they are asked for."""
     if config.adapted and getattr(model, "is_quantized", False):
         model = prepare_quantized(model)
     if args.activation_checkpointing and (config.adapted or model is not inner):
         inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
     if config.lora is not None:
-        return add_adapters(model, config.lora, untrained, plan.unreached, say)
+        adapted = add_adapters(model, config.lora, untrained, plan.unreached, say)
+        return cast("PreTrainedModel", adapted)  # peft's wrapper answers as the model inside it
     if config.adapter is not None:
-        return continue_adapters(model, config.adapter, str(config.model))
+        return cast("PreTrainedModel", continue_adapters(model, config.adapter, str(config.model)))
     return model
 
 

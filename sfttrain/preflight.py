@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint, device
 from sfttrain.compiling import Choice, start_compiled, stop_compiled
-from sfttrain.data import Batch
+from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory
 from sfttrain.process import Say
 
@@ -147,8 +148,9 @@ def _try_compiled(
 def _trial_batch(trainer: SftTrainer) -> Batch:
     """Return the first batch, on a CPU its first row."""
     if trainer.args.device.type == "cpu" and trainer.order is not None:
-        rows: Any = trainer.train_dataset
-        return dict(trainer._prepare_inputs(trainer.data_collator([rows[next(iter(trainer.order))[0]]])))
+        rows = cast(Dataset[Row], trainer.train_dataset)
+        collate = cast(Callable[[list[Row]], Batch], trainer.data_collator)
+        return dict(trainer._prepare_inputs(collate([rows[next(iter(trainer.order))[0]]])))
     return dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
 
 
@@ -171,7 +173,7 @@ class Trial(NamedTuple):
         return max(abs(one - two) / max(abs(two), 1e-6) for one, two in zip(self[1:], other[1:], strict=True))
 
 
-def try_step(model: Any, batch: Batch, fused: bool, autocast: AbstractContextManager[Any]) -> Trial:
+def try_step(model: nn.Module, batch: Batch, fused: bool, autocast: AbstractContextManager[object]) -> Trial:
     """Run one forward and backward. Weights and random state are unchanged.
 
     Raises:

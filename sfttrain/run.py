@@ -22,13 +22,13 @@ from sfttrain.refusals import require_trainer
 from sfttrain.sets import open_sets
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from sfttrain.trainer import SftTrainer
 
 
 def train(
-    config: TrainConfig, *, model: nn.Module | None = None, data: object = None, **extras: object
+    config: TrainConfig, *, model: PreTrainedModel | None = None, data: object = None, **extras: object
 ) -> SftTrainer | None:
     """Run a configuration to its end, resuming what an earlier, broken run left.
 

@@ -150,7 +150,9 @@ def _known_vocabulary(config: TrainConfig) -> int | None:
     """Return the vocabulary size in a local model's config; None where only loading it can show."""
     place = config.init_from_config or Path(config.model or "")
     try:
-        fields: Any = json.loads((place / "config.json" if place.is_dir() else place).read_text("utf-8"))
+        fields: dict[str, Any] = json.loads(
+            (place / "config.json" if place.is_dir() else place).read_text("utf-8")
+        )
         size = fields.get("vocab_size", fields.get("text_config", {}).get("vocab_size"))
     except (OSError, ValueError, AttributeError):
         return None

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 def train_on(
-    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], reading: Reading, model: Any,
-    data: Any, objects: dict[str, Any], request: StopRequest,
+    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], reading: Reading,
+    model: PreTrainedModel | None, data: object, objects: dict[str, object], request: StopRequest,
 ) -> SftTrainer | None:  # fmt: skip
     """Train on opened sets; see `sfttrain.run.train`.
 
@@ -85,8 +85,8 @@ def _assemble(
     sets: list[ShardSet],
     evaluation: dict[str, ShardSet],
     reading: Reading,
-    model: Any,
-    data: Any,
+    model: PreTrainedModel | None,
+    data: object,
     identity: checkpoint.Identity,
 ) -> tuple[SftTrainer, Point | None, int]:
     """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
@@ -134,7 +134,7 @@ def _assemble(
     return trainer, resumed, steps
 
 
-def _custom_rows(data: Any, args: TrainingArguments) -> CustomRows | StreamRows:
+def _custom_rows(data: object, args: TrainingArguments) -> CustomRows | StreamRows:
     return custom_rows(data, args.process_index, args.world_size)
 
 
@@ -163,9 +163,10 @@ def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, step
 
 
 def _add_kernels(setting: Run, trainer: SftTrainer, where: Surroundings) -> None:
-    model, asked = cast(Any, trainer.model), setting.config.kernels
+    model, asked = cast(nn.Module, trainer.model), setting.config.kernels
     if asked == "liger" or (asked == "auto" and where.device == "cuda"):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap = getattr(model, "get_base_model", None)
+        inner = model if unwrap is None else unwrap()
         add_kernels(setting.config, inner, setting.args.liger_kernel_config, where, say)
 
 
@@ -198,7 +199,11 @@ def _what_is_saved(args: TrainingArguments, step: int) -> str:
 
 
 def _choose_path(
-    config: TrainConfig, model_config: PreTrainedConfig, model: Any, where: Surroundings, say: Say
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    model: nn.Module | None,
+    where: Surroundings,
+    say: Say,
 ) -> Plan:
     """Choose attention, and prove on it what training may use."""
     register_attention()
@@ -230,11 +235,11 @@ def _make_trainer(**arguments: Any) -> SftTrainer:
         raise UsageError(f"Training settings: {str(error).strip()}", "see `sfttrain config`.") from None
 
 
-def _evaluation(sets: dict[str, ShardSet], unpack: bool) -> dict[str, Any]:
+def _evaluation(sets: dict[str, ShardSet], unpack: bool) -> dict[str, object]:
     return {name: TrainingRows([opened], unpack, by_source=True) for name, opened in sets.items()}
 
 
-def _as_named(data: Any) -> dict[str, Any]:
+def _as_named(data: object) -> dict[str, object]:
     """Wrap datasets to evaluate on; one alone is called "data"."""
     if data is None:
         return {}
