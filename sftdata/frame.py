@@ -8,15 +8,17 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
 
 from sftdata.errors import SftError, did_you_mean
 from sftdata.output import StoppedError, guarded, one_line, stoppable
-from sftdata.settings import Program, answer
 from sftdata.version import __version__
+
+if TYPE_CHECKING:
+    from sftdata.settings import Program
 
 INTERRUPTED = 130
 
@@ -113,8 +115,13 @@ def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
     """
     text = text.replace("Value error, ", "")
     option = _OPTION.match(text)
-    if option and (elsewhere := answer(option[1], program)):
-        return f"{option[0]}.", elsewhere
+    if option:
+        from sftdata.settings import (
+            answer,  # here: it imports pydantic, which `sfttrain --help` can do without
+        )
+
+        if elsewhere := answer(option[1], program):
+            return f"{option[0]}.", elsewhere
     for pattern in _WRONG:
         if match := pattern.fullmatch(text):
             known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", match["known"])
