@@ -368,4 +368,4 @@ def fuse_loss(
 
     model.forward = types.MethodType(forward, model)
     model.compiles_loss = False  # type: ignore[assignment]  # `compiling.speed_up` decides
-    model.accepts_loss_kwargs = True  # type: ignore[assignment]  # the Trainer then hands over num_items_in_batch
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]  # so num_items_in_batch is given
