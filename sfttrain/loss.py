@@ -21,11 +21,12 @@ from sfttrain.forward import Forward, hidden_and_terms
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the backward
-# pass, when all gradients are there, so the loss may take what they will need. In GB, for a 0.5B model with Adam in
-# fp32 (V = 151,936, D = 896, 24 layers, 16,384 tokens, activation checkpoints; measured there: 9.0):
-#   at the loss: weights, moments 5.9, layer inputs 1.4, head gradient 0.5, bf16 head 0.3, chunk 0.5, rows 0.2: 8.8
-#   at the end:  weights, moments, gradients 7.9, and what the backward pass of one layer holds 0.9: 8.8
+# Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the
+# backward pass, when all gradients are there, so the loss may take what they will need. In GB, for a 0.5B
+# model with Adam in fp32 (V = 151,936, D = 896, 24 layers, 16,384 tokens, activation checkpoints), in all
+# 8.8 each time, and 9.0 as measured:
+#   at the loss: weights, moments 5.9, layer inputs 1.4, head gradient 0.5, bf16 head 0.3, chunk 0.5, rows 0.2
+#   at the end:  weights, moments, gradients 7.9, what the backward pass of one layer holds 0.9
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 
 
