@@ -23,11 +23,13 @@ class OverlongError(DataError):
 
     Attributes:
         row: index into the RowBatch, for the caller to name file and line.
+        found: what is wrong, without the row.
     """
 
     def __init__(self, row: int, length: int, max_length: int) -> None:
+        self.found = f"{length:,} tokens; max_length is {max_length:,}."
         super().__init__(
-            f"row {row} has {length} tokens; max_length is {max_length}.",
+            f"row {row} has {self.found}",
             "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.",
         )
         self.row = row

@@ -170,7 +170,7 @@ def choose_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> P
     except OverlongError as error:
         rows = tally.batch
         where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
-        raise DataError(f"{where}: {error.message}", error.fix) from None
+        raise DataError(f"{where}: {error.found}", error.fix) from None
 
 
 def tokenize(stages: Stages, converted: Converted, tally: Tally) -> tuple[TokenBatch, list[str]]:

@@ -108,7 +108,8 @@ def _refusal(
     field, place = model.model_fields.get(setting), places.get(setting, "")
     name = place if place.startswith("--") else f"{place}: setting {key!r}" if place else f"Setting {key!r}"
     meaning = f"expected: {field.description}" if field and field.description else _HELP[program]
-    fix = did_you_mean(str(first.get("input")), reason.split("'")[1::2], meaning)
+    choices = reason.split("'")[1::2] if first["type"] == "literal_error" else ()
+    fix = did_you_mean(str(first.get("input")), choices, meaning)
     return UsageError(f"{name}: found {first.get('input')!r:.200}; {reason}.", fix)
 
 

@@ -339,6 +339,7 @@ _CONVERTED = (
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
+_REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 ELSEWHERE: dict[str, str] = {
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
@@ -371,6 +372,8 @@ ELSEWHERE: dict[str, str] = {
     "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
     "--pack-over view.": _VIEWS,
+    "a larger --max-length, or another --overlong.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
+    "choose another share for --eval, or loosen the filters.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
     "# Settings of a view. Make it: sftdata view THIS_FILE.\\n": (
         "tests/integration/test_views_choice.py::test_a_recipe_is_written_checked_and_run"
     ),

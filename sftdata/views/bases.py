@@ -110,6 +110,11 @@ def read_documents(bases: Sequence[Base]) -> Documents:
     parts: list[Located] = []
     blocks: list[Block] = []
     for base in bases:
+        for file in base.manifest.files:
+            if (
+                slice_number(file.name) is None
+            ):  # lists and tokenizer; the files of slices are checked when read
+                check_file(base.folder, file)
         for found, held in _find(base, len(blocks)):
             parts.append(found)
             blocks += held

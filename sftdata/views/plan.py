@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,7 +123,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     """
     bases = open_bases(config.sets)
     config = _filled(config, bases[0])
-    choice = Choice.of(read_documents(bases), tuple(_sources(bases)))
+    choice = Choice.of(read_documents(bases), _sources(bases))
     filter_documents(choice, config)
     limited = limit_documents(choice, _limit(config), config.overlong or "truncate")
     cap_sources(choice, config, limited)
@@ -133,6 +135,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
 
 def _filled(config: ViewConfig, base: Base) -> ViewConfig:
     """Return the settings with those of a base where none are given."""
+    _refuse_idle(config)
     settings = base.manifest.settings
     given = {
         name: getattr(config, name) or settings.get(name) for name in ("max_length", "overlong", "packing")
@@ -155,19 +158,43 @@ def _filled(config: ViewConfig, base: Base) -> ViewConfig:
     return config.model_copy(update=given)
 
 
+_NEEDS = {"total": "mix", "passes": "mix", "mix_by": "mix", "exclude_by": "exclude"}
+
+
+def _refuse_idle(config: ViewConfig) -> None:
+    """Refuse settings that act only beside another that is not given."""
+    for name, other in _NEEDS.items():
+        if getattr(config, name) != ViewConfig.model_fields[name].default and not getattr(config, other):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} without --{other}: it has no effect.", f"leave {flag} out.")
+
+
 def _limit(config: ViewConfig) -> int | None:
     """Return the most tokens of a piece; the one cut stream of `wrapped` has room for any."""
     return None if config.packing == "wrapped" else config.max_length
 
 
-def _sources(bases: Sequence[Base]) -> Iterator[SourceInfo]:
-    """Yield the sources of all bases; those of the same name get their set's name before it."""
-    names = [source.name for base in bases for source in base.manifest.sources]
-    for base in bases:
-        for source in base.manifest.sources:
-            twin = names.count(source.name) > 1
-            name = f"{base.folder.resolve().name}/{source.name}" if twin else source.name
-            yield msgspec.structs.replace(source, name=name, first_id=source.first_id + base.first_id)
+def _sources(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
+    """Return the sources of all bases; those of the same name get their set's name before it.
+
+    Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes.
+    """
+    listed = [(base, source) for base in bases for source in base.manifest.sources]
+    plain = Counter(source.name for _, source in listed)
+    deepest = max(len(base.folder.resolve().parts) for base in bases)
+    for depth in range(1, deepest + 1):
+        names = [
+            Path(*base.folder.resolve().parts[-depth:], source.name).as_posix()
+            if plain[source.name] > 1
+            else source.name
+            for base, source in listed
+        ]
+        if len({*names}) == len(names):
+            break
+    return tuple(
+        msgspec.structs.replace(source, name=name, first_id=source.first_id + base.first_id)
+        for name, (base, source) in zip(names, listed, strict=True)
+    )
 
 
 def _plan(
@@ -176,7 +203,10 @@ def _plan(
     sources, first_ids = _passes(choice)
     kept, rest = _stretches(config, choice, limited, first_ids)
     if not len(kept):
-        raise DataError(f"{output}: no document is left. {_reasons(choice, limited)}", "loosen the filters.")
+        fix = "loosen the filters." if choice.left_out() else "a larger --max-length, or another --overlong."
+        if config.eval is not None:
+            fix = "choose another share for --eval, or loosen the filters."
+        raise DataError(f"{output}: no document is left. {_reasons(choice, limited)}", fix)
     by_slice = config.pack_over == "slice" or (
         config.pack_over == "auto" and len(bases) == 1 and not config.selects and config.order == "as-is"
     )
@@ -212,14 +242,17 @@ def _passes(choice: Choice) -> tuple[tuple[SourceInfo, ...], Int64]:
     """List sources again that are gone through again; return all, and first ids by pass, int64[P, S]."""
     most = int(choice.times.max(initial=1))
     sources = list(choice.sources)
+    names = {source.name for source in sources}
     firsts = np.full((max(most, 1), len(sources)), -1, np.int64)
     firsts[0] = [source.first_id for source in sources]
     free = sum(source.rows for source in sources)
     for number in range(1, most):
         for index in np.unique(choice.source[choice.times > number]).tolist():
             source = choice.sources[index]
-            again = msgspec.structs.replace(source, name=f"{source.name}#{number + 1}", first_id=free)
-            sources.append(again)
+            numbered = (f"{source.name}#{place}" for place in itertools.count(number + 1))
+            name = next(name for name in numbered if name not in names)  # a mixture has such names already
+            names.add(name)
+            sources.append(msgspec.structs.replace(source, name=name, first_id=free))
             firsts[number, index] = free
             free += source.rows
     return tuple(sources), firsts

@@ -15,7 +15,7 @@ from sftdata.output import local_output
 Measure = Literal["rows", "tokens", "trained"]
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)\s*(?:(rows|tokens|trained)(?: tokens)?)?\s*\Z")
 _TIMES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-_SHARE = r"^\d+(\.\d+)?%?$"
+_SHARE = re.compile(r"\d+(?:\.\d+)?%?")
 
 
 class Amount(NamedTuple):
@@ -41,10 +41,10 @@ class ViewConfig(BaseModel):
     min_tokens: int | None = Field(None, ge=1, description="Leave shorter documents out.")
     max_tokens: int | None = Field(None, ge=1, description="Leave longer documents out.")
     min_trained: str | None = Field(
-        None, pattern=_SHARE, description="Leave documents out with a smaller share of trained tokens, as 5%."
+        None, description="Leave documents out with a smaller share of trained tokens, as 5%."
     )
     max_trained: str | None = Field(
-        None, pattern=_SHARE, description="Leave documents out with a larger share of trained tokens."
+        None, description="Leave documents out with a larger share of trained tokens."
     )
     drop: Path | None = Field(
         None, description="File of documents to leave out: one FILE:LINE or example id a line."
@@ -61,9 +61,7 @@ class ViewConfig(BaseModel):
     )
 
     # ---- split and mix
-    eval: str | None = Field(
-        None, pattern=_SHARE, description="Share of the prompts for OUT/eval; the rest makes OUT/train."
-    )
+    eval: str | None = Field(None, description="Share of the prompts for OUT/eval; the rest makes OUT/train.")
     mix: dict[str, float] = Field(
         default_factory=dict, description="Shares of the sources: NAME=SHARE, a name or glob each."
     )
@@ -127,6 +125,8 @@ class ViewConfig(BaseModel):
     @field_validator("eval", "min_trained", "max_trained")
     @classmethod
     def _at_most_all(cls, value: str | None) -> str | None:
+        if value is not None and not _SHARE.fullmatch(value):
+            raise ValueError("expected a share, as 5% or 0.05")
         if value is not None and read_share(value) > 1:
             raise ValueError("a share is at most 100%, or 1")
         return value
@@ -196,9 +196,10 @@ def read_drops(path: Path) -> tuple[list[tuple[str, int]], list[int]]:
     places: list[tuple[str, int]] = []
     ids: list[int] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--drop {path}: cannot be read: {error}.", "check the path.") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--drop {path}: cannot be read: {reason}.", "check the path.") from None
     for number, line in enumerate(map(str.strip, lines), start=1):
         name, colon, place = line.rpartition(":")
         if not line or line.startswith("#"):

@@ -160,11 +160,14 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
     assert config.drop is not None
     places, wanted = read_drops(config.drop)
     for name, line in places:
-        found = [
-            source
-            for source in choice.sources
-            if name in (source.name, source.name.rpartition("/")[2]) and line <= source.rows
-        ]
+        named = [source for source in choice.sources if name in (source.name, source.name.rpartition("/")[2])]
+        found = [source for source in named if 1 <= line <= source.rows]
+        if named and not found:
+            rows = max(source.rows for source in named)
+            raise UsageError(
+                f"--drop {config.drop}: found {name}:{line}; it has rows 1 to {rows:,}.",
+                "correct the line, or take it out of the list.",
+            )
         if not found:
             raise UsageError(
                 f"--drop {config.drop}: {name}:{line} is in no source of these sets.",
@@ -173,6 +176,12 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
                 ),
             )
         wanted += [source.first_id + line - 1 for source in found]
+    count = sum(source.rows for source in choice.sources)
+    if unknown := [number for number in wanted if number >= count]:
+        raise UsageError(
+            f"--drop {config.drop}: found example {unknown[0]}; these sets have examples 0 to {count - 1:,}.",
+            "correct the line, or take it out of the list.",
+        )
     return np.isin(choice.documents.ids, np.array(wanted, np.int64))
 
 
@@ -201,7 +210,7 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
             found = choose_pieces(batch, limit, policy)
         except OverlongError as error:
             where = choice.place(int(block[error.row]))
-            raise DataError(f"{where}: {error.message}", error.fix) from None
+            raise DataError(f"{where}: {error.found}", error.fix) from None
         unended.append(block[without_ending(batch, found.kept())])
         parts.append(replace(found, example=block[found.example]))
     if not len(overlong):

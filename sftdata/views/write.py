@@ -6,6 +6,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,10 +55,21 @@ def make_view(
         SftError: whatever stops it; what is finished is kept, and the same command goes on from there.
     """
     config = config.model_copy(update={"output": behind_links(config.output)})
+    _refuse_nested(config)
     if config.eval is not None:
         return _make_split(config, progress, say)
     old = finished_set(config.output, overwrite=config.overwrite)
     return (_write(plan_views(config)[0], old, progress, say),)
+
+
+def _refuse_nested(config: ViewConfig) -> None:
+    """Refuse an output inside or around a set it is made of: replacing one would delete the other."""
+    output = config.output.resolve()
+    for folder in (*config.sets, *config.exclude):
+        base = Path(folder).resolve()
+        if output in base.parents or base in output.parents:
+            where = "inside" if base in output.parents else "around"
+            raise UsageError(f"{config.output}: lies {where} {folder}.", "choose a folder beside it for -o.")
 
 
 def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tuple[Manifest, ...]:
@@ -68,11 +80,12 @@ def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tu
     elif not config.overwrite:
         plans = plan_views(config)
         return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans)
+    plans = plan_views(config)
     with Build(output).locked() as both:
-        plans = plan_views(config.model_copy(update={"output": both.folder}))
+        moved = [replace(plan, output=both.folder / plan.output.name) for plan in plans]
         sides = [
             _write(plan, finished_set(plan.output, overwrite=config.overwrite), progress, say)
-            for plan in plans
+            for plan in moved
         ]
         both.put_in_place()
     return tuple(sides)
@@ -240,15 +253,16 @@ def _lists(plan: ViewPlan) -> dict[str, bytes]:
 
 def _carried(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
     """Yield the rows that the bases dropped before they were tokenized, with their ids in the view."""
-    known = plan.choice.documents.ids
+    known, sources = plan.choice.documents.ids, iter(plan.choice.sources)
     for base in plan.bases:
-        firsts = {source.name: source.first_id + base.first_id for source in base.manifest.sources}
+        here = {source.name: renamed for source, renamed in zip(base.manifest.sources, sources, strict=False)}
         for line in (base.folder / DROPPED_NAME).read_bytes().splitlines():
             row = msgspec.json.decode(line, type=Dropped)
-            number = firsts[row.file] + row.record - 1
+            source = here[row.file]
+            number = source.first_id + row.record - 1
             place = int(np.searchsorted(known, number))
             if place == len(known) or known[place] != number:
-                yield number, row
+                yield number, msgspec.structs.replace(row, file=source.name)
 
 
 def _dropped(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:

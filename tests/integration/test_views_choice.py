@@ -329,7 +329,7 @@ def test_what_cannot_be_is_refused_in_one_line_with_the_fix(sets: Path, tmp_path
     assert "no such folder" in refusal(out, tmp_path / "none")
     assert "max_length is 40" in refusal(out, one, max_length=40, overlong="error")
     (tmp_path / "list").write_text("a.jsonl:400\n")
-    assert "is in no source" in refusal(out, one, drop=tmp_path / "list")
+    assert "it has rows 1 to 9" in refusal(out, one, drop=tmp_path / "list")
     (tmp_path / "list").write_text("nonsense\n")
     assert "list:1: found 'nonsense'" in refusal(out, one, drop=tmp_path / "list")
 

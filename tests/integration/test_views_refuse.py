@@ -1,0 +1,164 @@
+"""Views refuse what would lose or mix up documents: damaged bases, names that collide, settings without effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.verify import verify
+from sftdata.settings import check_settings
+from sftdata.views.recipe import ViewConfig
+from sftdata.views.write import make_view
+from tests.view_sets import chats, prepare, view, write_lines
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    files = [write_lines(folder / f"{name}.jsonl", chats(40, ord(name), 40)) for name in "ab"]
+    prepare(folder / "base", files, max_length=128)
+    return folder / "base"
+
+
+def split(output: Path, *bases: Path, **settings: Any) -> tuple[Manifest, ...]:
+    return make_view(ViewConfig(sets=tuple(map(str, bases)), output=output, **settings))
+
+
+def refusal(output: Path, *bases: Path, **settings: Any) -> str:
+    """Return what is said; nothing may be left on the disk."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(SftError) as caught:
+        split(output, *bases, **settings)
+    assert sorted(output.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/tokenizer.json", "counted.jsonl", "rejects.jsonl", "dropped.jsonl"]
+)
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_base_with_a_damaged_list_or_tokenizer_is_refused(
+    base: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    (copy / name).write_bytes((copy / name).read_bytes() + b" ") if damage == "changed" else (
+        copy / name
+    ).unlink()
+    with pytest.raises(IntegrityError, match=name):
+        view(tmp_path / "view", copy, max_length=64)
+
+
+def test_a_base_whose_tokenizer_has_another_byte_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "copy")
+    path = tmp_path / "copy" / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"q", b"z", 1))
+    with pytest.raises(IntegrityError, match="tokenizer.json: xxh3"):
+        view(tmp_path / "view", tmp_path / "copy", max_length=64)
+
+
+@pytest.mark.parametrize("line", ["b.jsonl:0", "a.jsonl:0", "a.jsonl:4000", "4000"])
+def test_a_list_of_documents_that_are_not_there_is_refused(base: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "list").write_text(f"a.jsonl:1\n{line}\n")
+    assert f"found {line if ':' in line else f'example {line}'}; " in refusal(
+        tmp_path / "view", base, drop=tmp_path / "list"
+    )
+
+
+def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.jsonl:1\r\n\r\n# a remark\r\nb.jsonl:2\r\n")
+    ledger = view(tmp_path / "view", base, drop=tmp_path / "list").ledger
+    assert ledger.documents_left_out == {"drop": 2}
+
+
+@pytest.mark.parametrize(
+    "setting", [{"total": "5 trained"}, {"passes": 2}, {"mix_by": "rows"}, {"exclude_by": "row"}]
+)
+def test_a_setting_without_effect_is_refused(base: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    (name,) = setting
+    flag = f"--{name.replace('_', '-')}"
+    assert refusal(tmp_path / "view", base, **setting).endswith(f"it has no effect. Fix: leave {flag} out.")
+    view(tmp_path / "view", base)
+
+
+def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None:
+    said = refusal(tmp_path / "view", base, max_length=2)
+    assert said.endswith("Fix: a larger --max-length, or another --overlong.")
+    view(tmp_path / "larger", base, max_length=64)
+    said = refusal(tmp_path / "both", base, eval="0%")
+    assert said.startswith(f"{tmp_path / 'both' / 'eval'}: no document is left.")
+    assert said.endswith("Fix: choose another share for --eval, or loosen the filters.")
+    split(tmp_path / "both", base, eval="30%")
+
+
+def test_a_view_in_or_around_its_base_is_refused(base: Path, tmp_path: Path) -> None:
+    split(tmp_path / "both", base, eval="30%")
+    for output in (tmp_path / "both", tmp_path / "both" / "train" / "view"):
+        said = refusal(output, tmp_path / "both" / "train", overwrite=True, max_length=64)
+        assert said.endswith("Fix: choose a folder beside it for -o.")
+    assert verify(tmp_path / "both" / "train").ok
+    view(tmp_path / "beside", tmp_path / "both" / "train", max_length=64)
+
+
+def test_sets_of_one_folder_name_are_told_apart(base: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(base, tmp_path / name / "train")
+    made = view(tmp_path / "view", tmp_path / "one/train", tmp_path / "two/train")
+    assert [source.name for source in made.sources] == [
+        f"{folder}/train/{name}.jsonl" for folder in ("one", "two") for name in "ab"
+    ]
+
+
+def test_passes_over_a_mixture_get_names_of_their_own(base: Path, tmp_path: Path) -> None:
+    view(tmp_path / "mixed", base, mix={"a.jsonl": 1}, passes=2)
+    made = view(tmp_path / "again", tmp_path / "mixed", mix={"a.jsonl": 1}, passes=3)
+    names = [source.name for source in made.sources]
+    assert len({*names}) == len(names) == 5
+
+
+def test_rows_that_a_formatter_left_out_keep_their_source(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        rows = [row | {"number": number} for number, row in enumerate(chats(8, 9, 9))]
+        source = write_lines(tmp_path / name / "a.jsonl", rows)
+        prepare(tmp_path / name / "set", [source], formatter=f"{__name__}:every_other")
+    sets = [tmp_path / name / "set" for name in ("one", "two")]
+    made = view(tmp_path / "view", *sets)
+    assert sum(made.ledger.rows_filtered.values()) == 8
+    made = view(tmp_path / "again", tmp_path / "view", max_length=64)
+    listed = [json.loads(line) for line in (tmp_path / "again" / "dropped.jsonl").read_text().splitlines()]
+    filtered = [line["file"] for line in listed if line["reason"] in made.ledger.rows_filtered]
+    assert filtered == ["one/set/a.jsonl"] * 4 + ["two/set/a.jsonl"] * 4
+    assert {source.name for source in read_manifest(tmp_path / "view").sources} == {*filtered}
+
+
+def every_other(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Leave out every second row."""
+    return {"messages": row["messages"]} if row["number"] % 2 else None
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"cap": {"*": "-1 rows"}}, "Fix: expected: Most of a source"),
+        ({"eval": "x"}, "found 'x'; expected a share, as 5% or 0.05. Fix: "),
+        ({"dedup": "rows"}, "Fix: did you mean 'row'?"),
+    ],
+)
+def test_values_are_refused_with_a_fix_that_helps(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_settings(ViewConfig, "sftdata", {"sets": ["x"], "output": "y", **setting})
+    assert said in str(caught.value)
