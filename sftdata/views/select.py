@@ -81,10 +81,11 @@ class Choice:
 
     def keep(self, step: str, kept: Bool) -> None:
         """Leave out what a step does not keep, bool[N], of what is still there."""
+        if step not in self.steps:  # several caps, say, are one step
+            self.steps.append(step)
         gone = self.stays & ~kept
-        self.left_by[gone] = len(self.steps)
+        self.left_by[gone] = self.steps.index(step)
         self.times[gone] = 0
-        self.steps.append(step)
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Return how many documents, and tokens, each step left out, where any."""

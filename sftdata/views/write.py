@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import Dropped, PackPlan
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import gather
 from sftdata.set.build import Build, ShardResult, finished_set
@@ -205,6 +205,11 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
     for result in results:
         ledger.merge(result.ledger)
     ledger.check("view")
+    if not ledger.tokens_trained:
+        raise DataError(
+            f"{plan.output}: no token of its rows is trained; max_length is {plan.config.max_length}.",
+            "a larger --max-length.",
+        )
     build.write_lists([_record(plan, result) for result in results])
     first = plan.bases[0].manifest
     blank = [base.manifest.blank_lines for base in plan.bases]

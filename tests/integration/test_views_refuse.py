@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.verify import verify
 from sftdata.settings import check_settings
@@ -102,6 +102,28 @@ def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None
     assert said.startswith(f"{tmp_path / 'both' / 'eval'}: no document is left.")
     assert said.endswith("Fix: choose another share for --eval, or loosen the filters.")
     split(tmp_path / "both", base, eval="30%")
+
+
+def test_a_step_that_is_there_twice_counts_all_that_it_left_out(base: Path, tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"{name}.jsonl", chats(30, ord(name), 20)) for name in "abc"]
+    prepare(tmp_path / "three", files)
+    three = tmp_path / "three"
+    gone = view(tmp_path / "without", three, without=("a.jsonl", "b.jsonl")).ledger.documents_left_out
+    assert gone == {"without": 60}
+    gone = view(tmp_path / "capped", three, cap={"a*": "10 rows", "b*": "5 rows"}).ledger.documents_left_out
+    kept = view(tmp_path / "whole", three).ledger.sources
+    assert gone == {"cap": kept["a.jsonl"].rows - 10 + kept["b.jsonl"].rows - 5}
+    ledger = view(
+        tmp_path / "mixed", three, mix={"a.jsonl": 1, "b.jsonl": 1}, mix_by="rows", total="10 rows"
+    ).ledger
+    assert ledger.documents_left_out["mix"] == ledger.rows_in - sum(ledger.rows_dropped.values()) - 10
+
+
+def test_a_view_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no token of its rows is trained.*Fix: a larger --max-length\.$"):
+        view(tmp_path / "view", base, packing="wrapped", max_length=1)
+    assert not (tmp_path / "view").exists()
+    view(tmp_path / "view", base, packing="wrapped", max_length=64)
 
 
 def test_a_view_in_or_around_its_base_is_refused(base: Path, tmp_path: Path) -> None:
