@@ -11,6 +11,7 @@ import pytest
 
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
+from sftdata.limit import take_pieces
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import load_stages, prepare_chunk
 from sftdata.plan import make_plan
@@ -166,8 +167,10 @@ def made(source: str, **settings: Any) -> tuple[Any, ...]:
             done = prepare_chunk(stages, piece)
             found.append([reject.code for reject in done.tally.rejects])
             length, weighted = plan.job.max_length, config.loss_weights
-            packs = plan_packs(done.tokens.lengths, length, config.packing)
-            rows = gather(done.tokens, done.example_ids, packs, plan.job.row_length, PAD, weighted=weighted)
+            kept = done.pieces.kept()
+            tokens, ids = take_pieces(done.documents, kept), done.example_ids[kept.example]
+            packs = plan_packs(tokens.lengths, length, config.packing)
+            rows = gather(tokens, ids, packs, plan.job.row_length, PAD, weighted=weighted)
             columns = (rows.input_ids, rows.labels, rows.seq_lengths, rows.row_offsets, rows.loss_weights)
             found += [None if column is None else column.tolist() for column in columns]
     return tuple(found)
