@@ -372,6 +372,7 @@ ELSEWHERE: dict[str, str] = {
     "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
     "--pack-over view.": _VIEWS,
+    "leave --seed out.": f"{_REFUSED}test_a_setting_without_effect_is_refused",
     "a larger --max-length.": f"{_REFUSED}test_a_view_that_trains_nothing_is_refused",
     "a larger --max-length, or another --overlong.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
     "choose another share for --eval, or loosen the filters.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",

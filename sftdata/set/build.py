@@ -38,8 +38,10 @@ from sftdata.set.manifest import (
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import (
     SetFile,
+    check_file,
     digest_file,
     explained,
+    plain_file,
     remove,
     swap_folders,
     sync_folder,
@@ -94,12 +96,17 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
 def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
     """Return the manifest of a finished set at `folder`; None where there is none, or none that must be kept.
 
+    Its files are looked at, and read with `overwrite`: a damaged set is not taken for the one asked for.
+
     Raises:
         UsageError, IntegrityError: the folder holds other things or a damaged set, or cannot be renamed.
     """
     if (folder / MANIFEST_NAME).exists():
         try:
-            return read_manifest(folder)
+            manifest = read_manifest(folder)
+            for file in (*manifest.shards, *manifest.files):
+                check_file(folder, file) if overwrite else plain_file(folder, file)
+            return manifest
         except IntegrityError as error:
             if overwrite:
                 return None

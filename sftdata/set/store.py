@@ -234,3 +234,19 @@ def _write_synced(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
     finally:
         os.close(descriptor)
     return file.digest()
+
+
+def check_file(folder: Path, file: SetFile) -> Path:
+    """Return the path of a file of a set that holds the bytes its manifest names.
+
+    Raises:
+        IntegrityError: it is missing or holds others.
+    """
+    path = plain_file(folder, file)
+    found = digest_file(path, sha256=False).xxh3
+    if found != file.xxh3:
+        raise IntegrityError(
+            f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.",
+            "restore the file or prepare the set again.",
+        )
+    return path

@@ -26,7 +26,7 @@ from sftdata.set.index import (
 )
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.shards import read_shard, shard_name
-from sftdata.set.store import SetFile, digest_file, plain_file
+from sftdata.set.store import SetFile, check_file
 from sftdata.views.documents import Block, Documents, Located, join_segments
 
 
@@ -213,22 +213,6 @@ def _derive(base: Base, first_block: int) -> Iterator[tuple[Located, list[Block]
             found = _derive_batch(rows, base, first_block, base.first_shard + _number(shard))
             yield found, [Block(rows.input_ids, rows.labels, rows.loss_weights)]
             first_block += 1
-
-
-def check_file(folder: Path, file: SetFile) -> Path:
-    """Return the path of a file of a base that holds the bytes its manifest names.
-
-    Raises:
-        IntegrityError: it is missing or holds others.
-    """
-    path = plain_file(folder, file)
-    found = digest_file(path, sha256=False).xxh3
-    if found != file.xxh3:
-        raise IntegrityError(
-            f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.",
-            "restore the file or prepare the set again.",
-        )
-    return path
 
 
 def _derive_batch(rows: PackedRows, base: Base, block: int, shard: int) -> Located:

@@ -167,6 +167,8 @@ def _refuse_idle(config: ViewConfig) -> None:
         if getattr(config, name) != ViewConfig.model_fields[name].default and not getattr(config, other):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} without --{other}: it has no effect.", f"leave {flag} out.")
+    if config.seed and not (config.cap or config.eval or config.mix or config.order == "shuffled"):
+        raise UsageError("--seed: nothing is drawn; it has no effect.", "leave --seed out.")
 
 
 def _limit(config: ViewConfig) -> int | None:

@@ -67,7 +67,7 @@ def _refuse_nested(config: ViewConfig) -> None:
     output = config.output.resolve()
     for folder in (*config.sets, *config.exclude):
         base = Path(folder).resolve()
-        if output in base.parents or base in output.parents:
+        if (base / MANIFEST_NAME).is_file() and (output in base.parents or base in output.parents):
             where = "inside" if base in output.parents else "around"
             raise UsageError(f"{config.output}: lies {where} {folder}.", "choose a folder beside it for -o.")
 

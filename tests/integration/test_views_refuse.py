@@ -78,6 +78,22 @@ def test_a_list_of_documents_that_are_not_there_is_refused(base: Path, tmp_path:
     )
 
 
+@pytest.mark.parametrize("name", ["shard-00000.arrow", "index-00000.arrow", "rest-00000.arrow", "README.md"])
+def test_a_set_with_damaged_files_is_not_up_to_date(tmp_path: Path, name: str) -> None:
+    source = write_lines(tmp_path / "a.jsonl", chats(40, 5, 40))
+    made = prepare(tmp_path / "set", [source], max_length=64)
+    path = tmp_path / "set" / name
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(IntegrityError, match=rf"{name}: missing\. Fix: replace the set with --overwrite"):
+        prepare(tmp_path / "set", [source], max_length=64)
+    assert prepare(tmp_path / "set", [source], max_length=64, overwrite=True).digest == made.digest
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    prepare(tmp_path / "set", [source], max_length=64, overwrite=True)
+    assert path.read_bytes() == whole
+
+
 def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.jsonl:1\r\n\r\n# a remark\r\nb.jsonl:2\r\n")
     ledger = view(tmp_path / "view", base, drop=tmp_path / "list").ledger
@@ -85,7 +101,7 @@ def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"total": "5 trained"}, {"passes": 2}, {"mix_by": "rows"}, {"exclude_by": "row"}]
+    "setting", [{"total": "5 trained"}, {"passes": 2}, {"mix_by": "rows"}, {"exclude_by": "row"}, {"seed": 1}]
 )
 def test_a_setting_without_effect_is_refused(base: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
     (name,) = setting
