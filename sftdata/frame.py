@@ -59,10 +59,7 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
     except SftError as error:
         return fail(str(error), error.exit_code)
     except TyperException as error:
-        text, fix = explain_usage(
-            " ".join(error.format_message().split()), "sfttrain" if name == "sfttrain" else "sftdata"
-        )
-        return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
+        return _refuse_usage(app, name, arguments, error, fail)
     except (KeyboardInterrupt, Abort):
         return fail("Interrupted; what is finished is kept. Run the same command to go on.", INTERRUPTED)
     except StoppedError as stop:
@@ -87,6 +84,21 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
         text = f"Internal error: {type(error).__name__}: {error} ({frame.name}, line {frame.lineno})."
         return fail(f"{' '.join(text.split())} Fix: run again with --debug and report it.", 1)
     return code if isinstance(code, int) else 0
+
+
+def _refuse_usage(
+    app: typer.Typer,
+    name: str,
+    arguments: Sequence[str],
+    error: TyperException,
+    fail: Callable[[str, int], int],
+) -> int:
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # not public; its message is the help, in many lines
+        print(message, file=sys.stderr)
+        return 2
+    text, fix = explain_usage(" ".join(message.split()), "sfttrain" if name == "sfttrain" else "sftdata")
+    return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
 
 
 def _fail(line: str, code: int, *, prefix: str, debug: bool) -> int:

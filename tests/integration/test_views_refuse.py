@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sftdata.cli import main
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.verify import verify
@@ -200,3 +201,12 @@ def test_values_are_refused_with_a_fix_that_helps(setting: dict[str, Any], said:
     with pytest.raises(UsageError) as caught:
         check_settings(ViewConfig, "sftdata", {"sets": ["x"], "output": "y", **setting})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["view", "prepare"])
+def test_a_command_alone_shows_its_help_in_lines(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    out, said = capsys.readouterr()
+    assert not out
+    assert said.startswith("Usage: ")
+    assert max(map(len, said.splitlines())) <= 110
