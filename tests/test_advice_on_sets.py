@@ -334,7 +334,7 @@ SHOWN: dict[str, tuple[str, str, int]] = {
         "resolve rows.jsonl -t {} --response-template x --chat-template refusing.jinja",
         "preview rows.jsonl -t {} --chat-template refusing.jinja", 0,
     ),
-    "see `{} {}--help`.": ("stats", "stats --help", 0),
+    "see `{} {}--help`.": ("stats a b", "stats --help", 0),
     "`sftdata explain` lists them all.": ("explain zzz", "explain", 0),
     "`sftdata stats` counts the rows that were left out.": ("inspect short --example 1", "stats short", 0),
     "run `sftdata verify`, or prepare the set again.": ("audit hurt --json", "verify hurt", 4),
