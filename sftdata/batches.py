@@ -466,3 +466,13 @@ def positions_of(starts: Int64, lengths: Int64) -> Int64:
     offsets = offsets_of(lengths)
     positions: Int64 = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return positions
+
+
+def count_between(places: Int64, start: Int64, stop: Int64) -> Int64:
+    """Count the places, int64[K] ascending, in each half-open stretch, int64[S]; an empty one has none.
+
+    >>> count_between(np.array([1, 4, 5]), np.array([0, 4, 6]), np.array([2, 6, 5])).tolist()
+    [1, 2, 0]
+    """
+    counts: Int64 = np.searchsorted(places, stop) - np.searchsorted(places, np.minimum(start, stop))
+    return counts

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, PackPlan, Tally, TokenBatch, offsets_of, positions_of
+from sftdata.batches import Bool, Int64, PackPlan, Tally, TokenBatch, count_between, offsets_of, positions_of
 from sftdata.errors import DataError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
@@ -122,10 +122,10 @@ def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> 
         first = int(np.argmax(overlong))
         raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
     example, start, stop = _cut(batch.lengths, limit, policy)
-    before = np.flatnonzero(batch.trained)
-    whole = _trained(before, batch.offsets[:-1], batch.offsets[1:])
+    places = np.flatnonzero(batch.trained)
+    whole = count_between(places, batch.offsets[:-1] + 1, batch.offsets[1:])
     begin = batch.offsets[example]
-    trained = _trained(before, begin + start, begin + stop)
+    trained = count_between(places, begin + start + 1, begin + stop)
     reason = np.select(
         [whole[example] == 0, overlong[example] & (policy == "drop"), trained == 0], [1, 2, 3], KEPT
     )
@@ -207,12 +207,6 @@ def _cut(lengths: Int64, limit: int, policy: Policy) -> tuple[Int64, Int64, Int6
     example = np.repeat(example, pieces)
     start = (np.arange(len(example)) - np.repeat(offsets_of(pieces)[:-1], pieces)) * limit
     return example, start, np.minimum(start + limit, lengths[example])
-
-
-def _trained(places: Int64, start: Int64, stop: Int64) -> Int64:
-    """Count the trained tokens, at these places, that follow the first token of each stretch, int64[K]."""
-    found: Int64 = np.searchsorted(places, stop) - np.searchsorted(places, np.minimum(start + 1, stop))
-    return found
 
 
 def without_ending(batch: TokenBatch, kept: Pieces) -> Int64:

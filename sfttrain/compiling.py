@@ -31,7 +31,7 @@ _DOCUMENT_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 
 
-class Choice(NamedTuple):
+class Compilation(NamedTuple):
     """What is compiled: `layers` (and the loss), `loss`, or `none`; and why."""
 
     what: str
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 def choose_compile(
     config: TrainConfig, args: TrainingArguments, model: nn.Module, steps: int, kernels: bool
-) -> Choice:
+) -> Compilation:
     """Choose what to compile.
 
     Args:
@@ -55,24 +55,24 @@ def choose_compile(
     """
     asked = config.compile
     if asked == "none":
-        return Choice("none", "as asked")
-    reason = _obstacle(args, model, asked)
+        return Compilation("none", "as asked")
+    reason = _unsupported_reason(args, model, asked)
     if reason:
         if asked != "auto":
             raise UsageError(f"compile={asked} cannot be used: {reason}.", "set compile=none.")
-        return Choice("none", reason)
+        return Compilation("none", reason)
     if asked != "auto":
-        return Choice(asked, "as asked")
+        return Compilation(asked, "as asked")
     if args.device.type != "cuda":
-        return Choice("none", "it pays on a GPU only")
+        return Compilation("none", "it pays on a GPU only")
     if steps < ENOUGH_STEPS:
-        return Choice("none", f"{steps} steps are fewer than {ENOUGH_STEPS}")
+        return Compilation("none", f"{steps} steps are fewer than {ENOUGH_STEPS}")
     if kernels:
-        return Choice("loss", "the layers run Liger's kernels")
-    return Choice("layers", f"{steps:,} steps")
+        return Compilation("loss", "the layers run Liger's kernels")
+    return Compilation("layers", f"{steps:,} steps")
 
 
-def _obstacle(args: TrainingArguments, model: nn.Module, asked: str) -> str:
+def _unsupported_reason(args: TrainingArguments, model: nn.Module, asked: str) -> str:
     if args.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if args.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -99,7 +99,7 @@ def repeated_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
             yield from repeated_layers(child)
 
 
-def start_compiled(model: nn.Module, choice: Choice) -> str:
+def start_compiled(model: nn.Module, choice: Compilation) -> str:
     """Compile as chosen, at the next forward; return what that is, in words."""
     fused = _fused(model)
     parts = ["the loss"] if fused is not None else []

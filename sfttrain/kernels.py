@@ -51,7 +51,7 @@ def add_kernels(
         UsageError: they were asked for and cannot be used.
     """
     model_config: PreTrainedConfig = cast(Any, model).config
-    reason = _obstacle(model_config, where)
+    reason = _unsupported_reason(model_config, where)
     if not reason:
         try:
             rounding, before = remembered(
@@ -76,7 +76,7 @@ def add_kernels(
     return True
 
 
-def _obstacle(model_config: PreTrainedConfig, where: Surroundings) -> str:
+def _unsupported_reason(model_config: PreTrainedConfig, where: Surroundings) -> str:
     if where.device not in DEVICES:
         return f"Liger's need a GPU and the device is {where.device}"
     if importlib.util.find_spec("liger_kernel") is None:

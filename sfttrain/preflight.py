@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
 from sfttrain import checkpoint, device
-from sfttrain.compiling import Choice, start_compiled, stop_compiled
+from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory
 from sfttrain.process import Say
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compiled
 
 
-def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Choice, say: Say) -> None:
+def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Compilation, say: Say) -> None:
     """Check room on the disk, log what the weights take, and compile what was chosen.
 
     Nothing else is tried: what a step lacks shows in the first one (`FirstStep`), before anything is lost.
@@ -113,7 +113,7 @@ class FirstStep(TrainerCallback):
 
 
 def _try_compiled(
-    model: nn.Module, choice: Choice, plain: Trial, trial: Callable[[], Trial], say: Say
+    model: nn.Module, choice: Compilation, plain: Trial, trial: Callable[[], Trial], say: Say
 ) -> bool:
     """Compile; keep it, and return True, if loss and gradient of the first batch are those of a plain step.
 

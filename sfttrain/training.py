@@ -16,7 +16,7 @@ from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import choose_attention, register_attention
-from sfttrain.compiling import Choice, choose_compile, layers_compiled, start_compiled, stop_compiled
+from sfttrain.compiling import Compilation, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
 from sfttrain.device import by_memory, out_of_memory, refuse_too_large
@@ -149,7 +149,7 @@ def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int
         _add_kernels(setting, trainer, where)  # what the compiler could not do
 
 
-def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Choice:
+def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int) -> Compilation:
     """Return what to compile; where that is not the layers, put kernels on them."""
     config = setting.config
     choice = choose_compile(

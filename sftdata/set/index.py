@@ -29,6 +29,7 @@ from sftdata.batches import (
     PackedRows,
     PackPlan,
     TokenBatch,
+    count_between,
     offsets_of,
     positions_of,
 )
@@ -146,7 +147,7 @@ class Segments:
         _refuse_other(path, "rest", self.rest, in_rest)
         _refuse_other(path, "length", self.length, tokens.lengths)
         begins, ends = tokens.offsets[:-1], tokens.offsets[1:]
-        trained = count_between(np.flatnonzero(tokens.trained), np.minimum(begins + 1, ends), ends)
+        trained = count_between(np.flatnonzero(tokens.trained), begins + 1, ends)
         _refuse_other(path, "trained", self.trained, trained)
         first = np.append(tokens.trained, False)[begins] & (ends > begins)
         _refuse_other(path, "first_trained", self.first_trained[in_rest], first[in_rest])
@@ -292,7 +293,7 @@ def index_documents(placed: Placed, weighted: bool = False, bos_id: int | None =
         row=np.concatenate(rows).astype(np.int32),
         offset=start.astype(np.int32),
         length=length.astype(np.int32),
-        trained=count_between(places, first + 1, first + length),
+        trained=count_between(places, first + 1, first + length).astype(np.int32),
         first_trained=labelled,
         rest=np.repeat([False, True], [len(packs.example), len(rest.example)]),
         whole=length == documents.lengths[document],
@@ -300,12 +301,6 @@ def index_documents(placed: Placed, weighted: bool = False, bos_id: int | None =
         prompt_hash=hash_prompts(documents, bos_id)[document],
         first_weights=weights,
     )
-
-
-def count_between(places: Int64, start: Int64, stop: Int64) -> Int32:
-    """Count the places, int64[K] ascending, in each stretch; int32[S]."""
-    counts = np.searchsorted(places, stop) - np.searchsorted(places, np.minimum(start, stop))
-    return counts.astype(np.int32)
 
 
 def hash_documents(documents: TokenBatch, weighted: bool) -> UInt64:

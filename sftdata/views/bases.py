@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, PackedRows, TokenBatch, offsets_of, positions_of
+from sftdata.batches import IGNORE_INDEX, PackedRows, TokenBatch, count_between, offsets_of, positions_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.index import (
     INDEX,
@@ -17,7 +17,6 @@ from sftdata.set.index import (
     RestRows,
     Segments,
     beside_name,
-    count_between,
     hash_documents,
     hash_prompts,
     read_index,
@@ -230,7 +229,7 @@ def _derive_batch(rows: PackedRows, base: Base, block: int, shard: int) -> Locat
         start=start,
         length=length.astype(np.int32),
         offset=np.zeros(len(here), np.int32),
-        trained=count_between(places, first + 1, documents.offsets[1:]),
+        trained=count_between(places, first + 1, documents.offsets[1:]).astype(np.int32),
         first_label=trained[first],
         first_weight=documents.weights()[first],
         shard=np.full(len(here), shard, np.int32),

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from sftdata.errors import UsageError
 from sfttrain import compiling
 from sfttrain.attention import register_attention
-from sfttrain.compiling import Choice, choose_compile, compile_layers, restore_layers, start_compiled
+from sfttrain.compiling import Compilation, choose_compile, compile_layers, restore_layers, start_compiled
 from sfttrain.config import read_settings
 from sfttrain.data import Collator
 from sfttrain.loss import Head, Objective, fuse_loss, supervised_loss
@@ -180,7 +180,9 @@ def test_what_the_compiler_cannot_do_is_left_out_by_name(
     assert "compile: the loss (as asked) in" in told
 
 
-def _chosen(asked: str, device: str, steps: int, model: Any, kernels: bool = False, **more: Any) -> Choice:
+def _chosen(
+    asked: str, device: str, steps: int, model: Any, kernels: bool = False, **more: Any
+) -> Compilation:
     config = read_settings(None, [], {"model": "m", "output": "o", "compile": asked})
     args: Any = SimpleNamespace(
         device=torch.device(device), fsdp=more.get("fsdp"), deepspeed=None, activation_checkpointing_kwargs={}
@@ -206,4 +208,4 @@ def test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough(monkeypatch:
 def test_a_model_without_known_layers_is_left_as_it_is() -> None:
     with pytest.raises(UsageError, match="Linear has no repeated layer"):
         _chosen("layers", "cpu", 10, torch.nn.Linear(2, 2))
-    assert start_compiled(torch.nn.Linear(2, 2), Choice("loss", "")) == "nothing"
+    assert start_compiled(torch.nn.Linear(2, 2), Compilation("loss", "")) == "nothing"
