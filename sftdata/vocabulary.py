@@ -191,7 +191,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     file = _read(folder / "tokenizer.json", _TokenizerFile)
     if file is None:
         raise UsageError(
-            f"{folder}: no tokenizer.json, so ids cannot be turned into text.", "prepare the set again."
+            f"{folder}: no tokenizer.json, so ids cannot be turned into text.",
+            "prepare the set again with --overwrite.",
         )
     vocab = file.model.vocab
     pieces = (
@@ -268,7 +269,7 @@ def _read(path: Path, kind: type[File]) -> File | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "restore the file or prepare the set again."
+            f"{path}: damaged: {error}.", "restore the file, or prepare the set again with --overwrite."
         ) from None
 
 

@@ -22,7 +22,7 @@ import sftdata
 import sfttrain.cli
 from sftdata.cli import build_app, main
 from tests.advice import ROOT, collect
-from tests.test_advice_on_sets import BUILT, FOUND, SAME_COMMAND, SHOWN
+from tests.test_advice_on_sets import BUILT, DAMAGED, FOUND, SAME_COMMAND, SHOWN
 from tests.test_advice_on_training import FOLLOWED_IN_TRAINING
 
 TOKENIZER = ROOT / "examples/tokenizer"
@@ -421,7 +421,7 @@ def test_what_is_followed_elsewhere_is_a_test_that_there_is(place: str) -> None:
 CHOICES = set((ROOT / "tests/advice_choices.txt").read_text(encoding="utf-8").splitlines())
 
 
-FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, SAME_COMMAND}
+FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, *DAMAGED, SAME_COMMAND}
 
 
 def test_every_piece_of_advice_has_its_place() -> None:

@@ -337,7 +337,7 @@ SHOWN: dict[str, tuple[str, str, int]] = {
     "see `{} {}--help`.": ("stats a b", "stats --help", 0),
     "`sftdata explain` lists them all.": ("explain zzz", "explain", 0),
     "`sftdata stats` counts the rows that were left out.": ("inspect short --example 1", "stats short", 0),
-    "run `sftdata verify`, or prepare the set again.": ("audit hurt --json", "verify hurt", 4),
+    "run `sftdata verify`, or prepare the set again with --overwrite.": ("audit hurt --json", "verify hurt", 4),
 }  # fmt: skip
 
 
@@ -368,3 +368,32 @@ def test_who_follows_advice_on_what_is_shown_sees_it(
     assert main(wrong) in (2, 3, 4)
     assert f"Fix: {advice.replace('{} {}', 'sftdata stats ')}" in capsys.readouterr().err
     assert main(right) == SHOWN[advice][2]
+
+
+# --------------------------------------------------------------------------------------------------- damage
+
+# What `verify` advises of a set of which this file is damaged.
+DAMAGED = {
+    "restore the file, or prepare the set again with --overwrite.": "shard-00000.arrow",
+    "restore the files, or prepare the set again with --overwrite.": "index-00000.arrow",
+    "prepare the set again with --overwrite.": "manifest.json",
+}
+
+
+@pytest.mark.parametrize("advice", DAMAGED)
+def test_a_damaged_set_that_is_prepared_again_as_advised_is_whole(
+    advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tokenizers()
+    assert prepare(CHATS, "") == 0
+    path = Path("set", DAMAGED[advice])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF  # of the same size: the set still looks up to date
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify", "set"]) == 4
+    said = capsys.readouterr()
+    assert f"Fix: {advice}" in said.out + said.err
+    assert prepare(CHATS, "--overwrite") == 0
+    assert main(["verify", "set"]) == 0

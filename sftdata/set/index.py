@@ -57,7 +57,7 @@ UInt64 = npt.NDArray[np.uint64]
 INDEX, REST = "index", "rest"
 HASH_BYTES = 16
 _SLICE_FILE = re.compile(r"(?:shard|index|rest)-([0-9]{5,9})\.arrow")
-_AGAIN = "restore the file or prepare the set again."
+_AGAIN = "restore the file, or prepare the set again with --overwrite."
 
 
 def slice_number(name: str) -> int | None:

@@ -383,7 +383,7 @@ def read_counted(folder: Path) -> dict[str, Int64]:
             )
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again."
+            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again with --overwrite."
         ) from None
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -448,5 +448,5 @@ def read_slices(folder: Path) -> list[SliceRecord]:
         return [msgspec.json.decode(line, type=SliceRecord) for line in lines]
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again."
+            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again with --overwrite."
         ) from None

@@ -187,7 +187,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not a manifest: {error}.", "prepare the set again.") from None
+        raise IntegrityError(
+            f"{path}: not a manifest: {error}.", "prepare the set again with --overwrite."
+        ) from None
     _check_seal(manifest, path)
     _check_sums(manifest, str(path))
     return manifest
@@ -237,7 +239,8 @@ def _check_seal(manifest: Manifest, path: Path) -> None:
         if written != found:
             said = f"{name} is {written!r}, the content gives {found}"
             raise IntegrityError(
-                f"{path}: changed after it was written: {said}.", "restore the file or prepare the set again."
+                f"{path}: changed after it was written: {said}.",
+                "restore the file, or prepare the set again with --overwrite.",
             )
 
 
@@ -271,12 +274,14 @@ def _check_beside(manifest: Manifest, where: str) -> None:
     if lacking:
         index = min(lacking)
         name = max(name for name in listed if name.endswith(index.partition("-")[2]))
-        raise IntegrityError(f"{where}: {name} is listed without {index}.", "prepare the set again.")
+        raise IntegrityError(
+            f"{where}: {name} is listed without {index}.", "prepare the set again with --overwrite."
+        )
     missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
     if missing and not rest:
         raise IntegrityError(
             f"{where}: {missing} tokens were cut or dropped, and no {REST} file is listed that holds them.",
-            "prepare the set again.",
+            "prepare the set again with --overwrite.",
         )
 
 
@@ -288,11 +293,11 @@ def _check_sources(manifest: Manifest, where: str) -> None:
             found = (
                 f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
             )
-            raise IntegrityError(f"{where}: {found}.", "prepare the set again.")
+            raise IntegrityError(f"{where}: {found}.", "prepare the set again with --overwrite.")
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
         counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
         raise IntegrityError(
             f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.",
-            "prepare the set again.",
+            "prepare the set again with --overwrite.",
         )

@@ -162,7 +162,9 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
     offsets = {name: list_offsets(batch[name]) for name in ragged}
     for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
         if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
-            raise IntegrityError(f"{path}: {name} and {twin} differ in length.", "prepare the set again.")
+            raise IntegrityError(
+                f"{path}: {name} and {twin} differ in length.", "prepare the set again with --overwrite."
+            )
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
     return PackedRows(
         input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights
@@ -210,7 +212,9 @@ def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifes
     first = 0
     for batch in batches:
         for rows, what in broken_laws(batch, manifest):
-            raise IntegrityError(f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again.")
+            raise IntegrityError(
+                f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again with --overwrite."
+            )
         first += len(batch)
 
 
@@ -324,7 +328,7 @@ def read_file(path: Path, expected: pa.Schema) -> list[pa.RecordBatch]:
                 what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
             ) from error
         raise IntegrityError(
-            f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again."
+            f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again with --overwrite."
         ) from error
     return batches
 

@@ -81,14 +81,18 @@ def plain_file(folder: Path, info: SetFile) -> Path:
     """
     path = folder / info.name
     if not path.is_file():
-        raise IntegrityError(f"{path}: missing.", "restore the file or prepare the set again.")
+        raise IntegrityError(
+            f"{path}: missing.", "restore the file, or prepare the set again with --overwrite."
+        )
     if path.resolve() != folder.resolve() / info.name:
         raise IntegrityError(
             f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
         )
     if path.stat().st_size != info.bytes:
         found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
-        raise IntegrityError(f"{path}: {found}.", "restore the file or prepare the set again.")
+        raise IntegrityError(
+            f"{path}: {found}.", "restore the file, or prepare the set again with --overwrite."
+        )
     return path
 
 
@@ -247,6 +251,6 @@ def check_file(folder: Path, file: SetFile) -> Path:
     if found != file.xxh3:
         raise IntegrityError(
             f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.",
-            "restore the file or prepare the set again.",
+            "restore the file, or prepare the set again with --overwrite.",
         )
     return path

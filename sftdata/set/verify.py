@@ -35,7 +35,8 @@ _COUNTED_PER_SHARD = {
     "tokens": "tokens",
     "tokens_trained": "tokens_trained",
 }
-_AGAIN = "restore the file or prepare the set again."
+_ANEW = "prepare the set again with --overwrite."
+_AGAIN = "restore the file, or prepare the set again with --overwrite."
 
 
 @dataclass(slots=True)
@@ -157,9 +158,7 @@ class _Recount:
         for batch in batches:
             for rows, what in broken_laws(batch, self.manifest):
                 more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-                problems.append(
-                    f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: prepare the set again."
-                )
+                problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: {_ANEW}")
             shard.count_packed(batch, length)
             self._examples.append(distinct(batch.example_ids[batch.example_ids >= 0]))
             first += len(batch)
@@ -180,7 +179,7 @@ class _Recount:
 
 
 def _differs(path: Path, name: str, said: int, found: int) -> str:
-    return f"{path}: {name} is {found} when counted; the manifest says {said}. Fix: prepare the set again."
+    return f"{path}: {name} is {found} when counted; the manifest says {said}. Fix: {_ANEW}"
 
 
 def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -160,7 +160,7 @@ def _located(
     if len(row) and row.max() >= sum(counts):
         raise IntegrityError(
             f"{base.folder}: the index of slice {shard - base.first_shard} names rows that are not there.",
-            "run `sftdata verify`, or prepare the set again.",
+            "run `sftdata verify`, or prepare the set again with --overwrite.",
         )
     block = np.repeat(np.arange(len(parts)), counts)[row]
     begin = np.concatenate([np.empty(0, np.int64), *(part.row_offsets[:-1] for part in parts)])[row]

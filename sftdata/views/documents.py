@@ -185,7 +185,7 @@ def join_segments(segments: Located, blocks: tuple[Block, ...], where: str) -> D
     if len(wrong):
         raise IntegrityError(
             f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap.",
-            "run `sftdata verify`, or prepare the set again.",
+            "run `sftdata verify`, or prepare the set again with --overwrite.",
         )
     inside = np.ones(len(ids), np.int64)
     inside[first] = 0  # a label on a document's own first token trains nothing

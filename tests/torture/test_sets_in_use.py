@@ -183,7 +183,9 @@ def test_a_forged_set_is_one_line_for_whoever_opens_it(
         lambda opened: verify_sets([opened]),
     ]
     for read in readers:
-        with pytest.raises(IntegrityError, match=r"shard-00000.arrow: row 0: .* Fix: prepare the set again."):
+        with pytest.raises(
+            IntegrityError, match=r"shard-00000.arrow: row 0: .* Fix: prepare the set again with --overwrite."
+        ):
             read(open_set(place / "set"))
     for command in (
         ["audit"],
