@@ -111,7 +111,8 @@ def definitions(package: ModuleType) -> Iterator[tuple[str, str]]:
         source = (DOCS.parent / package.__name__ / path).read_text("utf-8")
         found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         for node in sorted(found, key=lambda node: isinstance(node, ast.ClassDef)):
-            if node.name in package.__all__:
+            overloads = [name.id for name in node.decorator_list if isinstance(name, ast.Name)]
+            if node.name in package.__all__ and "overload" not in overloads:
                 yield node.name, "\n".join(source.splitlines()[node.lineno - 1 : node.body[0].end_lineno])
 
 

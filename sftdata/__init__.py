@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, overload
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
+    from sftdata.keywords import ViewSettings
     from sftdata.run import Preview
     from sftdata.set.manifest import Manifest
     from sftdata.set.verify import VerifyReport
@@ -206,6 +209,18 @@ def stream(
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
 
 
+@overload
+def view(
+    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
+    eval: None = None, **settings: Unpack[ViewSettings],
+) -> Manifest: ...  # fmt: skip
+@overload
+def view(
+    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
+    eval: str | float, **settings: Unpack[ViewSettings],
+) -> tuple[Manifest, Manifest]: ...  # fmt: skip
 def view(
     sets: str | Path | Sequence[str | Path], *,
     output: str | Path,
@@ -216,10 +231,10 @@ def view(
     min_tokens: int | None = None, max_tokens: int | None = None,
     min_trained: str | None = None, max_trained: str | None = None, drop: Path | None = None,
     dedup: Literal["row", "prompt"] | None = None,
-    exclude: Sequence[str] = (), exclude_by: Literal["row", "prompt"] = "prompt",
+    exclude: Sequence[str | Path] = (), exclude_by: Literal["row", "prompt"] = "prompt",
     cap: Mapping[str, str] = {},
     # ---- split and mix
-    eval: str | None = None, mix: Mapping[str, float] = {},
+    eval: str | float | None = None, mix: Mapping[str, float | str] = {},
     mix_by: Literal["rows", "tokens", "trained"] = "trained", passes: float = 1, total: str | None = None,
     seed: int = 0,
     # ---- how it is laid out
@@ -229,7 +244,7 @@ def view(
     pack_over: Literal["auto", "slice", "view"] = "auto", order: Literal["as-is", "shuffled"] = "as-is",
     overwrite: bool = False,
     **unknown: Never,
-) -> tuple[Manifest, ...]:  # fmt: skip
+) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
 
     Args:
@@ -242,7 +257,7 @@ def view(
     The other arguments are the settings of `sftdata view --help`.
 
     Returns:
-        The manifest of the set; with `eval` those of both, training first.
+        The manifest of the set; with `eval` a tuple of two, that of the training set first.
 
     Raises:
         SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
@@ -253,7 +268,8 @@ def view(
     from sftdata.views.write import make_view
 
     given = {name: value for name, value in locals().items() if name in ViewConfig.model_fields}
-    return make_view(check_settings(ViewConfig, "sftdata", given | unknown), on_progress, on_note or _log)
+    made = make_view(check_settings(ViewConfig, "sftdata", given | unknown), on_progress, on_note or _log)
+    return made[0] if eval is None else (made[0], made[1])
 
 
 def open(folder: str | Path) -> ShownSet:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sftdata.errors import UsageError
 from sftdata.output import local_output
-from sftdata.settings import check_settings
+from sftdata.settings import NamesOfData, check_settings
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
@@ -43,7 +43,7 @@ class PrepareConfig(BaseModel):
     map: dict[str, str] = Field(
         default_factory=dict, description="Canonical column = column in the data, e.g. completion=response."
     )
-    map_role: dict[str, str] = Field(
+    map_role: Annotated[dict[str, str], NamesOfData] = Field(
         default_factory=dict, description="Role in the data = canonical role, e.g. bot=assistant."
     )
     formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")

@@ -73,7 +73,8 @@ def _run(app: typer.Typer, name: str, arguments: Sequence[str], fail: Callable[[
         return 0
     except MemoryError as error:
         reason = one_line(f"Out of memory: {error}".rstrip(": ").rstrip("."))
-        return fail(f"{reason}. Fix: lower --max-length, --workers or slice_bytes, or free memory.", 1)
+        lower = "lower --max-length, --workers or slice_bytes, or " if arguments[:1] == ["prepare"] else ""
+        return fail(f"{reason}. Fix: {lower}free memory, then run the same command again.", 1)
     except OSError as error:  # not handled where it arose: the machine failed, not the program
         reason = f"{error.filename or 'This machine'}: {error.strerror or error}."
         return fail(

@@ -6,13 +6,14 @@ setting of another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sftdata.errors import UsageError, did_you_mean
 
@@ -23,6 +24,19 @@ Layer = tuple[Mapping[str, object], Mapping[str, str]]
 """The settings of one source, and the places of those that have one."""
 Overlay = Callable[[Settings, Mapping[str, object], Mapping[str, str]], None]
 """Puts the settings of one source, with their places, over those of earlier sources."""
+
+
+class NamesOfData:
+    """Marks a mapping by names found in the data, as `Annotated[dict[str, str], NamesOfData]`.
+
+    Such a name may hold dots, hyphens and equals signs; what it is mapped to holds no equals sign.
+    """
+
+
+def named_by_data(field: FieldInfo) -> bool:
+    """Return whether a setting is a mapping by names found in the data."""
+    return NamesOfData in field.metadata
+
 
 _HELP = {"sftdata": "see `sftdata prepare --help`.", "sfttrain": "see `sfttrain run --help`."}
 _KINDS = {
@@ -54,8 +68,9 @@ def load_settings(
         places |= lines
         overlay(settings, values, places)
     assigned: Settings = {}
+    by_data = [name for name, field in model.model_fields.items() if named_by_data(field)]
     for text in sets:
-        key = assign(assigned, text, settings)
+        key = assign(assigned, text, settings, by_data)
         places[key] = f"--set {key}"
     overlay(settings, assigned, places)
     places |= flags[1]
@@ -137,17 +152,28 @@ def read_settings_file(path: Path) -> tuple[Settings, dict[str, str]]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}, places
 
 
-def assign(settings: Settings, text: str, earlier: Mapping[str, object] | None = None) -> str:
+def assign(
+    settings: Settings,
+    text: str,
+    earlier: Mapping[str, object] | None = None,
+    by_data: Collection[str] = (),
+) -> str:
     """Apply one `key=value` of `--set`, where `a.b` is a key inside `a`. Return the setting it belongs to.
 
     Args:
         earlier: settings of other sources; `a.b` is set in a copy of theirs.
+        by_data: settings inside which all up to the last equals sign is one name.
 
     Raises:
         UsageError: no `key=value`, a value that is not YAML, or a key inside a setting that is no mapping.
     """
-    key, equals, value = text.partition("=")
-    *parents, last = key.strip().replace("-", "_").split(".")
+    first, dot, _ = text.partition(".")
+    if dot and first.strip().replace("-", "_") in by_data:
+        key, equals, value = text.rpartition("=")
+        parents, last = [first.strip().replace("-", "_")], key.partition(".")[2].strip()
+    else:
+        key, equals, value = text.partition("=")
+        *parents, last = key.strip().replace("-", "_").split(".")
     if not equals or not all([*parents, last]):
         raise UsageError(f"--set {text:.80}: expected KEY=VALUE.", "--set max_length=2048")
     try:

@@ -43,6 +43,13 @@ def prepare_and_look(rows: list[dict[str, object]], notes: list[str]) -> int:
     return manifest.ledger.tokens + len(seen.examples) + len(findings) + report.rows + len(shards)
 
 
+def look_again() -> int:
+    """Make views: one set, and the two sides of a split."""
+    whole = sftdata.view("set", output="longer", max_length=8192, mix={"a.jsonl": "70%", "b.jsonl": "30%"})
+    train, held_out = sftdata.view(["set"], output="both", eval="5%", dedup="prompt", exclude=[Path("other")])
+    return whole.ledger.tokens + train.ledger.tokens + held_out.ledger.tokens
+
+
 @sftdata.by_columns
 def questions(columns: dict[str, list[str]]) -> list[sftdata.Completion]:
     """Keep the type of a marked function."""
@@ -66,5 +73,6 @@ def refused(rows: list[str]) -> None:
     sftdata.prepare("a.jsonl", tokenizer="tok", output="set", packing="best")  # type: ignore[arg-type]
     sftdata.prepare("a.jsonl", "tok", output="set")  # type: ignore[call-arg]
     sftdata.stream(rows, tokenizer="tok", overwrite=True)  # type: ignore[arg-type]
+    sftdata.view("set", output="view", max_lenght=64)  # type: ignore[call-overload]
     sftdata.batched  # type: ignore[attr-defined]  # noqa: B018
     sfttrain.train("set", output="out", quantize="int4")  # type: ignore[arg-type]

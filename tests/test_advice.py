@@ -22,7 +22,7 @@ import sftdata
 import sfttrain.cli
 from sftdata.cli import build_app, main
 from tests.advice import ROOT, collect
-from tests.test_advice_on_sets import BUILT, DAMAGED, FOUND, SAME_COMMAND, SHOWN
+from tests.test_advice_on_sets import BUILT, DAMAGED, FOUND, SHOWN
 from tests.test_advice_on_training import FOLLOWED_IN_TRAINING
 
 TOKENIZER = ROOT / "examples/tokenizer"
@@ -380,6 +380,9 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_views_choice.py::test_a_recipe_is_written_checked_and_run"
     ),
     "give --total in {}, or --mix-by {}.": _VIEWS,
+    "take it out of --exclude, or out of the sets.": (
+        "tests/integration/test_views_named.py::test_what_a_set_is_excluded_from_is_not_itself"
+    ),
     "take it out of --mix, or loosen the filters.": _VIEWS,
     "--passes {}, or a smaller --total.": _VIEWS,
     "see `sftdata stats` for sources.": _VIEWS,
@@ -421,7 +424,7 @@ def test_what_is_followed_elsewhere_is_a_test_that_there_is(place: str) -> None:
 CHOICES = set((ROOT / "tests/advice_choices.txt").read_text(encoding="utf-8").splitlines())
 
 
-FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, *DAMAGED, SAME_COMMAND}
+FOLLOWED_ON_SETS = {case.advice for case in FOUND} | {*BUILT, *SHOWN, *DAMAGED}
 
 
 def test_every_piece_of_advice_has_its_place() -> None:

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
-from sftdata.settings import Layer, Model, load_settings, read_settings_file
+from sftdata.settings import Layer, Model, load_settings, named_by_data, read_settings_file
 
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
@@ -143,7 +143,8 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
 def _value(name: str, value: object, field: FieldInfo) -> object:
     """Return a setting from the text, or texts, of its flag."""
     if isinstance(value, list) and get_origin(field.annotation) is dict:
-        pairs = [text.partition("=") for text in value]
+        part = str.rpartition if named_by_data(field) else str.partition
+        pairs = [part(text, "=") for text in value]
         for text, (key, equals, _) in zip(value, pairs, strict=True):
             if not equals or not key:
                 raise UsageError(

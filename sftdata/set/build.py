@@ -61,7 +61,7 @@ configs:
     path: shard-*.arrow
 ---
 
-A set of tokenized, masked and packed rows for supervised fine-tuning, made by `sftdata prepare`.
+A set of tokenized, masked and packed rows for supervised fine-tuning, made by `sftdata COMMAND`.
 `manifest.json` says what it was made from; `sftdata verify` checks every byte of it against that.
 
 `load_dataset` reads its rows: `input_ids` and `labels` (-100 where not trained), `seq_lengths` of the
@@ -155,7 +155,7 @@ class Build:
         try:
             if not _take(lock, self.folder):
                 raise UsageError(
-                    f"{self.folder}: another `sftdata prepare` is building this set.",
+                    f"{self.folder}: another command is building this set.",
                     "wait for it, or choose another -o.",
                 )
             yield self
@@ -293,7 +293,8 @@ class Build:
                 )
             for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
                 sync_folder(folder)
-        write_atomic(self.folder / CARD_NAME, partial(write_parts, [CARD]))
+        card = CARD.replace(b"COMMAND", b"view" if manifest.bases else b"prepare")
+        write_atomic(self.folder / CARD_NAME, partial(write_parts, [card]))
         files = [*manifest.files, *map(self._describe, (*LISTS, SLICES_NAME, CARD_NAME)), *copied]
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
         self.put_in_place()

@@ -209,8 +209,12 @@ def _read_bytes(folder: Path, path: Path) -> bytes:
 def _not_a_set(folder: Path) -> UsageError:
     partial = folder if folder.name.endswith(PARTIAL_SUFFIX) else partial_folder(folder)
     if partial.is_dir():
-        goes_on = "run the same `sftdata prepare` again; it goes on where it stopped."
+        goes_on = "run the same command again; it goes on where it stopped."
         return UsageError(f"{folder}: not a finished set; {partial} holds an unfinished run.", goes_on)
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    if inside:
+        names = ", ".join(path.name for path in inside[:4]) + ", ..." * (len(inside) > 4)
+        return UsageError(f"{folder}: holds sets and is none itself: {names}.", f"name one, as {inside[-1]}.")
     found = f"not a finished set, as it has no {MANIFEST_NAME}" if folder.exists() else "no such folder"
     return UsageError(f"{folder}: {found}.", "name the folder that `sftdata prepare -o` wrote.")
 

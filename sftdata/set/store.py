@@ -35,8 +35,7 @@ _AGAIN = "then run the same command again; what is finished is kept."
 _FIXES = {
     errno.ENOSPC: f"free some space, {_AGAIN}",
     errno.EDQUOT: f"raise the quota or free some space, {_AGAIN}",
-    errno.EFBIG: "raise the file size limit (`ulimit -f`) or lower slice_bytes,"
-    " then run the same command again.",
+    errno.EFBIG: f"raise the file size limit (`ulimit -f`), {_AGAIN}",
 }
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: see renameat2(2)
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import EXAMPLES, Bool, Int64, PackPlan, offsets_of, positions_of
+from sftdata.choosing import refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.pack import Strategy, plan_packs
@@ -135,7 +136,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
 
 def _filled(config: ViewConfig, base: Base) -> ViewConfig:
     """Return the settings with those of a base where none are given."""
-    _refuse_idle(config)
+    refuse_idle(config, shuffled=config.order == "shuffled")
     settings = base.manifest.settings
     given = {
         name: getattr(config, name) or settings.get(name) for name in ("max_length", "overlong", "packing")
@@ -156,19 +157,6 @@ def _filled(config: ViewConfig, base: Base) -> ViewConfig:
             "--pack-over view.",
         )
     return config.model_copy(update=given)
-
-
-_NEEDS = {"total": "mix", "passes": "mix", "mix_by": "mix", "exclude_by": "exclude"}
-
-
-def _refuse_idle(config: ViewConfig) -> None:
-    """Refuse settings that act only beside another that is not given."""
-    for name, other in _NEEDS.items():
-        if getattr(config, name) != ViewConfig.model_fields[name].default and not getattr(config, other):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} without --{other}: it has no effect.", f"leave {flag} out.")
-    if config.seed and not (config.cap or config.eval or config.mix or config.order == "shuffled"):
-        raise UsageError("--seed: nothing is drawn; it has no effect.", "leave --seed out.")
 
 
 def _limit(config: ViewConfig) -> int | None:

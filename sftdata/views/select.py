@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 
 from sftdata.batches import Bool, Int64, offsets_of
+from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
 from sftdata.set.manifest import SourceInfo
-from sftdata.views.bases import open_bases, read_documents
+from sftdata.views.bases import Base, open_bases, read_documents
 from sftdata.views.choose import (
     draw,
     drawn_share,
@@ -23,7 +25,7 @@ from sftdata.views.choose import (
     within_cap,
 )
 from sftdata.views.documents import Documents, UInt64
-from sftdata.views.recipe import Measure, ViewConfig, read_amount, read_drops, read_share
+from sftdata.views.recipe import ViewConfig, read_drops
 
 _BLOCK_TOKENS = 1 << 22  # over-long documents are read in blocks of about so many tokens
 _STAYS = -1
@@ -147,9 +149,27 @@ def filter_documents(choice: Choice, config: ViewConfig) -> None:
         first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
         choice.keep(f"dedup-{config.dedup}", first)
     if config.exclude:
-        others = read_documents(open_bases([*config.sets[:1], *config.exclude])[1:])
+        others = read_documents(_excluded(config))
         by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
+
+
+def _excluded(config: ViewConfig) -> tuple[Base, ...]:
+    """Open the sets whose documents to leave out.
+
+    Raises:
+        UsageError: one is among the sets that the view is made of, is named twice or of another tokenizer.
+    """
+    taken = {Path(folder).resolve() for folder in config.sets}
+    for index, folder in enumerate(config.exclude):
+        if Path(folder).resolve() in taken:
+            raise UsageError(
+                f"--exclude {folder}: is one of the sets that the view is made of; none of it would be left.",
+                "take it out of --exclude, or out of the sets.",
+            )
+        if Path(folder).resolve() in [Path(other).resolve() for other in config.exclude[:index]]:
+            raise UsageError(f"--exclude {folder}: named twice.", "name it once.")
+    return open_bases([*config.sets[:1], *config.exclude])[1:]
 
 
 def _hashes(documents: Documents, by: str) -> UInt64:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ from sftdata.set.ledger import (
     encode_lines,
     read_counted,
 )
-from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
+from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, SourceInfo, read_manifest
 from sftdata.version import __version__
 from sftdata.views.bases import Base
 from sftdata.views.plan import ViewPlan, ViewSlice, plan_views
@@ -76,7 +77,8 @@ def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tu
     """Make both sides of a split in a folder of their own, which takes its name when both are whole."""
     output = config.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
-        finished_set(output, overwrite=config.overwrite)
+        if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
+            raise _made_otherwise(output)
     elif not config.overwrite:
         plans = plan_views(config)
         return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans)
@@ -99,10 +101,7 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
         say(f"{output} is up to date: same sets, same settings.")
         return old
     if old is not None and not overwrite:
-        raise UsageError(
-            f"{output}: holds a finished set made otherwise.",
-            "choose another -o, or replace the set with --overwrite.",
-        )
+        raise _made_otherwise(output)
     for note in plan.notes:
         say(note)
     with Build(output).locked() as build:
@@ -117,6 +116,13 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
             results = _write_slices(plan, build, done, progress)
             _refuse_changed(plan.bases)
             return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
+
+
+def _made_otherwise(output: Path) -> UsageError:
+    return UsageError(
+        f"{output}: holds a finished set made otherwise.",
+        "choose another -o, or replace the set with --overwrite.",
+    )
 
 
 def _identity(plan: ViewPlan) -> dict[str, object]:
@@ -247,7 +253,7 @@ def _record(plan: ViewPlan, result: ShardResult) -> SliceRecord:
 
 def _lists(plan: ViewPlan) -> dict[str, bytes]:
     """Return the lists beside the shards: rejects of the bases, dropped rows, rows behind counters."""
-    rejects = b"".join((base.folder / REJECTS_NAME).read_bytes() for base in plan.bases)
+    rejects = b"".join(_rejects(base, renamed) for base, renamed in _renamed(plan))
     dropped = dict(_carried(plan)) | dict(_dropped(plan))
     return {
         REJECTS_NAME: rejects,
@@ -256,11 +262,32 @@ def _lists(plan: ViewPlan) -> dict[str, bytes]:
     }
 
 
+def _renamed(plan: ViewPlan) -> Iterator[tuple[Base, dict[str, SourceInfo]]]:
+    """Yield each base, and its sources as the view has them, by the names they have there."""
+    sources = iter(plan.choice.sources)
+    for base in plan.bases:
+        yield base, {old.name: next(sources) for old in base.manifest.sources}
+
+
+def _rejects(base: Base, here: Mapping[str, SourceInfo]) -> bytes:
+    """Return the rejects of a base, each with the name that its source has in the view."""
+    if all(name == source.name for name, source in here.items()):
+        return (base.folder / REJECTS_NAME).read_bytes()
+    lines = []
+    for line in map(bytes.decode, (base.folder / REJECTS_NAME).read_bytes().splitlines(keepends=True)):
+        file, end = _DECODER.raw_decode(line, len(_FILE))
+        name = here[file].name if file in here else file
+        lines.append(f"{_FILE}{msgspec.json.encode(name).decode()}{line[end:]}".encode())
+    return b"".join(lines)
+
+
+_DECODER, _FILE = json.JSONDecoder(), '{"file":'
+
+
 def _carried(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
     """Yield the rows that the bases dropped before they were tokenized, with their ids in the view."""
-    known, sources = plan.choice.documents.ids, iter(plan.choice.sources)
-    for base in plan.bases:
-        here = {source.name: renamed for source, renamed in zip(base.manifest.sources, sources, strict=False)}
+    known = plan.choice.documents.ids
+    for base, here in _renamed(plan):
         for line in (base.folder / DROPPED_NAME).read_bytes().splitlines():
             row = msgspec.json.decode(line, type=Dropped)
             source = here[row.file]

@@ -378,4 +378,4 @@ def test_two_runs_on_one_folder_the_second_refuses(tmp_path: Path) -> None:
     with Build(tmp_path / "set").locked():
         failed = command("prepare", EXAMPLES / "conversations.jsonl", "-t", TOKENIZER, "-o", tmp_path / "set")
     assert failed.returncode == 2
-    assert "another `sftdata prepare`" in failed.stderr
+    assert "another command is building" in failed.stderr

@@ -203,7 +203,7 @@ def test_of_two_runs_on_one_folder_the_second_refuses_and_the_first_is_not_distu
 ) -> None:
     with (
         Build(place / "set").locked(),
-        pytest.raises(UsageError, match="another `sftdata prepare` is building this set"),
+        pytest.raises(UsageError, match="another command is building this set"),
     ):
         prepare(small.data, place / "set")
     prepare(small.data, place / "set")

@@ -15,6 +15,7 @@ import pytest
 import sftdata
 import sfttrain
 from sftdata.config import PrepareConfig
+from sftdata.keywords import ViewSettings
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
 from sftdata.views.recipe import ViewConfig
 from sfttrain.config import TrainConfig
@@ -69,13 +70,13 @@ view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
  max_tokens: int | None = None, min_trained: str | None = None, max_trained: str | None = None,\
- drop: Path | None = None, dedup: Literal['row', 'prompt'] | None = None, exclude: Sequence[str] = (),\
- exclude_by: Literal['row', 'prompt'] = 'prompt', cap: Mapping[str, str] = {{}}, eval: str | None = None,\
- mix: Mapping[str, float] = {{}}, mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float = 1,\
+ drop: Path | None = None, dedup: Literal['row', 'prompt'] | None = None, exclude: Sequence[str | Path] = (),\
+ exclude_by: Literal['row', 'prompt'] = 'prompt', cap: Mapping[str, str] = {{}}, eval: str | float | None = None,\
+ mix: Mapping[str, float | str] = {{}}, mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float = 1,\
  total: str | None = None, seed: int = 0, max_length: int | None = None,\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
  packing: Literal['bfd', 'wrapped', 'none'] | None = None, pack_over: Literal['auto', 'slice', 'view'] = 'auto',\
- order: Literal['as-is', 'shuffled'] = 'as-is', overwrite: bool = False, **unknown: Never) -> tuple[Manifest, ...]
+ order: Literal['as-is', 'shuffled'] = 'as-is', overwrite: bool = False, **unknown: Never) -> Manifest | tuple[Manifest, Manifest]
 """,
     "sfttrain": """
 IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
@@ -175,6 +176,14 @@ def test_the_keywords_of_view_are_its_settings_with_their_defaults() -> None:
     assert [name for name in keywords if name in fields] == list(fields)
     for name, field in fields.items():
         assert keywords[name].default == field.get_default(call_default_factory=True), name
+
+
+def test_the_keywords_of_type_checkers_are_those_of_the_function() -> None:
+    keywords = inspect.signature(sftdata.view).parameters
+    own = {"sets", "output", "on_note", "on_progress", "eval", "unknown"}
+    assert ViewSettings.__annotations__.keys() == keywords.keys() - own
+    for name, kind in ViewSettings.__annotations__.items():
+        assert kind.__forward_arg__.replace('"', "'") == keywords[name].annotation.replace('"', "'"), name
 
 
 @pytest.mark.parametrize(
