@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
     from sftdata.set.verify import VerifyReport
     from sftdata.show.audit import Finding
+    from sftdata.show.diff import Diff
     from sftdata.show.view import ShownSet
     from sftdata.streaming import Stream
 
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "audit",
     "by_columns",
+    "diff",
     "open",
     "prepare",
     "preview",
@@ -303,6 +305,25 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     from sftdata.set.verify import verify as run
 
     return run(folder, sha256=sha256)
+
+
+def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
+    """Show what came, went or changed from one set to another, as `sftdata diff`: documents, tokens, labels.
+
+    Args:
+        a, b: finished sets.
+        limit: documents to keep of each kind, with their text.
+
+    Returns:
+        Counts, by kind and by source, that add up to the difference of the two ledgers; settings that are not
+        the same; `equal` if nothing differs. A notebook shows them.
+
+    Raises:
+        SftError: a folder is no finished set, a set is damaged, or one of format version 1 has lost tokens.
+    """
+    from sftdata.show.diff import diff as run
+
+    return run(a, b, limit)
 
 
 def audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]:

@@ -35,7 +35,7 @@ def command() -> NoReturn:
 def build_app() -> typer.Typer:
     """Assemble the commands, in the order a user meets them."""
     from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
-    from sftdata.cli.sets import audit, env, explain, inspect, stats, verify, view
+    from sftdata.cli.sets import audit, diff, env, explain, inspect, stats, verify, view
     from sftdata.frame import global_options
 
     app = _group("sftdata", "Turn SFT data into verified constant-length shards.\n\n"
@@ -51,6 +51,7 @@ def build_app() -> typer.Typer:
         inspect,
         stats,
         view,
+        diff,
         verify,
         explain,
         env,

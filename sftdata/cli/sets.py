@@ -131,6 +131,34 @@ def stats(
         print_stats(measure(shards.manifest), str(folder), make_console())
 
 
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A finished set.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Documents to show of each kind.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show which documents, tokens and labels came, went or changed from one set to another.
+
+    Exits with 0 if nothing differs, with 1 if anything does.
+
+    Example: sftdata diff monday tuesday
+    Example: sftdata diff base view --json --limit 100
+    """
+    from sftdata.show.diff import diff as run
+
+    found = run(a, b, limit)
+    if as_json:
+        print_json(found.to_json())
+    elif found.equal:
+        print_line(f"{a} and {b} are equal: {found.documents.a:,} documents, {found.tokens.a:,} tokens.")
+    else:
+        from sftdata.show.terminal import make_console, print_diff
+
+        print_diff(found, make_console())
+    if not found.equal:
+        raise typer.Exit(1)
+
+
 @with_settings(*(name for name in ViewConfig.model_fields if name != "sets"), model=ViewConfig)
 def view(
     config: ViewConfig,

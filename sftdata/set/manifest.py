@@ -126,6 +126,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Whether shards say what each trained token weighs."""
         return bool(self.settings.get("loss_weights"))
 
+    def deciding_settings(self) -> dict[str, Any]:
+        """Return the settings that are part of the digest: those that can change a byte of the set."""
+        return {key: value for key, value in self.settings.items() if key not in _PLACES + _MANNER}
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
@@ -221,9 +225,7 @@ def _not_a_set(folder: Path) -> UsageError:
 
 def _digest(manifest: Manifest) -> str:
     content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
-    content["settings"] = {
-        key: value for key, value in content["settings"].items() if key not in _PLACES + _MANNER
-    }
+    content["settings"] = manifest.deciding_settings()
     content["sources"] = [
         {key: value for key, value in source.items() if key != "unit"} for source in content["sources"]
     ]

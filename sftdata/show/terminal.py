@@ -8,7 +8,7 @@ glyph as well as by colour.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from sftdata.output import unguarded, visible
-from sftdata.show.stats import LengthBin, Part, SourceShare, Stats
+from sftdata.show.stats import MOST_SOURCES, LengthBin, Part, SourceShare, Stats
 from sftdata.show.view import DocumentView, Piece, View
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sftdata.show.audit import Finding
+    from sftdata.show.diff import Both, Change, Diff, SourceChange, Version
 
 TRAINED, CONTEXT, CONTROL, QUIET = "green underline", "", "cyan", "bright_black"
 TRAINED_CONTROL = "bold green underline"
@@ -35,6 +36,7 @@ _GUTTER, _BAR = 20, 40  # columns
 _GLYPHS = {
     "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"),
     "padding": ("░", "bright_black"), "lost": ("╱", "yellow"), "bad": ("╳", "red"),
+    "same": ("█", QUIET), "came": ("+", "green"), "went": ("-", "red"), "changed": ("~", "yellow"),
 }  # fmt: skip
 
 
@@ -235,3 +237,111 @@ def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
         shares = f"{source.tokens / total:>6.1%}, trained {trained / max(source.tokens, 1):>6.1%} "
         counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {shares}"
         yield Text.assemble(f"  {visible(source.name):<{width}}", counts, bar)
+
+
+def print_diff(found: Diff, console: Console) -> None:
+    """Print how two sets differ to a console of `make_console`."""
+    for name, folder, digest in zip("ab", found.folders, found.digests, strict=True):
+        line = Text.assemble((f"{name}  {visible(folder)}", "bold"), (f"   digest {digest[:12]}", QUIET))
+        console.print(line, soft_wrap=True)
+    for note in found.notes:
+        console.print(Text(visible(note)), soft_wrap=True)
+    console.print(Text(f"\n{'':<10}{'a':>14}{'b':>15}", "bold"))
+    for name in ("documents", "tokens", "trained"):
+        both: Both = getattr(found, name)
+        console.print(f"{name:<10}{both.a:>14,} {both.b:>14,}  {_signed(both.gain):>13}")
+    examples = [line for change in found.changes for line in _examples(change, console)]
+    for heading, lines in (
+        ("documents", [*_changes(found)]),
+        ("settings, a → b", [*_settings(found.settings)]),
+        ("sources that differ", [*_changed_sources(found.sources)]),
+        ("examples", examples),
+    ):
+        if lines:
+            console.print(Text.assemble("\n", (heading, "bold")))
+            for line in lines:
+                console.print(line, soft_wrap=True)
+
+
+def _signed(number: int) -> str:
+    return f"{number:+,}" if number else "="
+
+
+def _changes(found: Diff) -> Iterator[Text]:
+    """Draw what is the same and what is not, then a line for each kind."""
+    parts = found.parts()
+    yield Text.assemble("  ", _bar(parts, sum(part.count for part in parts)))
+    about = {change.meaning: change for change in found.changes}
+    for part in parts:
+        figures = f" {part.name:<38}{part.count:>12,}"
+        change = about.get(part.name)
+        more = "" if change is None else f"   {', '.join(_amounts(change))}"
+        yield Text.assemble("  ", _GLYPHS[part.kind], figures, (more, QUIET))
+
+
+def _amounts(change: Change) -> Iterator[str]:
+    """Yield what a change makes of tokens and labels, and where the other side has the documents."""
+    for name, both in (("tokens", change.tokens), ("trained", change.trained)):
+        if both.gain:
+            yield f"{both.gain:+,} {name}"
+    other = "a" if change.kind == "came" else "b"
+    if change.copies:
+        yield f"{change.copies:,} equal to one that {other} has"
+    if change.beside:
+        yield f"{change.beside:,} dropped by {other}"
+
+
+def _settings(settings: Mapping[str, tuple[object, object]]) -> Iterator[Text]:
+    from sftdata.show.diff import spell
+
+    width = max((len(name) for name in settings), default=0)
+    for name, (a, b) in settings.items():
+        yield Text(f"  {visible(name):<{width}}  {visible(spell(a))} → {visible(spell(b))}")
+
+
+def _changed_sources(sources: Sequence[SourceChange]) -> Iterator[Text]:
+    changed = [source for source in sources if source.changes or source.other_bytes]
+    width = min(max((len(source.name) for source in changed), default=0), 44)
+    for source in changed[:MOST_SOURCES]:
+        counts = [f"{count:,} {kind}" for kind, count in source.changes.items()]
+        documents = source.documents
+        counts += ["other bytes"] * (source.other_bytes and documents.a > 0 and documents.b > 0)
+        shares = f"{documents.a:>11,} → {documents.b:<11,} trained {_signed(source.trained.gain):<12}"
+        yield Text.assemble(f"  {visible(source.name):<{width}}", shares, (f"   {', '.join(counts)}", QUIET))
+    if len(changed) > MOST_SOURCES:
+        yield Text(f"  and {len(changed) - MOST_SOURCES:,} more")
+    if changed and len(changed) < len(sources):
+        others = len(sources) - len(changed)
+        yield Text(f"  {others:,} more {'is' if others == 1 else 'are'} the same", QUIET)
+
+
+def _examples(change: Change, console: Console) -> Iterator[Text]:
+    if change.examples:
+        count = f"{len(change.examples):,} of {change.documents:,}"
+        yield Text.assemble(
+            "  ", _GLYPHS[change.sign], (f" {change.meaning}", "bold"), (f"   {count}", QUIET)
+        )
+    styled = console.color_system is not None
+    for example in change.examples:
+        versions = [own for own in (example.a, example.b) if own is not None]
+        places = dict.fromkeys(visible(own.place) for own in versions)
+        yield Text(f"    {' → '.join(places)}   {_sizes(versions)}")
+        if change.kind == "cut":
+            continue
+        for own in versions:
+            sign = "-" if own is example.a else "+"
+            yield Text.assemble((f"      {sign} ", "red" if sign == "-" else "green"), _excerpt(own, styled))
+
+
+def _sizes(versions: Sequence[Version]) -> str:
+    sizes = [f"{own.tokens:,}" + f" of {own.length:,}" * (own.tokens < own.length) for own in versions]
+    trained = [f"{own.trained:,}" for own in versions]
+    return f"{' → '.join(dict.fromkeys(sizes))} tokens, {' → '.join(dict.fromkeys(trained))} trained"
+
+
+def _excerpt(version: Version, styled: bool) -> Text:
+    """Return what is shown of a document, on one line."""
+    text = Text("… " if version.skipped else "")
+    for piece in version.pieces:
+        text.append_text(_styled(visible(piece.text).replace("\n", NEWLINE), piece, styled))
+    return _joined(text).append(" …" if version.cut else "")

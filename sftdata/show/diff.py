@@ -1,0 +1,370 @@
+"""What came, went or changed between two sets, document by document.
+
+Documents count by what the rows of a set hold of them: `came`, `went` and what changed add up, in documents,
+tokens and trained tokens, to the difference of the two ledgers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import IGNORE_INDEX, Bool, Int64, TokenBatch
+from sftdata.errors import place
+from sftdata.pages import macro
+from sftdata.set.manifest import Manifest
+from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
+from sftdata.show.sides import Side, open_sides
+from sftdata.show.stats import Part
+from sftdata.show.view import Piece, view_example
+
+_HASH = re.compile(r"[0-9a-f]{32,}")
+_BEFORE, _SHOWN = 6, 40  # tokens shown of a document: before the first difference, and in all
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """A number in the first set, and in the second."""
+
+    a: int
+    b: int
+
+    @property
+    def gain(self) -> int:
+        """How much more the second has."""
+        return self.b - self.a
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A document as one of the sets has it.
+
+    Attributes:
+        place: file and line, or row.
+        example_id: of the set.
+        length: of the whole document, in tokens.
+        tokens, trained: in the rows of the set.
+        skipped: tokens before those that are shown.
+        pieces: some of its tokens, around the first that differs.
+        cut: whether it goes on behind them.
+    """
+
+    place: str
+    example_id: int
+    length: int
+    tokens: int
+    trained: int
+    skipped: int
+    pieces: tuple[Piece, ...]
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A document in both sets; None in the one that lacks it."""
+
+    a: Version | None
+    b: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Documents that differ in one way.
+
+    Attributes:
+        kind: of `MEANING`.
+        documents: how many.
+        tokens, trained: theirs, in the rows of each set.
+        copies: of those that came or went, documents of which the other set has an equal one, fewer times.
+        beside: of these, documents that the other set holds beside its rows, whole: dropped.
+        examples: the first few.
+    """
+
+    kind: Kind
+    documents: int
+    tokens: Both
+    trained: Both
+    copies: int
+    beside: int
+    examples: tuple[Example, ...]
+
+    @property
+    def meaning(self) -> str:
+        """The kind in words."""
+        return MEANING[self.kind]
+
+    @property
+    def sign(self) -> str:
+        """How it is drawn: `came`, `went` or `changed`."""
+        return self.kind if self.kind in ("came", "went") else "changed"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceChange:
+    """What differs in one source, by its name.
+
+    Attributes:
+        documents, tokens, trained: in the rows of each set.
+        changes: documents by kind, where any.
+        other_bytes: whether the file, or dataset, is not the same on both sides.
+    """
+
+    name: str
+    documents: Both
+    tokens: Both
+    trained: Both
+    changes: dict[Kind, int]
+    other_bytes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """How two sets differ.
+
+    Attributes:
+        folders, digests: of both.
+        documents, tokens, trained: in the rows of each.
+        same: documents that are equal, at the same place and cut alike.
+        moved: documents that are equal and cut alike, at another place.
+        changes: of all kinds, in the order of `MEANING`; those that are not found have no documents.
+        settings: those that are not the same, tokenizer and chat template included; None where one has none.
+        sources: in the order of the first set, then of the second.
+        notes: how the sets were compared, where not by their ids and labels.
+    """
+
+    folders: tuple[str, str]
+    digests: tuple[str, str]
+    documents: Both
+    tokens: Both
+    trained: Both
+    same: int
+    moved: int
+    changes: tuple[Change, ...]
+    settings: dict[str, tuple[object, object]]
+    sources: tuple[SourceChange, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs: no document, no place, no setting, no source."""
+        documents = self.moved + sum(change.documents for change in self.changes)
+        return not (documents or self.settings or any(source.other_bytes for source in self.sources))
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON data."""
+        plain: dict[str, object] = {"equal": self.equal} | msgspec.to_builtins(self)
+        return plain | {"changes": {change.kind: _change_json(change) for change in self.changes}}
+
+    def parts(self) -> tuple[Part, ...]:
+        """Return the documents of both sets by what became of them, empty parts left out."""
+        parts = [Part("same", "same", self.same), Part("same, at another place", "context", self.moved)]
+        parts += [Part(change.meaning, change.sign, change.documents) for change in self.changes]
+        return tuple(part for part in parts if part.count)
+
+    def _repr_html_(self) -> str:
+        settings = {name: tuple(map(spell, values)) for name, values in self.settings.items()}
+        return str(macro("charts.html.jinja", "difference")(self, self.parts(), settings))
+
+
+def spell(value: object) -> str:
+    """Return a setting as it is written; hashes are shortened.
+
+    >>> spell({"b": 1.0, "a": ["f" * 64, None]})
+    'b=1, a=ffffffffffff, —'
+    """
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={spell(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(spell, value)) or "none"
+    text = f"{value:g}" if isinstance(value, float) else "—" if value is None else str(value)
+    return text[:12] if _HASH.fullmatch(text) else text
+
+
+def _change_json(change: Change) -> dict[str, object]:
+    plain: dict[str, object] = msgspec.to_builtins(change)
+    examples = [{"a": _version_json(each.a), "b": _version_json(each.b)} for each in change.examples]
+    return plain | {"meaning": change.meaning, "examples": examples}
+
+
+def _version_json(version: Version | None) -> dict[str, object] | None:
+    """Return a version with its text in stretches that are trained or not."""
+    if version is None:
+        return None
+    plain: dict[str, object] = msgspec.to_builtins(version)
+    stretches = groupby(version.pieces, key=lambda piece: piece.trained)
+    pieces = [{"text": "".join(p.text for p in own), "trained": trained} for trained, own in stretches]
+    return plain | {"pieces": pieces}
+
+
+def diff(a: str | Path, b: str | Path, limit: int = 3) -> Diff:
+    """Compare two sets; texts are read only of documents that changed, and of the examples.
+
+    Args:
+        limit: examples of each kind.
+
+    Raises:
+        UsageError: a folder is no finished set, or one of format version 1 that has lost tokens.
+        IntegrityError: a set is damaged.
+    """
+    left, right = open_sides(a, b)
+    found = compare(left, right)
+    return Diff(
+        folders=(str(a), str(b)),
+        digests=(left.manifest.digest, right.manifest.digest),
+        documents=_sum(left.held, right.held),
+        tokens=_sum(left.tokens, right.tokens),
+        trained=_sum(left.trained, right.trained),
+        same=int((found.kind == SAME).sum()),
+        moved=int((found.kind == MOVED).sum()),
+        changes=tuple(_changes(found, limit)),
+        settings=dict(_settings(left.manifest, right.manifest)),
+        sources=tuple(_sources(found)),
+        notes=tuple(_notes(left, right)),
+    )
+
+
+# ----------------------------------------------------------------------------------------------- counting
+
+
+def _changes(found: Compared, limit: int) -> Iterator[Change]:
+    for number, kind in enumerate(KINDS):
+        which = np.flatnonzero(found.kind == number)
+        a, b = found.a[which], found.b[which]
+        yield Change(
+            kind,
+            len(which),
+            tokens=_sum(found.left.tokens[a[a >= 0]], found.right.tokens[b[b >= 0]]),
+            trained=_sum(found.left.trained[a[a >= 0]], found.right.trained[b[b >= 0]]),
+            copies=int(found.copy[which].sum()),
+            beside=int(found.beside[which].sum()),
+            examples=tuple(_example(found, index) for index in which[:limit].tolist()),
+        )
+
+
+def _sum(a: Int64 | Bool, b: Int64 | Bool) -> Both:
+    return Both(int(a.sum()), int(b.sum()))
+
+
+def _sources(found: Compared) -> Iterator[SourceChange]:
+    """Yield what differs in each source; what changed counts where the second set has it."""
+    sides = found.left, found.right
+    names = list(dict.fromkeys(source.name for side in sides for source in side.sources))
+    of = {name: number for number, name in enumerate(names)}
+    numbers = [np.array([of[source.name] for source in side.sources])[side.source] for side in sides]
+    known = [{source.name: source.xxh3 for source in side.sources} for side in sides]
+    where = np.where(found.b >= 0, numbers[1][found.b], numbers[0][found.a])
+    counted = [np.bincount(where[found.kind == number], minlength=len(names)) for number in range(len(KINDS))]
+    sums = {
+        name: [
+            np.bincount(number, getattr(side, name), len(names)).astype(np.int64)
+            for side, number in zip(sides, numbers, strict=True)
+        ]
+        for name in ("held", "tokens", "trained")
+    }
+    for index, name in enumerate(names):
+        both = {key: Both(*(int(column[index]) for column in columns)) for key, columns in sums.items()}
+        changes = {
+            kind: int(count[index]) for kind, count in zip(KINDS, counted, strict=True) if count[index]
+        }
+        same = known[0].get(name) == known[1].get(name)
+        yield SourceChange(name, both["held"], both["tokens"], both["trained"], changes, not same)
+
+
+_TOKENIZER = ("sha256", "vocab_size", "eos_id", "pad_id", "bos_id", "tokens_added")
+
+
+def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Yield what of all that decides the content is not the same."""
+    for name, (one, other) in {
+        "format version": (a.format_version, b.format_version),
+        **{
+            f"tokenizer {name}": (getattr(a.tokenizer, name), getattr(b.tokenizer, name))
+            for name in _TOKENIZER
+        },
+        "chat template": (a.chat_template_sha256, b.chat_template_sha256),
+        **_by_name(a.deciding_settings(), b.deciding_settings()),
+    }.items():
+        if one != other:
+            yield name, (one, other)
+
+
+def _by_name(a: dict[str, object], b: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Put the settings of both beside each other; those of a view get its name before theirs."""
+    flat = []
+    for settings in (a, b):
+        view = settings.get("view")
+        own = {key: value for key, value in settings.items() if key != "view"}
+        flat.append(own | {f"view.{k}": v for k, v in (view if isinstance(view, dict) else {}).items()})
+    return {name: (flat[0].get(name), flat[1].get(name)) for name in flat[0] | flat[1]}
+
+
+def _notes(left: Side, right: Side) -> Iterator[str]:
+    a, b = left.manifest, right.manifest
+    if left.letters is not None:
+        yield (
+            f"two tokenizers, {a.tokenizer.name} and {b.tokenizer.name}: compared by place and text,"
+            " control tokens and white space aside"
+        )
+    elif a.weighted != b.weighted:
+        yield f"only {(left if a.weighted else right).folder} has weights: those of the other count as 1"
+    if (a.format_version > 1) != (b.format_version > 1):
+        yield "one is of format version 1: labels of first tokens, which train nothing, are left aside"
+
+
+# ----------------------------------------------------------------------------------------------- examples
+
+
+def _example(found: Compared, number: int) -> Example:
+    """Read a document on the sides that hold it."""
+    sides = (found.left, int(found.a[number])), (found.right, int(found.b[number]))
+    which = [(side, index) for side, index in sides if index >= 0]
+    batches = [side.read(np.array([index])) for side, index in which]
+    starts = _first_difference(which, batches)
+    versions = iter(
+        _version(side, index, batch, start)
+        for (side, index), batch, start in zip(which, batches, starts, strict=True)
+    )
+    return Example(*(next(versions) if index >= 0 else None for _, index in sides))
+
+
+def _version(side: Side, index: int, batch: TokenBatch, differs: int) -> Version:
+    start = max(differs - _BEFORE, 0)
+    shown = slice(start, start + _SHOWN)
+    ids, trained = batch.input_ids[shown], batch.trained[shown]
+    labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
+    source = side.sources[int(side.source[index])]
+    return Version(
+        place=place(source.name, int(side.ids[index]) - source.first_id + 1, source.unit),
+        example_id=int(side.ids[index]),
+        length=int(side.lengths[index]),
+        tokens=int(side.tokens[index]),
+        trained=int(side.trained[index]),
+        skipped=start,
+        pieces=view_example(ids, labels, side.vocabulary).pieces,
+        cut=start + _SHOWN < len(batch.input_ids),
+    )
+
+
+def _first_difference(which: list[tuple[Side, int]], batches: list[TokenBatch]) -> Iterable[int]:
+    """Return the token of each document at which it differs from the other; 0 where there is no other."""
+    if len(which) == 1:
+        return [0]
+    letters = [side.letters for side, _ in which]
+    one, other = (
+        batch if own is None else own.spell(batch) for own, batch in zip(letters, batches, strict=True)
+    )
+    size = min(len(one.input_ids), len(other.input_ids))
+    differs = one.input_ids[:size] != other.input_ids[:size]
+    differs |= (one.trained[:size] != other.trained[:size]) | (one.weights()[:size] != other.weights()[:size])
+    longer = len(one.input_ids) != len(other.input_ids)
+    first = int(np.argmax(differs)) if differs.any() else size * longer
+    return [
+        first if own is None else own.token_at(batch.input_ids, first)
+        for own, batch in zip(letters, batches, strict=True)
+    ]

@@ -1,0 +1,258 @@
+"""The two sets of a comparison, document by document, as their indexes know them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
+from sftdata.set.index import INDEX, Segments, hash_documents, hash_prompts, read_index
+from sftdata.set.manifest import Manifest, SourceInfo
+from sftdata.set.store import check_file
+from sftdata.views.bases import Base, open_bases, read_documents
+from sftdata.views.documents import Documents, UInt64
+from sftdata.vocabulary import Vocabulary, read_vocabulary
+
+_BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
+_PLACE_BITS = 40  # of a place, for the row; the source is above them
+_WHITE = (9, 10, 11, 12, 13, 32)
+
+
+@dataclass(eq=False)
+class Side:
+    """One of two sets, document by document, in the order of their ids.
+
+    Attributes:
+        base: the set, opened.
+        ids: int64[N], example ids, ascending.
+        source: int64[N], index of the source of each.
+        places: int64[N], source and row in one number, the same for the same place on both sides.
+        lengths: int64[N], tokens of the whole document.
+        tokens, trained: int64[N], those in the rows of the set; 0 where the document is only beside them.
+        whole: bool[N], whether it lies in one row without a cut.
+        document: uint64[N, 2], hash of ids and labels.
+        prompt: uint64[N], hash of the ids before the first label; 0 where there are none.
+        pieces: int64[P], offset and length of each stretch that is in a row, in one number.
+        piece_offsets: int64[N + 1], of these.
+        letters: what each id adds to a text; None where ids are compared.
+    """
+
+    base: Base
+    ids: Int64
+    source: Int64
+    places: Int64
+    lengths: Int64
+    tokens: Int64
+    trained: Int64
+    whole: Bool
+    document: UInt64
+    prompt: UInt64
+    pieces: Int64
+    piece_offsets: Int64
+    letters: Letters | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def folder(self) -> Path:
+        """Where the set lies."""
+        return self.base.folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the set is."""
+        return self.base.manifest
+
+    @property
+    def sources(self) -> tuple[SourceInfo, ...]:
+        """Its sources, in the order of their ids."""
+        return self.base.manifest.sources
+
+    @property
+    def held(self) -> Bool:
+        """bool[N]: documents of which a token is in the rows."""
+        held: Bool = self.tokens > 0
+        return held
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of the set's tokenizer."""
+        return read_vocabulary(self.folder / "tokenizer")
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return read_documents((self.base,))
+
+    def read(self, which: Int64) -> TokenBatch:
+        """Return whole documents, int64[K], by their indices, with all labels."""
+        return self._documents.whole(np.searchsorted(self._documents.ids, self.ids[which]))
+
+    def read_compared(self, which: Int64) -> TokenBatch:
+        """Return them as they are compared: as tokens, or as the bytes of their text, one `input_id` each."""
+        batch = self.read(which)
+        return batch if self.letters is None else self.letters.spell(batch)
+
+    def rehash(self, weighted: bool, *, first_labels: bool) -> None:
+        """Hash documents and prompts anew, from their tokens, as the other side needs them.
+
+        Args:
+            weighted: include the weights of tokens.
+            first_labels: include the label of each document's first token.
+        """
+        for part in self.blocks(np.arange(len(self))):
+            batch = self.read_compared(part)
+            batch = batch if first_labels else _without_first_labels(batch)
+            self.document[part] = hash_documents(batch, weighted)
+            self.prompt[part] = hash_prompts(batch, self.manifest.tokenizer.bos_id)
+
+    def blocks(self, which: Int64) -> Iterator[Int64]:
+        """Yield documents by their indices, int64[K], in blocks that fit into memory."""
+        for part in blocks_of(self.lengths[which]):
+            yield which[part]
+
+
+def blocks_of(lengths: Int64) -> Iterator[slice]:
+    """Yield stretches of documents, of these numbers of tokens, that fit into memory one by one."""
+    ends = offsets_of(lengths)[1:]
+    edges = np.arange(_BLOCK_TOKENS, ends.max(initial=0), _BLOCK_TOKENS)
+    firsts = np.unique(np.append(np.searchsorted(ends, edges), [0, len(lengths)]))
+    for first, last in pairwise(firsts.tolist()):
+        yield slice(first, last)
+
+
+def _without_first_labels(batch: TokenBatch) -> TokenBatch:
+    """Return the same documents without the label of their first token."""
+    first = batch.offsets[:-1][batch.lengths > 0]
+    trained, weights = batch.trained.copy(), batch.weights().copy()
+    trained[first], weights[first] = False, 0
+    return replace(batch, trained=trained, loss_weights=weights)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Letters:
+    """The bytes that each id of a tokenizer adds to a text, control tokens and white space left out.
+
+    Attributes:
+        text: uint8[B], of all ids, end to end.
+        offsets: int64[V + 1], of each id.
+    """
+
+    text: npt.NDArray[np.uint8]
+    offsets: Int64
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, size: int) -> Letters:
+        """Return those of a vocabulary of `size` ids."""
+        silent, white = vocabulary.enders | vocabulary.special, bytes(_WHITE)
+        spelled = [
+            b"" if token in silent else vocabulary.bytes_of(token).translate(None, white)
+            for token in range(size)
+        ]
+        return cls(np.frombuffer(b"".join(spelled), np.uint8), offsets_of(list(map(len, spelled))))
+
+    def spell(self, batch: TokenBatch) -> TokenBatch:
+        """Return the same documents with one byte in the place of each `input_id`."""
+        size = np.diff(self.offsets)[batch.input_ids]
+        places = positions_of(self.offsets[batch.input_ids], size)
+        return TokenBatch(
+            self.text[places].astype(np.int32),
+            np.repeat(batch.trained, size),
+            offsets_of(size)[batch.offsets],
+            batch.row,
+        )
+
+    def token_at(self, input_ids: Int32, byte: int) -> int:
+        """Return which of these ids, int32[T], spells a byte of their text."""
+        ends = np.cumsum(np.diff(self.offsets)[input_ids])
+        return int(np.searchsorted(ends, byte, side="right"))
+
+
+def open_sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
+    """Open two sets to be compared: only their manifests and indexes are read, where these say enough.
+
+    Raises:
+        UsageError: a folder is no finished set, or one of format version 1 that has lost tokens.
+        IntegrityError: a set is damaged.
+    """
+    numbers: dict[tuple[str, int], int] = {}
+    left, right = (_open_side(folder, numbers) for folder in (a, b))
+    one, other = left.manifest, right.manifest
+    if one.tokenizer.sha256 != other.tokenizer.sha256:
+        for side in (left, right):
+            side.letters = Letters.of(side.vocabulary, side.manifest.tokenizer.vocab_size)
+    indexed = {manifest.format_version > 1 for manifest in (one, other)}
+    if left.letters or one.weighted != other.weighted or len(indexed) > 1:
+        weighted = left.letters is None and (one.weighted or other.weighted)
+        for side in (left, right):
+            side.rehash(weighted, first_labels=len(indexed) == 1)
+    return left, right
+
+
+def _open_side(folder: str | Path, numbers: dict[tuple[str, int], int]) -> Side:
+    """Open one side.
+
+    Args:
+        numbers: of the places' sources, by name and how often that name came before; grows.
+    """
+    (base,) = open_bases([folder])
+    if base.manifest.format_version == 1:
+        return _without_index(base, numbers)
+    files = [file for file in base.manifest.files if file.name.startswith(f"{INDEX}-")]
+    weighted = base.manifest.weighted
+    segments = Segments.join([read_index(check_file(base.folder, file), weighted) for file in files])
+    segments = segments.at(np.lexsort((segments.offset, segments.example_ids)))
+    ids, kept = segments.example_ids, ~segments.rest
+    first = np.flatnonzero(np.diff(ids, prepend=-1))
+    return Side(
+        base,
+        ids[first],
+        *_places(base, ids[first], numbers),
+        lengths=np.add.reduceat(segments.length.astype(np.int64), first),
+        tokens=np.add.reduceat(np.where(kept, segments.length, 0), first, dtype=np.int64),
+        trained=np.add.reduceat(np.where(kept, segments.trained, 0), first, dtype=np.int64),
+        whole=(segments.whole & kept)[first],
+        document=segments.document_hash[first],
+        prompt=segments.prompt_hash[first].copy(),
+        pieces=segments.offset[kept].astype(np.int64) << 32 | segments.length[kept],
+        piece_offsets=offsets_of(np.add.reduceat(kept, first, dtype=np.int64)),
+    )
+
+
+def _without_index(base: Base, numbers: dict[tuple[str, int], int]) -> Side:
+    """Open a set whose rows hold every document whole, and say so nowhere but in the rows."""
+    documents = read_documents((base,))
+    ids, lengths = documents.ids, documents.lengths
+    return Side(
+        base,
+        ids,
+        *_places(base, ids, numbers),
+        lengths=lengths,
+        tokens=lengths,
+        trained=documents.trained,
+        whole=np.ones(len(ids), np.bool_),
+        document=documents.document.copy(),
+        prompt=np.where(documents.prompt == documents.document[:, 0], np.uint64(0), documents.prompt),
+        pieces=lengths,  # the offset is 0
+        piece_offsets=np.arange(len(ids) + 1),
+    )
+
+
+def _places(base: Base, ids: Int64, numbers: dict[tuple[str, int], int]) -> tuple[Int64, Int64]:
+    """Return the source of each example id, and its place."""
+    sources, number = base.manifest.sources, []
+    seen: Counter[str] = Counter()
+    for source in sources:
+        number.append(numbers.setdefault((source.name, seen[source.name]), len(numbers)))
+        seen[source.name] += 1
+    filled = np.flatnonzero([source.rows > 0 for source in sources])
+    firsts = np.array([source.first_id for source in sources], np.int64)
+    of = filled[np.searchsorted(firsts[filled], ids, side="right") - 1]
+    return of, (np.array(number, np.int64)[of] << _PLACE_BITS) + ids - firsts[of]
