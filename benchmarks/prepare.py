@@ -63,7 +63,7 @@ def write_rows(path: Path, copies: int) -> tuple[int, str]:
         tokenizer = str(Path(data) / "tokenizers/qwen2.5-instruct")
     else:
         rng = random.Random(0)
-        words = (ROOT / "examples/text.jsonl").read_text().split()
+        words = (ROOT / "examples/text.txt").read_text().split()
         pairs = [
             (" ".join(rng.choices(words, k=200)), " ".join(rng.choices(words, k=30))) for _ in range(50_000)
         ]

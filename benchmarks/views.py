@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 from prepare import write_rows
 
+from sftdata.batches import offsets_of
 from sftdata.set.manifest import SourceInfo, read_manifest
 from sftdata.views.documents import Located, join_segments
-from sftdata.views.plan import _pack_whole, _passes, _stretches, plan_views
+from sftdata.views.order import pack_whole
+from sftdata.views.plan import _ledger, _passes, _stretches, plan_views
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import Choice, limit_documents
 from sftdata.views.write import write_slice
+
+SLICE = 100_000  # documents of one, in the index of many
 
 
 def main() -> None:
@@ -81,29 +85,38 @@ def command(*arguments: object) -> float:
 
 def measure_many(count: int) -> dict[str, Any]:
     """Measure the planning of many documents, packed together at 8,192 tokens."""
-    rng, same = np.random.default_rng(0), np.zeros(count, np.int32)
-    length = np.minimum(rng.lognormal(5.3, 1.0, count) + 5, 8000).astype(np.int32)
-    located = Located(
-        np.arange(count), same, np.zeros(count, np.int64), length, same, length // 3, np.zeros(count, np.bool_),
-        np.ones(count, np.float32), same, rng.integers(0, 2**63, (count, 2)).astype(np.uint64),
-        rng.integers(0, 2**63, count).astype(np.uint64),
-    )  # fmt: skip
+    parts = [draw_slice(number, min(SLICE, count - number * SLICE)) for number in range(-(-count // SLICE))]
+    tokens = sum(int(part.length.sum()) for part in parts)
     config = ViewConfig(sets=("many",), output=Path("none"), max_length=8192, packing="bfd")
     begin = time.process_time()
     choice = Choice.of(
-        join_segments(located, (), "many"),
+        join_segments(Located.join(parts), (), "many"),
         (SourceInfo(name="many", bytes=None, xxh3="", rows=count, first_id=0),),
     )
     limited = limit_documents(choice, 8192, "truncate")
     kept, rest = _stretches(config, choice, limited, _passes(choice)[1])
-    slices = _pack_whole(config, choice, kept, rest)[2]
-    slots = 8192 * sum(len(part.packs) for part in slices)
+    slices = pack_whole(config, choice, kept, rest)[2]
+    ledger = _ledger(config, (), choice, limited, kept, rest)
+    spent, slots = time.process_time() - begin, 8192 * sum(len(part.packs) for part in slices)
+    assert ledger.rows_kept == count
     return {
         "documents of an index": count,
-        "planned, s": round(time.process_time() - begin, 2),
+        "planned, s": round(spent, 2),
         "largest memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "full": f"{length.sum() / slots:.3%}",
+        "full": f"{tokens / slots:.3%}",
     }
+
+
+def draw_slice(number: int, count: int) -> Located:
+    """Draw the index of one slice, as it is when it has been read."""
+    rng, same = np.random.default_rng(number), np.zeros(count, np.int32)
+    length = np.minimum(rng.lognormal(5.3, 1.0, count) + 5, 8000).astype(np.int32)
+    return Located(
+        example_id=number * SLICE + np.arange(count), block=same + np.int32(number), length=length, offset=same,
+        start=offsets_of(length)[:-1], trained=length // 3, first_label=np.zeros(count, np.bool_),
+        first_weight=np.ones(count, np.float32), shard=same + np.int32(number),
+        document=rng.integers(1, 2**64, (count, 2), np.uint64), prompt=rng.integers(1, 2**64, count, np.uint64),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

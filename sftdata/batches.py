@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sftdata.errors import Fault, place
 
+Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

@@ -8,7 +8,18 @@ from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, PackPlan, Tally, TokenBatch, count_between, offsets_of, positions_of
+from sftdata.batches import (
+    Bool,
+    Int8,
+    Int32,
+    Int64,
+    PackPlan,
+    Tally,
+    TokenBatch,
+    count_between,
+    offsets_of,
+    positions_of,
+)
 from sftdata.errors import DataError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
@@ -42,15 +53,15 @@ class Pieces:
     Attributes:
         example: int64[K], index into the batch.
         start, stop: int64[K], tokens of that example, half-open.
-        trained: int64[K], trained tokens, the first of the stretch aside: it has no label (pack.py).
-        reason: int64[K], `KEPT`, or why the stretch goes: an index into `REASONS`, from 1.
+        trained: integers[K], trained tokens, the first of the stretch aside: it has no label (pack.py).
+        reason: int8[K], `KEPT`, or why the stretch goes: an index into `REASONS`, from 1.
     """
 
     example: Int64
     start: Int64
     stop: Int64
-    trained: Int64
-    reason: Int64
+    trained: Int32 | Int64
+    reason: Int8
 
     def __len__(self) -> int:
         return len(self.example)
@@ -129,7 +140,7 @@ def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> 
     reason = np.select(
         [whole[example] == 0, overlong[example] & (policy == "drop"), trained == 0], [1, 2, 3], KEPT
     )
-    return Pieces(example, start, stop, trained, reason)
+    return Pieces(example, start, stop, trained, reason.astype(np.int8))
 
 
 def take_pieces(batch: TokenBatch, pieces: Pieces) -> TokenBatch:

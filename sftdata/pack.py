@@ -68,14 +68,12 @@ def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> P
     if lengths.max(initial=0) > max_length:
         raise ValueError(f"an example of {lengths.max()} tokens does not fit max_length {max_length}")
     example = np.flatnonzero(lengths)
+    lengths = lengths if len(example) == len(lengths) else lengths[example]  # millions: no copy without need
     if strategy == "none":
-        return PackPlan(np.arange(len(example) + 1), example, np.zeros_like(example), lengths[example])
-    position, rows = _assign_rows(lengths[example], max_length)
-    by_row = _stable_argsort(position)
-    example = example[by_row]
-    offsets = np.zeros(rows + 1, np.int64)
-    np.cumsum(np.bincount(position, minlength=rows), out=offsets[1:])
-    return PackPlan(offsets, example, np.zeros_like(example), lengths[example])
+        return PackPlan(np.arange(len(example) + 1), example, _zeros(len(example)), lengths)
+    position, rows = _assign_rows(lengths, max_length)
+    offsets, by_row = offsets_of(np.bincount(position, minlength=rows)), _stable_argsort(position)
+    return PackPlan(offsets, example[by_row], _zeros(len(example)), lengths[by_row])
 
 
 def gather(
@@ -131,17 +129,22 @@ def _cut_stream(lengths: Int64, max_length: int) -> PackPlan:
     return PackPlan(rows.astype(np.int64), example, starts - offsets[example], stops - offsets[example])
 
 
-def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int64, int]:
-    """Return int64[N], the row of each example, and the number of rows."""
+def _zeros(count: int) -> Int64:
+    """int64[count] of zeros that take no memory; not to be written to."""
+    return np.broadcast_to(np.int64(0), count)
+
+
+def _assign_rows(lengths: Int64, max_length: int) -> tuple[Int32, int]:
+    """Return int32[N], the row of each example, and the number of rows."""
     histogram = np.bincount(lengths)
     distinct = np.flatnonzero(histogram)[::-1]
     placements, rows = _best_fit(distinct.tolist(), histogram[distinct].tolist(), max_length)
-    spread, dealt, at = _spread(rows), np.empty_like(lengths), 0
+    spread, dealt, at = _spread(rows), np.empty(len(lengths), np.int32), 0
     for first, width, times in placements:
         hands = dealt[at : at + width * times].reshape(times, width)
         hands[:] = spread[first : first + width]
         at += hands.size
-    position = np.empty_like(lengths)
+    position = np.empty_like(dealt)
     position[_stable_argsort(max_length - lengths)] = dealt
     return position, rows
 
@@ -209,10 +212,11 @@ def _spread(count: int) -> Int64:
     return position
 
 
-def _stable_argsort(values: Int64) -> Int64:
+def _stable_argsort(values: Int32 | Int64) -> Int64:
     """Argsort int64[N], 0 <= values < 2**31 and N < 2**32, ties in order, far faster than `kind="stable"`."""
-    keys: Int64 = values << 32
-    keys |= np.arange(len(values))
+    keys = values.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(len(values), dtype=np.uint32)
     keys.sort()
     keys &= 0xFFFFFFFF
     return keys

@@ -117,9 +117,7 @@ def read_documents(bases: Sequence[Base]) -> Documents:
         for found, held in _find(base, len(blocks)):
             parts.append(found)
             blocks += held
-    segments = Located.join(parts)
-    parts.clear()  # as large as what they were joined to
-    return join_segments(segments, tuple(blocks), ", ".join(str(base.folder) for base in bases))
+    return join_segments(Located.join(parts), tuple(blocks), ", ".join(str(base.folder) for base in bases))
 
 
 def _find(base: Base, first_block: int) -> Iterator[tuple[Located, list[Block]]]:

@@ -66,8 +66,11 @@ class Located:
 
     @classmethod
     def join(cls, parts: list[Located]) -> Located:
-        """Put segments end to end."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
+        """Put segments end to end, column by column; the list is emptied, so that no column is held twice."""
+        columns = [[getattr(part, name) for part in parts] for name in cls.__slots__]
+        parts.clear()
+        columns.reverse()
+        return cls(*(np.concatenate(columns.pop()) for _ in cls.__slots__))
 
     def take(self, order: Int64) -> Located:
         """Return these segments, by their indices, in this order."""
@@ -82,7 +85,7 @@ class Documents:
         ids: int64[N], example id of each in the view.
         shard: int32[N], slice of a base that holds its first token, numbered over all bases.
         offsets: int64[N + 1], place of each on the axis of tokens.
-        trained: int64[N], trained tokens, the document's first token aside.
+        trained: int32[N], trained tokens, the document's first token aside.
         document: uint64[N, 2], hash of ids and labels.
         prompt: uint64[N], hash of the ids before the first trained one; of the document where it has none.
         starts: int64[S + 1], place of each segment on the axis of tokens.
@@ -93,7 +96,7 @@ class Documents:
     ids: Int64
     shard: Int32
     offsets: Int64
-    trained: Int64
+    trained: Int32
     document: UInt64
     prompt: UInt64
     starts: Int64
@@ -179,27 +182,31 @@ def join_segments(segments: Located, blocks: tuple[Block, ...], where: str) -> D
         segments = segments.take(np.lexsort((segments.offset, segments.example_id)))
     ids, length = segments.example_id, segments.length.astype(np.int64)
     starts = offsets_of(length)
-    first = np.flatnonzero(np.diff(ids, prepend=-1) != 0)
-    number = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(ids))))
-    wrong = np.flatnonzero(starts[:-1] - starts[first][number] != segments.offset)
+    begins = np.diff(ids, prepend=-1) != 0
+    first: Int64 | slice = slice(None)  # where each segment is a document, nothing is copied
+    offsets, trained = starts, segments.trained
+    wrong = np.flatnonzero(segments.offset) if begins.all() else np.zeros(0, np.int64)
+    if not begins.all():
+        first = np.flatnonzero(begins)
+        offsets = np.append(starts[first], starts[-1])
+        wrong = np.flatnonzero(
+            starts[:-1] - np.repeat(offsets[:-1], np.diff(np.append(first, len(ids)))) != segments.offset
+        )
+        # A label on a document's own first token trains nothing.
+        trained = np.add.reduceat(segments.trained + (segments.first_label & ~begins), first, dtype=np.int32)
     if len(wrong):
         raise IntegrityError(
             f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap.",
             "run `sftdata verify`, or prepare the set again with --overwrite.",
         )
-    inside = np.ones(len(ids), np.int64)
-    inside[first] = 0  # a label on a document's own first token trains nothing
-    trained = (
-        np.add.reduceat(segments.trained + inside * segments.first_label, first) if len(first) else first
-    )
     document, prompt = segments.document[first], segments.prompt[first]
     return Documents(
         ids=ids[first],
         shard=segments.shard[first],
-        offsets=np.append(starts[first], starts[-1]),
-        trained=np.asarray(trained, np.int64),
+        offsets=offsets,
+        trained=trained,
         document=document,
-        prompt=np.where(prompt == 0, document[:, 0], prompt),
+        prompt=prompt if prompt.all() else np.where(prompt == 0, document[:, 0], prompt),
         starts=starts,
         block=segments.block,
         start=segments.start,

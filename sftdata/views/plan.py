@@ -11,17 +11,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from sftdata.batches import EXAMPLES, Bool, Int64, PackPlan, offsets_of, positions_of
+from sftdata.batches import EXAMPLES, Bool, Int64
 from sftdata.choosing import refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
-from sftdata.pack import Strategy, plan_packs
 from sftdata.set.ledger import Ledger, read_counted
 from sftdata.set.manifest import SourceInfo, read_manifest
 from sftdata.views.bases import Base, open_bases, read_documents
-from sftdata.views.choose import draw
+from sftdata.views.order import Names, Stretches, ViewSlice, pack_slices, pack_whole
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import (
     Choice,
@@ -33,50 +31,7 @@ from sftdata.views.select import (
     split_off,
 )
 
-Names = npt.NDArray[np.object_]
-SHARD_TOKENS = 1 << 22  # of a shard where packing goes over the whole view
 _LIMITING = ("rows_cut", "rows_without_ending")  # counters that the over-long policy sets
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stretches:
-    """Stretches of documents, each with the id that it has in the view.
-
-    Attributes:
-        document: int64[K], index of the document.
-        id: int64[K], example id in the view.
-        start, stop: int64[K], tokens of that document, half-open.
-        reason: object[K], why it is in no row: of `REASONS`, or the policy that cut it; empty where it is
-            in one.
-    """
-
-    document: Int64
-    id: Int64
-    start: Int64
-    stop: Int64
-    reason: Names
-
-    def __len__(self) -> int:
-        return len(self.id)
-
-    def take(self, which: Int64 | Bool) -> Stretches:
-        """Return some of them."""
-        return Stretches(*(getattr(self, name)[which] for name in self.__slots__))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ViewSlice:
-    """What becomes one shard, and what lies beside it.
-
-    Attributes:
-        index: number of the shard.
-        packs: rows; `example` indexes the view's kept stretches.
-        rest: int64[R], indices of the view's stretches that are in no row.
-    """
-
-    index: int
-    packs: PackPlan
-    rest: Int64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,7 +155,7 @@ def _plan(
     by_slice = config.pack_over == "slice" or (
         config.pack_over == "auto" and len(bases) == 1 and not config.selects and config.order == "as-is"
     )
-    kept, rest, slices = (_pack_slices if by_slice else _pack_whole)(config, choice, kept, rest)
+    kept, rest, slices = (pack_slices if by_slice else pack_whole)(config, choice, kept, rest)
     return ViewPlan(
         config=config,
         output=output,
@@ -271,7 +226,9 @@ def _repeated(
 ) -> Stretches:
     """Give each stretch its id, once for each time its document is taken, pass after pass."""
     if len(firsts) == 1 and choice.times[document].all():  # ids ascend with the documents
-        return Stretches(document, choice.documents.ids[document], start, stop, reason)
+        ids = choice.documents.ids
+        each = len(document) == len(ids) and bool((np.diff(document, prepend=-1) == 1).all())
+        return Stretches(document, ids if each else ids[document], start, stop, reason)
     parts = []
     for number in range(len(firsts)):
         taken = np.flatnonzero(choice.times[document] > number)
@@ -282,87 +239,6 @@ def _repeated(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in Stretches.__slots__)
     )
     return joined.take(np.argsort(joined.id, kind="stable"))
-
-
-# -------------------------------------------------------------------------------------------- packing
-
-Packed = tuple[Stretches, Stretches, tuple[ViewSlice, ...]]
-
-
-def _pack_slices(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretches) -> Packed:
-    """Pack each slice of the bases apart, as `prepare` did: in the order of the ids."""
-    shard = choice.documents.shard
-    kept, rest = (part.take(np.argsort(shard[part.document], kind="stable")) for part in (kept, rest))
-    numbers = np.union1d(shard[kept.document], shard[rest.document])
-    edges = np.append(np.searchsorted(shard[kept.document], numbers), len(kept))
-    others = np.append(np.searchsorted(shard[rest.document], numbers), len(rest))
-    slices = []
-    for place, number in enumerate(numbers.tolist()):
-        first, last = int(edges[place]), int(edges[place + 1])
-        packs = _packs(config, kept.stop[first:last] - kept.start[first:last])
-        moved = PackPlan(packs.offsets, packs.example + first, packs.start, packs.stop)
-        slices.append(ViewSlice(number, moved, np.arange(others[place], others[place + 1])))
-    return kept, rest, tuple(slices)
-
-
-def _pack_whole(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretches) -> Packed:
-    """Pack all documents together, and cut the rows into shards of about `SHARD_TOKENS`."""
-    packs = _packs(config, kept.stop - kept.start)
-    if config.order == "shuffled":
-        rows = np.arange(len(packs), dtype=np.uint64)
-        packs = _reordered(packs, np.argsort(draw(rows, config.seed, "order"), kind="stable"))
-    ends = offsets_of(packs.stop - packs.start)[packs.offsets]
-    if config.packing != "none":
-        ends = np.arange(len(packs) + 1) * (config.max_length or 1)
-    first_rows = np.unique(np.searchsorted(ends[:-1], np.arange(0, ends[-1], SHARD_TOKENS)))
-    first_rows = first_rows[first_rows < len(packs)]
-    last_rows = np.append(first_rows[1:], len(packs))
-    # What is left over of a document lies beside its first row; documents in no row are spread over all.
-    beside = _first_rows(packs, kept.id, rest.id)
-    nowhere = np.flatnonzero(beside == len(packs))
-    beside[nowhere] = np.arange(len(nowhere)) * len(packs) // max(len(nowhere), 1)
-    shard = np.searchsorted(first_rows, beside, side="right") - 1
-    slices = []
-    for index, (first, last) in enumerate(zip(first_rows.tolist(), last_rows.tolist(), strict=True)):
-        here = slice(packs.offsets[first], packs.offsets[last])
-        part = PackPlan(
-            packs.offsets[first : last + 1] - packs.offsets[first],
-            packs.example[here],
-            packs.start[here],
-            packs.stop[here],
-        )
-        slices.append(ViewSlice(index, part, np.flatnonzero(shard == index)))
-    return kept, rest, tuple(slices)
-
-
-def _packs(config: ViewConfig, lengths: Int64) -> PackPlan:
-    strategy: Strategy = config.packing or "bfd"
-    longest = int(lengths.max(initial=1))
-    return plan_packs(lengths, longest if strategy == "none" else config.max_length or longest, strategy)
-
-
-def _reordered(packs: PackPlan, order: Int64) -> PackPlan:
-    """Return the same rows in another order."""
-    count = np.diff(packs.offsets)[order]
-    which = positions_of(packs.offsets[:-1][order], count)
-    return PackPlan(offsets_of(count), packs.example[which], packs.start[which], packs.stop[which])
-
-
-def _first_rows(packs: PackPlan, ids: Int64, asked: Int64) -> Int64:
-    """Return the first row of each example id asked for, int64[R]; the number of rows where there is none.
-
-    Args:
-        ids: int64[K], ascending, of the stretches that are packed.
-    """
-    if not len(asked):
-        return asked
-    row = np.repeat(np.arange(len(packs)), np.diff(packs.offsets))
-    first_row = np.full(len(ids), len(packs))
-    first_row[packs.example[::-1]] = row[::-1]  # of several the last one written stays: the first row
-    first = np.flatnonzero(np.diff(ids, prepend=-1))
-    lowest, distinct = np.minimum.reduceat(first_row, first), ids[first]
-    place = np.minimum(np.searchsorted(distinct, asked), len(distinct) - 1)
-    return np.where(distinct[place] == asked, lowest[place], len(packs))
 
 
 # ------------------------------------------------------------------------------- settings and ledger
@@ -409,15 +285,16 @@ def _ledger(
     ledger, lengths = Ledger(), choice.documents.lengths
     for base in bases:
         _carry(ledger, base, choice, everything=not config.selects)
-    repeats = np.maximum(choice.times - 1, 0)
-    ledger.rows_in += int(repeats.sum())
-    ledger.tokens_in += int((repeats * lengths).sum())
+    repeated = np.flatnonzero(choice.times > 1)
+    repeats = choice.times[repeated] - 1
     ledger.documents_repeated = int(repeats.sum())
+    ledger.rows_in += ledger.documents_repeated
+    ledger.tokens_in += int((repeats * lengths[repeated]).sum())
     for step, (count, tokens) in choice.left_out().items():
         ledger.documents_left_out[step] = ledger.documents_left_out.get(step, 0) + count
         ledger.tokens_left_out += tokens
-    ledger.rows_kept = len(np.unique(kept.id))
-    stays, sizes = np.isin(rest.id, kept.id), rest.stop - rest.start
+    ledger.rows_kept = _count_different(kept.id)
+    stays, sizes = _among(rest.id, kept.id), rest.stop - rest.start
     for name in REASONS:
         gone = int(((rest.reason == name) & ~stays).sum())
         if gone:
@@ -431,6 +308,19 @@ def _ledger(
     if config.selects:
         ledger.count_lengths(np.repeat(lengths, choice.times))
     return ledger
+
+
+def _count_different(ids: Int64) -> int:
+    """Count the different values, most often in order already."""
+    ordered = ids if (ids[1:] >= ids[:-1]).all() else np.sort(ids)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + (len(ids) > 0)
+
+
+def _among(ids: Int64, others: Int64) -> Bool:
+    """bool[R]: ids that are among the others; memory and time follow the ids, which are few."""
+    few = np.unique(ids)
+    found: Bool = np.isin(ids, few[np.isin(few, others)] if len(few) else few)
+    return found
 
 
 def _carry(ledger: Ledger, base: Base, choice: Choice, *, everything: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import Bool, Int64, offsets_of
+from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of
 from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
@@ -51,29 +51,31 @@ class Choice:
     Attributes:
         documents: all of the bases.
         sources: of the bases, in the order of their ids.
-        source: int64[N], index of each document's source.
-        left_by: int64[N], index of the step that left a document out; -1 where it stays.
+        source: int32[N], index of each document's source.
+        left_by: int8[N], index of the step that left a document out; -1 where it stays.
         steps: names of the steps.
-        times: int64[N], how often each document is taken; 0 where it is left out.
+        times: int32[N], how often each document is taken; 0 where it is left out.
         shares: what `--mix` asked of each source, and what it got, one sentence each.
     """
 
     documents: Documents
     sources: tuple[SourceInfo, ...]
-    source: Int64
-    left_by: Int64
+    source: Int32
+    left_by: Int8
     steps: list[str] = field(default_factory=list)
-    times: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    times: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     shares: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, documents: Documents, sources: tuple[SourceInfo, ...]) -> Choice:
         """Return the choice of all documents."""
         firsts = np.array([source.first_id for source in sources if source.rows], np.int64)
-        numbers = np.flatnonzero([source.rows > 0 for source in sources])
-        source = numbers[np.searchsorted(firsts, documents.ids, side="right") - 1]
-        count = len(documents)
-        return cls(documents, sources, source, np.full(count, _STAYS), times=np.ones(count, np.int64))
+        numbers = np.flatnonzero([source.rows > 0 for source in sources]).astype(np.int32)
+        source = np.repeat(
+            numbers, np.diff(np.append(np.searchsorted(documents.ids, firsts), len(documents)))
+        )
+        left_by, times = np.full(len(documents), _STAYS, np.int8), np.ones(len(documents), np.int32)
+        return cls(documents, sources, source, left_by, times=times)
 
     @property
     def stays(self) -> Bool:
@@ -218,11 +220,14 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
     documents, chosen = choice.documents, np.flatnonzero(choice.stays)
     lengths = documents.lengths
     limit = int(lengths.max(initial=1)) if max_length is None else max_length
-    whole = chosen[lengths[chosen] <= limit]
-    trained = documents.trained[whole]
-    parts = [Pieces(whole, np.zeros_like(whole), lengths[whole], trained, (trained == 0).astype(np.int64))]
+    fits = lengths[chosen] <= limit
+    whole, overlong = chosen[fits], chosen[~fits]
+    trained, stop = documents.trained, lengths
+    if len(whole) < len(documents):  # else nothing is copied
+        trained, stop = trained[whole], stop[whole]
+    start = np.broadcast_to(np.int64(0), len(whole))
+    parts = [Pieces(whole, start, stop, trained, (trained == 0).astype(np.int8))]
     unended = [np.zeros(0, np.int64)]
-    overlong = chosen[lengths[chosen] > limit]
     total = offsets_of(lengths[overlong])
     edges = np.searchsorted(total, np.arange(_BLOCK_TOKENS, total[-1], _BLOCK_TOKENS))
     for block in np.split(overlong, edges):

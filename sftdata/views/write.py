@@ -34,7 +34,8 @@ from sftdata.set.ledger import (
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, SourceInfo, read_manifest
 from sftdata.version import __version__
 from sftdata.views.bases import Base
-from sftdata.views.plan import ViewPlan, ViewSlice, plan_views
+from sftdata.views.order import ViewSlice
+from sftdata.views.plan import ViewPlan, plan_views
 from sftdata.views.recipe import ViewConfig
 
 OnProgress = Callable[[Progress], object]

@@ -273,7 +273,7 @@ def test_a_mixture_is_read_like_any_set(sets: Path, tmp_path: Path) -> None:
 def test_packing_over_the_whole_view_keeps_every_document_and_can_be_packed_again(
     sets: Path, tmp_path: Path, packing: str, overlong: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftdata.views.plan.SHARD_TOKENS", 2000)  # documents lie across the ends of shards
+    monkeypatch.setattr("sftdata.views.order.SHARD_TOKENS", 2000)  # documents lie across the ends of shards
     by_slice = view(tmp_path / "slices", sets / "one", packing=packing, overlong=overlong, max_length=96)
     made = view(
         tmp_path / "whole", sets / "one", packing=packing, overlong=overlong, max_length=96, pack_over="view"
