@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## Make the virtual environment with everything in it
 
-demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model (under two minutes)
+demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model and talk to it (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
 test: $(STAMP) ## Run the quick tests: units, properties, rules of the house, a thin line from end to end (two minutes)

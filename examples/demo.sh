@@ -13,5 +13,7 @@ say sftdata prepare examples/prepare.yaml -o "$out/set"
 say sftdata inspect "$out/set" --example 3
 say sftdata verify "$out/set"
 say sfttrain run "$out/set" --init-from-config examples/tiny-model/config.json -o "$out/model" \
-    --max-steps 60 --set learning_rate=0.005 --set per_device_train_batch_size=4
+    --max-steps 100 --set learning_rate=0.005 --set per_device_train_batch_size=4
 say cat "$out/model/train_log.jsonl"
+say sfttrain chat "$out/model" --system "You are a patient gardener. Answer in one or two plain sentences." \
+    --prompt "When should I water tomatoes?"

@@ -240,17 +240,10 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     """
     if local_output(output).exists() and any(output.iterdir()):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
-    name = model or adapter_base(folder)
-    base, dtype = _load(name)
-    rows = _saved_rows(folder, base)
-    if rows > embedding_rows(base):
-        say(f"embeddings: grown from {embedding_rows(base):,} to {rows:,} rows, as they were in training")
-        grow_embeddings(base, rows)
+    adapted, dtype = load_adapted(folder, model, say)
+    base = cast("PreTrainedModel", adapted.get_base_model())
     tied = bool(base.config.get_text_config().tie_word_embeddings)
-    if name != adapter_base(folder):
-        say(f"base: {name}, as asked; the adapters name {adapter_base(folder)}")
-    adapted = continue_adapters(base, folder, name, chosen=model is not None).eval()
-    probe = _probe(adapted, rows or embedding_rows(base))
+    probe = _probe(adapted, embedding_rows(base))
     expected = _logits(adapted, probe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what it warns of, untied tables, is proven below
@@ -275,6 +268,27 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
         f"by {difference:.1e} of the largest ({dtype})"
     )
     return difference
+
+
+def load_adapted(folder: Path, model: str | None, say: Say) -> tuple[PeftModel, torch.dtype]:
+    """Return adapters on their base in float32, and the dtype that the base is stored in.
+
+    Args:
+        folder: of the adapters.
+        model: the base, where it is not the one that the adapters name.
+
+    Raises:
+        UsageError: there is no base, or the adapters do not fit it.
+    """
+    name = model or adapter_base(folder)
+    base, dtype = _load(name)
+    rows = _saved_rows(folder, base)
+    if rows > embedding_rows(base):
+        say(f"embeddings: grown from {embedding_rows(base):,} to {rows:,} rows, as they were in training")
+        grow_embeddings(base, rows)
+    if name != adapter_base(folder):
+        say(f"base: {name}, as asked; the adapters name {adapter_base(folder)}")
+    return continue_adapters(base, folder, name, chosen=model is not None).eval(), dtype
 
 
 def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:

@@ -160,6 +160,33 @@ def merge(
 
 
 @app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model, or of adapters.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model; default: the one the adapters name.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Message to answer, again for the next; none: ask for them."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Talk to a trained model: `sfttrain chat out/`, with the chat template and stop tokens of its data."""
+    from sfttrain.chat import open_chat, talk
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    opened = open_chat(
+        folder, model, say, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    talk(opened, say, prompt)
+
+
+@app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantized model.")],

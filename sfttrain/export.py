@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ def export(
     if not trainer.args.should_save:
         return
     (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; settings.yaml says the same
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):  # peft saves no stop tokens, and those of the base may be others
+        model.generation_config.save_pretrained(partial)
     tokenizer = tokenizer_folder(sets)
     if tokenizer is not None:
         shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
@@ -83,7 +87,7 @@ def conclude(config: TrainConfig, args: TrainingArguments) -> None:
     """Write the report, and push to the Hub where asked."""
     if args.should_save:
         say(f"report: {write_report(config.output)}")
-    say(f"model: {config.output}")
+    say(f"model: {config.output}; talk to it: sfttrain chat {shlex.quote(str(config.output))}")
     if config.push_to_hub and args.should_save:
         _push(config)
 

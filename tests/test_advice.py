@@ -341,7 +341,12 @@ _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
+_CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works"
 ELSEWHERE: dict[str, str] = {
+    "leave --model out.": _CHAT,
+    "leave --system out.": "tests/integration/test_train_chat.py::test_a_model_without_chat_template_goes_on_with_a_text",
+    "name the folder that `sfttrain run` or `sfttrain merge` wrote.": _CHAT,
+    "--max-new-tokens of at least 1, and --temperature of at least 0.": _CHAT,
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
     "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
     "liger_kernel is not installed: pip install 'sftdata[gpu]'": f"{_KERNELS}test_what_cannot_be_used_is_named",
