@@ -252,8 +252,7 @@ def view(
     Args:
         sets: folders of finished sets, made with one tokenizer.
         output: folder of the new set; with `eval`, of two: `train` and `eval`.
-        on_note: called with what was realised, in one sentence each. Default: the logger `sftdata`, level
-            INFO.
+        on_note: called with each decision, in one sentence. Default: the logger `sftdata`, level INFO.
         on_progress: called after each shard.
 
     The other arguments are the settings of `sftdata view --help`.

@@ -299,7 +299,9 @@ def count_findings(findings: list[Finding]) -> Iterator[str]:
 
 
 def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """Return the ledger of a set in words."""
+    """Return the ledger of a set in words, and the shares of its sources."""
+    from sftdata.show.choice import tell_shares
+
     ledger = manifest.ledger
     slots = ledger.tokens + ledger.tokens_padding
     left_out = {f"left out by {step}": count for step, count in ledger.documents_left_out.items()}
@@ -310,7 +312,8 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
         f" in {len(manifest.shards)} shards ({ledger.tokens / max(slots, 1):.1%} full),"
         f" digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
-        + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items())),
+        + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items()))
+        + f"; {ledger.documents_repeated:,} of them again" * bool(ledger.documents_repeated),
         f"  tokens  {ledger.tokens_in:,} in = {ledger.tokens_trained:,} trained"
         f" + {ledger.tokens_context:,} context + {cut:,} cut"
         f" + {ledger.tokens_in_dropped_rows:,} in dropped rows"
@@ -320,6 +323,8 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     counters = [
         f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(ledger.counters.items()) if count
     ]
+    heads = iter(("  shares  ",))
+    lines += [next(heads, " " * 10) + share for share in tell_shares(manifest)]
     if counters:
         lines.append(f"  counted {', '.join(counters)}")
     if sum(ledger.rows_rejected.values()):

@@ -19,6 +19,7 @@ from sftdata.errors import IntegrityError, Unit, UsageError
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
 from sftdata.set.shards import ShardInfo
+from sftdata.set.shares import Share
 from sftdata.set.store import Count, SetFile, Sha256, TokenId, write_atomic
 
 FORMAT_VERSION = 2
@@ -30,7 +31,7 @@ _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of
 # Settings that say where things are (their content is hashed) or how work is done: they never change a byte.
 _PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
 _MANNER = ("workers", "engine", "overwrite", "max_rejects")
-_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines", "bases")
+_OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines", "bases", "shares")
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,6 +100,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             blank_lines` is what the sources hold together. None in sets made before this was counted,
             and where a view goes through a source again.
         bases: the sets that a view was made of; not part of the digest.
+        shares: of a mixture, what was asked and what the set holds; not part of the digest.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
@@ -115,6 +117,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     software: dict[str, str] = {}
     blank_lines: Count | None = None
     bases: tuple[BaseInfo, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @property
     def max_length(self) -> int | None:
@@ -135,8 +138,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
         if self.blank_lines is None:
             del plain["blank_lines"]
-        if not self.bases:
-            del plain["bases"]
+        for name in ("bases", "shares"):
+            if not plain[name]:
+                del plain[name]
         return plain | {"ledger": self.ledger.to_json()}
 
 
@@ -263,12 +267,22 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         if counted != summed:
             raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
     _check_sources(manifest, where)
+    _check_shares(manifest, where)
     if manifest.format_version > 1:
         _check_beside(manifest, where)
     names = [file.name for file in (*shards, *manifest.files)]
     if len(set(names)) < len(names):
         name = next(name for name, following in pairwise(sorted(names)) if name == following)
         raise IntegrityError(f"{where}: {name} is listed twice.")
+
+
+def _check_shares(manifest: Manifest, where: str) -> None:
+    """Assert that the shares of a mixture are all of the set."""
+    rows = ("rows_kept", manifest.ledger.rows_kept, sum(share.rows for share in manifest.shares))
+    tokens = ("tokens", manifest.ledger.tokens, sum(share.tokens for share in manifest.shares))
+    for name, counted, summed in (rows, tokens) if manifest.shares else ():
+        if counted != summed:
+            raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shares hold {summed}.")
 
 
 def _check_beside(manifest: Manifest, where: str) -> None:

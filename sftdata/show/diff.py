@@ -6,7 +6,6 @@ tokens and trained tokens, to the difference of the two ledgers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,12 +18,12 @@ from sftdata.batches import IGNORE_INDEX, Bool, Int64, TokenBatch
 from sftdata.errors import place
 from sftdata.pages import macro
 from sftdata.set.manifest import Manifest
+from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
 from sftdata.show.sides import Side, open_sides
 from sftdata.show.stats import Part
 from sftdata.show.view import Piece, view_example
 
-_HASH = re.compile(r"[0-9a-f]{32,}")
 _BEFORE, _SHOWN = 6, 40  # tokens shown of a document: before the first difference, and in all
 
 
@@ -170,20 +169,6 @@ class Diff:
     def _repr_html_(self) -> str:
         settings = {name: tuple(map(spell, values)) for name, values in self.settings.items()}
         return str(macro("charts.html.jinja", "difference")(self, self.parts(), settings))
-
-
-def spell(value: object) -> str:
-    """Return a setting as it is written; hashes are shortened.
-
-    >>> spell({"b": 1.0, "a": ["f" * 64, None]})
-    'b=1, a=ffffffffffff, —'
-    """
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={spell(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(spell, value)) or "none"
-    text = f"{value:g}" if isinstance(value, float) else "—" if value is None else str(value)
-    return text[:12] if _HASH.fullmatch(text) else text
 
 
 def _change_json(change: Change) -> dict[str, object]:

@@ -236,7 +236,7 @@ def _without_index(base: Base, numbers: dict[tuple[str, int], int]) -> Side:
         *_places(base, ids, numbers),
         lengths=lengths,
         tokens=lengths,
-        trained=documents.trained,
+        trained=documents.trained.astype(np.int64),
         whole=np.ones(len(ids), np.bool_),
         document=documents.document.copy(),
         prompt=np.where(documents.prompt == documents.document[:, 0], np.uint64(0), documents.prompt),

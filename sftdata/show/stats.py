@@ -13,6 +13,7 @@ import msgspec
 from sftdata.pages import macro, render
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest
+from sftdata.show.choice import ShareOf, choices_of, shares_of, tell_shares
 
 if TYPE_CHECKING:
     from sftdata.show.audit import Finding
@@ -87,6 +88,9 @@ class Stats:
         lengths: histogram, in order, without gaps.
         reach: examples at or above each power of two.
         sources: in the order of the manifest.
+        shares: of a mixture, else of each source.
+        choices: how the set was chosen from others: name and sentence of each step.
+        repeated: documents that are there more than once, counted from the second time on.
         counters: everything else that was counted.
         notes: decisions of `prepare`.
     """
@@ -104,6 +108,9 @@ class Stats:
     lengths: tuple[LengthBin, ...]
     reach: tuple[Reach, ...]
     sources: tuple[SourceShare, ...]
+    shares: tuple[ShareOf, ...]
+    choices: tuple[tuple[str, str], ...]
+    repeated: int
     counters: dict[str, int]
     notes: tuple[str, ...]
 
@@ -139,6 +146,9 @@ def measure(manifest: Manifest) -> Stats:
             SourceShare(name, own.rows, own.tokens, own.tokens_trained)
             for name, own in ledger.sources.items()
         ),
+        shares=shares_of(manifest),
+        choices=choices_of(manifest),
+        repeated=ledger.documents_repeated,
         counters={name: count for name, count in sorted(ledger.counters.items()) if count},
         notes=manifest.notes,
     )
@@ -299,7 +309,9 @@ def notebook_summary(folder: str, manifest: Manifest) -> str:
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
     shape = f"{stats.rows_packed:,} packed rows {length}, {stats.fill:.1%} full"
     trained = f"{stats.trained_share:.1%} of tokens trained"
-    return str(macro("charts.html.jinja", "summary")(folder, f"{shape}, {trained}", flow_of(stats)))
+    shares = [("shares", sentence) for sentence in tell_shares(manifest)]
+    summary = macro("charts.html.jinja", "summary")
+    return str(summary(folder, f"{shape}, {trained}", flow_of(stats), (*stats.choices, *shares)))
 
 
 def _up_to(bins: Sequence[LengthBin], length: int) -> list[LengthBin]:

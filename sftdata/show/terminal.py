@@ -16,6 +16,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from sftdata.output import unguarded, visible
+from sftdata.set.shares import MEASURES
+from sftdata.show.choice import ShareOf, spell
 from sftdata.show.stats import MOST_SOURCES, LengthBin, Part, SourceShare, Stats
 from sftdata.show.view import DocumentView, Piece, View
 
@@ -160,9 +162,14 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
         console.print()
         for line in _flow(name, parts):
             console.print(line, soft_wrap=True)
+    asked = [share for share in stats.shares if share.asked is not None]
+    width = max((len(name) for name, _ in stats.choices), default=0)
+    choices = (f"  {visible(name):<{width}}  {visible(text)}" for name, text in stats.choices)
     counters = (f"  {name.replace('_', ' '):<32}{count:>12,}" for name, count in stats.counters.items())
     for heading, lines in (
         ("lengths, in tokens before any cut", [*_histogram(stats.lengths, stats.max_length)]),
+        ("choices", [*map(Text, choices)]),
+        ("shares", [*_shares(asked)]),
         ("sources", [*_sources(stats.sources)]),
         ("counted", [*map(Text, counters)]),
         ("decided", [Text(f"  {visible(note)}") for note in stats.notes]),
@@ -228,13 +235,28 @@ def _histogram(bins: Sequence[LengthBin], max_length: int | None) -> Iterator[Te
         yield limit
 
 
+def _shares(shares: Sequence[ShareOf]) -> Iterator[Text]:
+    """Draw what was asked of each part of a mixture, and what it has of rows, tokens and trained tokens."""
+    if not shares:
+        return
+    width = min(max(len(share.name) for share in shares), 44)
+    head = "".join(f"{word:>10}" for word in ("asked", "rows", "tokens", "trained", "passes"))
+    yield Text(f"  {'':<{width}}{head}", QUIET)
+    for share in shares:
+        line = Text(f"  {visible(share.name):<{width}}{share.asked or 0:>10.3%}")
+        for by in MEASURES:
+            line.append(f"{getattr(share, by):>10.3%}", "bold" if by == share.by else "")
+        yield line.append(f"{share.passes or 0:>10.2f}")
+
+
 def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
     total = max(sum(source.tokens for source in sources), 1)
+    all_trained = max(sum(source.tokens_trained for source in sources), 1)
     width = min(max((len(source.name) for source in sources), default=0), 44)
     for source in sources:
         trained, context = source.tokens_trained, source.tokens - source.tokens_trained
         bar = _bar((Part("", "trained", trained), Part("", "context", context)), source.tokens, _BAR // 2)
-        shares = f"{source.tokens / total:>6.1%}, trained {trained / max(source.tokens, 1):>6.1%} "
+        shares = f"{source.tokens / total:>6.1%} {trained:>13,} trained {trained / all_trained:>6.1%}  "
         counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {shares}"
         yield Text.assemble(f"  {visible(source.name):<{width}}", counts, bar)
 
@@ -292,8 +314,6 @@ def _amounts(change: Change) -> Iterator[str]:
 
 
 def _settings(settings: Mapping[str, tuple[object, object]]) -> Iterator[Text]:
-    from sftdata.show.diff import spell
-
     width = max((len(name) for name in settings), default=0)
     for name, (a, b) in settings.items():
         yield Text(f"  {visible(name):<{width}}  {visible(spell(a))} → {visible(spell(b))}")

@@ -167,7 +167,7 @@ def _plan(
         sources=sources,
         settings=_settings(config, bases, output.name if config.eval else "", by_slice),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
-        notes=choice.shares,
+        notes=(),
     )
 
 

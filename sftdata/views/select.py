@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +13,7 @@ from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
 from sftdata.set.manifest import SourceInfo
+from sftdata.set.shares import Share
 from sftdata.views.bases import Base, open_bases, read_documents
 from sftdata.views.choose import (
     draw,
@@ -55,7 +55,7 @@ class Choice:
         left_by: int8[N], index of the step that left a document out; -1 where it stays.
         steps: names of the steps.
         times: int32[N], how often each document is taken; 0 where it is left out.
-        shares: what `--mix` asked of each source, and what it got, one sentence each.
+        shares: what `--mix` asked of each source, and what it got.
     """
 
     documents: Documents
@@ -64,7 +64,7 @@ class Choice:
     left_by: Int8
     steps: list[str] = field(default_factory=list)
     times: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
-    shares: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @classmethod
     def of(cls, documents: Documents, sources: tuple[SourceInfo, ...]) -> Choice:
@@ -290,14 +290,23 @@ def mix_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
     targets = _targets([int(amounts[member].sum()) for member in members], config)
     keys = draw(choice.documents.document[:, 0], config.seed, "mix")
     kept = np.ones(len(choice.documents), np.bool_)
-    got = []
     for member, target in zip(members, targets, strict=True):
         times = take_passes(amounts[member], keys[member], target)
         choice.times[member] = times
         kept[member[times == 0]] = False
-        got.append(int((times * amounts[member]).sum()))
     choice.keep("mix", kept)
-    choice.shares = tuple(_realised(config, got, members, amounts))
+    choice.shares = tuple(
+        Share(
+            name=name,
+            asked=asked / sum(config.mix.values()),
+            by=config.mix_by,
+            available=int(amounts[member].sum()),
+            rows=int(choice.times[member].sum(dtype=np.int64)),
+            tokens=int((choice.times[member] * tokens[member]).sum()),
+            trained=int((choice.times[member] * trained[member]).sum()),
+        )
+        for (name, asked), member in zip(config.mix.items(), members, strict=True)
+    )
 
 
 def _targets(available: list[int], config: ViewConfig) -> list[int]:
@@ -323,15 +332,6 @@ def _targets(available: list[int], config: ViewConfig) -> list[int]:
             f"--passes allows {config.passes:g}.",
             f"--passes {np.ceil(passes * 100) / 100:g}, or a smaller --total.",
         ) from None
-
-
-def _realised(config: ViewConfig, got: list[int], members: Sequence[Int64], amounts: Int64) -> list[str]:
-    whole, asked = sum(got), sum(config.mix.values())
-    return [
-        f"{name}: {share / asked:.3%} asked, {taken / max(whole, 1):.3%} taken: {taken:,} {config.mix_by},"
-        f" {taken / int(amounts[member].sum()):.2f} passes."
-        for (name, share), taken, member in zip(config.mix.items(), got, members, strict=True)
-    ]
 
 
 def _kept_amounts(choice: Choice, limited: Limited) -> tuple[Int64, Int64]:

@@ -231,6 +231,7 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
         shards=tuple(shard for result in results for shard in result.shards),
         files=tuple(file for result in results for file in result.files),
         notes=(*notes, *map(without_folders, plan.notes)),
+        shares=plan.choice.shares,
         blank_lines=sum(count or 0 for count in blank) if whole else None,
         software={"sftdata": __version__, "pyarrow": version("pyarrow")},
         bases=tuple(

@@ -17,6 +17,7 @@ from sftdata.show.stats import make_report
 from sftdata.show.view import open_shown, view_page
 from sfttrain.report import make_report as make_training_report
 from tests.shown_sets import CHAT, write_set
+from tests.view_sets import chats, prepare, view, write_lines
 from tests.waiting import HANGS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -72,6 +73,11 @@ def pages(folder: Path) -> dict[str, str]:
             max_length=128,
         )
     )
+    files = [write_lines(folder / f"chats-of-source-{name}.jsonl", chats(40, ord(name))) for name in "ab"]
+    prepare(folder / "base", files)
+    mix = {"*-a.jsonl": 30, "*-b.jsonl": 70}
+    view(folder / "mixture", folder / "base", mix=mix, passes=2, dedup="prompt", eval="20%")
+    mixture = open_shown(folder / "mixture" / "train")
     run = folder / "run"
     run.mkdir()
     lines = [
@@ -82,6 +88,7 @@ def pages(folder: Path) -> dict[str, str]:
     (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return {
         "report": make_report(shards, audit_set(shards)),
+        "mixture": make_report(mixture, audit_set(mixture)),
         "view": view_page(shards.view(0), ids=True),
         "training": make_training_report(run),
     }

@@ -208,8 +208,12 @@ def test_shares_come_out_as_asked(sets: Path, tmp_path: Path, measure: str) -> N
         assert abs(got[name] / whole - share / 100) < (0.01 if measure == "rows" else 0.003)
     assert made.ledger.documents_repeated > 0
     assert verify(tmp_path / "view").ok
-    said = " ".join(made.notes)
-    assert "a.jsonl: 50.000% asked, " in said
+    told = {share.name: share for share in made.shares}
+    assert {name: (share.asked, share.by) for name, share in told.items()} == {
+        name: (share / 100, measure) for name, share in mix.items()
+    }
+    counts = {name: getattr(share, measure) for name, share in told.items()}
+    assert counts == got
 
 
 def test_a_document_of_a_second_pass_leads_back_to_its_line(sets: Path, tmp_path: Path) -> None:
