@@ -117,7 +117,10 @@ class PrepareConfig(BaseModel):
         "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
     )
     slice_bytes: int = Field(
-        8 << 20, gt=0, le=MOST_BYTES, description="Input bytes per slice; packing does not cross slices."
+        8 << 20,
+        gt=0,
+        le=MOST_BYTES,
+        description="Input bytes of a slice, about; packing does not cross slices.",
     )
 
     # ---- how the work is done (never changes a byte of the set)

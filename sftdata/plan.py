@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
+import numpy as np
 import xxhash
 
 from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refuse_without_effect
@@ -29,11 +30,13 @@ from sftdata.render.template import ChatTemplate, TemplateChoice, choose_templat
 from sftdata.set.ledger import SliceSource
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.sources import planning
+from sftdata.sources.borders import content_borders
 from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.planning import Say, grouped, short_names, with_progress
 
 CHUNK_BYTES = 1 << 20
-TASKS_WANTED = 16
+EARLY = ((4 << 20, 1 << 20), (8 << 20, 2 << 20), (16 << 20, 4 << 20))
+"""(place in the input, bytes of a slice before it): a small input gives work to several processes too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,12 @@ class Plan:
     def size(self) -> int:
         """Bytes of the input, decompressed."""
         return _sum_sizes(self.sources, self.tasks)
+
+    def longest_first(self, tasks: Sequence[ShardTask]) -> list[ShardTask]:
+        """Order tasks so that no process has a long one at the end; compressed input is read forward."""
+        if any(chunk.source.compression != "none" for task in tasks for chunk in task.chunks):
+            return list(tasks)
+        return sorted(tasks, key=lambda task: -_sum_sizes(self.sources, [task]))
 
     def by_reference(self) -> Plan:
         """Return the plan with the reference engine, for input on which the fast one differs."""
@@ -247,19 +256,18 @@ def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
 
 
 def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTask, ...]:
-    """Group chunks into tasks by size alone: about sixteen, of at least a chunk and at most `slice_bytes`."""
+    """Group chunks into tasks of about `slice_bytes`, the first ones smaller, at borders that content sets.
+
+    Where they lie depends on what is around and on how much comes before it, never on what comes behind.
+    """
     chunks = [chunk for source in sources for chunk in source.chunks]
-    sizes = [_size(sources[chunk.number], chunk) for chunk in chunks]
-    target = min(slice_bytes, max(CHUNK_BYTES, sum(sizes) // TASKS_WANTED))
-    groups: list[list[Chunk]] = []
-    group_size = target
-    for chunk, size in zip(chunks, sizes, strict=True):
-        if group_size >= target:
-            groups.append([])
-            group_size = 0
-        groups[-1].append(chunk)
-        group_size += size
-    return tuple(ShardTask(index, tuple(group)) for index, group in enumerate(groups))
+    ends = np.cumsum([_size(sources[chunk.number], chunk) for chunk in chunks], dtype=np.int64)
+    starts = np.append(0, ends)[:-1]
+    early = np.select([starts < place for place, _ in EARLY], [size for _, size in EARLY], slice_bytes)
+    ranks = np.array([chunk.rank for chunk in chunks], np.uint64)
+    first = content_borders(starts, ranks, int(ends.max(initial=0)), np.minimum(early, slice_bytes))
+    parts = zip(first.tolist(), [*first[1:].tolist(), len(chunks)], strict=False)
+    return tuple(ShardTask(index, tuple(chunks[begin:end])) for index, (begin, end) in enumerate(parts))
 
 
 def _stretch(source: SourcePlan, chunks: Sequence[Chunk]) -> SliceSource:

@@ -140,7 +140,7 @@ def run_tasks(
     plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: OnProgress | None
 ) -> tuple[list[ShardResult], bool]:
     """Prepare the unfinished tasks; return all results in order, and whether the engine is exact."""
-    todo = [task for task in plan.tasks if task.index not in done]
+    todo = plan.longest_first([task for task in plan.tasks if task.index not in done])
     coming = workers.map(prepare_shard, plan.job, todo, load_shared)
     # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
     reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")

@@ -16,13 +16,13 @@ import xxhash
 
 from sftdata.batches import Int64, Reject, RowBatch
 from sftdata.errors import UNITS, DataError, Fault, IntegrityError, Unit, place
+from sftdata.sources.borders import Digests, content_borders, join_contents, ranks_of
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
 RawRow = dict[str, object] | str
 """A row as parsed: an object of JSON data, or a line of plain text."""
 
-GRAIN_BYTES = 64 << 10  # row boundaries are noted this finely, so that a sample can be taken anywhere
 SAMPLES = 32
 SHOWN_BYTES = 1000  # kept of a row that is too long to hold
 
@@ -69,6 +69,8 @@ class Chunk:
         seal: what the bytes must be; None for columnar sources.
         stamp: what the files of a columnar source must be; None where they are not on this machine.
         only: records of the source, half-open, that are read where the chunk holds more.
+        content: hash of all that decides its rows, wherever they stand; of a columnar source, of its files.
+        rank: of the hashes of grains, that of its first: what borders are chosen by.
         number, name: of its source among the inputs.
     """
 
@@ -82,6 +84,8 @@ class Chunk:
     seal: Seal | None = None
     stamp: Stamp | None = None
     only: tuple[int, int] | None = None
+    content: bytes = b""
+    rank: int = 0
     number: int = 0
     name: str = ""
 
@@ -108,7 +112,7 @@ class SourcePlan:
         records: lines, elements or records, blank lines included.
         raw_bytes: size of the raw file, still compressed.
         xxh3_128: hash of the raw bytes, hex.
-        chunks: cut by size alone; end to end they are the source.
+        chunks: cut by content; end to end they are the source.
         samples: up to 32 small stretches, evenly spaced from the first to the last, for detection.
         max_line_bytes: a longer row is not held.
         notes: about the source, for the user, one line each.
@@ -141,13 +145,15 @@ class SourcePlan:
 
 
 class _Cut(NamedTuple):
-    """What lies between two boundaries; `start:stop` as in a `Chunk`, `record` and `line` of the first."""
+    """What lies between two boundaries; as in a `Chunk`, `record` and `line` of the first."""
 
     start: int
     stop: int
     record: int
     records: int
     line: int
+    rank: int
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,9 +162,10 @@ class RowBoundaries:
 
     Attributes:
         positions, records: int64[K], ascending.
+        contents: the hash of what lies between each boundary and the next.
         end: where the source ends, in the same unit as positions (bytes or rows).
         total: records in the source.
-        step: distance between boundaries that a chunk should span, in that unit.
+        step: distance between boundaries that a chunk should span on average, in that unit.
         raw_bytes, xxh3_128: of the raw file.
         notes: for the plan.
         lines: of a CSV: int64[K], 1-based line of each boundary.
@@ -167,6 +174,7 @@ class RowBoundaries:
 
     positions: Int64
     records: Int64
+    contents: Digests
     end: int
     total: int
     step: int
@@ -177,28 +185,27 @@ class RowBoundaries:
     seal: Seal | None = None
     stamp: Stamp | None = None
 
-    def cut(self, chosen: Int64) -> list[_Cut]:
-        """Return the stretches from each chosen boundary (an index) to the next chosen one or the end."""
-        starts, first = self.positions[chosen], self.records[chosen]
-        # Each stretch stops where the next one starts, and holds the difference between their record numbers.
-        stops, counts = np.append(starts, self.end)[1:], np.diff(np.append(first, self.total))
-        lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[chosen]
-        columns = (starts, stops, first, counts, lines)
-        return [_Cut(*values) for values in zip(*map(np.ndarray.tolist, columns), strict=True)]
+    def cut(self, first: Int64, last: Int64) -> list[_Cut]:
+        """Return the stretches from each boundary of `first` to that of `last` (indices), or to the end."""
+        starts, stops = self.positions[first], np.append(self.positions, self.end)[last]
+        records, ends = self.records[first], np.append(self.records, self.total)[last]
+        lines = np.zeros(len(starts), np.int64) if self.lines is None else self.lines[first]
+        columns = (starts, stops, records, ends - records, lines, ranks_of(self.contents)[first])
+        edges = np.stack([self.positions, self.records], axis=1)
+        contents = join_contents(self.contents, edges, first, last)
+        return list(map(_Cut, *map(np.ndarray.tolist, columns), contents))
 
-    def chunk_starts(self) -> Int64:
-        """Return the index of the first boundary at or after every multiple of `step`."""
-        if not len(self.positions):
-            return self.positions
-        wanted = np.arange(self.positions[0], self.positions[-1] + 1, self.step)
-        # A row longer than a step holds several multiples; they share the boundary after it, so unique.
-        return np.unique(np.searchsorted(self.positions, wanted)).astype(np.int64)
+    def chunks(self) -> list[_Cut]:
+        """Return stretches of about a step that are all of the source."""
+        sizes = np.full(len(self.positions), self.step, np.int64)
+        first = content_borders(self.positions, ranks_of(self.contents), self.end, sizes)
+        return self.cut(first, np.append(first, len(self.positions))[1:])
 
     def sampled(self) -> list[_Cut]:
         """Return evenly spaced stretches from one boundary to the next, the first and the last included."""
-        grains = self.cut(np.arange(len(self.positions), dtype=np.int64))
-        chosen = np.linspace(0, len(grains) - 1, min(SAMPLES, len(grains))).astype(np.int64)
-        return [grains[i] for i in chosen]
+        count = len(self.positions)
+        first = np.linspace(0, count - 1, min(SAMPLES, count)).astype(np.int64)
+        return self.cut(first, first + 1)
 
 
 def cut_source(source: Source, base_id: int, boundaries: RowBoundaries, max_line_bytes: int) -> SourcePlan:
@@ -214,11 +221,20 @@ def cut_source(source: Source, base_id: int, boundaries: RowBoundaries, max_line
     def chunks(cuts: list[_Cut]) -> tuple[Chunk, ...]:
         return tuple(
             Chunk(
-                source, start, stop, record, base_id + record, line, count, seal and seal.part(start, stop),
-                stamp
+                source,
+                cut.start,
+                cut.stop,
+                cut.record,
+                base_id + cut.record,
+                cut.line,
+                cut.records,
+                seal and seal.part(cut.start, cut.stop),
+                stamp,
+                content=cut.content,
+                rank=cut.rank,
             )
-            for start, stop, record, count, line in cuts
-        )  # fmt: skip
+            for cut in cuts
+        )
 
     return SourcePlan(
         source,
@@ -226,7 +242,7 @@ def cut_source(source: Source, base_id: int, boundaries: RowBoundaries, max_line
         boundaries.total,
         boundaries.raw_bytes,
         boundaries.xxh3_128,
-        chunks(boundaries.cut(boundaries.chunk_starts())),
+        chunks(boundaries.chunks()),
         chunks(boundaries.sampled()),
         max_line_bytes,
         boundaries.notes,

@@ -18,8 +18,8 @@ import numpy as np
 
 from sftdata.batches import Reject, RowBatch
 from sftdata.errors import DataError, Fault
+from sftdata.sources.borders import Boundaries, grain_of
 from sftdata.sources.chunks import (
-    GRAIN_BYTES,
     SHOWN_BYTES,
     Chunk,
     RowBoundaries,
@@ -191,20 +191,16 @@ def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> RowBoun
     count = RawCount()
     blocks = skip_bytes(read_all(source, count), source.body)
     found = Elements(source.path, blocks, source.body, max_line_bytes, whole=True)
-    grain = min(slice_bytes, GRAIN_BYTES)
-    positions, records = list[int](), list[int]()
-    wanted, end, total = -1, source.body, 0
+    borders = Boundaries(grain_of(slice_bytes))
+    end, total = source.body, 0
     for element in found:
-        if element.start >= wanted:
-            positions.append(element.start)
-            records.append(total)
-            wanted = element.start - element.start % grain + grain
+        borders.row(element.start, element.length, element.text, record=total)
         end = element.start + element.length
         total += 1
     for _ in blocks:  # the hash is that of the whole file
         pass
     cut = f"{source.path}: the array is never closed by ']'; the file may have been cut short."
-    return count.boundaries(positions, records, end, total, slice_bytes, notes=() if found.closed else (cut,))
+    return count.boundaries(borders, end, total, slice_bytes, notes=() if found.closed else (cut,))
 
 
 def read_array(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:

@@ -19,6 +19,7 @@ import numpy as np
 from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError
+from sftdata.sources.borders import Boundaries
 from sftdata.sources.chunks import (
     Chunk,
     Compression,
@@ -56,7 +57,7 @@ def open_source(path: str, *, split: str | None = None, subset: str | None = Non
 def plan_source(
     source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
 ) -> SourcePlan:
-    """Read a source once: hash it, count its records, and cut it into chunks by size alone.
+    """Read a source once: hash it, count its records, and cut it into chunks at borders set by content.
 
     Args:
         base_id: example id of its first record.
@@ -117,7 +118,7 @@ def _plan_empty(source: Source, slice_bytes: int) -> RowBoundaries:
     count = RawCount()
     for _block in read_all(source, count):
         pass
-    return count.boundaries([], [], 0, 0, slice_bytes, notes=(f"{source.path}: the file is empty.",))
+    return count.boundaries(Boundaries(1), 0, 0, slice_bytes, notes=(f"{source.path}: the file is empty.",))
 
 
 # ------------------------------------------------------------------------------ recognising a file

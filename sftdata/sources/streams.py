@@ -11,7 +11,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.sources.borders import Boundaries
 from sftdata.sources.chunks import (
     HASHED_BYTES,
     BlockHashes,
@@ -198,26 +199,27 @@ class RawCount:
 
     def boundaries(
         self,
-        positions: Sequence[int],
-        records: Sequence[int],
+        found: Boundaries,
         end: int,
         total: int,
         step: int,
         *,
-        lines: Sequence[int] | None = None,
+        by_line: bool = False,
         notes: tuple[str, ...] = (),
     ) -> RowBoundaries:
         """Return the row boundaries of the stream that passed through; to be called once."""
+        found.end_at(end)
         return RowBoundaries(
-            np.array(positions, np.int64),
-            np.array(records, np.int64),
+            np.array(found.positions, np.int64),
+            np.array(found.records, np.int64),
+            found.digests(),
             end,
             total,
             step,
             self.size,
             self.hasher.hexdigest(),
             notes,
-            None if lines is None else np.array(lines, np.int64),
+            np.array(found.lines, np.int64) if by_line else None,
             self.blocks.seal(),
         )
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
+import xxhash
 
 from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault, UsageError, need
 from sftdata.output import written
+from sftdata.sources.borders import DIGEST_BYTES, grain_of
 from sftdata.sources.chunks import (
-    GRAIN_BYTES,
     SHOWN_BYTES,
     Chunk,
     RowBoundaries,
@@ -67,10 +68,14 @@ def plan_table(source: Source, slice_bytes: int) -> RowBoundaries:
     # All rows are taken to be of the same size: Parquet knows no more of them without reading.
     rows_per_byte = total / max(count.size, 1)
     step = max(1, int(slice_bytes * rows_per_byte))
-    grain = max(1, min(step, int(GRAIN_BYTES * rows_per_byte)))
+    grain = max(1, int(grain_of(slice_bytes) * rows_per_byte))
     positions = np.arange(0, total, grain, dtype=np.int64)
     digest = count.hasher.hexdigest()
-    return RowBoundaries(positions, positions, total, total, step, count.size, digest, stamp=stamp)
+    parts = [
+        xxhash.xxh3_128_digest(f"{digest} {position} {grain}".encode()) for position in positions.tolist()
+    ]
+    contents = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, DIGEST_BYTES)
+    return RowBoundaries(positions, positions, contents, total, total, step, count.size, digest, stamp=stamp)
 
 
 def _hashed(files: Sequence[str]) -> RawCount:
