@@ -309,7 +309,8 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     cut = sum(ledger.tokens_cut.values())
     lines = [
         f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
-        f" in {len(manifest.shards)} shards ({ledger.tokens / max(slots, 1):.1%} full),"
+        f" in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
+        f" ({ledger.tokens / max(slots, 1):.1%} full),"
         f" digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
         + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items()))

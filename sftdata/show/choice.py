@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sftdata.output import one_line
 from sftdata.set.ledger import SourceCounts
 from sftdata.set.manifest import Manifest
 from sftdata.set.shares import MEASURES, realised
 
 _HASH = re.compile(r"[0-9a-f]{32,}")
+_LONGEST = 60  # characters shown of a setting
 _PASS = re.compile(r"#\d+")
 _SETTINGS = {"source": "sources", "train": "eval"}  # of steps that have another name
 # Settings that stand in the sentence of another, or are no choice.
@@ -158,7 +160,7 @@ def _words(name: str, view: Mapping[str, Any]) -> str:
 
 
 def spell(value: object) -> str:
-    """Return a setting as it is written; hashes are shortened.
+    """Return a setting as it is written, on one line; hashes and long texts are shortened.
 
     >>> spell({"b": 1.0, "a": ["f" * 64, None]})
     'b=1, a=ffffffffffff, —'
@@ -168,4 +170,6 @@ def spell(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(spell, value)) or "none"
     text = f"{value:g}" if isinstance(value, float) else "—" if value is None else str(value)
-    return text[:12] if _HASH.fullmatch(text) else text
+    if _HASH.fullmatch(text):
+        return text[:12]
+    return one_line(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")

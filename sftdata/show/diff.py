@@ -24,7 +24,8 @@ from sftdata.show.sides import Side, open_sides
 from sftdata.show.stats import Part
 from sftdata.show.view import Piece, view_example
 
-_BEFORE, _SHOWN = 6, 40  # tokens shown of a document: before the first difference, and in all
+_SHOWN = 40  # tokens of a document
+_BEFORE, _PROMPT = 6, 20  # of these, before the first that differs; before the answer where none differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +262,7 @@ def _sources(found: Compared) -> Iterator[SourceChange]:
         yield SourceChange(name, both["held"], both["tokens"], both["trained"], changes, not same)
 
 
+_TOLD = ("tokenizer_sha256", "chat_template_text")  # by the hashes of tokenizer and template
 _TOKENIZER = ("sha256", "vocab_size", "eos_id", "pad_id", "bos_id", "tokens_added")
 
 
@@ -275,7 +277,7 @@ def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, tuple[object, obj
         "chat template": (a.chat_template_sha256, b.chat_template_sha256),
         **_by_name(a.deciding_settings(), b.deciding_settings()),
     }.items():
-        if one != other:
+        if one != other and name not in _TOLD:
             yield name, (one, other)
 
 
@@ -310,7 +312,7 @@ def _example(found: Compared, number: int) -> Example:
     sides = (found.left, int(found.a[number])), (found.right, int(found.b[number]))
     which = [(side, index) for side, index in sides if index >= 0]
     batches = [side.read(np.array([index])) for side, index in which]
-    starts = _first_difference(which, batches)
+    starts = _shown_from(which, batches)
     versions = iter(
         _version(side, index, batch, start)
         for (side, index), batch, start in zip(which, batches, starts, strict=True)
@@ -336,10 +338,11 @@ def _version(side: Side, index: int, batch: TokenBatch, differs: int) -> Version
     )
 
 
-def _first_difference(which: list[tuple[Side, int]], batches: list[TokenBatch]) -> Iterable[int]:
-    """Return the token of each document at which it differs from the other; 0 where there is no other."""
+def _shown_from(which: list[tuple[Side, int]], batches: list[TokenBatch]) -> Iterable[int]:
+    """Return the token at which each document is shown: where it differs, or near its first answer."""
     if len(which) == 1:
-        return [0]
+        first_answer = int(np.argmax(batches[0].trained)) if batches[0].trained.any() else 0
+        return [max(first_answer - _PROMPT, 0) + _BEFORE]
     letters = [side.letters for side, _ in which]
     one, other = (
         batch if own is None else own.spell(batch) for own, batch in zip(letters, batches, strict=True)

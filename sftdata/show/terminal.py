@@ -250,15 +250,18 @@ def _shares(shares: Sequence[ShareOf]) -> Iterator[Text]:
 
 
 def _sources(sources: Sequence[SourceShare]) -> Iterator[Text]:
-    total = max(sum(source.tokens for source in sources), 1)
-    all_trained = max(sum(source.tokens_trained for source in sources), 1)
-    width = min(max((len(source.name) for source in sources), default=0), 44)
+    if not sources:
+        return
+    tokens = max(sum(source.tokens for source in sources), 1)
+    trained = max(sum(source.tokens_trained for source in sources), 1)
+    width = min(max(len(source.name) for source in sources), 44)
+    head = f"{'rows':>11}{'tokens':>14}{'':>8}{'trained':>14}"
+    yield Text(f"  {'':<{width}}{head}", QUIET)
     for source in sources:
-        trained, context = source.tokens_trained, source.tokens - source.tokens_trained
-        bar = _bar((Part("", "trained", trained), Part("", "context", context)), source.tokens, _BAR // 2)
-        shares = f"{source.tokens / total:>6.1%} {trained:>13,} trained {trained / all_trained:>6.1%}  "
-        counts = f"{source.rows:>11,} rows {source.tokens:>13,} tokens {shares}"
-        yield Text.assemble(f"  {visible(source.name):<{width}}", counts, bar)
+        own, context = source.tokens_trained, source.tokens - source.tokens_trained
+        bar = _bar((Part("", "trained", own), Part("", "context", context)), source.tokens, _BAR // 4)
+        shares = f"{source.tokens:>14,}{source.tokens / tokens:>8.1%}{own:>14,}{own / trained:>8.1%}  "
+        yield Text.assemble(f"  {visible(source.name):<{width}}{source.rows:>11,}{shares}", bar)
 
 
 def print_diff(found: Diff, console: Console) -> None:
@@ -308,7 +311,7 @@ def _amounts(change: Change) -> Iterator[str]:
             yield f"{both.gain:+,} {name}"
     other = "a" if change.kind == "came" else "b"
     if change.copies:
-        yield f"{change.copies:,} equal to one that {other} has"
+        yield f"{change.copies:,} equal to one in {other}"
     if change.beside:
         yield f"{change.beside:,} dropped by {other}"
 
