@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         name: `trained`, `cut: truncate`, ...
-        kind: its colour: kept, trained, context, padding, lost or bad.
+        kind: its colour: kept, trained, context, padding, lost, bad or out.
         count: rows or tokens.
     """
 
@@ -181,10 +181,7 @@ def _rows(ledger: Ledger) -> tuple[Part, ...]:
         *((f"dropped: {reason}", "lost", count) for reason, count in sorted(ledger.rows_dropped.items())),
         *((f"filtered: {rule}", "padding", count) for rule, count in sorted(ledger.rows_filtered.items())),
         *((f"rejected: {code}", "bad", count) for code, count in sorted(ledger.rows_rejected.items())),
-        *(
-            (f"left out: {step}", "padding", count)
-            for step, count in sorted(ledger.documents_left_out.items())
-        ),
+        *((f"left out: {step}", "out", count) for step, count in sorted(ledger.documents_left_out.items())),
     )
 
 
@@ -194,7 +191,7 @@ def _tokens(ledger: Ledger) -> tuple[Part, ...]:
         ("context", "context", ledger.tokens_context),
         *((f"cut: {policy}", "lost", count) for policy, count in sorted(ledger.tokens_cut.items())),
         ("in dropped rows", "bad", ledger.tokens_in_dropped_rows),
-        ("left out", "padding", ledger.tokens_left_out),
+        ("left out", "out", ledger.tokens_left_out),
     )
 
 
@@ -266,16 +263,20 @@ def spread(parts: Sequence[Part]) -> list[Stretch]:
 def flow_of(stats: Stats) -> Flow:
     """Return the flow from rows to trained tokens."""
     rows, tokens, slots = (spread(parts) for parts in (stats.rows, stats.tokens, stats.slots))
-    # Rows kept or dropped have tokens; rejected and filtered rows were never tokenized.
+    # Rows kept, dropped or left out have tokens; rejected and filtered rows were never tokenized.
     read = sum(part.kind in ("kept", "lost") for part in stats.rows)
-    read_rows = ("kept", ribbon((0.0, rows[read - 1][1] if read else 0.0), (0.0, 1.0 if read else 0.0)))
+    left = sum(part.kind == "out" for part in stats.rows)
+    of_read = tokens[-1][0] if left else 1.0
+    from_rows = [("kept", ribbon((0.0, rows[read - 1][1] if read else 0.0), (0.0, of_read if read else 0.0)))]
+    if left:
+        from_rows.append(("out", ribbon((rows[-left][0], 1.0), (of_read, 1.0))))
     context = [
         ("context", ribbon(tokens[i], slots[j]))
         for i, above in enumerate(stats.tokens)
         for j, below in enumerate(stats.slots)
         if above.kind == below.kind == "context"
     ]
-    return Flow(stats.stages, ([read_rows], [("trained", ribbon(tokens[0], slots[0])), *context]))
+    return Flow(stats.stages, (from_rows, [("trained", ribbon(tokens[0], slots[0])), *context]))
 
 
 def ribbon(upper: Stretch, lower: Stretch) -> str:

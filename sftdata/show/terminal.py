@@ -37,7 +37,7 @@ _MARKS = str.maketrans({_OPEN: "\\u27e6", _CLOSE: "\\u27e7"})
 _GUTTER, _BAR = 20, 40  # columns
 _GLYPHS = {
     "kept": ("█", "green"), "trained": ("█", "green"), "context": ("▒", "blue"),
-    "padding": ("░", "bright_black"), "lost": ("╱", "yellow"), "bad": ("╳", "red"),
+    "padding": ("░", QUIET), "out": ("░", QUIET), "lost": ("╱", "yellow"), "bad": ("╳", "red"),
     "same": ("█", QUIET), "came": ("+", "green"), "went": ("-", "red"), "changed": ("~", "yellow"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from sftdata.errors import IntegrityError
 from sftdata.set.manifest import Manifest, read_manifest, seal
 from sftdata.show.audit import audit_set
 from sftdata.show.choice import choices_of, shares_of, tell_shares
-from sftdata.show.stats import make_report, measure
+from sftdata.show.stats import flow_of, make_report, measure, ribbon
 from sftdata.show.view import open_shown
 from tests.view_sets import chats, prepare, view, write_lines
 
@@ -133,3 +133,13 @@ def test_stats_report_summary_and_notebook_say_it(
     assert data["manifest"]["shares"][0]["trained"] == made.shares[0].trained
     assert data["stats"]["shares"][0]["trained"] == realised
     assert sftdata.verify(tmp_path / "mix").ok
+
+
+def test_what_was_left_out_flows_to_its_own_tokens(base: Path, tmp_path: Path) -> None:
+    stats = measure(view(tmp_path / "view", base, min_tokens=30))
+    kept, left = stats.rows[0].count / 120, stats.tokens[-1].count / sum(p.count for p in stats.tokens)
+    assert flow_of(stats).between[0] == [
+        ("kept", ribbon((0, sum(p.count for p in stats.rows if p.kind != "out") / 120), (0, 1 - left))),
+        ("out", ribbon((1 - stats.rows[-1].count / 120, 1), (1 - left, 1))),
+    ]
+    assert kept < 1
