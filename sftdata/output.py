@@ -208,6 +208,14 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
     return Path(path)
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder, which may not be there yet, of what is remembered from run to run under a name."""
+    override = os.environ.get("SFTDATA_CACHE")
+    if override:
+        return Path(override) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftdata" / name
+
+
 def written(name: str) -> str:
     r"""Return a file name as UTF-8 text: undecodable bytes, which Python keeps as surrogates, as escapes.
 

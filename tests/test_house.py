@@ -256,7 +256,7 @@ def test_every_outside_import_is_declared() -> None:
     project, extras = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
     core = project["dependencies"]
     declared = {
-        "sftdata": core + extras["hub"] + extras["notebooks"],
+        "sftdata": core + extras["hub"] + extras["notebooks"] + extras["vision"],
         "sfttrain": core + extras["train"] + extras["torchao"] + extras["gpu"],
     }
     distribution_of = importlib.metadata.packages_distributions()

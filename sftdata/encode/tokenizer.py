@@ -24,6 +24,7 @@ from typing import TypedDict
 import msgspec
 
 from sftdata.errors import SftError, UsageError, nearest
+from sftdata.output import cache_folder
 from sftdata.vocabulary import TokenLayout
 
 CACHE_FORMAT = 3
@@ -161,7 +162,7 @@ def resolve_tokenizer(
     request = Request(
         source=str(source), add_tokens=list(add_tokens), chat_template=chat_template, eos_token=eos_token
     )
-    entry = _cache_root() / _cache_key(source, request)
+    entry = cache_folder("tokenizers") / _cache_key(source, request)
     if not (entry / FACTS_FILE).is_file():
         _fill_cache(entry, request, name)
     return _load(entry, name)
@@ -235,13 +236,6 @@ def _refuse_without_fast_files(name: str, source: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- cache
-
-
-def _cache_root() -> Path:
-    override = os.environ.get("SFTDATA_CACHE")
-    if override:
-        return Path(override) / "tokenizers"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftdata" / "tokenizers"
 
 
 def _cache_key(source: Path, request: Request) -> str:

@@ -16,7 +16,7 @@ from sftdata.errors import UsageError, need
 
 ROOT = Path(sftdata.__file__).parents[1]
 # Packages by the names of their modules, where the two differ; huggingface_hub comes with transformers.
-MODULES = {"pyyaml": "yaml", "backports.zstd": "backports"}
+MODULES = {"pyyaml": "yaml", "backports.zstd": "backports", "pillow": "PIL"}
 WITH_OTHERS = {"huggingface_hub", "click", "jinja2"}
 STANDARD = sys.stdlib_module_names | {"compression"}  # from 3.14
 
@@ -63,7 +63,8 @@ def test_extras_that_are_named_exist_and_hold_the_package(monkeypatch: pytest.Mo
     ]
     assert len(asked) >= 3
     for module, extra in asked:
-        assert any(str(package).startswith(str(module)) for package in extras[extra])
+        packages = [str(package).split(">")[0] for package in extras[extra]]
+        assert str(module).partition(".")[0] in [MODULES.get(package, package) for package in packages]
         monkeypatch.setitem(sys.modules, str(module), None)
         with pytest.raises(
             UsageError, match=rf"the rows.*{module} is not installed.*pip install 'sftdata\[{extra}\]'"
