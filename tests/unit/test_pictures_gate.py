@@ -1,4 +1,4 @@
-"""The gate: a rule that differs from the family's own processor is refused before a row is prepared; so is JSON that no rule follows."""
+"""The gate refuses a rule that differs from the family's own processor; JSON that no rule follows is refused by name."""
 
 from __future__ import annotations
 
