@@ -47,7 +47,8 @@ def look_again() -> int:
     """Make views: one set, and the two sides of a split."""
     whole = sftdata.view("set", output="longer", max_length=8192, mix={"a.jsonl": "70%", "b.jsonl": "30%"})
     train, held_out = sftdata.view(["set"], output="both", eval="5%", dedup="prompt", exclude=[Path("other")])
-    return whole.ledger.tokens + train.ledger.tokens + held_out.ledger.tokens
+    found = sftdata.diff("set", Path("longer"), limit=0)
+    return whole.ledger.tokens + train.ledger.tokens + held_out.ledger.tokens + found.trained.gain
 
 
 @sftdata.by_columns

@@ -300,7 +300,7 @@ def count_findings(findings: list[Finding]) -> Iterator[str]:
 
 def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     """Return the ledger of a set in words, and the shares of its sources."""
-    from sftdata.show.choice import tell_shares
+    from sftdata.show.choice import counters_of, tell_shares
 
     ledger = manifest.ledger
     slots = ledger.tokens + ledger.tokens_padding
@@ -321,9 +321,7 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
         + f" + {ledger.tokens_left_out:,} left out"
         * bool(ledger.tokens_left_out),
     ]
-    counters = [
-        f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(ledger.counters.items()) if count
-    ]
+    counters = [f"{name.replace('_', ' ')} {count:,}" for name, count in counters_of(manifest).items()]
     heads = iter(("  shares  ",))
     lines += [next(heads, " " * 10) + share for share in tell_shares(manifest)]
     if counters:

@@ -106,6 +106,21 @@ def _first_pass(name: str, names: set[str]) -> str:
     return first if first in names and _PASS.fullmatch(name[len(first) :]) and mark else name
 
 
+def counters_of(manifest: Manifest) -> dict[str, int]:
+    """Return what was counted; where documents were left out or repeated, only what is known of the others.
+
+    A view counts anew what has a list of the rows behind it; what has none counts all rows of its sets.
+    """
+    ledger = manifest.ledger
+    chosen = ledger.documents_left_out or ledger.documents_repeated
+    known = {*ledger.examples, "rows_cut", "rows_without_ending"}
+    return {
+        name: count
+        for name, count in sorted(ledger.counters.items())
+        if count and (name in known or not chosen)
+    }
+
+
 def choices_of(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     """Return what was chosen and what it left out, one sentence for each step; none for a plain set."""
     return tuple(_choices(manifest))

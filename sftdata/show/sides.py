@@ -208,22 +208,33 @@ def _open_side(folder: str | Path, numbers: dict[tuple[str, int], int]) -> Side:
     files = [file for file in base.manifest.files if file.name.startswith(f"{INDEX}-")]
     weighted = base.manifest.weighted
     segments = Segments.join([read_index(check_file(base.folder, file), weighted) for file in files])
-    segments = segments.at(np.lexsort((segments.offset, segments.example_ids)))
-    ids, kept = segments.example_ids, ~segments.rest
-    first = np.flatnonzero(np.diff(ids, prepend=-1))
+    order = np.lexsort((segments.offset, segments.example_ids))
+    ids, rest, offset, length = (
+        getattr(segments, name)[order] for name in ("example_ids", "rest", "offset", "length")
+    )
+    kept, first = ~rest, np.flatnonzero(np.diff(ids, prepend=-1))
+    begins = order[first]
     return Side(
         base,
         ids[first],
         *_places(base, ids[first], numbers),
-        lengths=np.add.reduceat(segments.length.astype(np.int64), first),
-        tokens=np.add.reduceat(np.where(kept, segments.length, 0), first, dtype=np.int64),
-        trained=np.add.reduceat(np.where(kept, segments.trained, 0), first, dtype=np.int64),
-        whole=(segments.whole & kept)[first],
-        document=segments.document_hash[first],
-        prompt=segments.prompt_hash[first].copy(),
-        pieces=segments.offset[kept].astype(np.int64) << 32 | segments.length[kept],
-        piece_offsets=offsets_of(np.add.reduceat(kept, first, dtype=np.int64)),
+        lengths=_sums(length, first),
+        tokens=_sums(length * kept, first),
+        trained=_sums(segments.trained[order] * kept, first),
+        whole=segments.whole[begins] & kept[first],
+        document=segments.document_hash[begins],
+        prompt=segments.prompt_hash[begins],
+        pieces=offset[kept].astype(np.int64) << 32 | length[kept],
+        piece_offsets=offsets_of(_sums(kept, first)),
     )
+
+
+def _sums(values: Int32 | Bool, first: Int64) -> Int64:
+    """Sum the values of each document's segments, int64[N]; most have one."""
+    if len(first) == len(values):
+        return values.astype(np.int64)
+    sums: Int64 = np.add.reduceat(values, first, dtype=np.int64)
+    return sums
 
 
 def _without_index(base: Base, numbers: dict[tuple[str, int], int]) -> Side:

@@ -13,7 +13,7 @@ import msgspec
 from sftdata.pages import macro, render
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest
-from sftdata.show.choice import ShareOf, choices_of, shares_of, tell_shares
+from sftdata.show.choice import ShareOf, choices_of, counters_of, shares_of, tell_shares
 
 if TYPE_CHECKING:
     from sftdata.show.audit import Finding
@@ -149,7 +149,7 @@ def measure(manifest: Manifest) -> Stats:
         shares=shares_of(manifest),
         choices=choices_of(manifest),
         repeated=ledger.documents_repeated,
-        counters={name: count for name, count in sorted(ledger.counters.items()) if count},
+        counters=counters_of(manifest),
         notes=manifest.notes,
     )
 

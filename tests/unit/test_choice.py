@@ -143,3 +143,11 @@ def test_what_was_left_out_flows_to_its_own_tokens(base: Path, tmp_path: Path) -
         ("out", ribbon((1 - stats.rows[-1].count / 120, 1), (1 - left, 1))),
     ]
     assert kept < 1
+
+
+def test_what_only_its_sets_counted_is_not_said_of_a_view(base: Path, tmp_path: Path) -> None:
+    assert "turns" in measure(read_manifest(base)).counters
+    assert "turns" in measure(view(tmp_path / "same", base, max_length=100)).counters
+    chosen = measure(view(tmp_path / "chosen", base, min_tokens=100, max_length=100))
+    assert "turns" not in chosen.counters
+    assert chosen.counters["rows_cut"] > 0
