@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sftdata.config import PrepareConfig
     from sftdata.keywords import ViewSettings
     from sftdata.run import Preview
+    from sftdata.set.export import Exported, Target
     from sftdata.set.manifest import Manifest
     from sftdata.set.verify import VerifyReport
     from sftdata.show.audit import Finding
@@ -45,6 +46,7 @@ __all__ = [
     "audit",
     "by_columns",
     "diff",
+    "export",
     "open",
     "prepare",
     "preview",
@@ -323,6 +325,28 @@ def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
     from sftdata.show.diff import diff as run
 
     return run(a, b, limit)
+
+
+def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
+    """Write a set as other trainers read tokenized rows, as `sftdata export`.
+
+    Args:
+        folder: a finished set, or a view.
+        to: "datasets" for `datasets.load_from_disk` (axolotl, LLaMA-Factory, TRL), "token-rows" for Parquet
+            of `input_ids` and `loss_mask` (SkyRL, Akka), "tinker" for JSON lines of what a Datum is made of,
+            or "megatron-bridge" for its packed Parquet.
+        output: folder to be made.
+
+    Returns:
+        What was written, and what the format or its reader leaves out; export.json says the same.
+
+    Raises:
+        SftError: there is no set, it holds what the format cannot carry, or the output exists.
+    """
+    from sftdata.output import local_output
+    from sftdata.set.export import export as run
+
+    return run(folder, local_output(output), to)
 
 
 def audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]:

@@ -343,6 +343,9 @@ _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works"
 ELSEWHERE: dict[str, str] = {
+    "--to tinker, or prepare it without --loss-weights.": (
+        "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
+    ),
     "leave --model out.": _CHAT,
     "leave --system out.": "tests/integration/test_train_chat.py::test_a_model_without_chat_template_goes_on_with_a_text",
     "name the folder that `sfttrain run` or `sfttrain merge` wrote.": _CHAT,

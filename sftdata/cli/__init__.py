@@ -35,7 +35,7 @@ def command() -> NoReturn:
 def build_app() -> typer.Typer:
     """Assemble the commands, in the order a user meets them."""
     from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
-    from sftdata.cli.sets import audit, diff, env, explain, inspect, stats, verify, view
+    from sftdata.cli.sets import audit, diff, env, explain, export, inspect, stats, verify, view
     from sftdata.frame import global_options
 
     app = _group("sftdata", "Turn SFT data into verified constant-length shards.\n\n"
@@ -53,6 +53,7 @@ def build_app() -> typer.Typer:
         view,
         diff,
         verify,
+        export,
         explain,
         env,
     ):

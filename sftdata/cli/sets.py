@@ -11,14 +11,17 @@ import sys
 import textwrap
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from sftdata.cli.flags import Folder, Json, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
-from sftdata.output import print_json, print_line
+from sftdata.output import local_output, print_json, print_line
 from sftdata.views.recipe import ViewConfig
+
+if TYPE_CHECKING:
+    from sftdata.set.export import Target
 
 VIEW_GROUPS = {
     "sets": "what it is made of",
@@ -228,6 +231,38 @@ def verify(
             f"{folder}: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}, listed above.",
             "restore the files, or prepare the set again with --overwrite.",
         )
+
+
+def export(
+    folder: Folder,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help="datasets, token-rows, tinker or megatron-bridge: who reads it."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to be made.")],
+    as_json: Json = False,
+) -> None:
+    """Write a set as other trainers read tokenized rows: no token and no label is gained or lost.
+
+    Example: sftdata export shards --to megatron-bridge -o packed
+    """
+    from sftdata.set.export import export as run
+
+    made = run(folder, local_output(output), cast("Target", to))
+    if as_json:
+        print_json({"folder": str(output)} | made.to_json())
+        return
+    print_line(
+        f"{output}: {made.rows:,} rows, {made.tokens:,} tokens, {made.tokens_trained:,} of them trained."
+    )
+    if made.left_out:
+        print_line(
+            f"{made.left_out:,} stretches of documents without a trained token are left out.", err=True
+        )
+    if made.unmarked:
+        print_line(f"{made.unmarked:,} trained tokens come after an EOS; {to} takes no loss there.", err=True)
 
 
 def _complete(start: str) -> list[str]:

@@ -1,0 +1,353 @@
+"""Write a finished set as other trainers take tokenized rows, without a token or a label gained or lost.
+
+    datasets         folder for datasets.load_from_disk: axolotl, LLaMA-Factory's tokenized_path, TRL
+    token-rows       Parquet, input_ids and loss_mask: SkyRL, Akka
+    tinker           JSON lines: input_tokens, target_tokens and weights of a Datum
+    megatron-bridge  packed Parquet: rows as they are packed here, padding left out
+
+All but the last hold a document a row, since their readers pack, or do not pack, themselves; a stretch of a
+document without a trained token, which some of them refuse, is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.output import behind_links
+from sftdata.set.opened import ShardSet, open_set
+from sftdata.set.store import Sink, explained, sync_folder, write_atomic
+from sftdata.version import __version__
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Target = Literal["datasets", "token-rows", "tinker", "megatron-bridge"]
+EXPORT_NAME = "export.json"
+FILE_TOKENS = 1 << 23  # of a file
+_ROW_GROUP = {"token-rows": 10_000, "megatron-bridge": 500}  # its reader keeps one group in memory
+_SUFFIX = ".partial"
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """What an export holds; export.json beside it.
+
+    Attributes:
+        to: the format.
+        digest: of the set.
+        tokenizer: name of its tokenizer, and sha256 of the tokenizer's files.
+        rows, tokens, tokens_trained: as written; padding is not.
+        left_out: stretches of documents without a trained token.
+        unmarked: trained tokens that the reader will not train, since it takes no loss after an EOS.
+        files: names.
+    """
+
+    to: Target
+    digest: str
+    tokenizer: tuple[str, str]
+    rows: int
+    tokens: int
+    tokens_trained: int
+    left_out: int
+    unmarked: int
+    files: tuple[str, ...]
+    software: str = __version__
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON data."""
+        plain: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
+        return plain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Rows of one file.
+
+    Attributes:
+        input_ids, labels: int32[T].
+        weights: float32[T], or None.
+        offsets: int64[N + 1], of the rows.
+        starts: int64[D], first token of each document within its row.
+        documents: int64[N], how many each row has.
+    """
+
+    input_ids: Int32
+    labels: Int32
+    weights: np.ndarray[tuple[int], np.dtype[np.float32]] | None
+    offsets: Int64
+    starts: Int64
+    documents: Int64
+
+
+def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
+    """Write a set, or a view, as another trainer reads it.
+
+    Args:
+        folder: a finished set.
+        output: folder to be made.
+        to: the format.
+
+    Raises:
+        UsageError: the format is unknown or cannot carry what the set holds, or the output exists.
+        SftError: there is no set, it is damaged, or the output cannot be written.
+    """
+    if to not in get_args(Target):
+        raise UsageError(f"--to {to}: no such format.", f"choose one of {', '.join(get_args(Target))}.")
+    opened, output = open_set(folder), behind_links(Path(output))
+    if opened.manifest.weighted and to != "tinker":
+        raise UsageError(
+            f"{folder}: its tokens have weights, which {to} cannot carry.",
+            "--to tinker, or prepare it without --loss-weights.",
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
+    partial = output.with_name(output.name + _SUFFIX)
+    with explained(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    exported = _write(opened, partial, to)
+    with explained(output):
+        if output.exists():
+            output.rmdir()
+        os.replace(partial, output)
+        sync_folder(output.parent)
+    return exported
+
+
+def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
+    """Write the files, and what describes them."""
+    rows = tokens = trained = left_out = unmarked = 0
+    files: list[str] = []
+    for batches in _gathered(opened):
+        parts = []
+        for batch in batches:
+            part, untrained = _packed(batch) if to == "megatron-bridge" else _documents(batch)
+            parts.append(part)
+            rows, tokens, left_out = (
+                rows + len(part.offsets) - 1, tokens + len(part.labels), left_out + untrained
+            )  # fmt: skip
+            trained += int((part.labels != IGNORE_INDEX).sum())
+            if to == "megatron-bridge":
+                unmarked += _after_eos(part, opened.manifest.tokenizer.eos_id)
+        name = _NAMES[to].format(len(files))
+        _FILES[to](folder / name, parts)
+        files.append(name)
+    if trained != opened.manifest.ledger.tokens_trained:
+        raise IntegrityError(
+            f"{opened.folder}: {trained:,} trained tokens read; its manifest says"
+            f" {opened.manifest.ledger.tokens_trained:,}.",
+            "run `sftdata verify`.",
+        )
+    tokenizer = opened.manifest.tokenizer
+    exported = Exported(
+        to=to, digest=opened.manifest.digest, tokenizer=(tokenizer.name, tokenizer.sha256), rows=rows,
+        tokens=tokens, tokens_trained=trained, left_out=left_out, unmarked=unmarked, files=tuple(files),
+    )  # fmt: skip
+    if to == "datasets":
+        _describe_dataset(folder, exported)
+    _write_json(folder / EXPORT_NAME, exported)
+    return exported
+
+
+def _gathered(opened: ShardSet) -> Iterator[list[PackedRows]]:
+    """Yield the record batches of each file."""
+    batches, tokens = list[PackedRows](), 0
+    for batch in opened.batches():
+        batches.append(batch)
+        tokens += len(batch.labels)
+        if tokens >= FILE_TOKENS:
+            yield batches
+            batches, tokens = [], 0
+    if batches:
+        yield batches
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+def _documents(batch: PackedRows) -> tuple[_Part, int]:
+    """Return each document as a row of its own, and how many had no trained token."""
+    starts = offsets_of(batch.seq_lengths.astype(np.int64))
+    counted = offsets_of((batch.labels != IGNORE_INDEX).astype(np.int64))
+    trained = counted[starts[1:]] > counted[starts[:-1]]
+    real = batch.example_ids >= 0
+    keep = real & trained
+    lengths = batch.seq_lengths[keep].astype(np.int64)
+    part = _taken(
+        batch, keep, offsets_of(lengths), np.zeros(len(lengths), np.int64), np.ones(len(lengths), np.int64)
+    )
+    return part, int((real & ~trained).sum())
+
+
+def _packed(batch: PackedRows) -> tuple[_Part, int]:
+    """Return rows as they are packed, without padding."""
+    keep = batch.example_ids >= 0
+    row = np.repeat(np.arange(len(batch)), np.diff(batch.segment_offsets))[keep]
+    lengths = batch.seq_lengths[keep].astype(np.int64)
+    documents = np.bincount(row, minlength=len(batch))
+    offsets = offsets_of(np.bincount(row, weights=lengths, minlength=len(batch)).astype(np.int64))
+    starts = offsets_of(lengths)[:-1] - offsets[row]
+    return _taken(batch, keep, offsets, starts, documents), 0
+
+
+def _taken(batch: PackedRows, keep: Bool, offsets: Int64, starts: Int64, documents: Int64) -> _Part:
+    """Return the tokens of some segments."""
+    tokens = np.repeat(keep, batch.seq_lengths)
+    weights = None if batch.loss_weights is None else batch.loss_weights[tokens]
+    return _Part(batch.input_ids[tokens], batch.labels[tokens], weights, offsets, starts, documents)
+
+
+def _next_marks(part: _Part) -> Bool:
+    """Say of each token whether the one after it, in the same document, is trained."""
+    marks = np.append(part.labels[1:] != IGNORE_INDEX, False)
+    firsts = np.repeat(part.offsets[:-1], part.documents) + part.starts
+    marks[firsts[firsts > 0] - 1] = False  # what follows there is another document
+    return marks
+
+
+def _after_eos(part: _Part, eos: int | None) -> int:
+    """Count trained tokens that come after an EOS: Megatron-Bridge's collator takes no loss from there."""
+    return 0 if eos is None else int((_next_marks(part) & (part.input_ids == eos)).sum())
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def _list(values: np.ndarray[tuple[int], np.dtype[np.generic]], offsets: Int64) -> pa.ListArray:
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _write_dataset(path: Path, parts: list[_Part]) -> None:
+    import pyarrow as pa
+
+    batches = [
+        pa.record_batch(
+            {
+                "input_ids": _list(part.input_ids, part.offsets),
+                "attention_mask": _list(np.ones(len(part.labels), np.int8), part.offsets),
+                "labels": _list(part.labels, part.offsets),
+            }
+        )
+        for part in parts
+    ]
+
+    def write(sink: Sink) -> None:
+        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batches[0].schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
+
+    write_atomic(path, write)
+
+
+def _describe_dataset(folder: Path, exported: Exported) -> None:
+    """Write the two files by which datasets knows a folder."""
+    types = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
+    features = {
+        name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "Sequence"}
+        for name, dtype in types.items()
+    }
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    state: dict[str, object] = {
+        "_data_files": [{"filename": name} for name in exported.files],
+        "_fingerprint": exported.digest[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    _write_json(folder / "dataset_info.json", info)
+    _write_json(folder / "state.json", state)
+
+
+def _write_parquet(
+    path: Path, parts: list[_Part], columns: Callable[[_Part], dict[str, pa.Array]], group: int
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.Table.from_batches([pa.record_batch(columns(part)) for part in parts])
+    write_atomic(
+        path,
+        lambda sink: parquet.write_table(
+            table, pa.PythonFile(sink, mode="w"), row_group_size=group, compression="zstd"
+        ),
+    )
+
+
+def _write_token_rows(path: Path, parts: list[_Part]) -> None:
+    def columns(part: _Part) -> dict[str, pa.Array]:
+        marks = (part.labels != IGNORE_INDEX).astype(np.int8)
+        return {
+            "input_ids": _list(part.input_ids, part.offsets),
+            "loss_mask": _list(marks, part.offsets),
+        }
+
+    _write_parquet(path, parts, columns, _ROW_GROUP["token-rows"])
+
+
+def _write_megatron(path: Path, parts: list[_Part]) -> None:
+    """Write the mask where the reader wants it: on the token before the one that is trained."""
+
+    def columns(part: _Part) -> dict[str, pa.Array]:
+        return {
+            "input_ids": _list(part.input_ids, part.offsets),
+            "loss_mask": _list(_next_marks(part).astype(np.int8), part.offsets),
+            "seq_start_id": _list(part.starts.astype(np.int32), offsets_of(part.documents)),
+        }
+
+    _write_parquet(path, parts, columns, _ROW_GROUP["megatron-bridge"])
+
+
+def _write_datums(path: Path, parts: list[_Part]) -> None:
+    def lines() -> Iterator[bytes]:
+        for part in parts:
+            for start, stop in zip(part.offsets[:-1].tolist(), part.offsets[1:].tolist(), strict=True):
+                yield msgspec.json.encode(_datum(part, start, stop)) + b"\n"
+
+    def write(sink: Sink) -> None:
+        for line in lines():
+            sink.write(line)
+
+    write_atomic(path, write)
+
+
+def _datum(part: _Part, start: int, stop: int) -> dict[str, object]:
+    """Return what a Datum is made of: position i predicts token i + 1 of the document."""
+    marks = part.labels[start + 1 : stop] != IGNORE_INDEX
+    weights = marks.astype(np.float32) if part.weights is None else part.weights[start + 1 : stop]
+    return {
+        "input_tokens": part.input_ids[start : stop - 1].tolist(),
+        "target_tokens": part.input_ids[start + 1 : stop].tolist(),
+        "weights": weights.tolist(),
+    }
+
+
+def _write_json(path: Path, content: object) -> None:
+    text = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+    write_atomic(path, lambda sink: sink.write(text))
+
+
+_NAMES: dict[Target, str] = {
+    "datasets": "data-{:05d}.arrow",
+    "token-rows": "rows-{:05d}.parquet",
+    "tinker": "datums-{:05d}.jsonl",
+    "megatron-bridge": "rows-{:05d}.idx.parquet",
+}
+_FILES: dict[Target, Callable[[Path, list[_Part]], None]] = {
+    "datasets": _write_dataset,
+    "token-rows": _write_token_rows,
+    "tinker": _write_datums,
+    "megatron-bridge": _write_megatron,
+}
