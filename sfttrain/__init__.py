@@ -39,6 +39,10 @@ def train(
     on_note: Callable[[str], object] | None = None,
     # ---- settings of ours
     weights: Sequence[float] = (),
+    mix: Mapping[str, float] = {},
+    mix_by: Literal["rows", "tokens", "trained"] = "trained",
+    passes: float | None = None,
+    new_leg: bool = False,
     eval: Mapping[str, str | Path] = {},
     init_from_config: str | Path | None = None,
     revision: str | None = None,

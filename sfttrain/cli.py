@@ -54,11 +54,30 @@ Eval = Annotated[list[str] | None, typer.Option("--eval", help="Evaluation set, 
 Attention = Annotated[
     str | None, typer.Option(help="Attention implementation; auto: the fastest; sdpa:flash forces a kernel.")
 ]
+Mix = Annotated[
+    list[str] | None, typer.Option("--mix", help="Share of a set, as NAME=SHARE, by the name of its folder.")
+]
+MixBy = Annotated[str | None, typer.Option(help="What shares count: rows, tokens or trained.")]
+MostPasses = Annotated[float | None, typer.Option("--passes", help="How often to go through a set, at most.")]
+NewLeg = Annotated[
+    bool, typer.Option("--new-leg", help="Let a run go on with other sets or shares than it had so far.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
 
-_OWN = ("model", "output", "init_from_config", "lora", "adapter", "quantize", "push_to_hub", "attention")
+_OWN = (
+    "model",
+    "output",
+    "init_from_config",
+    "lora",
+    "adapter",
+    "quantize",
+    "push_to_hub",
+    "attention",
+    "mix_by",
+    "passes",
+)
 
 
 def _settings(
@@ -66,6 +85,7 @@ def _settings(
     override: Override = None, init_from_config: InitFromConfig = None, max_steps: MaxSteps = None,
     epochs: Epochs = None, lora: Lora = None, adapter: Adapter = None, quantize: Quantize = None,
     evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
+    mix: Mix = None, mix_by: MixBy = None, passes: MostPasses = None, new_leg: NewLeg = False,
     report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
     overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
 ) -> Any:  # fmt: skip  # evaluated by `_with_settings`, before `config` is imported
@@ -82,6 +102,8 @@ def _settings(
         {
             "sets": tuple(sets) if sets else None,
             "eval": _named(evaluate),
+            "mix": _shares(mix),
+            "new_leg": new_leg or None,
             "overwrite": overwrite or None,
             "trust_remote_code": trust_remote_code or None,
             "training": {key: value for key, value in training.items() if value is not None},
@@ -127,6 +149,18 @@ def config(settings: TrainConfig) -> None:
     run = Run(settings, training_arguments(settings), {}, evaluated=bool(settings.eval))
     refuse_inert(run)
     print(yaml.safe_dump(effective_settings(run), sort_keys=False), end="")
+
+
+@app.command()
+@_with_settings
+def plan(settings: TrainConfig) -> None:
+    """Print what a run of these settings takes of each set, and train nothing.
+
+    It is the plan of a fresh run on so many processes as `plan` itself is started on.
+    """
+    from sfttrain.data_plan import plan_run
+
+    print("\n".join(plan_run(settings)))
 
 
 @app.command()
@@ -233,3 +267,17 @@ def _named(texts: list[str] | None) -> dict[str, str] | None:
         return None
     pairs = [text.partition("=") for text in texts]
     return {name if folder else Path(name).name: folder or name for name, _, folder in pairs}
+
+
+def _shares(texts: list[str] | None) -> dict[str, str] | None:
+    """Return the share of each set as text, by its name; a path may hold an equals sign."""
+    if not texts:
+        return None
+    shares = {}
+    for text in texts:
+        name, equals, share = text.rpartition("=")
+        if not equals or name in shares:
+            found = "is given twice" if equals else "expected NAME=SHARE"
+            raise UsageError(f"--mix {text}: {found}.", "give each set one share, as --mix chats=70.")
+        shares[name] = share
+    return shares

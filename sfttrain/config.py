@@ -20,9 +20,11 @@ from pydantic import (
     model_validator,
 )
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, did_you_mean
 from sftdata.output import local_output
 from sftdata.settings import Layer, answer, load_settings, read_settings_file
+
+Measure = Literal["rows", "tokens", "trained"]
 
 # Our defaults where they differ from transformers'; each can be set back.
 TRAINING_DEFAULTS: dict[str, object] = {
@@ -75,6 +77,14 @@ class TrainConfig(BaseModel):
     # ---- data
     sets: tuple[Path, ...] = Field((), description="Folders that `sftdata prepare` wrote.")
     weights: tuple[float, ...] = Field((), description="Passes over each set in one epoch; default: 1 each.")
+    mix: dict[str, float] = Field(
+        default_factory=dict, description="Shares of the sets, instead of weights: NAME=SHARE, or PATH=SHARE."
+    )
+    mix_by: Measure = Field("trained", description="What shares count.")
+    passes: float | None = Field(None, gt=0, description="How often a run may go through a set, at most.")
+    new_leg: bool = Field(
+        False, description="Let a run go on with other sets, weights or shares than it had so far."
+    )
     eval: dict[str, Path] = Field(default_factory=dict, description="Evaluation sets by name.")
 
     # ---- model
@@ -215,6 +225,13 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights are above 0")
+        if any(not 0 < share < float("inf") for share in self.mix.values()):
+            raise ValueError("a share of mix is a number above 0")
+        if self.mix and self.weights:
+            raise ValueError("weights count passes, mix gives shares; leave one of them out")
+        if self.mix_by != "trained" and not self.mix:
+            raise ValueError(f"mix_by={self.mix_by} needs mix; leave it out, or give each set a share")
+        self.set_shares()
         if self.lora and self.init_from_config:
             raise ValueError(
                 "adapters of fresh random weights are of no use; name a model, or leave lora out"
@@ -238,9 +255,43 @@ class TrainConfig(BaseModel):
         """Passes over each set in one epoch."""
         return self.weights or (1.0,) * len(self.sets)
 
+    def set_shares(self) -> tuple[float, ...]:
+        """The share of each set; empty without `mix`.
+
+        Raises:
+            UsageError: a name is that of no set or of several, or a set has no share.
+        """
+        if not self.mix:
+            return ()
+        shares = dict[Path, float]()
+        for name, share in self.mix.items():
+            folder = self._set_named(name)
+            if folder in shares:
+                raise UsageError(f"--mix {name}: {folder} has two shares.", "leave one of them out.")
+            shares[folder] = share
+        if without := [folder for folder in self.sets if folder not in shares]:
+            raise UsageError(
+                f"{without[0]}: --mix gives it no share.",
+                f"--mix {without[0]}=SHARE, or leave the set out.",
+            )
+        return tuple(shares[folder] for folder in self.sets)
+
+    def _set_named(self, name: str) -> Path:
+        found = [folder for folder in self.sets if folder == Path(name)]
+        found = found or [folder for folder in self.sets if folder.resolve().name == name]
+        if not found:
+            names = [folder.resolve().name for folder in self.sets]
+            otherwise = f"name sets, as {', '.join(names)}; `sftdata view --mix` takes sources of sets."
+            raise UsageError(f"--mix {name}: no set of that name.", did_you_mean(name, names, otherwise))
+        if len(found) > 1:
+            raise UsageError(
+                f"--mix {name}: {len(found)} sets have that name.", f"name them by path, as {found[0]}=SHARE."
+            )
+        return found[0]
+
 
 _LENGTH = ("max_steps", "num_train_epochs")
-_MAPPINGS = ("eval", "lora", "model_init_kwargs")
+_MAPPINGS = ("eval", "mix", "lora", "model_init_kwargs")
 
 
 def read_settings(file: Path | None, overrides: Sequence[str], flags: Mapping[str, object]) -> TrainConfig:

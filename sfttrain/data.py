@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, IterableDataset
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
 from sftdata.errors import DataError, UsageError
 from sftdata.set.opened import PackedRow, ShardSet
-from sfttrain.order import FILLER
+from sfttrain.schedule import FILLER
 
 Batch = dict[str, Tensor | int]
 _MASKS = ("completion_mask", "assistant_masks")

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +25,7 @@ from sfttrain.process import Say, say
 from sfttrain.refusals import require_package
 from sfttrain.report import write_report
 from sfttrain.resume import read_run
+from sfttrain.seen import Seen
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -71,7 +72,9 @@ def export(
     if tokenizer is not None:
         shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
     (partial / SETTINGS_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
-    (partial / "README.md").write_text(_card(trainer, sets, settings), "utf-8")
+    if trainer.account is not None:
+        trainer.account.write(partial, trainer.state.global_step)
+    (partial / "README.md").write_text(_card(trainer, settings), "utf-8")
     for path in sorted(partial.iterdir()):
         target = output / path.name
         if target.is_dir():
@@ -113,7 +116,7 @@ def _write_run(output: Path, content: Identity) -> None:
     write_atomic(output / RUN_NAME, lambda sink: sink.write(text))
 
 
-def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, object]) -> str:
+def _card(trainer: SftTrainer, settings: Mapping[str, object]) -> str:
     """Write the model's card: names, never paths of this machine."""
     base = cast(str | None, settings.get("model"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -132,12 +135,7 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, 
     kind = "Low-rank adapters for" if adapted else "Fine-tuned from"
     shape = named(str(settings.get("init_from_config")))
     lines += [f"{kind} `{named(base)}`." if base else f"Trained from scratch by `{shape}`.", ""]
-    lines += ["| set | rows | trained tokens | digest |", "|---|---|---|---|"]
-    for opened in sets:
-        manifest, name = opened.manifest, opened.folder.resolve().name
-        lines.append(
-            f"| {name} | {len(opened):,} | {manifest.ledger.tokens_trained:,} | `{manifest.digest}` |"
-        )
+    lines += [] if trainer.account is None else _seen_table(trainer.account.at(trainer.state.global_step))
     lines += [
         "",
         f"{trainer.state.global_step:,} steps, {trainer.state.num_input_tokens_seen:,} tokens seen.",
@@ -148,6 +146,18 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, 
             f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']})."
         )
     return "\n".join([*lines, "", f"Settings: `{SETTINGS_NAME}`.", ""])
+
+
+def _seen_table(seen: Seen) -> Iterator[str]:
+    """Yield what was taken of each set, leg by leg, as a table."""
+    yield "| set | steps | asked | taken | rows | tokens | trained tokens | passes | digest |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for leg in seen.legs:
+        for part in leg.sets:
+            steps = f"{leg.first_step + 1:,} to {leg.first_step + leg.steps:,}"
+            asked = "" if part.asked is None else f"{part.asked:.3%}"
+            amounts = f"{part.rows:,} | {part.tokens:,} | {part.trained:,} | {part.passes:.2f}"
+            yield f"| {part.name} | {steps} | {asked} | {part.share:.3%} | {amounts} | `{part.digest}` |"
 
 
 def push(folder: Path, repository: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import cast
 
+import msgspec
 import numpy as np
 import yaml
 
@@ -21,6 +22,7 @@ from sftdata.errors import UsageError
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
 from sfttrain.progress import LOG_NAME
+from sfttrain.seen import SEEN_NAME, Seen
 
 REPORT_NAME = "report.html"
 SMALL_CHARTS = (
@@ -80,6 +82,7 @@ def make_report(folder: Path) -> str:
         loss_chart=line_chart(losses),
         broken=sum(not math.isfinite(value) for curve in losses for _, value in curve.points),
         small=[(curve, line_chart([curve], zero=True)) for curve in curves if curve.points],
+        seen=_read_seen(folder / SEEN_NAME),
         evaluation=list(_evaluation(log)),
         settings=settings,
         shown_settings=[] if settings is None else list(_shown_settings(yaml.safe_load(settings))),
@@ -102,6 +105,10 @@ def read_log(path: Path) -> list[Line]:
 def _read_run(path: Path) -> Line:
     run: Line = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return run
+
+
+def _read_seen(path: Path) -> Seen | None:
+    return msgspec.json.decode(path.read_bytes(), type=Seen) if path.is_file() else None
 
 
 def _curve(lines: Sequence[Line], name: str, label: str, kind: str) -> Curve:
@@ -167,7 +174,18 @@ def _figures(steps: Sequence[Line], log: Sequence[Line]) -> list[tuple[str, str]
 
 
 def _shown_settings(settings: Line) -> Iterator[tuple[str, str]]:
-    for name in ("model", "init_from_config", "sets", "eval", "lora", "quantize", "loss", "attention"):
+    for name in (
+        "model",
+        "init_from_config",
+        "sets",
+        "weights",
+        "mix",
+        "eval",
+        "lora",
+        "quantize",
+        "loss",
+        "attention",
+    ):
         if settings.get(name):
             yield name, _plain(settings[name])
     training = cast(Line, settings.get("training") or {})

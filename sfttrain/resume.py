@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
@@ -22,13 +22,26 @@ from sfttrain.checkpoint import RUN_NAME, Identity
 from sfttrain.config import LoraSettings, TrainConfig
 from sfttrain.process import Say
 from sfttrain.progress import LOG_NAME
+from sfttrain.seen import LINES_NAME, SEEN_NAME
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # What would be taken for the new run's, or read together with it: adapters beside a model, for one.
-_OF_A_RUN = (RUN_NAME, LOG_NAME, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-Point = tuple[Path, int]  # a checkpoint, and the steps behind it
+_OF_A_RUN = (
+    RUN_NAME, LOG_NAME, SEEN_NAME, LINES_NAME, "*.safetensors", "*.safetensors.index.json",
+    "adapter_config.json",
+)  # fmt: skip
+
+
+class Point(NamedTuple):
+    """A checkpoint, the steps behind it, and the first step of the leg that goes on from there."""
+
+    folder: Path
+    step: int
+    first_step: int
+
+
 LENGTH = ("max_steps", "num_train_epochs")
 _PREFIXES = (
     "logging_", "log_", "save_", "eval_", "trackio_", "dataloader_", "ddp_", "activation_checkpointing",
@@ -40,15 +53,20 @@ MAY_CHANGE = frozenset({
     "restore_callback_states_from_checkpoint", "eval", "per_device_eval_batch_size", "prediction_loss_only",
     "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "compute_metrics",
-    "attention", "packing", "kernels", "compile", "liger_kernel_config", "torch_empty_cache_steps",
+    "passes", "attention", "packing", "kernels", "compile", "liger_kernel_config", "torch_empty_cache_steps",
     # Their product is compared, as global_batch.
     "per_device_train_batch_size", "gradient_accumulation_steps",
 })  # fmt: skip
+# What a new leg may have of its own.
+LEG = frozenset({"sets", "weights", "mix", "mix_by", "rows", "chat_template"})
+_TOLD = ("sets", "weights", "mix", "mix_by")  # of these; the others follow from them
+_OF_EACH_SET = ("tokenizer", "chat_template")  # compared whatever the number of sets is
+_DIGEST = 12
 # Not compared: places, the machine, and what `identity_of` names in another way.
 _NOT_COMPARED = frozenset({
-    "sets", "weights", "model", "init_from_config", "lora", "adapter", "eval", "training", "output",
-    "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu", "dataloader_pin_memory",
-    "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
+    "sets", "weights", "mix", "mix_by", "new_leg", "model", "init_from_config", "lora", "adapter", "eval",
+    "training", "output", "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu",
+    "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip
 _LABELS = {
@@ -73,7 +91,7 @@ def finished(config: TrainConfig, identity: Identity) -> Identity | None:
     if not done.get("finished") or not any(config.output.glob("*.safetensors")):
         begun = checkpoint.newest_sealed(config.output)
         if begun is not None:
-            check_unchanged(begun[1].run, identity, begun[0])
+            check_unchanged(begun[1].run, identity, begun[0], new_leg=config.new_leg)
         return None
     fix = "choose another output folder, or --overwrite to start anew."
     if "settings" not in done:
@@ -83,10 +101,14 @@ def finished(config: TrainConfig, identity: Identity) -> Identity | None:
     changes = differences(done, identity)
     if not changes:
         return done
-    if all(may_change(name) for name in changes) and any(name in changes for name in LENGTH):
+    decides = _deciding(changes, new_leg=config.new_leg)
+    if not decides and any(name in changes for name in LENGTH):
         return None  # it is to go on
     found = f"{config.output}: holds a finished run with other settings: {'; '.join(changes.values())}"
-    raise UsageError(f"{found}.", f"{fix[:-1]}; a higher max_steps trains it on.")
+    longer = "a higher max_steps trains it on"
+    if decides and not _deciding(changes, new_leg=True):
+        longer = "--new-leg and a higher max_steps train it on with these sets"
+    raise UsageError(f"{found}.", f"{fix[:-1]}; {longer}.")
 
 
 def read_run(output: Path) -> Identity:
@@ -134,8 +156,9 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
             path.unlink()
         return None
     newest = checkpoint.newest_complete(output)
+    changes: list[str] = []
     if newest is not None:
-        check_unchanged(newest[1].run, run, newest[0])
+        changes = check_unchanged(newest[1].run, run, newest[0], new_leg=config.new_leg)
     elif (output / RUN_NAME).exists():
         raise UsageError(
             f"{output}: holds a finished run without a checkpoint.",
@@ -156,7 +179,9 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
         say(
             f"{newest[0]}: an earlier version wrote it without settings; they are taken to be the same as now"
         )
-    return newest[0], step
+    if changes:
+        say(f"new leg from step {step} on: {'; '.join(changes)}")
+    return Point(newest[0], step, step if changes else cast(int, newest[1].run.get("first_step", 0)))
 
 
 def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, ShardSet]) -> Identity:
@@ -180,6 +205,8 @@ def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, Sha
     return {
         "sets": [opened.manifest.digest for opened in sets],
         "weights": list(config.set_weights),
+        "mix": _shares(config),
+        "mix_by": config.mix_by if config.mix else None,
         "tokenizer": [opened.manifest.tokenizer.sha256 for opened in sets],
         "chat_template": [opened.manifest.chat_template_sha256 for opened in sets],
         "model": str(config.model or config.init_from_config),
@@ -202,7 +229,7 @@ def differences(before: Identity, now: Identity) -> dict[str, str]:
         for name in {**old, **new}
         if "settings" in before or name in old or name.startswith(("adapter", "lora."))
     ]
-    changed = [name for name in names if old.get(name) != new.get(name)]
+    changed = [name for name in names if _compared(old, name) != _compared(new, name)]
     return {
         name: f"{_LABELS.get(name, name)} was {_shown(old, name)}, is {_shown(new, name)}" for name in changed
     }
@@ -213,18 +240,34 @@ def may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith(_PREFIXES)
 
 
-def check_unchanged(before: Identity, now: Identity, place: Path) -> None:
+def check_unchanged(before: Identity, now: Identity, place: Path, *, new_leg: bool = False) -> list[str]:
     """Refuse to go on with what was begun with other data or other settings.
+
+    Args:
+        new_leg: let the run go on with other sets, in other proportions.
+
+    Returns:
+        How the data changed, in words: what makes a new leg.
 
     Raises:
         UsageError: naming every difference.
     """
-    changes = [text for name, text in differences(before, now).items() if not may_change(name)]
-    if changes:
+    changes = differences(before, now)
+    refused = _deciding(changes, new_leg=new_leg)
+    if refused:
+        only_data = not _deciding(changes, new_leg=True)
+        on = "--new-leg to go on with these sets from here, " if only_data else ""
         raise UsageError(
-            f"{place}: cannot resume, since the run changed: {'; '.join(changes)}.",
-            "use what it was started with, another output folder, or --overwrite to start anew.",
+            f"{place}: cannot resume, since the run changed: {'; '.join(changes[name] for name in refused)}.",
+            f"use what it was started with, {on}another output folder, or --overwrite to start anew.",
         )
+    told = [text for name, text in changes.items() if name in _TOLD]
+    return told or [text for name, text in changes.items() if name in LEG]
+
+
+def _deciding(changes: Mapping[str, str], *, new_leg: bool) -> list[str]:
+    """Return which changes a run cannot go on with, by name."""
+    return [name for name in changes if not may_change(name) and not (new_leg and name in LEG)]
 
 
 def _flat(run: Identity, known: Identity) -> Identity:
@@ -239,8 +282,22 @@ def _flat(run: Identity, known: Identity) -> Identity:
     return flat | cast(Identity, run.get("settings", {}))
 
 
+def _shares(config: TrainConfig) -> list[float] | None:
+    """Return shares that sum up to 1, in the order of the sets, so that one mixture is always the same."""
+    shares = config.set_shares()
+    return [share / sum(shares) for share in shares] or None
+
+
+def _compared(settings: Identity, name: str) -> object:
+    value = settings.get(name)
+    return set(value) if name in _OF_EACH_SET and isinstance(value, list) else value
+
+
 def _shown(settings: Identity, name: str) -> str:
-    return f"{settings[name]!r:.200}" if settings.get(name) is not None else "not set"
+    value = settings.get(name)
+    if isinstance(value, list) and name in ("sets", *_OF_EACH_SET):
+        value = [digest and str(digest)[:_DIGEST] for digest in value]
+    return f"{value!r:.200}" if value is not None else "not set"
 
 
 def _name(given: object) -> str:

@@ -21,6 +21,8 @@ from sfttrain.data import CustomRows, Row, TrainingRows, custom_rows
 from sfttrain.loss import LossOutput, items_of
 from sfttrain.order import Order
 from sfttrain.path import Plan
+from sfttrain.schedule import Passes
+from sfttrain.seen import Account
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
@@ -37,6 +39,7 @@ class SftTrainer(Trainer):
         order: batches of this rank; None for a stream, which has its own.
         run: what a checkpoint remembers of the data, see `checkpoint.Seal.run`.
         plan: what was decided on loss and attention.
+        account: of what the run sees of its sets, in the main process; every checkpoint holds it.
         tokenizer: folder that every checkpoint gets a copy of, so that it loads by itself.
         arguments: what transformers' Trainer takes.
     """
@@ -47,12 +50,13 @@ class SftTrainer(Trainer):
         order: Order | None,
         run: checkpoint.Identity,
         plan: Plan,
+        account: Account | None = None,
         tokenizer: Path | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
-        self._tokenizer = tokenizer
+        self.account, self._tokenizer = account, tokenizer
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         # Tokens, supervised positions, correct predictions.
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)
@@ -96,13 +100,10 @@ class SftTrainer(Trainer):
         return self._loader(
             rows,
             Order(
-                [len(rows)],
-                [1.0],
-                seed=0,
+                Passes([len(rows)], [1.0], seed=0, shuffle=False),
                 batch_size=self.args.eval_batch_size,
                 rank=rank,
                 ranks=ranks,
-                shuffle=False,
             ),
         )
 
@@ -281,6 +282,9 @@ class SftTrainer(Trainer):
             if self.args.should_save:
                 if self._tokenizer is not None:
                     shutil.copytree(self._tokenizer, folder, dirs_exist_ok=True)
+                if self.account is not None:
+                    for place in (folder, folder.parent):
+                        self.account.write(place, self.state.global_step)
                 checkpoint.seal(folder, self.state.global_step, self.run)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise checkpoint.explain_failed_write(folder, error) from error
@@ -300,7 +304,8 @@ class _EpochOfOrder(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self._order.set_epoch(int(state.epoch or 0))
+        # The state's own epoch counts those of the data before, where the leg is new.
+        self._order.set_epoch(state.global_step // self._order.steps_per_epoch)
 
 
 class EvalFigures:

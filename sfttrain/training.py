@@ -18,17 +18,20 @@ from sfttrain.arguments import Run, effective_settings, refuse_inert, training_a
 from sfttrain.attention import choose_attention, register_attention
 from sfttrain.compiling import Compilation, choose_compile, layers_compiled, start_compiled, stop_compiled
 from sfttrain.config import TrainConfig
+from sfttrain.contents import read_contents
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
+from sfttrain.data_plan import account_of, make_order, planned, total_steps
 from sfttrain.device import by_memory, out_of_memory, refuse_too_large
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
-from sfttrain.process import Say, StopRequest, say
+from sfttrain.process import Say, StopRequest, rank, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
+from sfttrain.seen import Account
 from sfttrain.sets import Reading
 from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
@@ -105,12 +108,17 @@ def _assemble(
     reading.finish()
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
     rows = TrainingRows(sets, plan.unpack) if data is None else _custom_rows(data, args)
-    order = None if isinstance(rows, StreamRows) else _order(config, rows, args)
+    order, account = _plan_data(config, sets, rows, plan, args)
     run = identity | _planned(order, plan)
-    steps = int(args.max_steps) if order is None else _total_steps(args, order)
+    steps = int(args.max_steps) if order is None else total_steps(args, order)
     resumed = resume_point(config, args, run, steps, say)
+    if order is not None:
+        order.begin_at(resumed.first_step if resumed else 0)
+        run["first_step"] = order.first_step
+        _tell_plan(config, account, order, resumed, steps)
     trainer = _make_trainer(
         order=order,
+        account=account,
         run=run,
         plan=plan,
         tokenizer=tokenizer_folder(sets, say),
@@ -132,6 +140,34 @@ def _assemble(
     try_optimizer(setting, model, steps)
     _speed_up(setting, trainer, where, steps, resumed is None)
     return trainer, resumed, steps
+
+
+def _plan_data(
+    config: TrainConfig,
+    sets: list[ShardSet],
+    rows: TrainingRows | CustomRows | StreamRows,
+    plan: Plan,
+    args: TrainingArguments,
+) -> tuple[Order | None, Account | None]:
+    """Return the batches of this rank, None for a stream, and in the main process the account of sets."""
+    if isinstance(rows, StreamRows):
+        return None, None
+    kept = config.mix or rank() == 0
+    contents = [read_contents(opened, plan.unpack) for opened in sets] if kept else []
+    order = make_order(config, rows.sizes, contents, args)
+    return order, account_of(config, sets, contents, order) if sets and rank() == 0 else None
+
+
+def _tell_plan(
+    config: TrainConfig, account: Account | None, order: Order, resumed: Point | None, steps: int
+) -> None:
+    """Say what the run takes of each set, over its whole leg."""
+    if account is None:
+        return
+    if resumed is not None:
+        account.go_on(resumed.folder, resumed.step)
+    for line in planned(config, account, order, steps):
+        say(line)
 
 
 def _custom_rows(data: object, args: TrainingArguments) -> CustomRows | StreamRows:
@@ -173,17 +209,17 @@ def _add_kernels(setting: Run, trainer: SftTrainer, where: Surroundings) -> None
 def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
     """Train, or take what a run left that was stopped after its last step."""
     try:
-        if resumed is not None and resumed[1] == steps:
-            _restore(trainer, resumed[0], say)
+        if resumed is not None and resumed.step == steps:
+            _restore(trainer, resumed.folder, say)
         else:
-            trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+            trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
     except RuntimeError as error:
         refused = out_of_memory(error, trainer.state.global_step + 1)
         if refused is None:
             raise
         raise refused from None
     except UnpicklingError:
-        place = resumed[0] if resumed else trainer.args.output_dir
+        place = resumed.folder if resumed else trainer.args.output_dir
         found = f"{place}: holds a pickle that is more than tensors, which loading would run"
         raise IntegrityError(
             f"{found}.", "remove the folder, then run again: it resumes from the one before."
@@ -249,19 +285,6 @@ def _as_named(data: object) -> dict[str, object]:
     }
 
 
-def _order(config: TrainConfig, rows: TrainingRows | CustomRows, args: TrainingArguments) -> Order:
-    return Order(
-        rows.sizes,
-        config.set_weights or (1.0,),
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        rank=args.process_index,
-        ranks=args.world_size,
-        shuffle=args.train_sampling_strategy != "sequential",
-    )
-
-
 def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
     """Load the model that the last step left, or the best one where that is asked for."""
     from transformers import TrainerState
@@ -276,16 +299,8 @@ def _restore(trainer: SftTrainer, folder: Path, say: Say) -> None:
 def _planned(order: Order | None, plan: Plan) -> checkpoint.Identity:
     """Return what belongs to a run's identity and is known only with its rows and its model."""
     return {
-        "data_seed": order.seed if order else None,
-        "shuffle": order.shuffle if order else False,
-        "rows": order.sizes if order else None,
+        "data_seed": order.schedule.seed if order else None,
+        "shuffle": order.schedule.shuffle if order else False,
+        "rows": order.schedule.sizes if order else None,
         "unpack": plan.unpack,
     }
-
-
-def _total_steps(args: TrainingArguments, order: Order) -> int:
-    return (
-        int(args.max_steps)
-        if args.max_steps > 0
-        else -int(-args.num_train_epochs * order.steps_per_epoch // 1)
-    )

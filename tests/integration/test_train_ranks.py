@@ -59,13 +59,13 @@ def test_the_loss_is_the_mean_over_supervised_tokens_of_the_global_batch(runs: d
     from transformers import AutoModelForCausalLM
 
     from sftdata.set.opened import open_set
-    from sfttrain.order import Order
+    from sfttrain.schedule import Passes
 
     folder = runs["8x1"].parent
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     opened = open_set(folder / "set")
     total = count = 0.0
-    for row in Order([21], [1.0], seed=42, batch_size=8).rows(0)[:8].tolist():
+    for row in Passes([21], [1.0], seed=42).rows(0, 1, 8).tolist():
         for document in opened[row].documents():
             ids, labels = (
                 torch.from_numpy(part.astype("int64")) for part in (document.input_ids, document.labels)

@@ -1,13 +1,15 @@
-"""Every row once an epoch, disjoint over ranks, a function of (seed, epoch, step) alone."""
+"""Every row once an epoch, or shares kept at every step; disjoint over ranks, a function of (seed, step) alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from sfttrain.order import FILLER, Order
+from sfttrain.order import Order
+from sfttrain.schedule import FILLER, Mixture, Passes, Schedule
 
 SHAPES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
 
@@ -17,9 +19,7 @@ def _steps(sizes: list[int], shape: tuple[int, int, int], epoch: int = 0, seed: 
     batch_size, accumulation, ranks = shape
     orders = [
         Order(
-            sizes,
-            [1.0] * len(sizes),
-            seed=seed,
+            Passes(sizes, [1.0] * len(sizes), seed=seed),
             batch_size=batch_size,
             accumulation=accumulation,
             rank=rank,
@@ -68,10 +68,10 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 
 def test_a_weight_counts_passes_over_a_set() -> None:
-    order = Order([10, 4], [0.5, 2.0], seed=0, batch_size=1)
+    passes = Passes([10, 4], [0.5, 2.0], seed=0)
     halves = []
     for epoch in (0, 1):
-        seen = Counter(order.rows(epoch).tolist())
+        seen = Counter(passes.epoch(epoch).tolist())
         assert all(seen[row] == 2 for row in range(10, 14))
         halves.append({row for row in seen if row < 10})
     assert len(halves[0]) == len(halves[1]) == 5
@@ -79,14 +79,131 @@ def test_a_weight_counts_passes_over_a_set() -> None:
 
 
 def test_sets_are_mixed() -> None:
-    rows = Order([50, 50], [1.0, 1.0], seed=0, batch_size=1).rows(0)
+    rows = Passes([50, 50], [1.0, 1.0], seed=0).epoch(0)
     assert 10 < np.count_nonzero(rows[:50] < 50) < 40
 
 
 def test_sets_of_one_size_are_shuffled_each_in_its_own_way() -> None:
-    rows = Order([50, 50], [1.0, 1.0], seed=0, batch_size=1).rows(0)
+    rows = Passes([50, 50], [1.0, 1.0], seed=0).epoch(0)
     assert rows[rows < 50].tolist() != (rows[rows >= 50] - 50).tolist()
 
 
 def test_without_shuffling_the_order_is_the_one_at_rest() -> None:
-    assert Order([3, 2], [1.0, 1.0], seed=9, batch_size=1, shuffle=False).rows(4).tolist() == [0, 1, 2, 3, 4]
+    assert Passes([3, 2], [1.0, 1.0], seed=9, shuffle=False).epoch(4).tolist() == [0, 1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------- shares
+
+SIZES, SHARES = (170, 40, 333), (50, 30, 20)
+
+
+def _mixture(seed: int = 1, shuffle: bool = True, lengths: str = "many") -> tuple[Mixture, list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    amounts = [rng.integers(0, 2000, size) if lengths == "many" else np.full(size, 512) for size in SIZES]
+    return Mixture(amounts, SHARES, seed=seed, shuffle=shuffle), amounts
+
+
+@pytest.mark.parametrize("lengths", ["many", "one"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mixture_keeps_its_shares_after_every_row(seed: int, lengths: str) -> None:
+    mixture, amounts = _mixture(seed, lengths=lengths)
+    rows = mixture.rows(0, 2000, 1)
+    which, amount = np.repeat(np.arange(3), SIZES)[rows], np.concatenate(amounts)[rows]
+    given = np.cumsum(np.where(which == np.arange(3)[:, None], amount, 0), axis=1)
+    asked = np.outer(np.array(SHARES) / 100, given.sum(axis=0))
+    assert np.abs(given - asked).max() <= 1.5 * max(part.max() for part in amounts)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_mixture_goes_through_a_set_before_it_goes_through_it_again(shuffle: bool) -> None:
+    mixture, _ = _mixture(shuffle=shuffle)
+    rows = mixture.rows(0, 3000, 1)
+    starts = np.cumsum([0, *SIZES])
+    orders = set()
+    for first, stop in pairwise(starts):
+        own = rows[(rows >= first) & (rows < stop)]
+        passes = [own[begin : begin + stop - first] for begin in range(0, len(own), stop - first)]
+        assert all(sorted(part) == list(range(first, stop)) for part in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+        orders.add(tuple(passes[0] - first))
+        orders.add(tuple(passes[1] - first))
+    assert (len(orders) == 6) == shuffle
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mixture_is_the_same_however_it_is_dealt_out(shape: tuple[int, int, int]) -> None:
+    batch_size, accumulation, ranks = shape
+    whole = _mixture()[0]
+    epoch = whole.steps_per_epoch(8)
+    dealt = []
+    for number in (0, 3, 1):
+        orders = [
+            Order(_mixture()[0], batch_size=batch_size, accumulation=accumulation, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        for order in orders:
+            order.set_epoch(number)
+        micro = [row for parts in zip(*orders, strict=True) for part in parts for row in part]
+        dealt.append(micro)
+        assert micro == whole.rows(number * epoch, (number + 1) * epoch, 8).tolist()
+    assert len({tuple(part) for part in dealt}) == 3
+
+
+def test_an_epoch_of_a_mixture_goes_once_through_the_set_that_is_short() -> None:
+    mixture, amounts = _mixture()
+    wanted = min(part.sum() / share for part, share in zip(amounts, SHARES, strict=True))
+    rows = mixture.rows(0, mixture.steps_per_epoch(1), 1)
+    assert np.concatenate(amounts)[rows].sum() == pytest.approx(wanted * 100, rel=0.02)
+    counts = np.bincount(np.repeat(np.arange(3), SIZES)[rows])
+    assert 0.98 < (counts / SIZES).max() < 1.02
+    assert mixture.steps_per_epoch(10_000) == 1
+
+
+# --------------------------------------------------------------------------- what came, and legs
+
+
+def _schedules() -> list[Schedule]:
+    return [
+        Passes([29], [1.0], seed=5),
+        Passes([10, 4, 7], [0.5, 2.0, 1.3], seed=5),
+        Passes([10, 4], [0.5, 1.0], seed=5, shuffle=False),
+        _mixture()[0],
+        Mixture([np.arange(5), np.ones(3)], [1, 9], seed=2, shuffle=False),
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_what_came_before_a_step_is_counted_without_walking_there(number: int, batch: int) -> None:
+    schedule, walked = _schedules()[number], _schedules()[number]
+    rows = np.concatenate([walked.rows(step, step + 1, batch) for step in range(90)]).reshape(90, batch)
+    for steps in (0, 1, 2, 13, 14, 57, 90):
+        seen = np.concatenate(schedule.seen(steps, batch))
+        taken = rows[:steps].ravel()
+        assert Counter(taken[taken != FILLER].tolist()) == Counter(
+            {row: count for row, count in enumerate(seen.tolist()) if count}
+        )
+        assert schedule.rows(steps, 90, batch).tolist() == rows[steps:].ravel().tolist()
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_leg_begins_its_schedule_where_the_one_before_ends(number: int) -> None:
+    order = Order(_schedules()[number], batch_size=2)
+    order.begin_at(5)
+    alone = _schedules()[number]
+    alone.leg = 5
+    epoch = order.steps_per_epoch
+    taken: list[int] = []
+    for start in range(-(-40 // epoch)):
+        order.set_epoch(start)
+        taken += [row for batch in order for row in batch]
+    assert taken[:10] == [FILLER] * 10
+    assert taken[10:80] == alone.rows(0, 35, 2).tolist()
+    assert [part.tolist() for part in order.seen(25)] == [part.tolist() for part in alone.seen(20, 2)]
+
+
+def test_a_leg_draws_its_own_order() -> None:
+    for schedule in (Passes([40], [1.0], seed=5), _mixture()[0]):
+        before = schedule.rows(0, 20, 2).tolist()
+        schedule.leg = 20
+        assert schedule.rows(0, 20, 2).tolist() != before

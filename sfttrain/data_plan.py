@@ -1,0 +1,116 @@
+"""What a run takes of each set: planned before its first step, by passes or by shares, and said aloud."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from sftdata.errors import UsageError
+from sftdata.set.opened import ShardSet, open_set
+from sfttrain.config import TrainConfig
+from sfttrain.contents import Contents, read_contents
+from sfttrain.order import Order
+from sfttrain.schedule import Mixture, Passes, Schedule
+from sfttrain.seen import Account
+from sfttrain.sets import refuse_mixed_tokenizers
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+CLOSE = 0.001
+"""How near realised shares are to those asked for, where sets are large enough for their rows."""
+_HAIR = 0.005  # of a pass, by which an epoch may go further: it ends with a whole step
+
+
+def make_order(
+    config: TrainConfig, sizes: Sequence[int], contents: Sequence[Contents], args: TrainingArguments
+) -> Order:
+    """Return the batches of this rank.
+
+    Args:
+        sizes: rows of each set.
+        contents: of the sets; needed for shares alone.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    shuffle = args.train_sampling_strategy != "sequential"
+    if shares := config.set_shares():
+        amounts = [part.amounts(config.mix_by) for part in contents]
+        schedule: Schedule = Mixture(amounts, shares, seed=seed, shuffle=shuffle)
+    else:
+        schedule = Passes(sizes, config.set_weights or (1.0,), seed=seed, shuffle=shuffle)
+    return Order(
+        schedule,
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        rank=args.process_index,
+        ranks=args.world_size,
+    )
+
+
+def total_steps(args: TrainingArguments, order: Order) -> int:
+    """Return the steps of the whole run, those before this leg included."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    return -int(-args.num_train_epochs * order.steps_per_epoch // 1)
+
+
+def planned(config: TrainConfig, account: Account, order: Order, steps: int) -> Iterator[str]:
+    """Yield what a run takes of each set up to its last step, a line each.
+
+    Raises:
+        UsageError: it goes through a set more often than `passes` allows.
+    """
+    _refuse_passes(config, account, steps)
+    leg = account.leg(steps)
+    epoch = f"an epoch is {order.steps_per_epoch:,} steps"
+    yield f"data: {leg.steps:,} steps of {order.global_batch:,} rows; {epoch}"
+    yield from map(str, leg.sets)
+    worst = max((abs(part.share - part.asked) for part in leg.sets if part.asked is not None), default=0)
+    if worst > CLOSE:
+        yield (
+            f"the shares are met to {worst:.2%} only, since whole rows are taken, and these are long or few;"
+            " `sftdata view --mix` makes a set that meets them by documents"
+        )
+
+
+def plan_run(config: TrainConfig) -> list[str]:
+    """Return what a fresh run would take of each set; nothing is trained, no row is read.
+
+    Raises:
+        SftError: a set cannot be opened, or a setting cannot be.
+    """
+    from sfttrain.arguments import training_arguments
+
+    if not config.sets:
+        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
+    sets = [open_set(folder) for folder in config.sets]
+    refuse_mixed_tokenizers(sets)
+    args = training_arguments(config)
+    contents = [read_contents(opened, config.packing == "unpack") for opened in sets]
+    order = make_order(config, [part.rows for part in contents], contents, args)
+    account = account_of(config, sets, contents, order)
+    return list(planned(config, account, order, total_steps(args, order)))
+
+
+def account_of(
+    config: TrainConfig, sets: Sequence[ShardSet], contents: Sequence[Contents], order: Order
+) -> Account:
+    """Return the account of a leg on these sets."""
+    return Account(sets, contents, order, measure=config.mix_by, shares=config.set_shares())
+
+
+def _refuse_passes(config: TrainConfig, account: Account, steps: int) -> None:
+    if config.passes is None or max(account.passes(steps)) <= (most := config.passes + _HAIR):
+        return
+    passes, folder = max(zip(account.passes(steps), config.sets, strict=True), key=lambda pair: pair[0])
+    enough, beyond = account.first_step, steps
+    while beyond - enough > 1:
+        middle = (enough + beyond) // 2
+        enough, beyond = (middle, beyond) if max(account.passes(middle)) <= most else (enough, middle)
+    alone = " without epochs" if config.training.get("num_train_epochs") else ""
+    shorter = f", or --max-steps {enough}{alone}" if enough > account.first_step else ""
+    raise UsageError(
+        f"{folder}: {steps:,} steps go through it {passes:.2f} times; --passes allows {config.passes:g}.",
+        f"--passes {math.ceil(passes * 100) / 100:.10g}{shorter}.",
+    )
