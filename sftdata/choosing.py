@@ -145,11 +145,14 @@ Cap = Annotated[
 Eval = Annotated[
     Share, Field(description="Share of the prompts for OUT/eval, as 5%; the rest makes OUT/train.")
 ]
-Mix = Annotated[
+Shares = Annotated[
     dict[str, float],
     NamesOfData,
     BeforeValidator(_percent_as_numbers, json_schema_input_type=dict[str, float | str]),
     AfterValidator(_shares),
+]
+Mix = Annotated[
+    Shares,
     Field(
         description="Shares of the sources: NAME=SHARE, a name or glob each; all in percent, or in proportion"
         " to each other."

@@ -20,11 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+from sftdata.choosing import MixBy, Shares
 from sftdata.errors import UsageError, did_you_mean
 from sftdata.output import local_output
 from sftdata.settings import Layer, answer, load_settings, read_settings_file
-
-Measure = Literal["rows", "tokens", "trained"]
 
 # Our defaults where they differ from transformers'; each can be set back.
 TRAINING_DEFAULTS: dict[str, object] = {
@@ -77,10 +76,12 @@ class TrainConfig(BaseModel):
     # ---- data
     sets: tuple[Path, ...] = Field((), description="Folders that `sftdata prepare` wrote.")
     weights: tuple[float, ...] = Field((), description="Passes over each set in one epoch; default: 1 each.")
-    mix: dict[str, float] = Field(
-        default_factory=dict, description="Shares of the sets, instead of weights: NAME=SHARE, or PATH=SHARE."
+    mix: Shares = Field(
+        default_factory=dict,
+        description="Shares of the sets, instead of weights: NAME=SHARE by the folder's name or its path; all"
+        " in percent, or in proportion to each other.",
     )
-    mix_by: Measure = Field("trained", description="What shares count.")
+    mix_by: MixBy = "trained"
     passes: float | None = Field(None, gt=0, description="How often a run may go through a set, at most.")
     new_leg: bool = Field(
         False, description="Let a run go on with other sets, weights or shares than it had so far."
@@ -225,8 +226,6 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights are above 0")
-        if any(not 0 < share < float("inf") for share in self.mix.values()):
-            raise ValueError("a share of mix is a number above 0")
         if self.mix and self.weights:
             raise ValueError("weights count passes, mix gives shares; leave one of them out")
         if self.mix_by != "trained" and not self.mix:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Int64, PackedRows, count_between, offsets_of
+from sftdata.choosing import Measure
 from sftdata.set.index import INDEX, beside_name, read_index, slice_number
 from sftdata.set.opened import ShardSet
-from sfttrain.config import Measure
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import Int64
+from sftdata.choosing import Measure
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.manifest import SourceInfo
 from sftdata.set.opened import ShardSet
 from sftdata.set.store import Sink, write_atomic
-from sfttrain.config import Measure
 from sfttrain.contents import Contents
 
 if TYPE_CHECKING:

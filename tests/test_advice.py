@@ -341,6 +341,7 @@ _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
+_SHARES = "tests/integration/test_train_shares.py::"
 _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works"
 ELSEWHERE: dict[str, str] = {
     "--to tinker, or prepare it without --loss-weights.": (
@@ -350,6 +351,14 @@ ELSEWHERE: dict[str, str] = {
     "leave --system out.": "tests/integration/test_train_chat.py::test_a_model_without_chat_template_goes_on_with_a_text",
     "name the folder that `sfttrain run` or `sfttrain merge` wrote.": _CHAT,
     "--max-new-tokens of at least 1, and --temperature of at least 0.": _CHAT,
+    "--passes {}{}.": f"{_SHARES}test_a_bound_on_passes_is_held_and_its_advice_works",
+    ", or --max-steps {}{}": f"{_SHARES}test_a_bound_on_passes_is_held_and_its_advice_works",
+    "--new-leg and a higher max_steps train it on with these sets": (
+        f"{_SHARES}test_other_data_needs_a_new_leg_and_acts_in_it"
+    ),
+    "--new-leg to go on with these sets from here, ": f"{_SHARES}test_other_data_needs_a_new_leg_and_acts_in_it",
+    "the shares are met to {} only, since whole rows are taken, and these are long or few; `sftdata view --mix` makes a set that"
+    " meets them by documents": f"{_SHARES}test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view",
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
     "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
     "liger_kernel is not installed: pip install 'sftdata[gpu]'": f"{_KERNELS}test_what_cannot_be_used_is_named",

@@ -26,6 +26,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_set(Path("rows"), rows=4, shards=1)
+        make_set(Path("more"), rows=6, shards=1, seed=5)
         make_set(Path("short"), rows=4, shards=1, max_length=16)
         tiny_llama(Path("llama"), num_hidden_layers=1)
         assert run("rows -m llama -o adapters --lora r=2") == 0
@@ -126,6 +127,16 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         ["rows --init-from-config mamba.json -o {} --set packing=auto"],
     ),
     "name a folder that `sftdata prepare` wrote.": ("-m llama -o {}", ["rows -m llama -o {}"]),
+    "give each set one share, as --mix chats=70.": (
+        "rows more -m llama -o {} --mix rows", ["rows more -m llama -o {} --mix rows=70 --mix more=30"]
+    ),
+    "--mix {}=SHARE, or leave the set out.": (
+        "rows more -m llama -o {} --mix rows=70",
+        ["rows more -m llama -o {} --mix rows=70 --mix more=30", "rows -m llama -o {} --mix rows=70"],
+    ),
+    "name sets, as {}; `sftdata view --mix` takes sources of sets.": (
+        "rows more -m llama -o {} --mix x.jsonl=70 --mix more=30", ["rows more -m llama -o {} --mix rows=70 --mix more=30"]
+    ),
     "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; then run into another output folder.": (
         "rows -m llama -o {} --max-steps 4 --set logging_steps=1 --set learning_rate=1e30 --set max_grad_norm=0",
         ["rows -m llama -o {} --max-steps 4 --set logging_steps=1 --set learning_rate=1e-3 --set max_grad_norm=1"],
@@ -315,6 +326,7 @@ FOLLOWED_IN_TRAINING = {
     *REFUSED, *COMMANDS, *READ, SAID_OF_OBJECTS,
     "evaluation: {} is not evaluated while training; set eval_strategy=epoch or steps for that",
     "choose another output folder, or --overwrite to start anew.",
+    "use what it was started with, {}another output folder, or --overwrite to start anew.",
     "set a higher max_steps, choose another output folder, or --overwrite to start anew.",
     "use what it was started with, another output folder, or --overwrite to start anew.",
     "choose another output folder, or --overwrite.", "start anew with --overwrite, or in another output folder.",

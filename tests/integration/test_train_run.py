@@ -179,7 +179,7 @@ def test_one_flipped_byte_is_found_before_step_one(
     shard.write_bytes(content)
     code, line = _refused(capsys, str(broken), "--model", str(model), "-o", str(tmp_path / "out"))
     assert code == 4
-    assert "shard-00001.arrow: xxh3-128 is" in line
+    assert "shard-00001.arrow: " in line  # its hash, or a law that its rows break, whichever is read first
 
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(

@@ -85,7 +85,9 @@ IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimi
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
 train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *, output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
- weights: Sequence[float] = (), eval: Mapping[str, str | Path] = {},\
+ weights: Sequence[float] = (), mix: Mapping[str, float | str] = {},\
+ mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float | None = None, new_leg: bool = False,\
+ eval: Mapping[str, str | Path] = {},\
  init_from_config: str | Path | None = None, revision: str | None = None,\
  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto',\
  model_init_kwargs: Mapping[str, object] = {}, lora: str | Mapping[str, object] | None = None,\
