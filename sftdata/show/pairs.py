@@ -89,10 +89,11 @@ class _Pairing:
             a, b: uint64[N] or uint64[N, 2], keys of the documents of each side.
             known: bool[N] of each side, documents that have a key.
         """
-        here, there = self._place
+        here, there = self._same_place()
         same = a[here] == b[there]
         same = same if same.ndim == 1 else same.all(axis=1)
-        self._take(here, there, same & known[0][here] & known[1][there])
+        which = same & known[0][here] & known[1][there]
+        self._take(here[which], there[which])
         open_a, open_b = (np.flatnonzero(free & has) for free, has in zip(self.free, known, strict=True))
         if len(open_a) and len(open_b):
             first, second = pair_up(a[open_a], b[open_b])
@@ -100,13 +101,17 @@ class _Pairing:
 
     def by_place(self) -> None:
         """Pair what is at the same place."""
-        self._take(*self._place)
+        self._take(*self._same_place())
 
-    def _take(self, a: Int64, b: Int64, which: Bool | None = None) -> None:
-        """Pair documents that are both still free."""
-        both = self.free[0][a] & self.free[1][b]
-        both = both if which is None else both & which
-        a, b = a[both], b[both]
+    def _same_place(self) -> tuple[Int64, Int64]:
+        """Return the documents at the same place that are both still free."""
+        here, there = self._place
+        both = self.free[0][here] & self.free[1][there]
+        self._place = here[both], there[both]
+        return self._place
+
+    def _take(self, a: Int64, b: Int64) -> None:
+        """Pair documents, which are both free."""
         self.free[0][a] = False
         self.free[1][b] = False
         self._pairs.append((a, b))
