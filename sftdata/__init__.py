@@ -246,7 +246,7 @@ def view(
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] | None = None,
     packing: Literal["bfd", "wrapped", "none"] | None = None,
     pack_over: Literal["auto", "slice", "view"] = "auto", order: Literal["as-is", "shuffled"] = "as-is",
-    overwrite: bool = False,
+    write: bool = False, overwrite: bool = False,
     **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
@@ -290,12 +290,13 @@ def open(folder: str | Path) -> ShownSet:
     return open_shown(folder)
 
 
-def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
+def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport:
     """Check every byte of a set against its manifest and count its ledger again, as `sftdata verify`.
 
     Args:
         folder: a finished set.
         sha256: compare sha256 as well as xxh3-128: proof against forgery, several times slower.
+        quick: read no tokens: look only at the size of the files that hold them.
 
     Returns:
         What was read and, in `problems`, one line each; `ok` if there are none.
@@ -305,7 +306,7 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     """
     from sftdata.set.verify import verify as run
 
-    return run(folder, sha256=sha256)
+    return run(folder, sha256=sha256, quick=quick)
 
 
 def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:

@@ -31,4 +31,5 @@ class ViewSettings(TypedDict, total=False):
     packing: Literal["bfd", "wrapped", "none"] | None
     pack_over: Literal["auto", "slice", "view"]
     order: Literal["as-is", "shuffled"]
+    write: bool
     overwrite: bool

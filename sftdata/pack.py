@@ -93,16 +93,8 @@ def gather(
         pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
         weighted: lay out what each trained token weighs, too.
     """
-    source = tokens.offsets[plan.example] + plan.start
-    lengths, ids = plan.stop - plan.start, example_ids[plan.example]
-    segment_offsets = plan.offsets
-    if row_length is not None:
-        filled = np.diff(offsets_of(lengths)[plan.offsets])
-        short = np.flatnonzero(filled < row_length)
-        ends = plan.offsets[1:][short]
-        source, lengths = np.insert(source, ends, 0), np.insert(lengths, ends, row_length - filled[short])
-        ids = np.insert(ids, ends, PADDING_ID)
-        segment_offsets = plan.offsets + offsets_of(filled < row_length)
+    document, lengths, ids, segment_offsets = lay_out(plan, example_ids, row_length)
+    source = np.append(tokens.offsets[plan.example] + plan.start, 0)[document]
     target = offsets_of(lengths)
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
     padding = positions_of(target[:-1][ids == PADDING_ID], lengths[ids == PADDING_ID])
@@ -111,6 +103,27 @@ def gather(
     weights = _copy_weights(tokens.weights(), source, target, labels) if weighted else None
     return PackedRows(
         input_ids, labels, target[segment_offsets], lengths.astype(np.int32), ids, segment_offsets, weights
+    )
+
+
+def lay_out(plan: PackPlan, example_ids: Int64, row_length: int | None) -> tuple[Int64, Int64, Int64, Int64]:
+    """Return the segments of the planned rows, padding included; arguments as for `gather`.
+
+    Returns:
+        int64[S] each: index of the planned document, -1 for padding; tokens; example id, `PADDING_ID` for
+        padding; and int64[P + 1], the rows' offsets into these.
+    """
+    document, lengths, ids = np.arange(len(plan.example)), plan.stop - plan.start, example_ids[plan.example]
+    if row_length is None:
+        return document, lengths, ids, plan.offsets
+    filled = np.diff(offsets_of(lengths)[plan.offsets])
+    short = np.flatnonzero(filled < row_length)
+    ends = plan.offsets[1:][short]
+    return (
+        np.insert(document, ends, -1),
+        np.insert(lengths, ends, row_length - filled[short]),
+        np.insert(ids, ends, PADDING_ID),
+        plan.offsets + offsets_of(filled < row_length),
     )
 
 

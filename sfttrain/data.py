@@ -31,7 +31,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
 from sftdata.errors import DataError, UsageError
-from sftdata.set.opened import PackedRow, ShardSet
+from sftdata.set.opened import ShardSet
+from sftdata.set.rows import PackedRow
 from sfttrain.schedule import FILLER
 
 Batch = dict[str, Tensor | int]

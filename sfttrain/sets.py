@@ -12,7 +12,7 @@ from typing import Any
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.opened import ShardSet, open_set
-from sftdata.set.verify import damaged_files, foreign_shards
+from sftdata.set.verify import damaged_bases, damaged_files, foreign_shards
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.config import TrainConfig
 from sfttrain.process import rank
@@ -88,7 +88,8 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
     for opened in sets:
         checked = damaged_files(opened.folder, opened.manifest)
         damage = (problem for info, problem in checked if problem and info.name != REJECTS_NAME)
-        for problem in chain(damage, foreign_shards(opened.folder, opened.manifest)):
+        beneath = (problem for _, problem in damaged_bases(opened.folder, opened.manifest) if problem)
+        for problem in chain(damage, beneath, foreign_shards(opened.folder, opened.manifest)):
             raise IntegrityError(problem)
         opened.hold()
 

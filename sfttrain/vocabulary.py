@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
-from sftdata.set.opened import PackedRow, ShardSet
+from sftdata.set.opened import ShardSet
+from sftdata.set.rows import PackedRow
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.process import Say
 from sfttrain.sets import missing_embeddings

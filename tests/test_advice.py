@@ -339,6 +339,7 @@ _CONVERTED = (
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
+_BY_INDEX = "tests/integration/test_views_by_index.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 _SHARES = "tests/integration/test_train_shares.py::"
@@ -390,6 +391,11 @@ ELSEWHERE: dict[str, str] = {
     "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
     "--pack-over view.": _VIEWS,
     "leave --seed out.": f"{_REFUSED}test_a_setting_without_effect_is_refused",
+    "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",
+    "make the view again with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",
+    "put that set back, or run the same `sftdata view` with the path it has now.": (
+        f"{_BY_INDEX}test_a_base_that_is_gone_is_refused_and_found_again"
+    ),
     "a larger --max-length.": f"{_REFUSED}test_a_view_that_trains_nothing_is_refused",
     "a larger --max-length, or another --overlong.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
     "choose another share for --eval, or loosen the filters.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",

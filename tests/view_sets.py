@@ -112,7 +112,8 @@ def prepare(output: Path, inputs: list[Path], **settings: Any) -> Manifest:
 
 
 def view(output: Path, *sets: Path, **settings: Any) -> Manifest:
-    """Make a view of sets; one that is not split."""
+    """Make a view of sets that stands alone, unless `write` is False; one that is not split."""
+    settings = {"write": True} | settings
     return make_view(ViewConfig(sets=tuple(map(str, sets)), output=output, **settings))[0]
 
 

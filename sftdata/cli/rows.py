@@ -298,6 +298,12 @@ def count_findings(findings: list[Finding]) -> Iterator[str]:
             yield f"{kinds} kind{'' if kinds == 1 else 's'} of {severity}s"
 
 
+def _where(manifest: Manifest) -> str:
+    if manifest.by_index:
+        return f"by index into {len(manifest.bases)} set{'s' * (len(manifest.bases) > 1)}"
+    return f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
+
+
 def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     """Return the ledger of a set in words, and the shares of its sources."""
     from sftdata.show.choice import counters_of, tell_shares
@@ -309,8 +315,7 @@ def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
     cut = sum(ledger.tokens_cut.values())
     lines = [
         f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
-        f" in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
-        f" ({ledger.tokens / max(slots, 1):.1%} full),"
+        f" {_where(manifest)} ({ledger.tokens / max(slots, 1):.1%} full),"
         f" digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"
         + "".join(f" + {count:,} {name}" for name, count in sorted(lost.items()))

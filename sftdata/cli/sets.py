@@ -200,15 +200,19 @@ def verify(
         bool,
         typer.Option("--sha256", help="Compare sha256 too: proof against forgery, several times slower."),
     ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Read no tokens: look only at the size of the files that hold them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a set against its manifest, and recount its ledger from the shards.
+    """Check every byte of a set against its manifest, and recount its ledger from its rows.
 
     Example: sftdata verify shards
     """
     from sftdata.set.verify import verify as run
 
-    report = run(folder, sha256=sha256)
+    report = run(folder, sha256=sha256, quick=quick)
     if as_json:
         result = {
             "folder": str(folder),
@@ -223,7 +227,8 @@ def verify(
         digests = "xxh3-128 and sha256" if sha256 else "xxh3-128"
         verdict = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
         print_line(
-            f"{folder}: {verdict}: {report.files} files, {report.bytes:,} bytes by {digests};"
+            f"{folder}: {verdict}: {report.files} files, {report.bytes:,} bytes by {digests}"
+            f"{', tokens by their size' if quick else ''};"
             f" {report.rows:,} rows counted again; digest {report.digest[:12]}"
         )
     if not report.ok:

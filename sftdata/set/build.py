@@ -69,6 +69,15 @@ documents in a row, and `example_ids`, the input rows they come from. `tokenizer
 template included. `rest-*.arrow` hold the tokens that were cut or dropped, and `index-*.arrow` say where each
 document is.
 """
+INDEX_CARD = (
+    CARD.partition(b"\n\n")[0]
+    + b"""
+
+A view by index: rows for supervised fine-tuning that lie in other sets, the `bases` of `manifest.json`.
+`sftdata` and `sfttrain` read it like any set. It has no `shard-*.arrow`, so `load_dataset` and other trainers
+cannot read it: the same `sftdata view` with `--write` makes a set that stands alone.
+"""
+)
 
 
 class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,7 +302,8 @@ class Build:
                 )
             for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
                 sync_folder(folder)
-        card = CARD.replace(b"COMMAND", b"view" if manifest.bases else b"prepare")
+        card = INDEX_CARD if manifest.by_index else CARD
+        card = card.replace(b"COMMAND", b"view" if manifest.bases else b"prepare")
         write_atomic(self.folder / CARD_NAME, partial(write_parts, [card]))
         files = [*manifest.files, *map(self._describe, (*LISTS, SLICES_NAME, CARD_NAME)), *copied]
         sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))

@@ -56,7 +56,7 @@ UInt64 = npt.NDArray[np.uint64]
 
 INDEX, REST = "index", "rest"
 HASH_BYTES = 16
-_SLICE_FILE = re.compile(r"(?:shard|index|rest)-([0-9]{5,9})\.arrow")
+_SLICE_FILE = re.compile(r"(?:shard|packs|index|rest)-([0-9]{5,9})\.arrow")
 _AGAIN = "restore the file, or prepare the set again with --overwrite."
 
 
@@ -375,7 +375,7 @@ def write_rest(path: Path, rows: RestRows) -> SetFile:
         tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
         lists = [list_array(column[tokens], rows.row_offsets[first : last + 1]) for column in columns]
         plain = [as_arrow(rows.example_ids[first:last]), as_arrow(rows.offset[first:last])]
-        reasons = _as_strings(rows.reasons[first:last])
+        reasons = as_strings(rows.reasons[first:last])
         batches.append(pa.RecordBatch.from_arrays([*lists, *plain, reasons], schema=schema))
     return write_file(path, schema, batches)
 
@@ -450,7 +450,7 @@ def read_index(path: Path, weighted: bool = False) -> Segments:
     )
 
 
-def _as_strings(texts: Sequence[str]) -> pa.Array:
+def as_strings(texts: Sequence[str]) -> pa.Array:
     """Return ASCII texts as an array; pyarrow's own way imports pandas."""
     import pyarrow as pa
 

@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from sftdata.batches import (
     EXAMPLES,
     FILTERED,
     IGNORE_INDEX,
-    Bool,
+    Int32,
     Int64,
     PackedRows,
     Reject,
@@ -45,6 +45,20 @@ _OF_VIEWS = (
     "documents_repeated",
 )  # not written where there are none
 _Key = TypeVar("_Key", str, int)
+
+
+class SegmentedRows(Protocol):
+    """Packed rows, as far as their segments go."""
+
+    @property
+    def seq_lengths(self) -> Int32:
+        """int32[S], tokens of each segment, row after row."""
+
+    @property
+    def example_ids(self) -> Int64:
+        """int64[S], input row behind each, -1 for padding."""
+
+    def __len__(self) -> int: ...
 
 
 class SourceCounts(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -144,19 +158,34 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             max_length: tokens per row; None where rows keep their own length.
             sources: first example id of each source, ascending, to count what each gave.
         """
+        edges = offsets_of(rows.seq_lengths)
+        trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != IGNORE_INDEX), edges))
+        self.count_segments(rows, trained, len(rows.input_ids), max_length, sources)
+
+    def count_segments(
+        self, rows: SegmentedRows, trained: Int64, slots: int, max_length: int | None,
+        sources: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        """Add packed rows of which only the segments are known.
+
+        Args:
+            rows: their segments.
+            trained: int64[S], labelled tokens of each.
+            slots: tokens of the rows, padding included.
+            max_length, sources: as for `count_packed`.
+        """
         is_document = rows.example_ids >= 0
-        tokens = int(rows.seq_lengths[is_document].sum(dtype=np.int64))
-        trained = int(np.count_nonzero(rows.labels != IGNORE_INDEX))
+        tokens, labelled = int(rows.seq_lengths[is_document].sum(dtype=np.int64)), int(trained.sum())
         packed = Ledger(
-            tokens_trained=trained,
-            tokens_context=tokens - trained,
+            tokens_trained=labelled,
+            tokens_context=tokens - labelled,
             rows_packed=len(rows),
             documents=int(is_document.sum()),
             max_length=max_length if len(rows) else None,
-            tokens_padding=len(rows.input_ids) - tokens,
+            tokens_padding=slots - tokens,
         )
         if sources:
-            packed.sources = _count_sources(rows, is_document, sources)
+            packed.sources = _count_sources(rows, trained, sources)
         self.merge(packed)
 
     def merge(self, other: Ledger) -> None:
@@ -253,16 +282,15 @@ def distinct(ids: Int64) -> Int64:
 
 
 def _count_sources(
-    rows: PackedRows, is_document: Bool, sources: Mapping[str, int]
+    rows: SegmentedRows, trained: Int64, sources: Mapping[str, int]
 ) -> dict[str, SourceCounts]:
-    edges = offsets_of(rows.seq_lengths)
-    trained = np.diff(np.searchsorted(np.flatnonzero(rows.labels != IGNORE_INDEX), edges))
-    ids = rows.example_ids[is_document]
+    documents = np.flatnonzero(rows.example_ids >= 0)
+    ids = rows.example_ids[documents]
     # An empty source shares its first id with the next one, which is the one that has the example.
     source = np.searchsorted(list(sources.values()), ids, side="right") - 1
     names, counts = list(sources), {}
     for index in distinct(source).tolist():
-        own = np.flatnonzero(is_document)[source == index]
+        own = documents[source == index]
         counts[names[index]] = SourceCounts(
             rows=len(distinct(ids[source == index])),
             tokens=int(rows.seq_lengths[own].sum(dtype=np.int64)),

@@ -18,9 +18,9 @@ from msgspec import Meta
 from sftdata.errors import IntegrityError, Unit, UsageError
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
-from sftdata.set.shards import ShardInfo
+from sftdata.set.shards import PACKS, ShardInfo
 from sftdata.set.shares import Share
-from sftdata.set.store import Count, SetFile, Sha256, TokenId, write_atomic
+from sftdata.set.store import Count, SetFile, Sha256, TokenId, Xxh3, write_atomic
 
 FORMAT_VERSION = 2
 """What is written. Version 1, which is read too, has neither index nor rest, and other first labels."""
@@ -74,11 +74,18 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unit: Unit = "line"
 
 
-class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A set that a view was made of: its path from the folder that holds the view, and its digest."""
+class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A set that a view was made of.
+
+    Attributes:
+        path: from the folder of the view.
+        digest: of the set.
+        rest: hash of its rest files, which its digest does not cover; only where a view by index reads them.
+    """
 
     path: str
     digest: Sha256
+    rest: Xxh3 | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,7 +106,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         blank_lines: lines of the sources that hold no row, or one that `--split` leaves out: `rows_in +
             blank_lines` is what the sources hold together. None in sets made before this was counted,
             and where a view goes through a source again.
-        bases: the sets that a view was made of; not part of the digest.
+        bases: the sets that a view was made of; for a view by index those whose files hold its tokens, and
+            these alone are part of the digest, but for their paths.
         shares: of a mixture, what was asked and what the set holds; not part of the digest.
     """
 
@@ -123,6 +131,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def max_length(self) -> int | None:
         """Tokens per packed row; None where rows keep their own length."""
         return self.ledger.max_length
+
+    @property
+    def by_index(self) -> bool:
+        """Whether the tokens lie in the files of other sets."""
+        return any(shard.name.startswith(PACKS) for shard in self.shards)
 
     @property
     def weighted(self) -> bool:
@@ -234,6 +247,8 @@ def _digest(manifest: Manifest) -> str:
         {key: value for key, value in source.items() if key != "unit"} for source in content["sources"]
     ]
     content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
+    if manifest.by_index:
+        content["bases"] = [[base.digest, base.rest] for base in manifest.bases]
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
@@ -268,6 +283,13 @@ def _check_sums(manifest: Manifest, where: str) -> None:
             raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
     _check_sources(manifest, where)
     _check_shares(manifest, where)
+    if manifest.by_index and not (
+        manifest.bases and all(shard.name.startswith(PACKS) for shard in manifest.shards)
+    ):
+        raise IntegrityError(
+            f"{where}: rows by index beside shards, or without a base.",
+            "make the view again with --overwrite.",
+        )
     if manifest.format_version > 1:
         _check_beside(manifest, where)
     names = [file.name for file in (*shards, *manifest.files)]

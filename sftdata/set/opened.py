@@ -4,64 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from sftdata.batches import Float32, Int32, Int64, PackedRows
-from sftdata.errors import IntegrityError, SftError, need, place
-from sftdata.set.manifest import MANIFEST_NAME, Manifest, SourceInfo, read_manifest
-from sftdata.set.shards import ShardInfo, read_batches, read_shard, refuse_unlawful, shard_schema
-from sftdata.set.store import plain_file
+from sftdata.batches import PackedRows
+from sftdata.errors import IntegrityError, need, place
+from sftdata.set.held import Watch
+from sftdata.set.manifest import Manifest, SourceInfo, read_manifest
+from sftdata.set.rows import PackedRow, SetFiles, Shard
+from sftdata.set.shards import as_batch, refuse_unlawful, shard_schema
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Document:
-    """A stretch of one example in a packed row.
-
-    Attributes:
-        example_id: the input row it comes from.
-        input_ids, labels: int32[T], views of the shard.
-    """
-
-    example_id: int
-    input_ids: Int32
-    labels: Int32
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedRow:
-    """One row of a set; every array is a read-only view of the shard.
-
-    Attributes:
-        input_ids: int32[T].
-        labels: int32[T], -100 where not trained.
-        seq_lengths: int32[S], lengths of the documents, padding last.
-        examples: int64[S], input row behind each document, -1 for padding.
-        loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
-    """
-
-    input_ids: Int32
-    labels: Int32
-    seq_lengths: Int32
-    examples: Int64
-    loss_weights: Float32 | None
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents in order, without the padding."""
-        start = 0
-        for length, example in zip(self.seq_lengths.tolist(), self.examples.tolist(), strict=True):
-            if example >= 0:
-                yield Document(
-                    example, self.input_ids[start : start + length], self.labels[start : start + length]
-                )
-            start += length
 
 
 class ShardSet(Sequence[PackedRow]):
@@ -79,9 +36,10 @@ class ShardSet(Sequence[PackedRow]):
         self.folder = folder
         self.manifest = manifest
         self._lawful = lawful
-        self._seen: tuple[int, ...] | None = None
+        self._watch = Watch(folder, manifest.digest)
+        self._files = SetFiles(folder, manifest)
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
-        self._mapped: dict[int, _Mapped] = {}
+        self._mapped: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -118,23 +76,18 @@ class ShardSet(Sequence[PackedRow]):
         )
 
     def batches(self) -> Iterator[PackedRows]:
-        """Yield the columns of the set, one record batch after the other, as views of the shards."""
+        """Yield the columns of the set, one record batch after the other."""
         for index in range(len(self.manifest.shards)):
             yield from self._shard(index).batches
 
     def arrow(self) -> pa.Table:
-        """Return the set as a memory-mapped Arrow table."""
+        """Return the set as an Arrow table: memory-mapped, but for a view by index, which is gathered."""
         import pyarrow as pa
 
-        shape = self.manifest.max_length, self.manifest.weighted
+        schema = shard_schema(self.manifest.max_length, self.manifest.weighted)
         self.hold()
-        batches = [
-            batch
-            for shard in self.manifest.shards
-            for batch in read_batches(plain_file(self.folder, shard), *shape)
-        ]
-        self.refuse_replaced()
-        return pa.Table.from_batches(batches, shard_schema(*shape))
+        batches = [as_batch(rows, 0, len(rows), schema) for rows in self.batches()]
+        return pa.Table.from_batches(batches, schema)
 
     def polars(self) -> pl.DataFrame:
         """Return the set as a polars frame."""
@@ -183,58 +136,23 @@ class ShardSet(Sequence[PackedRow]):
         Raises:
             IntegrityError: naming both digests.
         """
-        path = self.folder / MANIFEST_NAME
-        try:
-            found = path.stat()
-            state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-            if state == self._seen:
-                return
-            digest = read_manifest(self.folder).digest
-        except (OSError, SftError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise IntegrityError(
-                f"{self.folder}: gone while it was in use: {reason}.", "open the set again."
-            ) from None
-        if digest != self.manifest.digest:
-            opened = self.manifest.digest[:12]
-            what = f"{self.folder}: replaced while it was in use: opened as {opened}, now {digest[:12]}."
-            raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
-        self._seen = state
+        self._watch.refuse_replaced()
 
-    def _shard(self, index: int) -> _Mapped:
+    def _shard(self, index: int) -> Shard:
         if index not in self._mapped:
             self.refuse_replaced()  # first, or what is missing for that reason would be called damaged
             info = self.manifest.shards[index]
-            path = plain_file(self.folder, info)
-            mapped = _Mapped(path, info, read_shard(path, self.manifest.max_length, self.manifest.weighted))
+            mapped = self._files.rows(info)
+            if len(mapped) != info.rows:
+                raise IntegrityError(
+                    f"{self.folder / info.name}: {len(mapped)} rows; the manifest says {info.rows}.",
+                    "run `sftdata verify`.",
+                )
             if not self._lawful:
-                refuse_unlawful(path, mapped.batches, self.manifest)
+                refuse_unlawful(self.folder / info.name, mapped.batches, self.manifest)
             self.refuse_replaced()
             self._mapped[index] = mapped
         return self._mapped[index]
-
-
-class _Mapped:
-    """The record batches of one mapped shard."""
-
-    def __init__(self, path: Path, info: ShardInfo, batches: list[PackedRows]) -> None:
-        self.batches = batches
-        self._ends = list(accumulate(len(batch) for batch in batches))
-        rows = self._ends[-1] if self._ends else 0
-        if rows != info.rows:
-            raise IntegrityError(
-                f"{path}: {rows} rows; the manifest says {info.rows}.", "run `sftdata verify`."
-            )
-
-    def row(self, row: int) -> PackedRow:
-        index = bisect_right(self._ends, row)
-        batch = self.batches[index]
-        row -= self._ends[index] - len(batch)
-        tokens = slice(batch.row_offsets[row], batch.row_offsets[row + 1])
-        segments = slice(batch.segment_offsets[row], batch.segment_offsets[row + 1])
-        weights = None if batch.loss_weights is None else batch.loss_weights[tokens]
-        ids, labels = batch.input_ids[tokens], batch.labels[tokens]
-        return PackedRow(ids, labels, batch.seq_lengths[segments], batch.example_ids[segments], weights)
 
 
 def open_set(folder: str | Path) -> ShardSet:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
 WEIGHTS = "loss_weights"
+PACKS = "packs"
+"""Begins the names of files that stand for shards where rows lie in other sets, see `extents`."""
 _BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough to cost nothing
 _LARGEST_OFFSET = 2**31 - 1
 
@@ -94,7 +96,7 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
         UsageError: the file cannot be written.
     """
     schema = shard_schema(max_length, rows.loss_weights is not None)
-    batches = (_batch(rows, first, last, schema) for first, last in batch_edges(rows.row_offsets))
+    batches = (as_batch(rows, first, last, schema) for first, last in batch_edges(rows.row_offsets))
     file = write_file(path, schema, batches)
     is_document = rows.example_ids >= 0
     return ShardInfo(
@@ -130,7 +132,8 @@ def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> 
     return read_file(path, shard_schema(max_length, weighted))
 
 
-def _batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
+def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
+    """Return some of the rows as a record batch of a shard; its columns are views of these."""
     import pyarrow as pa
 
     tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
@@ -203,7 +206,7 @@ def _shape(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:
         )
 
 
-def refuse_unlawful(path: Path, batches: Sequence[PackedRows], manifest: Manifest) -> None:
+def refuse_unlawful(path: Path, batches: Iterable[PackedRows], manifest: Manifest) -> None:
     """Refuse a shard whose rows break a law, so that no reader meets an id, label or length that cannot be.
 
     Raises:
@@ -344,7 +347,7 @@ def batch_edges(row_offsets: Int64) -> list[tuple[int, int]]:
     return edges
 
 
-def list_array(values: Int32 | Int64 | Float32, offsets: Int64) -> pa.ListArray:
+def list_array(values: npt.NDArray[np.generic], offsets: Int64) -> pa.ListArray:
     """Return lists of these values; `offsets`, int64[N + 1], may begin anywhere."""
     import pyarrow as pa
 

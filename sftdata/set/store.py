@@ -50,7 +50,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 RowLength = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-ShardName = Annotated[str, Meta(pattern=r"^shard-[0-9]{5,9}\.arrow\Z")]
+ShardName = Annotated[str, Meta(pattern=r"^(shard|packs)-[0-9]{5,9}\.arrow\Z")]
 
 PlainPath = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z", max_length=1024)

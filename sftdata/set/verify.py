@@ -9,23 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import Int64, PackedRows, TokenBatch
+from sftdata.batches import Int64, TokenBatch
 from sftdata.errors import IntegrityError
+from sftdata.set.extents import token_files
+from sftdata.set.held import open_token_files
 from sftdata.set.index import (
     INDEX,
-    REST,
-    RestRows,
     Segments,
     beside_name,
     hash_documents,
     hash_prompts,
     read_index,
-    read_rest,
     slice_number,
 )
 from sftdata.set.ledger import SLICES_NAME, Ledger, distinct, read_slices
 from sftdata.set.manifest import Manifest, read_manifest
-from sftdata.set.shards import ShardInfo, broken_laws, read_shard, shard_name
+from sftdata.set.rows import SetFiles
+from sftdata.set.shards import ShardInfo, broken_laws
 from sftdata.set.store import SetFile, digest_file, plain_file
 
 _COUNTED = ("rows_packed", "documents", "tokens_trained", "tokens_context", "tokens_padding")
@@ -64,6 +64,14 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def add(self, info: SetFile | None, problem: str) -> None:
+        """Add a file that was looked at, None where there was none, and what is wrong with it."""
+        self.files += info is not None
+        if problem:
+            self.problems.append(problem)
+        elif info is not None:
+            self.bytes += info.bytes
+
     def raise_if_broken(self) -> None:
         """Refuse a set that does not hold.
 
@@ -75,12 +83,15 @@ class VerifyReport:
             raise IntegrityError(self.problems[0] + more)
 
 
-def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
+def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport:
     """Check that a set is what its manifest says, from the bytes of its files to the sums of its ledger.
+
+    Of a view by index, the files of its bases are read as well, and its rows through the index.
 
     Args:
         folder: a finished set.
         sha256: compare sha256 as well as xxh3-128; proof against forgery, several times slower.
+        quick: read no tokens: of the files that hold them, only the size is looked at.
 
     Raises:
         UsageError: the folder is not a finished set.
@@ -89,38 +100,57 @@ def verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport:
     folder = Path(folder)
     manifest = read_manifest(folder)
     report = VerifyReport(folder, digest=manifest.digest)
-    count = _Recount(manifest)
-    for info, problem in damaged_files(folder, manifest, sha256=sha256):
-        report.files += 1
-        if problem:
-            report.problems.append(problem)
-            continue
-        report.bytes += info.bytes
-        if isinstance(info, ShardInfo):
-            report.problems += count.add(folder / info.name, info)
+    count = _Recount(folder, manifest)
+    for info, problem in damaged_files(folder, manifest, sha256=sha256, quick=quick):
+        report.add(info, problem)
+        if isinstance(info, ShardInfo) and not (problem or quick or manifest.by_index):
+            report.problems += count.add(info)
+    for file, problem in damaged_bases(folder, manifest, sha256=sha256, quick=quick):
+        report.add(file, problem)
+    if manifest.by_index and report.ok and not quick:
+        for info in manifest.shards:
+            report.problems += count.add(info)
     report.rows = count.ledger.rows_packed
-    if not report.problems:
-        report.problems += count.compare(folder)
-    if not report.problems and manifest.format_version > 1:
+    if report.ok and not quick:
+        report.problems += count.compare()
+    if report.ok and not quick and manifest.format_version > 1:
         report.problems += lost_tokens(folder, manifest)
     report.problems += foreign_shards(folder, manifest)
     return report
 
 
 def damaged_files(
-    folder: Path, manifest: Manifest, *, sha256: bool = False
-) -> Iterator[tuple[ShardInfo | SetFile, str]]:
+    folder: Path, manifest: Manifest, *, sha256: bool = False, quick: bool = False
+) -> Iterator[tuple[SetFile, str]]:
     """Read every file of a set; yield it with what is wrong with its bytes, one line, empty if nothing is."""
-    files: list[ShardInfo | SetFile] = [*manifest.shards, *manifest.files]
+    held = () if manifest.by_index else token_files(manifest)
+    files = [*manifest.shards, *manifest.files]
     names = {info.xxh3: info.name for info in files}
     for info in files:
-        yield info, _damage(folder, info, names, sha256)
+        yield info, _damage(folder, info, names, sha256, quick and info in held)
 
 
-def _damage(folder: Path, info: ShardInfo | SetFile, names: dict[str, str], sha256: bool) -> str:
+def damaged_bases(
+    folder: Path, manifest: Manifest, *, sha256: bool = False, quick: bool = False
+) -> Iterator[tuple[SetFile | None, str]]:
+    """Read the files that hold the tokens of a view by index; None stands for a base that is no more."""
+    try:
+        sets = open_token_files(folder, manifest).sets if manifest.by_index else []
+    except IntegrityError as error:
+        yield None, str(error)
+        return
+    for base, of in sets:
+        names = {info.xxh3: info.name for info in token_files(of)}
+        for info in token_files(of):
+            yield info, _damage(base, info, names, sha256, quick)
+
+
+def _damage(folder: Path, info: SetFile, names: dict[str, str], sha256: bool, quick: bool) -> str:
     """Return what is wrong with the bytes of a file; empty when nothing is."""
     try:
         path = plain_file(folder, info)
+        if quick:
+            return ""
         found = digest_file(path, sha256=sha256)
     except IntegrityError as error:
         return str(error)
@@ -140,22 +170,23 @@ def _damage(folder: Path, info: ShardInfo | SetFile, names: dict[str, str], sha2
 
 
 class _Recount:
-    """A second ledger, counted from the shards alone."""
+    """A second ledger, counted from the rows alone."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._files = SetFiles(folder, manifest)
         self.ledger = Ledger()
         self._examples = [np.empty(0, np.int64)]
 
-    def add(self, path: Path, info: ShardInfo) -> list[str]:
+    def add(self, info: ShardInfo) -> list[str]:
         """Count one shard; return its problems."""
-        length = self.manifest.max_length
+        length, path = self.manifest.max_length, self.folder / info.name
         try:
-            batches = read_shard(path, length, self.manifest.weighted)
+            opened = self._files.rows(info)
         except IntegrityError as error:
             return [str(error)]
         problems, shard, first = [], Ledger(), 0
-        for batch in batches:
+        for batch in opened.batches:
             for rows, what in broken_laws(batch, self.manifest):
                 more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
                 problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: {_ANEW}")
@@ -166,13 +197,13 @@ class _Recount:
         pairs = [(name, getattr(info, name), getattr(shard, of)) for name, of in _COUNTED_PER_SHARD.items()]
         return problems + [_differs(path, name, said, found) for name, said, found in pairs if said != found]
 
-    def compare(self, folder: Path) -> list[str]:
+    def compare(self) -> list[str]:
         """Compare the whole with the manifest's ledger."""
         said, found = self.manifest.ledger, self.ledger
         pairs = [(name, getattr(said, name), getattr(found, name)) for name in _COUNTED]
         pairs.append(("rows_kept", said.rows_kept, len(distinct(np.concatenate(self._examples)))))
         return [
-            _differs(folder, name, expected, counted)
+            _differs(self.folder, name, expected, counted)
             for name, expected, counted in pairs
             if expected != counted
         ]
@@ -203,11 +234,11 @@ def lost_tokens(folder: Path, manifest: Manifest) -> Iterator[str]:
 
     A document may have its segments in several slices; those that are not whole in one are joined at the end.
     """
-    count = _Conserved(manifest)
+    count = _Conserved(folder, manifest)
     names = (file.name for file in (*manifest.shards, *manifest.files))
     for number in sorted({found for found in map(slice_number, names) if found is not None}):
         try:
-            count.add(folder, number)
+            count.add(number)
         except IntegrityError as error:
             yield str(error)
             return
@@ -238,28 +269,26 @@ class _Conserved:
         dropped: documents that are in the rest whole, by reason.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._names = {file.name for file in (*manifest.shards, *manifest.files)}
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest, self._files = folder, manifest, SetFiles(folder, manifest)
+        self._shards = {slice_number(shard.name): shard for shard in manifest.shards}
         self._whole: list[Int64] = []
         self._left: list[tuple[Segments, TokenBatch]] = []
         self.tokens = 0
         self.rest: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
 
-    def add(self, folder: Path, number: int) -> None:
+    def add(self, number: int) -> None:
         """Join the documents of a slice.
 
         Raises:
             IntegrityError: a file is not readable, or the index names other segments than rows and rest hold.
         """
-        path, manifest = folder / beside_name(INDEX, number), self._manifest
-        index = read_index(path, manifest.weighted)
-        rows, rest = list[PackedRows](), list[RestRows]()
-        if shard_name(number) in self._names:
-            rows = read_shard(folder / shard_name(number), manifest.max_length, manifest.weighted)
-        if beside_name(REST, number) in self._names:
-            rest = read_rest(folder / beside_name(REST, number), manifest.weighted)
+        path = self._folder / beside_name(INDEX, number)
+        index = read_index(path, self._manifest.weighted)
+        shard = self._shards.get(number)
+        rows = [] if shard is None else list(self._files.rows(shard).batches)
+        rest = self._files.rest(number)
         tokens = index.restore(path, rows, rest)
         self.tokens += len(tokens.input_ids)
         reasons = (reason for part in rest for reason in part.reasons)

@@ -250,7 +250,7 @@ def _without_index(base: Base, numbers: dict[tuple[str, int], int]) -> Side:
         trained=documents.trained.astype(np.int64),
         whole=np.ones(len(ids), np.bool_),
         document=documents.document.copy(),
-        prompt=np.where(documents.prompt == documents.document[:, 0], np.uint64(0), documents.prompt),
+        prompt=documents.prompt.copy(),
         pieces=lengths,  # the offset is 0
         piece_offsets=np.arange(len(ids) + 1),
     )

@@ -22,7 +22,8 @@ from sftdata.errors import UsageError
 from sftdata.pages import macro, render
 from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.manifest import read_manifest
-from sftdata.set.opened import PackedRow, ShardSet
+from sftdata.set.opened import ShardSet
+from sftdata.set.rows import PackedRow
 from sftdata.show.stats import notebook_summary
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 

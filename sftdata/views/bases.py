@@ -9,24 +9,43 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, PackedRows, TokenBatch, count_between, offsets_of, positions_of
+from sftdata.batches import (
+    IGNORE_INDEX,
+    Bool,
+    Float32,
+    Int32,
+    Int64,
+    PackedRows,
+    TokenBatch,
+    count_between,
+    offsets_of,
+    positions_of,
+)
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.set.extents import (
+    ANEW,
+    PADDING_FILE,
+    Extents,
+    packs_name,
+    read_packs,
+    read_rest_extents,
+    token_files,
+)
+from sftdata.set.held import Block, TokenFiles, open_token_files
 from sftdata.set.index import (
     INDEX,
     REST,
-    RestRows,
     Segments,
     beside_name,
     hash_documents,
     hash_prompts,
     read_index,
-    read_rest,
     slice_number,
 )
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.shards import read_shard, shard_name
-from sftdata.set.store import SetFile, check_file
-from sftdata.views.documents import Block, Documents, Located, join_segments
+from sftdata.set.store import SetFile, check_file, plain_file
+from sftdata.views.documents import Documents, Located, join_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,82 +118,190 @@ def _number(file: SetFile) -> int:
     return -1 if found is None else found
 
 
-def read_documents(bases: Sequence[Base]) -> Documents:
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The files in which the tokens of the bases lie: their own, or those of the sets that they are views of.
+
+    Attributes:
+        files: numbered through.
+        numbers: int64[F] for each base, the numbers there of the files that it calls 0, 1, ...
+    """
+
+    files: TokenFiles
+    numbers: tuple[Int64, ...]
+
+
+def open_store(bases: Sequence[Base], *, whole: bool) -> Store:
+    """Open the files of the bases, each set once; a view by index stands for the sets it is made of.
+
+    Args:
+        whole: hash each file before it is read, as long as it takes; else look at its size.
+
+    Raises:
+        IntegrityError: the base of a base is gone, or is another set by now.
+    """
+    sets: dict[Path, Manifest] = {}
+    parts: list[list[Path]] = []
+    for base in bases:
+        own = [(base.folder.resolve(), base.manifest)]
+        if base.manifest.by_index:
+            own = open_token_files(base.folder, base.manifest).sets
+        sets |= {folder: manifest for folder, manifest in own if folder not in sets}
+        parts.append([folder for folder, _ in own])
+    counts = [len(token_files(manifest)) for manifest in sets.values()]
+    ranges = {
+        folder: np.arange(first, first + count)
+        for folder, first, count in zip(sets, accumulate(counts, initial=0), counts, strict=False)
+    }
+    numbers = tuple(np.concatenate([ranges[folder] for folder in folders]) for folders in parts)
+    return Store(TokenFiles([*sets.items()], check=check_file if whole else plain_file), numbers)
+
+
+def read_documents(bases: Sequence[Base], store: Store | None = None) -> Documents:
     """Map the files of all bases, and find every document in them.
+
+    Args:
+        bases: the sets.
+        store: their files; by default each is hashed before it is read.
 
     Raises:
         UsageError: a base does not hold all that its documents had.
         IntegrityError: a file is missing or is not what its manifest says.
     """
+    store = store or open_store(bases, whole=True)
     parts: list[Located] = []
-    blocks: list[Block] = []
-    for base in bases:
+    for base, numbers in zip(bases, store.numbers, strict=True):
         for file in base.manifest.files:
-            if (
-                slice_number(file.name) is None
-            ):  # lists and tokenizer; the files of slices are checked when read
+            if slice_number(file.name) is None:  # lists and tokenizer; those of slices are checked when read
                 check_file(base.folder, file)
-        for found, held in _find(base, len(blocks)):
-            parts.append(found)
-            blocks += held
-    return join_segments(Located.join(parts), tuple(blocks), ", ".join(str(base.folder) for base in bases))
+        parts += _find(base, store.files, numbers)
+    where = ", ".join(str(base.folder) for base in bases)
+    return join_segments(Located.join(parts), store.files.blocks, where)
 
 
-def _find(base: Base, first_block: int) -> Iterator[tuple[Located, list[Block]]]:
-    """Yield the segments of a base, and the blocks that hold them, slice by slice."""
-    if base.manifest.format_version > 1:
-        yield from _look_up(base, first_block)
+def _find(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
+    """Yield the segments of a base, slice by slice."""
+    if base.manifest.by_index:
+        yield from _compose(base, files, numbers)
+    elif base.manifest.format_version > 1:
+        yield from _look_up(base, files, numbers)
     else:
         refuse_inexact(base)
-        yield from _derive(base, first_block)
+        yield from _derive(base, files, numbers)
 
 
-def _look_up(base: Base, first_block: int) -> Iterator[tuple[Located, list[Block]]]:
-    """Look the segments up in the index of each slice."""
-    manifest = base.manifest
-    files = {file.name: file for file in (*manifest.shards, *manifest.files)}
-    weighted = manifest.weighted
-    for name in sorted(name for name in files if name.startswith(f"{INDEX}-")):
-        number = slice_number(name) or 0
-        index = read_index(check_file(base.folder, files[name]), weighted)
-        shard, beside = files.get(shard_name(number)), files.get(beside_name(REST, number))
-        rows = read_shard(check_file(base.folder, shard), manifest.max_length, weighted) if shard else []
-        rest = read_rest(check_file(base.folder, beside), weighted) if beside else []
-        found = _located(index, (rows, rest), base, first_block, base.first_shard + number)
-        parts: list[PackedRows | RestRows] = [*rows, *rest]
-        blocks = [Block(part.input_ids, part.labels, part.loss_weights) for part in parts]
-        yield found, blocks
-        first_block += len(blocks)
+def _indexes(base: Base) -> Iterator[tuple[int, Segments]]:
+    """Yield the number and the index of each slice."""
+    for file in sorted(base.manifest.files, key=_number):
+        if file.name.startswith(f"{INDEX}-"):
+            yield _number(file), read_index(check_file(base.folder, file), base.manifest.weighted)
+
+
+def _look_up(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
+    """Look the segments of a set up in the index of each slice."""
+    places = {file.name: number for number, file in zip(numbers, token_files(base.manifest), strict=True)}
+    for number, index in _indexes(base):
+        held = [
+            [] if place is None else files.open_blocks(int(place))
+            for place in (places.get(name) for name in (shard_name(number), beside_name(REST, number)))
+        ]
+        yield _located(index, held, files.blocks, base, number)
 
 
 def _located(
-    index: Segments, held: tuple[list[PackedRows], list[RestRows]], base: Base, first_block: int, shard: int
+    index: Segments, held: list[list[int]], blocks: Sequence[Block], base: Base, number: int
 ) -> Located:
-    """Find the block of each segment of a slice, and the place of its first token there."""
-    parts: list[PackedRows | RestRows] = [*held[0], *held[1]]
-    first_row = np.array([0, sum(map(len, held[0]))])[index.rest.astype(np.int64)]
-    row = index.row + first_row
-    counts = [len(part) for part in parts]
+    """Find the block of each segment of a slice, of its rows and of its rest, and its first token there."""
+    parts = [blocks[block] for block in held[0] + held[1]]
+    counts = [len(part.row_offsets) - 1 for part in parts]
+    row = index.row + np.where(index.rest, sum(counts[: len(held[0])]), 0)
     if len(row) and row.max() >= sum(counts):
         raise IntegrityError(
-            f"{base.folder}: the index of slice {shard - base.first_shard} names rows that are not there.",
+            f"{base.folder}: the index of slice {number} names rows that are not there.",
             "run `sftdata verify`, or prepare the set again with --overwrite.",
         )
-    block = np.repeat(np.arange(len(parts)), counts)[row]
     begin = np.concatenate([np.empty(0, np.int64), *(part.row_offsets[:-1] for part in parts)])[row]
-    weights = np.ones(len(index), np.float32) if index.first_weights is None else index.first_weights
     return Located(
         example_id=index.example_ids + base.first_id,
-        block=(block + first_block).astype(np.int32),
+        block=np.repeat(np.array(held[0] + held[1], np.int32), counts)[row],
         start=begin + index.starts(),
         length=index.length,
         offset=index.offset,
         trained=index.trained,
         first_label=index.first_trained,
-        first_weight=weights,
-        shard=np.full(len(index), shard, np.int32),
+        first_weight=_first_weights(index),
+        shard=np.full(len(index), base.first_shard + number, np.int32),
         document=index.document_hash,
         prompt=index.prompt_hash,
+    )
+
+
+def _first_weights(index: Segments) -> Float32:
+    return np.ones(len(index), np.float32) if index.first_weights is None else index.first_weights
+
+
+# --------------------------------------------------------------------------------------- views by index
+
+
+def _compose(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
+    """Find the segments of a view by index in the files of its own bases."""
+    manifest = base.manifest
+    kept = {file.name: file for file in (*manifest.shards, *manifest.files)}
+    for number, index in _indexes(base):
+        parts: list[tuple[Path, Extents]] = []
+        for name, read in (
+            (packs_name(number), read_packs), (beside_name(REST, number), read_rest_extents)
+        ):  # fmt: skip
+            if name in kept:
+                path = check_file(base.folder, kept[name])
+                parts += [(path, part.extents) for part in read(path, manifest.weighted)]
+        found = [_renumbered(path, extents, files, numbers) for path, extents in parts]
+        yield _composed(index, found, base, number)
+
+
+Runs = tuple[Int32, Int64, Int32, Bool, Float32]
+"""Of each extent but padding: block, first token there, length, whether that is labelled, what it weighs."""
+
+
+def _renumbered(path: Path, extents: Extents, files: TokenFiles, numbers: Int64) -> Runs:
+    real = extents.file != PADDING_FILE
+    file, length = extents.file[real], extents.length[real]
+    if len(file) and not 0 <= file.min() <= file.max() < len(numbers):
+        raise IntegrityError(f"{path}: names files that are not there.", ANEW)
+    found = files.find(path, numbers[file].astype(np.int32), extents.start[real], length)
+    weights = np.ones(len(extents), np.float32) if extents.first_weights is None else extents.first_weights
+    return found.block, found.start, length, extents.first_trained[real], weights[real]
+
+
+def _composed(index: Segments, parts: Sequence[Runs], base: Base, number: int) -> Located:
+    """Make segments of their own of the extents that make up each segment of a slice."""
+    block, start, length, labelled, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    begins, edges = offsets_of(length), offsets_of(index.length)
+    if not (np.isin(edges, begins).all() and begins[-1] == edges[-1]):
+        raise IntegrityError(
+            f"{base.folder}: the index of slice {number} names other segments than its rows.", ANEW
+        )
+    of = np.searchsorted(edges, begins[:-1], side="right") - 1
+    empty = np.flatnonzero(index.length == 0)  # documents without tokens
+    of = np.append(of, empty)
+    none = np.zeros(len(empty), np.int64)
+    begins, length = np.append(begins[:-1], edges[empty]), np.append(length, none).astype(np.int32)
+    first = begins == edges[of]
+    labelled = np.where(first, index.first_trained[of], np.append(labelled, none != 0))
+    later = np.bincount(of[~first], labelled[~first], len(index)).astype(np.int32)
+    return Located(
+        example_id=index.example_ids[of] + base.first_id,
+        block=np.append(block, none).astype(np.int32),
+        start=np.append(start, none),
+        length=length,
+        offset=(index.offset[of] + begins - edges[of]).astype(np.int32),
+        # Only sums over documents count, so the first run may have the labels of the whole segment.
+        trained=np.where(first, index.trained[of] - later[of], 0).astype(np.int32),
+        first_label=labelled,
+        first_weight=np.where(first, _first_weights(index)[of], np.append(weights, none)).astype(np.float32),
+        shard=np.full(len(of), base.first_shard + number, np.int32),
+        document=index.document_hash[of],
+        prompt=index.prompt_hash[of],
     )
 
 
@@ -201,15 +328,14 @@ def refuse_inexact(base: Base) -> None:
         )
 
 
-def _derive(base: Base, first_block: int) -> Iterator[tuple[Located, list[Block]]]:
+def _derive(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
     """Find the documents in the rows themselves, each whole in one row."""
     manifest = base.manifest
-    for shard in manifest.shards:
+    for shard, number in zip(manifest.shards, numbers.tolist(), strict=True):
         path = check_file(base.folder, shard)
-        for rows in read_shard(path, manifest.max_length, manifest.weighted):
-            found = _derive_batch(rows, base, first_block, base.first_shard + _number(shard))
-            yield found, [Block(rows.input_ids, rows.labels, rows.loss_weights)]
-            first_block += 1
+        rows = read_shard(path, manifest.max_length, manifest.weighted)
+        for part, block in zip(rows, files.open_blocks(number), strict=True):
+            yield _derive_batch(part, base, block, base.first_shard + _number(shard))
 
 
 def _derive_batch(rows: PackedRows, base: Base, block: int, shard: int) -> Located:

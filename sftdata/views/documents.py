@@ -8,6 +8,7 @@ or of rest. To read any stretch of any document is to look up the segments that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,23 +17,10 @@ import numpy.typing as npt
 
 from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
+from sftdata.set.held import Block
 
 UInt64 = npt.NDArray[np.uint64]
 _STRETCH_TOKENS = 1 << 17  # copied at a time: their index arrays stay in the cache
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Tokens that lie end to end in one record batch of a base; every array is a view of its file.
-
-    Attributes:
-        input_ids, labels: int32[T].
-        loss_weights: float32[T]; None in a base without weights.
-    """
-
-    input_ids: Int32
-    labels: Int32
-    loss_weights: Float32 | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +66,26 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """Where stretches of documents lie: runs of tokens in blocks, which laid end to end are the stretches.
+
+    Attributes:
+        count: int64[K], runs of each stretch; one without tokens has none.
+        block: int32[R], block that holds a run.
+        start, length: int64[R], first token in that block, and how many.
+        first_label: bool[R], whether the first one has a label that the block may lack.
+        first_weight: float32[R], what it weighs if so.
+    """
+
+    count: Int64
+    block: Int32
+    start: Int64
+    length: Int64
+    first_label: Bool
+    first_weight: Float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Documents:
     """All documents of the bases, in the order of their ids.
 
@@ -87,7 +95,7 @@ class Documents:
         offsets: int64[N + 1], place of each on the axis of tokens.
         trained: int32[N], trained tokens, the document's first token aside.
         document: uint64[N, 2], hash of ids and labels.
-        prompt: uint64[N], hash of the ids before the first trained one; of the document where it has none.
+        prompt: uint64[N], hash of the ids before the first trained one; 0 where it has no prompt.
         starts: int64[S + 1], place of each segment on the axis of tokens.
         block, start, first_label, first_weight: of each segment, as in `Located`.
         blocks: where the tokens lie.
@@ -104,7 +112,7 @@ class Documents:
     start: Int64
     first_label: Bool
     first_weight: Float32
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -113,6 +121,17 @@ class Documents:
     def lengths(self) -> Int64:
         """int64[N], tokens of each document."""
         return np.diff(self.offsets)
+
+    @property
+    def prompt_keys(self) -> UInt64:
+        """uint64[N], equal for equal prompts; a document without one counts by all its ids and labels."""
+        none = self.prompt == 0
+        return np.where(none, self.document[:, 0], self.prompt) if none.any() else self.prompt
+
+    def runs(self, document: Int64, start: Int64, stop: Int64) -> Runs:
+        """Return where stretches of documents lie; arguments as for `read`."""
+        begin = self.offsets[document]
+        return self._runs(begin + start, begin + stop)
 
     def read(self, document: Int64, start: Int64, stop: Int64) -> TokenBatch:
         """Return stretches of documents as examples of their own, `row` numbering the stretches.
@@ -128,22 +147,33 @@ class Documents:
         """Return whole documents, int64[K], by their indices."""
         return self._read(self.offsets[document], self.offsets[document + 1])
 
-    def _read(self, start: Int64, stop: Int64) -> TokenBatch:
-        """Read stretches of the axis of tokens, none across the end of its document."""
+    def _runs(self, start: Int64, stop: Int64) -> Runs:
+        """Find stretches of the axis of tokens, none across the end of its document."""
         first = np.searchsorted(self.starts, start, side="right") - 1
         count = np.maximum(np.searchsorted(self.starts, stop, side="left") - first, 0)
         segment = positions_of(first, count)
         skipped = np.maximum(np.repeat(start, count) - self.starts[segment], 0)
         length = np.minimum(np.repeat(stop, count), self.starts[segment + 1]) - self.starts[segment] - skipped
-        source = self.start[segment] + skipped
+        return Runs(
+            count=count,
+            block=self.block[segment],
+            start=self.start[segment] + skipped,
+            length=length,
+            first_label=(skipped == 0) & self.first_label[segment],
+            first_weight=self.first_weight[segment],
+        )
+
+    def _read(self, start: Int64, stop: Int64) -> TokenBatch:
+        """Read stretches of the axis of tokens, none across the end of its document."""
+        runs = self._runs(start, stop)
+        block, source, length = runs.block, runs.start, runs.length
         target = offsets_of(length)
         weighted = any(block.loss_weights is not None for block in self.blocks)
         total = int(target[-1])
         ids, trained = np.empty(total, np.int32), np.empty(total, np.bool_)
         weights = np.zeros(total, np.float32) if weighted else None
-        block = self.block[segment]
         edges = np.searchsorted(target, np.arange(0, total, _STRETCH_TOKENS))
-        for first_one, last in pairwise(np.unique(np.append(edges, len(segment))).tolist()):
+        for first_one, last in pairwise(np.unique(np.append(edges, len(block))).tolist()):
             there = slice(first_one, last)
             for number in np.unique(block[there]).tolist():
                 here = first_one + np.flatnonzero(block[there] == number)
@@ -152,10 +182,9 @@ class Documents:
                     to = positions_of(target[here], length[here])
                 taken = positions_of(source[here], length[here])
                 _copy(self.blocks[number], taken, to, ids, trained, weights)
-        restored = (skipped == 0) & self.first_label[segment]
-        trained[target[:-1][restored]] = True
+        trained[target[:-1][runs.first_label]] = True
         if weights is not None:
-            weights[target[:-1][restored]] = self.first_weight[segment[restored]]
+            weights[target[:-1][runs.first_label]] = runs.first_weight[runs.first_label]
         return TokenBatch(ids, trained, offsets_of(stop - start), np.arange(len(start)), weights)
 
 
@@ -169,7 +198,7 @@ def _copy(
         weights[to] = labelled if block.loss_weights is None else block.loss_weights.take(taken, mode="clip")
 
 
-def join_segments(segments: Located, blocks: tuple[Block, ...], where: str) -> Documents:
+def join_segments(segments: Located, blocks: Sequence[Block], where: str) -> Documents:
     """Put the segments of each document together.
 
     Args:
@@ -199,14 +228,13 @@ def join_segments(segments: Located, blocks: tuple[Block, ...], where: str) -> D
             f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap.",
             "run `sftdata verify`, or prepare the set again with --overwrite.",
         )
-    document, prompt = segments.document[first], segments.prompt[first]
     return Documents(
         ids=ids[first],
         shard=segments.shard[first],
         offsets=offsets,
         trained=trained,
-        document=document,
-        prompt=prompt if prompt.all() else np.where(prompt == 0, document[:, 0], prompt),
+        document=segments.document[first],
+        prompt=segments.prompt[first],
         starts=starts,
         block=segments.block,
         start=segments.start,

@@ -18,7 +18,7 @@ from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.set.ledger import Ledger, read_counted
 from sftdata.set.manifest import SourceInfo, read_manifest
-from sftdata.views.bases import Base, open_bases, read_documents
+from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
 from sftdata.views.order import Names, Stretches, ViewSlice, pack_slices, pack_whole
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import (
@@ -42,6 +42,7 @@ class ViewPlan:
         config: the settings.
         output: folder of the set.
         bases: the sets it is made of.
+        store: the files that hold their tokens.
         choice: its documents.
         kept, rest: stretches in rows, and beside them.
         slices: in the order of the shards.
@@ -54,6 +55,7 @@ class ViewPlan:
     config: ViewConfig
     output: Path
     bases: tuple[Base, ...]
+    store: Store
     choice: Choice
     kept: Stretches
     rest: Stretches
@@ -79,14 +81,15 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     """
     bases = open_bases(config.sets)
     config = _filled(config, bases[0])
-    choice = Choice.of(read_documents(bases), _sources(bases))
+    store = open_store(bases, whole=config.write)
+    choice = Choice.of(read_documents(bases, store), _sources(bases))
     filter_documents(choice, config)
     limited = limit_documents(choice, _limit(config), config.overlong or "truncate")
     cap_sources(choice, config, limited)
     sides = split_off(choice, config) if config.eval is not None else {"": choice}
     if config.mix:
         mix_sources(sides.get("train", choice), config, limited)
-    return tuple(_plan(config, config.output / side, bases, sides[side], limited) for side in sides)
+    return tuple(_plan(config, config.output / side, bases, store, sides[side], limited) for side in sides)
 
 
 def _filled(config: ViewConfig, base: Base) -> ViewConfig:
@@ -143,7 +146,7 @@ def _sources(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
 
 
 def _plan(
-    config: ViewConfig, output: Path, bases: tuple[Base, ...], choice: Choice, limited: Limited
+    config: ViewConfig, output: Path, bases: tuple[Base, ...], store: Store, choice: Choice, limited: Limited
 ) -> ViewPlan:
     sources, first_ids = _passes(choice)
     kept, rest = _stretches(config, choice, limited, first_ids)
@@ -160,6 +163,7 @@ def _plan(
         config=config,
         output=output,
         bases=bases,
+        store=store,
         choice=choice,
         kept=kept,
         rest=rest,

@@ -78,6 +78,11 @@ class ViewConfig(BaseModel):
     )
     order: Literal["as-is", "shuffled"] = Field("as-is", description="Of the packed rows.")
 
+    write: bool = Field(
+        False,
+        description="Copy the rows, so that the set stands alone and other readers can read it; without, the"
+        " view is an index into the sets it is made of.",
+    )
     overwrite: bool = Field(False, description="Replace a finished set made with other settings.")
 
     @field_validator("output")
@@ -87,7 +92,7 @@ class ViewConfig(BaseModel):
 
     def selection(self) -> dict[str, object]:
         """Return the settings that choose documents, without those at their defaults."""
-        laid_out = {"sets", "output", "max_length", "overlong", "packing", "overwrite"}
+        laid_out = {"sets", "output", "max_length", "overlong", "packing", "write", "overwrite"}
         return self.model_dump(mode="json", exclude=laid_out, exclude_defaults=True)
 
     @property

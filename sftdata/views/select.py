@@ -14,7 +14,7 @@ from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
 from sftdata.set.manifest import SourceInfo
 from sftdata.set.shares import Share
-from sftdata.views.bases import Base, open_bases, read_documents
+from sftdata.views.bases import Base, open_bases, open_store, read_documents
 from sftdata.views.choose import (
     draw,
     drawn_share,
@@ -151,7 +151,8 @@ def filter_documents(choice: Choice, config: ViewConfig) -> None:
         first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
         choice.keep(f"dedup-{config.dedup}", first)
     if config.exclude:
-        others = read_documents(_excluded(config))
+        excluded = _excluded(config)
+        others = read_documents(excluded, open_store(excluded, whole=False))
         by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
 
@@ -175,7 +176,7 @@ def _excluded(config: ViewConfig) -> tuple[Base, ...]:
 
 
 def _hashes(documents: Documents, by: str) -> UInt64:
-    return documents.document if by == "row" else documents.prompt
+    return documents.document if by == "row" else documents.prompt_keys
 
 
 def _dropped(choice: Choice, config: ViewConfig) -> Bool:
@@ -262,7 +263,7 @@ def cap_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
 def split_off(choice: Choice, config: ViewConfig) -> dict[str, Choice]:
     """Return the choice for each side of the split: the same prompt is never on both."""
     assert config.eval is not None
-    held_out = drawn_share(choice.documents.prompt, read_share(config.eval), config.seed, "eval")
+    held_out = drawn_share(choice.documents.prompt_keys, read_share(config.eval), config.seed, "eval")
     sides = {}
     for side, kept, other in (("train", ~held_out, "eval"), ("eval", held_out, "train")):
         sides[side] = replace(

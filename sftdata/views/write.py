@@ -1,4 +1,4 @@
-"""Write a view as a set of its own: gather its rows from the bases, shard by shard, the manifest last."""
+"""Write a view: its rows copied from the bases, or an index of them, slice by slice, the manifest last."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import gather
 from sftdata.set.build import Build, ShardResult, finished_set
+from sftdata.set.extents import rest_digest
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
 from sftdata.set.ledger import (
@@ -31,9 +32,17 @@ from sftdata.set.ledger import (
     encode_lines,
     read_counted,
 )
-from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, SourceInfo, read_manifest
+from sftdata.set.manifest import (
+    MANIFEST_NAME,
+    BaseInfo,
+    Manifest,
+    SourceInfo,
+    read_manifest,
+    write_manifest,
+)
 from sftdata.version import __version__
 from sftdata.views.bases import Base
+from sftdata.views.by_index import index_slice
 from sftdata.views.order import ViewSlice
 from sftdata.views.plan import ViewPlan, plan_views
 from sftdata.views.recipe import ViewConfig
@@ -68,10 +77,25 @@ def _refuse_nested(config: ViewConfig) -> None:
     """Refuse an output inside or around a set it is made of: replacing one would delete the other."""
     output = config.output.resolve()
     for folder in (*config.sets, *config.exclude):
-        base = Path(folder).resolve()
-        if (base / MANIFEST_NAME).is_file() and (output in base.parents or base in output.parents):
-            where = "inside" if base in output.parents else "around"
-            raise UsageError(f"{config.output}: lies {where} {folder}.", "choose a folder beside it for -o.")
+        for base in _folders(Path(folder)):
+            if output in base.parents or base in output.parents:
+                where = "inside" if base in output.parents else "around"
+                raise UsageError(
+                    f"{config.output}: lies {where} {base}.", "choose a folder beside it for -o."
+                )
+            if output == base and not config.write:
+                raise UsageError(
+                    f"{config.output}: the view would replace the set that holds its tokens.",
+                    "choose another -o, or --write.",
+                )
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield where a set lies, and, for a view by index, where its tokens do."""
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        yield folder.resolve()
+        yield from ((folder / base.path).resolve() for base in manifest.bases if manifest.by_index)
 
 
 def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tuple[Manifest, ...]:
@@ -100,7 +124,7 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
     if old is not None and _is_this(plan, old):
         Build(output).sweep()
         say(f"{output} is up to date: same sets, same settings.")
-        return old
+        return _repointed(plan, old)
     if old is not None and not overwrite:
         raise _made_otherwise(output)
     for note in plan.notes:
@@ -115,7 +139,7 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
             say(f"Resuming: {len(done)}/{len(plan.slices)} slices complete; settings match.")
         with build.refusable():
             results = _write_slices(plan, build, done, progress)
-            _refuse_changed(plan.bases)
+            _refuse_changed(plan)
             return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
 
 
@@ -130,7 +154,10 @@ def _identity(plan: ViewPlan) -> dict[str, object]:
     """Return all that decides the bytes of the view, flat: a resume with another identity is refused."""
     settings = {key: value for key, value in plan.settings.items() if key not in ("inputs", "tokenizer")}
     plain: dict[str, object] = msgspec.json.decode(
-        msgspec.json.encode(settings | {"bases": [base.manifest.digest for base in plan.bases]})
+        msgspec.json.encode(
+            settings
+            | {"bases": [base.manifest.digest for base in plan.bases], "by_index": not plan.config.write}
+        )
     )
     return plain
 
@@ -138,23 +165,32 @@ def _identity(plan: ViewPlan) -> dict[str, object]:
 def _is_this(plan: ViewPlan, manifest: Manifest) -> bool:
     """Whether a finished set is what the plan would make."""
     settings = msgspec.json.decode(msgspec.json.encode(plan.settings))
-    digests = [base.manifest.digest for base in plan.bases]
-    return settings == manifest.settings and digests == [base.digest for base in manifest.bases]
+    asked, found = ([(base.digest, base.rest) for base in bases] for bases in (_bases(plan), manifest.bases))
+    return settings == manifest.settings and manifest.by_index != plan.config.write and asked == found
 
 
-def _refuse_changed(bases: tuple[Base, ...]) -> None:
+def _repointed(plan: ViewPlan, manifest: Manifest) -> Manifest:
+    """Let a view by index name its bases where they are now."""
+    bases = _bases(plan)
+    if not manifest.by_index or manifest.bases == bases:
+        return manifest
+    return write_manifest(plan.output, msgspec.structs.replace(manifest, bases=bases))
+
+
+def _refuse_changed(plan: ViewPlan) -> None:
     """Refuse to finish where another set has taken the place of a base meanwhile."""
-    for base in bases:
+    named = [(base.folder, base.manifest) for base in plan.bases]
+    for folder, manifest in (*named, *plan.store.files.sets):
         try:
-            found = read_manifest(base.folder).digest
+            found = read_manifest(folder).digest
         except SftError as error:
             raise IntegrityError(
-                f"{base.folder}: gone while it was in use: {error.message}",
+                f"{folder}: gone while it was in use: {error.message}",
                 "restore the set, then run again.",
             ) from None
-        if found != base.manifest.digest:
+        if found != manifest.digest:
             raise IntegrityError(
-                f"{base.folder}: replaced while it was in use: opened as {base.manifest.digest[:12]},"
+                f"{folder}: replaced while it was in use: opened as {manifest.digest[:12]},"
                 f" now {found[:12]}.",
                 "run the same command again, with --overwrite to discard what was begun.",
             )
@@ -171,7 +207,7 @@ def _write_slices(
     results, tokens = dict(done), 0
     for number, part in enumerate(todo, start=1):
         lists = _lists(plan) if part is plan.slices[0] else dict.fromkeys(_LISTS, b"")
-        result = write_slice(plan, part, build.folder)
+        result = (write_slice if plan.config.write else index_slice)(plan, part, build.folder)
         build.commit(result, lists)
         results[part.index] = result
         tokens += result.ledger.tokens
@@ -234,10 +270,24 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
         shares=plan.choice.shares,
         blank_lines=sum(count or 0 for count in blank) if whole else None,
         software={"sftdata": __version__, "pyarrow": version("pyarrow")},
-        bases=tuple(
+        bases=_bases(plan),
+    )
+
+
+def _bases(plan: ViewPlan) -> tuple[BaseInfo, ...]:
+    """Name the sets that a view is made of; of a view by index those that hold its tokens."""
+    if plan.config.write:
+        return tuple(
             BaseInfo(path=os.path.relpath(base.folder, plan.output), digest=base.manifest.digest)
             for base in plan.bases
-        ),
+        )
+    return tuple(
+        BaseInfo(
+            path=os.path.relpath(folder, plan.output.resolve()),
+            digest=manifest.digest,
+            rest=rest_digest(manifest),
+        )
+        for folder, manifest in plan.store.files.sets
     )
 
 

@@ -394,7 +394,8 @@ def test_a_recipe_is_written_checked_and_run(
     assert main(["view", str(recipe), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (
-        made["digest"] == view(tmp_path / "same", Path("one"), dedup="row", cap={"*.jsonl": "30 rows"}).digest
+        made["digest"]
+        == view(tmp_path / "same", Path("one"), dedup="row", cap={"*.jsonl": "30 rows"}, write=False).digest
     )
     recipe.write_text("sets: [one]\noutput: out\ndedupe: row\n")
     assert main(["view", str(recipe)]) == 2
@@ -418,7 +419,7 @@ def test_a_changed_base_is_refused(sets: Path, tmp_path: Path) -> None:
         raw = bytearray((base / name).read_bytes())
         raw[len(raw) // 2] ^= 1
         (base / name).write_bytes(raw)
-        assert f"{name}: xxh3-128 is " in refusal(tmp_path / "view", base)
+        assert f"{name}: xxh3-128 is " in refusal(tmp_path / "view", base, write=True)
         (base / name).unlink()
         assert f"{name}: missing" in refusal(tmp_path / "view", base)
 

@@ -56,7 +56,7 @@ def test_a_source_is_named_whatever_its_name_holds(
         assert main(arguments) == 0, capsys.readouterr().err
         assert (
             read_manifest(output).digest
-            == view(tmp_path / f"{setting}-same", odd, **{setting: values}).digest
+            == view(tmp_path / f"{setting}-same", odd, write=False, **{setting: values}).digest
         )
     kept = read_manifest(tmp_path / "cap").ledger.sources
     assert [kept[name].rows for name in ODD] == [5, 6, 7]
@@ -77,8 +77,9 @@ def test_a_role_is_mapped_whatever_its_name_holds(tmp_path: Path) -> None:
 
 
 def test_shares_are_given_in_percent_too(odd: Path, tmp_path: Path) -> None:
-    expected = view(tmp_path / "numbers", odd, mix={ODD[0]: 70, ODD[1]: 30})
-    assert view(tmp_path / "percent", odd, mix={ODD[0]: "70%", ODD[1]: "30%"}).digest == expected.digest
+    expected = view(tmp_path / "numbers", odd, mix={ODD[0]: 70, ODD[1]: 30}, write=False)
+    percent = view(tmp_path / "percent", odd, mix={ODD[0]: "70%", ODD[1]: "30%"}, write=False)
+    assert percent.digest == expected.digest
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"sets: ['{odd}']\noutput: '{tmp_path / 'file'}'\nmix: {{'{ODD[0]}': 70%, {ODD[1]}: 30%}}\n"

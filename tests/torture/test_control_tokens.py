@@ -12,7 +12,7 @@ import pytest
 
 import sftdata
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
-from sftdata.set.opened import PackedRow
+from sftdata.set.rows import PackedRow
 from tests.made_tokenizers import MADE
 from tests.torture.runs import TOKENIZER
 

@@ -66,7 +66,7 @@ preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Fo
  {SETTINGS}) -> Preview
 stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
-verify(folder: str | Path, *, sha256: bool = False) -> VerifyReport
+verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
 view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
@@ -77,7 +77,8 @@ view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  total: str | None = None, seed: int = 0, max_length: int | None = None,\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
  packing: Literal['bfd', 'wrapped', 'none'] | None = None, pack_over: Literal['auto', 'slice', 'view'] = 'auto',\
- order: Literal['as-is', 'shuffled'] = 'as-is', overwrite: bool = False, **unknown: Never) -> Manifest | tuple[Manifest, Manifest]
+ order: Literal['as-is', 'shuffled'] = 'as-is', write: bool = False,\
+ overwrite: bool = False, **unknown: Never) -> Manifest | tuple[Manifest, Manifest]
 """,
     "sfttrain": """
 IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from sftdata.errors import IntegrityError
-from sftdata.views.documents import Block, Documents, Located, join_segments
+from sftdata.views.documents import Documents, Located, join_segments
 
 Token = tuple[int, bool, float]
+
+
+class Block(NamedTuple):
+    """A record batch of one row."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_weights: np.ndarray | None
+
+    @property
+    def row_offsets(self) -> np.ndarray:
+        return np.array([0, len(self.input_ids)])
 
 
 def scattered(seed: int, weighted: bool) -> tuple[list[list[Token]], Documents]:

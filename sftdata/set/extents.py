@@ -1,0 +1,271 @@
+"""Rows by index: where their tokens lie in the files of other sets, instead of the tokens.
+
+    packs-00000.arrow   a row a packed row: `seq_lengths` and `example_ids`, as a shard has them, and extents
+    rest-00000.arrow    a row a stretch: `example_id`, `offset` and `reason`, as beside a shard, and extents
+
+An extent is a run of tokens inside one row of one file. Laid end to end, the extents of a row are the row.
+
+| column | type | |
+|---|---|---|
+| `file` | list<int32> | number of the file, see `token_files`; -1 for padding |
+| `start` | list<int64> | its first token, counted from the beginning of the file |
+| `length` | list<int32> | tokens |
+| `first_trained` | list<uint8> | 1 where the document labels its first token, as the file may not |
+| `first_weight` | list<float32> | what that token weighs; only in a set with weights |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sftdata.batches import Bool, Float32, Int32, Int64, offsets_of
+from sftdata.errors import IntegrityError
+from sftdata.set.index import REST, as_strings, slice_number
+from sftdata.set.shards import (
+    PACKS,
+    ShardInfo,
+    as_arrow,
+    as_numpy,
+    batch_edges,
+    list_array,
+    list_items,
+    list_offsets,
+    read_file,
+    write_file,
+)
+from sftdata.set.store import SetFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from sftdata.set.manifest import Manifest
+
+PADDING_FILE = -1
+ANEW = "make the view again with --overwrite."
+
+
+def packs_name(number: int) -> str:
+    """Return the file name of a slice's rows by index.
+
+    >>> packs_name(7)
+    'packs-00007.arrow'
+    """
+    return f"{PACKS}-{number:05d}.arrow"
+
+
+def token_files(manifest: Manifest) -> list[SetFile]:
+    """Return the files of a set that hold tokens: its shards in order, then its rest files in order."""
+    rest = [file for file in manifest.files if file.name.startswith(f"{REST}-")]
+    return [*manifest.shards, *sorted(rest, key=lambda file: slice_number(file.name) or 0)]
+
+
+def rest_digest(manifest: Manifest) -> str:
+    """Return a hash over the rest files of a set, which the digest of the set does not cover."""
+    rest = token_files(manifest)[len(manifest.shards) :]
+    return xxhash.xxh3_128_hexdigest("".join(file.xxh3 for file in rest).encode())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extents:
+    """Runs of tokens in files, row after row.
+
+    Attributes:
+        row_offsets: int64[P + 1], into the extents.
+        file: int32[E], number of the file; `PADDING_FILE` for padding.
+        start: int64[E], first token, counted from the beginning of the file.
+        length: int32[E], tokens.
+        first_trained: bool[E], whether the first token has a label in its document that its file may lack.
+        first_weights: float32[E], what that token weighs; None without weights.
+    """
+
+    row_offsets: Int64
+    file: Int32
+    start: Int64
+    length: Int32
+    first_trained: Bool
+    first_weights: Float32 | None = None
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def token_offsets(self) -> Int64:
+        """int64[P + 1], tokens before each row."""
+        offsets: Int64 = offsets_of(self.length)[self.row_offsets]
+        return offsets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packs:
+    """Packed rows by index; `seq_lengths`, `example_ids` and `segment_offsets` as in `PackedRows`."""
+
+    seq_lengths: Int32
+    example_ids: Int64
+    segment_offsets: Int64
+    extents: Extents
+
+    def __len__(self) -> int:
+        return len(self.segment_offsets) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RestExtents:
+    """The rest of a slice by index; `example_ids`, `offset` and `reasons` as in `RestRows`."""
+
+    example_ids: Int64
+    offset: Int32
+    reasons: Sequence[str]
+    extents: Extents
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_packs(path: Path, packs: Packs, tokens_trained: int) -> ShardInfo:
+    """Write rows by index as one Arrow IPC file, cut into record batches where their shard would be.
+
+    Args:
+        path: where the file will stand.
+        packs: the rows.
+        tokens_trained: labels in these rows, for the manifest.
+    """
+    schema = _packs_schema(packs.extents.first_weights is not None)
+    batches = []
+    for first, last in batch_edges(packs.extents.token_offsets()):
+        segments = slice(packs.segment_offsets[first], packs.segment_offsets[last])
+        offsets = packs.segment_offsets[first : last + 1]
+        columns = [list_array(column[segments], offsets) for column in (packs.seq_lengths, packs.example_ids)]
+        batches.append(_record_batch(columns, packs.extents, first, last, schema))
+    file = write_file(path, schema, batches)
+    is_document = packs.example_ids >= 0
+    return ShardInfo(
+        rows=len(packs),
+        documents=int(is_document.sum()),
+        tokens=int(packs.seq_lengths[is_document].sum(dtype=np.int64)),
+        tokens_trained=tokens_trained,
+        **msgspec.structs.asdict(file),
+    )
+
+
+def write_rest_extents(path: Path, rest: RestExtents) -> SetFile:
+    """Write a rest by index; return its description."""
+    schema = _rest_schema(rest.extents.first_weights is not None)
+    batches = []
+    for first, last in batch_edges(rest.extents.token_offsets()):
+        plain = [as_arrow(rest.example_ids[first:last]), as_arrow(rest.offset[first:last])]
+        columns = [*plain, as_strings(rest.reasons[first:last])]
+        batches.append(_record_batch(columns, rest.extents, first, last, schema))
+    return write_file(path, schema, batches)
+
+
+def _record_batch(
+    columns: list[pa.Array], extents: Extents, first: int, last: int, schema: pa.Schema
+) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    here = slice(extents.row_offsets[first], extents.row_offsets[last])
+    offsets = extents.row_offsets[first : last + 1]
+    values: list[npt.NDArray[np.generic]] = [
+        extents.file,
+        extents.start,
+        extents.length,
+        extents.first_trained.astype(np.uint8),
+    ]
+    values += [] if extents.first_weights is None else [extents.first_weights]
+    lists = [list_array(column[here], offsets) for column in values]
+    return pa.RecordBatch.from_arrays([*columns, *lists], schema=schema)
+
+
+def _packs_schema(weighted: bool) -> pa.Schema:
+    import pyarrow as pa
+
+    columns = [("seq_lengths", pa.list_(pa.int32())), ("example_ids", pa.list_(pa.int64()))]
+    return pa.schema([*columns, *_extent_columns(weighted)])
+
+
+def _rest_schema(weighted: bool) -> pa.Schema:
+    import pyarrow as pa
+
+    columns = [("example_id", pa.int64()), ("offset", pa.int32()), ("reason", pa.utf8())]
+    return pa.schema([*columns, *_extent_columns(weighted)])
+
+
+def _extent_columns(weighted: bool) -> list[tuple[str, pa.DataType]]:
+    import pyarrow as pa
+
+    items = {"file": pa.int32(), "start": pa.int64(), "length": pa.int32(), "first_trained": pa.uint8()}
+    items |= {"first_weight": pa.float32()} if weighted else {}
+    return [(name, pa.list_(item)) for name, item in items.items()]
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_packs(path: Path, weighted: bool = False) -> list[Packs]:
+    """Map a file of rows by index and return its record batches.
+
+    Raises:
+        IntegrityError: the file is no such file, or its extents do not make up its documents.
+    """
+    found = []
+    for batch in read_file(path, _packs_schema(weighted)):
+        offsets = _shared_offsets(path, [batch["seq_lengths"], batch["example_ids"]])
+        lengths, ids = as_numpy(list_items(batch["seq_lengths"])), as_numpy(list_items(batch["example_ids"]))
+        packs = Packs(lengths, ids, offsets, _extents(path, batch, weighted))
+        _refuse_gaps(path, packs)
+        found.append(packs)
+    return found
+
+
+def read_rest_extents(path: Path, weighted: bool = False) -> list[RestExtents]:
+    """Map a rest by index and return its record batches.
+
+    Raises:
+        IntegrityError: the file is no such file.
+    """
+    return [
+        RestExtents(
+            as_numpy(batch["example_id"]),
+            as_numpy(batch["offset"]),
+            batch["reason"].to_pylist(),
+            _extents(path, batch, weighted),
+        )
+        for batch in read_file(path, _rest_schema(weighted))
+    ]
+
+
+def _extents(path: Path, batch: pa.RecordBatch, weighted: bool) -> Extents:
+    columns = [batch[name] for name, _ in _extent_columns(weighted)]
+    offsets = _shared_offsets(path, columns)
+    file, start, length, trained, *weights = (as_numpy(list_items(column)) for column in columns)
+    return Extents(offsets, file, start, length, trained != 0, *weights)
+
+
+def _shared_offsets(path: Path, columns: Sequence[pa.ListArray]) -> Int64:
+    offsets = [list_offsets(column) for column in columns]
+    if any(not np.array_equal(one, other) for one, other in pairwise(offsets)):
+        raise IntegrityError(f"{path}: its lists differ in length.", ANEW)
+    return offsets[0]
+
+
+def _refuse_gaps(path: Path, packs: Packs) -> None:
+    """Refuse extents that do not begin where each document and each row does."""
+    extents, tokens = packs.extents, offsets_of(packs.seq_lengths)
+    lawful = bool((extents.length > 0).all() and (packs.seq_lengths > 0).all())
+    if lawful:
+        begins = offsets_of(extents.length)
+        rows = begins[extents.row_offsets], tokens[packs.segment_offsets]
+        lawful = bool(np.isin(tokens, begins).all()) and np.array_equal(*rows)
+    if not lawful:
+        raise IntegrityError(f"{path}: its extents do not make up its documents.", ANEW)

@@ -1,0 +1,230 @@
+"""The files of other sets that hold the tokens of a view by index: opened, watched, and gathered from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
+from sftdata.errors import IntegrityError, SftError
+from sftdata.set.extents import (
+    ANEW,
+    PADDING_FILE,
+    rest_digest,
+    token_files,
+)
+from sftdata.set.index import read_rest
+from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
+from sftdata.set.shards import ShardInfo, read_shard
+from sftdata.set.store import SetFile, plain_file
+
+Tokens = tuple[Int32, Int32, Float32 | None]
+"""Ids, labels, and weights in a set that has them."""
+
+
+class Watch:
+    """A set in use: says so when another has taken its place.
+
+    Args:
+        folder: of the set.
+        digest: of the set that is in use.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self._folder, self._digest = folder, digest
+        self._seen: tuple[int, ...] | None = None
+
+    def refuse_replaced(self) -> None:
+        """Refuse to go on where another set lies in the folder by now; call it after reading from there.
+
+        Raises:
+            IntegrityError: naming both digests.
+        """
+        path = self._folder / MANIFEST_NAME
+        try:
+            found = path.stat()
+            state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+            if state == self._seen:
+                return
+            digest = read_manifest(self._folder).digest
+        except (OSError, SftError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise IntegrityError(
+                f"{self._folder}: gone while it was in use: {reason}.", "open the set again."
+            ) from None
+        if digest != self._digest:
+            opened = self._digest[:12]
+            what = f"{self._folder}: replaced while it was in use: opened as {opened}, now {digest[:12]}."
+            raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
+        self._seen = state
+
+
+# ------------------------------------------------------------------------------------- the files of bases
+
+
+class Block(Protocol):
+    """Tokens that lie end to end in one record batch of a file; every array is a view of it."""
+
+    @property
+    def input_ids(self) -> Int32:
+        """int32[T]."""
+
+    @property
+    def labels(self) -> Int32:
+        """int32[T], -100 where not trained."""
+
+    @property
+    def loss_weights(self) -> Float32 | None:
+        """float32[T]; None in a set without weights."""
+
+    @property
+    def row_offsets(self) -> Int64:
+        """int64[P + 1], where its rows begin."""
+
+
+class Found(NamedTuple):
+    """Extents in mapped blocks: int32[E] number of the block, int64[E] first token there, and its end."""
+
+    block: Int32
+    start: Int64
+    stop: Int64
+
+
+class TokenFiles:
+    """The files of sets that hold tokens, numbered through all of them; each is mapped when first needed.
+
+    A block is a record batch of such a file. Block 0 is padding.
+
+    Args:
+        sets: folder and manifest of each.
+        padding: how long a stretch of padding may be, and the id it consists of.
+        check: looks at a file before it is mapped.
+
+    Attributes:
+        sets: as given.
+        blocks: those mapped so far.
+    """
+
+    def __init__(
+        self, sets: Sequence[tuple[Path, Manifest]], padding: tuple[int, int] = (0, 0),
+        check: Callable[[Path, SetFile], Path] = plain_file,
+    ) -> None:  # fmt: skip
+        self.sets = list(sets)
+        self._check = check
+        self._files = [
+            (folder, manifest, file) for folder, manifest in self.sets for file in token_files(manifest)
+        ]
+        self._watches = {folder: Watch(folder, manifest.digest) for folder, manifest in self.sets}
+        self._edges: dict[int, tuple[int, Int64]] = {}  # file -> its first block, and tokens before each
+        length, pad_id = padding
+        none = np.zeros(2, np.int64)
+        pad = PackedRows(
+            np.full(length, pad_id, np.int32), np.full(length, IGNORE_INDEX, np.int32), none,
+            np.zeros(0, np.int32), np.zeros(0, np.int64), none,
+        )  # fmt: skip
+        self.blocks: list[Block] = [pad]
+        self._edges[PADDING_FILE] = 0, np.array([0, length])
+
+    def open(self, number: int) -> tuple[int, Int64]:
+        """Map a file; return the number of its first block, and int64[B + 1], tokens before each block.
+
+        Raises:
+            IntegrityError: it is missing, is not what its manifest says, or its set was replaced.
+        """
+        if number not in self._edges:
+            folder, manifest, file = self._files[number]
+            path = self._check(folder, file)
+            blocks: Sequence[Block]
+            if isinstance(file, ShardInfo):
+                blocks = read_shard(path, manifest.max_length, manifest.weighted)
+            else:
+                blocks = read_rest(path, manifest.weighted)
+            self._watches[folder].refuse_replaced()
+            self._edges[number] = len(self.blocks), offsets_of([len(block.input_ids) for block in blocks])
+            self.blocks += blocks
+        return self._edges[number]
+
+    def open_blocks(self, number: int) -> list[int]:
+        """Map a file; return the numbers of its blocks."""
+        first, edges = self.open(number)
+        return [*range(first, first + len(edges) - 1)]
+
+    def places(self) -> tuple[Int32, Int64]:
+        """Return the file of each block mapped so far, int32[B], and the tokens before it there, int64[B]."""
+        file, before = np.empty(len(self.blocks), np.int32), np.empty(len(self.blocks), np.int64)
+        for number, (first, edges) in self._edges.items():
+            here = slice(first, first + len(edges) - 1)
+            file[here], before[here] = number, edges[:-1]
+        return file, before
+
+    def find(self, path: Path, file: Int32, start: Int64, length: Int32) -> Found:
+        """Find extents in the blocks of their files.
+
+        Args:
+            path: of the file that names them, for the message.
+            file, start, length: as in `Extents`.
+
+        Raises:
+            IntegrityError: there are no such tokens.
+        """
+        block, start = np.zeros(len(file), np.int32), start.copy()
+        order = np.argsort(file, kind="stable")
+        numbers, firsts = np.unique(file[order], return_index=True)
+        for number, here in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
+            first, edges = self._edges_of(path, number)
+            which = np.searchsorted(edges, start[here], side="right") - 1
+            room = np.append(edges[1:], -1)[which] - start[here] - length[here]  # -1: behind the end
+            if (room < 0).any() or (start[here] < 0).any() or (length[here] < 0).any():
+                raise IntegrityError(f"{path}: names tokens that are not there.", ANEW)
+            block[here] = first + which
+            start[here] -= edges[which]
+        return Found(block, start, start + length)
+
+    def _edges_of(self, path: Path, number: int) -> tuple[int, Int64]:
+        if not PADDING_FILE <= number < len(self._files):
+            raise IntegrityError(f"{path}: names a file {number}; its bases have {len(self._files)}.", ANEW)
+        return self.open(number)
+
+    def gather(self, found: Found, first: int, last: int, weighted: bool) -> Tokens:
+        """Lay the tokens of extents `first` to `last` end to end, with the labels that their files have."""
+        blocks = self.blocks
+        block = [blocks[number] for number in found.block[first:last].tolist()] or blocks[:1]
+        starts, stops = found.start[first:last].tolist() or [0], found.stop[first:last].tolist() or [0]
+        runs = list(zip(block, map(slice, starts, stops), strict=True))
+        ids = np.concatenate([part.input_ids[run] for part, run in runs])
+        labels = np.concatenate([part.labels[run] for part, run in runs])
+        return ids, labels, np.concatenate([_weights(part, run) for part, run in runs]) if weighted else None
+
+
+def _weights(block: Block, run: slice) -> Float32:
+    weights = block.labels[run] != IGNORE_INDEX if block.loss_weights is None else block.loss_weights[run]
+    return np.asarray(weights, np.float32)
+
+
+def open_token_files(folder: Path, manifest: Manifest) -> TokenFiles:
+    """Open the bases of a view by index; only their manifests are read.
+
+    Raises:
+        IntegrityError: a base is gone, or is not the set that the view was made of.
+    """
+    sets = [((folder / base.path).resolve(), base) for base in manifest.bases]
+    opened = [(path, _read_base(folder, path, base)) for path, base in sets]
+    return TokenFiles(opened, (manifest.max_length or 0, manifest.tokenizer.pad_id or 0))
+
+
+def _read_base(folder: Path, path: Path, base: BaseInfo) -> Manifest:
+    what = f"{folder}: a view by index of {path} (digest {base.digest[:12]})"
+    try:
+        found = read_manifest(path)
+    except SftError as error:
+        raise IntegrityError(
+            f"{what}, which cannot be read: {error.message}",
+            "put that set back, or run the same `sftdata view` with the path it has now.",
+        ) from None
+    if (found.digest, rest_digest(found)) != (base.digest, base.rest):
+        other = f"digest {found.digest[:12]}" if found.digest != base.digest else "other rest files"
+        raise IntegrityError(f"{what}, where a set with {other} is now.", f"put the old set back, or {ANEW}")
+    return found
