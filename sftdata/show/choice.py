@@ -130,7 +130,8 @@ def _choices(manifest: Manifest) -> Iterator[tuple[str, str]]:
     ledger, view = manifest.ledger, manifest.settings.get("view") or {}
     left_out = dict(ledger.documents_left_out)
     if manifest.bases:
-        yield "made of", ", ".join(f"{base.path} ({base.digest[:12]})" for base in manifest.bases)
+        bases = ", ".join(f"{base.path} ({base.digest[:12]})" for base in manifest.bases)
+        yield "made of", f"{bases}; by index: the tokens are there" if manifest.by_index else bases
     if "side" in view:
         other = "eval" if view["side"] == "train" else "train"
         drawn = f"{view.get('eval')} of the prompts are drawn for eval, with seed {view.get('seed', 0)}"

@@ -236,6 +236,15 @@ def test_views_are_compared_as_what_they_hold(sets: Path, tmp_path: Path) -> Non
     assert found.settings["max_length"] == (128, 64)
 
 
+def test_a_view_by_index_is_equal_to_the_same_view_written(sets: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_length": 64, "dedup": "prompt", "overlong": "split"}
+    sftdata.view(sets / "base", output=tmp_path / "index", **settings)
+    sftdata.view(sets / "base", output=tmp_path / "written", write=True, **settings)
+    assert sftdata.diff(tmp_path / "index", tmp_path / "written").equal
+    found = sftdata.diff(tmp_path / "index", sets / "base", limit=ALL)
+    assert found.trained.gain == sum(change.trained.gain for change in found.changes)
+
+
 def test_a_copy_is_equal(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(sets / "base", tmp_path / "copy")
     assert main(["diff", str(sets / "base"), str(tmp_path / "copy")]) == 0
