@@ -123,7 +123,7 @@ class SourceChange:
     other_bytes: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Diff:
     """How two sets differ.
 
@@ -166,6 +166,11 @@ class Diff:
         parts = [Part("same", "same", self.same), Part("same, at another place", "context", self.moved)]
         parts += [Part(change.meaning, change.sign, change.documents) for change in self.changes]
         return tuple(part for part in parts if part.count)
+
+    def __repr__(self) -> str:
+        found = "; ".join(f"{part.count:,} {part.name}" for part in self.parts())
+        more = f"; settings differ: {len(self.settings)}" if self.settings else ""
+        return f"<Diff of {self.folders[0]!r} and {self.folders[1]!r}: {found}{more}>"
 
     def _repr_html_(self) -> str:
         settings = {name: tuple(map(spell, values)) for name, values in self.settings.items()}
@@ -262,7 +267,8 @@ def _sources(found: Compared) -> Iterator[SourceChange]:
         yield SourceChange(name, both["held"], both["tokens"], both["trained"], changes, not same)
 
 
-_TOLD = ("tokenizer_sha256", "chat_template_text")  # by the hashes of tokenizer and template
+# Said by the hashes of tokenizer, template and sources.
+_TOLD = ("tokenizer_sha256", "chat_template_text", "sources")
 _TOKENIZER = ("sha256", "vocab_size", "eos_id", "pad_id", "bos_id", "tokens_added")
 
 

@@ -269,6 +269,7 @@ def test_the_command_says_what_differs_and_exits_with_1(
     assert data["documents"] == {"a": 38, "b": 38}
     found = sftdata.diff(sets / "base", other)
     assert "same ids, other labels" in found._repr_html_()
+    assert repr(found).endswith("; settings differ: 1>")
 
 
 def test_two_tokenizers_are_compared_by_place_and_text(tmp_path: Path) -> None:
