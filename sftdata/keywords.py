@@ -30,6 +30,11 @@ class ViewSettings(TypedDict, total=False):
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] | None
     packing: Literal["bfd", "wrapped", "none"] | None
     pack_over: Literal["auto", "slice", "view"]
-    order: Literal["as-is", "shuffled"]
+    order: Literal["as-is", "shuffled", "length", "trained", "sources", "windows"]
+    bands: int
+    window: int
+    steps_for: str | None
+    model: Path | None
+    pad_to_multiple_of: int
     write: bool
     overwrite: bool

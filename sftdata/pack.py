@@ -78,7 +78,7 @@ def plan_packs(lengths: Int64, max_length: int, strategy: Strategy = "bfd") -> P
 
 def gather(
     tokens: TokenBatch, example_ids: Int64, plan: PackPlan, row_length: int | None, pad_id: int,
-    weighted: bool = False,
+    weighted: bool = False, multiple: int = 1,
 ) -> PackedRows:  # fmt: skip
     """Lay the planned documents out as the columns of a shard.
 
@@ -92,8 +92,9 @@ def gather(
             length.
         pad_id: token id that fills the end of a row; its labels are -100 whatever the id.
         weighted: lay out what each trained token weighs, too.
+        multiple: padding fills the row behind each document up to a multiple of this.
     """
-    document, lengths, ids, segment_offsets = lay_out(plan, example_ids, row_length)
+    document, lengths, ids, segment_offsets = lay_out(plan, example_ids, row_length, multiple)
     source = np.append(tokens.offsets[plan.example] + plan.start, 0)[document]
     target = offsets_of(lengths)
     input_ids, labels = _copy_tokens(tokens.input_ids, tokens.trained, source, target)
@@ -106,7 +107,9 @@ def gather(
     )
 
 
-def lay_out(plan: PackPlan, example_ids: Int64, row_length: int | None) -> tuple[Int64, Int64, Int64, Int64]:
+def lay_out(
+    plan: PackPlan, example_ids: Int64, row_length: int | None, multiple: int = 1
+) -> tuple[Int64, Int64, Int64, Int64]:
     """Return the segments of the planned rows, padding included; arguments as for `gather`.
 
     Returns:
@@ -116,14 +119,15 @@ def lay_out(plan: PackPlan, example_ids: Int64, row_length: int | None) -> tuple
     document, lengths, ids = np.arange(len(plan.example)), plan.stop - plan.start, example_ids[plan.example]
     if row_length is None:
         return document, lengths, ids, plan.offsets
-    filled = np.diff(offsets_of(lengths)[plan.offsets])
-    short = np.flatnonzero(filled < row_length)
-    ends = plan.offsets[1:][short]
+    after = -lengths % multiple
+    filled = np.diff(offsets_of(lengths + after)[plan.offsets])
+    after[plan.offsets[1:] - 1] += row_length - filled
+    padded = np.flatnonzero(after)
     return (
-        np.insert(document, ends, -1),
-        np.insert(lengths, ends, row_length - filled[short]),
-        np.insert(ids, ends, PADDING_ID),
-        plan.offsets + offsets_of(filled < row_length),
+        np.insert(document, padded + 1, -1),
+        np.insert(lengths, padded + 1, after[padded]),
+        np.insert(ids, padded + 1, PADDING_ID),
+        plan.offsets + offsets_of(after > 0)[plan.offsets],
     )
 
 

@@ -344,6 +344,9 @@ _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 _SHARES = "tests/integration/test_train_shares.py::"
 _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works"
+_ORDERED = (
+    "tests/integration/test_views_order.py::test_what_cannot_be_ordered_is_refused_and_the_advice_followed"
+)
 ELSEWHERE: dict[str, str] = {
     "--to tinker, or prepare it without --loss-weights.": (
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
@@ -390,6 +393,10 @@ ELSEWHERE: dict[str, str] = {
     "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
     "--pack-over view.": _VIEWS,
+    "name the config.json of a transformer, or leave --model out.": _ORDERED,
+    "fewer ranks or rows in --steps-for, or a smaller --max-length.": _ORDERED,
+    "--packing bfd, or leave --pad-to-multiple-of out.": _ORDERED,
+    "--max-length {}.": _ORDERED,
     "leave --seed out.": f"{_REFUSED}test_a_setting_without_effect_is_refused",
     "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",
     "make the view again with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",

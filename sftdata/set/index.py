@@ -161,9 +161,13 @@ class Segments:
         weights[lost] = self.first_weights[self.first_trained]
         return replace(tokens, loss_weights=weights)
 
-    def starts(self) -> Int64:
-        """int64[S]: the first token of each segment, counted in its row. It is not stored."""
-        before = offsets_of(self.length)[:-1]
+    def starts(self, multiple: int = 1) -> Int64:
+        """int64[S]: the first token of each segment, counted in its row. It is not stored.
+
+        Args:
+            multiple: `Manifest.pad_to_multiple_of`; where segments begin.
+        """
+        before = offsets_of(-(-self.length.astype(np.int64) // multiple) * multiple)[:-1]
         first = np.flatnonzero(np.diff(self.row, prepend=-1) | np.diff(self.rest, prepend=False))
         starts: Int64 = before - np.repeat(before[first], np.diff(np.append(first, len(self))))
         return starts

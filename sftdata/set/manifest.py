@@ -146,6 +146,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the settings that are part of the digest: those that can change a byte of the set."""
         return {key: value for key, value in self.settings.items() if key not in _PLACES + _MANNER}
 
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """Documents begin in their rows at multiples of this; padding fills what is between them."""
+        view = self.settings.get("view")
+        multiple = view.get("pad_to_multiple_of") if isinstance(view, dict) else None
+        return multiple if isinstance(multiple, int) and multiple > 0 else 1
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)

@@ -230,7 +230,7 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     last = np.zeros(len(ids), np.bool_)
     last[rows.segment_offsets[1:] - 1] = True
     yield from _rows(rows.segment_offsets, (ids < -1) | (ids >= known), "an example id belongs to no source")
-    yield from _rows(rows.segment_offsets, padding & ~last, "padding stands before a document")
+    yield from _padding_between(rows, manifest.pad_to_multiple_of, padding & ~last)
     first = np.zeros(len(ids), np.bool_)
     first[rows.segment_offsets[:-1]] = True
     yield from _rows(rows.segment_offsets, padding & first, "the row is all padding")
@@ -247,6 +247,17 @@ def _segments(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str
     yield from _rows_of(
         rows.row_offsets, inside[rows.input_ids[inside] != pad_id], f"padding is not the pad id {pad_id}"
     )
+
+
+def _padding_between(rows: PackedRows, multiple: int, between: Bool) -> Iterator[tuple[Int64, str]]:
+    """Allow padding before a document only as far as it begins at the next multiple."""
+    if multiple == 1:
+        yield from _rows(rows.segment_offsets, between, "padding stands before a document")
+        return
+    off = (offsets_of(rows.seq_lengths)[:-1] % multiple != 0) & (rows.example_ids != -1)
+    yield from _rows(rows.segment_offsets, off, f"a document does not begin at a multiple of {multiple}")
+    more = between & ((rows.seq_lengths >= multiple) | np.append(rows.example_ids[1:] == -1, False))
+    yield from _rows(rows.segment_offsets, more, "more padding than needed stands before a document")
 
 
 def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]:

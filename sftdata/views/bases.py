@@ -224,7 +224,7 @@ def _located(
     return Located(
         example_id=index.example_ids + base.first_id,
         block=np.repeat(np.array(held[0] + held[1], np.int32), counts)[row],
-        start=begin + index.starts(),
+        start=begin + index.starts(base.manifest.pad_to_multiple_of),
         length=index.length,
         offset=index.offset,
         trained=index.trained,

@@ -42,7 +42,7 @@ def index_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
     )
     index = _index(plan, placed, packed)
     runs = plan.choice.documents.runs(placed.document, placed.start, placed.stop)
-    layout = lay_out(packed, kept.id, plan.row_length)
+    layout = lay_out(packed, kept.id, plan.row_length, plan.config.pad_to_multiple_of)
     document, lengths, ids, segment_offsets = layout
     packs = Packs(lengths.astype(np.int32), ids, segment_offsets, _packed_extents(plan, runs, layout))
     trained = np.append(index.trained[: len(kept)], 0)[document]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int64, PackPlan, offsets_of, positions_of
-from sftdata.pack import Strategy, plan_packs
+from sftdata.errors import UsageError
+from sftdata.pack import Strategy, lay_out, plan_packs
+from sftdata.set.steps import Balance, Float64, Steps, balance_of, row_costs
+from sftdata.views.balance import deal_rows
 from sftdata.views.choose import draw
-from sftdata.views.recipe import ViewConfig
+from sftdata.views.cost import read_cost
+from sftdata.views.recipe import ViewConfig, read_ranks
 from sftdata.views.select import Choice
 
 Names = npt.NDArray[np.object_]
@@ -59,6 +64,8 @@ class ViewSlice:
 
 
 Packed = tuple[Stretches, Stretches, tuple[ViewSlice, ...]]
+Dealt = tuple[Steps, list[str]]
+"""Steps of equal work, and what is said of them."""
 
 
 def pack_slices(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretches) -> Packed:
@@ -77,12 +84,25 @@ def pack_slices(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stret
     return kept, rest, tuple(slices)
 
 
-def pack_whole(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretches) -> Packed:
-    """Pack all documents together, and cut the rows into shards of about `SHARD_TOKENS`."""
-    packs = _packs(config, kept.stop - kept.start)
-    if config.order == "shuffled":
-        rows = np.arange(len(packs), dtype=np.uint64)
-        packs = _reordered(packs, np.argsort(draw(rows, config.seed, "order"), kind="stable"))
+def pack_whole(
+    config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretches, dealt: Dealt | None = None
+) -> Packed:
+    """Pack documents together, put the rows in order, and cut them into shards of about `SHARD_TOKENS`.
+
+    Args:
+        config: the settings.
+        choice: the documents.
+        kept, rest: what rows are made of, and what is left over.
+        dealt: steps to make; told how even they are.
+
+    Raises:
+        UsageError: there is not one whole step.
+    """
+    packs, edges = _pack_bands(config, choice, kept)
+    if dealt is not None:
+        packs = _reordered(packs, _deal(config, packs, edges, dealt))
+    elif config.order != "as-is":
+        packs = _reordered(packs, _shuffle(edges, config.seed))
     ends = offsets_of(packs.stop - packs.start)[packs.offsets]
     if config.packing != "none":
         ends = np.arange(len(packs) + 1) * (config.max_length or 1)
@@ -107,10 +127,154 @@ def pack_whole(config: ViewConfig, choice: Choice, kept: Stretches, rest: Stretc
     return kept, rest, tuple(slices)
 
 
+def _pack_bands(config: ViewConfig, choice: Choice, kept: Stretches) -> tuple[PackPlan, Int64]:
+    """Pack bands of documents; return the rows, and int64[B + 1], where the rows of each band begin.
+
+    By length rows are put into bands, by their longest document: others fill them up.
+    """
+    lengths = kept.stop - kept.start
+    if config.order in ("as-is", "shuffled", "length"):
+        packs = _packs(config, lengths)
+        if config.order != "length":
+            return packs, np.array([0, len(packs)])
+        longest = np.maximum.reduceat(packs.stop - packs.start, packs.offsets[:-1])
+        edges = np.arange(config.bands + 1) * len(packs) // config.bands
+        return _reordered(packs, np.argsort(longest, kind="stable")), edges
+    band = _band_of(config, choice, kept, lengths)
+    by_band = np.argsort(band, kind="stable")
+    parts = []
+    for members in np.split(by_band, np.flatnonzero(np.diff(band[by_band])) + 1):
+        packs = _packs(config, lengths[members])
+        parts.append(replace(packs, example=members[packs.example]))
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("example", "start", "stop")
+    )
+    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+    return PackPlan(offsets_of(sizes), *columns), offsets_of([len(part) for part in parts])
+
+
+def _band_of(config: ViewConfig, choice: Choice, kept: Stretches, lengths: Int64) -> Int64:
+    """Return the band, int64[K], of each stretch that is packed, by what is known of its document."""
+    document, documents = kept.document, choice.documents
+    if config.order == "sources":
+        return choice.source[document].astype(np.int64)
+    if config.order == "windows":
+        numbers = np.unique(documents.shard[document])
+        return np.searchsorted(numbers, documents.shard[document]) // config.window
+    share = documents.trained[document] / documents.lengths[document]
+    rising = np.argsort(share, kind="stable")
+    band = np.empty(len(rising), np.int64)
+    tokens = offsets_of(lengths[rising])
+    band[rising] = tokens[:-1] * config.bands // tokens[-1]
+    return band
+
+
+def _shuffle(edges: Int64, seed: int) -> Int64:
+    """Return an order, int64[P], that shuffles rows inside their bands."""
+    keys = draw(np.arange(edges[-1], dtype=np.uint64), seed, "order")
+    return np.lexsort((keys, np.repeat(np.arange(len(edges) - 1), np.diff(edges))))
+
+
+def _deal(config: ViewConfig, packs: PackPlan, edges: Int64, dealt: Dealt) -> Int64:
+    """Return an order, int64[P], that makes steps of equal work, each in one band where it has the rows."""
+    (steps, said), count = dealt, len(packs)
+    if count < steps.step_rows:
+        raise UsageError(
+            f"--steps-for {config.steps_for}: a step takes {steps.step_rows:,} rows; the view has {count:,}.",
+            "fewer ranks or rows in --steps-for, or a smaller --max-length.",
+        )
+    costs = _costs(config, packs, steps)
+    borders = np.minimum(np.rint(edges / steps.step_rows), count // steps.step_rows) * steps.step_rows
+    borders = np.unique(np.append(borders[:-1].astype(np.int64), count))
+    parts = [
+        first + deal_rows(costs[first:last], steps, config.seed) for first, last in pairwise(borders.tolist())
+    ]
+    order = np.concatenate(parts)
+    said.append(_said(balance_of(steps, costs[order])))
+    return order
+
+
+def _costs(config: ViewConfig, packs: PackPlan, steps: Steps) -> Float64:
+    """Return what each row costs, float64[P]."""
+    row_length = None if config.packing == "none" else config.max_length
+    _, lengths, _, offsets = lay_out(packs, packs.example, row_length, config.pad_to_multiple_of)
+    return row_costs(steps.cost, lengths, offsets)
+
+
+def _said(balance: Balance) -> str:
+    text = (
+        f"{balance.steps:,} steps of {balance.ranks} x {balance.rows} rows: the busiest rank has"
+        f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled."
+    )
+    if balance.missing:
+        text += f" The last step lacks {balance.missing:,} rows."
+    return text
+
+
+_NEEDS = {"bands": ("length", "trained"), "window": ("windows",)}
+
+
+def _refuse_idle(config: ViewConfig) -> None:
+    """Refuse settings of an order that is not asked for."""
+    for name, orders in _NEEDS.items():
+        if getattr(config, name) != ViewConfig.model_fields[name].default and config.order not in orders:
+            raise UsageError(
+                f"--{name} without --order {' or '.join(orders)}: it has no effect.", f"leave --{name} out."
+            )
+    if config.model is not None and config.steps_for is None:
+        raise UsageError("--model without --steps-for: it has no effect.", "leave --model out.")
+
+
+def refuse_unlike(config: ViewConfig) -> None:
+    """Refuse settings of order and padding that cannot hold together, or have no effect.
+
+    Args:
+        config: with all settings of the layout filled in.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    _refuse_idle(config)
+    if config.reorders and config.pack_over == "slice":
+        asked = f"--order {config.order}" if config.steps_for is None else f"--steps-for {config.steps_for}"
+        raise UsageError(
+            f"{asked}: rows are ordered over the whole view; --pack-over is slice.", "--pack-over view."
+        )
+    multiple = config.pad_to_multiple_of
+    if multiple > 1 and config.packing == "none":
+        raise UsageError(
+            f"--pad-to-multiple-of {multiple} with --packing none: such rows hold no padding.",
+            "--packing bfd, or leave --pad-to-multiple-of out.",
+        )
+    if config.max_length is not None and config.max_length % multiple:
+        below = config.max_length // multiple * multiple or multiple
+        raise UsageError(
+            f"--pad-to-multiple-of {multiple}: max_length {config.max_length:,} is no multiple of it.",
+            f"--max-length {below}.",
+        )
+
+
+def read_steps(config: ViewConfig) -> Dealt | None:
+    """Return the steps that are asked for, and say what their balance goes by.
+
+    Raises:
+        UsageError: the model's config cannot be used.
+    """
+    if config.steps_for is None:
+        return None
+    ranks, rows = read_ranks(config.steps_for)
+    cost, said = read_cost(config.model)
+    return Steps(ranks=ranks, rows=rows, cost=cost), [said]
+
+
 def _packs(config: ViewConfig, lengths: Int64) -> PackPlan:
     strategy: Strategy = config.packing or "bfd"
-    longest = int(lengths.max(initial=1))
-    return plan_packs(lengths, longest if strategy == "none" else config.max_length or longest, strategy)
+    longest, multiple = int(lengths.max(initial=1)), config.pad_to_multiple_of
+    row_length = longest if strategy == "none" else config.max_length or longest
+    if multiple == 1:
+        return plan_packs(lengths, row_length, strategy)
+    packs = plan_packs(-(-lengths // multiple) * multiple, row_length, strategy)
+    return replace(packs, stop=np.minimum(packs.stop, lengths[packs.example]))
 
 
 def _reordered(packs: PackPlan, order: Int64) -> PackPlan:

@@ -19,8 +19,17 @@ from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.set.ledger import Ledger, read_counted
 from sftdata.set.manifest import SourceInfo, read_manifest
 from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
-from sftdata.views.order import Names, Stretches, ViewSlice, pack_slices, pack_whole
-from sftdata.views.recipe import ViewConfig
+from sftdata.views.order import (
+    Dealt,
+    Names,
+    Stretches,
+    ViewSlice,
+    pack_slices,
+    pack_whole,
+    read_steps,
+    refuse_unlike,
+)
+from sftdata.views.recipe import ORDERING, ViewConfig
 from sftdata.views.select import (
     Choice,
     Limited,
@@ -49,7 +58,7 @@ class ViewPlan:
         sources: those of the bases, and again for each further pass over them.
         settings: of the manifest.
         ledger: what became of rows and tokens, packing aside.
-        notes: what was decided or realised, one sentence each.
+        notes: what is said of it, one sentence each.
     """
 
     config: ViewConfig
@@ -89,12 +98,16 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     sides = split_off(choice, config) if config.eval is not None else {"": choice}
     if config.mix:
         mix_sources(sides.get("train", choice), config, limited)
-    return tuple(_plan(config, config.output / side, bases, store, sides[side], limited) for side in sides)
+    plain = config.model_copy(update={"steps_for": None, "model": None})  # evaluation takes no steps
+    return tuple(
+        _plan(plain if side == "eval" else config, config.output / side, bases, store, sides[side], limited)
+        for side in sides
+    )
 
 
 def _filled(config: ViewConfig, base: Base) -> ViewConfig:
     """Return the settings with those of a base where none are given."""
-    refuse_idle(config, shuffled=config.order == "shuffled")
+    refuse_idle(config, shuffled=config.reorders)
     settings = base.manifest.settings
     given = {
         name: getattr(config, name) or settings.get(name) for name in ("max_length", "overlong", "packing")
@@ -109,12 +122,9 @@ def _filled(config: ViewConfig, base: Base) -> ViewConfig:
                 "leave --overlong out.",
             )
         given["overlong"] = "truncate"
-    if config.order == "shuffled" and config.pack_over == "slice":
-        raise UsageError(
-            "--order shuffled: rows are shuffled over the whole view; --pack-over is slice.",
-            "--pack-over view.",
-        )
-    return config.model_copy(update=given)
+    filled = config.model_copy(update=given)
+    refuse_unlike(filled)
+    return filled
 
 
 def _limit(config: ViewConfig) -> int | None:
@@ -149,6 +159,7 @@ def _plan(
     config: ViewConfig, output: Path, bases: tuple[Base, ...], store: Store, choice: Choice, limited: Limited
 ) -> ViewPlan:
     sources, first_ids = _passes(choice)
+    dealt = read_steps(config)
     kept, rest = _stretches(config, choice, limited, first_ids)
     if not len(kept):
         fix = "loosen the filters." if choice.left_out() else "a larger --max-length, or another --overlong."
@@ -156,9 +167,12 @@ def _plan(
             fix = "choose another share for --eval, or loosen the filters."
         raise DataError(f"{output}: no document is left. {_reasons(choice, limited)}", fix)
     by_slice = config.pack_over == "slice" or (
-        config.pack_over == "auto" and len(bases) == 1 and not config.selects and config.order == "as-is"
+        config.pack_over == "auto" and len(bases) == 1 and not config.selects and config.reorders is False
     )
-    kept, rest, slices = (pack_slices if by_slice else pack_whole)(config, choice, kept, rest)
+    if by_slice:
+        kept, rest, slices = pack_slices(config, choice, kept, rest)
+    else:
+        kept, rest, slices = pack_whole(config, choice, kept, rest, dealt)
     return ViewPlan(
         config=config,
         output=output,
@@ -169,9 +183,9 @@ def _plan(
         rest=rest,
         slices=slices,
         sources=sources,
-        settings=_settings(config, bases, output.name if config.eval else "", by_slice),
+        settings=_settings(config, bases, output.name if config.eval else "", by_slice, dealt),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
-        notes=(),
+        notes=tuple(dealt[1]) if dealt else (),
     )
 
 
@@ -248,7 +262,9 @@ def _repeated(
 # ------------------------------------------------------------------------------- settings and ledger
 
 
-def _settings(config: ViewConfig, bases: Sequence[Base], side: str, by_slice: bool) -> dict[str, object]:
+def _settings(
+    config: ViewConfig, bases: Sequence[Base], side: str, by_slice: bool, dealt: Dealt | None
+) -> dict[str, object]:
     """Return the settings of the manifest: those of `prepare` that all bases share, and the view's own."""
     first, *others = (base.manifest.settings for base in bases)
     settings: dict[str, object] = {
@@ -261,7 +277,12 @@ def _settings(config: ViewConfig, bases: Sequence[Base], side: str, by_slice: bo
         "loss_weights": any(base.manifest.weighted for base in bases),
     }  # fmt: skip
     view: dict[str, object] = config.selection()
-    view.pop("pack_over", None)
+    for name in ("pack_over", "steps_for", "model"):
+        view.pop(name, None)
+    if dealt is not None:
+        view["steps"] = msgspec.to_builtins(dealt[0])
+    if isinstance(before := settings.get("view"), dict):  # its rows lie in an order of their own
+        settings["view"] = {name: value for name, value in before.items() if name not in ORDERING}
     if config.drop is not None:  # lists and sets are named by what they hold
         view["drop"] = hashlib.sha256(config.drop.read_bytes()).hexdigest()
     if config.exclude:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,9 @@ from sftdata.choosing import (
 from sftdata.config import MOST_TOKENS
 from sftdata.errors import UsageError
 from sftdata.output import local_output
+
+ORDERING = frozenset({"order", "bands", "window", "steps_for", "model", "pad_to_multiple_of", "steps"})
+"""Settings that neither choose nor cut documents, as a manifest names them; a view of a view has its own."""
 
 
 class ViewConfig(BaseModel):
@@ -76,7 +80,29 @@ class ViewConfig(BaseModel):
         description="Pack slice by slice, as prepare does, or over the whole view, which fills rows better;"
         " auto: by slice where all documents of one set are taken.",
     )
-    order: Literal["as-is", "shuffled"] = Field("as-is", description="Of the packed rows.")
+    order: Literal["as-is", "shuffled", "length", "trained", "sources", "windows"] = Field(
+        "as-is",
+        description="Of the packed rows: shuffled; in bands by length, by the share of trained tokens or by"
+        " source, shuffled inside a band; or shuffled in windows of shards, for disks slow at random reads.",
+    )
+    bands: int = Field(8, ge=1, description="Of --order length and trained.")
+    window: int = Field(16, ge=1, description="Shards of a window of --order windows.")
+    steps_for: str | None = Field(
+        None,
+        description="Steps of equal work: RANKSxROWS, rows of each rank and step (batch x accumulation),"
+        " as 8x4.",
+    )
+    model: Path | None = Field(
+        None,
+        description="Model, or its config.json, whose work --steps-for balances; default: a decoder"
+        " 4,096 wide.",
+    )
+    pad_to_multiple_of: int = Field(
+        1,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Pad each document to a multiple, for context and tensor parallelism.",
+    )
 
     write: bool = Field(
         False,
@@ -90,6 +116,13 @@ class ViewConfig(BaseModel):
     def _output_is_local(cls, value: Path) -> Path:
         return local_output(value)
 
+    @field_validator("steps_for")
+    @classmethod
+    def _ranks_and_rows(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_ranks(value)
+        return value
+
     def selection(self) -> dict[str, object]:
         """Return the settings that choose documents, without those at their defaults."""
         laid_out = {"sets", "output", "max_length", "overlong", "packing", "write", "overwrite"}
@@ -98,9 +131,28 @@ class ViewConfig(BaseModel):
     @property
     def selects(self) -> bool:
         """Whether any document may be left out or repeated."""
-        return bool(
-            self.selection().keys() - {"pack_over", "order", "seed", "exclude_by", "mix_by", "passes"}
-        )
+        others = {"pack_over", "seed", "exclude_by", "mix_by", "passes"}
+        return bool(self.selection().keys() - others - ORDERING)
+
+    @property
+    def reorders(self) -> bool:
+        """Whether rows are put in another order than they are packed in."""
+        return self.order != "as-is" or self.steps_for is not None
+
+
+def read_ranks(text: str) -> tuple[int, int]:
+    """Read ranks, and rows of each rank and step.
+
+    Raises:
+        ValueError: the text is no such pair.
+
+    >>> read_ranks("8x4")
+    (8, 4)
+    """
+    found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not RANKSxROWS, as 8x4: 8 ranks, 4 rows of each in a step")
+    return int(found[1]), int(found[2])
 
 
 def read_drops(path: Path) -> tuple[list[tuple[str, int]], list[int]]:

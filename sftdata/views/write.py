@@ -16,7 +16,7 @@ import numpy as np
 
 from sftdata.batches import Dropped, PackPlan
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.output import Progress, behind_links, without_folders
+from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
 from sftdata.set.build import Build, ShardResult, finished_set
 from sftdata.set.extents import rest_digest
@@ -228,7 +228,10 @@ def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
     others = PackPlan(np.arange(len(rest) + 1), number[len(kept) :], rest.start, rest.stop)
     placed = Placed(documents, ids, packs, others, rest.reason.tolist())
     tokenizer, weighted = plan.bases[0].manifest.tokenizer, bool(plan.settings["loss_weights"])
-    rows = gather(documents, ids, packs, plan.row_length, tokenizer.pad_id or 0, weighted=weighted)
+    rows = gather(
+        documents, ids, packs, plan.row_length, tokenizer.pad_id or 0, weighted=weighted,
+        multiple=plan.config.pad_to_multiple_of,
+    )  # fmt: skip
     ledger = Ledger()
     if part is plan.slices[0]:
         ledger.merge(plan.ledger)
@@ -266,7 +269,7 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
         files=tuple(file for result in results for file in result.files),
-        notes=(*notes, *map(without_folders, plan.notes)),
+        notes=tuple(notes),
         shares=plan.choice.shares,
         blank_lines=sum(count or 0 for count in blank) if whole else None,
         software={"sftdata": __version__, "pyarrow": version("pyarrow")},

@@ -1,0 +1,191 @@
+"""Steps of equal work: what a row costs, and which rows of a set each rank takes at each step.
+
+A set that was made for steps holds its rows in their order: of each step the rows of rank 0, then those of
+rank 1, and so on. What is left at the end is one more step, in which some ranks have a row less, or none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from sftdata.batches import Int64
+from sftdata.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from sftdata.set.manifest import Manifest
+    from sftdata.set.opened import ShardSet
+
+Float64 = npt.NDArray[np.float64]
+NO_ROW = -1
+"""Stands for a row where the last step has none."""
+
+_Positive = Annotated[int, Meta(ge=1)]
+_Natural = Annotated[int, Meta(ge=0)]
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a document costs in the forward pass of a model, in floating-point operations.
+
+    Attributes:
+        token: of each token, attention aside.
+        square: of attention in all layers that see the whole document, for each squared token.
+        windowed: the same, of all layers that see no further back than a window.
+        window: tokens of that window.
+    """
+
+    token: _Positive
+    square: _Natural
+    windowed: _Natural = 0
+    window: _Natural = 0
+
+    def of(self, lengths: Int64 | npt.NDArray[np.int32]) -> Float64:
+        """Return what documents of these lengths cost, float64[N].
+
+        >>> Cost(token=2, square=1).of(np.array([1, 10])).tolist()
+        [3.0, 120.0]
+        """
+        tokens = lengths.astype(np.float64)
+        near = np.minimum(tokens, self.window)
+        cost: Float64 = (
+            tokens * self.token + tokens**2 * self.square + near * (2 * tokens - near) * self.windowed
+        )
+        return cost
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the steps of a set are made for.
+
+    Attributes:
+        ranks: processes that train together.
+        rows: of each rank in each step.
+        cost: what was balanced.
+    """
+
+    ranks: _Positive
+    rows: _Positive
+    cost: Cost
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step over all ranks."""
+        return self.ranks * self.rows
+
+    def deal(self, count: int) -> Int64:
+        """Return the rows of each rank at each step, int64[steps, ranks, rows]; `NO_ROW` where there is none.
+
+        >>> cost = Cost(token=1, square=0)
+        >>> Steps(ranks=2, rows=2, cost=cost).deal(7).tolist()
+        [[[0, 1], [2, 3]], [[4, 5], [6, -1]]]
+        """
+        whole, left = divmod(count, self.step_rows)
+        dealt = np.full((whole + (left > 0), self.ranks, self.rows), NO_ROW, np.int64)
+        dealt[:whole] = np.arange(whole * self.step_rows).reshape(-1, self.ranks, self.rows)
+        if left:
+            sizes = last_step(left, self.ranks)
+            taken = np.arange(self.rows) < sizes[:, None]
+            dealt[-1][taken] = whole * self.step_rows + np.arange(left)
+        return dealt
+
+
+def last_step(left: int, ranks: int) -> Int64:
+    """Return how many rows each rank has of those that make no whole step, int64[ranks].
+
+    >>> last_step(5, ranks=3).tolist()
+    [2, 2, 1]
+    """
+    return left // ranks + (np.arange(ranks) < left % ranks)
+
+
+def stored_steps(manifest: Manifest) -> Steps | None:
+    """Return the steps that a set was made for; None for one in another order.
+
+    Raises:
+        IntegrityError: they are not such as `sftdata view` writes.
+    """
+    try:
+        stored = manifest.settings.get("view", {}).get("steps")
+        return None if stored is None else msgspec.convert(stored, Steps)
+    except (msgspec.ValidationError, AttributeError) as error:
+        raise IntegrityError(
+            f"view.steps of the manifest: {error}.",
+            "restore the file, or prepare the set again with --overwrite.",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How evenly the work of a set's steps falls on the ranks.
+
+    Attributes:
+        ranks, rows: that the steps are made for.
+        steps: how many, the last one aside where some ranks lack rows in it.
+        mean, worst: over the steps, the cost of the busiest rank as a multiple of the mean of all ranks.
+        shuffled: that mean where the same rows are dealt at random.
+        missing: rows that the last step lacks.
+    """
+
+    ranks: int
+    rows: int
+    steps: int
+    mean: float
+    worst: float
+    shuffled: float
+    missing: int
+
+
+def measure_balance(opened: ShardSet) -> Balance | None:
+    """Measure the steps of a set, from the lengths in its rows alone; None where it was not made for steps.
+
+    Raises:
+        IntegrityError: a shard is missing or damaged.
+    """
+    steps = stored_steps(opened.manifest)
+    if steps is None:
+        return None
+    costs = (
+        row_costs(steps.cost, batch.seq_lengths.astype(np.int64), batch.segment_offsets)
+        for batch in opened.batches()
+    )
+    return balance_of(steps, np.concatenate([np.zeros(0), *costs]))
+
+
+def balance_of(steps: Steps, costs: Float64) -> Balance:
+    """Measure steps by what each row costs, float64[P], in the order of the set."""
+    whole = len(costs) // steps.step_rows * steps.step_rows
+    order = np.random.default_rng(0).permutation(len(costs))
+    dealt, shuffled = (_ratios(part[:whole], steps) for part in (costs, costs[order]))
+    return Balance(
+        ranks=steps.ranks,
+        rows=steps.rows,
+        steps=len(dealt),
+        mean=float(dealt.mean()) if whole else 1.0,
+        worst=float(dealt.max(initial=1.0)),
+        shuffled=float(shuffled.mean()) if whole else 1.0,
+        missing=-len(costs) % steps.step_rows,
+    )
+
+
+def _ratios(costs: Float64, steps: Steps) -> Float64:
+    """Return the cost of the busiest rank of each step as a multiple of the mean."""
+    work = costs.reshape(-1, steps.ranks, steps.rows).sum(axis=2)
+    ratios: Float64 = work.max(axis=1) / work.mean(axis=1)
+    return ratios
+
+
+def row_costs(cost: Cost, lengths: Int64, offsets: Int64) -> Float64:
+    """Return what rows cost, float64[P], padding as a document of its own.
+
+    Args:
+        cost: of documents.
+        lengths: int64[S], of the segments of the rows.
+        offsets: int64[P + 1], into these.
+    """
+    ends = np.append(0.0, np.cumsum(cost.of(lengths)))[offsets]
+    costs: Float64 = np.diff(ends)
+    return costs

@@ -1,0 +1,130 @@
+"""What a document costs a model, read from its config: so much a token, and attention by its length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sftdata.errors import UsageError
+from sftdata.set.steps import Cost
+
+_USUAL_WIDTH = 4096
+"""Of the model that is assumed where none is named."""
+_Fields = dict[str, object]
+
+
+def read_cost(model: Path | None) -> tuple[Cost, str]:
+    """Return what a document costs a model, and say in one sentence how that was found.
+
+    Left out is the output layer, which only trained tokens need.
+
+    Args:
+        model: folder of a model, or its config.json; None for a dense decoder of usual proportions.
+
+    Raises:
+        UsageError: it cannot be read, or does not say what shape the model has.
+    """
+    if model is None:
+        cost = Cost(token=24 * _USUAL_WIDTH**2, square=2 * _USUAL_WIDTH)  # of a layer: all layers are alike
+        return cost, f"Cost of rows: of a decoder {_USUAL_WIDTH:,} wide, as --model names none; {_said(cost)}"
+    fields = _read_config(model)
+    layers = _number(fields, model, "num_hidden_layers", "n_layer")
+    far, near = _attention_layers(fields, layers)
+    pair = _pair_cost(fields, model)
+    cost = Cost(
+        token=2 * _weights(fields, model, layers),
+        square=far * pair,
+        windowed=near * pair,
+        window=_given(fields, "sliding_window", "attention_chunk_size") if near else 0,
+    )
+    kinds = f"{layers} layers, {far} with full attention" + (
+        f", {near} within {cost.window:,} tokens" if near else ""
+    )
+    return cost, f"Cost of rows: of {fields.get('model_type') or model.name}, {kinds}; {_said(cost)}"
+
+
+def _said(cost: Cost) -> str:
+    if not cost.square:
+        return "it grows with the tokens alone."
+    return f"full attention over {cost.token // cost.square:,} tokens costs as much as the rest."
+
+
+def _read_config(model: Path) -> _Fields:
+    path = model / "config.json" if model.is_dir() else model
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"--model {model}: cannot be read: {reason}.", "name the folder of a model, or its config.json."
+        ) from None
+    text = fields.get("text_config", fields) if isinstance(fields, dict) else None
+    if not isinstance(text, dict):
+        raise UsageError(f"--model {model}: no config of a model.", "name its config.json.")
+    return text
+
+
+def _number(fields: _Fields, model: Path, *names: str) -> int:
+    """Return the first of these fields that is a number."""
+    found = _given(fields, *names)
+    if not found:
+        raise UsageError(
+            f"--model {model}: its config has no {names[0]}.",
+            "name the config.json of a transformer, or leave --model out.",
+        )
+    return found
+
+
+def _given(fields: _Fields, *names: str) -> int:
+    """Return the first of these fields that is a number above 0; 0 where none is."""
+    return next((value for name in names if isinstance(value := fields.get(name), int) and value > 0), 0)
+
+
+def _attention_layers(fields: _Fields, layers: int) -> tuple[int, int]:
+    """Return how many layers attend to the whole document, and how many within a window."""
+    kinds = fields.get("layer_types")
+    if isinstance(kinds, list):
+        far = sum(kind in ("full_attention", "attention") for kind in kinds)
+        return far, sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
+    if not _given(fields, "sliding_window") or fields.get("use_sliding_window") is False:
+        return layers, 0
+    far = min(_given(fields, "max_window_layers"), layers)  # Qwen2: those above have the window
+    return far, layers - far
+
+
+def _head_sizes(fields: _Fields, model: Path) -> tuple[int, int, int]:
+    """Return the number of heads, and the width of their keys and of their values."""
+    width, heads = (
+        _number(fields, model, "hidden_size", "n_embd"),
+        _number(fields, model, "num_attention_heads", "n_head"),
+    )
+    plain = _given(fields, "head_dim") or max(width // heads, 1)
+    if not _given(fields, "kv_lora_rank"):
+        return heads, plain, plain
+    keys = _given(fields, "qk_nope_head_dim") + _given(fields, "qk_rope_head_dim")
+    return heads, keys or plain, _given(fields, "v_head_dim") or plain
+
+
+def _pair_cost(fields: _Fields, model: Path) -> int:
+    """Return what attention costs for each squared token: of n tokens, each sees n / 2."""
+    heads, keys, values = _head_sizes(fields, model)
+    return heads * (keys + values)
+
+
+def _weights(fields: _Fields, model: Path, layers: int) -> int:
+    """Count the weights of all layers that one token meets."""
+    width = _number(fields, model, "hidden_size", "n_embd")
+    heads, keys, values = _head_sizes(fields, model)
+    shared = _given(fields, "num_key_value_heads") or heads
+    attention = width * (heads * (keys + values) + shared * (keys + values))
+    if rank := _given(fields, "kv_lora_rank"):
+        query = _given(fields, "q_lora_rank")
+        attention = (width + heads * keys) * query if query else width * heads * keys
+        rope = _given(fields, "qk_rope_head_dim")
+        attention += width * (rank + rope) + rank * heads * (keys - rope + values) + heads * values * width
+    dense = _given(fields, "intermediate_size", "n_inner") or 4 * width
+    chosen, expert = _given(fields, "num_experts_per_tok"), _given(fields, "moe_intermediate_size") or dense
+    first = min(_given(fields, "first_k_dense_replace"), layers) if chosen else layers
+    experts = chosen * expert + _given(fields, "shared_expert_intermediate_size")
+    experts += _given(fields, "n_shared_experts") * expert
+    return layers * attention + 3 * width * (first * dense + (layers - first) * experts)
