@@ -27,7 +27,7 @@ from sftdata.masks.texts import Renderer, render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.masks.turns import SpanFinder
 from sftdata.pack import gather, plan_packs
-from sftdata.plan import Job, ShardTask
+from sftdata.plan import Job, ReusedTask, ShardTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
 from sftdata.set.build import Build, ShardResult
@@ -42,6 +42,7 @@ from sftdata.set.ledger import (
     encode_lines,
     encode_reject,
 )
+from sftdata.set.reuse import take_over
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
 
@@ -85,8 +86,26 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
         sample=sample,
         sample_xxh3=digest,
     )
-    build.commit(result, lists)
-    return result
+    return build.commit(result, lists)
+
+
+def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
+    """Take the shard of a task over from the old set, where that has it, or prepare it; commit it."""
+    if isinstance(work, ShardTask):
+        return prepare_shard(job, work)
+    build = Build(job.config.output)
+    taken = take_over(work.old, work.task.index, work.sources, build.folder)
+    if taken is None:
+        return prepare_shard(job, work.task)
+    result = ShardResult(
+        index=work.task.index,
+        shards=taken.shards,
+        files=taken.files,
+        ledger=taken.ledger,
+        rejects=sum(taken.ledger.rows_rejected.values()),
+        reused=True,
+    )
+    return build.commit(result, taken.lists)
 
 
 def place_documents(job: Job, parts: list[TokenBatch], example_ids: Int64, pieces: list[Pieces]) -> Placed:

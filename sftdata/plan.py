@@ -10,7 +10,10 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,15 +27,17 @@ from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import Unit, UsageError
 from sftdata.formats.fields import FormatOptions
 from sftdata.masks import Mask, choose_mask
-from sftdata.output import written
+from sftdata.output import without_folders, written
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.set.ledger import SliceSource
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
+from sftdata.set.reuse import OldSlice, key_of, old_slices
 from sftdata.sources import planning
 from sftdata.sources.borders import content_borders
 from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.planning import Say, grouped, short_names, with_progress
+from sftdata.version import __version__
 
 CHUNK_BYTES = 1 << 20
 EARLY = ((4 << 20, 1 << 20), (8 << 20, 2 << 20), (16 << 20, 4 << 20))
@@ -82,6 +87,19 @@ class ShardTask:
 
 
 @dataclass(frozen=True, slots=True)
+class ReusedTask:
+    """A task whose shard an old set has.
+
+    Attributes:
+        sources: the stretches that it is made from.
+    """
+
+    task: ShardTask
+    old: OldSlice
+    sources: tuple[SliceSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A job, its tasks, and the decisions made for the user.
 
@@ -119,11 +137,20 @@ class Plan:
         return *source.locate(example_id), source.source.unit
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that decides the bytes of the set: a resume with another identity is refused."""
-        settings = {key: value for key, value in self.job.config.content().items() if key not in _HASHED}
-        return settings | {
+        """Return everything that decides the bytes of the set, the names of its sources aside."""
+        return self._manner() | {
             "sources": [[source.raw_bytes, source.xxh3_128] for source in self.sources],
             "formats": list(self.job.formats),
+        }
+
+    def begun(self) -> dict[str, Any]:
+        """Return the identity with the names of the sources: a resume with another one is refused."""
+        return self.identity() | {"names": list(self.job.sources)}
+
+    def _manner(self) -> dict[str, Any]:
+        """Return what decides the bytes of every slice."""
+        settings = {key: value for key, value in self.job.config.content().items() if key not in _HASHED}
+        return settings | {
             "tokenizer_sha256": self.job.tokenizer.sha256,
             "chat_template_text": self.job.tokenizer.chat_template,
             "prompt_template_text": self.job.options.template.text,
@@ -132,26 +159,71 @@ class Plan:
 
     def made_with(self, task: ShardTask) -> str:
         """Return the sha256 of all that decides the bytes of a task's shard but its place and its input."""
-        content = {key: value for key, value in self.identity().items() if key not in ("sources", "formats")}
-        content["formats"] = list(dict.fromkeys(self.job.formats[chunk.number] for chunk in task.chunks))
+        rows = [self._reading(chunks) for chunks in by_source(task)]
+        content = self._manner() | {"rows": rows, "software": software(self.job.engine)}
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+    def _reading(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        """Return how the bytes of a stretch become rows."""
+        source = chunks[0].source
+        return {
+            "format": self.job.formats[chunks[0].number],
+            "container": source.container,
+            "delimiter": source.delimiter,
+            "columns": source.columns,
+            "only": [chunk.part() for chunk in chunks],
+        }
 
     def stretches(self, task: ShardTask) -> tuple[SliceSource, ...]:
         """Return what a task is made from, source by source."""
-        return tuple(
-            _stretch(self.sources[number], list(chunks))
-            for number, chunks in groupby(task.chunks, key=lambda chunk: chunk.number)
-        )
+        return tuple(_stretch(self.sources[chunks[0].number], chunks) for chunks in by_source(task))
 
     def difference(self, manifest: Manifest) -> list[str]:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
         mine = msgspec.to_builtins(self.identity())
         changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
+        names = [source.name for source in manifest.sources]
+        changed += ["names"] if names != list(self.job.sources) else []
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])
+
+    def continues(self, manifest: Manifest) -> bool:
+        """Say whether a finished set was made by this command, and at most its inputs have changed since."""
+        named = manifest.settings.get("inputs", ())
+        return MOVING.issuperset(self.difference(manifest)) and {*named} <= set(inputs_of(self.job.config))
+
+    def reuse(self, folder: Path, manifest: Manifest) -> dict[int, ReusedTask]:
+        """Return the tasks whose shard a finished set has, by number."""
+        old = old_slices(folder, manifest)
+        found = {}
+        for task in self.tasks if old else ():
+            sources = self.stretches(task)
+            if (slice_ := old.get(key_of(self.made_with(task), sources))) is not None:
+                found[task.index] = ReusedTask(task, slice_, sources)
+        return found
 
 
 # Names of things that are compared by their content.
 _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
+
+MOVING = frozenset({"sources", "formats", "names"})
+"""Keys of a plan's identity that follow the inputs: a set on which no others differ is brought up to date."""
+
+
+def inputs_of(config: PrepareConfig) -> list[str]:
+    """Return the inputs as a manifest names them."""
+    return list(map(without_folders, config.inputs))
+
+
+def by_source(task: ShardTask) -> list[list[Chunk]]:
+    """Return the chunks of a task, source by source."""
+    return [list(chunks) for _, chunks in groupby(task.chunks, key=lambda chunk: chunk.number)]
+
+
+@lru_cache
+def software(engine: str) -> dict[str, str]:
+    """Return the versions of what turns rows into tokens and files."""
+    packages = ("jinja2", "pyarrow", "tokenizers", engine)
+    return {"sftdata": __version__} | {name: version(name) for name in packages}
 
 
 def make_plan(
@@ -286,6 +358,8 @@ def _stretch(source: SourcePlan, chunks: Sequence[Chunk]) -> SliceSource:
         first_record=first.first_record,
         records=None if None in counts else sum(count or 0 for count in counts),
         first_id=first.first_id,
+        first_line=first.line_of(first.first_line or first.first_record + 1) or 0,
+        content=xxhash.xxh3_128_hexdigest(b"".join(chunk.content for chunk in chunks)),
         xxh3=blocks.hexdigest() if first.seal is not None else source.xxh3_128,
     )
 

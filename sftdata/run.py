@@ -27,13 +27,13 @@ from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pipeline import (
     PreparedChunk,
+    finish_shard,
     load_engine,
     load_shared,
     load_stages,
     prepare_chunk,
-    prepare_shard,
 )
-from sftdata.plan import Plan, make_plan
+from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, SliceRecord, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
@@ -109,7 +109,8 @@ def build_set(
         Build(config.output).sweep()
         note(f"{config.output} is up to date: same data, same settings.")
         return old
-    if changed and not config.overwrite:
+    grown = old is not None and plan.continues(old)
+    if changed and not grown and not config.overwrite:
         problem = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
         raise UsageError(problem, "choose another -o, or replace the set with --overwrite.")
     with Build(config.output).locked() as build:
@@ -119,11 +120,13 @@ def build_set(
             note(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
             return sealed
         note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
-        done = build.start(plan.identity(), overwrite=config.overwrite)
+        moving = MOVING if grown else frozenset[str]()
+        done = build.start(plan.begun(), overwrite=config.overwrite, moving=moving)
         if done:
             note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
-            results, exact = run_tasks(plan, done, workers, progress)
+            old = old if grown and not config.overwrite else None
+            results, exact = run_tasks(plan, done, old, workers, progress)
             if not exact:
                 note(
                     f"{plan.job.engine} gives other ids than tokenizers on this data;"
@@ -131,17 +134,38 @@ def build_set(
                 )
                 build.clear()
                 plan = plan.by_reference()
-                build.start(plan.identity(), overwrite=True)
-                results, _ = run_tasks(plan, {}, workers, progress)
+                build.start(plan.begun(), overwrite=True)
+                results, _ = run_tasks(plan, {}, old, workers, progress)
+            if old is not None:
+                note(tell_reuse(config.output, plan, results))
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
+def tell_reuse(output: Path, plan: Plan, results: list[ShardResult]) -> str:
+    """Say how much of an old set was taken over."""
+    reused = sum(result.reused for result in results)
+    return (
+        f"{output}: the inputs changed; {reused} of {len(results)} slices reused,"
+        f" {len(results) - reused} made anew."
+    )
+
+
 def run_tasks(
-    plan: Plan, done: dict[int, ShardResult], workers: Workers, progress: OnProgress | None
+    plan: Plan,
+    done: dict[int, ShardResult],
+    old: Manifest | None,
+    workers: Workers,
+    progress: OnProgress | None,
 ) -> tuple[list[ShardResult], bool]:
-    """Prepare the unfinished tasks; return all results in order, and whether the engine is exact."""
-    todo = plan.longest_first([task for task in plan.tasks if task.index not in done])
-    coming = workers.map(prepare_shard, plan.job, todo, load_shared)
+    """Prepare the unfinished tasks; return all results in order, and whether the engine is exact.
+
+    Args:
+        old: of the set that is replaced, whose slices are reused.
+    """
+    reused = plan.reuse(plan.job.config.output, old) if old is not None else {}
+    tasks = [task for task in plan.tasks if task.index not in done]
+    todo: list[ShardTask | ReusedTask] = [reused.get(task.index, task) for task in plan.longest_first(tasks)]
+    coming = workers.map(finish_shard, plan.job, todo, load_shared)
     # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
     reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
     results, exact, now = {}, True, Progress(0, len(todo), 0, 0)
@@ -172,7 +196,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
     refuse_losses(plan.job.config, ledger, build)
     tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
-    inputs, name = list(map(without_folders, plan.job.config.inputs)), without_folders(tokenizer.name)
+    inputs, name = inputs_of(plan.job.config), without_folders(tokenizer.name)
     return Manifest(
         settings=msgspec.to_builtins(plan.identity()) | {"inputs": inputs, "tokenizer": name},
         tokenizer=TokenizerInfo(
@@ -213,6 +237,7 @@ def records_of(plan: Plan, results: list[ShardResult]) -> list[SliceRecord]:
             made_with=plan.made_with(task),
             sources=plan.stretches(task),
             files=tuple(file.name for file in (*result.shards, *result.files)),
+            lists=result.lists,
             ledger=result.ledger.to_json(),
         )
         for task, result in zip(plan.tasks, results, strict=True)

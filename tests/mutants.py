@@ -171,7 +171,8 @@ FAULTS = [
           "return path.is_file() and path.stat().st_size == file.bytes",
           "return path.is_file()", "unit/test_build.py"),
     Fault("a resume goes on with other settings",
-          "if changed and not overwrite and not self._refused.exists():", "if False:", "unit/test_build.py"),
+          "if not moving.issuperset(changed) and not overwrite and not self._refused.exists():", "if False:",
+          "unit/test_build.py"),
     # ------------------------------------------------------------------------------------------------ trainer
     Fault("a checkpoint is sealed before it is on disk",
           "os.fsync(file.fileno())", "pass", "unit/test_train_checkpoint.py"),

@@ -89,6 +89,8 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
         files: what stands beside them, index and rest.
         ledger: what became of its rows and tokens.
         rejects: rows it rejected, also counted in the ledger.
+        lists: bytes of its part of each list, by name; filled in when it is committed.
+        reused: it was made for a set that this one replaces.
         sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for
             the reference engine.
     """
@@ -98,6 +100,8 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[SetFile, ...]
     ledger: Ledger
     rejects: int = 0
+    lists: dict[str, int] = {}
+    reused: bool = False
     sample: tuple[str, ...] = ()
     sample_xxh3: str = ""
 
@@ -182,25 +186,30 @@ class Build:
                 self._refused.touch()
             raise
 
-    def start(self, plan: dict[str, object], *, overwrite: bool) -> dict[int, ShardResult]:
+    def start(
+        self, plan: dict[str, object], *, overwrite: bool, moving: frozenset[str] = frozenset()
+    ) -> dict[int, ShardResult]:
         """Begin or resume; return the tasks that are done.
 
         Args:
             plan: all that decides the bytes of the set, as plain JSON data, flat.
+            moving: keys of it that may have changed since a run was stopped, which then begins anew.
 
         Raises:
             UsageError: an unfinished set of another plan stands here, which was not refused.
             IntegrityError: what stands here is damaged, and may not be overwritten.
         """
         try:
-            return self._resume(plan, overwrite)
+            return self._resume(plan, overwrite, moving)
         except IntegrityError:
             if not overwrite:
                 raise
             self.clear()
-            return self._resume(plan, overwrite)
+            return self._resume(plan, overwrite, moving)
 
-    def _resume(self, plan: dict[str, object], overwrite: bool) -> dict[int, ShardResult]:
+    def _resume(
+        self, plan: dict[str, object], overwrite: bool, moving: frozenset[str]
+    ) -> dict[int, ShardResult]:
         path = self.folder / _PLAN
         plan = plan | {"format_version": FORMAT_VERSION}
         before = self._begun()
@@ -209,7 +218,7 @@ class Build:
             if before
             else []
         )
-        if changed and not overwrite and not self._refused.exists():
+        if not moving.issuperset(changed) and not overwrite and not self._refused.exists():
             differences = "; ".join(
                 f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed
             )
@@ -269,12 +278,14 @@ class Build:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             (self.folder / _SLICES).mkdir()
 
-    def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> None:
+    def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
         """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
+        result = msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
         for name in LISTS:
             write_atomic(self._part(result.index, name), partial(write_parts, [lists[name]]))
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
+        return result
 
     def write_lists(self, slices: Sequence[SliceRecord]) -> None:
         """Write the records of the slices, and join the tasks' parts of the lists of rows, in order."""

@@ -428,8 +428,10 @@ class SliceSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         first_record, records: 0-based number of its first record, and how many, blank lines included; None
             where these were not counted.
         first_id: example id of the first record.
+        first_line: 1-based line of the first record; 0 where the source is not read by lines.
         xxh3: xxh3-128 over the xxh3-64 of each block of 64 KiB of the decompressed source that it touches; of
             a columnar source, of its files.
+        content: xxh3-128 of all that decides its rows, the same wherever they stand.
     """
 
     name: str
@@ -438,7 +440,9 @@ class SliceSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     first_record: Count
     records: Count | None
     first_id: Count
+    first_line: Count
     xxh3: str
+    content: str
 
 
 class SliceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -449,6 +453,7 @@ class SliceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         made_with: sha256 of all that decides its bytes but its place and the bytes of its sources.
         sources: in order.
         files: names of its shard, rest and index.
+        lists: bytes of its part of each list, by name.
         ledger: as in the manifest, of this slice alone.
     """
 
@@ -457,6 +462,7 @@ class SliceRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sources: tuple[SliceSource, ...]
     files: tuple[PlainPath, ...]
     ledger: dict[str, object]
+    lists: dict[PlainPath, Count] = {}
 
 
 def encode_slice(record: SliceRecord) -> bytes:

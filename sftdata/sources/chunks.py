@@ -93,6 +93,13 @@ class Chunk:
         """Return the 1-based number of a row in its source."""
         return example_id - self.first_id + self.first_record + 1
 
+    def part(self) -> tuple[int, int] | None:
+        """Return the records that are read, counted in the chunk; None for all of them."""
+        if self.only is None or self.records is None:
+            return None
+        first, stop = (min(max(edge - self.first_record, 0), self.records) for edge in self.only)
+        return None if (first, stop) == (0, self.records) else (first, stop)
+
     def line_of(self, line: int) -> int | None:
         """Return the line of a `RowBatch`; None in a source that is not read by lines."""
         return line if self.source.unit in ("line", "record") else None
