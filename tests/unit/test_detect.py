@@ -252,7 +252,7 @@ def test_two_readings_are_refused_with_the_flags_that_choose(kind: str, tmp_path
         found = detect_rows(tmp_path, [row] * 9, **chosen)
         assert found.format in str(caught.value)
         converted = convert_rows(
-            read_chunk(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1000).chunks[0])[0],
+            read_chunk(plan_source(open_source(str(tmp_path / "rows.jsonl")), 0, 1 << 20).chunks[0])[0],
             found.format,
             FormatOptions(columns=chosen.get("columns", {})),
         )
