@@ -30,9 +30,9 @@ from sftdata.masks import Mask, choose_mask
 from sftdata.output import without_folders, written
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
-from sftdata.set.ledger import SliceSource
 from sftdata.set.manifest import FORMAT_VERSION, Manifest
 from sftdata.set.reuse import OldSlice, key_of, old_slices
+from sftdata.set.slices import SliceSource
 from sftdata.sources import planning
 from sftdata.sources.borders import content_borders
 from sftdata.sources.chunks import Chunk, SourcePlan

@@ -35,8 +35,9 @@ from sftdata.pipeline import (
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, SliceRecord, first_reject
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
+from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
 from sftdata.version import __version__

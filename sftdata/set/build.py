@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.set.ledger import LISTS, SLICES_NAME, Ledger, SliceRecord, encode_slice, write_parts
+from sftdata.set.ledger import LISTS, Ledger, write_parts
 from sftdata.set.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -36,6 +36,7 @@ from sftdata.set.manifest import (
     write_manifest,
 )
 from sftdata.set.shards import ShardInfo
+from sftdata.set.slices import SLICES_NAME, SliceRecord, encode_slice
 from sftdata.set.store import (
     SetFile,
     check_file,

@@ -30,11 +30,8 @@ from sftdata.set.ledger import (
     REJECTS_NAME,
     CountedRows,
     Ledger,
-    SliceRecord,
-    SliceSource,
     encode_lines,
     encode_reject,
-    read_slices,
 )
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import (
@@ -49,6 +46,7 @@ from sftdata.set.shards import (
     shard_schema,
     write_file,
 )
+from sftdata.set.slices import SliceRecord, SliceSource, read_slices
 from sftdata.set.store import SetFile, check_file, sync_folder, write_atomic
 
 if TYPE_CHECKING:

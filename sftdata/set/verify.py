@@ -22,10 +22,11 @@ from sftdata.set.index import (
     read_index,
     slice_number,
 )
-from sftdata.set.ledger import SLICES_NAME, Ledger, distinct, read_slices
+from sftdata.set.ledger import Ledger, distinct
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.rows import SetFiles
 from sftdata.set.shards import ShardInfo, broken_laws
+from sftdata.set.slices import SLICES_NAME, read_slices
 from sftdata.set.store import SetFile, digest_file, plain_file
 
 _COUNTED = ("rows_packed", "documents", "tokens_trained", "tokens_context", "tokens_padding")

@@ -27,7 +27,6 @@ from sftdata.set.ledger import (
     DROPPED_NAME,
     REJECTS_NAME,
     Ledger,
-    SliceRecord,
     counted_rows,
     encode_lines,
     read_counted,
@@ -40,6 +39,7 @@ from sftdata.set.manifest import (
     read_manifest,
     write_manifest,
 )
+from sftdata.set.slices import SliceRecord
 from sftdata.version import __version__
 from sftdata.views.bases import Base
 from sftdata.views.by_index import index_slice

@@ -20,8 +20,8 @@ import pytest
 
 import sftdata
 from sftdata.errors import SftError, UsageError
-from sftdata.set.ledger import read_slices
 from sftdata.set.manifest import read_manifest
+from sftdata.set.slices import read_slices
 from sftdata.set.verify import verify
 from tests.torture.runs import TOKENIZER, WORDS, content
 

@@ -18,8 +18,9 @@ from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.frame import run_app
 from sftdata.set.build import Build
-from sftdata.set.ledger import LISTS, SLICES_NAME
+from sftdata.set.ledger import LISTS
 from sftdata.set.manifest import read_manifest
+from sftdata.set.slices import SLICES_NAME
 from tests.torture.conftest import Unbroken
 from tests.torture.faults import Fault, Tap
 from tests.torture.runs import TOKENIZER, Command, content, look, prepare, write_chats

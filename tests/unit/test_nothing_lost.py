@@ -26,10 +26,10 @@ from sftdata.pipeline import load_stages, tokenize
 from sftdata.plan import make_plan
 from sftdata.run import prepare
 from sftdata.set.index import Segments, read_index, read_rest, write_index, write_rest
-from sftdata.set.ledger import read_slices
 from sftdata.set.manifest import Manifest, read_manifest, write_manifest
 from sftdata.set.opened import open_set
 from sftdata.set.shards import read_shard, write_shard
+from sftdata.set.slices import read_slices
 from sftdata.set.store import SetFile, digest_file
 from sftdata.set.verify import verify
 from sftdata.sources.source import read_chunk
