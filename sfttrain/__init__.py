@@ -56,7 +56,7 @@ def train(
     compile: Literal["auto", "layers", "loss", "none"] = "auto",
     objective: Literal["nll", "dft"] = "nll",
     packing: Literal["auto", "require", "unpack"] = "auto",
-    prove_again: bool = False, overwrite: bool = False,
+    prove_again: bool = False, log_documents: bool = False, overwrite: bool = False,
     push_to_hub: str | None = None,
     # ---- objects of transformers' Trainer
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,

@@ -62,6 +62,9 @@ MostPasses = Annotated[float | None, typer.Option("--passes", help="How often to
 NewLeg = Annotated[
     bool, typer.Option("--new-leg", help="Let a run go on with other sets or shares than it had so far.")
 ]
+LogDocuments = Annotated[
+    bool, typer.Option("--log-documents", help="Log the loss of each document, for `sftdata blame`.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
@@ -87,7 +90,8 @@ def _settings(
     evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
     mix: Mix = None, mix_by: MixBy = None, passes: MostPasses = None, new_leg: NewLeg = False,
     report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
-    overwrite: Overwrite = False, trust_remote_code: Trust = False, debug: Debug = False,
+    log_documents: LogDocuments = False, overwrite: Overwrite = False, trust_remote_code: Trust = False,
+    debug: Debug = False,
 ) -> Any:  # fmt: skip  # evaluated by `_with_settings`, before `config` is imported
     flags = locals()
     from sfttrain.config import read_settings
@@ -104,6 +108,7 @@ def _settings(
             "eval": _named(evaluate),
             "mix": _shares(mix),
             "new_leg": new_leg or None,
+            "log_documents": log_documents or None,
             "overwrite": overwrite or None,
             "trust_remote_code": trust_remote_code or None,
             "training": {key: value for key, value in training.items() if value is not None},

@@ -139,6 +139,9 @@ class TrainConfig(BaseModel):
 
     # ---- where
     output: Path = Field(description="Folder of the run: checkpoints, then the model.")
+    log_documents: bool = Field(
+        False, description="Log the loss of each document of each step, for `sftdata blame`."
+    )
     overwrite: bool = Field(False, description="Start over in a folder that holds a run.")
     push_to_hub: str | None = Field(None, description="Hub repository for the finished model, as user/model.")
     training: dict[str, Any] = Field(
@@ -237,6 +240,10 @@ class TrainConfig(BaseModel):
             )
         if self.quantize and not self.adapted:
             raise ValueError("quantize freezes the model, so it needs lora, as --lora r=16")
+        if self.log_documents and self.loss == "torch":
+            raise ValueError(
+                "loss=torch gives no losses of tokens; set loss=auto, or leave log_documents out"
+            )
         return self
 
     @property

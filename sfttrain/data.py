@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import NamedTuple, cast
 
@@ -29,13 +30,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64
+from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, offsets_of
 from sftdata.errors import DataError, UsageError
 from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
 from sfttrain.schedule import FILLER
 
-Batch = dict[str, Tensor | int]
 _MASKS = ("completion_mask", "assistant_masks")
 _WEIGHTS = "loss_weights"
 
@@ -43,7 +43,8 @@ _WEIGHTS = "loss_weights"
 class Row(NamedTuple):
     """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
 
-    For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each.
+    For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each; for a log of
+    documents int64[S, 3] places: set, packed row and example, -1 for padding.
     """
 
     input_ids: Int32
@@ -51,6 +52,27 @@ class Row(NamedTuple):
     seq_lengths: Int32
     source: Int64 | None = None
     loss_weights: Float32 | None = None
+    places: Int64 | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchDocuments:
+    """The documents of a batch in the order of their tokens, padding left out.
+
+    Attributes:
+        places: int64[D, 3], set, packed row and example.
+        tokens: int64[D].
+        trained: int64[D], supervised positions.
+        weights: float32[N], what the loss of each supervised position weighs; None for 1 each.
+    """
+
+    places: Int64
+    tokens: Int64
+    trained: Int64
+    weights: Float32 | None
+
+
+Batch = dict[str, Tensor | int | BatchDocuments]
 
 
 class TrainingRows(Dataset[Row]):
@@ -60,6 +82,7 @@ class TrainingRows(Dataset[Row]):
         sets: opened sets.
         unpack: hand out every document alone, for models that packing would leak through.
         by_source: give the source of every token; for one set only.
+        places: say where each document comes from.
 
     Attributes:
         sizes: rows of each set.
@@ -67,8 +90,10 @@ class TrainingRows(Dataset[Row]):
         weighted: whether a set says what its tokens weigh.
     """
 
-    def __init__(self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False) -> None:
-        self._sets = list(sets)
+    def __init__(
+        self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False, places: bool = False
+    ) -> None:
+        self._sets, self._places = list(sets), places
         self.weighted = any(opened.manifest.weighted for opened in sets)
         self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []
         self._documents = [_documents(opened) for opened in sets] if unpack else None
@@ -85,16 +110,23 @@ class TrainingRows(Dataset[Row]):
         local = index - self._ends[which] + self.sizes[which]
         if self._documents is None:
             packed = self._sets[which][local]
-            source = np.repeat(self._source_of(packed.examples), packed.seq_lengths) if self.sources else None
-            return Row(packed.input_ids, packed.labels, packed.seq_lengths, source, packed.loss_weights)
+            row = Row(packed.input_ids, packed.labels, packed.seq_lengths, None, packed.loss_weights)
+            return self._described(row, which, local, packed.examples)
         index, segment = self._documents[which][local].tolist()
         packed = self._sets[which][index]
-        row = _document(packed, segment)
-        if not self.sources:
-            return row
-        return row._replace(
-            source=np.repeat(self._source_of(packed.examples[segment : segment + 1]), row.seq_lengths)
+        return self._described(
+            _document(packed, segment), which, index, packed.examples[segment : segment + 1]
         )
+
+    def _described(self, row: Row, which: int, index: int, examples: Int64) -> Row:
+        """Add where the documents of a row come from, as far as it is asked for."""
+        if self.sources:
+            row = row._replace(source=np.repeat(self._source_of(examples), row.seq_lengths))
+        if self._places:
+            places = np.full((len(examples), 3), -1, np.int64)
+            places[:, 0], places[:, 1], places[:, 2] = which, index, examples
+            row = row._replace(places=places)
+        return row
 
     def _source_of(self, examples: Int64) -> Int64:
         """Return each example's source number; an empty source shares the next one's first id."""
@@ -143,7 +175,8 @@ class Collator:
 
         That is int32 `seq_idx` in the shape of the labels, and int32 `cu_seq_lens_q` and `cu_seq_lens_k` with
         the longest document as `max_length_q` and `max_length_k`, over all rows laid end to end. Where a row
-        has weights, float32 `loss_weights` too. Rows that only fill up a batch are left out beside real ones.
+        has weights, float32 `loss_weights` too; where rows know their places, `documents`. Rows that only
+        fill up a batch are left out beside real ones.
         """
         real = [row for row in rows if not _fills(row)] or rows[:1]
         lengths = [row.seq_lengths.astype(np.int64) for row in real]
@@ -151,9 +184,11 @@ class Collator:
             lengths = self._padded_lengths(lengths)
         batch = _padded(real, lengths) if not self.flatten else _flattened(real, lengths)
         shape = batch["input_ids"].shape
+        documents = _documents_of(real, batch)
         if self.boundaries:
             batch["seq_idx"] = torch.from_numpy(np.concatenate(_numbers(lengths, self.flatten))).view(shape)
-        return {**batch, **(_cumulative(lengths) if self.boundaries or self.flatten else {})}
+        more = _cumulative(lengths) if self.boundaries or self.flatten else {}
+        return {**batch, **more, **({} if documents is None else {"documents": documents})}
 
     def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
         """Count padding as part of the last document, or as one: causal attention never sees it."""
@@ -167,6 +202,24 @@ class Collator:
                 part = np.append(part[:-1], part[-1] + tail)
             padded.append(part)
         return padded
+
+
+def _documents_of(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> BatchDocuments | None:
+    """Describe the documents of a batch by the labels it has; None where rows do not know their places."""
+    if rows[0].places is None:
+        return None
+    labels = batch["labels"].numpy()
+    width = labels.shape[1] if len(labels) > 1 else 0
+    first = width * np.arange(len(rows)) if width else offsets_of([len(row.labels) for row in rows])[:-1]
+    trained = labels.ravel() != IGNORE_INDEX
+    before = offsets_of(trained)
+    lengths = np.concatenate([row.seq_lengths for row in rows]).astype(np.int64)
+    starts = [begin + offsets_of(row.seq_lengths)[:-1] for begin, row in zip(first, rows, strict=True)]
+    start, places = np.concatenate(starts), np.concatenate([cast(Int64, row.places) for row in rows])
+    real = places[:, 2] >= 0
+    start, lengths = start[real], lengths[real]
+    weights = batch["loss_weights"].numpy().ravel()[trained] if "loss_weights" in batch else None
+    return BatchDocuments(places[real], lengths, before[start + lengths] - before[start], weights)
 
 
 def _fills(row: Row) -> bool:

@@ -150,8 +150,11 @@ def _trial_batch(trainer: SftTrainer) -> Batch:
     if trainer.args.device.type == "cpu" and trainer.order is not None:
         rows = cast(Dataset[Row], trainer.train_dataset)
         collate = cast(Callable[[list[Row]], Batch], trainer.data_collator)
-        return dict(trainer._prepare_inputs(collate([rows[next(iter(trainer.order))[0]]])))
-    return dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+        batch = dict(trainer._prepare_inputs(collate([rows[next(iter(trainer.order))[0]]])))
+    else:
+        batch = dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    batch.pop("documents", None)  # for the log
+    return batch
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -50,6 +50,10 @@ def refuse_useless(
         raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
     if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
         raise UsageError("A stream has no end that is known.", "set max_steps.")
+    if data is not None and config.log_documents:
+        raise UsageError(
+            "log_documents: rows of a dataset have no file and line.", "train on sets, or leave it out."
+        )
     _refuse_loading(config, args)
     if model is not None:
         _refuse_object(config, model)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import msgspec
 
+from sftdata.blame.log import cut_after
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint
@@ -154,6 +155,7 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
         checkpoint.clear(output)
         for path in (path for pattern in _OF_A_RUN for path in output.glob(pattern)):
             path.unlink()
+        cut_after(output, 0)
         return None
     newest = checkpoint.newest_complete(output)
     changes: list[str] = []
@@ -172,6 +174,7 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
         )
     for name in checkpoint.remove_after(output, step):
         say(f"{output / name}: incomplete, removed")
+    cut_after(output, step)
     if newest is None:
         return None
     say(f"resuming from {newest[0]} (step {step})")

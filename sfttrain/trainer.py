@@ -17,8 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from sftdata.batches import IGNORE_INDEX
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sfttrain import checkpoint
-from sfttrain.data import CustomRows, Row, TrainingRows, custom_rows
-from sfttrain.loss import LossOutput, items_of
+from sfttrain.data import BatchDocuments, CustomRows, Row, TrainingRows, custom_rows
+from sfttrain.documents import DocumentLog
+from sfttrain.loss import LossOutput, chunk_rows, items_of
 from sfttrain.order import Order
 from sfttrain.path import Plan
 from sfttrain.schedule import Passes
@@ -41,6 +42,7 @@ class SftTrainer(Trainer):
         plan: what was decided on loss and attention.
         account: of what the run sees of its sets, in the main process; every checkpoint holds it.
         tokenizer: folder that every checkpoint gets a copy of, so that it loads by itself.
+        documents: where the loss of each document goes, if anywhere.
         arguments: what transformers' Trainer takes.
     """
 
@@ -52,9 +54,13 @@ class SftTrainer(Trainer):
         plan: Plan,
         account: Account | None = None,
         tokenizer: Path | None = None,
+        documents: DocumentLog | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        self.documents = documents
+        if documents is not None:
+            self.add_callback(documents)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
         self.account, self._tokenizer = account, tokenizer
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
@@ -130,11 +136,15 @@ class SftTrainer(Trainer):
         wants_logits = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
         if self.fused and not wants_logits:
             inputs = {**inputs, "skip_logits": True}
+        documents = cast(BatchDocuments | None, inputs.pop("documents", None))
         if self._terms and model.training:
             inputs = {**inputs, "term_share": _trains(inputs["labels"]) * self._term_share}
+        labels = inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._count(inputs["input_ids"], outputs)
+            if self.documents is not None and documents is not None:
+                self.documents.add(self.state.global_step + 1, documents, token_losses_of(outputs, labels))
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(
@@ -276,6 +286,8 @@ class SftTrainer(Trainer):
         """Write a checkpoint as transformers does, then seal it once every rank is done."""
         folder = Path(str(self.args.output_dir)) / f"{checkpoint.PREFIX}{self.state.global_step}"
         self._fold_tokens()
+        if self.documents is not None:
+            self.documents.sync()
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -342,11 +354,19 @@ class EvalFigures:
         return {name: loss / tokens for name, (loss, tokens) in zip(names, sums, strict=True) if tokens}
 
 
+@torch.no_grad()
 def token_losses_of(outputs: CausalLMOutput, labels: Tensor) -> Tensor:
     """Return the loss of each supervised position, float32[N], from what a model put out."""
     given: Tensor | None = getattr(outputs, "token_losses", None)
     if given is not None:
         return given
-    chosen = labels[:, 1:] != IGNORE_INDEX
-    logits = cast(Tensor, outputs.logits)[:, :-1][chosen].float()
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][chosen], reduction="none")
+    logits = cast(Tensor, outputs.logits)
+    rows, places = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    step = max(1, chunk_rows(logits.device.type, logits.shape[-1], len(rows)))
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits[row, place].float(), labels[row, place + 1], reduction="none"
+        )
+        for row, place in zip(rows.split(step), places.split(step), strict=True)
+    ]
+    return torch.cat(losses)

@@ -22,6 +22,7 @@ from sfttrain.contents import read_contents
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
 from sfttrain.data_plan import account_of, make_order, planned, total_steps
 from sfttrain.device import by_memory, out_of_memory, refuse_too_large
+from sfttrain.documents import DocumentLog
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
@@ -107,7 +108,11 @@ def _assemble(
     ready_generation(model, sets, say)
     reading.finish()
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
-    rows = TrainingRows(sets, plan.unpack) if data is None else _custom_rows(data, args)
+    rows = (
+        TrainingRows(sets, plan.unpack, places=config.log_documents)
+        if data is None
+        else _custom_rows(data, args)
+    )
     order, account = _plan_data(config, sets, rows, plan, args)
     run = identity | _planned(order, plan)
     steps = int(args.max_steps) if order is None else total_steps(args, order)
@@ -122,6 +127,7 @@ def _assemble(
         run=run,
         plan=plan,
         tokenizer=tokenizer_folder(sets, say),
+        documents=DocumentLog(config.output, sets, args.process_index) if config.log_documents else None,
         model=model,
         args=args,
         train_dataset=rows,
@@ -226,6 +232,8 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
         ) from None
     finally:
         stop_compiled(cast(nn.Module, trainer.model))
+        if trainer.documents is not None:
+            trainer.documents.close()
 
 
 def _what_is_saved(args: TrainingArguments, step: int) -> str:
