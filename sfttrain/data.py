@@ -34,6 +34,7 @@ from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, offsets_of
 from sftdata.errors import DataError, UsageError
 from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
+from sftdata.vocabulary import read_vocabulary
 from sfttrain.schedule import FILLER
 
 _MASKS = ("completion_mask", "assistant_masks")
@@ -44,7 +45,7 @@ class Row(NamedTuple):
     """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
 
     For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each; for a log of
-    documents int64[S, 3] places: set, packed row and example, -1 for padding.
+    documents int64[S, 4] places: set, packed row, example (-1 for padding), bytes of what is trained.
     """
 
     input_ids: Int32
@@ -60,7 +61,7 @@ class BatchDocuments:
     """The documents of a batch in the order of their tokens, padding left out.
 
     Attributes:
-        places: int64[D, 3], set, packed row and example.
+        places: int64[D, 4], set, packed row, example, bytes of the text of what is trained.
         tokens: int64[D].
         trained: int64[D], supervised positions.
         weights: float32[N], what the loss of each supervised position weighs; None for 1 each.
@@ -93,7 +94,8 @@ class TrainingRows(Dataset[Row]):
     def __init__(
         self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False, places: bool = False
     ) -> None:
-        self._sets, self._places = list(sets), places
+        self._sets = list(sets)
+        self._bytes = [_token_bytes(opened) for opened in sets] if places else None
         self.weighted = any(opened.manifest.weighted for opened in sets)
         self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []
         self._documents = [_documents(opened) for opened in sets] if unpack else None
@@ -122,9 +124,10 @@ class TrainingRows(Dataset[Row]):
         """Add where the documents of a row come from, as far as it is asked for."""
         if self.sources:
             row = row._replace(source=np.repeat(self._source_of(examples), row.seq_lengths))
-        if self._places:
-            places = np.full((len(examples), 3), -1, np.int64)
-            places[:, 0], places[:, 1], places[:, 2] = which, index, examples
+        if self._bytes is not None:
+            places = np.empty((len(examples), 4), np.int64)
+            places[:, :2] = which, index
+            places[:, 2], places[:, 3] = examples, _trained_bytes(row, self._bytes[which])
             row = row._replace(places=places)
         return row
 
@@ -133,6 +136,27 @@ class TrainingRows(Dataset[Row]):
         first = [source.first_id for source in self._sets[0].manifest.sources]
         numbers: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
         return numbers
+
+
+def _token_bytes(opened: ShardSet) -> Int32 | None:
+    """int32[V], bytes of text that each id of a set stands for; None where it brings no tokenizer."""
+    folder = opened.folder / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    vocabulary = read_vocabulary(folder)
+    lengths = np.zeros(opened.manifest.tokenizer.vocab_size, np.int32)
+    known = np.array(vocabulary.lengths(), np.int32)[: len(lengths)]
+    lengths[: len(known)] = known
+    lengths[[index for index in vocabulary.added if index < len(lengths)]] = 0
+    return lengths
+
+
+def _trained_bytes(row: Row, lengths: Int32 | None) -> Int64 | int:
+    """int64[S], bytes of the text of each document's trained tokens, the first of each apart."""
+    if lengths is None:
+        return 0
+    before = offsets_of(np.where(_labels(row) == IGNORE_INDEX, 0, lengths[row.input_ids]))
+    return np.diff(before[offsets_of(row.seq_lengths)])
 
 
 def _documents(opened: ShardSet) -> Int64:

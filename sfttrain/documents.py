@@ -148,6 +148,7 @@ def _join(parts: Sequence[_Pending]) -> DocumentLosses:
         example_id=places[:, 2],
         tokens=np.concatenate([documents.tokens for documents in known]).astype(np.int32),
         trained=np.concatenate([documents.trained for documents in known]).astype(np.int32),
+        bytes=places[:, 3].astype(np.int32),
         weight=weights.astype(np.float32),
         loss=losses.astype(np.float32),
     )

@@ -18,7 +18,9 @@ import msgspec
 import numpy as np
 import yaml
 
-from sftdata.errors import UsageError
+from sftdata.blame.log import log_files
+from sftdata.blame.named import LoggedRun
+from sftdata.errors import SftError, UsageError
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
 from sfttrain.progress import LOG_NAME
@@ -41,6 +43,7 @@ _KINDS = ("lost", "context", "bad")
 
 Line = dict[str, object]
 _MOST_POINTS = 500
+_WORST = 20  # documents
 _SMOOTHED = 60  # points from which on a noisy curve is shown faint, with its mean drawn over it
 Point = tuple[float, float]
 
@@ -84,9 +87,22 @@ def make_report(folder: Path) -> str:
         small=[(curve, line_chart([curve], zero=True)) for curve in curves if curve.points],
         seen=_read_seen(folder / SEEN_NAME),
         evaluation=list(_evaluation(log)),
+        **_documents(folder),
         settings=settings,
         shown_settings=[] if settings is None else list(_shown_settings(yaml.safe_load(settings))),
     )
+
+
+def _documents(folder: Path) -> dict[str, object]:
+    """Return the worst documents of a run and its spikes, or why they have no names; None without a log."""
+    found: dict[str, object] = {"documents": None, "spikes": (), "unnamed": ""}
+    if not log_files(folder):
+        return found
+    try:
+        logged = LoggedRun(folder)
+        return found | {"documents": logged.worst(_WORST), "spikes": list(logged.spikes())}
+    except SftError as error:  # nothing logged yet, or a set that is gone
+        return found | {"documents": (), "unnamed": str(error)}
 
 
 def read_log(path: Path) -> list[Line]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ class Reading:
         """
         if self._error:
             raise self._error[0]
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Refuse damaged bytes before what they made someone say who looked into a set beside the reading.
+
+        Raises:
+            SftError: a set is damaged.
+        """
+        try:
+            yield
+        except IntegrityError:
+            self.finish()
+            raise
 
     def finish(self) -> None:
         """Wait until every byte is read.

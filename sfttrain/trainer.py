@@ -232,8 +232,8 @@ class SftTrainer(Trainer):
         kept = checkpoint.newest_complete(Path(str(self.args.output_dir)))
         left = f"{kept[0]} is the last good checkpoint" if kept else "no checkpoint was written before"
         fix = (
-            "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; "
-            "then run into another output folder."
+            "lower learning_rate, set max_grad_norm=1, or look at the rows of that step, which"
+            " --log-documents and `sftdata blame` name; then run into another output folder."
         )
         raise DataError(f"The run has diverged: {found}; {left}.", fix)
 

@@ -68,7 +68,8 @@ def train_on(
         reading.finish()
         conclude_again(config, args, done)
         return None
-    trainer, resumed, steps = _assemble(setting, sets, evaluation, reading, model, data, identity)
+    with reading.first():
+        trainer, resumed, steps = _assemble(setting, sets, evaluation, reading, model, data, identity)
     stop = StopAtStepEnd(request, args.world_size)
     trainer.add_callback(stop)
     _take_steps(trainer, resumed, steps)

@@ -340,6 +340,7 @@ _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
 _BY_INDEX = "tests/integration/test_views_by_index.py::"
+_BLAME = "tests/integration/test_blame.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 _SHARES = "tests/integration/test_train_shares.py::"
@@ -363,6 +364,12 @@ ELSEWHERE: dict[str, str] = {
     "--new-leg to go on with these sets from here, ": f"{_SHARES}test_other_data_needs_a_new_leg_and_acts_in_it",
     "the shares are met to {} only, since whole rows are taken, and these are long or few; `sftdata view --mix` makes a set that"
     " meets them by documents": f"{_SHARES}test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view",
+    "--drop": f"{_BLAME}test_a_list_for_drop_leaves_out_these_lines_and_no_others",
+    "--step with one of these.": f"{_BLAME}test_a_step_that_was_not_logged_is_refused",
+    "name the folder where it lies now: --sets DIR.": f"{_BLAME}test_runs_and_sets_are_found_where_they_were_moved",
+    "train with `sfttrain run ... --log-documents`.": (
+        "tests/integration/test_train_views.py::test_a_run_that_logged_nothing_is_blamed_once_it_does"
+    ),
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
     "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
     "liger_kernel is not installed: pip install 'sftdata[gpu]'": f"{_KERNELS}test_what_cannot_be_used_is_named",

@@ -92,6 +92,10 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "set loss=auto.": (
         "rows -m llama -o {} --set objective=dft --set loss=plain", ["rows -m llama -o {} --set objective=dft --set loss=auto"]
     ),
+    "loss=torch gives no losses of tokens; set loss=auto, or leave log_documents out": (
+        "rows -m llama -o {} --log-documents --set loss=torch",
+        ["rows -m llama -o {} --log-documents --set loss=auto", "rows -m llama -o {} --set loss=torch"],
+    ),
     "set kernels=auto.": ("rows -m llama -o {} --liger", ["rows -m llama -o {} --set kernels=auto"]),
     "set objective=nll.": (
         "rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=dft",
@@ -137,7 +141,8 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "name sets, as {}; `sftdata view --mix` takes sources of sets.": (
         "rows more -m llama -o {} --mix x.jsonl=70 --mix more=30", ["rows more -m llama -o {} --mix rows=70 --mix more=30"]
     ),
-    "lower learning_rate, set max_grad_norm=1, or look at the rows of that step; then run into another output folder.": (
+    "lower learning_rate, set max_grad_norm=1, or look at the rows of that step, which --log-documents and `sftdata blame` name;"
+    " then run into another output folder.": (
         "rows -m llama -o {} --max-steps 4 --set logging_steps=1 --set learning_rate=1e30 --set max_grad_norm=0",
         ["rows -m llama -o {} --max-steps 4 --set logging_steps=1 --set learning_rate=1e-3 --set max_grad_norm=1"],
     ),

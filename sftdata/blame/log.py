@@ -36,6 +36,7 @@ _COLUMNS = {
     "example_id": pa.int64(),
     "tokens": pa.int32(),
     "trained": pa.int32(),
+    "bytes": pa.int32(),
     "weight": pa.float32(),
     "loss": pa.float32(),
 }
@@ -71,6 +72,7 @@ class DocumentLosses:
         example_id: int64[N].
         tokens: int32[N], all of the stretch.
         trained: int32[N], tokens whose loss counts.
+        bytes: int32[N], of the text of these, control tokens apart; 0 where the set brings no tokenizer.
         weight: float32[N], the sum of what they weigh; `trained` where the set has no weights.
         loss: float32[N], the sum of their negative log likelihoods, each times its weight.
     """
@@ -81,6 +83,7 @@ class DocumentLosses:
     example_id: Int64
     tokens: Int32
     trained: Int32
+    bytes: Int32
     weight: Float32
     loss: Float32
 

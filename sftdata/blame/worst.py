@@ -1,17 +1,18 @@
 """Which documents stand out in a log of losses: computed from its columns alone.
 
-What a document loses on a trained token says little by itself: early steps lose more than late ones, and
-answers of a word vary more than those of a page. So each is compared with the documents of the steps around
-it, and how far it lies above them with how far those of its own length vary:
+What a document loses on a trained token says little by itself: early steps lose more than late ones, text
+that falls into single bytes loses little on each, and an answer of a word may lose anything. So each is held
+against the documents of the steps around it, by token and by byte of text, and few tokens count for less:
 
     over   loss of a trained token, less the median of the documents of the steps around it
-    score  `over`, as a mean of all the times that it was seen, less its median among documents with about as
-           many trained tokens, in units of their spread (1.48 times the median distance from the median)
+    score  `over`, or the same by byte (times the bytes that a token has on average) where that is more; as a
+           mean of all the times that it was seen; as if 8 more tokens had lost what is usual
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,8 @@ from sftdata.blame.log import DocumentLosses
 Float64 = npt.NDArray[np.float64]
 _WINDOW = 16, 256  # documents that a median is taken of, at least and at most
 _WINDOWS = 16  # of a short log
-_NORMAL = (
-    1.4826  # the standard deviation of a normal distribution, in medians of the distance from the median
-)
-_LEAST_SPREAD = 0.1  # of a length, in that of all: a few alike documents make no scale
+_USUAL_TOKENS = 8  # that a score adds to those of a document
+_NORMAL = 1.4826  # the standard deviation of a normal distribution, in medians of the distance to the median
 _BEFORE = 20  # steps that a step is compared with
 _JUMP = 6.0  # spreads of the steps before, from which on a step is a spike
 _LEAST_JUMP = 0.1  # of the loss before
@@ -43,7 +42,7 @@ class Ranking:
         first, last: int64[D], steps.
         tokens, trained: int64[D], of all the times together.
         loss: float64[D], of a trained token.
-        over: float64[D], above that of the steps around it.
+        over: float64[D], above those of the steps around it.
         score: float64[D], see above; infinite where the loss is no finite number.
     """
 
@@ -88,29 +87,29 @@ class Steps:
 
 def rank_documents(losses: DocumentLosses) -> Ranking:
     """Rank all documents that anything was trained of, over all the times that they were seen."""
-    mean, over = _over(losses)
+    mean, over, most = _over(losses)
     known = np.flatnonzero(losses.weight > 0)
     order = known[np.lexsort((losses.example_id[known], losses.set[known]))]
-    part, mean, over = losses.take(order), mean[order], over[order]
+    part, mean, over, most = losses.take(order), mean[order], over[order], most[order]
     new = np.ones(len(part), np.bool_)
     new[1:] = (np.diff(part.set) != 0) | (np.diff(part.example_id) != 0)
     starts = np.flatnonzero(new)
     last = np.append(starts[1:], len(part))[: len(starts)] - 1
-    whole = _sums(part.weight, starts)
-    trained = _sums(part.trained, starts).astype(np.int64)
-    above = _sums(over * part.weight, starts) / whole
+    whole, seen = _sums(part.weight, starts), last - starts + 1
+    trained = _sums(part.trained, starts)
+    certain = trained / (trained + _USUAL_TOKENS * seen)
     found = Ranking(
         set=part.set[starts].astype(np.int64),
         example_id=part.example_id[starts],
         row=part.row[last],
-        seen=last - starts + 1,
+        seen=seen,
         first=part.step[starts].astype(np.int64),
         last=part.step[last].astype(np.int64),
         tokens=_sums(part.tokens, starts).astype(np.int64),
-        trained=trained,
+        trained=trained.astype(np.int64),
         loss=_sums(mean * part.weight, starts) / whole,
-        over=above,
-        score=_in_spreads(above, trained),
+        over=_sums(over * part.weight, starts) / whole,
+        score=_sums(most * part.weight, starts) / whole * certain,
     )
     return found.take(np.lexsort((found.example_id, found.set, -found.score)))
 
@@ -123,19 +122,31 @@ def _sums(values: Float64 | Float32 | Int32, starts: Int64) -> Float64:
     return sums
 
 
-def rank_step(losses: DocumentLosses, step: int) -> tuple[DocumentLosses, Float64, Float64]:
-    """Return the documents of a step by how much each raised its loss, the first most.
+def rank_step(losses: DocumentLosses, step: int) -> tuple[Ranking, Float64]:
+    """Return the documents of a step, those first that raised its loss most, and float64[D], by how much.
 
-    Returns:
-        Them; float64[D], how far their loss lies above that of the steps around; float64[D], by how much
-        that raised the loss of the step.
+    They have no score: that is of all the times that a document was seen.
     """
-    _, over = _over(losses)
+    mean, over, _ = _over(losses)
     here = np.flatnonzero((losses.step == step) & (losses.weight > 0))
-    part, over = losses.take(here), over[here]
-    raised = over * part.weight / max(float(part.weight.sum(dtype=np.float64)), 1e-30)
+    raised = over[here] * losses.weight[here] / losses.weight[here].sum(dtype=np.float64)
     order = np.argsort(-raised, kind="stable")
-    return part.take(order), over[order], raised[order]
+    here = here[order]
+    part, once = losses.take(here), np.ones(len(here), np.int64)
+    found = Ranking(
+        set=part.set.astype(np.int64),
+        example_id=part.example_id,
+        row=part.row,
+        seen=once,
+        first=once * step,
+        last=once * step,
+        tokens=part.tokens.astype(np.int64),
+        trained=part.trained.astype(np.int64),
+        loss=mean[here],
+        over=over[here],
+        score=np.full(len(here), np.nan),
+    )
+    return found, raised[order]
 
 
 def find_steps(losses: DocumentLosses) -> Steps:
@@ -157,44 +168,48 @@ def find_steps(losses: DocumentLosses) -> Steps:
     return Steps(losses.step[starts].astype(np.int64), loss, weight, before, spike | ~np.isfinite(loss))
 
 
-def _over(losses: DocumentLosses) -> tuple[Float64, Float64]:
-    """Return the loss of a trained token of each document, and how far it lies above those around it.
+def _over(losses: DocumentLosses) -> tuple[Float64, Float64, Float64]:
+    """Return loss of a trained token, how far it is above those around, and what the score takes; float64[N].
 
     A loss that is no finite number lies infinitely far above.
     """
     known = losses.weight > 0
     mean = np.divide(losses.loss, losses.weight, out=np.full(len(losses), np.nan), where=known)
-    finite = np.flatnonzero(np.isfinite(mean))
-    over = np.full(len(mean), np.inf)
+    over = _above(losses, mean)
+    spelled = known & (losses.bytes > 0)
+    if not spelled.any():
+        return mean, over, over
+    token = losses.trained / np.maximum(losses.bytes, 1)
+    average = losses.bytes[spelled].sum(dtype=np.float64) / losses.trained[spelled].sum(dtype=np.float64)
+    by_byte = _above(losses, np.where(spelled, mean * token * average, np.nan))
+    return mean, over, np.where(spelled, np.maximum(over, by_byte), over)
+
+
+def _above(losses: DocumentLosses, values: Float64) -> Float64:
+    """float64[N]: how far values lie above the median of the steps around; infinite for no number."""
+    above = np.full(len(values), np.inf)
+    finite = np.flatnonzero(np.isfinite(values))
     if len(finite):
-        around = running_median(losses.step[finite].astype(np.float64), mean[finite])
-        over[finite] = mean[finite] - around
-    return mean, over
-
-
-def _in_spreads(over: Float64, trained: Int64) -> Float64:
-    """Return float64[D] in units of the spread of documents of about the same length."""
-    score = np.full(len(over), np.inf)
-    finite = np.flatnonzero(np.isfinite(over))
-    if not len(finite):
-        return score
-    finite = finite[np.argsort(trained[finite], kind="stable")]
-    amount, values = np.log(trained[finite]), over[finite]
-    values = values - running_median(amount, values)
-    distance = np.abs(values)
-    spread = np.maximum(running_median(amount, distance), _LEAST_SPREAD * float(np.median(distance)))
-    score[finite] = values / np.maximum(_NORMAL * spread, 1e-12)
-    return score
+        around = running_median(losses.step[finite].astype(np.float64), values[finite])
+        above[finite] = values[finite] - around
+    return above
 
 
 def running_median(keys: Float64, values: Float64) -> Float64:
     """float64[N]: median of the values around each, by ascending keys, on lines from window to window.
 
+    The first windows are the smallest: losses fall steeply in the first steps.
+
     >>> running_median(np.zeros(3), np.array([1.0, 5.0, 2.0])).tolist()
     [2.0, 2.0, 2.0]
     """
-    size = int(np.clip(len(keys) // _WINDOWS, *_WINDOW))
-    windows = np.array_split(np.arange(len(keys)), max(1, len(keys) // size))
+    least, most = _WINDOW
+    most = int(np.clip(len(keys) // _WINDOWS, least, most))
+    sizes = [least << doubled for doubled in range((most // least).bit_length())]
+    grown = min(sum(sizes), len(keys))
+    edges = [*accumulate(sizes, initial=0), *range(grown + most, len(keys), most)]
+    inner = [edge for edge in edges if 0 < edge < len(keys) - least]
+    windows = np.split(np.arange(len(keys)), inner)
     centres = np.array([np.median(keys[window]) for window in windows])
     medians = np.array([np.median(values[window]) for window in windows])
     found: Float64 = np.interp(keys, centres, medians)

@@ -35,6 +35,7 @@ def command() -> NoReturn:
 def build_app() -> typer.Typer:
     """Assemble the commands, in the order a user meets them."""
     from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
+    from sftdata.cli.runs import blame
     from sftdata.cli.sets import audit, diff, env, explain, export, inspect, stats, verify, view
     from sftdata.frame import global_options
 
@@ -52,6 +53,7 @@ def build_app() -> typer.Typer:
         stats,
         view,
         diff,
+        blame,
         verify,
         export,
         explain,

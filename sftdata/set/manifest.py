@@ -7,6 +7,8 @@ path, no worker count, no engine. `checksum` covers the file itself, to the last
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +74,15 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rows: Count
     first_id: Count
     unit: Unit = "line"
+
+
+def first_passes(sources: Sequence[SourceInfo]) -> list[int]:
+    """Return for each source the index of the one that it goes through again, as `a.jsonl#2`, or its own."""
+    known = {(source.name, source.xxh3, source.rows): index for index, source in enumerate(sources)}
+    return [
+        known.get((re.sub(r"#\d+\Z", "", source.name), source.xxh3, source.rows), index)
+        for index, source in enumerate(sources)
+    ]
 
 
 class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -91,7 +91,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     bases = open_bases(config.sets)
     config = _filled(config, bases[0])
     store = open_store(bases, whole=config.write)
-    choice = Choice.of(read_documents(bases, store), _sources(bases))
+    choice = Choice.of(read_documents(bases, store), sources_of(bases))
     filter_documents(choice, config)
     limited = limit_documents(choice, _limit(config), config.overlong or "truncate")
     cap_sources(choice, config, limited)
@@ -132,7 +132,7 @@ def _limit(config: ViewConfig) -> int | None:
     return None if config.packing == "wrapped" else config.max_length
 
 
-def _sources(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
+def sources_of(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
     """Return the sources of all bases; those of the same name get their set's name before it.
 
     Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes.

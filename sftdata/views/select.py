@@ -12,7 +12,7 @@ from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of
 from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
-from sftdata.set.manifest import SourceInfo
+from sftdata.set.manifest import SourceInfo, first_passes
 from sftdata.set.shares import Share
 from sftdata.views.bases import Base, open_bases, open_store, read_documents
 from sftdata.views.choose import (
@@ -180,9 +180,11 @@ def _hashes(documents: Documents, by: str) -> UInt64:
 
 
 def _dropped(choice: Choice, config: ViewConfig) -> Bool:
-    """bool[N]: documents that the list of `--drop` names."""
+    """bool[N]: documents that the list of `--drop` names, in every pass over their source."""
     assert config.drop is not None
     places, wanted = read_drops(config.drop)
+    numbered = enumerate(first_passes(choice.sources))
+    passes = [(choice.sources[again], choice.sources[first]) for again, first in numbered if again != first]
     for name, line in places:
         named = [source for source in choice.sources if name in (source.name, source.name.rpartition("/")[2])]
         found = [source for source in named if 1 <= line <= source.rows]
@@ -192,6 +194,7 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
                 f"--drop {config.drop}: found {name}:{line}; it has rows 1 to {rows:,}.",
                 "correct the line, or take it out of the list.",
             )
+        found += [again for again, first in passes if any(first is source for source in found)]
         if not found:
             raise UsageError(
                 f"--drop {config.drop}: {name}:{line} is in no source of these sets.",

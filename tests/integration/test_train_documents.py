@@ -20,14 +20,18 @@ from sftdata.set.opened import open_set
 from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
 from tests.train_sets import make_mixed_set, make_set
 from tests.varlen_signatures import SIGNATURES
-from tests.view_sets import _weighted, write_lines
+from tests.view_sets import _weighted, chats, write_lines
 from tests.view_sets import prepare as prepare_set
 
-pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
+pytestmark = [
+    pytest.mark.filterwarnings(OUR_WARNINGS),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
+]
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "logging_steps": 1, "learning_rate": 1e-2,
     "save_strategy": "no", "num_train_epochs": 2,
 }  # fmt: skip
+FEW = {key: value for key, value in STEPS.items() if key != "num_train_epochs"} | {"max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +132,11 @@ def test_they_do_where_rows_are_laid_end_to_end(
 def test_they_do_with_weights_and_however_a_set_is_packed(
     tmp_path: Path, packing: str, weighted: bool
 ) -> None:
-    rows = write_lines(tmp_path / "rows.jsonl", list(_weighted(1))[:40])
+    rows = write_lines(tmp_path / "rows.jsonl", list(_weighted(1) if weighted else chats(40, 1))[:40])
     prepare_set(tmp_path / "set", [rows], packing=packing, max_length=64, overlong="split" if packing == "bfd" else "truncate",
                 loss_weights=weighted)  # fmt: skip
     model = tiny_llama(tmp_path / "model", vocabulary=1024)
-    train_in_process(tmp_path / "set", model, tmp_path / "out", {**STEPS, "max_steps": 4}, log_documents=True)
+    train_in_process(tmp_path / "set", model, tmp_path / "out", FEW, log_documents=True)
     _assert_steps_add_up(tmp_path / "out")
     found = _documents(tmp_path / "out")
     assert np.array_equal(found.weight, found.trained.astype(np.float32)) is not weighted
@@ -142,7 +146,7 @@ def test_they_do_with_weights_and_however_a_set_is_packed(
 def test_an_objective_changes_what_is_trained_and_not_what_is_logged(
     shards: Path, model: Path, tmp_path: Path
 ) -> None:
-    one = {**STEPS, "max_steps": 1}
+    one = FEW | {"max_steps": 1}
     for name, settings in (("nll", {}), ("dft", {"objective": "dft"})):
         train_in_process(shards, model, tmp_path / name, one, log_documents=True, **settings)
     plain, dft = (_documents(tmp_path / name) for name in ("nll", "dft"))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from sftdata.errors import IntegrityError
+from sftdata.set.opened import ShardSet
 from sfttrain import cli
 from tests.train_runs import OUR_WARNINGS, run, train_in_process
 from tests.train_sets import EOS, make_set
+from tests.waiting import HANGS
 
 pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -168,15 +172,47 @@ def test_a_folder_without_manifest_is_named(
     assert "Fix:" in line
 
 
+def _once_rows_were_refused(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the verification wait for someone who looks into damaged rows."""
+    from sfttrain.sets import verify_sets
+
+    refused = threading.Event()
+    own = ShardSet._shard
+
+    def look(self: ShardSet, index: int) -> Any:
+        try:
+            return own(self, index)
+        except IntegrityError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(ShardSet, "_shard", look)
+
+    def verify(sets: Any) -> None:
+        assert refused.wait(HANGS)
+        verify_sets(sets)
+
+    return verify
+
+
+@pytest.mark.parametrize("late", [False, True])
 def test_one_flipped_byte_is_found_before_step_one(
-    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
 ) -> None:
+    """Late: the sets are read only once the model is loaded, and its vocabulary was looked for in damaged rows."""
     broken = tmp_path / "set"
     shutil.copytree(shards, broken)
     shard = broken / "shard-00001.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    if late:
+        monkeypatch.setattr("sfttrain.sets.verify_sets", _once_rows_were_refused(monkeypatch))
     code, line = _refused(capsys, str(broken), "--model", str(model), "-o", str(tmp_path / "out"))
     assert code == 4
     assert "shard-00001.arrow: " in line  # its hash, or a law that its rows break, whichever is read first

@@ -28,7 +28,7 @@ def columns(steps: list[int], which: int = 0) -> DocumentLosses:
     count = np.array(steps)
     return DocumentLosses(
         count.astype(np.int32), np.full(len(steps), which, np.int16), count * 2, count, (count + 5).astype(np.int32),
-        count.astype(np.int32), count.astype(np.float32), (count / 2).astype(np.float32),
+        count.astype(np.int32), count.astype(np.int32), count.astype(np.float32), (count / 2).astype(np.float32),
     )  # fmt: skip
 
 

@@ -1,0 +1,258 @@
+"""The worst documents of a run by name: file and line, loss, and how the answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sftdata.batches import IGNORE_INDEX, Int64
+from sftdata.blame.log import DocumentLosses, TrainedSet, read_log
+from sftdata.blame.worst import Ranking, Steps, find_steps, rank_documents, rank_step
+from sftdata.errors import SftError, UsageError
+from sftdata.set.manifest import Manifest, first_passes
+from sftdata.set.opened import ShardSet, open_set
+from sftdata.vocabulary import Vocabulary, read_vocabulary
+
+EXCERPT = 200  # characters of an answer
+MOST_SPIKES = 10
+OF_A_SPIKE = 3  # documents
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """A document that stands out.
+
+    Attributes:
+        place: file and line in words.
+        source: as `sftdata stats` names it.
+        line: 1-based line, record or row in it.
+        set: folder of the set.
+        example_id: in this set.
+        row: a packed row of it that holds the document.
+        seen: how often.
+        first_step, last_step: when.
+        tokens, trained: of all the times together.
+        loss: of a trained token.
+        over: above the documents of the steps around.
+        score: see `sftdata.blame.worst`; None for those of one step.
+        raised: by how much it raised the loss of its step; None for those of a whole run.
+        excerpt: how what is trained of it begins.
+    """
+
+    place: str
+    source: str
+    line: int
+    set: str
+    example_id: int
+    row: int
+    seen: int
+    first_step: int
+    last_step: int
+    tokens: int
+    trained: int
+    loss: float
+    over: float
+    score: float | None
+    raised: float | None
+    excerpt: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON data; what is no finite number is None."""
+        plain = asdict(self)
+        return {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in plain.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BlamedStep:
+    """A step and its documents.
+
+    Attributes:
+        step: from 1.
+        loss: of a trained token.
+        before: median of the steps before.
+        documents: those that raised it most.
+    """
+
+    step: int
+    loss: float
+    before: float
+    documents: tuple[Blamed, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON data; what is no finite number is None."""
+        loss = self.loss if np.isfinite(self.loss) else None
+        documents = [document.to_json() for document in self.documents]
+        return {"step": self.step, "loss": loss, "before": self.before, "documents": documents}
+
+
+class LoggedRun:
+    """The log of a run's documents, and the sets that it trained on.
+
+    Args:
+        folder: of the run.
+        sets: where its sets lie now, should they have been moved.
+
+    Raises:
+        UsageError: the run has no such log, or did not train on one of `sets`.
+    """
+
+    def __init__(self, folder: Path, sets: Sequence[Path] = ()) -> None:
+        self.folder = folder
+        self.sets, self.losses = read_log(folder)
+        self._given = {opened.manifest.digest: opened for opened in map(open_set, sets)}
+        strange = [one for digest, one in self._given.items() if digest not in {s.digest for s in self.sets}]
+        if strange:
+            digests = ", ".join(one.digest[:12] for one in self.sets)
+            raise UsageError(
+                f"{strange[0].folder}: digest {strange[0].manifest.digest[:12]};"
+                f" {folder} was trained on {digests}.",
+                "name the sets of this run.",
+            )
+        self._opened: dict[int, ShardSet] = {}
+        self._vocabularies: dict[int, Vocabulary | None] = {}
+
+    @cached_property
+    def steps(self) -> Steps:
+        """Every step and its loss."""
+        return find_steps(self.losses)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """All documents, the worst first; one that a mixture goes through again is one."""
+        return rank_documents(self._without_passes())
+
+    def open(self, number: int) -> ShardSet:
+        """Open one of the sets.
+
+        Raises:
+            UsageError: it is gone, or another set lies in its place.
+        """
+        if number not in self._opened:
+            self._opened[number] = self._find(self.sets[number])
+        return self._opened[number]
+
+    def worst(self, count: int) -> tuple[Blamed, ...]:
+        """Name the worst documents of the run."""
+        found = self.ranking.take(slice(count))
+        return tuple(self._named(found, index) for index in range(len(found)))
+
+    def step(self, step: int, count: int) -> BlamedStep:
+        """Name the documents that raised the loss of a step most.
+
+        Raises:
+            UsageError: the log has no such step.
+        """
+        at = int(np.searchsorted(self.steps.step, step))
+        if at == len(self.steps.step) or self.steps.step[at] != step:
+            first, last = self.steps.step[0], self.steps.step[-1]
+            raise UsageError(
+                f"{self.folder}: no documents of step {step}; it logged those of steps {first} to {last}.",
+                "--step with one of these.",
+            )
+        found, raised = rank_step(self.losses, step)
+        documents = tuple(
+            self._named(found, index, float(raised[index])) for index in range(min(count, len(found)))
+        )
+        return BlamedStep(step, float(self.steps.loss[at]), float(self.steps.before[at]), documents)
+
+    def spikes(self) -> Iterator[BlamedStep]:
+        """Yield the steps whose loss jumped most, in order; of jumps in a row the first."""
+        steps = self.steps
+        begins = steps.spike & ~np.append(False, steps.spike[:-1])
+        jump = np.where(np.isfinite(steps.loss), steps.loss - steps.before, np.inf)
+        chosen = np.flatnonzero(begins)
+        for index in np.sort(chosen[np.argsort(-jump[chosen], kind="stable")][:MOST_SPIKES]):
+            yield self.step(int(steps.step[index]), OF_A_SPIKE)
+
+    def _without_passes(self) -> DocumentLosses:
+        """Return the losses under the ids of the first pass over each source."""
+        ids = self.losses.example_id.copy()
+        for number in range(len(self.sets)):
+            mine = self.losses.set == number
+            if mine.any():
+                ids[mine] = _first_ids(self.open(number).manifest, ids[mine])
+        columns = [getattr(self.losses, name) for name in DocumentLosses.__slots__]
+        columns[DocumentLosses.__slots__.index("example_id")] = ids
+        return DocumentLosses(*columns)
+
+    def _named(self, found: Ranking, index: int, raised: float | None = None) -> Blamed:
+        opened = self.open(int(found.set[index]))
+        example = int(_first_ids(opened.manifest, found.example_id[index : index + 1])[0])
+        row = int(found.row[index])
+        source, line = opened.origin(example)
+        return Blamed(
+            place=opened.place(example),
+            source=source,
+            line=line,
+            set=str(opened.folder),
+            example_id=example,
+            row=row,
+            seen=int(found.seen[index]),
+            first_step=int(found.first[index]),
+            last_step=int(found.last[index]),
+            tokens=int(found.tokens[index]),
+            trained=int(found.trained[index]),
+            loss=float(found.loss[index]),
+            over=float(found.over[index]),
+            score=None if raised is not None else float(found.score[index]),
+            raised=raised,
+            excerpt=self._excerpt(int(found.set[index]), example, row),
+        )
+
+    def _excerpt(self, number: int, example: int, row: int) -> str:
+        """Return how what is trained of a document begins; empty where the set brings no tokenizer."""
+        opened = self.open(number)
+        if number not in self._vocabularies:
+            self._vocabularies[number] = None
+            with suppress(UsageError):
+                self._vocabularies[number] = read_vocabulary(opened.folder / "tokenizer")
+        vocabulary, manifest = self._vocabularies[number], opened.manifest
+        if vocabulary is None:
+            return ""
+        for document in opened[row].documents():
+            if int(_first_ids(manifest, np.array([document.example_id]))[0]) == example:
+                ids = document.input_ids[document.labels != IGNORE_INDEX][:EXCERPT].tolist()
+                return " ".join(vocabulary.text_of(ids).split())[:EXCERPT]
+        return ""
+
+    def _find(self, trained: TrainedSet) -> ShardSet:
+        if trained.digest in self._given:
+            return self._given[trained.digest]
+        reasons = []
+        for folder in dict.fromkeys((Path(trained.path), (self.folder / trained.beside).resolve())):
+            try:
+                opened = open_set(folder)
+            except SftError as error:
+                reasons.append(str(error).partition(" Fix: ")[0])
+                continue
+            if opened.manifest.digest == trained.digest:
+                return opened
+            reasons.append(f"{folder}: holds another set, of digest {opened.manifest.digest[:12]}.")
+        found = f"{self.folder}: was trained on a set of digest {trained.digest[:12]}, which is not there"
+        raise UsageError(f"{found}: {reasons[-1]}", "name the folder where it lies now: --sets DIR.")
+
+
+def _first_ids(manifest: Manifest, ids: Int64) -> Int64:
+    """Return the ids of the same documents in the first pass over their sources."""
+    sources = manifest.sources
+    moved = np.array(
+        [
+            sources[first].first_id - source.first_id
+            for source, first in zip(sources, first_passes(sources), strict=True)
+        ],
+        np.int64,
+    )
+    if not moved.any():
+        return ids
+    holding = np.flatnonzero([source.rows > 0 for source in sources])
+    firsts = np.array([sources[index].first_id for index in holding.tolist()], np.int64)
+    found: Int64 = ids + moved[holding[np.searchsorted(firsts, ids, side="right") - 1]]
+    return found

@@ -1,0 +1,104 @@
+"""What `sftdata blame` prints and writes: documents as lines, as JSON, and as a list to leave out."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sftdata.blame.named import Blamed, BlamedStep, LoggedRun
+from sftdata.output import one_line
+from sftdata.set.store import write_atomic
+from sftdata.views.bases import open_bases
+from sftdata.views.plan import sources_of
+
+_SHOWN = 72  # characters of an excerpt on a terminal
+
+
+def blame_lines(
+    run: LoggedRun, documents: Sequence[Blamed], step: BlamedStep | None, spikes: Sequence[BlamedStep]
+) -> Iterator[str]:
+    """Yield what is printed of a run, or of one of its steps."""
+    if step is not None:
+        yield f"{run.folder}, {_headline(step)}: what raised it most"
+    else:
+        steps, losses = run.steps, run.losses
+        yield (
+            f"{run.folder}: {len(losses):,} documents in steps {steps.step[0]:,} to {steps.step[-1]:,},"
+            f" {len(run.ranking):,} of them different; the worst"
+        )
+    for number, document in enumerate(documents, start=1):
+        yield f"{number:>3}  {one_line(document.place)}  {_figures(document)}"
+        if document.excerpt:
+            yield f"     {_short(document.excerpt)}"
+    if spikes:
+        yield f"The loss jumped {len(spikes)} time{'s' * (len(spikes) > 1)}:"
+    for spike in spikes:
+        yield f"  {_headline(spike)}"
+        for document in spike.documents:
+            yield f"       {one_line(document.place)}  {_figures(document)}"
+
+
+def _headline(step: BlamedStep) -> str:
+    return f"step {step.step:,}: loss {step.loss:.3f}, {step.before:.3f} in the steps before"
+
+
+def _figures(document: Blamed) -> str:
+    """Return what is known of a document, in words."""
+    if document.raised is not None:
+        where = f"raised it by {document.raised:.3f}"
+    else:
+        steps = f"step {document.first_step:,}"
+        if document.seen > 1:
+            steps = f"{document.seen} times in steps {document.first_step:,} to {document.last_step:,}"
+        where = f"score {document.score:.2f}; {steps}"
+    over = f"{document.over:.2f} over its steps" if math.isfinite(document.over) else "no finite number"
+    size = f"{document.trained:,} of {document.tokens:,} tokens trained"
+    return f"loss {document.loss:.2f}, {over}, {where}; {size}"
+
+
+def _short(text: str) -> str:
+    text = one_line(text)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def blame_json(
+    run: LoggedRun, documents: Sequence[Blamed], step: BlamedStep | None, spikes: Sequence[BlamedStep]
+) -> dict[str, object]:
+    """Return plain JSON data: the step that was asked for, or the worst of the run and its spikes."""
+    if step is not None:
+        return {"run": str(run.folder), **step.to_json()}
+    return {
+        "run": str(run.folder),
+        "steps": len(run.steps.step),
+        "seen": len(run.losses),
+        "documents": [document.to_json() for document in documents],
+        "spikes": [spike.to_json() for spike in spikes],
+    }
+
+
+def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Iterator[str]:
+    """Write documents as `sftdata view --drop` reads them; yield what to do with it.
+
+    A source is called what a view of all the sets of the run calls it.
+
+    Raises:
+        SftError: the sets make no view together, or the file cannot be written.
+    """
+    folders = list(dict.fromkeys(str(run.open(number).folder) for number in range(len(run.sets))))
+    bases = open_bases(folders)
+    sources = sources_of(bases)
+    first = {str(base.folder): base.first_id for base in bases}
+    lines = []
+    for document in documents:
+        example = first[document.set] + document.example_id
+        index = bisect_right(sources, example, key=lambda source: source.first_id) - 1
+        while not sources[index].rows:  # an empty file shares its first id with the next one
+            index -= 1
+        lines.append(f"{sources[index].name}:{document.line}")
+    text = "".join(f"{line}\n" for line in dict.fromkeys(lines))
+    write_atomic(path, lambda sink: sink.write(text.encode()))
+    command = ["sftdata", "view", *folders, "-o", "NEW", "--drop", str(path)]
+    yield f"Wrote {path}: {len(documents)} documents. Leave them out: {shlex.join(command)}"
