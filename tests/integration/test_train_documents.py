@@ -23,10 +23,7 @@ from tests.varlen_signatures import SIGNATURES
 from tests.view_sets import _weighted, chats, write_lines
 from tests.view_sets import prepare as prepare_set
 
-pytestmark = [
-    pytest.mark.filterwarnings(OUR_WARNINGS),
-    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(OUR_WARNINGS)
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "logging_steps": 1, "learning_rate": 1e-2,
     "save_strategy": "no", "num_train_epochs": 2,
@@ -98,7 +95,7 @@ def _assert_alone(folder: Path, shards: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"attention": "sdpa"}, {"attention": "eager"}, {"attention": "flex_attention"}, {"packing": "unpack"}, {"loss": "plain"},
+        {"attention": "sdpa"}, {"attention": "eager"}, {"packing": "unpack"}, {"loss": "plain"},
         {"loss": "plain", "packing": "unpack"}, {"loss": "chunked"}, {"compile": "loss"}, {"compile": "layers"},
         {"kernels": "none"}, {"lora": "r=4"},
     ],
