@@ -109,11 +109,8 @@ def _assemble(
     ready_generation(model, sets, say)
     reading.finish()
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
-    rows = (
-        TrainingRows(sets, plan.unpack, places=config.log_documents)
-        if data is None
-        else _custom_rows(data, args)
-    )
+    places = config.log_documents
+    rows = TrainingRows(sets, plan.unpack, places=places) if data is None else _custom_rows(data, args)
     order, account = _plan_data(config, sets, rows, plan, args)
     run = identity | _planned(order, plan)
     steps = int(args.max_steps) if order is None else total_steps(args, order)
