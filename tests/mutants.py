@@ -199,6 +199,42 @@ FAULTS = [
     Fault("ranks train the same rows",
           "return iter(blocks[:, self.rank].tolist())",
           "return iter(blocks[:, 0].tolist())", "unit/test_train_order.py"),
+    Fault(
+        "a difference pairs what is at another place before what is at the same one",
+        "        here, there = self._same_place()\n        same = a[here] == b[there]",
+        "        here, there = self._same_place()\n        same = (a[here] == b[there]) & False",
+        "unit/test_diff.py",
+    ),
+    Fault(
+        "a difference takes a document that is only beside the rows for one of theirs",
+        "held: Bool = self.tokens > 0",
+        "held: Bool = self.lengths > 0",
+        "unit/test_diff.py",
+    ),
+    Fault(
+        "a difference does not see where a document is cut",
+        "        pieces=offset[kept].astype(np.int64) << 32 | length[kept],",
+        "        pieces=length[kept].astype(np.int64),",
+        "unit/test_diff.py",
+    ),
+    Fault(
+        "a difference takes another prompt with the same answer for another text",
+        "        ways = [same_ids, same_prompt, same_answer]",
+        "        ways = [same_ids, same_prompt, same_answer & False]",
+        "unit/test_diff.py",
+    ),
+    Fault(
+        "shares of a mixture need not be all of the set",
+        "(rows, tokens) if manifest.shares else ()",
+        "(rows, tokens) if manifest.notes and not manifest.notes else ()",
+        "unit/test_choice.py",
+    ),
+    Fault(
+        "a view says what its sets counted of documents that it left out",
+        "if count and (name in known or not chosen)",
+        "if count",
+        "unit/test_choice.py",
+    ),
 ]
 # fmt: on
 
