@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
-    from sftdata.keywords import ViewSettings
+    from sftdata.keywords import PrepareSettings, ViewSettings
     from sftdata.run import Preview
     from sftdata.set.export import Exported, Target
     from sftdata.set.manifest import Manifest
@@ -60,6 +60,18 @@ Formatter = str | Callable[[Any], object] | None
 _Function = TypeVar("_Function", bound=Callable[[Any], object])
 
 
+@overload
+def prepare(
+    inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
+    eval: None = None, **settings: Unpack[PrepareSettings],
+) -> Manifest: ...  # fmt: skip
+@overload
+def prepare(
+    inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
+    eval: str | float, **settings: Unpack[PrepareSettings],
+) -> tuple[Manifest, Manifest]: ...  # fmt: skip
 def prepare(
     inputs: Inputs, *,
     tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
@@ -83,41 +95,43 @@ def prepare(
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = "truncate",
     packing: Literal["bfd", "wrapped", "none"] = "bfd", max_rejects: str | int = "1%",
     slice_bytes: int = 8 << 20,
+    # ---- which of the documents the set holds
+    dedup: Literal["row", "prompt"] | None = None,
+    exclude: Sequence[str | Path] = (), exclude_by: Literal["row", "prompt"] = "prompt",
+    cap: Mapping[str, str] = {}, eval: str | float | None = None, mix: Mapping[str, float | str] = {},
+    mix_by: Literal["rows", "tokens", "trained"] = "trained", passes: float = 1, total: str | None = None,
+    seed: int = 0,
     # ---- how the work is done; never changes a byte of the set
     workers: int | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
     overwrite: bool = False,
     **unknown: Never,
-) -> Manifest:  # fmt: skip
+) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Build a set of shards; the same function as `sftdata prepare`.
 
     Args:
-        inputs: files, folders, globs, URLs or Hub dataset ids.
-        tokenizer: folder or Hub id.
-        output: folder of the set.
+        inputs, tokenizer: files, folders, globs, URLs or Hub dataset ids; folder or Hub id.
+        output: folder of the set; with `eval`, of two: `train` and `eval`.
         formatter: a function from a row to a training row, or its name as `module:function`. One that cannot
             be imported by name, such as a lambda or a cell of a notebook, is called in this process only.
-        on_note: called with each decision made for you, in one sentence. Default: the logger
-            `sftdata`, level INFO.
+        on_note: called with each decision made for you, in a sentence; default: logger `sftdata`, level INFO.
         on_progress: called after each finished shard task.
 
     The other arguments are the settings of `sftdata prepare --help`.
 
     Returns:
-        The manifest of the set: its digest, sources, settings and the ledger of rows and tokens.
+        The manifest of the set: its digest, sources, settings and the ledger of rows and tokens; with `eval`
+        a tuple of two, that of the training set first.
 
     Raises:
-        SftError: one line with the problem and its fix; finished tasks are kept, and the same call
-            resumes.
+        SftError: one line with problem and fix; what is finished is kept, and the same call resumes.
     """
     from sftdata.workers import start_workers
 
-    config, alone = _config(**locals())
-    if alone:
-        config = config.model_copy(update={"workers": 1})
-    with start_workers(config) as pool:
-        from sftdata.run import prepare as run
+    with start_workers(config := _config(**locals())) as pool:
+        from sftdata.selected import prepare as run
 
-        return run(config, pool, on_progress, on_note or _log)
+        made = run(config, pool, on_progress, on_note or _log)
+        return made[0] if config.eval is None else (made[0], made[1])
 
 
 def preview(
@@ -160,9 +174,14 @@ def preview(
     Raises:
         SftError: an error that would stop `prepare` before it starts, or there are no rows.
     """
+    from sftdata.choosing import CHOOSING
     from sftdata.run import preview as run
 
-    return run(_config(**locals(), output=".")[0], number)
+    for name in filter(CHOOSING.__contains__, unknown):
+        raise UsageError(
+            f"{name}: chooses among the documents of a set; a preview samples all rows.", "leave it out."
+        )
+    return run(_config(**locals(), output="."), number)
 
 
 def stream(
@@ -209,7 +228,8 @@ def stream(
     from sftdata.streaming import Stream, refuse_unstreamed
 
     refuse_unstreamed(unknown)
-    config, _ = _config(**locals(), inputs="stream", output=".")
+    given = {name: value for name, value in locals().items() if name != "seed"}  # not that of `prepare`
+    config = _config(**given, inputs="stream", output=".")
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
 
 
@@ -385,16 +405,15 @@ def by_columns(formatter: _Function) -> _Function:
     return formatter
 
 
-def _config(
-    *, formatter: Formatter, unknown: dict[str, object], **given: object
-) -> tuple[PrepareConfig, bool]:
-    """Return the settings among these arguments, and whether only this process can call the formatter."""
+def _config(*, formatter: Formatter, unknown: dict[str, object], **given: object) -> PrepareConfig:
+    """Return the settings among these arguments; a formatter that only this process knows has it alone."""
     from sftdata.config import PrepareConfig, make_config
     from sftdata.formats.formatter import name_formatter
 
     name, alone = name_formatter(formatter)
     settings = {key: value for key, value in given.items() if key in PrepareConfig.model_fields}
-    return make_config(formatter=name, **settings, **unknown), alone
+    config = make_config(formatter=name, **settings, **unknown)
+    return config.model_copy(update={"workers": 1}) if alone else config
 
 
 def _log(note: str) -> None:

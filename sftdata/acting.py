@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sftdata.batches import Completion, Conversation, Row, RowBatch, Tally, Text, Tokens
+from sftdata.choosing import refuse_idle
 from sftdata.config import PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError, did_you_mean
@@ -192,6 +193,7 @@ def refuse_conflicts(config: PrepareConfig) -> None:
     if config.formatter is not None:
         _check_formatter(config, config.formatter)
     _refuse_lengths(config)
+    refuse_idle(config)
     if config.revision is not None and Path(config.tokenizer).exists():
         raise UsageError(
             f"--revision {config.revision}: {config.tokenizer} is a local tokenizer.", "leave --revision out."

@@ -173,6 +173,19 @@ Total = Annotated[
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Of every draw: caps, split, mix, order.")]
 
 
+CHOOSING = ("eval", "mix", "mix_by", "passes", "total", "cap", "dedup", "exclude", "exclude_by", "seed")
+SIDES = ("train", "eval")
+
+
+def folders_of(output: Path, share: str | None) -> tuple[Path, ...]:
+    """Return the folders of the sets that are made at an output; `share` is that of `eval`.
+
+    >>> [str(folder) for folder in folders_of(Path("out"), "5%")]
+    ['out/train', 'out/eval']
+    """
+    return (output,) if share is None else tuple(output / side for side in SIDES)
+
+
 _NEEDS = {"total": "mix", "passes": "mix", "mix_by": "mix", "exclude_by": "exclude"}
 
 
@@ -192,5 +205,11 @@ def refuse_idle(config: BaseModel, *, shuffled: bool = False) -> None:
         if given[name] != fields[name].default and not given[other]:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} without --{other}: it has no effect.", f"leave {flag} out.")
+    total = None if given["total"] is None else read_amount(given["total"])
+    if total is not None and total.measure != given["mix_by"]:
+        raise UsageError(
+            f"--total {given['total']}: counts {total.measure}; --mix-by is {given['mix_by']}.",
+            f"give --total in {given['mix_by']}, or --mix-by {total.measure}.",
+        )
     if given["seed"] and not (given["cap"] or given["eval"] or given["mix"] or shuffled):
         raise UsageError("--seed: nothing is drawn; it has no effect.", "leave --seed out.")

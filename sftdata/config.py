@@ -11,6 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from sftdata.choosing import (
+    CHOOSING,
+    Cap,
+    Dedup,
+    Eval,
+    Exclude,
+    ExcludeBy,
+    Mix,
+    MixBy,
+    Passes,
+    Seed,
+    Total,
+)
 from sftdata.errors import UsageError
 from sftdata.output import local_output
 from sftdata.settings import NamesOfData, check_settings
@@ -123,6 +136,18 @@ class PrepareConfig(BaseModel):
         description="Input bytes of a slice, about; packing does not cross slices.",
     )
 
+    # ---- which of the documents the set holds
+    dedup: Dedup = None
+    exclude: Exclude = ()
+    exclude_by: ExcludeBy = "prompt"
+    cap: Cap = Field(default_factory=dict)
+    eval: Eval = None
+    mix: Mix = Field(default_factory=dict)
+    mix_by: MixBy = "trained"
+    passes: Passes = 1
+    total: Total = None
+    seed: Seed = 0
+
     # ---- how the work is done (never changes a byte of the set)
     workers: int | None = Field(
         None, gt=0, le=MOST_WORKERS, description="Worker processes; default: one per usable core."
@@ -188,9 +213,21 @@ class PrepareConfig(BaseModel):
         return local_output(value)
 
     def content(self) -> dict[str, object]:
-        """Return the settings that decide the bytes of the set; a resume refuses if one of them differs."""
+        """Return the settings that decide the bytes of the set; a resume refuses if one of them differs.
+
+        Those that choose among its documents aside: they decide what is made of the set of all.
+        """
         how = {"output", "workers", "engine", "overwrite", "max_rejects"}
-        return self.model_dump(mode="json", exclude=how) | {"split": self.split or "train"}
+        return self.model_dump(mode="json", exclude=how.union(CHOOSING)) | {"split": self.split or "train"}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the set may hold less, or more, than all documents once."""
+        return bool(self.dedup or self.exclude or self.cap or self.eval is not None or self.mix)
+
+    def chosen(self) -> dict[str, object]:
+        """Return the settings that choose among documents, without those at their defaults."""
+        return self.model_dump(include=set(CHOOSING), exclude_defaults=True)
 
 
 def make_config(**settings: object) -> PrepareConfig:

@@ -7,6 +7,48 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 
+class PrepareSettings(TypedDict, total=False):
+    """Settings of `sftdata.prepare` but `eval`."""
+
+    split: str | None
+    subset: str | None
+    format: str | None
+    map: Mapping[str, str]
+    map_role: Mapping[str, str]
+    kind: Literal["auto", "conversation", "completion", "text"]
+    prompt_template: str | None
+    max_line_bytes: int
+    revision: str | None
+    chat_template: str | None
+    template_kwargs: Mapping[str, object]
+    date: str
+    train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"]
+    response_template: str | Sequence[int] | None
+    instruction_template: str | Sequence[int] | None
+    mask_mode: Literal["default", "trl-0.7.10"]
+    loss_weights: bool
+    boundary: Literal["split", "merge"]
+    eos_token: str | None
+    trust_control_tokens: bool
+    max_length: int | None
+    overlong: Literal["truncate", "truncate-left", "drop", "split", "error"]
+    packing: Literal["bfd", "wrapped", "none"]
+    max_rejects: str | int
+    slice_bytes: int
+    dedup: Literal["row", "prompt"] | None
+    exclude: Sequence[str | Path]
+    exclude_by: Literal["row", "prompt"]
+    cap: Mapping[str, str]
+    mix: Mapping[str, float | str]
+    mix_by: Literal["rows", "tokens", "trained"]
+    passes: float
+    total: str | None
+    seed: int
+    workers: int | None
+    engine: Literal["auto", "gigatoken", "tokenizers"]
+    overwrite: bool
+
+
 class ViewSettings(TypedDict, total=False):
     """Settings of `sftdata.view` but `eval`."""
 

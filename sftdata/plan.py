@@ -182,8 +182,9 @@ class Plan:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
         mine = msgspec.to_builtins(self.identity())
         changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
-        names = [source.name for source in manifest.sources]
+        names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind
         changed += ["names"] if names != list(self.job.sources) else []
+        changed += ["view"] if "view" in manifest.settings else []  # it holds some of the documents
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])
 
     def continues(self, manifest: Manifest) -> bool:

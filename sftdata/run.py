@@ -426,7 +426,11 @@ def preview(config: PrepareConfig, number: int) -> Preview:
         workers=config.workers or usable_cores(),
         fill=float(lengths.sum()) / max(slots, 1),
         max_length=plan.job.max_length,
-        notes=(*plan.notes, *(stages.token_notes() if ledger.counters.get("turns") else ())),
+        notes=(
+            *plan.notes,
+            *(stages.token_notes() if ledger.counters.get("turns") else ()),
+            *(["All rows are sampled, before any is chosen or left out."] if config.chooses else []),
+        ),
         tokenizer_folder=plan.job.tokenizer.folder,
     )
 

@@ -308,6 +308,7 @@ _OF_THE_DATA = """
 inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer
 chat_template template_kwargs date train_on response_template instruction_template mask_mode loss_weights
 boundary eos_token trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
+dedup exclude exclude_by cap mix mix_by passes total
 """
 
 # Settings of training that other tools take beside those of the data.
@@ -354,6 +355,8 @@ _OF_SFTDATA: dict[str, tuple[str | None, str]] = {
     "dataset_prepared_path": ("output", ""),
     "field_messages": ("map", "messages=COLUMN."),
     "roles": ("map_role", "bot=assistant."),
+    "val_set_size": ("eval", "as 5%."),
+    "dataset_exact_deduplication": ("dedup", "row."),
     # LLaMA-Factory
     "cutoff_len": ("max_length", ""),
     "mask_history": ("train_on", "last-assistant."),
@@ -363,6 +366,9 @@ _OF_SFTDATA: dict[str, tuple[str | None, str]] = {
     "preprocessing_num_workers": ("workers", ""),
     "dataset": ("inputs", ""),
     "dataset_dir": ("inputs", ""),
+    "val_size": ("eval", "as 5%."),
+    "interleave_probs": ("mix", "NAME=SHARE, once for each source."),
+    "max_samples": ("cap", "NAME=AMOUNT, as '*=1000 rows'."),
     "enable_thinking": ("template_kwargs", "As --set template_kwargs.enable_thinking=false."),
     # ms-swift
     "loss_scale": (
@@ -371,6 +377,7 @@ _OF_SFTDATA: dict[str, tuple[str | None, str]] = {
     ),
     "truncation_strategy": ("overlong", "truncate-left, truncate, drop or split."),
     "packing_length": ("max_length", ""),
+    "split_dataset_ratio": ("eval", "as 5%."),
     "columns": ("map", "messages=COLUMN."),
     "use_chat_template": ("kind", "conversation or text."),
 }

@@ -28,6 +28,7 @@ from sftdata.batches import (
     TextBatch,
     TokenBatch,
 )
+from sftdata.choosing import CHOOSING
 from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
 from sftdata.encode.engine import choose_engine, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
@@ -43,11 +44,12 @@ from sftdata.sources.planning import plan_sources
 from sftdata.sources.source import open_source
 
 BUFFER_ROWS = 1024
-# Settings of `prepare` for the files of a set, for packing, and for the distribution of the work.
+# Settings of `prepare` for the files of a set, for packing, and for the distribution of the work; the seed of
+# a stream is its own.
 NOT_STREAMED = frozenset({
     "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects",
-    "max_line_bytes", "slice_bytes", "workers",
-})  # fmt: skip
+    "max_line_bytes", "slice_bytes", "workers", *CHOOSING,
+}) - {"seed"}  # fmt: skip
 
 StreamedRow = dict[str, Int32 | Float32]
 

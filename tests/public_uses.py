@@ -70,9 +70,9 @@ def train(model: torch.nn.Module, notes: list[str]) -> float:
 
 def refused(rows: list[str]) -> None:
     """Write what a type checker must not take."""
-    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", max_lenght=64)  # type: ignore[arg-type]
-    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", packing="best")  # type: ignore[arg-type]
-    sftdata.prepare("a.jsonl", "tok", output="set")  # type: ignore[call-arg]
+    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", max_lenght=64)  # type: ignore[call-overload]
+    sftdata.prepare("a.jsonl", tokenizer="tok", output="set", packing="best")  # type: ignore[call-overload]
+    sftdata.prepare("a.jsonl", "tok", output="set")  # type: ignore[call-overload]
     sftdata.stream(rows, tokenizer="tok", overwrite=True)  # type: ignore[arg-type]
     sftdata.view("set", output="view", max_lenght=64)  # type: ignore[call-overload]
     sftdata.batched  # type: ignore[attr-defined]  # noqa: B018

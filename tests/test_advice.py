@@ -417,6 +417,9 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_views_choice.py::test_a_recipe_is_written_checked_and_run"
     ),
     "give --total in {}, or --mix-by {}.": _VIEWS,
+    "finish it with the command it was begun with, or start anew with --overwrite.": (
+        "tests/integration/test_prepare_chosen.py::test_an_unfinished_set_of_all_documents_is_not_discarded"
+    ),
     "take it out of --exclude, or out of the sets.": (
         "tests/integration/test_views_named.py::test_what_a_set_is_excluded_from_is_not_itself"
     ),

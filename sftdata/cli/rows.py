@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import BaseModel
 
+from sftdata.choosing import CHOOSING, folders_of
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
@@ -25,12 +26,13 @@ SETTINGS = (
     "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map",
     "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
     "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", "split", "subset",
-    "revision", "max_rejects", "workers", "engine", "overwrite",
+    "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
 )  # fmt: skip
 _GROUPS = {
     "inputs": "what is read",
     "tokenizer": "what is rendered and trained",
     "output": "how it is cut, packed and stored",
+    "dedup": "which of the documents the set holds",
     "workers": "how the work is done; never changes a byte of the set",
 }
 
@@ -117,15 +119,23 @@ def prepare(
 
     with start_workers(config) as workers:
         # Imported here even for the summary: the leader of the workers starts up meanwhile.
-        from sftdata.run import prepare as run
-        from sftdata.show.audit import glance
+        from sftdata.selected import prepare as run
 
         with RunLog() as log:
-            manifest = run(config, workers, log.progress, log.note)
+            manifests = run(config, workers, log.progress, log.note)
+        made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:
-            print_json(manifest.to_json() | {"audit": glance(config.output, manifest).to_json()})
-        else:
-            log.summary(manifest, config.output)
+            found = {str(folder): _with_audit(folder, manifest) for folder, manifest in made.items()}
+            print_json(found if config.eval is not None else found[str(config.output)])
+            return
+        for folder, manifest in made.items():
+            log.summary(manifest, folder)
+
+
+def _with_audit(folder: Path, manifest: Manifest) -> dict[str, object]:
+    from sftdata.show.audit import glance
+
+    return manifest.to_json() | {"audit": glance(folder, manifest).to_json()}
 
 
 @with_settings("format", "map", "split", "subset")
@@ -150,7 +160,9 @@ def detect(
         print_line(f"  {line}")
 
 
-@with_settings(*(name for name in SETTINGS if name not in ("output", "overwrite", "workers", "max_rejects")))
+@with_settings(
+    *(name for name in SETTINGS if name not in ("output", "overwrite", "workers", "max_rejects", *CHOOSING))
+)
 def preview(
     config: PrepareConfig,
     number: Annotated[int, typer.Option("-n", min=1, help="Examples to show.")] = 3,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from sftdata.choosing import folders_of
 from sftdata.cli.flags import Folder, Json, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
 from sftdata.output import local_output, print_json, print_line
@@ -176,7 +177,7 @@ def view(
     Example: sftdata view chats code -o both --mix 'chats.jsonl=70' --mix '*.py.jsonl=30' --eval 2%
     """
     from sftdata.cli.rows import RunLog, commented, summary_lines
-    from sftdata.views.write import SIDES, make_view
+    from sftdata.views.write import make_view
 
     if init:
         title = "# Settings of a view. Make it: sftdata view THIS_FILE.\n"
@@ -184,7 +185,7 @@ def view(
         return
     with RunLog() as log:
         manifests = make_view(config, log.progress, log.note)
-    folders = [config.output / side for side in SIDES] if config.eval is not None else [config.output]
+    folders = folders_of(config.output, config.eval)
     if as_json:
         made = {str(folder): made.to_json() for folder, made in zip(folders, manifests, strict=True)}
         print_json(made if config.eval is not None else manifests[0].to_json())

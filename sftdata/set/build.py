@@ -254,6 +254,10 @@ class Build:
             else {}
         )
 
+    def kept(self) -> dict[str, object]:
+        """Return the plan of an unfinished set that no other command may discard; empty if there is none."""
+        return {} if self._refused.exists() else self._begun()
+
     def sealed(self) -> Manifest | None:
         """Return the manifest of a set that only waits to be put in place: its run was stopped at the end."""
         if not (self.folder / MANIFEST_NAME).exists():

@@ -179,6 +179,11 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
+def documents_folder(folder: Path) -> Path:
+    """Return where the set of all documents stands while `folder` is made of some of them."""
+    return folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}.documents")
+
+
 def partial_folder(folder: Path) -> Path:
     """Return where a set is built before it becomes `folder`: beside it, so that one rename finishes it."""
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
@@ -246,8 +251,10 @@ def _read_bytes(folder: Path, path: Path) -> bytes:
 
 
 def _not_a_set(folder: Path) -> UsageError:
-    partial = folder if folder.name.endswith(PARTIAL_SUFFIX) else partial_folder(folder)
-    if partial.is_dir():
+    documents = documents_folder(folder)
+    begun = [partial_folder(folder), documents, partial_folder(documents)]
+    partial = next(filter(Path.is_dir, [folder] if folder.name.endswith(PARTIAL_SUFFIX) else begun), None)
+    if partial is not None:
         goes_on = "run the same command again; it goes on where it stopped."
         return UsageError(f"{folder}: not a finished set; {partial} holds an unfinished run.", goes_on)
     inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))

@@ -59,6 +59,7 @@ class ViewPlan:
         settings: of the manifest.
         ledger: what became of rows and tokens, packing aside.
         notes: what is said of it, one sentence each.
+        passing: the bases go away when the view is made, so that it does not name them.
     """
 
     config: ViewConfig
@@ -73,6 +74,7 @@ class ViewPlan:
     settings: dict[str, object]
     ledger: Ledger
     notes: tuple[str, ...]
+    passing: bool = False
 
     @property
     def row_length(self) -> int | None:
@@ -276,23 +278,31 @@ def _settings(
         "max_length": config.max_length, "overlong": config.overlong, "packing": config.packing,
         "loss_weights": any(base.manifest.weighted for base in bases),
     }  # fmt: skip
-    view: dict[str, object] = config.selection()
-    for name in ("pack_over", "steps_for", "model"):
-        view.pop(name, None)
+    view = named_selection(config, side, by_slice=by_slice)
     if dealt is not None:
         view["steps"] = msgspec.to_builtins(dealt[0])
     if isinstance(before := settings.get("view"), dict):  # its rows lie in an order of their own
         settings["view"] = {name: value for name, value in before.items() if name not in ORDERING}
-    if config.drop is not None:  # lists and sets are named by what they hold
+    if view or others:
+        settings["view"] = view | {"bases": [base.manifest.digest for base in bases]}
+    return settings
+
+
+def named_selection(config: ViewConfig, side: str, *, by_slice: bool) -> dict[str, object]:
+    """Return the settings that choose documents as a manifest has them: lists and sets go by what they hold.
+
+    Args:
+        side: of a split; empty where there is none.
+        by_slice: whether packing keeps to the slices of the base.
+    """
+    view = config.selection()
+    for name in ("pack_over", "steps_for", "model"):
+        view.pop(name, None)
+    if config.drop is not None:
         view["drop"] = hashlib.sha256(config.drop.read_bytes()).hexdigest()
     if config.exclude:
         view["exclude"] = [read_manifest(Path(folder)).digest for folder in config.exclude]
-    if not by_slice:
-        view["pack_over"] = "view"
-    if view or others:
-        view["bases"] = [base.manifest.digest for base in bases]
-        settings["view"] = view | ({"side": side} if side else {})
-    return settings
+    return view | ({} if by_slice else {"pack_over": "view"}) | ({"side": side} if side else {})
 
 
 _ABSENT = object()

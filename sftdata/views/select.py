@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -112,14 +113,37 @@ class Choice:
         Raises:
             UsageError: it matches no source.
         """
-        names = [source.name for source in self.sources]
-        hits = [pattern in (name, name.rpartition("/")[2]) or fnmatchcase(name, pattern) for name in names]
-        if not any(hits):
-            raise UsageError(
-                f"--{setting} {pattern}: no source of that name.",
-                did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."),
-            )
-        return np.array(hits, np.bool_)[self.source]
+        return named(pattern, [source.name for source in self.sources], setting=setting)[self.source]
+
+
+def named(pattern: str, names: Sequence[str], *, setting: str) -> Bool:
+    """bool[S]: sources, by their names, that a name or glob matches.
+
+    Raises:
+        UsageError: it matches none.
+    """
+    hits = [pattern in (name, name.rpartition("/")[2]) or fnmatchcase(name, pattern) for name in names]
+    if not any(hits):
+        raise UsageError(
+            f"--{setting} {pattern}: no source of that name.",
+            did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."),
+        )
+    return np.array(hits, np.bool_)
+
+
+def shared_out(patterns: Sequence[str], names: Sequence[str]) -> list[Bool]:
+    """Return for each pattern of `--mix` the sources that it matches, bool[S].
+
+    Raises:
+        UsageError: one matches none, or two match one source.
+    """
+    groups = [named(pattern, names, setting="mix") for pattern in patterns]
+    doubly = np.flatnonzero(np.sum(groups, axis=0) > 1)
+    if len(doubly):
+        raise UsageError(
+            f"--mix: {names[doubly[0]]} has two shares.", "let each source match one name or glob."
+        )
+    return groups
 
 
 def filter_documents(choice: Choice, config: ViewConfig) -> None:
@@ -284,11 +308,8 @@ def mix_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
     """
     tokens, trained = _kept_amounts(choice, limited)
     amounts = amounts_by(config.mix_by, tokens, trained) * (tokens > 0)
-    groups = [choice.named(pattern, setting="mix") for pattern in config.mix]
-    doubly = np.sum(groups, axis=0) > 1
-    if doubly.any():
-        name = choice.sources[int(choice.source[doubly][0])].name
-        raise UsageError(f"--mix: {name} has two shares.", "let each source match one name or glob.")
+    names = [source.name for source in choice.sources]
+    groups = [group[choice.source] for group in shared_out(list(config.mix), names)]
     choice.keep("mix", np.logical_or.reduce(groups))
     members = [np.flatnonzero(group & choice.stays & (amounts > 0)) for group in groups]
     targets = _targets([int(amounts[member].sum()) for member in members], config)
@@ -317,11 +338,6 @@ def _targets(available: list[int], config: ViewConfig) -> list[int]:
     """Return how much each source is to give."""
     names, shares = list(config.mix), list(config.mix.values())
     total = None if config.total is None else read_amount(config.total)
-    if total is not None and total.measure != config.mix_by:
-        raise UsageError(
-            f"--total {config.total}: counts {total.measure}; --mix-by is {config.mix_by}.",
-            f"give --total in {config.mix_by}, or --mix-by {total.measure}.",
-        )
     for name, amount in zip(names, available, strict=True):
         if not amount:
             raise UsageError(

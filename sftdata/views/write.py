@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import Dropped, PackPlan
+from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
@@ -49,11 +50,14 @@ from sftdata.views.recipe import ViewConfig
 
 OnProgress = Callable[[Progress], object]
 Say = Callable[[str], object]
-SIDES = ("train", "eval")
 
 
 def make_view(
-    config: ViewConfig, progress: OnProgress | None = None, say: Say = lambda _: None
+    config: ViewConfig,
+    progress: OnProgress | None = None,
+    say: Say = lambda _: None,
+    *,
+    passing: bool = False,
 ) -> tuple[Manifest, ...]:
     """Make a view, or both sides of a split; return the manifest of each.
 
@@ -61,20 +65,29 @@ def make_view(
         config: the settings.
         progress: called after each shard.
         say: told, in one sentence each, what was decided or realised.
+        passing: the sets go away when the view is made, so that it does not name them.
 
     Raises:
         SftError: whatever stops it; what is finished is kept, and the same command goes on from there.
     """
     config = config.model_copy(update={"output": behind_links(config.output)})
-    _refuse_nested(config)
+    refuse_nested(config)
+
+    def plans() -> list[ViewPlan]:
+        return [replace(plan, passing=passing) for plan in plan_views(config)]
+
     if config.eval is not None:
-        return _make_split(config, progress, say)
+        return _make_split(config, plans, progress, say)
     old = finished_set(config.output, overwrite=config.overwrite)
-    return (_write(plan_views(config)[0], old, progress, say),)
+    return (_write(plans()[0], old, progress, say),)
 
 
-def _refuse_nested(config: ViewConfig) -> None:
-    """Refuse an output inside or around a set it is made of: replacing one would delete the other."""
+def refuse_nested(config: ViewConfig) -> None:
+    """Refuse an output inside or around a set it is made of: replacing one would delete the other.
+
+    Raises:
+        UsageError: naming both.
+    """
     output = config.output.resolve()
     for folder in (*config.sets, *config.exclude):
         for base in _folders(Path(folder)):
@@ -98,18 +111,19 @@ def _folders(folder: Path) -> Iterator[Path]:
         yield from ((folder / base.path).resolve() for base in manifest.bases if manifest.by_index)
 
 
-def _make_split(config: ViewConfig, progress: OnProgress | None, say: Say) -> tuple[Manifest, ...]:
+def _make_split(
+    config: ViewConfig, plans: Callable[[], list[ViewPlan]], progress: OnProgress | None, say: Say
+) -> tuple[Manifest, ...]:
     """Make both sides of a split in a folder of their own, which takes its name when both are whole."""
     output = config.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
         if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
             raise _made_otherwise(output)
     elif not config.overwrite:
-        plans = plan_views(config)
-        return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans)
-    plans = plan_views(config)
+        return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans())
+    planned = plans()
     with Build(output).locked() as both:
-        moved = [replace(plan, output=both.folder / plan.output.name) for plan in plans]
+        moved = [replace(plan, output=both.folder / plan.output.name) for plan in planned]
         sides = [
             _write(plan, finished_set(plan.output, overwrite=config.overwrite), progress, say)
             for plan in moved
@@ -279,6 +293,8 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
 
 def _bases(plan: ViewPlan) -> tuple[BaseInfo, ...]:
     """Name the sets that a view is made of; of a view by index those that hold its tokens."""
+    if plan.passing:
+        return ()
     if plan.config.write:
         return tuple(
             BaseInfo(path=os.path.relpath(base.folder, plan.output), digest=base.manifest.digest)

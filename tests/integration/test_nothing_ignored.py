@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sftdata.choosing import CHOOSING
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.limit import take_pieces
@@ -127,6 +128,8 @@ AS_BY_DEFAULT = {
 # These name inputs and outputs, or say how the work is done.
 APART = {"inputs", "tokenizer", "output", "split", "subset", "max_line_bytes", "max_rejects", "slice_bytes", "workers", "engine",
          "overwrite"}  # fmt: skip
+# These act on what the rows became: tests/integration/test_prepare_chosen.py.
+APART |= {*CHOOSING}
 
 
 def as_text(row: dict[str, Any]) -> str:

@@ -127,6 +127,7 @@ SETTINGS = {
         "boundary",
     ),
     *("eos_token", "trust_control_tokens", "max_length", "engine"),
+    "seed",  # its own, of the shuffling
 }
 
 

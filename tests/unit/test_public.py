@@ -14,8 +14,9 @@ import pytest
 
 import sftdata
 import sfttrain
+from sftdata.choosing import CHOOSING
 from sftdata.config import PrepareConfig
-from sftdata.keywords import ViewSettings
+from sftdata.keywords import PrepareSettings, ViewSettings
 from sftdata.streaming import BUFFER_ROWS, NOT_STREAMED
 from sftdata.views.recipe import ViewConfig
 from sfttrain.config import TrainConfig
@@ -38,10 +39,15 @@ MASKED = """revision: str | None = None, chat_template: str | None = None,\
  boundary: Literal['split', 'merge'] = 'split', eos_token: str | None = None,\
  trust_control_tokens: bool = False, max_length: int | None = None"""
 ENGINE = """engine: Literal['auto', 'gigatoken', 'tokenizers'] = 'auto'"""
-SETTINGS = f"""split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
+BUILT = f"""split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] = 'truncate',\
  packing: Literal['bfd', 'wrapped', 'none'] = 'bfd', max_rejects: str | int = '1%',\
- slice_bytes: int = 8388608, workers: int | None = None, {ENGINE}, overwrite: bool = False, **unknown: Never"""
+ slice_bytes: int = 8388608"""
+CHOSEN = """dedup: Literal['row', 'prompt'] | None = None, exclude: Sequence[str | Path] = (),\
+ exclude_by: Literal['row', 'prompt'] = 'prompt', cap: Mapping[str, str] = {}, eval: str | float | None = None,\
+ mix: Mapping[str, float | str] = {}, mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float = 1,\
+ total: str | None = None, seed: int = 0"""
+HOW = f"""workers: int | None = None, {ENGINE}, overwrite: bool = False, **unknown: Never"""
 
 # After 1.0, taking a name away or asking for more is a major version: docs/versioning.md.
 SURFACE = {
@@ -61,9 +67,9 @@ diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
 open(folder: str | Path) -> ShownSet
 prepare(inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
- {SETTINGS}) -> Manifest
+ {BUILT}, {CHOSEN}, {HOW}) -> Manifest | tuple[Manifest, Manifest]
 preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Formatter = None,\
- {SETTINGS}) -> Preview
+ {BUILT}, {HOW}) -> Preview
 stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
@@ -71,10 +77,7 @@ view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
  max_tokens: int | None = None, min_trained: str | None = None, max_trained: str | None = None,\
- drop: Path | None = None, dedup: Literal['row', 'prompt'] | None = None, exclude: Sequence[str | Path] = (),\
- exclude_by: Literal['row', 'prompt'] = 'prompt', cap: Mapping[str, str] = {{}}, eval: str | float | None = None,\
- mix: Mapping[str, float | str] = {{}}, mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float = 1,\
- total: str | None = None, seed: int = 0, max_length: int | None = None,\
+ drop: Path | None = None, {CHOSEN}, max_length: int | None = None,\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
  packing: Literal['bfd', 'wrapped', 'none'] | None = None, pack_over: Literal['auto', 'slice', 'view'] = 'auto',\
  order: Literal['as-is', 'shuffled', 'length', 'trained', 'sources', 'windows'] = 'as-is', bands: int = 8,\
@@ -149,6 +152,10 @@ def test_all_that_is_public_says_what_it_does(package: Any) -> None:
 
 # What a keyword takes beside the kind that the settings hold.
 WIDER = {
+    "max_rejects": "str | int",
+    "eval": "str | float | None",
+    "exclude": "Sequence[str | Path]",
+    "dict[str, float]": "Mapping[str, float | str]",
     "dict[str, str]": "Mapping[str, str]",
     "dict[str, object]": "Mapping[str, object]",
     "str | tuple[int, ...] | None": "str | Sequence[int] | None",
@@ -157,9 +164,8 @@ WIDER = {
 
 @pytest.mark.parametrize("function", [sftdata.prepare, sftdata.preview, sftdata.stream])
 def test_the_keywords_are_the_settings_with_their_kinds_and_defaults(function: Any) -> None:
-    own = {"inputs", "tokenizer", "output", "formatter"} | (
-        NOT_STREAMED if function is sftdata.stream else set()
-    )
+    own = {"inputs", "tokenizer", "output", "formatter"}
+    own |= {sftdata.stream: NOT_STREAMED | {"seed"}, sftdata.preview: {*CHOOSING}}.get(function, set())
     fields = {name: field for name, field in PrepareConfig.model_fields.items() if name not in own}
     keywords = {
         name: keyword
@@ -169,8 +175,8 @@ def test_the_keywords_are_the_settings_with_their_kinds_and_defaults(function: A
     assert list(keywords) == list(fields)
     for name, field in fields.items():
         kind = keywords[name].annotation
-        held = inspect.formatannotation(field.annotation)
-        assert kind == ("str | int" if name == "max_rejects" else WIDER.get(held, held)), name
+        held = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", inspect.formatannotation(field.annotation))
+        assert kind == WIDER.get(name, WIDER.get(held, held)), name
         assert keywords[name].default == field.get_default(call_default_factory=True), name
 
 
@@ -184,11 +190,16 @@ def test_the_keywords_of_view_are_its_settings_with_their_defaults() -> None:
         assert keywords[name].default == field.get_default(call_default_factory=True), name
 
 
-def test_the_keywords_of_type_checkers_are_those_of_the_function() -> None:
-    keywords = inspect.signature(sftdata.view).parameters
-    own = {"sets", "output", "on_note", "on_progress", "eval", "unknown"}
-    assert ViewSettings.__annotations__.keys() == keywords.keys() - own
-    for name, kind in ViewSettings.__annotations__.items():
+@pytest.mark.parametrize(
+    ("function", "settings"),
+    [(sftdata.prepare, PrepareSettings), (sftdata.view, ViewSettings)],
+    ids=["prepare", "view"],
+)
+def test_the_keywords_of_type_checkers_are_those_of_the_function(function: Any, settings: Any) -> None:
+    keywords = inspect.signature(function).parameters
+    own = {"inputs", "sets", "tokenizer", "output", "formatter", "on_note", "on_progress", "eval", "unknown"}
+    assert list(settings.__annotations__) == [name for name in keywords if name not in own]
+    for name, kind in settings.__annotations__.items():
         assert kind.__forward_arg__.replace('"', "'") == keywords[name].annotation.replace('"', "'"), name
 
 
@@ -197,6 +208,10 @@ def test_the_keywords_of_type_checkers_are_those_of_the_function() -> None:
     [
         (lambda: sftdata.prepare(CHATS, tokenizer=TOKENIZER, output="set", max_lenght=64), "'max_length'"),
         (lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, max_seq_length=64), "--max-length"),
+        (
+            lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, eval="5%"),
+            "eval: .*a preview samples all rows",
+        ),
         (lambda: sftdata.stream([], tokenizer=TOKENIZER, packing="bfd"), "leave it out"),
         (lambda: sftdata.view("set", output="view", packin="bfd"), "'packing'"),
     ],

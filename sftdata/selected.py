@@ -1,0 +1,196 @@
+"""Build a set of some of its documents: all are prepared beside the output, then chosen from as a view.
+
+    OUT.partial.documents    the set of all documents, as `prepare` makes it, until what was chosen stands
+    OUT                      the view of it; with `eval` the two sets OUT/train and OUT/eval
+
+Each is a build of its own, which the same command resumes. Where only the choice changes, because it left
+nothing, say, the documents stay and are not tokenized again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from sftdata.choosing import SIDES, folders_of
+from sftdata.config import PrepareConfig
+from sftdata.errors import SftError, UsageError
+from sftdata.output import Progress, behind_links
+from sftdata.pipeline import load_engine
+from sftdata.plan import MOVING, Plan, inputs_of, make_plan
+from sftdata.run import build_set, note_padding
+from sftdata.run import prepare as prepare_all
+from sftdata.set.build import Build, finished_set
+from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, partial_folder, read_manifest
+from sftdata.settings import check_settings
+from sftdata.views.plan import named_selection
+from sftdata.views.recipe import ViewConfig
+from sftdata.views.select import named, shared_out
+from sftdata.views.write import make_view, refuse_nested
+from sftdata.workers import Workers
+
+OnProgress = Callable[[Progress], object]
+OnNote = Callable[[str], object]
+
+
+def prepare(
+    config: PrepareConfig,
+    workers: Workers,
+    progress: OnProgress | None = None,
+    note: OnNote = lambda _: None,
+) -> tuple[Manifest, ...]:
+    """Build a set, or both sides of a split; return the manifest of each.
+
+    Args:
+        config: the settings.
+        workers: of `launch.start_workers`.
+        progress: called after each task, and after each shard of what is chosen.
+        note: called with each decision made for the user, in one sentence.
+
+    Raises:
+        SftError: whatever stops the run; finished tasks are kept, and the same command continues.
+    """
+    if not config.chooses:
+        return (prepare_all(config, workers, progress, note),)
+    config = config.model_copy(update={"output": behind_links(config.output)})
+    view = _recipe(config)
+    refuse_nested(view)
+    old = _finished(config)
+    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), note)
+    _refuse_unknown(plan, view)
+    for sentence in plan.notes:
+        note(sentence)
+    changed = _difference(plan, view, old) if old else []
+    if old and not changed:
+        _sweep(plan, config.output)
+        note(f"{config.output} is up to date: same data, same settings.")
+        return tuple(old)
+    if old and not config.overwrite:
+        named = {name for manifest in old for name in manifest.settings.get("inputs", ())}
+        if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
+            problem = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
+            raise UsageError(problem, "choose another -o, or replace the set with --overwrite.")
+        view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
+    _refuse_begun(config)
+    note_padding(plan, note)
+    made = _choose(config, plan, view, workers, progress, note)
+    _sweep(plan, config.output)
+    return made
+
+
+def _choose(
+    config: PrepareConfig,
+    plan: Plan,
+    view: ViewConfig,
+    workers: Workers,
+    progress: OnProgress | None,
+    note: OnNote,
+) -> tuple[Manifest, ...]:
+    """Prepare all documents, then make the view of them."""
+    documents = config.model_copy(update={"output": documents_folder(config.output)})
+    job = replace(plan.job, config=plan.job.config.model_copy(update={"output": documents.output}))
+    old = finished_set(documents.output, overwrite=config.overwrite)
+    tokens = Progress(0, 0, 0, 0)
+
+    def prepared(now: Progress) -> None:
+        nonlocal tokens
+        tokens = now
+        if progress:
+            progress(now)
+
+    def written(now: Progress) -> None:
+        if progress:
+            progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
+
+    build_set(documents, replace(plan, job=job), old, workers, prepared, note)
+    return make_view(view, written, note, passing=True)
+
+
+def _recipe(config: PrepareConfig) -> ViewConfig:
+    """Return the view of the set of all documents that holds what was chosen."""
+    documents = str(documents_folder(config.output))
+    where = {"sets": (documents,), "output": config.output, "overwrite": config.overwrite}
+    return check_settings(ViewConfig, "sftdata", where | {"write": True} | config.chosen())
+
+
+def _refuse_begun(config: PrepareConfig) -> None:
+    """Refuse, before anything is tokenized, to discard an unfinished set of all documents.
+
+    Raises:
+        UsageError: naming it.
+    """
+    build = Build(config.output)
+    if not config.overwrite and (begun := build.kept()) and "view" not in begun:
+        raise UsageError(
+            f"{build.folder}: an unfinished set of all documents.",
+            "finish it with the command it was begun with, or start anew with --overwrite.",
+        )
+
+
+def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
+    """Refuse, before anything is tokenized, what the view would refuse for its names.
+
+    Raises:
+        UsageError: a source, or a set to exclude, is not there or of another tokenizer.
+    """
+    names = list(plan.job.sources)
+    for pattern in view.cap:
+        named(pattern, names, setting="cap")
+    if view.mix:
+        shared_out(list(view.mix), names)
+    for folder in view.exclude:
+        found = read_manifest(Path(folder)).tokenizer.sha256
+        if found != plan.job.tokenizer.sha256:
+            raise UsageError(
+                f"--exclude {folder}: tokenizer {found[:12]}; here it is {plan.job.tokenizer.sha256[:12]}.",
+                "prepare that set again with the tokenizer that is used here.",
+            )
+
+
+# --------------------------------------------------------------------------------------- what is there
+
+
+def _finished(config: PrepareConfig) -> list[Manifest]:
+    """Return what stands at the output: a set, both sides of a split, or nothing."""
+    folders = folders_of(config.output, config.eval)
+    if not all((folder / MANIFEST_NAME).exists() for folder in folders):
+        folders = (config.output,)
+    found = [finished_set(folder, overwrite=config.overwrite) for folder in folders]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
+    """Return the settings that finished sets were made with otherwise; empty where they are those asked for.
+
+    The set that they were chosen from is known by what it was made with: its digest follows from that.
+    """
+    sides = SIDES if view.eval is not None else ("",)
+    if len(old) != len(sides):
+        return ["eval"]
+    changed = set()
+    for side, manifest in zip(sides, old, strict=True):
+        wanted = msgspec.to_builtins(named_selection(view, side, by_slice=False))
+        found = {**manifest.settings.get("view", {})}
+        found.pop("bases", None)
+        changed |= {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
+        changed |= {*plan.difference(manifest)} - {"view"}
+    return sorted(changed)
+
+
+def _sweep(plan: Plan, output: Path) -> None:
+    """Remove the documents that finished sets were chosen from; those of another run stay.
+
+    They take the name of a build without a plan first: stopped halfway, they are swept up the next time.
+    """
+    documents = documents_folder(output)
+    with suppress(SftError, OSError):
+        if not plan.difference(read_manifest(documents)):
+            with Build(output).locked():  # nobody reads them
+                os.rename(documents, partial_folder(documents))
+    Build(documents).sweep()
+    Build(output).sweep()
