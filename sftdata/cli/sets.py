@@ -116,6 +116,7 @@ def stats(
 
     Example: sftdata stats shards --html report.html
     """
+    from sftdata.set.steps import measure_balance
     from sftdata.show.stats import measure, stats_json
     from sftdata.show.view import open_shown
 
@@ -128,11 +129,11 @@ def stats(
         write_page(html, make_report(shards, audit_set(shards)))
         print_line(f"Wrote {html}.", err=True)
     elif as_json:
-        print_json(stats_json(shards.manifest))
+        print_json(stats_json(shards.manifest, measure_balance(shards)))
     else:
         from sftdata.show.terminal import make_console, print_stats
 
-        print_stats(measure(shards.manifest), str(folder), make_console())
+        print_stats(measure(shards.manifest, measure_balance(shards)), str(folder), make_console())
 
 
 def diff(

@@ -11,13 +11,17 @@ from sftdata.output import one_line
 from sftdata.set.ledger import SourceCounts
 from sftdata.set.manifest import Manifest
 from sftdata.set.shares import MEASURES, realised
+from sftdata.set.steps import Balance
 
 _HASH = re.compile(r"[0-9a-f]{32,}")
 _LONGEST = 60  # characters shown of a setting
 _PASS = re.compile(r"#\d+")
 _SETTINGS = {"source": "sources", "train": "eval"}  # of steps that have another name
 # Settings that stand in the sentence of another, or are no choice.
-_BESIDE = {"bases", "side", "eval", "mix", "mix_by", "passes", "total", "seed", "exclude_by"}
+_BESIDE = {
+    "bases", "side", "eval", "mix", "mix_by", "passes", "total", "seed", "exclude_by", "order", "bands",
+    "window", "steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +125,33 @@ def counters_of(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def choices_of(manifest: Manifest) -> tuple[tuple[str, str], ...]:
-    """Return what was chosen and what it left out, one sentence for each step; none for a plain set."""
-    return tuple(_choices(manifest))
+def choices_of(manifest: Manifest, balance: Balance | None = None) -> tuple[tuple[str, str], ...]:
+    """Return what was chosen and what it left out, one sentence for each step; none for a plain set.
+
+    Args:
+        balance: of a set in steps of equal work, as its rows say.
+    """
+    view = manifest.settings.get("view") or {}
+    return (*_choices(manifest, view), *_order(view, balance))
 
 
-def _choices(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    ledger, view = manifest.ledger, manifest.settings.get("view") or {}
+def _order(view: Mapping[str, Any], balance: Balance | None) -> Iterator[tuple[str, str]]:
+    """Yield the order of the rows, where it is another than that of the documents."""
+    if order := view.get("order"):
+        beside = {"bands": " bands", "window": " shards a window"}
+        more = "".join(f", {view[name]}{words}" for name, words in beside.items() if name in view)
+        yield "order", f"{order}{more}"
+    if balance is not None:
+        yield (
+            "steps",
+            f"{balance.steps:,} of {balance.ranks} x {balance.rows} rows: the busiest rank has"
+            f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled,"
+            f" {balance.worst:.3f} in the worst step",
+        )
+
+
+def _choices(manifest: Manifest, view: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ledger = manifest.ledger
     left_out = dict(ledger.documents_left_out)
     if manifest.bases:
         bases = ", ".join(f"{base.path} ({base.digest[:12]})" for base in manifest.bases)

@@ -13,6 +13,8 @@ import msgspec
 from sftdata.pages import macro, render
 from sftdata.set.ledger import Ledger
 from sftdata.set.manifest import Manifest
+from sftdata.set.opened import ShardSet
+from sftdata.set.steps import Balance, measure_balance
 from sftdata.show.choice import ShareOf, choices_of, counters_of, shares_of, tell_shares
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Stats:
         sources: in the order of the manifest.
         shares: of a mixture, else of each source.
         choices: how the set was chosen from others: name and sentence of each step.
+        balance: of a set in steps of equal work, if it was measured.
         repeated: documents that are there more than once, counted from the second time on.
         counters: everything else that was counted.
         notes: decisions of `prepare`.
@@ -110,6 +113,7 @@ class Stats:
     sources: tuple[SourceShare, ...]
     shares: tuple[ShareOf, ...]
     choices: tuple[tuple[str, str], ...]
+    balance: Balance | None
     repeated: int
     counters: dict[str, int]
     notes: tuple[str, ...]
@@ -120,8 +124,12 @@ class Stats:
         return ("rows in", self.rows), ("tokens in", self.tokens), ("token slots", self.slots)
 
 
-def measure(manifest: Manifest) -> Stats:
-    """Return the numbers of a set; no shard is opened."""
+def measure(manifest: Manifest, balance: Balance | None = None) -> Stats:
+    """Return the numbers of a set; no shard is opened.
+
+    Args:
+        balance: of a set in steps of equal work, as its rows say.
+    """
     ledger = manifest.ledger
     slots = _parts(
         ("trained", "trained", ledger.tokens_trained),
@@ -147,16 +155,17 @@ def measure(manifest: Manifest) -> Stats:
             for name, own in ledger.sources.items()
         ),
         shares=shares_of(manifest),
-        choices=choices_of(manifest),
+        choices=choices_of(manifest, balance),
+        balance=balance,
         repeated=ledger.documents_repeated,
         counters=counters_of(manifest),
         notes=manifest.notes,
     )
 
 
-def stats_json(manifest: Manifest) -> dict[str, object]:
-    """Return the numbers and the manifest they come from, as plain JSON data."""
-    return {"stats": msgspec.to_builtins(asdict(measure(manifest))), "manifest": manifest.to_json()}
+def stats_json(manifest: Manifest, balance: Balance | None = None) -> dict[str, object]:
+    """Return the numbers and the manifest they come from, as plain JSON data; `balance` as for `measure`."""
+    return {"stats": msgspec.to_builtins(asdict(measure(manifest, balance))), "manifest": manifest.to_json()}
 
 
 def length_histogram(lengths: dict[int, int]) -> tuple[LengthBin, ...]:
@@ -304,9 +313,10 @@ def histogram_of(bins: Sequence[LengthBin], max_length: int | None) -> Histogram
     return Histogram(bars, label, _ticks(bins), _limit(bins, max_length) if max_length else None, max_length)
 
 
-def notebook_summary(folder: str, manifest: Manifest) -> str:
+def notebook_summary(shards: ShardSet) -> str:
     """Return the figures of a set and their flow, as HTML for the output cell of a notebook."""
-    stats = measure(manifest)
+    folder, manifest = str(shards.folder), shards.manifest
+    stats = measure(manifest, measure_balance(shards))
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
     shape = f"{stats.rows_packed:,} packed rows {length}, {stats.fill:.1%} full"
     trained = f"{stats.trained_share:.1%} of tokens trained"
@@ -344,7 +354,7 @@ def _range(span: LengthBin) -> str:
 
 def make_report(shards: ShownSet, findings: Sequence[Finding]) -> str:
     """Return the report on a set as one self-contained page: no network, no script."""
-    stats, manifest = measure(shards.manifest), shards.manifest
+    stats, manifest = measure(shards.manifest, measure_balance(shards)), shards.manifest
     return render(
         "report.html.jinja",
         name=shards.folder.resolve().name,

@@ -367,7 +367,7 @@ class ShownSet(ShardSet):
         return f"{place}: read, but not in the set ({reasons}).", fix
 
     def _repr_html_(self) -> str:
-        return notebook_summary(str(self.folder), self.manifest)
+        return notebook_summary(self)
 
 
 def open_shown(folder: str | Path) -> ShownSet:

@@ -12,6 +12,7 @@ import sftdata
 from sftdata.cli import main
 from sftdata.errors import IntegrityError
 from sftdata.set.manifest import Manifest, read_manifest, seal
+from sftdata.set.steps import measure_balance
 from sftdata.show.audit import audit_set
 from sftdata.show.choice import choices_of, shares_of, tell_shares
 from sftdata.show.stats import flow_of, make_report, measure, ribbon
@@ -151,3 +152,17 @@ def test_what_only_its_sets_counted_is_not_said_of_a_view(base: Path, tmp_path: 
     chosen = measure(view(tmp_path / "chosen", base, min_tokens=100, max_length=100))
     assert "turns" not in chosen.counters
     assert chosen.counters["rows_cut"] > 0
+
+
+def test_order_and_balance_are_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bands = view(tmp_path / "bands", base, order="length", bands=3)
+    assert dict(choices_of(bands))["order"] == "length, 3 bands"
+    view(tmp_path / "steps", base, steps_for="2x1")
+    balance = measure_balance(open_shown(tmp_path / "steps"))
+    assert balance is not None
+    assert main(["stats", str(tmp_path / "steps")]) == 0
+    told = capsys.readouterr().out
+    assert f"{balance.steps} of 2 x 1 rows: the busiest rank has {balance.mean:.3f} times the mean" in told
+    shown = open_shown(tmp_path / "steps")
+    assert f"{balance.worst:.3f} in the worst step" in make_report(shown, audit_set(shown))
+    assert f"{balance.worst:.3f} in the worst step" in shown._repr_html_()
