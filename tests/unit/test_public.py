@@ -64,6 +64,7 @@ UsageError(message: str, fix: str = '') -> None
 audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]
 by_columns(formatter: _Function) -> _Function
 diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
+export(folder: str | Path, *, to: Target, output: str | Path) -> Exported
 open(folder: str | Path) -> ShownSet
 prepare(inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
