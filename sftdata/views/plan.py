@@ -187,7 +187,7 @@ def _plan(
         sources=sources,
         settings=_settings(config, bases, output.name if config.eval else "", by_slice, dealt),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
-        notes=tuple(dealt[1]) if dealt else (),
+        notes=(*choice.notes, *(dealt[1] if dealt else ())),
     )
 
 

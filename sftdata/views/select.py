@@ -57,6 +57,7 @@ class Choice:
         steps: names of the steps.
         times: int32[N], how often each document is taken; 0 where it is left out.
         shares: what `--mix` asked of each source, and what it got.
+        notes: what is said of the choice, one sentence each.
     """
 
     documents: Documents
@@ -66,6 +67,7 @@ class Choice:
     steps: list[str] = field(default_factory=list)
     times: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     shares: tuple[Share, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, documents: Documents, sources: tuple[SourceInfo, ...]) -> Choice:
@@ -297,7 +299,17 @@ def split_off(choice: Choice, config: ViewConfig) -> dict[str, Choice]:
             choice, left_by=choice.left_by.copy(), times=choice.times.copy(), steps=[*choice.steps]
         )
         sides[side].keep(other, kept)
+        sides[side].notes = _lacking(choice, sides[side], side)
     return sides
+
+
+def _lacking(choice: Choice, made: Choice, side: str) -> tuple[str, ...]:
+    """Say which sources a side of the split has nothing of: the draw is by prompt, whatever else is there."""
+    gone = set(choice.source[choice.stays].tolist()) - set(made.source[made.stays].tolist())
+    names = [choice.sources[index].name for index in sorted(gone)]
+    if not names:
+        return ()
+    return (f"{side}: holds nothing of {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}.",)
 
 
 def mix_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
