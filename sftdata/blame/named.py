@@ -38,8 +38,8 @@ class Blamed:
         first_step, last_step: when.
         tokens, trained: of all the times together.
         loss: of a trained token.
-        over: above the documents of the steps around.
-        score: see `sftdata.blame.worst`; None for those of one step.
+        over: above the documents of the steps around, see `sftdata.blame.worst`.
+        score: the same; None for those of one step.
         raised: by how much it raised the loss of its step; None for those of a whole run.
         excerpt: how what is trained of it begins.
     """

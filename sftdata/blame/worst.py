@@ -4,9 +4,9 @@ What a document loses on a trained token says little by itself: early steps lose
 that falls into single bytes loses little on each, and an answer of a word may lose anything. So each is held
 against the documents of the steps around it, by token and by byte of text, and few tokens count for less:
 
-    over   loss of a trained token, less the median of the documents of the steps around it
-    score  `over`, or the same by byte (times the bytes that a token has on average) where that is more; as a
-           mean of all the times that it was seen; as if 8 more tokens had lost what is usual
+    over   loss of a trained token, less the median of the documents of the steps around it; or the same by
+           byte, times the bytes that a token has on average, where that is more
+    score  `over` as a mean of all the times that it was seen, and as if 8 more tokens had lost what is usual
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ranking:
         first, last: int64[D], steps.
         tokens, trained: int64[D], of all the times together.
         loss: float64[D], of a trained token.
-        over: float64[D], above those of the steps around it.
+        over: float64[D], see above; by token alone for the documents of a step.
         score: float64[D], see above; infinite where the loss is no finite number.
     """
 
@@ -87,10 +87,10 @@ class Steps:
 
 def rank_documents(losses: DocumentLosses) -> Ranking:
     """Rank all documents that anything was trained of, over all the times that they were seen."""
-    mean, over, most = _over(losses)
+    mean, _, over = _over(losses)
     known = np.flatnonzero(losses.weight > 0)
     order = known[np.lexsort((losses.example_id[known], losses.set[known]))]
-    part, mean, over, most = losses.take(order), mean[order], over[order], most[order]
+    part, mean, over = losses.take(order), mean[order], over[order]
     new = np.ones(len(part), np.bool_)
     new[1:] = (np.diff(part.set) != 0) | (np.diff(part.example_id) != 0)
     starts = np.flatnonzero(new)
@@ -98,6 +98,7 @@ def rank_documents(losses: DocumentLosses) -> Ranking:
     whole, seen = _sums(part.weight, starts), last - starts + 1
     trained = _sums(part.trained, starts)
     certain = trained / (trained + _USUAL_TOKENS * seen)
+    above = _sums(over * part.weight, starts) / whole
     found = Ranking(
         set=part.set[starts].astype(np.int64),
         example_id=part.example_id[starts],
@@ -108,8 +109,8 @@ def rank_documents(losses: DocumentLosses) -> Ranking:
         tokens=_sums(part.tokens, starts).astype(np.int64),
         trained=trained.astype(np.int64),
         loss=_sums(mean * part.weight, starts) / whole,
-        over=_sums(over * part.weight, starts) / whole,
-        score=_sums(most * part.weight, starts) / whole * certain,
+        over=above,
+        score=above * certain,
     )
     return found.take(np.lexsort((found.example_id, found.set, -found.score)))
 
@@ -169,9 +170,9 @@ def find_steps(losses: DocumentLosses) -> Steps:
 
 
 def _over(losses: DocumentLosses) -> tuple[Float64, Float64, Float64]:
-    """Return loss of a trained token, how far it is above those around, and what the score takes; float64[N].
+    """Return loss of a trained token, how far it lies above those around, and that by byte if more.
 
-    A loss that is no finite number lies infinitely far above.
+    float64[N] each; a loss that is no finite number lies infinitely far above.
     """
     known = losses.weight > 0
     mean = np.divide(losses.loss, losses.weight, out=np.full(len(losses), np.nan), where=known)

@@ -22,12 +22,12 @@ def blame_lines(
 ) -> Iterator[str]:
     """Yield what is printed of a run, or of one of its steps."""
     if step is not None:
-        yield f"{run.folder}, {_headline(step)}: what raised it most"
+        yield f"{one_line(str(run.folder))}, {_headline(step)}: what raised it most"
     else:
         steps, losses = run.steps, run.losses
         yield (
-            f"{run.folder}: {len(losses):,} documents in steps {steps.step[0]:,} to {steps.step[-1]:,},"
-            f" {len(run.ranking):,} of them different; the worst"
+            f"{one_line(str(run.folder))}: {len(losses):,} documents in steps {steps.step[0]:,} to"
+            f" {steps.step[-1]:,}, {len(run.ranking):,} of them different; the worst"
         )
     for number, document in enumerate(documents, start=1):
         yield f"{number:>3}  {one_line(document.place)}  {_figures(document)}"
@@ -97,7 +97,9 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
         index = bisect_right(sources, example, key=lambda source: source.first_id) - 1
         while not sources[index].rows:  # an empty file shares its first id with the next one
             index -= 1
-        lines.append(f"{sources[index].name}:{document.line}")
+        named = f"{sources[index].name}:{document.line}"
+        plain = named == named.strip() and len(named.splitlines()) == 1 and not named.startswith("#")
+        lines.append(named if plain else str(example))  # as no line could hold such a name
     text = "".join(f"{line}\n" for line in dict.fromkeys(lines))
     write_atomic(path, lambda sink: sink.write(text.encode()))
     command = ["sftdata", "view", *folders, "-o", "NEW", "--drop", str(path)]

@@ -168,6 +168,21 @@ def test_the_documents_of_a_step_are_named_by_how_much_they_raised_it(
     assert f"step {jump}" in blame(capsys, run)[1]
 
 
+@pytest.mark.parametrize("name", ["#rows.jsonl", "two\nlines.jsonl", " rows.jsonl", "\x1b[31mred.jsonl"])
+def test_a_name_that_no_list_can_hold_is_listed_by_its_example_and_shown_in_one_line(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_bytes((sets / "in-one/rows.jsonl").read_bytes())
+    prepare(tmp_path / "set", [tmp_path / name])
+    write_log(tmp_path / "run", [tmp_path / "set"], loss_of({(0, 31)}))
+    code, out, _ = blame(capsys, tmp_path / "run", "--worst", "1", "-o", tmp_path / "bad.txt")
+    assert code == 0
+    assert len([line for line in out.splitlines() if "loss" in line and "score" in line]) == 1
+    assert "\x1b" not in out
+    view(tmp_path / "clean", tmp_path / "set", drop=tmp_path / "bad.txt")
+    assert {line for _, line in lines_left(tmp_path / "set") - lines_left(tmp_path / "clean")} == {31}
+
+
 def test_a_step_that_was_not_logged_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = blame(capsys, run, "--step", "100000")
     assert code == 2
