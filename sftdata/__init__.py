@@ -10,8 +10,9 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, cast, overload
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress
@@ -19,6 +20,8 @@ from sftdata.version import __version__
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+    from pydantic import BaseModel
 
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
@@ -58,26 +61,41 @@ __all__ = [
 Inputs = str | Path | Sequence[str | Path]
 Formatter = str | Callable[[Any], object] | None
 _Function = TypeVar("_Function", bound=Callable[[Any], object])
+_Told = TypeVar("_Told", bound=Callable[..., object])
+
+
+_TOLD = "told"  # no setting; the keywords that were given
+
+
+def _telling(function: _Told) -> _Told:
+    """Tell a function which keywords were given, as `told` in its `unknown`: the others may be repeated."""
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> object:
+        return function(*arguments, **keywords, **{_TOLD: tuple(keywords)})
+
+    return cast(_Told, call)
 
 
 @overload
 def prepare(
-    inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: None = None, **settings: Unpack[PrepareSettings],
 ) -> Manifest: ...  # fmt: skip
 @overload
 def prepare(
-    inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[PrepareSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
+@_telling
 def prepare(
     inputs: Inputs, *,
-    tokenizer: str | Path, output: str | Path, formatter: Formatter = None,
+    tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     # ---- what is read
-    split: str | None = None, subset: str | None = None,
+    like: str | Path | None = None, split: str | None = None, subset: str | None = None,
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
     kind: Literal["auto", "conversation", "completion", "text"] = "auto",
     prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
@@ -134,11 +152,12 @@ def prepare(
         return made[0] if config.eval is None else (made[0], made[1])
 
 
+@_telling
 def preview(
     inputs: Inputs, *,
-    tokenizer: str | Path, number: int = 3, formatter: Formatter = None,
+    tokenizer: str | Path | None = None, number: int = 3, formatter: Formatter = None,
     # ---- what is read
-    split: str | None = None, subset: str | None = None,
+    like: str | Path | None = None, split: str | None = None, subset: str | None = None,
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
     kind: Literal["auto", "conversation", "completion", "text"] = "auto",
     prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
@@ -245,11 +264,13 @@ def view(
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[ViewSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
+@_telling
 def view(
     sets: str | Path | Sequence[str | Path], *,
     output: str | Path,
     on_note: Callable[[str], object] | None = None,
     on_progress: Callable[[Progress], object] | None = None,
+    like: str | Path | None = None,
     # ---- which documents
     sources: Sequence[str] = (), without: Sequence[str] = (),
     min_tokens: int | None = None, max_tokens: int | None = None,
@@ -293,9 +314,9 @@ def view(
     from sftdata.views.recipe import ViewConfig
     from sftdata.views.write import make_view
 
-    given = {name: value for name, value in locals().items() if name in ViewConfig.model_fields}
-    made = make_view(check_settings(ViewConfig, "sftdata", given | unknown), on_progress, on_note or _log)
-    return made[0] if eval is None else (made[0], made[1])
+    config = check_settings(ViewConfig, "sftdata", _settings(ViewConfig, locals(), unknown))
+    made = make_view(config, on_progress, on_note or _log)
+    return made[0] if config.eval is None else (made[0], made[1])
 
 
 def open(folder: str | Path) -> ShownSet:
@@ -411,9 +432,26 @@ def _config(*, formatter: Formatter, unknown: dict[str, object], **given: object
     from sftdata.formats.formatter import name_formatter
 
     name, alone = name_formatter(formatter)
-    settings = {key: value for key, value in given.items() if key in PrepareConfig.model_fields}
-    config = make_config(formatter=name, **settings, **unknown)
+    if name is not None:
+        given["formatter"] = name
+    config = make_config(**_settings(PrepareConfig, given, unknown))
     return config.model_copy(update={"workers": 1}) if alone else config
+
+
+def _settings(
+    model: type[BaseModel], given: Mapping[str, object], unknown: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the settings among arguments; those left out are as in the set that `like` names, if any."""
+    told = {"inputs", "sets", "output", *cast(Iterable[str], unknown.get(_TOLD, given))}
+    settings = {name: value for name, value in given.items() if name in model.model_fields}
+    if settings.get("like") is not None:
+        from sftdata.like import settings_like
+
+        settings = {name: value for name, value in settings.items() if name in told}
+        settings = settings_like(Path(str(settings["like"])), model.model_fields, told) | settings
+    if settings.get("tokenizer", "") is None:
+        del settings["tokenizer"]
+    return settings | {name: value for name, value in unknown.items() if name != _TOLD}
 
 
 def _log(note: str) -> None:

@@ -170,6 +170,11 @@ Total = Annotated[
 ]
 
 
+Like = Annotated[
+    str | None,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    Field(description="Finished set whose settings to repeat, the inputs aside; those given beside it win."),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Of every draw: caps, split, mix, order.")]
 
 

@@ -18,6 +18,7 @@ from sftdata.choosing import (
     Eval,
     Exclude,
     ExcludeBy,
+    Like,
     Mix,
     MixBy,
     Passes,
@@ -46,6 +47,7 @@ class PrepareConfig(BaseModel):
     inputs: tuple[str, ...] = Field(
         min_length=1, description="Files, folders, globs, URLs or Hub dataset ids."
     )
+    like: Like = None
     split: str | None = Field(
         None,
         description="Split of a dataset, or of files named after splits;"
@@ -217,7 +219,7 @@ class PrepareConfig(BaseModel):
 
         Those that choose among its documents aside: they decide what is made of the set of all.
         """
-        how = {"output", "workers", "engine", "overwrite", "max_rejects"}
+        how = {"like", "output", "workers", "engine", "overwrite", "max_rejects"}
         return self.model_dump(mode="json", exclude=how.union(CHOOSING)) | {"split": self.split or "train"}
 
     @property

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 class PrepareSettings(TypedDict, total=False):
     """Settings of `sftdata.prepare` but `eval`."""
 
+    like: str | Path | None
     split: str | None
     subset: str | None
     format: str | None
@@ -52,6 +53,7 @@ class PrepareSettings(TypedDict, total=False):
 class ViewSettings(TypedDict, total=False):
     """Settings of `sftdata.view` but `eval`."""
 
+    like: str | Path | None
     sources: Sequence[str]
     without: Sequence[str]
     min_tokens: int | None

@@ -30,7 +30,7 @@ from sftdata.masks import Mask, choose_mask
 from sftdata.output import without_folders, written
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
-from sftdata.set.manifest import FORMAT_VERSION, Manifest
+from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from sftdata.set.reuse import OldSlice, key_of, old_slices
 from sftdata.set.slices import SliceSource
 from sftdata.sources import planning
@@ -291,7 +291,7 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
             f"-t {written(config.tokenizer)}: the name is not UTF-8.",
             "rename the folder, or reach it by a link.",
         )
-    base = resolve_tokenizer(config.tokenizer, revision=config.revision)
+    base = _with_added(resolve_tokenizer(config.tokenizer, revision=config.revision))
     template = choose_template(config.chat_template, base.chat_template, _clone)
     if template is not None and config.chat_template is not None:
         compiled = ChatTemplate(template.text, base.special_tokens, config.date, config.template_kwargs)
@@ -307,6 +307,7 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
         add_tokens=_missing(base, template, eos_token),
         eos_token=eos_token,
     )
+    tokenizer = replace(tokenizer, tokens_added=(*base.tokens_added, *tokenizer.tokens_added))
     notes = list(tokenizer.notes)
     if template is not None and config.chat_template is not None:
         notes.append(f"Chat template: {template.origin}.")
@@ -315,6 +316,18 @@ def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str
         rows = f"the model's embeddings must grow to {tokenizer.vocab_size} rows"
         notes.append(f"Added to the tokenizer: {names}; {rows}.")
     return tokenizer, notes
+
+
+def _with_added(tokenizer: ResolvedTokenizer) -> ResolvedTokenizer:
+    """Return the tokenizer of a finished set with the tokens added for it, which the model still lacks."""
+    folder = Path(tokenizer.name)
+    if not (folder.parent / MANIFEST_NAME).is_file() or folder.name != "tokenizer":
+        return tokenizer
+    known = read_manifest(folder.parent).tokenizer
+    ids = {token.content: token.id for token in tokenizer.added_tokens}
+    if known.sha256 != tokenizer.sha256 or not ids.keys() >= {*known.tokens_added}:
+        return tokenizer
+    return replace(tokenizer, tokens_added=tuple((name, ids[name]) for name in known.tokens_added))
 
 
 def _missing(base: ResolvedTokenizer, template: TemplateChoice | None, eos_token: str | None) -> list[str]:

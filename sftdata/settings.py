@@ -308,7 +308,7 @@ _OF_THE_DATA = """
 inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer
 chat_template template_kwargs date train_on response_template instruction_template mask_mode loss_weights
 boundary eos_token trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
-dedup exclude exclude_by cap mix mix_by passes total
+like dedup exclude exclude_by cap mix mix_by passes total
 """
 
 # Settings of training that other tools take beside those of the data.

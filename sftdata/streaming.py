@@ -48,7 +48,7 @@ BUFFER_ROWS = 1024
 # a stream is its own.
 NOT_STREAMED = frozenset({
     "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects",
-    "max_line_bytes", "slice_bytes", "workers", *CHOOSING,
+    "max_line_bytes", "slice_bytes", "workers", "like", *CHOOSING,
 }) - {"seed"}  # fmt: skip
 
 StreamedRow = dict[str, Int32 | Float32]

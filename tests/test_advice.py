@@ -420,6 +420,22 @@ ELSEWHERE: dict[str, str] = {
     "finish it with the command it was begun with, or start anew with --overwrite.": (
         "tests/integration/test_prepare_chosen.py::test_an_unfinished_set_of_all_documents_is_not_discarded"
     ),
+    "give the list again: --drop FILE.": "tests/integration/test_like.py::test_views_are_repeated_on_other_sets",
+    "name each set again: --exclude SET.": (
+        "tests/integration/test_like.py::test_a_set_that_cannot_be_repeated_is_refused_by_name"
+    ),
+    "--steps-for RANKSxROWS and --model, as that view was made with.": (
+        "tests/integration/test_like.py::test_steps_are_dealt_again_for_a_model_that_is_named_again"
+    ),
+    "prepare the inputs like that set, then: sftdata view NEW_SET -o OUT --like {}": (
+        "tests/integration/test_like.py::test_a_set_that_cannot_be_repeated_is_refused_by_name"
+    ),
+    "write it to a file, and name it with --formatter module:function.": (
+        "tests/integration/test_like.py::test_a_formatter_is_repeated_where_its_code_is_the_same"
+    ),
+    "--formatter {} takes the code as it is now.": (
+        "tests/integration/test_like.py::test_a_formatter_is_repeated_where_its_code_is_the_same"
+    ),
     "take it out of --exclude, or out of the sets.": (
         "tests/integration/test_views_named.py::test_what_a_set_is_excluded_from_is_not_itself"
     ),

@@ -109,7 +109,31 @@ def load_config(
         if value not in (None, [])
     }
     named = {name: "--" + name.replace("_", "-") for name in given}
+    files = [*_repeated(model, [*(layer for layer, _ in files), _assigned(sets), given]), *files]
     return load_settings(model, "sftdata", files, sets, (given, named))
+
+
+def _assigned(sets: list[str]) -> Mapping[str, object]:
+    """Return the settings that `--set` sets whole, as text."""
+    pairs = (text.partition("=") for text in sets)
+    return {key.strip().replace("-", "_"): value for key, _, value in pairs if "." not in key}
+
+
+def _repeated(model: type[BaseModel], given: list[Mapping[str, object]]) -> list[Layer]:
+    """Return the settings of the set that `like` names, if any, as a layer beneath those given.
+
+    Args:
+        given: layer by layer, the last to win at the end.
+    """
+    named = [layer["like"] for layer in given if layer.get("like")]
+    if not named or "like" not in model.model_fields:
+        return []
+    from sftdata.like import settings_like
+
+    names = {name for layer in given for name in layer}
+    found = settings_like(Path(str(named[-1])), model.model_fields, names)
+    flag = f"--like {named[-1]}"
+    return [(found, {name: f"{flag}: {name}" for name in found})]
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sftdata.show.audit import Finding
 
 SETTINGS = (
-    "tokenizer", "output", "max_length", "packing", "overlong", "chat_template", "train_on", "format", "map",
-    "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
+    "tokenizer", "output", "like", "max_length", "packing", "overlong", "chat_template", "train_on", "format",
+    "map", "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
     "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", "split", "subset",
     "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
 )  # fmt: skip
@@ -87,6 +87,7 @@ def commented(config: BaseModel, groups: Mapping[str, str]) -> str:
     Args:
         groups: the first setting of each group, and the group's title.
     """
+    config = config.model_copy(update={"like": None})  # what it says is in the settings themselves
     text, values = "", config.model_dump(mode="json")
     for name, field in type(config).model_fields.items():
         if name in groups:

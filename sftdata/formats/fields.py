@@ -6,6 +6,7 @@ once, never evaluated.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -110,11 +111,14 @@ ALPACA = PromptTemplate(
 def load_prompt_template(path: str) -> PromptTemplate:
     """Read a prompt template from a UTF-8 file, exactly but for one final newline after an answer slot.
 
+    Where there is no such file, a text with slots is the template itself, as of a set that is repeated.
+
     Raises:
         UsageError: no such file, or no `{field}` slot in it.
     """
+    given = "{" in path and not os.path.isfile(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path if given else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: the prompt template cannot be read ({error}).", "give a UTF-8 text file."

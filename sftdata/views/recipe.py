@@ -14,6 +14,7 @@ from sftdata.choosing import (
     Eval,
     Exclude,
     ExcludeBy,
+    Like,
     Mix,
     MixBy,
     Names,
@@ -37,6 +38,7 @@ class ViewConfig(BaseModel):
 
     sets: Names = Field(min_length=1, description="Folders of finished sets.")
     output: Path = Field(description="Folder of the view.")
+    like: Like = None
 
     # ---- which documents
     sources: Names = Field(
@@ -125,7 +127,7 @@ class ViewConfig(BaseModel):
 
     def selection(self) -> dict[str, object]:
         """Return the settings that choose documents, without those at their defaults."""
-        laid_out = {"sets", "output", "max_length", "overlong", "packing", "write", "overwrite"}
+        laid_out = {"sets", "output", "like", "max_length", "overlong", "packing", "write", "overwrite"}
         return self.model_dump(mode="json", exclude=laid_out, exclude_defaults=True)
 
     @property

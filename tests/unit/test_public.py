@@ -39,7 +39,8 @@ MASKED = """revision: str | None = None, chat_template: str | None = None,\
  boundary: Literal['split', 'merge'] = 'split', eos_token: str | None = None,\
  trust_control_tokens: bool = False, max_length: int | None = None"""
 ENGINE = """engine: Literal['auto', 'gigatoken', 'tokenizers'] = 'auto'"""
-BUILT = f"""split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
+BUILT = f"""like: str | Path | None = None,\
+ split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] = 'truncate',\
  packing: Literal['bfd', 'wrapped', 'none'] = 'bfd', max_rejects: str | int = '1%',\
  slice_bytes: int = 8388608"""
@@ -66,17 +67,17 @@ by_columns(formatter: _Function) -> _Function
 diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
 export(folder: str | Path, *, to: Target, output: str | Path) -> Exported
 open(folder: str | Path) -> ShownSet
-prepare(inputs: Inputs, *, tokenizer: str | Path, output: str | Path, formatter: Formatter = None,\
+prepare(inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  {BUILT}, {CHOSEN}, {HOW}) -> Manifest | tuple[Manifest, Manifest]
-preview(inputs: Inputs, *, tokenizer: str | Path, number: int = 3, formatter: Formatter = None,\
+preview(inputs: Inputs, *, tokenizer: str | Path | None = None, number: int = 3, formatter: Formatter = None,\
  {BUILT}, {HOW}) -> Preview
 stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
 view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
- sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
+ like: str | Path | None = None, sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
  max_tokens: int | None = None, min_trained: str | None = None, max_trained: str | None = None,\
  drop: Path | None = None, {CHOSEN}, max_length: int | None = None,\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
@@ -154,6 +155,7 @@ def test_all_that_is_public_says_what_it_does(package: Any) -> None:
 # What a keyword takes beside the kind that the settings hold.
 WIDER = {
     "max_rejects": "str | int",
+    "like": "str | Path | None",
     "eval": "str | float | None",
     "exclude": "Sequence[str | Path]",
     "dict[str, float]": "Mapping[str, float | str]",

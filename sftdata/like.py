@@ -1,0 +1,120 @@
+"""The settings that a finished set was made with, to be repeated on other inputs: all that decide its bytes.
+
+The tokenizer is the set's own folder, chat template included. What a set keeps only a hash of, such as the
+sets that were excluded, cannot be repeated: it is given again, or the set is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.formats.formatter import formatter_sha256
+from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.store import SetFile, check_file
+
+_LAID_OUT = ("max_length", "overlong", "packing")
+_OF_THE_INPUT = ("inputs", "tokenizer")
+_KEPT_AS_HASHES = {
+    "drop": "give the list again: --drop FILE.",
+    "exclude": "name each set again: --exclude SET.",
+    "steps": "--steps-for RANKSxROWS and --model, as that view was made with.",
+}
+_GIVEN_AS = {"steps": "steps_for"}
+
+
+def settings_like(folder: Path, names: Collection[str], given: Collection[str]) -> dict[str, object]:
+    """Return the settings of a set, those of its inputs aside.
+
+    Args:
+        names: settings of the command; with `inputs` that of `prepare`, else of `view`.
+        given: settings that are given beside, which need not be there to repeat.
+
+    Raises:
+        UsageError: there is no set, or one of its settings cannot be repeated.
+        IntegrityError: its manifest or its tokenizer is damaged.
+    """
+    manifest = read_manifest(folder)
+    prepares = "inputs" in names
+    found = _prepared(folder, manifest, names, given) if prepares else _laid_out(manifest)
+    found |= _chosen(folder, manifest, given)
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def _laid_out(manifest: Manifest) -> dict[str, object]:
+    settings = manifest.settings
+    found = {name: settings[name] for name in _LAID_OUT}
+    if manifest.bases:  # a view
+        found["write"] = not manifest.by_index
+    return found | ({"pack_over": settings["view"].get("pack_over", "slice")} if "view" in settings else {})
+
+
+def _prepared(
+    folder: Path, manifest: Manifest, names: Collection[str], given: Collection[str]
+) -> dict[str, object]:
+    """Return how the set was prepared."""
+    settings = manifest.settings
+    if manifest.bases and "view" in settings:
+        raise UsageError(
+            f"--like {folder}: a view, made of a set that was prepared.",
+            f"prepare the inputs like that set, then: sftdata view NEW_SET -o OUT --like {folder}",
+        )
+    found = {name: settings[name] for name in names if name in settings and name not in _OF_THE_INPUT}
+    if found.get("split") == "train":  # what is meant where nothing is said
+        del found["split"]
+    if settings.get("prompt_template_text") is not None:
+        found["prompt_template"] = settings["prompt_template_text"]
+    if "formatter" not in given and (spec := settings.get("formatter")) is not None:
+        _refuse_other_code(folder, spec, settings.get("formatter_sha256"))
+    if "tokenizer" not in given:
+        for file in manifest.files:
+            if file.name.startswith("tokenizer/"):
+                _check_tokenizer(folder, file)
+        found["tokenizer"] = str(folder / "tokenizer")
+    return found
+
+
+def _check_tokenizer(folder: Path, file: SetFile) -> None:
+    """Refuse a tokenizer that is not what it was.
+
+    Raises:
+        IntegrityError: a file of it is missing or damaged.
+    """
+    try:
+        check_file(folder, file)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"--like {error.message}", "restore the file, or name the tokenizer with -t."
+        ) from None
+
+
+def _refuse_other_code(folder: Path, spec: str, sha256: str | None) -> None:
+    """Refuse a formatter that is not what it was.
+
+    Raises:
+        UsageError: its code was known to the process that made the set alone, is gone, or is another now.
+    """
+    if "@" in spec:
+        raise UsageError(
+            f"--like {folder}: its formatter {spec.partition('@')[0]} was known to one process alone.",
+            "write it to a file, and name it with --formatter module:function.",
+        )
+    if formatter_sha256(spec) != sha256:
+        raise UsageError(
+            f"--like {folder}: the code of its formatter {spec} has changed since.",
+            f"--formatter {spec} takes the code as it is now.",
+        )
+
+
+def _chosen(folder: Path, manifest: Manifest, given: Collection[str]) -> dict[str, object]:
+    """Return how documents were chosen."""
+    chosen = {
+        name: value
+        for name, value in manifest.settings.get("view", {}).items()
+        if name not in ("bases", "side", "pack_over")
+    }
+    for name, fix in _KEPT_AS_HASHES.items():
+        if chosen.pop(name, None) is not None and _GIVEN_AS.get(name, name) not in given:
+            raise UsageError(f"--like {folder}: keeps but a hash of what its {name!r} named.", fix)
+    return chosen
