@@ -235,6 +235,25 @@ FAULTS = [
         "if count",
         "unit/test_choice.py",
     ),
+    # ------------------------------------------------------------------------- blame: losses of documents
+    Fault("a run that goes on keeps what it logged behind its checkpoint in a file of its own",
+          "if _begins(path) >= step:", "if _begins(path) > step:", "unit/test_document_log.py"),
+    Fault("a log is cut a step too early",
+          'step, side="right"))', 'step, side="left"))', "unit/test_document_log.py"),
+    Fault("documents are logged again with the next ones",
+          "self._pending.clear()", "pass", "unit/test_document_log.py"),
+    Fault("weights of tokens are not in the losses of documents",
+          "_by_document(values * weights, documents.trained)", "_by_document(values, documents.trained)",
+          "unit/test_document_log.py"),
+    Fault("an answer of a word counts like one of a page",
+          "certain = trained / (trained + _USUAL_TOKENS * seen)", "certain = trained / trained", "unit/test_worst.py"),
+    Fault("text that falls into single bytes stands out by token alone",
+          "np.where(spelled, np.maximum(over, by_byte), over)", "over", "unit/test_worst.py"),
+    Fault("a set that lies in the place of another is taken for it",
+          "if opened.manifest.digest == trained.digest:", "if opened.manifest.digest:", "integration/test_blame.py"),
+    Fault("a line that a mixture goes through again is left out once",
+          "found += [again for again, first in passes if any(first is source for source in found)]", "pass",
+          "integration/test_blame.py"),
 ]
 # fmt: on
 

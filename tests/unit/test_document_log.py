@@ -19,6 +19,8 @@ from sftdata.blame.log import (
     read_log,
 )
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.set.opened import open_set
+from tests.train_sets import make_set
 
 SETS = [TrainedSet("a" * 64, "/data/a", "../a"), TrainedSet("b" * 64, "/data/b", "../b")]
 
@@ -121,6 +123,58 @@ def test_a_log_cut_at_the_start_is_gone(tmp_path: Path) -> None:
     assert not (tmp_path / "documents").exists()
     with pytest.raises(UsageError, match="holds no losses of documents.*--log-documents"):
         read_log(tmp_path)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_of_tokens_are_summed_by_document_as_one_by_one(tmp_path: Path, weighted: bool) -> None:
+    """Documents without a trained token among them, and a loss that is no number, which stays in its own."""
+    import torch
+
+    from sfttrain.data import BatchDocuments
+    from sfttrain.documents import DocumentLog
+
+    opened = open_set(make_set(tmp_path / "set"))
+    rng, log = np.random.default_rng(1), DocumentLog(tmp_path, [opened], 0)
+    wanted: list[tuple[int, float, float]] = []
+    for step in (1, 1, 2, 3):
+        counts = np.array([3, 0, 1, 0, 0, 4])
+        losses, weights = rng.random(8).astype(np.float32), rng.random(8).astype(np.float32)
+        losses[4] = np.nan if step == 2 else losses[4]
+        ends = np.cumsum(counts)
+        for end, count in zip(ends, counts, strict=True):
+            part = slice(end - count, end)
+            scale = weights[part].astype(float) if weighted else np.ones(count)
+            wanted.append((step, float(scale.sum()), float((losses[part].astype(float) * scale).sum())))
+        documents = BatchDocuments(
+            np.zeros((6, 4), np.int64), counts + 2, counts, weights if weighted else None
+        )
+        log.add(step, documents, torch.from_numpy(losses))
+        if step == 2:
+            log.flush()
+    log.close()
+    log.close()
+    found = read_log(tmp_path)[1]
+    assert found.step.tolist() == [step for step, _, _ in wanted]
+    np.testing.assert_allclose(found.weight, [weight for _, weight, _ in wanted], rtol=1e-6)
+    np.testing.assert_allclose(found.loss, [loss for _, _, loss in wanted], rtol=1e-6)
+    assert np.isnan(found.loss).sum() == 1
+
+
+def test_a_write_that_a_signal_cut_is_written_over(tmp_path: Path) -> None:
+    import torch
+
+    from sfttrain.data import BatchDocuments
+    from sfttrain.documents import DocumentLog
+
+    log = DocumentLog(tmp_path, [open_set(make_set(tmp_path / "set"))], 0)
+    one = BatchDocuments(np.zeros((1, 4), np.int64), np.array([5]), np.array([2]), None)
+    log.add(1, one, torch.ones(2))
+    log.flush()
+    with log_path(tmp_path, 0, 0).open("ab") as torn:
+        torn.write(b"\xff\xff\xff\xff\x40")
+    log.add(2, one, torch.ones(2))
+    log.close()
+    assert read_log(tmp_path)[1].step.tolist() == [1, 2]
 
 
 def test_a_stranger_in_the_folder_is_named(tmp_path: Path) -> None:
