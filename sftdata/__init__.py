@@ -444,6 +444,10 @@ def _settings(
     """Return the settings among arguments; those left out are as in the set that `like` names, if any."""
     told = {"inputs", "sets", "output", *cast(Iterable[str], unknown.get(_TOLD, given))}
     settings = {name: value for name, value in given.items() if name in model.model_fields}
+    if "inputs" in settings and _TOLD in unknown:
+        from sftdata.as_view import refuse_sets
+
+        refuse_sets({name: value for name, value in settings.items() if name in told})
     if settings.get("like") is not None:
         from sftdata.like import settings_like
 

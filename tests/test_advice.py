@@ -420,6 +420,10 @@ ELSEWHERE: dict[str, str] = {
     "finish it with the command it was begun with, or start anew with --overwrite.": (
         "tests/integration/test_prepare_chosen.py::test_an_unfinished_set_of_all_documents_is_not_discarded"
     ),
+    "--like": "tests/integration/test_set_as_input.py::test_a_set_beside_files_is_joined_to_theirs",
+    "--set": "tests/integration/test_set_as_input.py::test_the_fix_is_the_view_that_is_meant",
+    "--write": "tests/integration/test_set_as_input.py::test_the_fix_is_the_view_that_is_meant",
+    "sftdata inspect {}": "tests/integration/test_set_as_input.py::test_a_set_is_shown_by_what_shows_sets",
     "give the list again: --drop FILE.": "tests/integration/test_like.py::test_views_are_repeated_on_other_sets",
     "name each set again: --exclude SET.": (
         "tests/integration/test_like.py::test_a_set_that_cannot_be_repeated_is_refused_by_name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -109,6 +110,10 @@ def load_config(
         if value not in (None, [])
     }
     named = {name: "--" + name.replace("_", "-") for name in given}
+    if "inputs" in model.model_fields:
+        from sftdata.as_view import refuse_sets
+
+        refuse_sets(ChainMap(given, *(dict(layer) for layer, _ in reversed(files))), sets)
     files = [*_repeated(model, [*(layer for layer, _ in files), _assigned(sets), given]), *files]
     return load_settings(model, "sftdata", files, sets, (given, named))
 
