@@ -38,6 +38,8 @@ ROWS = {
     "evaluation": "Sets by name, packed or not, `compute_metrics`, `preprocess_logits_for_metrics`, loss per source.",
     "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; `--loss-weights` of `prepare` keeps weights of messages: the"
     " weighted sum over the sum of the weights. On supervised positions, a chunk of logits at a time.",
+    "losses of documents": "`--log-documents`: the loss of each document of each step, whole over kills and ranks; `sftdata"
+    " blame RUN` names the worst by file and line, and those behind a jump of the loss.",
     "custom data": "Any dataset, stream or list of rows with `input_ids` and labels, `completion_mask` or `assistant_masks`.",
     "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.by_columns`; it"
     " overrides detection.",

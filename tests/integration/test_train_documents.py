@@ -63,6 +63,7 @@ def _assert_every_document_once_an_epoch(folder: Path, shards: Path, epochs: int
     assert sorted(zip(found.example_id.tolist(), found.tokens.tolist(), strict=True)) == sorted(wanted)
 
 
+@pytest.mark.feature("losses of documents")
 def test_the_documents_of_a_step_lost_what_the_step_lost(shards: Path, model: Path, tmp_path: Path) -> None:
     train_in_process(shards, model, tmp_path / "out", STEPS, log_documents=True)
     _assert_steps_add_up(tmp_path / "out")
@@ -167,6 +168,7 @@ def test_several_sets_are_told_apart_when_a_set_is_seen_twice(
         assert set(counts.tolist()) == {times}
 
 
+@pytest.mark.feature("losses of documents")
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_they_do_on_several_ranks(tmp_path: Path, ranks: int) -> None:
@@ -180,6 +182,7 @@ def test_they_do_on_several_ranks(tmp_path: Path, ranks: int) -> None:
     _assert_every_document_once_an_epoch(tmp_path / "out", shards, epochs=2)
 
 
+@pytest.mark.feature("losses of documents")
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 4), (2, 4)])
 def test_kills_lose_no_document_and_log_none_twice(tmp_path: Path, ranks: int, kills: int) -> None:

@@ -62,6 +62,7 @@ def lines_of(shards: Path) -> set[int]:
     return {opened.origin(document.example_id)[1] for row in opened for document in row.documents()}
 
 
+@pytest.mark.feature("losses of documents")
 def test_a_split_is_trained_evaluated_resumed_blamed_cleaned_and_trained_again(
     folder: Path, fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
