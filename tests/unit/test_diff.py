@@ -137,7 +137,9 @@ def holds(found: Diff, a: Manifest, b: Manifest) -> None:
         assert in_sources == change.documents, change.kind
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 40))]
+)
 def test_two_sets_differ_as_a_slow_comparison_says(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     for number in range(25):
