@@ -200,9 +200,10 @@ def tokenize(stages: Stages, converted: Converted, tally: Tally) -> tuple[TokenB
     rows = [row for row in converted.rows if isinstance(row, Tokens)]
     parts = [read_given(rows, converted.row[given], stages.job.tokenizer, tally)]
     encoded: list[str] = []
-    for part in (rendered.conversations, rendered.raw):
+    boundary = stages.job.config.boundary
+    for part, images in ((rendered.conversations, rendered.images), (rendered.raw, None)):
         if part is not None:
-            parts.append(encode_batch(part, stages.encoder, tally, boundary=stages.job.config.boundary))
+            parts.append(encode_batch(part, stages.encoder, tally, boundary=boundary, images=images))
             encoded += part.texts
     return TokenBatch.join(parts).in_row_order(), encoded
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 from tests.made_tokenizers import MADE
 
@@ -151,6 +151,7 @@ OTHERS: dict[str, tuple[str, Json, Json]] = {
     "pixtral, small": ("pixtral", {"size": {"longest_edge": 333}}, {}),
     "llama4, largest": ("llama4", {"resize_to_max_canvas": True, "max_patches": 12}, {}),
 }  # fmt: skip
+BOS = "<|endoftext|>"
 TOKENS = (
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image>", "<video>", "<fake_token_around_image>",
     "<end_of_utterance>", "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
@@ -159,8 +160,8 @@ TOKENS = (
 )  # fmt: skip
 
 
-def write_processor(folder: Path, name: str) -> Path:
-    """Write the processor of a name above, and its tokenizer, as one folder."""
+def write_processor(folder: Path, name: str, *, bos: bool = False) -> Path:
+    """Write the processor of a name above, and its tokenizer, as one folder; `bos`: one that writes BOS."""
     family, image, whole = OTHERS.get(name, (name, {}, {}))
     before, around, tokens = PROCESSORS[family]
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,14 +170,17 @@ def write_processor(folder: Path, name: str) -> Path:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(TOKENS)]
     )
+    if bos:
+        single = [(BOS, tokenizer.token_to_id(BOS))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=single)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = (
         config
         | tokens
         | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     )
-    if family == "llava-next":  # Mistral's: BOS before every text
-        config |= {"bos_token": "<|endoftext|>", "add_bos_token": True}
+    if bos:
+        config |= {"bos_token": BOS}
     files = {
         "tokenizer_config.json": config,
         "preprocessor_config.json": before | image,

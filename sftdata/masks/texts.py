@@ -25,7 +25,11 @@ from sftdata.batches import (
 )
 from sftdata.errors import RowError
 from sftdata.masks import Mask, Spans, as_rendered, byte_ranges
+from sftdata.masks.pictures import write_layouts
 from sftdata.masks.turns import RenderedConversation, SpanFinder
+from sftdata.pictures.families import PictureProcessor
+from sftdata.pictures.rows import PicturedConversation
+from sftdata.pictures.stretch import ImageRuns
 from sftdata.render.shapes import Turn
 
 _NONE: Ranges = []
@@ -39,11 +43,13 @@ class Renderer:
         finder: renders conversations and finds their turns; None without a chat template.
         mask: says what is trained.
         end_token: written, and trained, after a last turn that has no stop token; "" for none.
+        processor: lays out pictures; None where no row may hold one.
     """
 
     finder: SpanFinder | None
     mask: Mask = field(default_factory=Mask)
     end_token: str = ""
+    processor: PictureProcessor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,12 @@ class RenderedRows:
     Attributes:
         conversations: rendered by a chat template; None when there are none.
         raw: text and completion rows; None when there are none.
+        images: the pictures of the conversations; None in a set without pictures.
     """
 
     conversations: TextBatch | None
     raw: TextBatch | None
+    images: ImageRuns | None = None
 
 
 def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tally) -> RenderedRows:
@@ -80,6 +88,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
                     chats.put(index, *found)
                     continue
                 columns, rendered = chats, _conversation(item, index, renderer, tally)
+                if isinstance(item, PicturedConversation):
+                    rendered = write_layouts(rendered, item.pictures, renderer.processor)
             elif isinstance(item, Completion | Text):
                 text = item.text if isinstance(item, Text) else item.prompt + item.completion
                 columns, rendered = raw, as_rendered(text)
@@ -89,7 +99,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
             columns.add(index, rendered, renderer.mask.spans(item, rendered, index, tally))
         except RowError as error:
             tally.reject(index, error.fault)
-    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True))
+    images = None if renderer.processor is None else chats.images(renderer.processor)
+    return RenderedRows(chats.batch(reference_ends=False), raw.batch(reference_ends=True), images)
 
 
 class _FastPath:
@@ -117,7 +128,7 @@ class _FastPath:
 
 
 class _Columns:
-    """Collect texts and their spans, in bytes."""
+    """Collect texts and their spans, in bytes, and the runs of their pictures."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -126,11 +137,13 @@ class _Columns:
         self.closed: list[bool] = []
         self.row: list[int] = []
         self.weights: dict[int, list[float]] = {}  # of the texts whose ranges do not all weigh 1
+        self.runs: list[int] = []  # of the pictures
 
     def add(self, row: int, rendered: RenderedConversation, spans: Spans) -> None:
         """Add one text with what it trains."""
         if spans.weights is not None:
             self.weights[len(self.texts)] = spans.weights
+        self.runs += rendered.runs
         self._append(
             row, rendered.text, spans.ranges, byte_ranges(rendered.text, rendered.literal), spans.closed
         )
@@ -162,6 +175,11 @@ class _Columns:
             closed=np.array(self.closed, np.bool_),
             loss_weights=self._loss_weights(trained) if self.weights else None,
         )
+
+    def images(self, processor: PictureProcessor) -> ImageRuns:
+        """Return the runs of all pictures."""
+        around = tuple(text for _, text in processor.tokens)
+        return ImageRuns(processor.image_token, np.array(self.runs, np.int64), around)
 
     def _loss_weights(self, trained: Ragged) -> Float32:
         weights = np.ones(len(trained.values), np.float32)

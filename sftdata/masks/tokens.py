@@ -9,6 +9,7 @@ data spells a control token, or where a text must be cut at the edge of a span.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -30,10 +31,16 @@ from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, cut_rows, edges_of, locate, straddled
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import RowError, UsageError
+from sftdata.pictures.stretch import ImageRuns, stretch
 
 
 def encode_batch(
-    batch: TextBatch, encoder: Encoder, tally: Tally, *, boundary: Literal["split", "merge"] = "split"
+    batch: TextBatch,
+    encoder: Encoder,
+    tally: Tally,
+    *,
+    boundary: Literal["split", "merge"] = "split",
+    images: ImageRuns | None = None,
 ) -> TokenBatch:
     """Encode rendered texts and flag the tokens that lie in trained ranges.
 
@@ -48,6 +55,8 @@ def encode_batch(
         boundary: "split" cuts a text where a token would straddle the edge of a range, so that the ids before
             it equal those of the text before it; "merge" keeps the joint encoding and trains every token that
             overlaps a range, as TRL 1.x does.
+        images: the pictures in the texts; None in a set without pictures. Such texts are encoded as the
+            processor does it, which writes BOS where they have none.
 
     Raises:
         UsageError: texts must be closed and the tokenizer has no end token.
@@ -64,6 +73,8 @@ def encode_batch(
         places, splits, rows = cut_rows(places, encoder, edges, raws, batch.literal)
     trained, weights = _trained(places, batch, merge)
     tokens = TokenBatch(places.tokens.ids, trained, places.offsets, batch.row, weights)
+    if images is not None:
+        tokens = _with_images(tokens, images, encoder.resolved)
     tally.counts["boundary_splits"] += splits
     tally.counts["boundary_rows"] += rows
     tally.counts["literal_rows"] += int((np.diff(batch.literal.offsets) > 0).sum())
@@ -72,6 +83,34 @@ def encode_batch(
         return tokens
     blank = _blank_behind_end(tokens, batch, encoder.resolved)
     return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), blank, tally)
+
+
+def _with_images(tokens: TokenBatch, images: ImageRuns, resolved: ResolvedTokenizer) -> TokenBatch:
+    """Repeat image tokens as often as their runs are long, and train nothing that stands for a picture."""
+    ids = {token.content: token.id for token in resolved.added_tokens}
+    if images.token not in ids:
+        what = f"Tokenizer {resolved.name!r} has no token {images.token!r}, which stands for pictures."
+        raise UsageError(what, "use the tokenizer of the model.")
+    never = np.isin(tokens.input_ids, [ids[token] for token in images.never_trained if token in ids])
+    tokens = replace(tokens, trained=tokens.trained & ~never)
+    return _with_bos(stretch(tokens, ids[images.token], images.lengths), resolved)
+
+
+def _with_bos(tokens: TokenBatch, resolved: ResolvedTokenizer) -> TokenBatch:
+    """Write the reference's BOS, never trained, before each example that does not begin with it."""
+    prefix = np.array(resolved.prefix_ids, np.int32)
+    before = np.where(_begins_with(tokens, prefix), 0, len(prefix))
+    if not before.any():
+        return tokens
+    offsets = offsets_of(tokens.lengths + before)
+    ids, trained = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
+    weights = None if tokens.loss_weights is None else np.zeros(offsets[-1], np.float32)
+    target = positions_of(offsets[:-1] + before, tokens.lengths)
+    ids[target], trained[target] = tokens.input_ids, tokens.trained
+    if weights is not None:
+        weights[target] = tokens.weights()
+    _write(ids, offsets[:-1][before > 0], prefix)
+    return TokenBatch(ids, trained, offsets, tokens.row, weights)
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:

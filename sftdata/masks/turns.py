@@ -54,6 +54,7 @@ class RenderedConversation:
         dropped, reasoning_dropped: indices of the messages of which the template dropped a text, and of those
             of which it dropped the reasoning.
         counted: names of counters: what was put right to render the row, and what the template did not read.
+        runs: how many image tokens each image token of the text stands for.
     """
 
     text: str
@@ -62,6 +63,7 @@ class RenderedConversation:
     dropped: list[int]
     reasoning_dropped: list[int]
     counted: tuple[str, ...] = ()
+    runs: tuple[int, ...] = ()
 
 
 class _Region(NamedTuple):

@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.pictures.layouts import Size
 from sftdata.pictures.references import Reference, read_reference
 from sftdata.sources.jsonrows import JsonObject, from_json
 
@@ -54,6 +56,16 @@ class PictureRow:
     pictures: tuple[Reference, ...]
     way: str
     counted: tuple[str, ...] = ()
+
+
+class PicturedConversation(Conversation, frozen=True):
+    """Messages whose contents are lists of parts wherever a picture stands, as `{"type": "image"}`.
+
+    Attributes:
+        pictures: height and width of each, as turned, in the order of these parts.
+    """
+
+    pictures: tuple[Size, ...] = ()
 
 
 def is_answer(role: object) -> bool:

@@ -6,9 +6,26 @@ of 1,200 tokens costs the tokenizer one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from sftdata.batches import Int64, TokenBatch, offsets_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageRuns:
+    """How often each image token of a batch of texts is to be repeated.
+
+    Attributes:
+        token: the image token.
+        lengths: int64[K], of every run, text after text.
+        never_trained: the tokens that are written for pictures.
+    """
+
+    token: str
+    lengths: Int64
+    never_trained: tuple[str, ...] = ()
 
 
 def count_image_tokens(batch: TokenBatch, image_id: int) -> Int64:

@@ -103,9 +103,18 @@ def _wrap_message(message: Message, index: int, skip: SkipText) -> Message:
     for key in ("content", *REASONING_FIELDS):
         if key in copy:
             copy[key] = _wrap_value(copy[key], index, skip)
+    if isinstance(parts := message.get("content"), list):
+        copy["content"] = [_wrap_part(part, index, skip) for part in parts]
     if isinstance(calls := copy.get("tool_calls"), list):
         copy["tool_calls"] = [_wrap_call(call, index, skip) for call in calls]
     return copy
+
+
+def _wrap_part(part: object, index: int, skip: SkipText) -> object:
+    """Wrap the text of a part; its type, and a picture, are for the template to look at."""
+    if isinstance(part, dict) and "text" in part:
+        return part | {"text": _wrap_value(part["text"], index, skip)}
+    return part
 
 
 def _wrap_call(call: object, index: int, skip: SkipText) -> object:

@@ -320,9 +320,16 @@ def functions_of(message: Message) -> list[Message]:
 
 
 def content_of(message: Message) -> str:
-    """Return the content of a message where it is text, else ""."""
+    """Return the content of a message where it is text, the text of its parts joined, else ""."""
     content = message.get("content")
+    if isinstance(content, list):
+        return "".join(text for text in texts_of_parts(content) if isinstance(text, str))
     return content if isinstance(content, str) else ""
+
+
+def texts_of_parts(parts: Sequence[object]) -> list[object]:
+    """Return what the parts of a content hold under `text`."""
+    return [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
 
 
 def reasoning_of(message: Message) -> object:
@@ -337,7 +344,8 @@ def message_texts(message: Message) -> Iterator[str]:
     >>> list(message_texts({"role": "assistant", "content": "", "tool_calls": [call]}))
     ['Rome']
     """
-    stack = [message.get("content"), reasoning_of(message)]
+    content = message.get("content")
+    stack = [texts_of_parts(content) if isinstance(content, list) else content, reasoning_of(message)]
     if "tool_calls" in message:
         stack += [function.get("arguments") for function in functions_of(message)]
     while stack:
