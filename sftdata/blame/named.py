@@ -139,6 +139,10 @@ class LoggedRun:
             self._opened[number] = self._find(self.sets[number])
         return self._opened[number]
 
+    def order_of(self, folder: str) -> int:
+        """Return the place of an open set among those of the run."""
+        return next(number for number, opened in self._opened.items() if str(opened.folder) == folder)
+
     def worst(self, count: int) -> tuple[Blamed, ...]:
         """Name the worst documents of the run."""
         found = self.ranking.take(slice(count))

@@ -82,12 +82,12 @@ def blame_json(
 def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Iterator[str]:
     """Write documents as `sftdata view --drop` reads them; yield what to do with it.
 
-    A source is called what a view of all the sets of the run calls it.
+    A source is called what a view of the sets that hold them calls it.
 
     Raises:
-        SftError: the sets make no view together, or the file cannot be written.
+        SftError: these sets make no view together, or the file cannot be written.
     """
-    folders = list(dict.fromkeys(str(run.open(number).folder) for number in range(len(run.sets))))
+    folders = sorted({document.set for document in documents}, key=run.order_of)
     bases = open_bases(folders)
     sources = sources_of(bases)
     first = {str(base.folder): base.first_id for base in bases}

@@ -99,6 +99,16 @@ def test_a_list_for_drop_leaves_out_these_lines_and_no_others(
     assert whole.ledger.documents > len(left)
 
 
+def test_a_list_of_documents_of_one_set_is_for_a_view_of_it_alone(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "run", [sets / "one", sets / "two"], loss_of({(1, 12)}))
+    code, _, err = blame(capsys, tmp_path / "run", "--worst", "1", "-o", tmp_path / "bad.txt")
+    assert code == 0
+    assert f"sftdata view {sets / 'two'} -o NEW" in err
+    assert (tmp_path / "bad.txt").read_text() == "rows.jsonl:12\n"
+
+
 def test_of_one_set_it_is_a_list_of_its_own_names(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,22 @@ def test_they_do_where_rows_are_laid_end_to_end(
     _assert_every_document_once_an_epoch(tmp_path / "out", shards, epochs=2)
 
 
+@pytest.mark.gpu
+def test_they_do_on_a_gpu(tmp_path: Path) -> None:
+    """In bf16 with compiled layers, whose losses are copied while the step goes on; float32 sums of many tokens."""
+    shards = make_mixed_set(tmp_path / "set", "instructions", rows=24, max_length=2048, vocabulary=1024)
+    model = tiny_llama(
+        tmp_path / "model",
+        vocabulary=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        max_position_embeddings=2048,
+    )
+    train_in_process(shards, model, tmp_path / "out", STEPS, log_documents=True, compile="layers")
+    _assert_steps_add_up(tmp_path / "out", within=1e-5)
+    _assert_every_document_once_an_epoch(tmp_path / "out", shards, epochs=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
