@@ -146,10 +146,14 @@ def prepare(
     from sftdata.workers import start_workers
 
     with start_workers(config := _config(**locals())) as pool:
-        from sftdata.selected import prepare as run
+        if config.chooses:
+            from sftdata.selected import prepare as choose
 
-        made = run(config, pool, on_progress, on_note or _log)
-        return made[0] if config.eval is None else (made[0], made[1])
+            made = choose(config, pool, on_progress, on_note or _log)
+            return made[0] if config.eval is None else (made[0], made[1])
+        from sftdata.run import prepare as run
+
+        return run(config, pool, on_progress, on_note or _log)
 
 
 @_telling

@@ -24,7 +24,6 @@ from sftdata.output import Progress, behind_links
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
 from sftdata.run import build_set, note_padding
-from sftdata.run import prepare as prepare_all
 from sftdata.set.build import Build, finished_set
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, partial_folder, read_manifest
 from sftdata.settings import check_settings
@@ -47,7 +46,7 @@ def prepare(
     """Build a set, or both sides of a split; return the manifest of each.
 
     Args:
-        config: the settings.
+        config: the settings, some of which choose.
         workers: of `launch.start_workers`.
         progress: called after each task, and after each shard of what is chosen.
         note: called with each decision made for the user, in one sentence.
@@ -55,8 +54,6 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
-    if not config.chooses:
-        return (prepare_all(config, workers, progress, note),)
     config = config.model_copy(update={"output": behind_links(config.output)})
     view = _recipe(config)
     refuse_nested(view)

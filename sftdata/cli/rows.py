@@ -21,6 +21,7 @@ from sftdata.views.recipe import ViewConfig
 if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
     from sftdata.show.audit import Finding
+    from sftdata.workers import Workers
 
 SETTINGS = (
     "tokenizer", "output", "like", "max_length", "packing", "overlong", "chat_template", "train_on", "format",
@@ -119,11 +120,8 @@ def prepare(
     from sftdata.workers import start_workers
 
     with start_workers(config) as workers:
-        # Imported here even for the summary: the leader of the workers starts up meanwhile.
-        from sftdata.selected import prepare as run
-
         with RunLog() as log:
-            manifests = run(config, workers, log.progress, log.note)
+            manifests = _prepare_sets(config, workers, log)
         made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:
             found = {str(folder): _with_audit(folder, manifest) for folder, manifest in made.items()}
@@ -131,6 +129,17 @@ def prepare(
             return
         for folder, manifest in made.items():
             log.summary(manifest, folder)
+
+
+def _prepare_sets(config: PrepareConfig, workers: Workers, log: RunLog) -> tuple[Manifest, ...]:
+    # Imported here, and only what is needed: the leader of the workers starts up meanwhile.
+    if config.chooses:
+        from sftdata.selected import prepare as choose
+
+        return choose(config, workers, log.progress, log.note)
+    from sftdata.run import prepare as run
+
+    return (run(config, workers, log.progress, log.note),)
 
 
 def _with_audit(folder: Path, manifest: Manifest) -> dict[str, object]:
