@@ -143,17 +143,7 @@ def prepare(
     Raises:
         SftError: one line with problem and fix; what is finished is kept, and the same call resumes.
     """
-    from sftdata.workers import start_workers
-
-    with start_workers(config := _config(**locals())) as pool:
-        if config.chooses:
-            from sftdata.selected import prepare as choose
-
-            made = choose(config, pool, on_progress, on_note or _log)
-            return made[0] if config.eval is None else (made[0], made[1])
-        from sftdata.run import prepare as run
-
-        return run(config, pool, on_progress, on_note or _log)
+    return _prepare(_config(**locals()), on_progress, on_note or _log)
 
 
 @_telling
@@ -428,6 +418,22 @@ def by_columns(formatter: _Function) -> _Function:
     """
     formatter.takes_columns = True  # type: ignore[attr-defined]
     return formatter
+
+
+def _prepare(
+    config: PrepareConfig, progress: Callable[[Progress], object] | None, note: Callable[[str], object]
+) -> Manifest | tuple[Manifest, Manifest]:
+    from sftdata.workers import start_workers
+
+    with start_workers(config) as pool:
+        if config.chooses:
+            from sftdata.selected import prepare as choose
+
+            made = choose(config, pool, progress, note)
+            return made[0] if config.eval is None else (made[0], made[1])
+        from sftdata.run import prepare as run
+
+        return run(config, pool, progress, note)
 
 
 def _config(*, formatter: Formatter, unknown: dict[str, object], **given: object) -> PrepareConfig:
