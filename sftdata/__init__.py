@@ -10,11 +10,11 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, cast, overload
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
+from sftdata.keywords import TOLD, telling
 from sftdata.output import Progress
 from sftdata.version import __version__
 
@@ -61,20 +61,6 @@ __all__ = [
 Inputs = str | Path | Sequence[str | Path]
 Formatter = str | Callable[[Any], object] | None
 _Function = TypeVar("_Function", bound=Callable[[Any], object])
-_Told = TypeVar("_Told", bound=Callable[..., object])
-
-
-_TOLD = "told"  # no setting; the keywords that were given
-
-
-def _telling(function: _Told) -> _Told:
-    """Tell a function which keywords were given, as `told` in its `unknown`: the others may be repeated."""
-
-    @wraps(function)
-    def call(*arguments: Any, **keywords: Any) -> object:
-        return function(*arguments, **keywords, **{_TOLD: tuple(keywords)})
-
-    return cast(_Told, call)
 
 
 @overload
@@ -89,7 +75,7 @@ def prepare(
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[PrepareSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
-@_telling
+@telling
 def prepare(
     inputs: Inputs, *,
     tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
@@ -146,7 +132,7 @@ def prepare(
     return _prepare(_config(**locals()), on_progress, on_note or _log)
 
 
-@_telling
+@telling
 def preview(
     inputs: Inputs, *,
     tokenizer: str | Path | None = None, number: int = 3, formatter: Formatter = None,
@@ -258,7 +244,7 @@ def view(
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[ViewSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
-@_telling
+@telling
 def view(
     sets: str | Path | Sequence[str | Path], *,
     output: str | Path,
@@ -452,9 +438,9 @@ def _settings(
     model: type[BaseModel], given: Mapping[str, object], unknown: Mapping[str, object]
 ) -> dict[str, object]:
     """Return the settings among arguments; those left out are as in the set that `like` names, if any."""
-    told = {"inputs", "sets", "output", *cast(Iterable[str], unknown.get(_TOLD, given))}
+    told = {"inputs", "sets", "output", *cast(Iterable[str], unknown.get(TOLD, given))}
     settings = {name: value for name, value in given.items() if name in model.model_fields}
-    if "inputs" in settings and _TOLD in unknown:
+    if "inputs" in settings and TOLD in unknown:
         from sftdata.as_view import refuse_sets
 
         refuse_sets({name: value for name, value in settings.items() if name in told})
@@ -465,7 +451,7 @@ def _settings(
         settings = settings_like(Path(str(settings["like"])), model.model_fields, told) | settings
     if settings.get("tokenizer", "") is None:
         del settings["tokenizer"]
-    return settings | {name: value for name, value in unknown.items() if name != _TOLD}
+    return settings | {name: value for name, value in unknown.items() if name != TOLD}
 
 
 def _log(note: str) -> None:

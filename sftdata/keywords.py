@@ -1,10 +1,27 @@
-"""Settings as keywords of the public functions, for type checkers: what is returned depends on `eval`."""
+"""Settings as keywords of the public functions: their types, for type checkers, and which of them were given.
+
+What is returned depends on `eval`, so that these functions are overloaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar, cast
+
+_Told = TypeVar("_Told", bound=Callable[..., object])
+TOLD = "told"  # no setting; the keywords that were given
+
+
+def telling(function: _Told) -> _Told:
+    """Tell a function which keywords were given, as `told` in its `unknown`: the others may be repeated."""
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> object:
+        return function(*arguments, **keywords, **{TOLD: tuple(keywords)})
+
+    return cast(_Told, call)
 
 
 class PrepareSettings(TypedDict, total=False):
