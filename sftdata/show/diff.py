@@ -67,10 +67,15 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A document in both sets; None in the one that lacks it."""
+    """A document in both sets; None in the one that lacks it.
+
+    Attributes:
+        why: what the list of rejected or dropped rows of that one says of its place; empty where nothing.
+    """
 
     a: Version | None
     b: Version | None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +184,9 @@ class Diff:
 
 def _change_json(change: Change) -> dict[str, object]:
     plain: dict[str, object] = msgspec.to_builtins(change)
-    examples = [{"a": _version_json(each.a), "b": _version_json(each.b)} for each in change.examples]
+    examples = [
+        {"a": _version_json(each.a), "b": _version_json(each.b), "why": each.why} for each in change.examples
+    ]
     return plain | {"meaning": change.meaning, "examples": examples}
 
 
@@ -323,7 +330,9 @@ def _example(found: Compared, number: int) -> Example:
         _version(side, index, batch, start)
         for (side, index), batch, start in zip(which, batches, starts, strict=True)
     )
-    return Example(*(next(versions) if index >= 0 else None for _, index in sides))
+    a, b = (next(versions) if index >= 0 else None for _, index in sides)
+    lacking = found.right if b is None else found.left
+    return Example(a, b, "" if a and b else lacking.lost.get(which[0][0].origin(which[0][1]), ""))
 
 
 def _version(side: Side, index: int, batch: TokenBatch, differs: int) -> Version:
@@ -331,9 +340,8 @@ def _version(side: Side, index: int, batch: TokenBatch, differs: int) -> Version
     shown = slice(start, start + _SHOWN)
     ids, trained = batch.input_ids[shown], batch.trained[shown]
     labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
-    source = side.sources[int(side.source[index])]
     return Version(
-        place=place(source.name, int(side.ids[index]) - source.first_id + 1, source.unit),
+        place=place(*side.origin(index), side.sources[int(side.source[index])].unit),
         example_id=int(side.ids[index]),
         length=int(side.lengths[index]),
         tokens=int(side.tokens[index]),

@@ -9,11 +9,14 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
+from sftdata.errors import IntegrityError
 from sftdata.set.index import INDEX, Segments, hash_documents, hash_prompts, read_index
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.set.store import check_file
 from sftdata.views.bases import Base, open_bases, read_documents
@@ -21,8 +24,18 @@ from sftdata.views.documents import Documents, UInt64
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
 _BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
+_AGAIN = "restore the file, or prepare the set again with --overwrite."
 _PLACE_BITS = 40  # of a place, for the row; the source is above them
 _WHITE = (9, 10, 11, 12, 13, 32)
+
+
+class _Lost(msgspec.Struct):
+    """What dropped.jsonl and rejects.jsonl say of a row, as far as it is shown here."""
+
+    file: str
+    record: int
+    reason: str
+    code: str = ""
 
 
 @dataclass(eq=False)
@@ -81,6 +94,30 @@ class Side:
         """bool[N]: documents of which a token is in the rows."""
         held: Bool = self.tokens > 0
         return held
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """Return the source of a document, and its row there, counted from 1."""
+        source = self.sources[int(self.source[index])]
+        return source.name, int(self.ids[index]) - source.first_id + 1
+
+    @cached_property
+    def lost(self) -> dict[tuple[str, int], str]:
+        """Why rows that were read are not in the set, by source and row.
+
+        Raises:
+            IntegrityError: one of its lists is damaged.
+        """
+        found = {}
+        for name in (DROPPED_NAME, REJECTS_NAME):
+            path = self.folder / name
+            try:
+                for line in path.read_bytes().splitlines() if path.is_file() else ():
+                    row = msgspec.json.decode(line, type=_Lost)
+                    why = f"rejected: {row.code}" if row.code else f"dropped: {row.reason}"
+                    found[row.file, row.record] = why
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise IntegrityError(f"{path}: damaged: {error}.", _AGAIN) from None
+        return found
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

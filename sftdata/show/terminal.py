@@ -348,7 +348,8 @@ def _examples(change: Change, console: Console) -> Iterator[Text]:
     for example in change.examples:
         versions = [own for own in (example.a, example.b) if own is not None]
         places = dict.fromkeys(visible(own.place) for own in versions)
-        yield Text(f"    {' → '.join(places)}   {_sizes(versions)}")
+        why = f"   {'b' if example.b is None else 'a'} {visible(example.why)}" if example.why else ""
+        yield Text.assemble(f"    {' → '.join(places)}   {_sizes(versions)}", (why, "yellow"))
         if change.kind == "cut":
             continue
         for own in versions:

@@ -274,6 +274,24 @@ def test_the_command_says_what_differs_and_exits_with_1(
     assert repr(found).endswith("; settings differ: 1>")
 
 
+def test_it_says_why_the_other_set_lacks_a_row(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(json.dumps(CHATS))
+    rows[2]["messages"][-1]["role"] = "helper"
+    other = prepared(tmp_path / "other", rows, max_length=512, max_rejects=5)
+    found = sftdata.diff(sets / "base", other, limit=ALL)
+    examples = [each for change in found.changes[:2] for each in change.examples]
+    told = {own.place: each.why for each in examples if (own := each.a or each.b)}
+    assert told.pop("chats.jsonl:3") == "rejected: unknown-role"
+    assert set(told.values()) == {"dropped: no-trained-tokens"}
+    assert main(["diff", str(sets / "base"), str(other)]) == 1
+    assert "b rejected: unknown-role" in capsys.readouterr().out
+    (other / "rejects.jsonl").write_text("{")
+    assert main(["diff", str(sets / "base"), str(other)]) == 4
+    assert "rejects.jsonl" in capsys.readouterr().err
+
+
 def test_two_tokenizers_are_compared_by_place_and_text(tmp_path: Path) -> None:
     made_tokenizers.write_tokenizers(tmp_path)
     rows = [CHATS[number] for number in (3, 4, 7, 9)]
