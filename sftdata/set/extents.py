@@ -10,8 +10,8 @@ An extent is a run of tokens inside one row of one file. Laid end to end, the ex
 | `file` | list<int32> | number of the file, see `token_files`; -1 for padding |
 | `start` | list<int64> | its first token, counted from the beginning of the file |
 | `length` | list<int32> | tokens |
-| `first_trained` | list<uint8> | 1 where the document labels its first token, as the file may not |
-| `first_weight` | list<float32> | what that token weighs; only in a set with weights |
+| `first_label` | list<uint8> | of its first token: `AS_STORED`, `GIVEN` or `TAKEN` |
+| `first_weight` | list<float32> | what that token weighs if its label is given; only in a set with weights |
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sftdata.batches import Bool, Float32, Int32, Int64, offsets_of
+from sftdata.batches import Float32, Int32, Int64, offsets_of
 from sftdata.errors import IntegrityError
 from sftdata.set.index import REST, as_strings, slice_number
 from sftdata.set.shards import (
@@ -49,7 +49,11 @@ if TYPE_CHECKING:
 
     from sftdata.set.manifest import Manifest
 
+UInt8 = npt.NDArray[np.uint8]
+
 PADDING_FILE = -1
+AS_STORED, GIVEN, TAKEN = 0, 1, 2
+"""The label of an extent's first token: that of its file, one that the file may lack, or none."""
 ANEW = "make the view again with --overwrite."
 
 
@@ -83,15 +87,15 @@ class Extents:
         file: int32[E], number of the file; `PADDING_FILE` for padding.
         start: int64[E], first token, counted from the beginning of the file.
         length: int32[E], tokens.
-        first_trained: bool[E], whether the first token has a label in its document that its file may lack.
-        first_weights: float32[E], what that token weighs; None without weights.
+        first_label: uint8[E], of the first token: `AS_STORED`, `GIVEN` or `TAKEN`.
+        first_weights: float32[E], what that token weighs if its label is given; None without weights.
     """
 
     row_offsets: Int64
     file: Int32
     start: Int64
     length: Int32
-    first_trained: Bool
+    first_label: UInt8
     first_weights: Float32 | None = None
 
     def __len__(self) -> int:
@@ -180,7 +184,7 @@ def _record_batch(
         extents.file,
         extents.start,
         extents.length,
-        extents.first_trained.astype(np.uint8),
+        extents.first_label,
     ]
     values += [] if extents.first_weights is None else [extents.first_weights]
     lists = [list_array(column[here], offsets) for column in values]
@@ -204,7 +208,7 @@ def _rest_schema(weighted: bool) -> pa.Schema:
 def _extent_columns(weighted: bool) -> list[tuple[str, pa.DataType]]:
     import pyarrow as pa
 
-    items = {"file": pa.int32(), "start": pa.int64(), "length": pa.int32(), "first_trained": pa.uint8()}
+    items = {"file": pa.int32(), "start": pa.int64(), "length": pa.int32(), "first_label": pa.uint8()}
     items |= {"first_weight": pa.float32()} if weighted else {}
     return [(name, pa.list_(item)) for name, item in items.items()]
 
@@ -248,8 +252,7 @@ def read_rest_extents(path: Path, weighted: bool = False) -> list[RestExtents]:
 def _extents(path: Path, batch: pa.RecordBatch, weighted: bool) -> Extents:
     columns = [batch[name] for name, _ in _extent_columns(weighted)]
     offsets = _shared_offsets(path, columns)
-    file, start, length, trained, *weights = (as_numpy(list_items(column)) for column in columns)
-    return Extents(offsets, file, start, length, trained != 0, *weights)
+    return Extents(offsets, *(as_numpy(list_items(column)) for column in columns))
 
 
 def _shared_offsets(path: Path, columns: Sequence[pa.ListArray]) -> Int64:

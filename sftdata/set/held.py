@@ -24,6 +24,9 @@ from sftdata.set.store import SetFile, plain_file
 Tokens = tuple[Int32, Int32, Float32 | None]
 """Ids, labels, and weights in a set that has them."""
 
+Run = tuple[int, int, int]
+"""Tokens of a block: its number, the first of them, and their end."""
+
 
 class Watch:
     """A set in use: says so when another has taken its place.
@@ -86,9 +89,9 @@ class Block(Protocol):
 
 
 class Found(NamedTuple):
-    """Extents in mapped blocks: int32[E] number of the block, int64[E] first token there, and its end."""
+    """Extents in mapped blocks: int64[E] each, number of the block, first token there, and its end."""
 
-    block: Int32
+    block: Int64
     start: Int64
     stop: Int64
 
@@ -125,7 +128,9 @@ class TokenFiles:
             np.full(length, pad_id, np.int32), np.full(length, IGNORE_INDEX, np.int32), none,
             np.zeros(0, np.int32), np.zeros(0, np.int64), none,
         )  # fmt: skip
-        self.blocks: list[Block] = [pad]
+        self.blocks: list[Block] = []
+        self._bytes: list[tuple[memoryview, memoryview]] = []  # ids and labels of each block
+        self._add([pad])
         self._edges[PADDING_FILE] = 0, np.array([0, length])
 
     def open(self, number: int) -> tuple[int, Int64]:
@@ -144,8 +149,12 @@ class TokenFiles:
                 blocks = read_rest(path, manifest.weighted)
             self._watches[folder].refuse_replaced()
             self._edges[number] = len(self.blocks), offsets_of([len(block.input_ids) for block in blocks])
-            self.blocks += blocks
+            self._add(blocks)
         return self._edges[number]
+
+    def _add(self, blocks: Sequence[Block]) -> None:
+        self.blocks += blocks
+        self._bytes += [(_bytes(block.input_ids), _bytes(block.labels)) for block in blocks]
 
     def open_blocks(self, number: int) -> list[int]:
         """Map a file; return the numbers of its blocks."""
@@ -170,7 +179,7 @@ class TokenFiles:
         Raises:
             IntegrityError: there are no such tokens.
         """
-        block, start = np.zeros(len(file), np.int32), start.copy()
+        block, start = np.zeros(len(file), np.int64), start.copy()
         order = np.argsort(file, kind="stable")
         numbers, firsts = np.unique(file[order], return_index=True)
         for number, here in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
@@ -188,20 +197,32 @@ class TokenFiles:
             raise IntegrityError(f"{path}: names a file {number}; its bases have {len(self._files)}.", ANEW)
         return self.open(number)
 
-    def gather(self, found: Found, first: int, last: int, weighted: bool) -> Tokens:
-        """Lay the tokens of extents `first` to `last` end to end, with the labels that their files have."""
-        blocks = self.blocks
-        block = [blocks[number] for number in found.block[first:last].tolist()] or blocks[:1]
-        starts, stops = found.start[first:last].tolist() or [0], found.stop[first:last].tolist() or [0]
-        runs = list(zip(block, map(slice, starts, stops), strict=True))
-        ids = np.concatenate([part.input_ids[run] for part, run in runs])
-        labels = np.concatenate([part.labels[run] for part, run in runs])
-        return ids, labels, np.concatenate([_weights(part, run) for part, run in runs]) if weighted else None
+    def gather(self, runs: Sequence[Run]) -> tuple[Int32, Int32]:
+        """Lay the tokens of runs end to end: ids, and the labels that their files have.
+
+        Joining slices of bytes takes half the time of joining slices of arrays.
+        """
+        held = self._bytes
+        joined = bytearray().join(
+            [held[block][0][4 * start : 4 * stop] for block, start, stop in runs]
+            + [held[block][1][4 * start : 4 * stop] for block, start, stop in runs]
+        )
+        tokens = np.frombuffer(joined, np.int32)
+        half = len(tokens) // 2
+        return tokens[:half], tokens[half:]
+
+    def gather_weights(self, runs: Sequence[Run]) -> Float32:
+        """Lay the weights of tokens end to end; a set without them gives each label 1."""
+        weights = [np.empty(0, np.float32)]
+        for number, start, stop in runs:
+            block = self.blocks[number]
+            labelled = (block.labels[start:stop] != IGNORE_INDEX).astype(np.float32)
+            weights.append(labelled if block.loss_weights is None else block.loss_weights[start:stop])
+        return np.concatenate(weights)
 
 
-def _weights(block: Block, run: slice) -> Float32:
-    weights = block.labels[run] != IGNORE_INDEX if block.loss_weights is None else block.loss_weights[run]
-    return np.asarray(weights, np.float32)
+def _bytes(tokens: Int32) -> memoryview:
+    return tokens.data.cast("B") if len(tokens) else memoryview(b"")
 
 
 def open_token_files(folder: Path, manifest: Manifest) -> TokenFiles:

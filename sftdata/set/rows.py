@@ -6,7 +6,7 @@ is one copy, made when it is asked for.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
-from sftdata.set.extents import Packs, read_packs, read_rest_extents
-from sftdata.set.held import Found, TokenFiles, Tokens, open_token_files
+from sftdata.set.extents import AS_STORED, GIVEN, Extents, Packs, read_packs, read_rest_extents
+from sftdata.set.held import TokenFiles, Tokens, open_token_files
 from sftdata.set.index import REST, RestRows, beside_name, read_rest
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import ShardInfo, read_shard
@@ -142,14 +142,9 @@ class _Indexed:
     """One record batch of rows by index."""
 
     def __init__(self, path: Path, packs: Packs, files: TokenFiles, weighted: bool) -> None:
-        self.packs, self._files, self._weighted = packs, files, weighted
-        extents = packs.extents
-        self._found: Found = files.find(path, extents.file, extents.start, extents.length)
-        before = offsets_of(packs.extents.length)[:-1]
-        inside = ~np.isin(before, offsets_of(packs.seq_lengths), assume_unique=True)
-        self._lost = np.flatnonzero(packs.extents.first_trained & inside)
-        self._lost_at = before[self._lost]
-        self._rows_at = packs.extents.token_offsets()
+        self.packs = packs
+        self._runs = _Runs(path, packs.extents, files, weighted)
+        self._offsets = packs.extents.row_offsets
 
     def rows(self, first: int, last: int) -> PackedRows:
         """Return some of the rows as columns."""
@@ -157,30 +152,54 @@ class _Indexed:
         packs = self.packs
         offsets = packs.segment_offsets[first : last + 1]
         segments = slice(offsets[0], offsets[-1])
+        before = offsets_of(packs.seq_lengths[segments])
         return PackedRows(
-            ids, labels, self._rows_at[first : last + 1] - self._rows_at[first],
+            ids, labels, before[offsets - offsets[0]],
             packs.seq_lengths[segments], packs.example_ids[segments], offsets - offsets[0], weights,
         )  # fmt: skip
 
     def tokens(self, first: int, last: int) -> Tokens:
-        """Return the tokens of some of the rows; no document's first token has a label."""
-        packs = self.packs
-        begin, end = packs.extents.row_offsets[[first, last]].tolist()
-        ids, labels, weights = self._files.gather(self._found, begin, end, self._weighted)
-        if len(self._lost):
-            some = slice(*np.searchsorted(self._lost, (begin, end)).tolist())
-            lost = self._lost_at[some] - self._rows_at[first]
-            labels[lost] = ids[lost]
-            if weights is not None and packs.extents.first_weights is not None:
-                weights[lost] = packs.extents.first_weights[self._lost[some]]
-        lengths = packs.seq_lengths[packs.segment_offsets[first] : packs.segment_offsets[last]]
-        starts = offsets_of(lengths)[:-1]
-        labels[starts] = IGNORE_INDEX
-        if weights is not None:
-            weights[starts] = 0
-            weights.flags.writeable = False
+        """Return the tokens of some of the rows."""
+        return self._runs.tokens(*self._offsets[first : last + 1 : last - first].tolist())
+
+
+class _Runs:
+    """The extents of one record batch, found in the files of the bases.
+
+    Args:
+        path: of the file that names them.
+        extents: of the record batch.
+        files: of the bases.
+        weighted: whether the set has weights.
+    """
+
+    def __init__(self, path: Path, extents: Extents, files: TokenFiles, weighted: bool) -> None:
+        self._extents, self._files, self._weighted = extents, files, weighted
+        self._found = np.stack(files.find(path, extents.file, extents.start, extents.length), axis=1)
+        self._mended: list[int] = np.flatnonzero(extents.first_label != AS_STORED).tolist()
+
+    def tokens(self, first: int, last: int) -> Tokens:
+        """Return the tokens of extents `first` to `last`, end to end; read-only."""
+        runs = self._found[first:last].tolist()
+        ids, labels = self._files.gather(runs)
+        weights = self._files.gather_weights(runs) if self._weighted else None
+        some = slice(bisect_left(self._mended, first), bisect_left(self._mended, last))
+        if some.start < some.stop:
+            self._mend(first, last, self._mended[some], (ids, labels, weights))
         ids.flags.writeable = labels.flags.writeable = False
+        if weights is not None:
+            weights.flags.writeable = False
         return ids, labels, weights
+
+    def _mend(self, first: int, last: int, mended: list[int], tokens: Tokens) -> None:
+        """Give and take the labels of first tokens that their files have otherwise."""
+        ids, labels, weights = tokens
+        which = np.array(mended)
+        at = offsets_of(self._extents.length[first:last])[which - first]
+        given = self._extents.first_label[which] == GIVEN
+        labels[at] = np.where(given, ids[at], IGNORE_INDEX)
+        if weights is not None and self._extents.first_weights is not None:
+            weights[at] = np.where(given, self._extents.first_weights[which], 0)
 
 
 class SetFiles:
@@ -231,12 +250,6 @@ class SetFiles:
 def _gather_rest(path: Path, files: TokenFiles, weighted: bool) -> Iterator[RestRows]:
     """Gather the stretches of a rest by index, with all their labels."""
     for part in read_rest_extents(path, weighted):
-        extents = part.extents
-        found = files.find(path, extents.file, extents.start, extents.length)
-        ids, labels, weights = files.gather(found, 0, len(extents), weighted)
-        lost = offsets_of(extents.length)[:-1][extents.first_trained]
-        labels[lost] = ids[lost]
-        if weights is not None and extents.first_weights is not None:
-            weights[lost] = extents.first_weights[extents.first_trained]
-        offsets, reasons = extents.token_offsets(), list(part.reasons)
+        ids, labels, weights = _Runs(path, part.extents, files, weighted).tokens(0, len(part.extents))
+        offsets, reasons = part.extents.token_offsets(), list(part.reasons)
         yield RestRows(ids, labels, offsets, part.example_ids, part.offset, reasons, weights)

@@ -11,7 +11,10 @@ from sftdata.batches import Bool, Float32, Int32, Int64, PackPlan, count_between
 from sftdata.pack import lay_out
 from sftdata.set.build import ShardResult
 from sftdata.set.extents import (
+    AS_STORED,
+    GIVEN,
     PADDING_FILE,
+    TAKEN,
     Extents,
     Packs,
     RestExtents,
@@ -70,7 +73,12 @@ def _packed_extents(plan: ViewPlan, runs: Runs, layout: tuple[Int64, Int64, Int6
     document, lengths, _, segment_offsets = layout
     count = np.append(runs.count, 1)[document]
     which = positions_of(np.append(offsets_of(runs.count)[:-1], len(runs.block))[document], count)
-    return _extents(plan, runs, which, offsets_of(count)[segment_offsets], lengths[document < 0])
+    first = np.isin(which, offsets_of(runs.count)[:-1])  # of its document in the row; these have no label
+    doubtful = np.append(runs.inside | runs.first_label, False)[which]
+    extents = _extents(plan, runs, which, offsets_of(count)[segment_offsets], lengths[document < 0])
+    extents.first_label[first & doubtful] = TAKEN
+    extents.first_label[first & ~doubtful] = AS_STORED
+    return extents
 
 
 def _rest_extents(plan: ViewPlan, runs: Runs, kept: int) -> Extents:
@@ -89,7 +97,9 @@ def _extents(plan: ViewPlan, runs: Runs, which: Int64, row_offsets: Int64, paddi
     length[pads] = padding
     labelled = np.append(runs.first_label, False)[which]
     weights = np.append(runs.first_weight, np.float32(0))[which] * labelled if _weighted(plan) else None
-    return Extents(row_offsets, file, start, length, labelled, weights)
+    return Extents(
+        row_offsets, file, start, length, np.where(labelled, GIVEN, AS_STORED).astype(np.uint8), weights
+    )
 
 
 def _weighted(plan: ViewPlan) -> bool:

@@ -73,7 +73,8 @@ class Runs:
         count: int64[K], runs of each stretch; one without tokens has none.
         block: int32[R], block that holds a run.
         start, length: int64[R], first token in that block, and how many.
-        first_label: bool[R], whether the first one has a label that the block may lack.
+        inside: bool[R], whether it begins inside a segment, where the block has all labels.
+        first_label: bool[R], whether a segment begins there with a label that the block may lack.
         first_weight: float32[R], what it weighs if so.
     """
 
@@ -81,6 +82,7 @@ class Runs:
     block: Int32
     start: Int64
     length: Int64
+    inside: Bool
     first_label: Bool
     first_weight: Float32
 
@@ -159,6 +161,7 @@ class Documents:
             block=self.block[segment],
             start=self.start[segment] + skipped,
             length=length,
+            inside=skipped > 0,
             first_label=(skipped == 0) & self.first_label[segment],
             first_weight=self.first_weight[segment],
         )
