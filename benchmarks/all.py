@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = (
     ("prepare", "--rounds 1"), ("scaling", "--copies 1,5"), ("views", "--rounds 2"), ("reading", "--rounds 3"), ("diff", ""),
-    ("pack", "--repeats 1"), ("masks", ""), ("startup", "--rounds 3"), ("train_step", "--rounds 3 --steps 1"),
+    ("steps", ""), ("pack", "--repeats 1"), ("masks", ""), ("startup", "--rounds 3"), ("train_step", "--rounds 3 --steps 1"),
     ("train_step", "--startup"), ("document_log", ""),
 )  # fmt: skip
 

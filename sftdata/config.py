@@ -34,6 +34,7 @@ DEFAULT_MAX_LENGTH = 1024
 FAST_ENGINE_MIN_BYTES = 4 << 20  # of input; below it a second tokenizer engine costs more than it saves
 DEFAULT_LINE_BYTES = 64 << 20
 MOST_TOKENS = (1 << 31) - 1  # of one row: Arrow counts them in int32
+WINDOW = 64  # shards, in which the rows of a view may be shuffled
 MOST_BYTES = 1 << 40
 MOST_WORKERS = 4096
 

@@ -14,6 +14,7 @@ from sfttrain.order import Order
 from sfttrain.schedule import Mixture, Passes, Schedule
 from sfttrain.seen import Account
 from sfttrain.sets import refuse_mixed_tokenizers
+from sfttrain.stored import stored_schedule
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,11 +25,17 @@ _HAIR = 0.005  # of a pass, by which an epoch may go further: it ends with a who
 
 
 def make_order(
-    config: TrainConfig, sizes: Sequence[int], contents: Sequence[Contents], args: TrainingArguments
+    config: TrainConfig,
+    sets: Sequence[ShardSet],
+    sizes: Sequence[int],
+    contents: Sequence[Contents],
+    args: TrainingArguments,
 ) -> Order:
     """Return the batches of this rank.
 
     Args:
+        config: the run.
+        sets: none where rows are given that are no set's.
         sizes: rows of each set.
         contents: of the sets; needed for shares alone.
     """
@@ -39,12 +46,14 @@ def make_order(
         schedule: Schedule = Mixture(amounts, shares, seed=seed, shuffle=shuffle)
     else:
         schedule = Passes(sizes, config.set_weights or (1.0,), seed=seed, shuffle=shuffle)
+    stored, note = stored_schedule(config, [opened.manifest for opened in sets], sizes, args)
     return Order(
-        schedule,
+        stored or schedule,
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         rank=args.process_index,
         ranks=args.world_size,
+        note=note,
     )
 
 
@@ -65,6 +74,8 @@ def planned(config: TrainConfig, account: Account, order: Order, steps: int) -> 
     leg = account.leg(steps)
     epoch = f"an epoch is {order.steps_per_epoch:,} steps"
     yield f"data: {leg.steps:,} steps of {order.global_batch:,} rows; {epoch}"
+    if order.note:
+        yield order.note
     yield from map(str, leg.sets)
     worst = max((abs(part.share - part.asked) for part in leg.sets if part.asked is not None), default=0)
     if worst > CLOSE:
@@ -88,7 +99,7 @@ def plan_run(config: TrainConfig) -> list[str]:
     refuse_mixed_tokenizers(sets)
     args = training_arguments(config)
     contents = [read_contents(opened, config.packing == "unpack") for opened in sets]
-    order = make_order(config, [part.rows for part in contents], contents, args)
+    order = make_order(config, sets, [part.rows for part in contents], contents, args)
     account = account_of(config, sets, contents, order)
     return list(planned(config, account, order, total_steps(args, order)))
 

@@ -25,6 +25,7 @@ class Order(Sampler[list[int]]):
         batch_size: rows per rank and micro-batch.
         accumulation: micro-batches per step.
         rank, ranks: this process, of how many.
+        note: what is to be said of the order, in one line; empty for nothing.
 
     >>> from sfttrain.schedule import Passes
     >>> passes = Passes([5], [1.0], seed=0, shuffle=False)
@@ -33,9 +34,10 @@ class Order(Sampler[list[int]]):
     """
 
     def __init__(
-        self, schedule: Schedule, *, batch_size: int, accumulation: int = 1, rank: int = 0, ranks: int = 1
-    ) -> None:
-        self.schedule, self.epoch = schedule, 0
+        self, schedule: Schedule, *, batch_size: int, accumulation: int = 1, rank: int = 0, ranks: int = 1,
+        note: str = "",
+    ) -> None:  # fmt: skip
+        self.schedule, self.epoch, self.note = schedule, 0, note
         self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
 
     def begin_at(self, step: int) -> None:
@@ -66,8 +68,11 @@ class Order(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # Micro-batch m of all ranks is contiguous: ranks x accumulation may change at the same product.
-        blocks = self.rows(self.epoch).reshape(-1, self.ranks, self.batch_size)
-        return iter(blocks[:, self.rank].tolist())
+        rows = self.rows(self.epoch)
+        if self.schedule.by_rank:
+            own = rows.reshape(-1, self.ranks, self.accumulation, self.batch_size)[:, self.rank]
+            return iter(own.reshape(-1, self.batch_size).tolist())
+        return iter(rows.reshape(-1, self.ranks, self.batch_size)[:, self.rank].tolist())
 
     def rows(self, epoch: int) -> Int64:
         """int64[steps_per_epoch * global_batch], the rows of one epoch of the run in order."""

@@ -30,12 +30,14 @@ class Schedule(Protocol):
         seed: of every draw.
         shuffle: False keeps the order at rest.
         leg: first step of the leg of the run, which draws rows in other orders than the legs before.
+        by_rank: whether the rows of a step come rank after rank; else micro-batch after micro-batch.
     """
 
     sizes: list[int]
     seed: int
     shuffle: bool
     leg: int
+    by_rank: bool
 
     def steps_per_epoch(self, batch: int) -> int:
         """Return how many steps make an epoch."""
@@ -63,7 +65,7 @@ class Passes:
         self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, shuffle: bool = True
     ) -> None:
         self.sizes, self.weights, self.seed, self.shuffle = list(sizes), list(weights), seed, shuffle
-        self.leg = 0
+        self.leg, self.by_rank = 0, False
 
     @property
     def rows_per_epoch(self) -> int:
@@ -149,6 +151,7 @@ class Mixture:
         self, amounts: Sequence[Int64], shares: Sequence[float], *, seed: int, shuffle: bool = True
     ) -> None:
         self.sizes, self.seed, self.shuffle, self.leg = [len(part) for part in amounts], seed, shuffle, 0
+        self.by_rank = False
         self._amounts = [np.maximum(part, 1).astype(np.int64) for part in amounts]
         self._wholes = [int(part.sum()) for part in self._amounts]
         self._shares = [share / sum(shares) for share in shares]

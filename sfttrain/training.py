@@ -158,7 +158,7 @@ def _plan_data(
         return None, None
     kept = config.mix or rank() == 0
     contents = [read_contents(opened, plan.unpack) for opened in sets] if kept else []
-    order = make_order(config, rows.sizes, contents, args)
+    order = make_order(config, sets, rows.sizes, contents, args)
     return order, account_of(config, sets, contents, order) if sets and rank() == 0 else None
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,26 +115,37 @@ class Fleet:
             ["sfttrain.training", "sfttrain.cli", "transformers.trainer", "peft", "accelerate"]
         )
 
-    def start(self, arguments: list[str], ranks: int, log: Path) -> list[Any]:
-        """Start one process a rank; their standard error goes to `log`."""
+    def start(
+        self, arguments: list[str], ranks: int, log: Path, before: Callable[[int, str], None] | None = None
+    ) -> list[Any]:
+        """Start one process a rank; their standard error goes to `log`. `before` is called with rank and log."""
         port = _free_port()
         processes = [
-            self._context.Process(target=_rank_main, args=(arguments, rank, ranks, port, str(log)))
+            self._context.Process(target=_rank_main, args=(arguments, rank, ranks, port, str(log), before))
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         return processes
 
-    def finish(self, arguments: list[str], ranks: int, log: Path) -> list[int]:
+    def finish(
+        self, arguments: list[str], ranks: int, log: Path, before: Callable[[int, str], None] | None = None
+    ) -> list[int]:
         """Run to the end; return the exit codes."""
-        processes = self.start(arguments, ranks, log)
+        processes = self.start(arguments, ranks, log, before)
         for process in processes:
             process.join(HANGS)
         return [process.exitcode for process in processes]
 
 
-def _rank_main(arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+def _rank_main(
+    arguments: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    log: str,
+    before: Callable[[int, str], None] | None,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -146,6 +158,8 @@ def _rank_main(arguments: list[str], rank: int, ranks: int, port: int, log: str)
     torch.set_num_threads(1)
     from sfttrain.cli import main
 
+    if before is not None:
+        before(rank, log)
     code = main(arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from sftdata.batches import Int64
+from sftdata.config import WINDOW
 from sftdata.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -108,14 +109,31 @@ def stored_steps(manifest: Manifest) -> Steps | None:
     Raises:
         IntegrityError: they are not such as `sftdata view` writes.
     """
+    stored = _view(manifest).get("steps")
     try:
-        stored = manifest.settings.get("view", {}).get("steps")
         return None if stored is None else msgspec.convert(stored, Steps)
-    except (msgspec.ValidationError, AttributeError) as error:
+    except msgspec.ValidationError as error:
         raise IntegrityError(
             f"view.steps of the manifest: {error}.",
             "restore the file, or prepare the set again with --overwrite.",
         ) from None
+
+
+def stored_order(manifest: Manifest) -> str:
+    """Return in what order the rows of a set are meant to stay: `order` of `sftdata view`; empty for none."""
+    order = _view(manifest).get("order")
+    return order if isinstance(order, str) and order != "shuffled" else ""
+
+
+def stored_window(manifest: Manifest) -> int:
+    """Return the shards of a window in which rows may be shuffled."""
+    window = _view(manifest).get("window")
+    return window if isinstance(window, int) and window > 0 else WINDOW
+
+
+def _view(manifest: Manifest) -> dict[str, object]:
+    view = manifest.settings.get("view")
+    return view if isinstance(view, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from sftdata.choosing import (
     Share,
     Total,
 )
-from sftdata.config import MOST_TOKENS
+from sftdata.config import MOST_TOKENS, WINDOW
 from sftdata.errors import UsageError
 from sftdata.output import local_output
 
@@ -88,7 +88,7 @@ class ViewConfig(BaseModel):
         " source, shuffled inside a band; or shuffled in windows of shards, for disks slow at random reads.",
     )
     bands: int = Field(8, ge=1, description="Of --order length and trained.")
-    window: int = Field(16, ge=1, description="Shards of a window of --order windows.")
+    window: int = Field(WINDOW, ge=1, description="Shards of a window of --order windows.")
     steps_for: str | None = Field(
         None,
         description="Steps of equal work: RANKSxROWS, rows of each rank and step (batch x accumulation),"

@@ -295,7 +295,7 @@ ODD = {"hidden_size": 8, "num_hidden_layers": 1}
         ({"steps_for": "2x2", "pack_over": "slice"}, "--steps-for 2x2: rows are ordered",
          "--pack-over view.", {"pack_over": "view"}),
         ({"bands": 3}, "--bands without --order length or trained", "leave --bands out.", {"bands": 8}),
-        ({"window": 3, "order": "length"}, "--window without --order windows", "leave --window out.", {"window": 16}),
+        ({"window": 3, "order": "length"}, "--window without --order windows", "leave --window out.", {"window": 64}),
         ({"model": "x"}, "--model without --steps-for", "leave --model out.", {"model": None}),
         ({"steps_for": "64x64"}, "--steps-for 64x64: a step takes 4,096 rows; the view has",
          "fewer ranks or rows in --steps-for, or a smaller --max-length.", {"steps_for": "2x2"}),

@@ -182,7 +182,7 @@ def test_stored_steps_that_are_none_are_damage(tmp_path: Path) -> None:
 
     from sftdata.set.steps import stored_steps
 
-    for view in ({"steps": {"ranks": 0}}, {"steps": 3}, 3):
+    for view in ({"steps": {"ranks": 0}}, {"steps": 3}):
         with pytest.raises(IntegrityError, match=r"view\.steps of the manifest"):
             stored_steps(SimpleNamespace(settings={"view": view}))  # type: ignore[arg-type]
     assert stored_steps(SimpleNamespace(settings={})) is None  # type: ignore[arg-type]
