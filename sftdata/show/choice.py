@@ -15,7 +15,6 @@ from sftdata.set.steps import Balance
 
 _HASH = re.compile(r"[0-9a-f]{32,}")
 _LONGEST = 60  # characters shown of a setting
-_PASS = re.compile(r"#\d+")
 _SETTINGS = {"source": "sources", "train": "eval"}  # of steps that have another name
 # Settings that stand in the sentence of another, or are no choice.
 _BESIDE = {
@@ -61,10 +60,10 @@ def shares_of(manifest: Manifest) -> tuple[ShareOf, ...]:
             )
             for index, share in enumerate(manifest.shares)
         )
-    names = {source.name for source in manifest.sources}
+    again = further_passes(manifest)
     counts: dict[str, SourceCounts] = {}
     for name, own in manifest.ledger.sources.items():
-        counted = counts.setdefault(_first_pass(name, names), SourceCounts())
+        counted = counts.setdefault(again.get(name, name), SourceCounts())
         counted.rows += own.rows
         counted.tokens += own.tokens
         counted.tokens_trained += own.tokens_trained
@@ -104,10 +103,15 @@ def tell_shares(manifest: Manifest, most: int = 8) -> Iterator[str]:
         yield f"and {len(shares) - most:,} more"
 
 
-def _first_pass(name: str, names: set[str]) -> str:
-    """Return the source that this one is a further pass over; itself where it is none."""
-    first, mark, _ = name.rpartition("#")
-    return first if first in names and _PASS.fullmatch(name[len(first) :]) and mark else name
+def further_passes(manifest: Manifest) -> dict[str, str]:
+    """Return the name of each source that a mixture goes through again, and of the first pass over it."""
+    known = {source.name: source.xxh3 for source in manifest.sources}
+    again = {}
+    for name, xxh3 in known.items():
+        first, _, number = name.rpartition("#")
+        if number.isdecimal() and known.get(first) == xxh3:
+            again[name] = first
+    return again
 
 
 def counters_of(manifest: Manifest) -> dict[str, int]:

@@ -166,3 +166,15 @@ def test_order_and_balance_are_said(base: Path, tmp_path: Path, capsys: pytest.C
     shown = open_shown(tmp_path / "steps")
     assert f"{balance.worst:.3f} in the worst step" in make_report(shown, audit_set(shown))
     assert f"{balance.worst:.3f} in the worst step" in shown._repr_html_()
+
+
+def test_further_passes_are_no_duplicates_to_the_audit(base: Path, tmp_path: Path) -> None:
+    def duplicates(folder: Path) -> int:
+        return sum(found.count for found in sftdata.audit(folder) if found.code == "duplicate-prompt")
+
+    view(tmp_path / "once", base, dedup="prompt", max_length=512)
+    made = view(tmp_path / "twice", base, dedup="prompt", max_length=512, mix={"*.jsonl": 1}, passes=2)
+    assert made.ledger.documents_repeated > 50
+    assert duplicates(tmp_path / "once") == duplicates(tmp_path / "twice") == 0
+    view(tmp_path / "all", base, max_length=512, mix={"*.jsonl": 1}, passes=2)
+    assert duplicates(tmp_path / "all") == duplicates(base) > 0
