@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sftdata.choosing import CHOOSING
@@ -64,8 +65,13 @@ def refuse_sets(given: Mapping[str, object], assigned: Sequence[str] = ()) -> No
 
 def _holds_sets_alone(folder: Path) -> bool:
     """Whether a folder is the parent of sets, as of the two sides of a split."""
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    return bool(inside) and all(set_in(entry) == "a finished set" for entry in inside)
+    found = False
+    with suppress(OSError):  # what cannot be listed is refused as an input
+        for entry in folder.iterdir():
+            if set_in(entry) != "a finished set":
+                return False
+            found = True
+    return found
 
 
 def _key(text: str) -> str:
