@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from sftdata.errors import UsageError
 from sfttrain.cli import main
 from sfttrain.report import Curve, line_chart, make_report, nice_ticks, read_log
+from tests.run_logs import write_log
+from tests.train_sets import make_set
 
 
 def write_run(folder: Path, lines: list[dict[str, Any]], *, finished: bool = True) -> Path:
@@ -152,3 +154,33 @@ def test_the_highest_and_the_lowest_value_are_drawn_however_many_there_are(value
         assert min(abs(height - wanted) for height in heights) < 0.01
     assert len(heights) <= 1100
     assert all(-0.01 <= height <= 100.01 for height in heights)
+
+
+# ------------------------------------------------------------------------------------------ documents
+
+
+def test_a_run_that_logged_documents_shows_the_worst_and_its_spikes(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set", rows=60)
+    run = write_run(tmp_path / "run", [logged(1, 2.0)])
+    assert "Worst documents" not in make_report(run)
+
+    def loss(number: int, source: str, line: int, step: int) -> float:
+        return 2.0 + 0.01 * (line % 7) + 5 * (line == 40) + 3 * (step == 30)
+
+    write_log(run, [shards], loss, epochs=4)
+    page = Page(make_report(run))
+    assert not page.outside
+    told = page.text.partition("Worst documents")[2].partition("Settings")[0]
+    assert "drawn:40" in told
+    assert "step 30" in told
+
+
+def test_documents_of_a_set_that_is_gone_have_no_names_and_the_page_says_why(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    run = write_run(tmp_path / "run", [logged(1, 2.0)])
+    write_log(run, [shards], lambda *_: 2.0)
+    shards.rename(tmp_path / "<moved>")
+    page = Page(make_report(run))
+    assert "was trained on a set of digest" in page.text
+    assert "--sets DIR" in page.text
+    assert not page.outside
