@@ -44,7 +44,9 @@ WORDS = (
     "on",
 )
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "tokenizers", "pyarrow", "jinja2"])
+_forks.set_forkserver_preload(
+    ["tests.torture.runs", "sftdata.pipeline", "sftdata.views.write", "tokenizers", "pyarrow", "jinja2"]
+)
 
 
 def write_chats(path: Path, rows: int, seed: int = 5) -> Path:
@@ -87,18 +89,18 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def forked(given: dict[str, Any], fault: Fault) -> int:
-    """Run `prepare` in a child that is forked warm; return its exit code, negative when a signal ended it."""
-    child = _forks.Process(target=_run_forked, args=(given, fault))
+def forked(given: dict[str, Any], fault: Fault, function: str = "prepare") -> int:
+    """Run `prepare` or `view` in a child that is forked warm; return its exit code, negative when a signal ended it."""
+    child = _forks.Process(target=_run_forked, args=(given, fault, function))
     child.start()
     child.join(HANGS)
     assert child.exitcode is not None, "the run hangs"
     return child.exitcode
 
 
-def _run_forked(given: dict[str, Any], fault: Fault) -> None:
+def _run_forked(given: dict[str, Any], fault: Fault, function: str) -> None:
     Tap(str(Path(given["output"]).parent), fault).install()
-    sftdata.prepare(**given)
+    getattr(sftdata, function)(**given)
 
 
 class Command:
