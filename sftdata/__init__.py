@@ -269,7 +269,8 @@ def view(
     pack_over: Literal["auto", "slice", "view"] = "auto",
     order: Literal["as-is", "shuffled", "length", "trained", "sources", "windows"] = "as-is",
     bands: int = 8, window: int = 64,
-    steps_for: str | None = None, model: Path | None = None, pad_to_multiple_of: int = 1,
+    steps_for: str | None = None, model: Path | None = None, epochs: int = 1,
+    pad_to_multiple_of: int = 1,
     write: bool = False, overwrite: bool = False,
     **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip

@@ -96,6 +96,7 @@ class ViewSettings(TypedDict, total=False):
     window: int
     steps_for: str | None
     model: Path | None
+    epochs: int
     pad_to_multiple_of: int
     write: bool
     overwrite: bool

@@ -9,8 +9,8 @@ import numpy as np
 
 from sftdata.batches import Int64, offsets_of
 from sftdata.set.manifest import Manifest
-from sftdata.set.steps import Steps, stored_order, stored_steps, stored_window
-from sfttrain.schedule import Passes
+from sftdata.set.steps import Steps, stored_epochs, stored_order, stored_steps, stored_window
+from sfttrain.schedule import FILLER, Passes
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -64,6 +64,43 @@ class Stored(Passes):
         return order if self._steps is None else self._steps.deal(self.sizes[0])[order].reshape(-1)
 
 
+class Epochs(Passes):
+    """One set with rows for each epoch: epoch e walks the e-th part of it; after the last comes the first.
+
+    Args:
+        size: rows of the set.
+        epochs: how many parts of equal size it has.
+        seed, shuffle: see `Schedule`.
+
+    >>> packs = Epochs(6, 2, seed=0, shuffle=False)
+    >>> [packs.epoch(number).tolist() for number in range(3)]
+    [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    """
+
+    def __init__(self, size: int, epochs: int, *, seed: int, shuffle: bool = True) -> None:
+        super().__init__([size], [1.0], seed=seed, shuffle=shuffle)
+        self._epochs = epochs
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of one epoch, fillers apart."""
+        return self.sizes[0] // self._epochs
+
+    def epoch(self, epoch: int) -> Int64:
+        """Return the rows of one epoch in order."""
+        rows = epoch % self._epochs * self.rows_per_epoch + np.arange(self.rows_per_epoch)
+        return self._generator(epoch, 0).permutation(rows) if self.shuffle else rows
+
+    def seen(self, steps: int, batch: int) -> list[Int64]:
+        """Return how often each row comes: whole epochs by arithmetic, the last one by its rows."""
+        length = max(self.steps_per_epoch(batch), 1)
+        whole = steps // length
+        last = self.rows(whole * length, steps, batch)
+        times = np.bincount(last[last != FILLER], minlength=self.sizes[0]).astype(np.int64)
+        before = (whole + self._epochs - 1 - np.arange(self._epochs)) // self._epochs
+        return [times + np.repeat(before, self.rows_per_epoch)]
+
+
 def stored_schedule(
     config: TrainConfig, manifests: Sequence[Manifest], sizes: Sequence[int], args: TrainingArguments
 ) -> tuple[Passes | None, str]:
@@ -78,6 +115,14 @@ def stored_schedule(
     Returns:
         None where rows come in the usual order, and the reason where a set has another.
     """
+    several = [number for number in map(stored_epochs, manifests) if number > 1]
+    if several:
+        what = f"other packs for each of {several[0]:,} epochs"
+        if reason := _not_alone(config, manifests, sizes):
+            return None, f"order: not the set's own, {what} ({reason})"
+        seed = args.seed if args.data_seed is None else args.data_seed
+        shuffle = args.train_sampling_strategy != "sequential"
+        return Epochs(sizes[0], several[0], seed=seed, shuffle=shuffle), f"order: the set's own, {what}"
     ordered = [manifest for manifest in manifests if stored_order(manifest) or stored_steps(manifest)]
     if not ordered:
         return None, ""

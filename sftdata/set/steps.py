@@ -131,6 +131,23 @@ def stored_window(manifest: Manifest) -> int:
     return window if isinstance(window, int) and window > 0 else WINDOW
 
 
+def stored_epochs(manifest: Manifest) -> int:
+    """Return for how many epochs a set holds rows of their own: as many for each, one after the other.
+
+    Raises:
+        IntegrityError: its rows are not so many epochs.
+    """
+    epochs = _view(manifest).get("epochs")
+    if not isinstance(epochs, int) or epochs < 2:
+        return 1
+    if manifest.ledger.rows_packed % epochs:
+        raise IntegrityError(
+            f"view.epochs of the manifest: {epochs} epochs of {manifest.ledger.rows_packed} rows together.",
+            "restore the file, or prepare the set again with --overwrite.",
+        )
+    return epochs
+
+
 def _view(manifest: Manifest) -> dict[str, object]:
     view = manifest.settings.get("view")
     return view if isinstance(view, dict) else {}

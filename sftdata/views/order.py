@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -98,11 +99,7 @@ def pack_whole(
     Raises:
         UsageError: there is not one whole step.
     """
-    packs, edges = _pack_bands(config, choice, kept)
-    if dealt is not None:
-        packs = _reordered(packs, _deal(config, packs, edges, dealt))
-    elif config.order != "as-is":
-        packs = _reordered(packs, _shuffle(edges, config.seed))
+    packs = _pack_epochs(config, kept) if config.epochs > 1 else _pack_ordered(config, choice, kept, dealt)
     ends = offsets_of(packs.stop - packs.start)[packs.offsets]
     if config.packing != "none":
         ends = np.arange(len(packs) + 1) * (config.max_length or 1)
@@ -127,6 +124,39 @@ def pack_whole(
     return kept, rest, tuple(slices)
 
 
+def _pack_ordered(config: ViewConfig, choice: Choice, kept: Stretches, dealt: Dealt | None) -> PackPlan:
+    """Pack documents, and put the rows in order; arguments as for `pack_whole`."""
+    packs, edges = _pack_bands(config, choice, kept)
+    if dealt is not None:
+        return _reordered(packs, _deal(config, packs, edges, dealt))
+    return packs if config.order == "as-is" else _reordered(packs, _shuffle(edges, config.seed))
+
+
+def _pack_epochs(config: ViewConfig, kept: Stretches) -> PackPlan:
+    """Pack the documents of each epoch by themselves, those after the first in an order drawn by seed.
+
+    How many rows it takes follows from their lengths alone, so all epochs have as many.
+    """
+    parts = []
+    for epoch, here in enumerate(np.split(np.arange(len(kept)), config.epochs)):  # ids ascend
+        if epoch:
+            keys = draw(np.arange(len(here), dtype=np.uint64), config.seed + epoch, "epochs")
+            here = here[np.argsort(keys, kind="stable")]
+        packs = _packs(config, (kept.stop - kept.start)[here])
+        if config.order == "shuffled":
+            packs = _reordered(packs, _shuffle(np.array([0, len(packs)]), config.seed + epoch))
+        parts.append(replace(packs, example=here[packs.example]))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[PackPlan]) -> PackPlan:
+    """Return the rows of all parts, one after the other."""
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("example", "start", "stop")
+    )
+    return PackPlan(offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])), *columns)
+
+
 def _pack_bands(config: ViewConfig, choice: Choice, kept: Stretches) -> tuple[PackPlan, Int64]:
     """Pack bands of documents; return the rows, and int64[B + 1], where the rows of each band begin.
 
@@ -146,11 +176,7 @@ def _pack_bands(config: ViewConfig, choice: Choice, kept: Stretches) -> tuple[Pa
     for members in np.split(by_band, np.flatnonzero(np.diff(band[by_band])) + 1):
         packs = _packs(config, lengths[members])
         parts.append(replace(packs, example=members[packs.example]))
-    columns = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("example", "start", "stop")
-    )
-    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-    return PackPlan(offsets_of(sizes), *columns), offsets_of([len(part) for part in parts])
+    return _joined(parts), offsets_of([len(part) for part in parts])
 
 
 def _band_of(config: ViewConfig, choice: Choice, kept: Stretches, lengths: Int64) -> Int64:
@@ -235,6 +261,7 @@ def refuse_unlike(config: ViewConfig) -> None:
         UsageError: naming the setting.
     """
     _refuse_idle(config)
+    _refuse_epochs(config)
     if config.reorders and config.pack_over == "slice":
         asked = f"--order {config.order}" if config.steps_for is None else f"--steps-for {config.steps_for}"
         raise UsageError(
@@ -252,6 +279,20 @@ def refuse_unlike(config: ViewConfig) -> None:
             f"--pad-to-multiple-of {multiple}: max_length {config.max_length:,} is no multiple of it.",
             f"--max-length {below}.",
         )
+
+
+def _refuse_epochs(config: ViewConfig) -> None:
+    """Refuse what cannot be had anew for each epoch."""
+    others = {"--mix": bool(config.mix), "--steps-for": config.steps_for is not None}
+    others |= {f"--order {config.order}": config.order not in ("as-is", "shuffled")}
+    others |= {"--pack-over slice": config.pack_over == "slice"}
+    for flag, given in others.items():
+        if config.epochs > 1 and given:
+            raise UsageError(
+                f"--epochs {config.epochs} with {flag}: the documents of each epoch are packed anew, over all"
+                " of them.",
+                f"leave {flag.partition(' ')[0]} out, or --epochs.",
+            )
 
 
 def read_steps(config: ViewConfig) -> Dealt | None:

@@ -100,7 +100,8 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     sides = split_off(choice, config) if config.eval is not None else {"": choice}
     if config.mix:
         mix_sources(sides.get("train", choice), config, limited)
-    plain = config.model_copy(update={"steps_for": None, "model": None})  # evaluation takes no steps
+    sides.get("train", choice).times *= config.epochs
+    plain = config.model_copy(update={"steps_for": None, "model": None, "epochs": 1})
     return tuple(
         _plan(plain if side == "eval" else config, config.output / side, bases, store, sides[side], limited)
         for side in sides
@@ -109,7 +110,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
 
 def _filled(config: ViewConfig, base: Base) -> ViewConfig:
     """Return the settings with those of a base where none are given."""
-    refuse_idle(config, shuffled=config.reorders)
+    refuse_idle(config, shuffled=config.reorders or config.epochs > 1)
     settings = base.manifest.settings
     given = {
         name: getattr(config, name) or settings.get(name) for name in ("max_length", "overlong", "packing")
@@ -187,8 +188,15 @@ def _plan(
         sources=sources,
         settings=_settings(config, bases, output.name if config.eval else "", by_slice, dealt),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
-        notes=(*choice.notes, *(dealt[1] if dealt else ())),
+        notes=(*choice.notes, *(dealt[1] if dealt else ()), *_epochs_note(config, slices)),
     )
+
+
+def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, ...]:
+    if config.epochs == 1:
+        return ()
+    rows = sum(len(part.packs) for part in slices) // config.epochs
+    return (f"{config.epochs:,} epochs of {rows:,} rows: every document once in each, packed anew.",)
 
 
 def _reasons(choice: Choice, limited: Limited) -> str:
@@ -282,7 +290,7 @@ def _settings(
     if dealt is not None:
         view["steps"] = msgspec.to_builtins(dealt[0])
     if isinstance(before := settings.get("view"), dict):  # its rows lie in an order of their own
-        settings["view"] = {name: value for name, value in before.items() if name not in ORDERING}
+        settings["view"] = {name: value for name, value in before.items() if name not in _LAID_OUT}
     if view or others:
         settings["view"] = view | {"bases": [base.manifest.digest for base in bases]}
     return settings
@@ -306,6 +314,7 @@ def named_selection(config: ViewConfig, side: str, *, by_slice: bool) -> dict[st
 
 
 _ABSENT = object()
+_LAID_OUT = ORDERING | {"epochs"}
 
 
 def _ledger(

@@ -99,6 +99,12 @@ class ViewConfig(BaseModel):
         description="Model, or its config.json, whose work --steps-for balances; default: a decoder"
         " 4,096 wide.",
     )
+    epochs: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Pack the documents anew, by seed, for each of so many epochs.",
+    )
     pad_to_multiple_of: int = Field(
         1,
         ge=1,

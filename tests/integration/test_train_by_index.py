@@ -91,3 +91,16 @@ def test_a_run_on_a_view_whose_base_is_gone_or_damaged_is_refused(place: Path, t
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(IntegrityError, match="a view by index of .*base"):
         train_in_process(tmp_path / "train-False", place / "model", tmp_path / "run", STEPS)
+
+
+def test_each_epoch_walks_its_own_packs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = view(tmp_path / "epochs", place / "base", max_length=64, epochs=2, write=False)
+    training = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "logging_steps": 1}
+    trainer = train_in_process(tmp_path / "epochs", place / "model", tmp_path / "run", training)
+    assert "order: the set's own, other packs for each of 2 epochs" in capsys.readouterr().err
+    rows = made.ledger.rows_packed // 2
+    assert trainer.state.global_step == 3 * -(-rows // 2)
+    tokens = [line["tokens"] for line in trainer.state.log_history if "loss" in line]
+    assert tokens[-1] == 3 * rows * 64

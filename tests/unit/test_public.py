@@ -83,8 +83,8 @@ view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] | None = None,\
  packing: Literal['bfd', 'wrapped', 'none'] | None = None, pack_over: Literal['auto', 'slice', 'view'] = 'auto',\
  order: Literal['as-is', 'shuffled', 'length', 'trained', 'sources', 'windows'] = 'as-is', bands: int = 8,\
- window: int = 64, steps_for: str | None = None, model: Path | None = None, pad_to_multiple_of: int = 1,\
- write: bool = False,\
+ window: int = 64, steps_for: str | None = None, model: Path | None = None, epochs: int = 1,\
+ pad_to_multiple_of: int = 1, write: bool = False,\
  overwrite: bool = False, **unknown: Never) -> Manifest | tuple[Manifest, Manifest]
 """,
     "sfttrain": """
