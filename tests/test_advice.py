@@ -405,7 +405,7 @@ ELSEWHERE: dict[str, str] = {
     "--packing bfd, or leave --pad-to-multiple-of out.": _ORDERED,
     "--max-length {}.": _ORDERED,
     "leave --seed out.": f"{_REFUSED}test_a_setting_without_effect_is_refused",
-    "leave {} out, or --epochs.": (
+    "leave --{} out, or --epochs.": (
         "tests/integration/test_views_epochs.py::test_what_cannot_be_had_anew_is_refused"
     ),
     "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",

@@ -283,15 +283,15 @@ def refuse_unlike(config: ViewConfig) -> None:
 
 def _refuse_epochs(config: ViewConfig) -> None:
     """Refuse what cannot be had anew for each epoch."""
-    others = {"--mix": bool(config.mix), "--steps-for": config.steps_for is not None}
-    others |= {f"--order {config.order}": config.order not in ("as-is", "shuffled")}
-    others |= {"--pack-over slice": config.pack_over == "slice"}
-    for flag, given in others.items():
+    others = {"mix": bool(config.mix), "steps-for": config.steps_for is not None}
+    others |= {f"order {config.order}": config.order not in ("as-is", "shuffled")}
+    others |= {"pack-over slice": config.pack_over == "slice"}
+    for name, given in others.items():
         if config.epochs > 1 and given:
             raise UsageError(
-                f"--epochs {config.epochs} with {flag}: the documents of each epoch are packed anew, over all"
+                f"--epochs {config.epochs} with --{name}: the documents of each epoch are packed anew, over all"
                 " of them.",
-                f"leave {flag.partition(' ')[0]} out, or --epochs.",
+                f"leave --{name.partition(' ')[0]} out, or --epochs.",
             )
 
 
