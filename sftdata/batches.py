@@ -309,7 +309,8 @@ class PackedRows:
     Attributes:
         input_ids, labels: int32[T]; T = P * max_length when rows are constant-length.
         row_offsets: int64[P + 1], token offsets of the rows.
-        seq_lengths: int32[S], document lengths row after row, padding as one last segment.
+        seq_lengths: int32[S], document lengths row after row, padding as segments of its own: one last in a
+            row, and between documents in a view that pads them to a multiple.
         example_ids: int64[S], input row behind each document, -1 for padding.
         segment_offsets: int64[P + 1], into `seq_lengths` and `example_ids`.
         loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.

@@ -142,8 +142,8 @@ def _control_tokens(opened: ShardSet) -> set[int]:
     found: set[int] = set()
     for row in _sample(opened):
         # The model never attends to padding, so its embedding needs no training.
-        real = int(row.seq_lengths[row.examples >= 0].sum())
-        found |= set(np.intersect1d(row.input_ids[:real], known).tolist())
+        real = np.repeat(row.examples >= 0, row.seq_lengths)
+        found |= set(np.intersect1d(row.input_ids[real], known).tolist())
     return found
 
 

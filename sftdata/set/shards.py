@@ -3,7 +3,7 @@
 | column | type |
 |---|---|
 | `input_ids`, `labels` | fixed_size_list<int32>[max_length]; list<int32> where rows keep their own length |
-| `seq_lengths` | list<int32>, document lengths, padding as one last segment |
+| `seq_lengths` | list<int32>, document lengths, padding as segments of its own |
 | `example_ids` | list<int64>, input row behind each document, -1 for padding |
 | `loss_weights` | as `labels`, of float32: only in a set prepared with weights |
 """

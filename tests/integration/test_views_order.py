@@ -281,6 +281,17 @@ def test_a_view_of_padded_rows_finds_every_token(base: Path, tmp_path: Path) -> 
         assert [shard.sha256 for shard in views[0].shards] == [shard.sha256 for shard in views[1].shards]
 
 
+def test_the_trainer_takes_padding_between_documents_for_none_of_their_tokens(
+    base: Path, tmp_path: Path
+) -> None:
+    from sfttrain.vocabulary import _control_tokens
+
+    view(tmp_path / "padded", base, max_length=256, pad_to_multiple_of=16)
+    pad_id = read_manifest(tmp_path / "padded").tokenizer.pad_id
+    assert all(pad_id not in ids for ids, _ in documents(open_set(base)).values())
+    assert _control_tokens(open_set(tmp_path / "padded")) == _control_tokens(open_set(base)) != set()
+
+
 # --------------------------------------------------------------------------------------------- refused
 
 
