@@ -289,8 +289,7 @@ def _refuse_epochs(config: ViewConfig) -> None:
     for name, given in others.items():
         if config.epochs > 1 and given:
             raise UsageError(
-                f"--epochs {config.epochs} with --{name}: the documents of each epoch are packed anew, over all"
-                " of them.",
+                f"--epochs {config.epochs} with --{name}: each epoch packs all documents anew.",
                 f"leave --{name.partition(' ')[0]} out, or --epochs.",
             )
 
