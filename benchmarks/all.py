@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 RUNS = (
     ("prepare", "--rounds 1"), ("scaling", "--copies 1,5"), ("views", "--rounds 2"), ("reading", "--rounds 3"), ("diff", ""),
     ("steps", ""), ("pack", "--repeats 1"), ("masks", ""), ("startup", "--rounds 3"), ("train_step", "--rounds 3 --steps 1"),
-    ("train_step", "--startup"), ("document_log", ""),
+    ("train_step", "--startup"), ("document_log", ""), ("pictures", "--rows 24"),
 )  # fmt: skip
 
 
