@@ -46,7 +46,7 @@ class PackedRow:
     Attributes:
         input_ids: int32[T].
         labels: int32[T], -100 where not trained.
-        seq_lengths: int32[S], lengths of the documents, padding last.
+        seq_lengths: int32[S], lengths of the documents and of padding, in order.
         examples: int64[S], input row behind each document, -1 for padding.
         loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
     """
