@@ -87,9 +87,13 @@ def test_shares_of_real_sources_are_met_within_a_thousandth(store: Path, tmp_pat
             mix_by=by,
             passes=8,
             seed=seed,
+            write=False,
             max_length=int(rng.choice([1024, 4096, 32768])),
         )
         opened = sftdata.open(out)
+        written = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+        assert opened.manifest.by_index
+        assert written < opened.manifest.ledger.tokens, "a token has eight bytes and more: none was copied"
         ids, tokens, trained = documents_of(opened)
         amounts: Counter[str] = Counter()
         large: Counter[str] = Counter()

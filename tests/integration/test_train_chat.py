@@ -18,7 +18,7 @@ from sfttrain.adapters import merge
 from sfttrain.chat import Chat, open_chat
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS), pytest.mark.feature("chat")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FITTED = {"max_steps": 90, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "save_strategy": "no"}
 
@@ -60,6 +60,7 @@ def _begin(chat: Chat, messages: list[dict[str, str]]) -> None:
     chat.messages = [message for message in messages[:1] if message["role"] == "system"]
 
 
+@pytest.mark.feature("chat")
 def test_a_model_says_what_it_was_taught_turn_after_turn_and_as_it_comes(
     opened: Chat, conversations: list[list[dict[str, str]]]
 ) -> None:

@@ -50,8 +50,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mix={"a.jsonl": 3, "b.jsonl": 1},
         passes=2,
         max_length=96,
+        write=False,
     )
-    view(folder / "cut", folder / "b", packing="none", max_length=40)
+    view(folder / "cut", folder / "b", packing="none", max_length=40, write=False)
     return folder
 
 
@@ -106,7 +107,7 @@ def test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view(
     assert "`sftdata view --mix` makes a set that meets them by documents" in capsys.readouterr().out
     made = f"view a b -o {tmp_path / 'made'} --mix a.jsonl=70 --mix b.jsonl=30"
     assert sftdata_main(made.split()) == 0
-    shares = re.findall(r"% asked, ([\d.]+)% taken", capsys.readouterr().err)
+    shares = re.findall(r"% asked, ([\d.]+)% of trained taken", capsys.readouterr().err)
     assert [float(share) for share in shares] == pytest.approx([70, 30], abs=0.5)
     assert main(["run", str(tmp_path / "made"), *coarse.split()[2:6], "--max-steps", "1"]) == 0
 

@@ -32,10 +32,25 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
     prepare(folder / "both", files, max_length=128)
     prepare(folder / "split", files[:1], max_length=64, overlong="split")
     prepare(folder / "stream", files[1:], max_length=64, packing="wrapped")
-    view(folder / "view", folder / "both", mix={"a.jsonl": 3, "b.jsonl": 1}, passes=2.5, max_length=96)
+    view(
+        folder / "view",
+        folder / "both",
+        mix={"a.jsonl": 3, "b.jsonl": 1},
+        passes=2.5,
+        max_length=96,
+        write=False,
+    )
+    view(
+        folder / "written",
+        folder / "both",
+        mix={"a.jsonl": 3, "b.jsonl": 1},
+        passes=2.5,
+        max_length=96,
+        write=True,
+    )
     view(folder / "by-row", folder / "both", packing="none", max_length=100)
     make_set(folder / "drawn", rows=9, sources=2)
-    made = {name: folder / name for name in ("both", "split", "stream", "view", "by-row", "drawn")}
+    made = {name: folder / name for name in ("both", "split", "stream", "view", "written", "by-row", "drawn")}
     made |= {name: OLD / name for name in ("version-1-packed", "version-1-none")}
     return {name: open_set(place) for name, place in made.items()}
 
@@ -110,7 +125,7 @@ def _steps(sets: list[ShardSet], kind: str, first_step: int, ranks: int, wanted:
 LEGS = [
     (("both", "drawn"), "trained"),
     (("view",), "passes"),
-    (("split", "stream"), "rows"),
+    (("split", "view", "stream"), "rows"),
     (("by-row", "version-1-packed", "drawn"), "tokens"),
     (("version-1-none", "both"), "passes"),
 ]
@@ -153,7 +168,7 @@ def test_the_account_is_that_of_every_row_over_legs_and_kills(
 
 
 @pytest.mark.parametrize(
-    "name", ["both", "split", "stream", "view", "by-row", "version-1-packed", "version-1-none"]
+    "name", ["both", "split", "stream", "view", "written", "by-row", "version-1-packed", "version-1-none"]
 )
 @pytest.mark.parametrize("unpack", [False, True])
 def test_contents_are_those_of_the_rows_that_are_trained(
@@ -173,6 +188,18 @@ def test_contents_are_those_of_the_rows_that_are_trained(
         assert tokens[number] == real
     assert contents.amounts("rows").tolist() == [1] * len(rows)
     assert contents.trained.sum() == opened.manifest.ledger.tokens_trained or name.startswith("version-1")
+
+
+def test_a_view_by_index_counts_for_what_its_written_form_does(sets: dict[str, ShardSet]) -> None:
+    assert (sets["view"].manifest.by_index, sets["written"].manifest.by_index) == (True, False)
+    for one, other in zip(
+        *(
+            [part.row, part.example, part.tokens, part.trained]
+            for part in map(read_contents, (sets["view"], sets["written"]))
+        ),
+        strict=True,
+    ):
+        assert one.tolist() == other.tolist()
 
 
 def test_an_account_that_is_missing_or_damaged_is_refused_by_name(
