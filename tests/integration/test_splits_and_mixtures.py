@@ -110,6 +110,7 @@ def test_shares_of_real_sources_are_met_within_a_thousandth(store: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.feature("mixtures")
 def test_the_trainer_meets_shares_within_a_thousandth_of_sets_of_a_million_tokens(
     store: Path, tmp_path: Path
 ) -> None:

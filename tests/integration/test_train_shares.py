@@ -56,6 +56,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.feature("mixtures")
 def test_shares_are_told_before_the_run_in_its_card_its_report_and_its_folder(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view(
     assert main(["run", str(tmp_path / "made"), *coarse.split()[2:6], "--max-steps", "1"]) == 0
 
 
+@pytest.mark.feature("mixtures")
 def test_a_bound_on_passes_is_held_and_its_advice_works(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +196,7 @@ def _account(folder: Path) -> tuple[Counter[tuple[str, str, int]], dict[tuple[st
     return shown, {(part.name, part.xxh3): (part.tokens, part.trained) for part in seen.sources}
 
 
+@pytest.mark.feature("legs")
 def test_the_account_holds_what_the_batches_held_over_kills_and_legs(
     sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +272,7 @@ def _arguments(folder: Path, output: Path, leg: int, ranks: int) -> list[str]:
     return ["run", *names, "--model", str(folder / "model"), "-o", str(output), *overrides]
 
 
+@pytest.mark.feature("legs")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_and_ranks_change_neither_the_weights_nor_the_account(
     tmp_path: Path, fleet: Fleet, ranks: int
@@ -350,6 +354,7 @@ ACTS: list[tuple[list[str], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.feature("legs")
 @pytest.mark.parametrize(("names", "own", "said"), ACTS)
 def test_other_data_needs_a_new_leg_and_acts_in_it(
     done: Path,
