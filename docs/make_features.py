@@ -41,10 +41,10 @@ ROWS = {
     "losses of documents": "`--log-documents`: the loss of each document of each step, whole over kills and ranks; `sftdata"
     " blame RUN` names the worst by file and line, and those behind a jump of the loss.",
     "custom data": "Any dataset, stream or list of rows with `input_ids` and labels, `completion_mask` or `assistant_masks`.",
-    "mixtures": "`--mix chats=70% --mix code=30%`, by trained tokens, tokens or rows, met at every step; `--passes` bounds repeats;"
-    " `sfttrain plan` says what each set gives. Or passes over each set (`weights`).",
-    "legs": "`--new-leg` goes on with other sets, weights or shares. `seen.json` and `seen.arrow` say exactly what was seen, by set,"
-    " source and line, over kills, ranks and legs.",
+    "mixtures": "`--mix chats=70% --mix code=30%`, by trained tokens, tokens or rows, met at every step; `--passes` bounds"
+    " repeats; `sfttrain plan` says what each set gives. Or passes over each set (`weights`).",
+    "legs": "`--new-leg` goes on with other sets, weights or shares. `seen.json` and `seen.arrow` say exactly what was seen,"
+    " by set, source and line, over kills, ranks and legs.",
     "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.by_columns`; it"
     " overrides detection.",
     "constant-length stream": "`sftdata.stream(...)`: bounded buffers, `infinite`, `shuffle`, end tokens, no lost tails.",
