@@ -70,7 +70,7 @@ def test_160_sizes_have_the_ids_of_the_family_s_own_processor(name: str, tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if not name.startswith("llama4")])
 def test_other_settings_of_a_family_have_its_ids_too(name: str, tmp_path: Path) -> None:
-    assert not differing(Case(name, tmp_path), odd_sizes(40, name, aspect=bound(name)))
+    assert not differing(Case(name, tmp_path), odd_sizes(32, name, aspect=bound(name)))
 
 
 @pytest.mark.parametrize("name", ["llama4", "llama4, largest"])
