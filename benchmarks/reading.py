@@ -5,7 +5,7 @@
 The base are the chats of prepare.py at 2,048 tokens. Each view is made both ways, and what is read must be equal. `rows` reads
 rows in random order and sums their tokens and labels; `trainer` reads them so and makes batches of 8 of them, as training does;
 `batches` reads record batches in order and sums these. Figures are the processor time of the written set by that of the index,
-rounds by turns, the best of each; they may fall to 0.7.
+rounds by turns, the best of each; 0.7 is aimed at.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def measure(folder: Path, copies: int, rounds: int) -> dict[str, Any]:
             opened.append(sftdata.open(folder / f"{name}-{write}"))
         size = sum(shard.bytes for shard in opened[0].manifest.shards)
         found[f"{name}: bytes a document"] = round(size / opened[0].manifest.ledger.documents, 1)
-        for way, read in {"rows": read_rows, "trainer": read_batches, "batches": read_columns}.items():
+        ways = {"rows": read_rows, "trainer": read_batches, "batches": read_columns}
+        for way, read in ways.items():
             index, written = compare(read, opened, rounds)
             found[f"{name}: {way}"] = f"{written / index:.2f} ({written:.3f} s / {index:.3f} s)"
     return found

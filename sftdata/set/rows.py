@@ -175,12 +175,13 @@ class _Runs:
 
     def __init__(self, path: Path, extents: Extents, files: TokenFiles, weighted: bool) -> None:
         self._extents, self._files, self._weighted = extents, files, weighted
-        self._found = np.stack(files.find(path, extents.file, extents.start, extents.length), axis=1)
+        self._found = files.find(path, extents.file, extents.start, extents.length)
         self._mended: list[int] = np.flatnonzero(extents.first_label != AS_STORED).tolist()
 
     def tokens(self, first: int, last: int) -> Tokens:
         """Return the tokens of extents `first` to `last`, end to end; read-only."""
-        runs = self._found[first:last].tolist()
+        block, start, stop = (column[first:last].tolist() for column in self._found)
+        runs = block, start, stop
         ids, labels = self._files.gather(runs)
         weights = self._files.gather_weights(runs) if self._weighted else None
         some = slice(bisect_left(self._mended, first), bisect_left(self._mended, last))
