@@ -43,7 +43,7 @@ types: $(STAMP) ## Check types (mypy --strict)
 
 check: lint types test ## Check what every change must pass; CI runs test-all
 
-mutants: $(STAMP) ## Break the product in forty places, one at a time: the quick tests must notice each
+mutants: $(STAMP) ## Break the product in seventy places, one at a time: the quick tests must notice each
 	$(BIN)/python -m tests.mutants
 
 torture: $(STAMP) ## Break everything at length: 240 kills, failing disks, lost power, bombs, 24 runs of one digest, resumed training (about 25 minutes)
