@@ -90,7 +90,7 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
 
 
 def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
-    """Take the shard of a task over from the old set, where that has it, or prepare it; commit it."""
+    """Take the shard of a task over from the old set, where that has it, or prepare and commit it."""
     if isinstance(work, ShardTask):
         return prepare_shard(job, work)
     build = Build(job.config.output)
@@ -105,7 +105,7 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
         rejects=sum(taken.ledger.rows_rejected.values()),
         reused=True,
     )
-    return build.commit(result, taken.lists)
+    return build.keep(result, taken.lists)
 
 
 def place_documents(job: Job, parts: list[TokenBatch], example_ids: Int64, pieces: list[Pieces]) -> Placed:

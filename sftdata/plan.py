@@ -31,7 +31,7 @@ from sftdata.output import without_folders, written
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
-from sftdata.set.reuse import OldSlice, key_of, old_slices
+from sftdata.set.reuse import OldSlice, key_of, moves, old_slices
 from sftdata.set.slices import SliceSource
 from sftdata.sources import planning
 from sftdata.sources.borders import content_borders
@@ -40,6 +40,7 @@ from sftdata.sources.planning import Say, grouped, short_names, with_progress
 from sftdata.version import __version__
 
 CHUNK_BYTES = 1 << 20
+MOVED_FASTER = 16  # times as fast as preparing a slice is writing it again with other ids
 EARLY = ((4 << 20, 1 << 20), (8 << 20, 2 << 20), (16 << 20, 4 << 20))
 """(place in the input, bytes of a slice before it): a small input gives work to several processes too."""
 
@@ -201,6 +202,14 @@ class Plan:
             if (slice_ := old.get(key_of(self.made_with(task), sources))) is not None:
                 found[task.index] = ReusedTask(task, slice_, sources)
         return found
+
+    def effort(self, tasks: Sequence[ShardTask | ReusedTask]) -> int:
+        """Return how many bytes of input take as long to prepare as these tasks to finish, about."""
+        anew = [task for task in tasks if isinstance(task, ShardTask)]
+        moved = [
+            task.task for task in tasks if isinstance(task, ReusedTask) and moves(task.old, task.sources)
+        ]
+        return _sum_sizes(self.sources, anew) + _sum_sizes(self.sources, moved) // MOVED_FASTER
 
 
 # Names of things that are compared by their content.

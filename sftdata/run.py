@@ -55,6 +55,7 @@ UNTRAINED_FIXES = {
 TOKEN_BYTES = 8  # an id and a label
 SEGMENT_BYTES = 48  # of the index, for each document that is whole
 PADDING_NOTED = 1 << 23  # tokens
+WORTH_WORKERS = 16 << 20  # bytes to prepare; for less, other processes take longer to start than they save
 
 OnProgress = Callable[[Progress], object]
 OnNote = Callable[[str], object]
@@ -166,7 +167,8 @@ def run_tasks(
     reused = plan.reuse(plan.job.config.output, old) if old is not None else {}
     tasks = [task for task in plan.tasks if task.index not in done]
     todo: list[ShardTask | ReusedTask] = [reused.get(task.index, task) for task in plan.longest_first(tasks)]
-    coming = workers.map(finish_shard, plan.job, todo, load_shared)
+    crew = workers if old is None or plan.effort(todo) >= WORTH_WORKERS else Workers(1)
+    coming = crew.map(finish_shard, plan.job, todo, load_shared)
     # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
     reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
     results, exact, now = {}, True, Progress(0, len(todo), 0, 0)

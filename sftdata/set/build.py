@@ -285,12 +285,19 @@ class Build:
 
     def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
         """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
-        result = msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
+        result = _measured(result, lists)
         for name in LISTS:
             write_atomic(self._part(result.index, name), partial(write_parts, [lists[name]]))
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
         write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
         return result
+
+    def keep(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
+        """Put the lists of a reused task aside; no record, as taking it over again costs less than a sync."""
+        for name in LISTS:
+            with explained(self._part(result.index, name)):
+                self._part(result.index, name).write_bytes(lists[name])
+        return _measured(result, lists)
 
     def write_lists(self, slices: Sequence[SliceRecord]) -> None:
         """Write the records of the slices, and join the tasks' parts of the lists of rows, in order."""
@@ -367,6 +374,10 @@ class Build:
 
     def _part(self, index: int, name: str) -> Path:
         return self.folder / _SLICES / f"{index:05d}.{name}"
+
+
+def _measured(result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
+    return msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
 
 
 def _take(lock: int, folder: Path) -> bool:

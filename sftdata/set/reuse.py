@@ -47,7 +47,7 @@ from sftdata.set.shards import (
     write_file,
 )
 from sftdata.set.slices import SliceRecord, SliceSource, read_slices
-from sftdata.set.store import SetFile, check_file, sync_folder, write_atomic
+from sftdata.set.store import SetFile, check_file, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,6 +126,11 @@ class Taken:
     lists: dict[str, bytes]
 
 
+def moves(old: OldSlice, sources: Sequence[SliceSource]) -> bool:
+    """Say whether the slice has other ids in the new set, so that its files are written again."""
+    return _Move(old.record.sources, tuple(sources)).renumbers
+
+
 def take_over(old: OldSlice, number: int, sources: Sequence[SliceSource], folder: Path) -> Taken | None:
     """Put an old slice into a folder, as it would be made anew; None if it is damaged or cannot be moved.
 
@@ -150,7 +155,6 @@ def take_over(old: OldSlice, number: int, sources: Sequence[SliceSource], folder
             if file.name.startswith(f"{kind}-"):
                 moved = _put(old, file, kind, number, move, folder)
                 shards.append(moved) if isinstance(moved, ShardInfo) else files.append(moved)
-    sync_folder(folder)
     return Taken(tuple(shards), tuple(files), move.ledger(Ledger.from_json(old.record.ledger)), lists)
 
 
