@@ -1,4 +1,4 @@
-"""What it costs to bring a set up to date, beside preparing it anew: the bar is the changed part alone + 10% of the whole + 0.5 s.
+"""What it costs to bring a set up to date, beside preparing it anew. Bar: the changed part alone + 10% of the whole + 0.5 s.
 
     python benchmarks/append.py [--rounds 3] [--copies 1] [--only top,1%] [--json]
 
