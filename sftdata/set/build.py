@@ -259,11 +259,17 @@ class Build:
         return {} if self._refused.exists() else self._begun()
 
     def sealed(self) -> Manifest | None:
-        """Return the manifest of a set that only waits to be put in place: its run was stopped at the end."""
+        """Return the manifest of a set that only waits to be put in place: its run was stopped at the end.
+
+        One without some of its files was being removed when its run was stopped, and is no set any more.
+        """
         if not (self.folder / MANIFEST_NAME).exists():
             return None
         with suppress(IntegrityError):
-            return read_manifest(self.folder)
+            manifest = read_manifest(self.folder)
+            for file in (*manifest.shards, *manifest.files):
+                plain_file(self.folder, file)
+            return manifest
         return None
 
     def sweep(self) -> None:

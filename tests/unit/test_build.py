@@ -101,3 +101,14 @@ def test_an_unfinished_set_is_not_continued_with_other_settings(
     prepare(data, tmp_path / "set", max_length=32, overwrite=True)
     prepare(data, tmp_path / "other", max_length=32)
     assert content(tmp_path / "set") == content(tmp_path / "other") != whole
+
+
+@pytest.mark.parametrize("gone", ["shard-00001.arrow", "rejects.jsonl", "tokenizer/tokenizer.json"])
+def test_a_set_that_was_being_removed_is_not_put_in_place(
+    gone: str, data: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    prepare(data, tmp_path / "set")
+    os.rename(tmp_path / "set", partial_folder(tmp_path / "set"))
+    (partial_folder(tmp_path / "set") / gone).unlink()
+    prepare(data, tmp_path / "set")
+    assert content(tmp_path / "set") == whole
