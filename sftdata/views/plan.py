@@ -17,7 +17,7 @@ from sftdata.choosing import refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.set.ledger import Ledger, read_counted
-from sftdata.set.manifest import SourceInfo, read_manifest
+from sftdata.set.manifest import SourceInfo, first_passes, read_manifest
 from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
 from sftdata.views.order import (
     Dealt,
@@ -138,17 +138,21 @@ def _limit(config: ViewConfig) -> int | None:
 def sources_of(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
     """Return the sources of all bases; those of the same name get their set's name before it.
 
-    Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes.
+    Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes. A source
+    that is gone through again, as `a.jsonl#2`, goes by the name of its first pass, and stays with it.
     """
     listed = [(base, source) for base in bases for source in base.manifest.sources]
+    roots = [
+        base.manifest.sources[first].name for base in bases for first in first_passes(base.manifest.sources)
+    ]
     plain = Counter(source.name for _, source in listed)
     deepest = max(len(base.folder.resolve().parts) for base in bases)
     for depth in range(1, deepest + 1):
         names = [
             Path(*base.folder.resolve().parts[-depth:], source.name).as_posix()
-            if plain[source.name] > 1
+            if max(plain[source.name], plain[root]) > 1
             else source.name
-            for base, source in listed
+            for root, (base, source) in zip(roots, listed, strict=True)
         ]
         if len({*names}) == len(names):
             break

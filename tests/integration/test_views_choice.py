@@ -268,6 +268,22 @@ def test_a_mixture_is_read_like_any_set(sets: Path, tmp_path: Path) -> None:
     assert sum(part.count for part in measure(made).tokens) == made.ledger.tokens_in
 
 
+def test_a_further_pass_takes_the_name_of_its_source_beside_a_set_of_the_same_names(
+    sets: Path, tmp_path: Path
+) -> None:
+    view(tmp_path / "mix", sets / "one", mix={"a.jsonl": 3, "b.jsonl": 1}, passes=2, max_length=1000)
+    both = view(tmp_path / "both", tmp_path / "mix", sets / "one", max_length=1000)
+    assert {source.name for source in both.sources} == {
+        *("mix/a.jsonl", "mix/a.jsonl#2", "mix/b.jsonl", "one/a.jsonl", "one/b.jsonl")
+    }
+    opened = sftdata.open(tmp_path / "both")
+    places = {opened.origin(number) for number in kept(tmp_path / "both")}
+    line = min(line for name, line in places if name == "mix/a.jsonl#2")
+    (tmp_path / "list").write_text(f"mix/a.jsonl:{line}\n")
+    made = view(tmp_path / "dropped", tmp_path / "both", drop=tmp_path / "list")
+    assert made.ledger.documents_left_out["drop"] == 2
+
+
 # ---------------------------------------------------------------------------------- packing, order
 
 
