@@ -265,7 +265,7 @@ def test_a_role_that_no_message_has_is_refused_with_those_that_there_are(place: 
 
 def test_a_role_that_the_sample_lacks_is_said_where_there_is_more(place: Path) -> None:
     row = json.dumps(KINDS["conversations"][0]) + "\n"
-    Path("many.jsonl").write_text(row * 6000, encoding="utf-8")
+    Path("many.jsonl").write_text(row * 20_000, encoding="utf-8")
     settings = {"tokenizer": TOKENIZER, "output": "out", "map_role": {"bot": "assistant"}}
     notes = make_plan(make_config(inputs="many.jsonl", **settings)).notes
     assert "--map-role bot=assistant: no sampled message has the role 'bot'." in notes
