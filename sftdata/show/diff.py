@@ -313,8 +313,9 @@ def _notes(left: Side, right: Side) -> Iterator[str]:
         )
     elif a.weighted != b.weighted:
         yield f"only {(left if a.weighted else right).folder} has weights: those of the other count as 1"
-    if (a.format_version > 1) != (b.format_version > 1):
-        yield "one is of format version 1: labels of first tokens, which train nothing, are left aside"
+    if old := (a.format_version == 1) + (b.format_version == 1):
+        which = "one is" if old == 1 else "both are"
+        yield f"{which} of format version 1: labels of first tokens, which train nothing, are left aside"
 
 
 # ----------------------------------------------------------------------------------------------- examples

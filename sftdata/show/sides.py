@@ -225,11 +225,11 @@ def open_sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
     if one.tokenizer.sha256 != other.tokenizer.sha256:
         for side in (left, right):
             side.letters = Letters.of(side.vocabulary, side.manifest.tokenizer.vocab_size)
-    indexed = {manifest.format_version > 1 for manifest in (one, other)}
-    if left.letters or one.weighted != other.weighted or len(indexed) > 1:
+    indexed = one.format_version > 1 and other.format_version > 1
+    if left.letters or one.weighted != other.weighted or not indexed:
         weighted = left.letters is None and (one.weighted or other.weighted)
         for side in (left, right):
-            side.rehash(weighted, first_labels=len(indexed) == 1)
+            side.rehash(weighted, first_labels=indexed)
     return left, right
 
 

@@ -341,6 +341,14 @@ def test_sets_of_version_1_are_compared_where_they_are_whole(tmp_path: Path, nam
     assert sftdata.diff(old, old).equal
 
 
+def test_two_sets_of_version_1_differ_in_no_label_that_trains_nothing() -> None:
+    packed, alone = (ROOT / "tests/sets" / name for name in ("version-1-packed", "version-1-none"))
+    found = sftdata.diff(packed, alone)
+    assert counts(found) == {"same": found.documents.a}
+    assert found.settings == {"packing": ("bfd", "none")}
+    assert "both are of format version 1" in found.notes[0]
+
+
 def test_a_damaged_set_is_refused(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(sets / "base", tmp_path / "copy")
     index = tmp_path / "copy" / "index-00000.arrow"
