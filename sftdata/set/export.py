@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -24,8 +25,10 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
+from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import Sink, explained, sync_folder, write_atomic
+from sftdata.set.verify import damaged_bases, damaged_files
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
+    _refuse_damaged(opened)
     partial = output.with_name(output.name + _SUFFIX)
     with explained(partial):
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,6 +125,19 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
         os.replace(partial, output)
         sync_folder(output.parent)
     return exported
+
+
+def _refuse_damaged(opened: ShardSet) -> None:
+    """Hold every file that rows are read from against its manifest: no other trainer could tell.
+
+    Raises:
+        IntegrityError: one is missing, or its bytes differ.
+    """
+    checked = damaged_files(opened.folder, opened.manifest)
+    own = (problem for info, problem in checked if info.name != REJECTS_NAME)  # may be under repair
+    beneath = (problem for _, problem in damaged_bases(opened.folder, opened.manifest))
+    for problem in filter(None, chain(own, beneath)):
+        raise IntegrityError(problem)
 
 
 def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:

@@ -229,6 +229,22 @@ def test_a_view_is_exported_like_any_set(shards: Path, tmp_path: Path) -> None:
     assert rows == [ids for ids, _ in trained_documents(tmp_path / "view")]
 
 
+@pytest.mark.parametrize("of", ["set", "view"])
+def test_a_set_of_other_bytes_is_not_exported(
+    of: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sftdata.prepare(INPUTS, tokenizer=EXAMPLES / "tokenizer", output=tmp_path / "set", max_length=128)
+    sftdata.view(tmp_path / "set", output=tmp_path / "view", max_length=64)
+    shard = tmp_path / "set" / "shard-00000.arrow"
+    held = bytearray(shard.read_bytes())
+    ids = np.array(sftdata.open(tmp_path / "set")[3].input_ids, np.int32).tobytes()
+    held[held.index(ids)] ^= 1  # another token, which breaks no law of rows
+    shard.write_bytes(held)
+    assert cli.main(["export", str(tmp_path / of), "--to", "tinker", "-o", str(tmp_path / "out")]) == 4
+    assert f"{shard}: xxh3-128 is" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "view"]
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
