@@ -159,9 +159,12 @@ class Plan:
         }
 
     def made_with(self, task: ShardTask) -> str:
-        """Return the sha256 of all that decides the bytes of a task's shard but its place and its input."""
+        """Return the sha256 of all that decides the bytes of a task's shard but its place and its input.
+
+        The engine does not: it gives the ids of the reference, or the reference takes its place.
+        """
         rows = [self._reading(chunks) for chunks in by_source(task)]
-        content = self._manner() | {"rows": rows, "software": software(self.job.engine)}
+        content = self._manner() | {"rows": rows, "software": software("tokenizers")}
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
     def _reading(self, chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def build_set(
                     " starting over with tokenizers."
                 )
                 build.clear()
-                plan = plan.by_reference()
+                plan, old = plan.by_reference(), None  # what the engine made before is in doubt, too
                 build.start(plan.begun(), overwrite=True)
                 results, _ = run_tasks(plan, {}, old, workers, progress)
             if old is not None:
