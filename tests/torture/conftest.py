@@ -34,11 +34,11 @@ class Unbroken:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """Three slices."""
+    """A few slices."""
     folder = tmp_path_factory.mktemp("small")
     data = write_chats(folder / "chats.jsonl", 34)
     digest = prepare(data, folder / "set").digest
-    assert len(list((folder / "set").glob("shard-*.arrow"))) == 3
+    assert 3 <= len(list((folder / "set").glob("shard-*.arrow"))) <= 5
     return Unbroken(data, content(folder / "set"), digest)
 
 

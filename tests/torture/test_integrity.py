@@ -27,12 +27,12 @@ MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A set of three shards of several record batches each, with its tokenizer and rejects."""
+    """A set of a few shards of several record batches each, with its tokenizer and rejects."""
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards_module, "_BATCH_TOKENS", 512)
         prepare(write_chats(folder / "chats.jsonl", 300), folder / "set", slice_bytes=20_000)
-    assert len(list((folder / "set").glob("shard-*.arrow"))) == 3
+    assert 3 <= len(list((folder / "set").glob("shard-*.arrow"))) <= 5
     assert len(boundaries((folder / "set" / "shard-00000.arrow").read_bytes())) > 6
     yield folder / "set"
     assert trained(folder / "set") is None, "the sound set is refused, or was changed"
