@@ -49,10 +49,11 @@ def at_first_slice(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], ob
     def arrange(act: Callable[[], object]) -> None:
         real, waiting = build_module.Build.commit, [act]
 
-        def commit(build: build_module.Build, result: object, rejects: bytes) -> None:
-            real(build, result, rejects)  # type: ignore[arg-type]
+        def commit(build: build_module.Build, result: object, rejects: bytes) -> object:
+            committed = real(build, result, rejects)  # type: ignore[arg-type]
             if waiting:
                 waiting.pop()()
+            return committed
 
         monkeypatch.setattr(build_module.Build, "commit", commit)
 
