@@ -67,11 +67,12 @@ def test_a_sample_foretells_a_large_input(tmp_path: Path, capsys: pytest.Capture
 def test_a_large_input_is_not_sampled_more_than_a_small_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = (json.dumps({"text": "All the same words. " * 10}) + "\n").encode()
+    texts = ({"text": f"{number:07d} " + "All the same words. " * 10} for number in range(200_000))
+    lines = [(json.dumps(text) + "\n").encode() for text in texts]
     sampled = []
     for name, megabytes in (("large", 4), ("larger", 16)):
         path = tmp_path / f"{name}.jsonl"
-        path.write_bytes(line * (megabytes * 1_000_000 // len(line)))
+        path.write_bytes(b"".join(lines[: megabytes * 1_000_000 // len(lines[0])]))
         seen = told(capsys, str(path))
         sampled.append(seen["ledger"]["tokens_in"])
         rows = path.read_bytes().count(b"\n")
@@ -79,7 +80,7 @@ def test_a_large_input_is_not_sampled_more_than_a_small_one(
         assert seen["projected"]["tokens"] == pytest.approx(
             rows * len(seen["examples"][0]["input_ids"]), rel=0.01
         )
-    assert sampled[1] == pytest.approx(sampled[0], rel=0.05)
+    assert sampled[1] < 1.2 * sampled[0]
 
 
 @pytest.mark.parametrize(
