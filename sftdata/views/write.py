@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -118,7 +119,7 @@ def _make_split(
     output = config.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
         if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
-            raise _made_otherwise(output)
+            raise _made_otherwise(output, ["eval"])
     elif not config.overwrite:
         return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans())
     planned = plans()
@@ -135,17 +136,18 @@ def _make_split(
 def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, say: Say) -> Manifest:
     """Build a planned view, unless it is there already or only waits to be put in its place."""
     output, overwrite = plan.output, plan.config.overwrite
-    if old is not None and _is_this(plan, old):
+    changed = [] if old is None else _difference(plan, old)
+    if old is not None and not changed:
         Build(output).sweep()
         say(f"{output} is up to date: same sets, same settings.")
         return _repointed(plan, old)
-    if old is not None and not overwrite:
-        raise _made_otherwise(output)
+    if changed and not overwrite:
+        raise _made_otherwise(output, changed)
     for note in plan.notes:
         say(note)
     with Build(output).locked() as build:
         sealed = build.sealed()
-        if sealed is not None and _is_this(plan, sealed):
+        if sealed is not None and not _difference(plan, sealed):
             build.put_in_place()
             return sealed
         done = build.start(_identity(plan), overwrite=overwrite)
@@ -157,9 +159,9 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
             return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
 
 
-def _made_otherwise(output: Path) -> UsageError:
+def _made_otherwise(output: Path, changed: Sequence[str]) -> UsageError:
     return UsageError(
-        f"{output}: holds a finished set made otherwise.",
+        f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ).",
         "choose another -o, or replace the set with --overwrite.",
     )
 
@@ -176,11 +178,28 @@ def _identity(plan: ViewPlan) -> dict[str, object]:
     return plain
 
 
-def _is_this(plan: ViewPlan, manifest: Manifest) -> bool:
-    """Whether a finished set is what the plan would make."""
-    settings = msgspec.json.decode(msgspec.json.encode(plan.settings))
-    asked, found = ([(base.digest, base.rest) for base in bases] for bases in (_bases(plan), manifest.bases))
-    return settings == manifest.settings and manifest.by_index != plan.config.write and asked == found
+_GIVEN_AS = {"bases": "sets", "steps": "steps_for"}
+_ABSENT = object()
+
+
+def _difference(plan: ViewPlan, manifest: Manifest) -> list[str]:
+    """Return what a finished set was made with otherwise; empty where it is what the plan would make."""
+    wanted, found = map(_flat, (msgspec.json.decode(msgspec.json.encode(plan.settings)), manifest.settings))
+    names = wanted.keys() | found.keys()
+    changed = {name for name in names if wanted.get(name, _ABSENT) != found.get(name, _ABSENT)}
+    asked, bases = ([(base.digest, base.rest) for base in own] for own in (_bases(plan), manifest.bases))
+    if manifest.by_index == plan.config.write:
+        changed.add("write")
+    elif asked != bases:
+        changed.add("bases")
+    plain = {name.removeprefix("view.") for name in changed}
+    return sorted(_GIVEN_AS.get(name, name) for name in plain)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
+    """Return settings with those of a view, which may have the same names, beside the others."""
+    own = {name: value for name, value in settings.items() if name != "view"}
+    return own | {f"view.{name}": value for name, value in settings.get("view", {}).items()}
 
 
 def _repointed(plan: ViewPlan, manifest: Manifest) -> Manifest:

@@ -135,7 +135,7 @@ def test_a_view_names_lists_and_sets_by_what_they_hold(sets: Path, tmp_path: Pat
         == first.digest
     )
     (tmp_path / "list").write_text("4\n")
-    with pytest.raises(UsageError, match="made otherwise"):
+    with pytest.raises(UsageError, match=r"made otherwise \(drop differ\)"):
         view(tmp_path / "view", sets / "one", **settings)
 
 
@@ -447,7 +447,7 @@ def test_a_finished_view_is_not_replaced_unasked(sets: Path, tmp_path: Path) -> 
     again = view(out, sets / "one", max_length=64)
     assert contents(out) == before
     assert again.digest == read_manifest(out).digest
-    with pytest.raises(UsageError, match="made otherwise"):
+    with pytest.raises(UsageError, match=r"made otherwise \(max_length differ\)"):
         view(out, sets / "one", max_length=32)
     assert contents(out) == before
     assert view(out, sets / "one", max_length=32, overwrite=True).max_length == 32
