@@ -138,8 +138,8 @@ Cap = Annotated[
     BeforeValidator(_amounts_as_text),
     AfterValidator(_amounts),
     Field(
-        description="Most of a source: NAME=AMOUNT, as 'chats.jsonl=500 rows', '*.jsonl=1M tokens' or"
-        " '*=2M trained'."
+        description="Most of a source, or of all that a glob names together: NAME=AMOUNT, as"
+        " 'chats.jsonl=500 rows', '*.jsonl=1M tokens' or '*=2M trained'."
     ),
 ]
 Eval = Annotated[

@@ -277,7 +277,7 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
 
 
 def cap_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:
-    """Leave out what a source has above its cap, counting what stays of each document after the limit."""
+    """Leave out what the sources of a name have above its cap, counting what the limit leaves of them."""
     tokens, trained = _kept_amounts(choice, limited)
     keys = draw(choice.documents.document[:, 0], config.seed, "cap")
     for pattern, text in config.cap.items():

@@ -159,6 +159,12 @@ def test_a_cap_bounds_a_source_and_more_data_does_not_reshuffle_it(tmp_path: Pat
         assert int(amount.split()[0]) * 0.8 < getattr(made.ledger, limit) <= int(amount.split()[0])
 
 
+def test_a_cap_of_several_sources_counts_them_together(sets: Path, tmp_path: Path) -> None:
+    made = view(tmp_path / "view", sets / "one", cap={"*.jsonl": "12 rows"})
+    assert [source.rows > 12 for source in made.sources] == [True, True]
+    assert made.ledger.rows_kept == 12
+
+
 # -------------------------------------------------------------------------------------------- split
 
 
