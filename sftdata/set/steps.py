@@ -173,6 +173,12 @@ class Balance:
     shuffled: float
     missing: int
 
+    @property
+    def incomplete(self) -> str:
+        """The step that is not among `steps`, in words behind these; empty where there is none."""
+        some = f"{self.missing:,} row{'s' * (self.missing > 1)}"
+        return f"; one more, the last, lacks {some}" if self.missing else ""
+
 
 def measure_balance(opened: ShardSet) -> Balance | None:
     """Measure the steps of a set, from the lengths in its rows alone; None where it was not made for steps.

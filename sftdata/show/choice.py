@@ -150,7 +150,7 @@ def _order(view: Mapping[str, Any], balance: Balance | None) -> Iterator[tuple[s
             "steps",
             f"{balance.steps:,} of {balance.ranks} x {balance.rows} rows: the busiest rank has"
             f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled,"
-            f" {balance.worst:.3f} in the worst step",
+            f" {balance.worst:.3f} in the worst step{balance.incomplete}",
         )
 
 

@@ -228,13 +228,11 @@ def _costs(config: ViewConfig, packs: PackPlan, steps: Steps) -> Float64:
 
 
 def _said(balance: Balance) -> str:
-    text = (
+    return (
         f"{balance.steps:,} steps of {balance.ranks} x {balance.rows} rows: the busiest rank has"
-        f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled."
+        f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled"
+        f"{balance.incomplete}."
     )
-    if balance.missing:
-        text += f" The last step lacks {balance.missing:,} rows."
-    return text
 
 
 _NEEDS = {"bands": ("length", "trained"), "window": ("windows",)}

@@ -163,6 +163,7 @@ def test_order_and_balance_are_said(base: Path, tmp_path: Path, capsys: pytest.C
     assert main(["stats", str(tmp_path / "steps")]) == 0
     told = capsys.readouterr().out
     assert f"{balance.steps} of 2 x 1 rows: the busiest rank has {balance.mean:.3f} times the mean" in told
+    assert f"{balance.worst:.3f} in the worst step; one more, the last, lacks 1 row\n" in told
     shown = open_shown(tmp_path / "steps")
     assert f"{balance.worst:.3f} in the worst step" in make_report(shown, audit_set(shown))
     assert f"{balance.worst:.3f} in the worst step" in shown._repr_html_()
