@@ -1,5 +1,7 @@
 """Pictures of vision-language rows, prepared without a pixel: only sizes decide which tokens stand for one.
 
+No command leads here yet: `prepare` refuses rows with pictures, and gives its renderer no processor.
+
 Read in the order of the data:
 
 rows.py        a row -> its messages with a part for each picture, and a reference for each part
