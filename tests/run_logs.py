@@ -14,9 +14,16 @@ Loss = Callable[[int, str, int, int], float]  # of a trained token, by set, sour
 
 
 def write_log(
-    run: Path, sets: list[Path], loss: Loss, *, epochs: int = 2, a_step: int = 8, seed: int = 0
+    run: Path,
+    sets: list[Path],
+    loss: Loss,
+    *,
+    epochs: int = 2,
+    a_step: int = 8,
+    seed: int = 0,
+    behind: int = 0,
 ) -> None:
-    """Log what training on the sets would: rows in random order, some documents a step."""
+    """Log what training on the sets behind a step would: rows in random order, some documents a step."""
     opened, rng = [open_set(folder) for folder in sets], np.random.default_rng(seed)
     found: list[tuple[float, ...]] = []
     for _ in range(epochs):
@@ -24,7 +31,7 @@ def write_log(
         for place in rng.permutation(len(rows)).tolist():
             number, row = rows[place]
             for document in opened[number][row].documents():
-                step = len(found) // a_step + 1
+                step = behind + len(found) // a_step + 1
                 trained = int((document.labels[1:] != -100).sum())
                 source, line = opened[number].origin(document.example_id)
                 mean = loss(number, source, line, step) if trained else 0.0
@@ -36,6 +43,6 @@ def write_log(
     columns = DocumentLosses(
         *(np.array(column, kind) for column, kind in zip(zip(*found, strict=True), kinds, strict=True))
     )
-    path = log_path(run, 0, 0)
-    path.parent.mkdir(parents=True)
+    path = log_path(run, behind, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(schema.serialize()) + bytes(log_batch(columns, schema).serialize()))

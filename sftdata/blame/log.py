@@ -206,6 +206,14 @@ def read_log(run: Path) -> tuple[tuple[TrainedSet, ...], DocumentLosses]:
     return tuple(sets.values()), DocumentLosses(*(column[order] for column in whole))
 
 
+def read_legs(run: Path) -> list[tuple[str, ...]]:
+    """Return the digests of the sets of each leg of a run, the last leg first."""
+    schemas = [_Reader(path).schema for path in reversed(log_files(run))]
+    return list(
+        dict.fromkeys(tuple(one.digest for one in _named(schema)) for schema in schemas if schema is not None)
+    )
+
+
 def _numbers(path: Path, schema: pa.Schema, sets: dict[str, TrainedSet]) -> npt.NDArray[np.int16]:
     """Return the number over all files of each set of this one; a later file knows the place better."""
     if list(schema.names) != list(_COLUMNS) or _SETS not in (schema.metadata or {}):
@@ -213,7 +221,11 @@ def _numbers(path: Path, schema: pa.Schema, sets: dict[str, TrainedSet]) -> npt.
             f"{path}: is no log of documents: it has the columns {', '.join(schema.names):.100}.",
             "take it out of the folder.",
         )
-    named = msgspec.json.decode(schema.metadata[_SETS], type=list[TrainedSet])
+    named = _named(schema)
     sets |= {one.digest: one for one in named}
     order = {digest: number for number, digest in enumerate(sets)}
     return np.array([order[one.digest] for one in named], np.int16)
+
+
+def _named(schema: pa.Schema) -> list[TrainedSet]:
+    return msgspec.json.decode(schema.metadata[_SETS], type=list[TrainedSet])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Int64
-from sftdata.blame.log import DocumentLosses, TrainedSet, read_log
+from sftdata.blame.log import DocumentLosses, TrainedSet, read_legs, read_log
 from sftdata.blame.worst import Ranking, Steps, find_steps, rank_documents, rank_step
 from sftdata.errors import SftError, UsageError
 from sftdata.set.manifest import Manifest, first_passes
@@ -139,9 +139,29 @@ class LoggedRun:
             self._opened[number] = self._find(self.sets[number])
         return self._opened[number]
 
-    def order_of(self, folder: str) -> int:
-        """Return the place of an open set among those of the run."""
-        return next(number for number, opened in self._opened.items() if str(opened.folder) == folder)
+    def held(self, documents: Sequence[Blamed]) -> list[list[tuple[int, int]]]:
+        """Return for each document the sets, and its ids in them, of the last leg that has any of them.
+
+        Legs have most documents in common: one that this leg lacks has none, and none is there twice.
+        """
+        numbers = {one.digest: number for number, one in enumerate(self.sets)}
+        legs = ([numbers[digest] for digest in leg] for leg in read_legs(self.folder))
+        found = ([self._places(document, leg) for document in documents] for leg in legs)
+        return next(filter(any, found), [])
+
+    def _places(self, document: Blamed, leg: Sequence[int]) -> list[tuple[int, int]]:
+        """Return a document in the sets of a leg: in its own, or by the name and the bytes of its source."""
+        own = next(number for number, opened in self._opened.items() if str(opened.folder) == document.set)
+        if own in leg:
+            return [(own, document.example_id)]
+        bytes_of = {source.name: source.xxh3 for source in self.open(own).manifest.sources}
+        key = document.source.rpartition("/")[2], bytes_of[document.source]
+        return [
+            (number, source.first_id + document.line - 1)
+            for number in leg
+            for source in self.open(number).manifest.sources
+            if (source.name.rpartition("/")[2], source.xxh3) == key
+        ]
 
     def worst(self, count: int) -> tuple[Blamed, ...]:
         """Name the worst documents of the run."""

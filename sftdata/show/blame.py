@@ -82,25 +82,31 @@ def blame_json(
 def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Iterator[str]:
     """Write documents as `sftdata view --drop` reads them; yield what to do with it.
 
-    A source is called what a view of the sets that hold them calls it.
+    A source is called what a view of the sets that hold them calls it: those of the run's last leg.
 
     Raises:
         SftError: these sets make no view together, or the file cannot be written.
     """
-    folders = sorted({document.set for document in documents}, key=run.order_of)
-    bases = open_bases(folders)
+    held = run.held(documents)
+    folders = {
+        number: str(run.open(number).folder) for number in sorted({one for part in held for one, _ in part})
+    }
+    bases = open_bases([*folders.values()])
     sources = sources_of(bases)
     first = {str(base.folder): base.first_id for base in bases}
     lines = []
-    for document in documents:
-        example = first[document.set] + document.example_id
+    for number, own in (place for part in held for place in part):
+        example = first[folders[number]] + own
         index = bisect_right(sources, example, key=lambda source: source.first_id) - 1
         while not sources[index].rows:  # an empty file shares its first id with the next one
             index -= 1
-        named = f"{sources[index].name}:{document.line}"
+        named = f"{sources[index].name}:{example - sources[index].first_id + 1}"
         plain = named == named.strip() and len(named.splitlines()) == 1 and not named.startswith("#")
         lines.append(named if plain else str(example))  # as no line could hold such a name
     text = "".join(f"{line}\n" for line in dict.fromkeys(lines))
     write_atomic(path, lambda sink: sink.write(text.encode()))
-    command = ["sftdata", "view", *folders, "-o", "NEW", "--drop", str(path)]
-    yield f"Wrote {path}: {len(documents)} documents. Leave them out: {shlex.join(command)}"
+    command = ["sftdata", "view", *folders.values(), "-o", "NEW", "--drop", str(path)]
+    count = len({*lines})
+    yield f"Wrote {path}: {count} document{'s' * (count != 1)}. Leave them out: {shlex.join(command)}"
+    if lost := sum(not part for part in held):
+        yield f"{lost} of those named {'is' if lost == 1 else 'are'} in none of these sets, and not listed."

@@ -109,6 +109,33 @@ def test_a_list_of_documents_of_one_set_is_for_a_view_of_it_alone(
     assert (tmp_path / "bad.txt").read_text() == "rows.jsonl:12\n"
 
 
+def test_after_a_new_leg_the_list_is_for_its_sets_and_leaves_out_what_an_earlier_set_lost_too(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "first.txt").write_text("rows.jsonl:31\n")
+    view(tmp_path / "cleaned", sets / "one", drop=tmp_path / "first.txt")
+    write_log(tmp_path / "run", [sets / "one"], loss_of({(0, 31), (0, 7)}))
+    write_log(tmp_path / "run", [tmp_path / "cleaned"], loss_of(set()), behind=100)
+    code, _, err = blame(capsys, tmp_path / "run", "--worst", "2", "-o", tmp_path / "bad.txt")
+    assert code == 0
+    assert f"Leave them out: sftdata view {tmp_path / 'cleaned'} -o NEW" in err
+    assert {*(tmp_path / "bad.txt").read_text().split()} == {"rows.jsonl:7", "rows.jsonl:31"}
+    view(tmp_path / "new", tmp_path / "cleaned", drop=tmp_path / "bad.txt")
+    assert lines_left(sets / "one") - lines_left(tmp_path / "new") == {("rows.jsonl", 7), ("rows.jsonl", 31)}
+
+
+def test_what_the_sets_of_a_new_leg_do_not_hold_is_said_and_not_listed(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "run", [sets / "one", sets / "two"], loss_of({(0, 7), (1, 12)}))
+    write_log(tmp_path / "run", [sets / "one"], loss_of({(0, 7)}), behind=100)
+    code, _, err = blame(capsys, tmp_path / "run", "--worst", "2", "-o", tmp_path / "bad.txt")
+    assert code == 0
+    assert f": 1 document. Leave them out: sftdata view {sets / 'one'} -o NEW" in err
+    assert "1 of those named is in none of these sets, and not listed." in err
+    assert (tmp_path / "bad.txt").read_text() == "rows.jsonl:7\n"
+
+
 def test_of_one_set_it_is_a_list_of_its_own_names(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
