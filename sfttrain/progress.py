@@ -75,7 +75,7 @@ class Progress(TrainerCallback):
             if state.global_step in (1, state.max_steps):
                 self._meter.show(state.global_step, state.max_steps, self._figures, line=True)
         elif any(key.startswith("eval_") for key in logs):
-            losses = [f"{key} {value:.4f}" for key, value in logs.items() if key.endswith("loss")]
+            losses = [f"{_evaluation(key)}: loss {logs[key]:.4f}" for key in logs if key.endswith("_loss")]
             self._meter.write(", ".join(losses))
 
     def on_step_end(
@@ -94,6 +94,12 @@ class Progress(TrainerCallback):
             self._meter.write(
                 ", ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", self._figures]))
             )
+
+
+def _evaluation(key: str) -> str:
+    """Name the evaluation that a loss is of: `eval_held_loss` is `evaluation held`."""
+    name = key.removesuffix("_loss").removeprefix("eval").removeprefix("_")
+    return f"evaluation {name}" if name else "evaluation"
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -42,6 +42,7 @@ def output(shards: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert code == 0, stderr
     assert stdout == ""  # standard output is data
     assert len(stderr.splitlines()) < 30
+    assert stderr.count("evaluation held: loss ") == 2
     return folder
 
 
