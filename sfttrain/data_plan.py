@@ -11,6 +11,7 @@ from sftdata.set.opened import ShardSet, open_set
 from sfttrain.config import TrainConfig
 from sfttrain.contents import Contents, read_contents
 from sfttrain.order import Order
+from sfttrain.process import counted
 from sfttrain.schedule import Mixture, Passes, Schedule
 from sfttrain.seen import Account
 from sfttrain.sets import refuse_mixed_tokenizers
@@ -72,8 +73,8 @@ def planned(config: TrainConfig, account: Account, order: Order, steps: int) -> 
     """
     _refuse_passes(config, account, steps)
     leg = account.leg(steps)
-    epoch = f"an epoch is {order.steps_per_epoch:,} steps"
-    yield f"data: {leg.steps:,} steps of {order.global_batch:,} rows; {epoch}"
+    epoch = f"an epoch is {counted(order.steps_per_epoch, 'step')}"
+    yield f"data: {counted(leg.steps, 'step')} of {counted(order.global_batch, 'row')}; {epoch}"
     if order.note:
         yield order.note
     yield from map(str, leg.sets)

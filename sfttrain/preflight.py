@@ -20,7 +20,7 @@ from sfttrain import checkpoint, device
 from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory
-from sfttrain.process import Say
+from sfttrain.process import Say, counted
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -109,7 +109,7 @@ class FirstStep(TrainerCallback):
         about = (
             f"about {seconds * state.max_steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
         )
-        self._say(f"plan: {state.max_steps:,} steps of {self._rows} rows; {about}{peak}")
+        self._say(f"plan: {counted(state.max_steps, 'step')} of {counted(self._rows, 'row')}; {about}{peak}")
 
 
 def _try_compiled(

@@ -111,6 +111,8 @@ def test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view(
     shares = re.findall(r"% asked, ([\d.]+)% of trained taken", capsys.readouterr().err)
     assert [float(share) for share in shares] == pytest.approx([70, 30], abs=0.5)
     assert main(["run", str(tmp_path / "made"), *coarse.split()[2:6], "--max-steps", "1"]) == 0
+    said = capsys.readouterr().err
+    assert all(f"{note}: 1 step of 1 row; " in said for note in ("data", "plan"))
 
 
 @pytest.mark.feature("mixtures")
