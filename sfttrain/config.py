@@ -296,7 +296,7 @@ class TrainConfig(BaseModel):
         return found[0]
 
 
-_LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("max_steps", "num_train_epochs")
 _MAPPINGS = ("eval", "mix", "lora", "model_init_kwargs")
 
 
@@ -333,9 +333,9 @@ def _overlay(settings: dict[str, Any], more: Mapping[str, object], places: Mappi
         else:
             settings[key] = value
     fields = {name: value for name, value in fields.items() if training.get(name, ...) != value}
-    if any(fields.get(name) is not None for name in _LENGTH):
+    if any(fields.get(name) is not None for name in LENGTH):
         # `--max-steps` replaces the epochs of a file, and the other way round: they say one thing.
-        for name in _LENGTH:
+        for name in LENGTH:
             training.pop(name, None)
     training |= fields
     if training.get("activation_checkpointing") == "auto":

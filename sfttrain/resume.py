@@ -20,7 +20,7 @@ from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint
 from sfttrain.arguments import Run, acts, other_than_default
 from sfttrain.checkpoint import RUN_NAME, Identity
-from sfttrain.config import LoraSettings, TrainConfig
+from sfttrain.config import LENGTH, LoraSettings, TrainConfig
 from sfttrain.process import Say
 from sfttrain.progress import LOG_NAME
 from sfttrain.seen import LINES_NAME, SEEN_NAME
@@ -43,7 +43,6 @@ class Point(NamedTuple):
     first_step: int
 
 
-LENGTH = ("max_steps", "num_train_epochs")
 _PREFIXES = (
     "logging_", "log_", "save_", "eval_", "trackio_", "dataloader_", "ddp_", "activation_checkpointing",
     "torch_compile",
