@@ -46,14 +46,7 @@ def refuse_useless(
     Raises:
         UsageError: naming what to set instead.
     """
-    if not config.sets and data is None:
-        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
-    if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
-        raise UsageError("A stream has no end that is known.", "set max_steps.")
-    if data is not None and config.log_documents:
-        raise UsageError(
-            "log_documents: rows of a dataset have no file and line.", "train on sets, or leave it out."
-        )
+    _refuse_data(config, args, data)
     _refuse_loading(config, args)
     if model is not None:
         _refuse_object(config, model)
@@ -78,6 +71,22 @@ def refuse_useless(
         require_tracker(name)
     if config.push_to_hub:
         _refuse_push(config.push_to_hub)
+
+
+def _refuse_data(config: TrainConfig, args: TrainingArguments, data: object) -> None:
+    if not config.sets and data is None:
+        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
+    if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
+        raise UsageError("A stream has no end that is known.", "set max_steps.")
+    if data is not None and config.log_documents:
+        raise UsageError(
+            "log_documents: rows of a dataset have no file and line.", "train on sets, or leave it out."
+        )
+    if data is not None and config.passes is not None:
+        raise UsageError(
+            "passes: bounds how often a set is gone through; this is a dataset of rows.",
+            "train on sets, or leave it out.",
+        )
 
 
 def refuse_missing_launch(settings: Mapping[str, object]) -> None:

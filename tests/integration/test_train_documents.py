@@ -272,3 +272,10 @@ def test_what_cannot_be_logged_is_refused_by_name(shards: Path, model: Path, tmp
 
     with pytest.raises(UsageError, match="log_documents: rows of a dataset have no file and line"):
         sfttrain.train([{"input_ids": [1, 2]}], model=model, output=tmp_path / "out", log_documents=True)
+
+
+def test_a_bound_on_passes_is_refused_of_rows_that_are_no_sets(model: Path, tmp_path: Path) -> None:
+    import sfttrain
+
+    with pytest.raises(UsageError, match="passes: bounds how often a set is gone through"):
+        sfttrain.train([{"input_ids": [1, 2]}], model=model, output=tmp_path / "out", passes=1.0)
