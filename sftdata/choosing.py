@@ -95,6 +95,12 @@ def _at_most_all(value: str | None) -> str | None:
     return value
 
 
+def _leaves_both(value: str | None) -> str | None:
+    if value is not None and not 0 < read_share(value) < 1:
+        raise ValueError("a share of none or all leaves a side of the split empty")
+    return value
+
+
 def _percent_as_numbers(value: object) -> object:
     """Read shares in percent, of which all or none are."""
     if not isinstance(value, dict):
@@ -143,7 +149,9 @@ Cap = Annotated[
     ),
 ]
 Eval = Annotated[
-    Share, Field(description="Share of the prompts for OUT/eval, as 5%; the rest makes OUT/train.")
+    Share,
+    AfterValidator(_leaves_both),
+    Field(description="Share of the prompts for OUT/eval, as 5%; the rest makes OUT/train."),
 ]
 Shares = Annotated[
     dict[str, float],

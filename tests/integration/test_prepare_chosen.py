@@ -276,6 +276,8 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
         ({"exclude": [tmp_path / "none"]}, "no such folder"),
         ({"exclude": [tmp_path / "foreign"]}, "tokenizer 777777777777; here it is"),
         ({"eval": "120%"}, "a share is at most 100%"),
+        ({"eval": "0%"}, "a share of none or all leaves a side of the split empty"),
+        ({"eval": 1}, "a share of none or all leaves a side of the split empty"),
     ):
         with pytest.raises(SftError) as caught:
             prepare(tmp_path / "set", files, **settings)
@@ -287,7 +289,7 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
 
 def test_nothing_is_made_where_nothing_is_left(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(SftError, match=f"^{tmp_path / 'set'}/eval: no document is left"):
-        prepare(tmp_path / "set", files, eval="0%")
+        prepare(tmp_path / "set", files, eval="0.0001%")
     assert not (tmp_path / "set").exists()
     prepare(tmp_path / "set", files, eval="20%")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -115,7 +115,7 @@ def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None
     said = refusal(tmp_path / "view", base, max_length=2)
     assert said.endswith("Fix: a larger --max-length, or another --overlong.")
     view(tmp_path / "larger", base, max_length=64)
-    said = refusal(tmp_path / "both", base, eval="0%")
+    said = refusal(tmp_path / "both", base, eval="0.0001%")
     assert said.startswith(f"{tmp_path / 'both' / 'eval'}: no document is left.")
     assert said.endswith("Fix: choose another share for --eval, or loosen the filters.")
     split(tmp_path / "both", base, eval="30%")
