@@ -34,7 +34,7 @@ from sftdata.pipeline import (
     prepare_chunk,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
-from sftdata.set.build import Build, ShardResult, finished_set
+from sftdata.set.build import Build, ShardResult, finished_set, refuse_choice, sweep_choice
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.slices import SliceRecord
@@ -82,11 +82,15 @@ def prepare(
     """
     config = config.model_copy(update={"output": behind_links(config.output)})
     old = finished_set(config.output, overwrite=config.overwrite)
+    if old is None and not config.overwrite:
+        refuse_choice(config.output)
     plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), note)
     for sentence in plan.notes:
         note(sentence)
     note_padding(plan, note)
-    return build_set(config, plan, old, workers, progress, note)
+    made = build_set(config, plan, old, workers, progress, note)
+    sweep_choice(config.output, discard=config.overwrite)
+    return made
 
 
 def note_padding(plan: Plan, note: OnNote) -> None:

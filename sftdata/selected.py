@@ -9,7 +9,6 @@ nothing, say, the documents stay and are not tokenized again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -19,13 +18,13 @@ import msgspec
 
 from sftdata.choosing import SIDES, folders_of
 from sftdata.config import PrepareConfig
-from sftdata.errors import SftError, UsageError
+from sftdata.errors import DataError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
 from sftdata.run import build_set, note_padding
-from sftdata.set.build import Build, finished_set
-from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, partial_folder, read_manifest
+from sftdata.set.build import Build, finished_set, unfinished
+from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, read_manifest
 from sftdata.settings import check_settings
 from sftdata.views.plan import named_selection
 from sftdata.views.recipe import ViewConfig
@@ -105,7 +104,11 @@ def _choose(
             progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
 
     build_set(documents, replace(plan, job=job), old, workers, prepared, note)
-    return make_view(view, written, note, passing=True)
+    try:
+        return make_view(view, written, note, passing=True)
+    except (DataError, UsageError):
+        _put_back(config.output)
+        raise
 
 
 def _recipe(config: PrepareConfig) -> ViewConfig:
@@ -123,10 +126,7 @@ def _refuse_begun(config: PrepareConfig) -> None:
     """
     build = Build(config.output)
     if not config.overwrite and (begun := build.kept()) and "view" not in begun:
-        raise UsageError(
-            f"{build.folder}: an unfinished set of all documents.",
-            "finish it with the command it was begun with, or start anew with --overwrite.",
-        )
+        raise unfinished(build.folder, "an unfinished set of all documents")
 
 
 def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
@@ -182,12 +182,17 @@ def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
 def _sweep(plan: Plan, output: Path) -> None:
     """Remove the documents that finished sets were chosen from; those of another run stay.
 
-    They take the name of a build without a plan first: stopped halfway, they are swept up the next time.
+    They become a build without a plan first: stopped halfway, they are swept up the next time.
     """
     documents = documents_folder(output)
-    with suppress(SftError, OSError):
+    with suppress(SftError):
         if not plan.difference(read_manifest(documents)):
-            with Build(output).locked():  # nobody reads them
-                os.rename(documents, partial_folder(documents))
+            _put_back(output)
     Build(documents).sweep()
     Build(output).sweep()
+
+
+def _put_back(output: Path) -> None:
+    """Let the documents of a choice be unfinished again, so that other settings may discard them."""
+    with suppress(SftError), Build(output).locked():  # nobody reads them
+        Build(documents_folder(output)).put_back()

@@ -31,6 +31,7 @@ from sftdata.set.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
+    documents_folder,
     partial_folder,
     read_manifest,
     write_manifest,
@@ -287,7 +288,6 @@ class Build:
             (self.folder / _PLAN).unlink(missing_ok=True)
             for entry in self.folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            (self.folder / _SLICES).mkdir()
 
     def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
         """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
@@ -364,6 +364,13 @@ class Build:
             sync_folder(self.output.parent)
             remove(self.replaced)
 
+    def put_back(self) -> None:
+        """Let a finished set wait to be put in place: the same settings do so, others may discard it."""
+        with suppress(SftError, OSError), self.locked():
+            os.rename(self.output, self.folder)
+            (self.folder / _SLICES).mkdir()
+            self._refused.touch()
+
     def _replace(self) -> None:
         """Let the folder and the old set change places, and put the old one aside."""
         remove(self.replaced)
@@ -380,6 +387,34 @@ class Build:
 
     def _part(self, index: int, name: str) -> Path:
         return self.folder / _SLICES / f"{index:05d}.{name}"
+
+
+def unfinished(folder: Path, what: str) -> UsageError:
+    """Return the refusal to discard what another command began."""
+    return UsageError(
+        f"{folder}: {what}.", "finish it with the command it was begun with, or start anew with --overwrite."
+    )
+
+
+def refuse_choice(output: Path) -> None:
+    """Refuse to leave the documents of an unfinished choice beside the set of all.
+
+    Raises:
+        UsageError: naming them.
+    """
+    documents = Build(documents_folder(output))
+    if documents.output.exists() or documents.kept():
+        raise unfinished(documents.output, "of an unfinished run that chooses among the documents")
+
+
+def sweep_choice(output: Path, *, discard: bool) -> None:
+    """Remove the documents of a refused choice, with `discard` also those of a stopped one."""
+    documents = Build(documents_folder(output))
+    if discard and (documents.output.exists() or documents.kept()):
+        with suppress(SftError, OSError), documents.locked():
+            documents.clear()
+        documents.put_back()
+    documents.sweep()
 
 
 def _measured(result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:

@@ -20,7 +20,7 @@ from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
-from sftdata.set.build import Build, ShardResult, finished_set
+from sftdata.set.build import Build, ShardResult, finished_set, unfinished
 from sftdata.set.extents import rest_digest
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
@@ -124,6 +124,10 @@ def _make_split(
         return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans())
     planned = plans()
     with Build(output).locked() as both:
+        if any(entry.name.partition(".")[0] not in SIDES for entry in both.folder.iterdir()):
+            if both.kept() and not config.overwrite:
+                raise unfinished(both.folder, "an unfinished set, and no split")
+            both.clear()
         moved = [replace(plan, output=both.folder / plan.output.name) for plan in planned]
         sides = [
             _write(plan, finished_set(plan.output, overwrite=config.overwrite), progress, say)

@@ -237,6 +237,41 @@ def test_a_choice_that_cannot_be_met_keeps_what_was_tokenized(
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.parametrize("later", [{}, {"eval": "20%", "max_length": 64}, {"dedup": "row"}], ids=str)
+def test_a_refused_choice_is_in_nobodys_way(files: list[Path], tmp_path: Path, later: Settings) -> None:
+    with pytest.raises(SftError, match="no document is left"):
+        prepare(tmp_path / "set", files, eval="0.0001%")
+    made = prepare(tmp_path / "set", files[:1], **later)
+    expected = prepare(tmp_path / "other", files[:1], **later)
+    assert made == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+
+
+@pytest.mark.parametrize("stopped", ["run.run_tasks", "selected.make_view"])
+def test_a_stopped_choice_is_discarded_by_the_set_of_all_if_asked_for(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(f"sftdata.{stopped}", None)
+        with pytest.raises(TypeError):
+            prepare(tmp_path / "set", files, dedup="row")
+        with pytest.raises(UsageError, match="of an unfinished run that chooses") as caught:
+            prepare(tmp_path / "set", files)
+    assert caught.value.fix.endswith("or start anew with --overwrite.")
+    prepare(tmp_path / "set", files, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_split_holds_nothing_of_a_refused_set_in_whose_place_it_is_built(
+    files: list[Path], tmp_path: Path
+) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", [*chats(9, 1), {"messages": 3}])
+    with pytest.raises(SftError, match="1 of 10 rows rejected"):
+        prepare(tmp_path / "set", [bad])
+    prepare(tmp_path / "set", files, eval="20%")
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["eval", "train"]
+
+
 def test_other_settings_do_not_go_on_with_an_unfinished_choice(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

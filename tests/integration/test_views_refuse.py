@@ -121,6 +121,19 @@ def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None
     split(tmp_path / "both", base, eval="30%")
 
 
+def test_a_split_does_not_discard_an_unfinished_set(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sftdata.views.write._refuse_changed", None)
+        with pytest.raises(TypeError):
+            view(tmp_path / "both", base)
+    with pytest.raises(UsageError, match="an unfinished set, and no split"):
+        split(tmp_path / "both", base, eval="30%")
+    split(tmp_path / "both", base, eval="30%", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["eval", "train"]
+
+
 def test_a_step_that_is_there_twice_counts_all_that_it_left_out(base: Path, tmp_path: Path) -> None:
     files = [write_lines(tmp_path / f"{name}.jsonl", chats(30, ord(name), 20)) for name in "abc"]
     prepare(tmp_path / "three", files)
