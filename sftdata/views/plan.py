@@ -335,8 +335,8 @@ def _ledger(
         _carry(ledger, base, choice, everything=not config.selects)
     repeated = np.flatnonzero(choice.times > 1)
     repeats = choice.times[repeated] - 1
-    ledger.documents_repeated = int(repeats.sum())
-    ledger.rows_in += ledger.documents_repeated
+    ledger.rows_in += int(repeats.sum())
+    ledger.documents_repeated = int(repeats.sum()) + _count_passes(bases, choice)
     ledger.tokens_in += int((repeats * lengths[repeated]).sum())
     for step, (count, tokens) in choice.left_out().items():
         ledger.documents_left_out[step] = ledger.documents_left_out.get(step, 0) + count
@@ -356,6 +356,16 @@ def _ledger(
     if config.selects:
         ledger.count_lengths(np.repeat(lengths, choice.times))
     return ledger
+
+
+def _count_passes(bases: Sequence[Base], choice: Choice) -> int:
+    """Count the documents taken that the bases themselves held again, in further passes over a source."""
+    again = [
+        base.manifest.ledger.documents_repeated > 0 and first != index
+        for base in bases
+        for index, first in enumerate(first_passes(base.manifest.sources))
+    ]
+    return int(np.count_nonzero(np.array(again)[choice.source] & (choice.times > 0)))
 
 
 def _count_different(ids: Int64) -> int:

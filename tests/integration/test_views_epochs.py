@@ -89,6 +89,17 @@ def test_one_cut_stream_is_cut_elsewhere_in_each_epoch(base: Path, tmp_path: Pat
     assert not verify(tmp_path / "view").problems
 
 
+def test_a_view_of_epochs_counts_what_is_there_again(base: Path, tmp_path: Path) -> None:
+    made = view(tmp_path / "view", base, epochs=3, write=False)
+    again = view(tmp_path / "again", tmp_path / "view")
+    assert again.ledger.documents_repeated == made.ledger.documents_repeated > 0
+    assert again.ledger.rows_in == made.ledger.rows_in
+    assert view(tmp_path / "two", tmp_path / "view", base).ledger.documents_repeated == (
+        made.ledger.documents_repeated
+    )
+    assert not view(tmp_path / "once", tmp_path / "view", dedup="row").ledger.documents_repeated
+
+
 def test_evaluation_has_one_epoch(base: Path, tmp_path: Path) -> None:
     train, held_out = sftdata.view(base, output=tmp_path / "both", eval="20%", epochs=2)
     assert train.ledger.documents_repeated
