@@ -106,8 +106,10 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
         report.add(info, problem)
         if isinstance(info, ShardInfo) and not (problem or quick or manifest.by_index):
             report.problems += count.add(info)
+    theirs = set()
     for file, problem in damaged_bases(folder, manifest, sha256=sha256, quick=quick):
         report.add(file, problem)
+        theirs.add(problem)
     if manifest.by_index and report.ok and not quick:
         for info in manifest.shards:
             report.problems += count.add(info)
@@ -117,6 +119,11 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     if report.ok and not quick and manifest.format_version > 1:
         report.problems += lost_tokens(folder, manifest)
     report.problems += foreign_shards(folder, manifest)
+    if manifest.bases:
+        report.problems = [
+            line if line in theirs else line.replace("prepare the set again", "make the view again")
+            for line in report.problems
+        ]
     return report
 
 

@@ -95,6 +95,20 @@ def test_a_set_with_damaged_files_is_not_up_to_date(tmp_path: Path, name: str) -
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_a_damaged_view_is_made_again(tmp_path: Path, write: bool) -> None:
+    prepare(tmp_path / "base", [write_lines(tmp_path / "a.jsonl", chats(30, 1))])
+    made = view(tmp_path / "view", tmp_path / "base", max_length=64, write=write)
+    (tmp_path / "view" / "index-00000.arrow").unlink()
+    (problem,) = verify(tmp_path / "view").problems
+    assert problem.endswith("missing. Fix: restore the file, or make the view again with --overwrite.")
+    again = view(tmp_path / "view", tmp_path / "base", max_length=64, write=write, overwrite=True)
+    assert again.digest == made.digest
+    next((tmp_path / "base").glob("rest-*.arrow")).unlink()
+    problems = verify(tmp_path / "view").problems
+    assert ["or prepare the set again with" in problem for problem in problems] == [True] * (not write)
+
+
 def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbfa.jsonl:1\r\n\r\n# a remark\r\nb.jsonl:2\r\n")
     ledger = view(tmp_path / "view", base, drop=tmp_path / "list").ledger
