@@ -69,6 +69,12 @@ def shared_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write without waiting for the disk: no set that is made here has to outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def made_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like `shared_data`, of tokenizers and chat templates that the tests make themselves."""

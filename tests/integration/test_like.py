@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.manifest import read_manifest
 from tests.view_sets import TOKENIZER, Settings, chats, prepare, view, write_inputs, write_lines
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 ROWS = [{"instruction": f"Name {number}", "input": "", "output": f"it is {number}"} for number in range(20)]
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

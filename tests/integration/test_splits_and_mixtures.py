@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -19,6 +18,8 @@ from sftdata.views.write import make_view
 from tests.view_sets import prepare as prepare_small
 from tests.view_sets import view, write_lines
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 FILES = (
     "prompt_completion/t0_train.jsonl.gz", "prompt_completion/gsm8k_train.jsonl", "sharegpt/sharegpt_zh_1k.jsonl",
     "instruction/gpteacher_toolformer.json", "text/c4_demo.jsonl", "text/multilingual.txt",
@@ -32,11 +33,6 @@ LARGE = {
 TEXTS = {"c4_demo.jsonl", "multilingual.txt"}
 MOST = 10_000_000  # tokens: no document is cut
 _NUMBERS = count()
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

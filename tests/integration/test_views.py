@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +12,9 @@ from sftdata.errors import DataError
 from sftdata.set.verify import verify
 from tests.view_sets import Settings, contents, layouts, prepare, view, write_inputs
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write without waiting for the disk: hundreds of sets are made here, and none has to outlive the machine."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

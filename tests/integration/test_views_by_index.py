@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import shutil
@@ -23,12 +22,9 @@ from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
 from tests.view_sets import Settings, chats, layouts, prepare, view, write_inputs, write_lines
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

@@ -25,12 +25,9 @@ from sftdata.views.write import make_view
 from tests.view_sets import TOKENIZER, chats, contents, prepare, view, write_lines
 from tests.waiting import HANGS
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 OLD = Path(__file__).parents[1] / "sets"
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,9 @@ from sftdata.set.manifest import read_manifest
 from sftdata.set.verify import verify
 from tests.view_sets import TOKENIZER, chats, prepare, view, write_lines
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 ODD = ("a=b.jsonl", "c.d-e.jsonl", "-f=.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

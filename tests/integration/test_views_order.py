@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.steps import measure_balance, stored_steps
 from sftdata.set.verify import verify
 from tests.view_sets import chats, prepare, view, write_lines
+
+pytestmark = pytest.mark.usefixtures("no_sync")
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-model"
 ORDERS: list[dict[str, Any]] = [
@@ -34,11 +35,6 @@ ORDERS: list[dict[str, Any]] = [
     {"pad_to_multiple_of": 32, "pack_over": "slice"},
 ]
 Documents = dict[tuple[int, int], tuple[list[int], list[int]]]
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
