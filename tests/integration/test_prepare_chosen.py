@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.verify import verify
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
+from tests.killed import killed_at
 from tests.view_sets import TOKENIZER, Settings, chats, contents, layouts, prepare, write_inputs, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_sync")
@@ -343,48 +343,17 @@ def test_a_killed_choice_is_finished_by_the_same_command(
         return [one.digest for one in (made if isinstance(made, tuple) else (made,))]
 
     expected = make("expected")
-    steps = -killed_at(lambda: make("counted"), 0)
+    steps = -killed_at(partial(make, "counted"), 0)
     last = (steps - 3, steps - 1, steps)
     for number in sorted({1, *last, *random.Random(points).sample(range(1, steps + 1), min(points, steps))}):
         name = f"killed-{number}"
-        assert killed_at(lambda name=name: make(name), number) == -signal.SIGKILL  # type: ignore[misc]
+        assert killed_at(partial(make, name), number) == -signal.SIGKILL
         output = tmp_path / name / "set"
         if output.exists():
             folders = [output / side for side in ("train", "eval")] if "eval" in chosen else [output]
             assert [read_manifest(folder).digest for folder in folders] == expected
         assert make(name) == expected
         assert [path.name for path in output.parent.iterdir()] == ["set"]
-
-
-def killed_at(make: Callable[[], object], number: int) -> int:
-    """Run in a process that is killed at its n-th change of a name; return its exit, or minus how many it made."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        count = 0
-
-        def counting(function: Any) -> Any:
-            def changed(*arguments: Any, **named: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **named)
-
-            return changed
-
-        for name in ("replace", "rename", "unlink", "rmdir"):
-            setattr(os, name, counting(getattr(os, name)))
-        try:
-            make()
-            os.write(write, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(read) as told:
-        text = told.read()
-    return -int(text) if text else -os.WTERMSIG(status)
 
 
 def test_the_settings_that_choose_do_not_change_what_a_whole_set_is(files: list[Path]) -> None:

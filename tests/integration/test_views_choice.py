@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from sftdata.set.verify import verify
 from sftdata.show.stats import measure
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
+from tests.killed import killed_at
 from tests.view_sets import TOKENIZER, chats, contents, prepare, view, write_lines
 from tests.waiting import HANGS
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
+RENAMES = ("replace", "rename")
 OLD = Path(__file__).parents[1] / "sets"
 
 
@@ -498,50 +500,15 @@ def test_a_killed_view_leaves_no_set_and_is_finished_by_the_same_command(
 ) -> None:
     config = ViewConfig(sets=(str(sets / "one"),), output=tmp_path / "whole", **settings)
     expected = [made.digest for made in make_view(config)]
-    renames = renames_of(config.model_copy(update={"output": tmp_path / "counted"}))
+    counted = config.model_copy(update={"output": tmp_path / "counted"})
+    renames = -killed_at(partial(make_view, counted), 0, RENAMES)
     chosen = random.Random(points).sample(range(1, renames + 1), min(points, renames))
     for number in sorted({1, renames, *chosen}):
         output = tmp_path / f"killed-{number}"
         killed = config.model_copy(update={"output": output})
-        assert kill_at(killed, number) == -signal.SIGKILL
+        assert killed_at(partial(make_view, killed), number, RENAMES) == -signal.SIGKILL
         if output.exists():  # killed after its last rename
             folders = [output / side for side in ("train", "eval")] if config.eval else [output]
             assert [read_manifest(folder).digest for folder in folders] == expected
         assert [made.digest for made in make_view(killed)] == expected
         assert not output.with_name(output.name + ".partial").exists()
-
-
-def renames_of(config: ViewConfig) -> int:
-    """Return how many files and folders are renamed to make a view."""
-    return -kill_at(config, 0)
-
-
-def kill_at(config: ViewConfig, number: int) -> int:
-    """Make a view in a process that is killed at its n-th rename; return its exit, or minus the renames it made."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        count = 0
-        replace, rename = os.replace, os.rename
-
-        def counting(function: Any) -> Any:
-            def renamed(*arguments: Any) -> None:
-                nonlocal count
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                function(*arguments)
-
-            return renamed
-
-        os.replace, os.rename = counting(replace), counting(rename)
-        try:
-            make_view(config)
-            os.write(write, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(read) as told:
-        text = told.read()
-    return -int(text) if text else -os.WTERMSIG(status)
