@@ -17,6 +17,7 @@ from sftdata.views.write import make_view
 
 TOKENIZER = str(Path(__file__).parents[1] / "examples" / "tokenizer")
 WORDS = ("quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "bright", "stars", "look", "on")
+KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
 PACKINGS = ("bfd", "wrapped", "none")
 POLICIES = ("truncate", "truncate-left", "drop", "split")
 Settings = dict[str, Any]
@@ -113,8 +114,12 @@ def prepare(output: Path, inputs: list[Path], **settings: Any) -> Manifest:
 
 def view(output: Path, *sets: Path, **settings: Any) -> Manifest:
     """Make a view of sets that stands alone, unless `write` is False; one that is not split."""
-    settings = {"write": True} | settings
-    return make_view(ViewConfig(sets=tuple(map(str, sets)), output=output, **settings))[0]
+    return split(output, *sets, **{"write": True} | settings)[0]
+
+
+def split(output: Path, *sets: Path, **settings: Any) -> tuple[Manifest, ...]:
+    """Make a view by index unless `write` is True, or both of a split; return the manifest of each."""
+    return make_view(ViewConfig(sets=tuple(map(str, sets)), output=output, **settings))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,11 +20,19 @@ from sftdata.set.verify import verify
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
 from tests.killed import killed_at
-from tests.view_sets import TOKENIZER, Settings, chats, contents, layouts, prepare, write_inputs, write_lines
+from tests.view_sets import (
+    KINDS,
+    TOKENIZER,
+    Settings,
+    chats,
+    contents,
+    layouts,
+    prepare,
+    write_inputs,
+    write_lines,
+)
 
 pytestmark = pytest.mark.usefixtures("no_sync")
-
-KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,9 @@ import pytest
 
 from sftdata.errors import DataError
 from sftdata.set.verify import verify
-from tests.view_sets import Settings, contents, layouts, prepare, view, write_inputs
+from tests.view_sets import KINDS, Settings, contents, layouts, prepare, view, write_inputs
 
 pytestmark = pytest.mark.usefixtures("no_sync")
-
-KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,9 @@ from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.verify import verify
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
-from tests.view_sets import Settings, chats, layouts, prepare, view, write_inputs, write_lines
+from tests.view_sets import KINDS, Settings, chats, layouts, prepare, view, write_inputs, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_sync")
-
-KINDS = ("chats", "weighted", "texts", "table", "array", "rejects", "filtered", "tokens")
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,13 @@ import pytest
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import IntegrityError, SftError, UsageError
-from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.manifest import read_manifest
 from sftdata.set.verify import verify
 from sftdata.show.stats import measure
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
 from tests.killed import killed_at
-from tests.view_sets import TOKENIZER, chats, contents, prepare, view, write_lines
+from tests.view_sets import TOKENIZER, chats, contents, prepare, split, view, write_lines
 from tests.waiting import HANGS
 
 pytestmark = pytest.mark.usefixtures("no_sync")
@@ -61,10 +61,6 @@ def prompt(document: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]
 def kept(folder: Path) -> Counter[int]:
     """Return the example ids in the rows of a set, and how many documents each has there."""
     return Counter(document.example_id for row in sftdata.open(folder) for document in row.documents())
-
-
-def split(output: Path, *bases: Path, **settings: Any) -> tuple[Manifest, ...]:
-    return make_view(ViewConfig(sets=tuple(map(str, bases)), output=output, **settings))
 
 
 # ---------------------------------------------------------------------------------------- selection

@@ -11,12 +11,11 @@ import pytest
 
 from sftdata.cli import main
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.manifest import read_manifest
 from sftdata.set.verify import verify
 from sftdata.settings import check_settings
 from sftdata.views.recipe import ViewConfig
-from sftdata.views.write import make_view
-from tests.view_sets import chats, prepare, view, write_lines
+from tests.view_sets import chats, prepare, split, view, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -27,10 +26,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [write_lines(folder / f"{name}.jsonl", chats(40, ord(name), 40)) for name in "ab"]
     prepare(folder / "base", files, max_length=128)
     return folder / "base"
-
-
-def split(output: Path, *bases: Path, **settings: Any) -> tuple[Manifest, ...]:
-    return make_view(ViewConfig(sets=tuple(map(str, bases)), output=output, **settings))
 
 
 def refusal(output: Path, *bases: Path, **settings: Any) -> str:
