@@ -38,7 +38,7 @@ Target = Literal["datasets", "token-rows", "tinker", "megatron-bridge"]
 EXPORT_NAME = "export.json"
 FILE_TOKENS = 1 << 23  # of a file
 _ROW_GROUP = {"token-rows": 10_000, "megatron-bridge": 500}  # its reader keeps one group in memory
-_SUFFIX = ".partial"
+_SUFFIX = ".partial.export"  # of its own: DIR.partial may be a set that is not finished
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):

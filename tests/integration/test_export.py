@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pyarrow import parquet
 import sftdata
 from sftdata import cli
 from sftdata.set import export as exports
+from sftdata.set.manifest import partial_folder
 from tests.train_sets import make_set
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -279,3 +281,11 @@ def test_an_export_that_was_broken_off_is_no_export_and_does_not_stand_in_the_wa
     sftdata.export(shards, to="tinker", output=tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert files_of(tmp_path / "out", "datums-*")
+
+
+def test_an_export_leaves_an_unfinished_set_of_its_name_alone(shards: Path, tmp_path: Path) -> None:
+    begun = partial_folder(tmp_path / "out")
+    shutil.copytree(shards, begun)
+    sftdata.export(shards, to="tinker", output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert {path.name for path in begun.iterdir()} == {path.name for path in shards.iterdir()}
