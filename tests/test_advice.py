@@ -366,6 +366,7 @@ ELSEWHERE: dict[str, str] = {
     " meets them by documents": f"{_SHARES}test_a_share_that_rows_are_too_coarse_for_is_met_by_a_view",
     "--drop": f"{_BLAME}test_a_list_for_drop_leaves_out_these_lines_and_no_others",
     "--step with one of these.": f"{_BLAME}test_a_step_that_was_not_logged_is_refused",
+    "leave -o out.": f"{_BLAME}test_of_a_step_that_trained_nothing_no_list_is_made",
     "name the folder where it lies now: --sets DIR.": f"{_BLAME}test_runs_and_sets_are_found_where_they_were_moved",
     "train with `sfttrain run ... --log-documents`.": (
         "tests/integration/test_train_views.py::test_a_run_that_logged_nothing_is_blamed_once_it_does"

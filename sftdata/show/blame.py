@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sftdata.blame.named import Blamed, BlamedStep, LoggedRun
+from sftdata.errors import UsageError
 from sftdata.output import one_line
 from sftdata.set.store import write_atomic
 from sftdata.views.bases import open_bases
@@ -85,8 +86,11 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
     A source is called what a view of the sets that hold them calls it: those of the run's last leg.
 
     Raises:
+        UsageError: there is nothing to list.
         SftError: these sets make no view together, or the file cannot be written.
     """
+    if not documents:
+        raise UsageError(f"{run.folder}: nothing was trained there that could be listed.", "leave -o out.")
     held = run.held(documents)
     folders = {
         number: str(run.open(number).folder) for number in sorted({one for part in held for one, _ in part})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sftdata.blame.log import log_batch, log_path, log_schema, read_log
 from sftdata.cli import main
 from sftdata.set.opened import open_set
 from tests.run_logs import write_log
@@ -227,6 +229,26 @@ def test_a_step_that_was_not_logged_is_refused(run: Path, capsys: pytest.Capture
     assert "no documents of step 100000; it logged those of steps 1 to" in err
     last = err.partition("steps 1 to ")[2].partition(".")[0]
     assert blame(capsys, run, "--step", last)[0] == 0
+
+
+def test_of_a_step_that_trained_nothing_no_list_is_made(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "run", [sets / "one"], loss_of(set()))
+    named, losses = read_log(tmp_path / "run")
+    trains = losses.step != 3
+    masked = replace(
+        losses, **{name: getattr(losses, name) * trains for name in ("trained", "weight", "loss")}
+    )
+    schema = log_schema(named)
+    log_path(tmp_path / "run", 0, 0).write_bytes(
+        bytes(schema.serialize()) + bytes(log_batch(masked, schema).serialize())
+    )
+    code, _, err = blame(capsys, tmp_path / "run", "--step", "3", "-o", tmp_path / "bad.txt")
+    assert code == 2
+    assert "nothing was trained there that could be listed. Fix: leave -o out." in err
+    assert not (tmp_path / "bad.txt").exists()
+    assert blame(capsys, tmp_path / "run", "--step", "3")[0] == 0
 
 
 def test_a_loss_that_is_no_number_comes_first(
