@@ -270,8 +270,17 @@ def _quieten_libraries() -> None:
 def _named(texts: list[str] | None) -> dict[str, str] | None:
     if not texts:
         return None
-    pairs = [text.partition("=") for text in texts]
-    return {name if folder else Path(name).name: folder or name for name, _, folder in pairs}
+    named: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        name, folder = (name, folder) if folder else (Path(name).name, name)
+        if name in named:
+            raise UsageError(
+                f"--eval {text}: there is one named {name} already.",
+                "give each set a name of its own, as --eval held=FOLDER.",
+            )
+        named[name] = folder
+    return named
 
 
 def _shares(texts: list[str] | None) -> dict[str, str] | None:

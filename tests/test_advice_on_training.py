@@ -116,6 +116,9 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "name a set, as --eval held=FOLDER.": (
         "rows -m llama -o {} --set eval_strategy=steps", ["rows -m llama -o {} --set eval_strategy=steps --eval held=rows"]
     ),
+    "give each set a name of its own, as --eval held=FOLDER.": (
+        "rows -m llama -o {} --eval rows --eval rows=more", ["rows -m llama -o {} --eval rows --eval held=more"]
+    ),
     "set metric_for_best_model=eval_{}_loss.": (
         "rows -m llama -o {} --set eval_strategy=steps --set eval_steps=1 --set save_steps=1 --eval held=rows"
         " --set load_best_model_at_end=true",
