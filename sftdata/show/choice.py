@@ -174,7 +174,8 @@ def _choices(manifest: Manifest, view: Mapping[str, Any]) -> Iterator[tuple[str,
     if "mix" in view:
         gone = left_out.pop("mix", 0)
         total = f", {view['total']}" if view.get("total") else ""
-        passes = f", at most {view.get('passes', 1):g} passes"
+        most = view.get("passes", 1)
+        passes = f", at most {most:g} pass{'es' * (most != 1)}"
         by = view.get("mix_by", "trained")
         yield "mix", f"by {by}{' tokens' * (by == 'trained')}{total}{passes}{_gone(gone)}"
     for step, gone in sorted(left_out.items()):

@@ -53,6 +53,7 @@ def test_shares_are_counts_of_the_set(base: Path, tmp_path: Path, by: str) -> No
 
 def test_shares_that_are_not_those_of_the_set_are_refused(base: Path, tmp_path: Path) -> None:
     made = view(tmp_path / "mix", base, mix={"a.jsonl": 1, "b.jsonl": 1})
+    assert dict(choices_of(made))["mix"].startswith("by trained tokens, at most 1 pass: ")
     one = msgspec.structs.replace(made.shares[0], rows=made.shares[0].rows + 1)
     with pytest.raises(IntegrityError, match="its shares hold"):
         seal(msgspec.structs.replace(made, shares=(one, *made.shares[1:])))
@@ -73,6 +74,7 @@ def test_a_set_without_a_mixture_says_what_each_source_has(base: Path) -> None:
 
 def test_all_passes_over_a_source_count_together(base: Path, tmp_path: Path) -> None:
     made = view(tmp_path / "mix", base, mix={"a.jsonl": 1, "b.jsonl": 1}, passes=3)
+    assert "at most 3 passes" in dict(choices_of(made))["mix"]
     again = view(tmp_path / "again", tmp_path / "mix", max_length=100)
     assert again.shares == ()
     assert [share.name for share in shares_of(again)] == [*NAMES]
