@@ -164,7 +164,7 @@ class Plan:
         The engine does not: it gives the ids of the reference, or the reference takes its place.
         """
         rows = [self._reading(chunks) for chunks in by_source(task)]
-        content = self._manner() | {"rows": rows, "software": software("tokenizers")}
+        content = self._manner() | {"rows": rows, "software": software()}
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
     def _reading(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -233,10 +233,9 @@ def by_source(task: ShardTask) -> list[list[Chunk]]:
 
 
 @lru_cache
-def software(engine: str) -> dict[str, str]:
+def software() -> dict[str, str]:
     """Return the versions of what turns rows into tokens and files."""
-    packages = ("jinja2", "pyarrow", "tokenizers", engine)
-    return {"sftdata": __version__} | {name: version(name) for name in packages}
+    return {"sftdata": __version__} | {name: version(name) for name in ("jinja2", "pyarrow", "tokenizers")}
 
 
 def make_plan(

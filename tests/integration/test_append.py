@@ -257,7 +257,7 @@ def test_a_damaged_list_costs_time_alone(name: str, tmp_path: Path) -> None:
 
 def test_a_set_made_by_another_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(random.Random(6), 200)
-    monkeypatch.setattr("sftdata.plan.software", lambda engine: {"sftdata": "0.0.1"})
+    monkeypatch.setattr("sftdata.plan.software", lambda: {"sftdata": "0.0.1"})
     prepare(write(tmp_path / "rows", {"a.jsonl": rows}), tmp_path / "set")
     monkeypatch.undo()
     assert check(tmp_path, {"a.jsonl": [*rows, *rows_of(random.Random(0), 2)]})[0] == 0
