@@ -22,7 +22,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.errors import DataError, Unit, UsageError, place
+from sftdata.errors import DataError, Unit, place
 from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pipeline import (
@@ -34,7 +34,7 @@ from sftdata.pipeline import (
     prepare_chunk,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
-from sftdata.set.build import Build, ShardResult, finished_set, refuse_choice, sweep_choice
+from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice, sweep_choice
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.slices import SliceRecord
@@ -117,8 +117,7 @@ def build_set(
         return old
     grown = old is not None and plan.continues(old)
     if changed and not grown and not config.overwrite:
-        problem = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
-        raise UsageError(problem, "choose another -o, or replace the set with --overwrite.")
+        raise made_otherwise(config.output, changed)
     with Build(config.output).locked() as build:
         sealed = build.sealed()
         if sealed is not None and not plan.difference(sealed):
@@ -143,11 +142,11 @@ def build_set(
                 build.start(plan.begun(), overwrite=True)
                 results, _ = run_tasks(plan, {}, old, workers, progress)
             if old is not None:
-                note(tell_reuse(config.output, plan, results))
+                note(tell_reuse(config.output, results))
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
 
 
-def tell_reuse(output: Path, plan: Plan, results: list[ShardResult]) -> str:
+def tell_reuse(output: Path, results: list[ShardResult]) -> str:
     """Say how much of an old set was taken over."""
     reused = sum(result.reused for result in results)
     return (

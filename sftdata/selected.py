@@ -23,7 +23,7 @@ from sftdata.output import Progress, behind_links
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
 from sftdata.run import build_set, note_padding
-from sftdata.set.build import Build, finished_set, unfinished
+from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, read_manifest
 from sftdata.settings import check_settings
 from sftdata.views.plan import named_selection
@@ -69,8 +69,7 @@ def prepare(
     if old and not config.overwrite:
         named = {name for manifest in old for name in manifest.settings.get("inputs", ())}
         if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
-            problem = f"{config.output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
-            raise UsageError(problem, "choose another -o, or replace the set with --overwrite.")
+            raise made_otherwise(config.output, changed)
         view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
     _refuse_begun(config)
     note_padding(plan, note)

@@ -396,6 +396,14 @@ def unfinished(folder: Path, what: str) -> UsageError:
     )
 
 
+def made_otherwise(output: Path, changed: Sequence[str]) -> UsageError:
+    """Return the refusal to replace a finished set that differs in these settings."""
+    return UsageError(
+        f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ).",
+        "choose another -o, or replace the set with --overwrite.",
+    )
+
+
 def refuse_choice(output: Path) -> None:
     """Refuse to leave the documents of an unfinished choice beside the set of all.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
-from sftdata.set.build import Build, ShardResult, finished_set, unfinished
+from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, unfinished
 from sftdata.set.extents import rest_digest
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
@@ -119,7 +119,7 @@ def _make_split(
     output = config.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
         if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
-            raise _made_otherwise(output, ["eval"])
+            raise made_otherwise(output, ["eval"])
     elif not config.overwrite:
         return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans())
     planned = plans()
@@ -146,7 +146,7 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
         say(f"{output} is up to date: same sets, same settings.")
         return _repointed(plan, old)
     if changed and not overwrite:
-        raise _made_otherwise(output, changed)
+        raise made_otherwise(output, changed)
     for note in plan.notes:
         say(note)
     with Build(output).locked() as build:
@@ -161,13 +161,6 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
             results = _write_slices(plan, build, done, progress)
             _refuse_changed(plan)
             return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
-
-
-def _made_otherwise(output: Path, changed: Sequence[str]) -> UsageError:
-    return UsageError(
-        f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ).",
-        "choose another -o, or replace the set with --overwrite.",
-    )
 
 
 def _identity(plan: ViewPlan) -> dict[str, object]:
