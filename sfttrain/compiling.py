@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftdata.errors import UsageError
+from sfttrain.attention import read_signature
 from sfttrain.config import TrainConfig
 from sfttrain.gated import gate_as_before, gate_in_place
-from sfttrain.varlen import read_signature
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -10,11 +10,10 @@ from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet, open_set
 from sfttrain.config import TrainConfig
 from sfttrain.contents import Contents, read_contents
-from sfttrain.order import Order
 from sfttrain.process import counted
-from sfttrain.schedule import Mixture, Passes, Schedule
+from sfttrain.refusals import refuse_mixed_tokenizers
+from sfttrain.schedule import Mixture, Order, Passes, Schedule
 from sfttrain.seen import Account
-from sfttrain.sets import refuse_mixed_tokenizers
 from sfttrain.stored import stored_schedule
 
 if TYPE_CHECKING:

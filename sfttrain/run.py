@@ -18,8 +18,7 @@ from sfttrain.arguments import checked_training
 from sfttrain.checkpoint import refuse_places, take
 from sfttrain.config import TrainConfig
 from sfttrain.process import listening
-from sfttrain.refusals import require_trainer
-from sfttrain.sets import open_sets
+from sfttrain.refusals import open_sets, require_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ from sftdata.set.store import Sink, write_atomic
 from sfttrain.contents import Contents
 
 if TYPE_CHECKING:
-    from sfttrain.order import Order
+    from sfttrain.schedule import Order
 
 SEEN_NAME, LINES_NAME = "seen.json", "seen.arrow"
 _AGAIN = re.compile(r"#\d+\Z")  # a view that goes through a source again numbers it

@@ -20,9 +20,8 @@ from sfttrain import checkpoint
 from sfttrain.data import BatchDocuments, CustomRows, Row, TrainingRows, custom_rows
 from sfttrain.documents import DocumentLog
 from sfttrain.loss import LossOutput, chunk_rows, items_of
-from sfttrain.order import Order
 from sfttrain.path import Plan
-from sfttrain.schedule import Passes
+from sfttrain.schedule import Order, Passes
 from sfttrain.seen import Account
 
 if TYPE_CHECKING:

@@ -26,14 +26,13 @@ from sfttrain.documents import DocumentLog
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
-from sfttrain.order import Order
 from sfttrain.path import Plan, choose_path
 from sfttrain.process import Say, StopRequest, rank, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
+from sfttrain.schedule import Order
 from sfttrain.seen import Account
-from sfttrain.sets import Reading
 from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def train_on(
-    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], reading: Reading,
+    config: TrainConfig, sets: list[ShardSet], evaluation: dict[str, ShardSet], reading: refusals.Reading,
     model: PreTrainedModel | None, data: object, objects: dict[str, object], request: StopRequest,
 ) -> SftTrainer | None:  # fmt: skip
     """Train on opened sets; see `sfttrain.run.train`.
@@ -89,7 +88,7 @@ def _assemble(
     setting: Run,
     sets: list[ShardSet],
     evaluation: dict[str, ShardSet],
-    reading: Reading,
+    reading: refusals.Reading,
     model: PreTrainedModel | None,
     data: object,
     identity: checkpoint.Identity,

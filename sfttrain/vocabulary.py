@@ -16,7 +16,7 @@ from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
 from sftdata.vocabulary import read_added_tokens
 from sfttrain.process import Say
-from sfttrain.sets import missing_embeddings
+from sfttrain.refusals import missing_embeddings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

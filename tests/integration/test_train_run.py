@@ -175,7 +175,7 @@ def test_a_folder_without_manifest_is_named(
 
 def _once_rows_were_refused(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the verification wait for someone who looks into damaged rows."""
-    from sfttrain.sets import verify_sets
+    from sfttrain.refusals import verify_sets
 
     refused = threading.Event()
     own = ShardSet._shard
@@ -213,7 +213,7 @@ def test_one_flipped_byte_is_found_before_step_one(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     if late:
-        monkeypatch.setattr("sfttrain.sets.verify_sets", _once_rows_were_refused(monkeypatch))
+        monkeypatch.setattr("sfttrain.refusals.verify_sets", _once_rows_were_refused(monkeypatch))
     code, line = _refused(capsys, str(broken), "--model", str(model), "-o", str(tmp_path / "out"))
     assert code == 4
     assert "shard-00001.arrow: " in line  # its hash, or a law that its rows break, whichever is read first

@@ -16,7 +16,7 @@ import pytest
 
 from sftdata.errors import IntegrityError
 from sftdata.set.opened import open_set
-from sfttrain import run, sets
+from sfttrain import refusals, run
 from sfttrain.arguments import training_fields
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, ROOT, tiny_llama, train_in_process
@@ -130,7 +130,7 @@ def test_a_damaged_set_takes_no_step_though_it_is_read_beside_the_rest(
 
     shutil.copytree(place / "set", tmp_path / "set")
     _damage(tmp_path / "set")
-    loaded, own, make = [], sets.verify_sets, sfttrain.training.make_model
+    loaded, own, make = [], refusals.verify_sets, sfttrain.training.make_model
 
     def late(opened: Any) -> None:
         while not loaded:  # the model is loaded while the set is read
@@ -141,7 +141,7 @@ def test_a_damaged_set_takes_no_step_though_it_is_read_beside_the_rest(
         loaded.append(True)
         return make(*given)
 
-    monkeypatch.setattr(sets, "verify_sets", late)
+    monkeypatch.setattr(refusals, "verify_sets", late)
     monkeypatch.setattr(sfttrain.training, "make_model", make_model)
     monkeypatch.setattr(
         sfttrain.training.SftTrainer, "train", lambda *_, **__: pytest.fail("it was trained on")
@@ -161,11 +161,11 @@ def test_a_finished_run_on_a_set_damaged_since_is_not_called_up_to_date(place: P
 def test_reading_hands_its_error_on_once_it_is_known(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "set", tmp_path / "set")
     _damage(tmp_path / "set")
-    reading = sets.Reading([open_set(tmp_path / "set")])
+    reading = refusals.Reading([open_set(tmp_path / "set")])
     for ask in (reading.finish, reading.check, reading.finish):
         with pytest.raises(IntegrityError):
             ask()
-    sets.Reading([open_set(place / "set")]).finish()
+    refusals.Reading([open_set(place / "set")]).finish()
 
 
 # ------------------------------------------------------------------------------------------------ beside imports

@@ -320,7 +320,7 @@ def test_a_base_with_another_rest_is_refused(moved: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["shard-00000.arrow", "rest-00000.arrow"])
 def test_damage_to_a_base_is_found_by_verify_and_by_the_trainer(moved: tuple[Path, Path], name: str) -> None:
-    from sfttrain.sets import verify_sets
+    from sfttrain.refusals import verify_sets
 
     base, folder = moved
     raw = bytearray((base / name).read_bytes())

@@ -12,8 +12,7 @@ import pytest
 import sftdata
 from sftdata.errors import UsageError
 from sftdata.set.verify import verify
-from sfttrain.order import Order
-from sfttrain.schedule import FILLER
+from sfttrain.schedule import FILLER, Order
 from sfttrain.stored import Epochs
 from tests.view_sets import Settings, chats, prepare, view, write_lines
 

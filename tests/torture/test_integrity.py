@@ -15,7 +15,7 @@ from sftdata.errors import IntegrityError, SftError
 from sftdata.set import shards as shards_module
 from sftdata.set.opened import open_set
 from sftdata.set.verify import verify
-from sfttrain.sets import verify_sets
+from sfttrain.refusals import verify_sets
 from tests.torture.runs import content, prepare, write_chats
 from tests.train_runs import run, tiny_llama, train_in_process
 

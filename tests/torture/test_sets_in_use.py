@@ -22,7 +22,7 @@ from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.shards import read_batches
 from sftdata.set.store import digest_file
 from sftdata.set.verify import verify
-from sfttrain.sets import verify_sets
+from sfttrain.refusals import verify_sets
 from tests.torture.runs import prepare
 from tests.torture.test_changing_inputs import chats
 from tests.train_runs import run, tiny_llama

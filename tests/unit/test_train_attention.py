@@ -15,8 +15,14 @@ from transformers import AutoConfig
 
 from sftdata.errors import UsageError
 from sfttrain import attention
-from sfttrain.attention import FORCED, Choice, choose_attention, takes_no_mask
-from sfttrain.varlen import stand_in_forward, varlen_forward
+from sfttrain.attention import (
+    FORCED,
+    Choice,
+    choose_attention,
+    stand_in_forward,
+    takes_no_mask,
+    varlen_forward,
+)
 from tests.varlen_signatures import SIGNATURES
 
 

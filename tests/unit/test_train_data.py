@@ -11,7 +11,7 @@ import torch
 
 from sftdata.set.opened import open_set
 from sfttrain.data import Collator, Row, TrainingRows
-from sfttrain.order import FILLER
+from sfttrain.schedule import FILLER
 from tests.train_sets import make_set
 from tests.waiting import steps
 

@@ -8,8 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sfttrain.order import Order
-from sfttrain.schedule import FILLER, Mixture, Passes, Schedule
+from sfttrain.schedule import FILLER, Mixture, Order, Passes, Schedule
 
 SHAPES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
 

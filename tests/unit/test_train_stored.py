@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from sftdata.set.steps import Cost, Steps
-from sfttrain.order import Order
-from sfttrain.schedule import FILLER
+from sfttrain.schedule import FILLER, Order
 from sfttrain.stored import Stored, stored_schedule
 
 COST = Cost(token=1, square=0)
