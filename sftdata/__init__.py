@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
     from sftdata.keywords import PrepareSettings, ViewSettings
+    from sftdata.objects import AnyTokenizer, Inputs
     from sftdata.run import Preview
     from sftdata.set.export import Exported, Target
     from sftdata.set.manifest import Manifest
@@ -58,27 +59,26 @@ __all__ = [
     "view",
 ]
 
-Inputs = str | Path | Sequence[str | Path]
 Formatter = str | Callable[[Any], object] | None
 _Function = TypeVar("_Function", bound=Callable[[Any], object])
 
 
 @overload
 def prepare(
-    inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
+    inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: None = None, **settings: Unpack[PrepareSettings],
 ) -> Manifest: ...  # fmt: skip
 @overload
 def prepare(
-    inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
+    inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[PrepareSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
 @telling
 def prepare(
     inputs: Inputs, *,
-    tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,
+    tokenizer: AnyTokenizer | None = None, output: str | Path, formatter: Formatter = None,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     # ---- what is read
     like: str | Path | None = None, split: str | None = None, subset: str | None = None,
@@ -113,7 +113,9 @@ def prepare(
     """Build a set of shards; the same function as `sftdata prepare`.
 
     Args:
-        inputs, tokenizer: files, folders, globs, URLs or Hub dataset ids; folder or Hub id.
+        inputs: files, folders, globs, URLs or Hub dataset ids; or rows, hashed as files are: a dataset of
+            `datasets`, also with splits, a frame of pandas or polars, an Arrow table, an iterable of dicts.
+        tokenizer: folder, Hub id, or a tokenizer of transformers as it is now.
         output: folder of the set; with `eval`, of two: `train` and `eval`.
         formatter: a function from a row to a training row, or its name as `module:function`. One that cannot
             be imported by name, such as a lambda or a cell of a notebook, is called in this process only.
@@ -129,13 +131,16 @@ def prepare(
     Raises:
         SftError: one line with problem and fix; what is finished is kept, and the same call resumes.
     """
-    return _prepare(_config(**locals()), on_progress, on_note or _log)
+    from sftdata.objects import named, shown
+
+    with named(locals()) as given:
+        return _prepare(_config(**given), on_progress, lambda note: (on_note or _log)(shown(note)))
 
 
 @telling
 def preview(
     inputs: Inputs, *,
-    tokenizer: str | Path | None = None, number: int = 3, formatter: Formatter = None,
+    tokenizer: AnyTokenizer | None = None, number: int = 3, formatter: Formatter = None,
     # ---- what is read
     like: str | Path | None = None, split: str | None = None, subset: str | None = None,
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
@@ -173,19 +178,22 @@ def preview(
     Raises:
         SftError: an error that would stop `prepare` before it starts, or there are no rows.
     """
+    given: dict[str, Any] = locals()
     from sftdata.choosing import CHOOSING
+    from sftdata.objects import named, shown_preview
     from sftdata.run import preview as run
 
     for name in filter(CHOOSING.__contains__, unknown):
         raise UsageError(
             f"{name}: chooses among the documents of a set; a preview samples all rows.", "leave it out."
         )
-    return run(_config(**locals(), output="."), number)
+    with named(given | {"output": "."}) as settings:
+        return shown_preview(run(_config(**settings), number))
 
 
 def stream(
     rows: Iterable[Any], *,
-    tokenizer: str | Path, formatter: Formatter = None,
+    tokenizer: AnyTokenizer, formatter: Formatter = None,
     buffer_rows: int = 1024, infinite: bool = False, shuffle: bool = False, seed: int = 0,
     # ---- how a row is read
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
@@ -209,8 +217,7 @@ def stream(
 
     Args:
         rows: dicts or strings; a `datasets` dataset, streaming or not, will do.
-        tokenizer: folder or Hub id.
-        formatter: as for `prepare`.
+        tokenizer, formatter: as for `prepare`.
         buffer_rows: number of rows that are read, and shuffled, at a time.
         infinite: start over at the end of the input, forever.
         shuffle: shuffle the rows inside each buffer, differently in each pass.
@@ -224,11 +231,13 @@ def stream(
     Raises:
         SftError: one line with the problem and its fix.
     """
+    from sftdata.objects import tokenizer_folder
     from sftdata.streaming import Stream, refuse_unstreamed
 
     refuse_unstreamed(unknown)
     given = {name: value for name, value in locals().items() if name != "seed"}  # not that of `prepare`
-    config = _config(**given, inputs="stream", output=".")
+    given |= {"inputs": "stream", "output": ".", "tokenizer": tokenizer_folder(tokenizer)}
+    config = _config(**given)
     return Stream(rows, config, buffer_rows=buffer_rows, infinite=infinite, shuffle=shuffle, seed=seed)
 
 

@@ -175,9 +175,8 @@ class PrepareConfig(BaseModel):
             if not isinstance(name, (str, Path)):
                 raise UsageError(
                     f"inputs: found a {type(name).__name__};"
-                    " expected paths of files, folders or globs, URLs or Hub ids.",
-                    "write the rows to a file and name it: dataset.to_parquet('rows.parquet'),"
-                    " or one JSON object a line.",
+                    " expected paths of files, folders or globs, URLs or Hub ids, or rows.",
+                    "from Python, give rows as one dataset, table or list of dicts.",
                 )
         return tuple(map(str, names))
 
@@ -186,8 +185,9 @@ class PrepareConfig(BaseModel):
     def _tokenizer_is_a_name(cls, value: object) -> object:
         if not isinstance(value, (str, Path)):
             raise UsageError(
-                f"tokenizer: found a {type(value).__name__}; expected the folder or Hub id of a tokenizer.",
-                "tokenizer.save_pretrained('tok') writes the folder; give that.",
+                f"tokenizer: found a {type(value).__name__}; expected a folder, a Hub id,"
+                " or from Python a tokenizer of transformers.",
+                "PreTrainedTokenizerFast(tokenizer_object=...) makes one of a tokenizers.Tokenizer.",
             )
         return str(value)
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import torch
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 import sftdata
 import sfttrain
@@ -41,6 +44,16 @@ def prepare_and_look(rows: list[dict[str, object]], notes: list[str]) -> int:
     findings = [finding.code for finding in sftdata.audit("set", against=Path("held"))]
     shards = sftdata.open("set")
     return manifest.ledger.tokens + len(seen.examples) + len(findings) + report.rows + len(shards)
+
+
+def give_objects(
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, table: pa.Table, splits: DatasetDict
+) -> None:
+    """Prepare what is in memory."""
+    sftdata.prepare(rows, tokenizer=tokenizer, output="set")
+    sftdata.prepare(table, tokenizer=tokenizer, output="set")
+    sftdata.prepare(splits, tokenizer=tokenizer, output="set", split="train")
+    sftdata.preview(({"text": str(number)} for number in range(5)), tokenizer=tokenizer)
 
 
 def look_again() -> int:

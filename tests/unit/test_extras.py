@@ -76,19 +76,15 @@ class Dataset:
     """A stand-in: what counts is that it is no path."""
 
 
-@pytest.mark.parametrize(
-    "inputs", [Dataset(), [Dataset()], ["rows.jsonl", Dataset()], [{"messages": []}], {"train": "a"}, 5, None]
-)
-def test_rows_where_paths_are_expected_are_answered_with_how_to_write_them(
-    inputs: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(UsageError, match=r"inputs: found a \w+; expected paths.*to_parquet"):
+@pytest.mark.parametrize("inputs", [Dataset(), ["rows.jsonl", Dataset()], {"train": "a"}, 5, None])
+def test_what_holds_no_rows_and_names_none_is_answered_with_what_does(inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"inputs: found a \w+; expected paths.*or rows.*list of dicts"):
         sftdata.prepare(inputs, tokenizer="tok", output=tmp_path / "set")
 
 
-def test_a_loaded_tokenizer_is_answered_with_how_to_save_it(tmp_path: Path) -> None:
+def test_what_is_no_tokenizer_is_answered_with_what_is(tmp_path: Path) -> None:
     loaded: Any = Dataset()
-    said = r"tokenizer: found a Dataset; expected the folder or Hub id.*save_pretrained"
+    said = r"tokenizer: found a Dataset; expected a folder, a Hub id.*a tokenizer of transformers"
     with pytest.raises(UsageError, match=said):
         sftdata.stream([{"text": "a"}], tokenizer=loaded)
     with pytest.raises(UsageError, match=said):

@@ -67,12 +67,12 @@ by_columns(formatter: _Function) -> _Function
 diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
 export(folder: str | Path, *, to: Target, output: str | Path) -> Exported
 open(folder: str | Path) -> ShownSet
-prepare(inputs: Inputs, *, tokenizer: str | Path | None = None, output: str | Path, formatter: Formatter = None,\
+prepare(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  {BUILT}, {CHOSEN}, {HOW}) -> Manifest | tuple[Manifest, Manifest]
-preview(inputs: Inputs, *, tokenizer: str | Path | None = None, number: int = 3, formatter: Formatter = None,\
+preview(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, number: int = 3, formatter: Formatter = None,\
  {BUILT}, {HOW}) -> Preview
-stream(rows: Iterable[Any], *, tokenizer: str | Path, formatter: Formatter = None, buffer_rows: int = 1024,\
+stream(rows: Iterable[Any], *, tokenizer: AnyTokenizer, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
 view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
