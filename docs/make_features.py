@@ -47,8 +47,8 @@ ROWS = {
     " by set, source and line, over kills, ranks and legs.",
     "formatting function": "`sftdata.prepare(formatter=...)`: function, `module:function`, `@sftdata.by_columns`; it"
     " overrides detection.",
-    "rows as Python objects": "`sftdata.prepare(rows, tokenizer=tok, ...)`: a dataset of `datasets` (read where it lies), one with"
-    " splits, a streamed one, a frame, an Arrow table, an iterable of dicts; a tokenizer as it is now.",
+    "rows as Python objects": "`sftdata.prepare(rows, tokenizer=tok, ...)`: a dataset of `datasets` (read where it lies), one"
+    " with splits, a streamed one, a frame, an Arrow table, an iterable of dicts; a tokenizer as it is now.",
     "constant-length stream": "`sftdata.stream(...)`: bounded buffers, `infinite`, `shuffle`, end tokens, no lost tails.",
     "iterative training": "`sfttrain.IterativeTrainer(model).step(...)`: ids or texts, causal and sequence-to-sequence models.",
     "several GPUs": "torchrun or accelerate launch; ranks prepare no data, and a changed number of ranks sees the same batches.",
