@@ -11,7 +11,6 @@ A source is one, wherever it lies and whichever set it is in, if its name and th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from sftdata.batches import Int64
 from sftdata.choosing import Measure
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.set.manifest import SourceInfo
+from sftdata.set.manifest import SourceInfo, first_passes
 from sftdata.set.opened import ShardSet
 from sftdata.set.store import Sink, write_atomic
 from sfttrain.contents import Contents
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from sfttrain.schedule import Order
 
 SEEN_NAME, LINES_NAME = "seen.json", "seen.arrow"
-_AGAIN = re.compile(r"#\d+\Z")  # a view that goes through a source again numbers it
 Key = tuple[str, str]
 
 
@@ -232,9 +230,9 @@ def _count(lines: dict[Key, Lines], sources: Sequence[SourceInfo], contents: Con
     came, tokens, trained = (
         np.bincount(contents.example, column, count).astype(np.int64) for column in columns
     )
-    for source in sources:
+    for source, first in zip(sources, first_passes(sources), strict=True):
         here = slice(source.first_id, source.first_id + source.rows)
-        key = _AGAIN.sub("", source.name.rpartition("/")[2]), source.xxh3
+        key = sources[first].name.rpartition("/")[2], source.xxh3
         own = lines.setdefault(key, Lines(np.zeros(source.rows, np.int64)))
         own.add(came[here], int(tokens[here].sum()), int(trained[here].sum()))
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Int64
+from sftdata.batches import IGNORE_INDEX
 from sftdata.blame.log import DocumentLosses, TrainedSet, read_legs, read_log
 from sftdata.blame.worst import Ranking, Steps, find_steps, rank_documents, rank_step
 from sftdata.errors import SftError, UsageError
-from sftdata.set.manifest import Manifest, first_passes
+from sftdata.set.manifest import in_first_pass
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
@@ -202,14 +202,14 @@ class LoggedRun:
         for number in range(len(self.sets)):
             mine = self.losses.set == number
             if mine.any():
-                ids[mine] = _first_ids(self.open(number).manifest, ids[mine])
+                ids[mine] = in_first_pass(self.open(number).manifest.sources, ids[mine])
         columns = [getattr(self.losses, name) for name in DocumentLosses.__slots__]
         columns[DocumentLosses.__slots__.index("example_id")] = ids
         return DocumentLosses(*columns)
 
     def _named(self, found: Ranking, index: int, raised: float | None = None) -> Blamed:
         opened = self.open(int(found.set[index]))
-        example = int(_first_ids(opened.manifest, found.example_id[index : index + 1])[0])
+        example = int(in_first_pass(opened.manifest.sources, found.example_id[index : index + 1])[0])
         row = int(found.row[index])
         source, line = opened.origin(example)
         return Blamed(
@@ -242,7 +242,7 @@ class LoggedRun:
         if vocabulary is None:
             return ""
         for document in opened[row].documents():
-            if int(_first_ids(manifest, np.array([document.example_id]))[0]) == example:
+            if int(in_first_pass(manifest.sources, np.array([document.example_id]))[0]) == example:
                 ids = document.input_ids[document.labels != IGNORE_INDEX][:EXCERPT].tolist()
                 return " ".join(vocabulary.text_of(ids).split())[:EXCERPT]
         return ""
@@ -262,21 +262,3 @@ class LoggedRun:
             reasons.append(f"{folder}: holds another set, of digest {opened.manifest.digest[:12]}.")
         found = f"{self.folder}: was trained on a set of digest {trained.digest[:12]}, which is not there"
         raise UsageError(f"{found}: {reasons[-1]}", "name the folder where it lies now: --sets DIR.")
-
-
-def _first_ids(manifest: Manifest, ids: Int64) -> Int64:
-    """Return the ids of the same documents in the first pass over their sources."""
-    sources = manifest.sources
-    moved = np.array(
-        [
-            sources[first].first_id - source.first_id
-            for source, first in zip(sources, first_passes(sources), strict=True)
-        ],
-        np.int64,
-    )
-    if not moved.any():
-        return ids
-    holding = np.flatnonzero([source.rows > 0 for source in sources])
-    firsts = np.array([sources[index].first_id for index in holding.tolist()], np.int64)
-    found: Int64 = ids + moved[holding[np.searchsorted(firsts, ids, side="right") - 1]]
-    return found

@@ -92,8 +92,8 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         sources: what each source gave.
         documents_left_out: of the sets that a view is made of, by the step that left them out.
         tokens_left_out: tokens of these documents.
-        documents_repeated: documents of a mixture beyond the first pass over their source; `rows_in` counts
-            them.
+        documents_repeated: documents taken of which another pass over their source is taken too, the first of
+            them aside; `rows_in` counts them.
     """
 
     rows_in: Count = 0

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import xxhash
 from msgspec import Meta
 
+from sftdata.batches import Int64
 from sftdata.errors import IntegrityError, Unit, UsageError
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
@@ -33,6 +35,7 @@ _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of
 # Settings that say where things are (their content is hashed) or how work is done: they never change a byte.
 _PLACES = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template", "output")
 _MANNER = ("workers", "engine", "overwrite", "max_rejects")
+_AGAIN = re.compile(r"#\d+\Z")  # of the name of a source that a view goes through again
 _OUTSIDE_DIGEST = ("digest", "checksum", "notes", "files", "software", "blank_lines", "bases", "shares")
 
 
@@ -79,10 +82,28 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def first_passes(sources: Sequence[SourceInfo]) -> list[int]:
     """Return for each source the index of the one that it goes through again, as `a.jsonl#2`, or its own."""
     known = {(source.name, source.xxh3, source.rows): index for index, source in enumerate(sources)}
-    return [
-        known.get((re.sub(r"#\d+\Z", "", source.name), source.xxh3, source.rows), index)
-        for index, source in enumerate(sources)
-    ]
+    firsts = []
+    for index, source in enumerate(sources):
+        name, first = source.name, index
+        while again := _AGAIN.search(name):  # a pass over a further pass, as `a.jsonl#2#2`
+            name = name[: again.start()]
+            if (name, source.xxh3, source.rows) not in known:
+                break
+            first = known[name, source.xxh3, source.rows]
+        firsts.append(first)
+    return firsts
+
+
+def in_first_pass(sources: Sequence[SourceInfo], ids: Int64) -> Int64:
+    """Return the ids of the same documents, int64[N], in the first pass over their sources."""
+    passes = zip(sources, first_passes(sources), strict=True)
+    moved = np.array([sources[first].first_id - source.first_id for source, first in passes], np.int64)
+    if not moved.any():
+        return ids
+    holding = np.flatnonzero([source.rows > 0 for source in sources])
+    firsts = np.array([sources[index].first_id for index in holding.tolist()], np.int64)
+    found: Int64 = ids + moved[holding[np.searchsorted(firsts, ids, side="right") - 1]]
+    return found
 
 
 class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

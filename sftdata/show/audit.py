@@ -17,8 +17,7 @@ from sftdata.output import visible
 from sftdata.render.control_tokens import find_stops
 from sftdata.render.template import ChatTemplate
 from sftdata.set.ledger import read_counted
-from sftdata.set.manifest import Manifest
-from sftdata.show.choice import further_passes
+from sftdata.set.manifest import Manifest, in_first_pass
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.view import ShownSet, open_shown
 from sftdata.vocabulary import generation_stops
@@ -396,11 +395,8 @@ class _Checks:
     def _repeated(self) -> Bool:
         """bool[E]: examples with the prompt of an earlier example; further passes of a mixture are wanted."""
         repeated = self._has_prompt()
-        again = further_passes(self.shards.manifest)
-        for source in self.shards.manifest.sources:
-            if source.name in again:
-                ids = self.documents.example_id
-                repeated[(ids >= source.first_id) & (ids < source.first_id + source.rows)] = False
+        lines = in_first_pass(self.shards.manifest.sources, self.documents.example_id)
+        repeated[np.setdiff1d(np.arange(len(lines)), np.unique(lines, return_index=True)[1])] = False
         examples = np.flatnonzero(repeated)
         _, first = np.unique(self.documents.prompt[examples], return_index=True)
         repeated[examples[first]] = False

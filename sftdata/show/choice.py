@@ -9,7 +9,7 @@ from typing import Any
 
 from sftdata.output import one_line
 from sftdata.set.ledger import SourceCounts
-from sftdata.set.manifest import Manifest
+from sftdata.set.manifest import Manifest, first_passes
 from sftdata.set.shares import MEASURES, realised
 from sftdata.set.steps import Balance
 
@@ -60,10 +60,11 @@ def shares_of(manifest: Manifest) -> tuple[ShareOf, ...]:
             )
             for index, share in enumerate(manifest.shares)
         )
-    again = further_passes(manifest)
+    names = [source.name for source in manifest.sources]
+    firsts = {name: names[first] for name, first in zip(names, first_passes(manifest.sources), strict=True)}
     counts: dict[str, SourceCounts] = {}
     for name, own in manifest.ledger.sources.items():
-        counted = counts.setdefault(again.get(name, name), SourceCounts())
+        counted = counts.setdefault(firsts.get(name, name), SourceCounts())
         counted.rows += own.rows
         counted.tokens += own.tokens
         counted.tokens_trained += own.tokens_trained
@@ -101,17 +102,6 @@ def tell_shares(manifest: Manifest, most: int = 8) -> Iterator[str]:
             yield f"{share.name}: {share.asked:.3%} asked, {got} taken ({parts}), {share.passes:.2f} passes"
     if len(shares) > most:
         yield f"and {len(shares) - most:,} more"
-
-
-def further_passes(manifest: Manifest) -> dict[str, str]:
-    """Return the name of each source that a mixture goes through again, and of the first pass over it."""
-    known = {source.name: source.xxh3 for source in manifest.sources}
-    again = {}
-    for name, xxh3 in known.items():
-        first, _, number = name.rpartition("#")
-        if number.isdecimal() and known.get(first) == xxh3:
-            again[name] = first
-    return again
 
 
 def counters_of(manifest: Manifest) -> dict[str, int]:

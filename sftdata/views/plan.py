@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from sftdata.batches import EXAMPLES, Bool, Int64
 from sftdata.choosing import refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
-from sftdata.set.ledger import Ledger, read_counted
-from sftdata.set.manifest import SourceInfo, first_passes, read_manifest
+from sftdata.set.ledger import Ledger, distinct, read_counted
+from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest
+from sftdata.settings import flag_of
 from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
 from sftdata.views.order import (
     Dealt,
@@ -29,7 +30,7 @@ from sftdata.views.order import (
     read_steps,
     refuse_unlike,
 )
-from sftdata.views.recipe import ORDERING, ViewConfig
+from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import (
     Choice,
     Limited,
@@ -192,8 +193,23 @@ def _plan(
         sources=sources,
         settings=_settings(config, bases, output.name if config.eval else "", by_slice, dealt),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
-        notes=(*choice.notes, *(dealt[1] if dealt else ()), *_epochs_note(config, slices)),
+        notes=(
+            *choice.notes,
+            *_layout_notes(config, bases),
+            *(dealt[1] if dealt else ()),
+            *_epochs_note(config, slices),
+        ),
     )
+
+
+def _layout_notes(config: ViewConfig, bases: Sequence[Base]) -> Iterator[str]:
+    """Say which orders of the bases are not kept: a view has its own."""
+    own = config.selection()
+    for base in bases:
+        before = base.manifest.settings.get("view", {})
+        lost = [flag_of(given) for name, given in _LAID_OUT.items() if name in before and given not in own]
+        if lost:
+            yield f"{base.folder}: was laid out by {', '.join(lost)}; its rows are packed anew, without."
 
 
 def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, ...]:
@@ -220,13 +236,14 @@ def _passes(choice: Choice) -> tuple[tuple[SourceInfo, ...], Int64]:
     most = int(choice.times.max(initial=1))
     sources = list(choice.sources)
     names = {source.name for source in sources}
+    roots = [sources[first].name for first in first_passes(sources)]
     firsts = np.full((max(most, 1), len(sources)), -1, np.int64)
     firsts[0] = [source.first_id for source in sources]
     free = sum(source.rows for source in sources)
     for number in range(1, most):
         for index in np.unique(choice.source[choice.times > number]).tolist():
             source = choice.sources[index]
-            numbered = (f"{source.name}#{place}" for place in itertools.count(number + 1))
+            numbered = (f"{roots[index]}#{place}" for place in itertools.count(number + 1))
             name = next(name for name in numbered if name not in names)  # a mixture has such names already
             names.add(name)
             sources.append(msgspec.structs.replace(source, name=name, first_id=free))
@@ -293,9 +310,8 @@ def _settings(
     view = named_selection(config, side, by_slice=by_slice)
     if dealt is not None:
         view["steps"] = msgspec.to_builtins(dealt[0])
-    if isinstance(before := settings.get("view"), dict):  # its rows lie in an order of their own
-        settings["view"] = {name: value for name, value in before.items() if name not in _LAID_OUT}
-    if view or others:
+    chosen_before = settings.pop("view", None) is not None
+    if view or others or chosen_before:
         settings["view"] = view | {"bases": [base.manifest.digest for base in bases]}
     return settings
 
@@ -318,7 +334,12 @@ def named_selection(config: ViewConfig, side: str, *, by_slice: bool) -> dict[st
 
 
 _ABSENT = object()
-_LAID_OUT = ORDERING | {"epochs"}
+_LAID_OUT = {
+    "order": "order",
+    "steps": "steps_for",
+    "epochs": "epochs",
+    "pad_to_multiple_of": "pad_to_multiple_of",
+}
 
 
 def _ledger(
@@ -336,7 +357,7 @@ def _ledger(
     repeated = np.flatnonzero(choice.times > 1)
     repeats = choice.times[repeated] - 1
     ledger.rows_in += int(repeats.sum())
-    ledger.documents_repeated = int(repeats.sum()) + _count_passes(bases, choice)
+    ledger.documents_repeated = int(repeats.sum()) + _count_again(bases, choice)
     ledger.tokens_in += int((repeats * lengths[repeated]).sum())
     for step, (count, tokens) in choice.left_out().items():
         ledger.documents_left_out[step] = ledger.documents_left_out.get(step, 0) + count
@@ -358,14 +379,12 @@ def _ledger(
     return ledger
 
 
-def _count_passes(bases: Sequence[Base], choice: Choice) -> int:
-    """Count the documents taken that the bases themselves held again, in further passes over a source."""
-    again = [
-        base.manifest.ledger.documents_repeated > 0 and first != index
-        for base in bases
-        for index, first in enumerate(first_passes(base.manifest.sources))
-    ]
-    return int(np.count_nonzero(np.array(again)[choice.source] & (choice.times > 0)))
+def _count_again(bases: Sequence[Base], choice: Choice) -> int:
+    """Count the documents taken of which another pass, of those that the bases hold, is taken too."""
+    if not any(base.manifest.ledger.documents_repeated for base in bases):
+        return 0
+    taken = in_first_pass(choice.sources, choice.documents.ids[choice.times > 0])
+    return len(taken) - len(distinct(taken))
 
 
 def _count_different(ids: Int64) -> int:

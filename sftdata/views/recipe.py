@@ -27,8 +27,8 @@ from sftdata.config import MOST_TOKENS, WINDOW
 from sftdata.errors import UsageError
 from sftdata.output import local_output
 
-ORDERING = frozenset({"order", "bands", "window", "steps_for", "model", "pad_to_multiple_of", "steps"})
-"""Settings that neither choose nor cut documents, as a manifest names them; a view of a view has its own."""
+ORDERING = frozenset({"order", "bands", "window", "steps_for", "model", "pad_to_multiple_of"})
+"""Settings that neither choose nor cut documents."""
 
 
 class ViewConfig(BaseModel):
