@@ -55,6 +55,8 @@ ROWS = {
     "export: merge": "`sfttrain merge DIR -o OUT`: adapters into their base, reloaded, logits compared, tied heads tied.",
     "export: GPTQ": "`sfttrain export DIR -o OUT --set SHARDS --gptq bits=4,group_size=128`, with GPTQModel, on a GPU.",
     "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",
+    "evaluating a model": "`sfttrain eval MODEL SET`: the loss by source, as an evaluation during a run has it, and the documents"
+    " that the model finds hardest by file and line; adapters and merged models.",
     "chat": "`sfttrain chat DIR`: answers as they come, with the chat template and stop tokens of the set; adapters and"
     " merged models; prompts, piped lines, or a terminal.",
     "trackers": "`--report-to tensorboard,wandb,mlflow,trackio`; none by default.",

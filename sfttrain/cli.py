@@ -198,6 +198,30 @@ def merge(
     run_merge(adapter, output, model, lambda text: print(text, file=sys.stderr))
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id; or folder of adapters.")],
+    data: Annotated[Path, typer.Argument(metavar="SET", help="Folder of a finished set.")],
+    base: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model; default: the one the adapters name.")
+    ] = None,
+    worst: Annotated[int, typer.Option("--worst", min=0, help="How many documents to name.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the loss of a model on a set, by source, and name the documents that it finds hardest.
+
+    The figures are those of an evaluation during a run: `sfttrain eval out/ held/`.
+    """
+    import json
+
+    from sfttrain.evaluate import evaluate as run_evaluation
+
+    found = run_evaluation(model, data, base, batch_size, worst)
+    print(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(found.lines()))
+
+
 @app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model, or of adapters.")],

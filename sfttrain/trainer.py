@@ -175,11 +175,14 @@ class SftTrainer(Trainer):
         """Evaluate one batch; logits exist only when metrics are computed from them."""
         inputs = self._prepare_inputs(inputs)
         source, labels, _ = inputs.pop("source", None), inputs["labels"], inputs.pop("loss_weights", None)
+        documents = cast(BatchDocuments | None, inputs.pop("documents", None))
         extra = {"skip_logits": True} if self.fused and prediction_loss_only else {}
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, **extra)
         losses = token_losses_of(outputs, labels)
         self._evaluated.add(losses, labels, source)
+        if self.documents is not None and documents is not None:
+            self.documents.add(self.state.global_step + 1, documents, losses)
         mean = losses.mean() if len(losses) else losses.sum()
         return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
 

@@ -95,16 +95,7 @@ def _assemble(
 ) -> tuple[SftTrainer, Point | None, int]:
     """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
     config, args, objects = setting.config, setting.args, dict(setting.objects)
-    model_config = load_config(config) if model is None else model.config
-    refusals.refuse_architecture(config, model_config, model)
-    everything = [*sets, *evaluation.values()]
-    refusals.refuse_too_long(everything, model_config, say)
-    leave_gpus_idle(args, say)
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    with whole_weights(args):
-        where = Surroundings(args.device.type, compute, *_reach(args, everything, data))
-        plan = _choose_path(config, model_config, model, where, say)
-        model, plan = make_model(config, model_config, model, plan, sets, args, say)
+    model, plan, where = load(setting, sets, evaluation, model, data)
     ready_generation(model, sets, say)
     reading.finish()
     args.distributed_state.wait_for_everyone()  # for the main process, which reads the sets
@@ -143,6 +134,23 @@ def _assemble(
     try_optimizer(setting, model, steps)
     _speed_up(setting, trainer, where, steps, resumed is None)
     return trainer, resumed, steps
+
+
+def load(
+    setting: Run, sets: list[ShardSet], evaluation: dict[str, ShardSet], model: PreTrainedModel | None,
+    data: object,
+) -> tuple[PreTrainedModel, Plan, Surroundings]:  # fmt: skip
+    """Choose and prove how a model reads these sets, and load it where it is not given."""
+    config, args, everything = setting.config, setting.args, [*sets, *evaluation.values()]
+    model_config = load_config(config) if model is None else model.config
+    refusals.refuse_architecture(config, model_config, model)
+    refusals.refuse_too_long(everything, model_config, say)
+    leave_gpus_idle(args, say)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    with whole_weights(args):
+        where = Surroundings(args.device.type, compute, *_reach(args, everything, data))
+        plan = _choose_path(config, model_config, model, where, say)
+        return *make_model(config, model_config, model, plan, sets, args, say), where
 
 
 def _plan_data(

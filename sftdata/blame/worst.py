@@ -199,11 +199,14 @@ def _above(losses: DocumentLosses, values: Float64) -> Float64:
 def running_median(keys: Float64, values: Float64) -> Float64:
     """float64[N]: median of the values around each, by ascending keys, on lines from window to window.
 
-    The first windows are the smallest: losses fall steeply in the first steps.
+    Where all keys are one, as those of an evaluation, it is the median of all. The first windows are the
+    smallest: losses fall steeply in the first steps.
 
     >>> running_median(np.zeros(3), np.array([1.0, 5.0, 2.0])).tolist()
     [2.0, 2.0, 2.0]
     """
+    if keys[0] == keys[-1]:
+        return np.full(len(values), np.median(values))
     least, most = _WINDOW
     most = int(np.clip(len(keys) // _WINDOWS, least, most))
     sizes = [least << doubled for doubled in range((most // least).bit_length())]
