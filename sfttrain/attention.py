@@ -120,10 +120,7 @@ def choose_attention(
         raise UsageError(f"Unknown attention {requested!r}; expected one of {', '.join(NAMES)}.")
     reasons = {name: _unsupported_reason(name, config, device, dtype) for name in _BY_SPEED}
     if requested == "auto":
-        # Compiled block masks pay off on a GPU only.
-        usable = [
-            name for name in _BY_SPEED if not reasons[name] and (device == "cuda" or name != "flex_attention")
-        ]
+        usable = [name for name in _BY_SPEED if not reasons[name]]
         if (
             own in NAMES
             and own != "auto"
@@ -159,6 +156,8 @@ def _unsupported_reason(name: str, config: PreTrainedConfig, device: str, dtype:
         return f"{config.model_type} does not support it"
     if name in FORCED:
         return _kernel_reason(name, config, device, dtype, masked=False)
+    if name == "flex_attention" and device in ("cpu", "mps"):
+        return f"PyTorch has no backward pass of it on the {device}"
     if name in ("sdpa", "flex_attention"):
         return ""
     if device not in FLATTENED_DEVICES:

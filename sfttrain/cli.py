@@ -163,7 +163,7 @@ def plan(settings: TrainConfig) -> None:
 
     It is the plan of a fresh run on so many processes as `plan` itself is started on.
     """
-    from sfttrain.data_plan import plan_run
+    from sfttrain.training import plan_run
 
     print("\n".join(plan_run(settings)))
 

@@ -45,7 +45,8 @@ class Row(NamedTuple):
     """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
 
     For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each; for a log of
-    documents int64[S, 4] places: set, packed row, example (-1 for padding), bytes of what is trained.
+    documents int64[S, 4] places: set, packed row, example (-1 for padding), bytes of what is trained. `fills`
+    marks the row of no data that `filler` returns.
     """
 
     input_ids: Int32
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     source: Int64 | None = None
     loss_weights: Float32 | None = None
     places: Int64 | None = None
+    fills: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +204,7 @@ class Collator:
         has weights, float32 `loss_weights` too; where rows know their places, `documents`. Rows that only
         fill up a batch are left out beside real ones.
         """
-        real = [row for row in rows if not _fills(row)] or rows[:1]
+        real = [row for row in rows if not row.fills] or rows[:1]
         lengths = [row.seq_lengths.astype(np.int64) for row in real]
         if not self.flatten:
             lengths = self._padded_lengths(lengths)
@@ -244,10 +246,6 @@ def _documents_of(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> BatchDocu
     start, lengths = start[real], lengths[real]
     weights = batch["loss_weights"].numpy().ravel()[trained] if "loss_weights" in batch else None
     return BatchDocuments(places[real], lengths, before[start + lengths] - before[start], weights)
-
-
-def _fills(row: Row) -> bool:
-    return len(row.input_ids) == 2 and bool((row.labels == IGNORE_INDEX).all())
 
 
 def _numbers(lengths: list[Int64], through: bool) -> list[Int32]:
@@ -393,7 +391,8 @@ def custom_rows(data: object, rank: int = 0, ranks: int = 1) -> CustomRows | Str
 
 def filler() -> Row:
     """Return a row that trains nothing."""
-    return Row(np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32), np.array([2], np.int32))
+    ids, labels = np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32)
+    return Row(ids, labels, np.array([2], np.int32), fills=True)
 
 
 def make_row(row: Mapping[str, object], index: int) -> Row:

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
-from sftdata.set.opened import ShardSet, open_set
+from sftdata.set.opened import ShardSet
 from sfttrain.config import TrainConfig
-from sfttrain.contents import Contents, read_contents
+from sfttrain.contents import Contents
 from sfttrain.process import counted
-from sfttrain.refusals import refuse_mixed_tokenizers
 from sfttrain.schedule import Mixture, Order, Passes, Schedule
 from sfttrain.seen import Account
 from sfttrain.stored import stored_schedule
@@ -83,25 +82,6 @@ def planned(config: TrainConfig, account: Account, order: Order, steps: int) -> 
             f"the shares are met to {worst:.2%} only, since whole rows are taken, and these are long or few;"
             " `sftdata view --mix` makes a set that meets them by documents"
         )
-
-
-def plan_run(config: TrainConfig) -> list[str]:
-    """Return what a fresh run would take of each set; nothing is trained, no row is read.
-
-    Raises:
-        SftError: a set cannot be opened, or a setting cannot be.
-    """
-    from sfttrain.arguments import training_arguments
-
-    if not config.sets:
-        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
-    sets = [open_set(folder) for folder in config.sets]
-    refuse_mixed_tokenizers(sets)
-    args = training_arguments(config)
-    contents = [read_contents(opened, config.packing == "unpack") for opened in sets]
-    order = make_order(config, sets, [part.rows for part in contents], contents, args)
-    account = account_of(config, sets, contents, order)
-    return list(planned(config, account, order, total_steps(args, order)))
 
 
 def account_of(

@@ -100,8 +100,9 @@ def _documents(folder: Path) -> dict[str, object]:
         return found
     try:
         logged = LoggedRun(folder)
-        return found | {"documents": logged.worst(_WORST), "spikes": list(logged.spikes())}
-    except SftError as error:  # nothing logged yet, or a set that is gone
+        found |= {"documents": logged.worst(_WORST), "spikes": list(logged.spikes())}
+        return found | {"unnamed": " ".join(logged.unnamed())}
+    except SftError as error:  # nothing logged yet, or its sets are gone
         return found | {"documents": (), "unnamed": str(error)}
 
 

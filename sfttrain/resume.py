@@ -106,6 +106,8 @@ def finished(config: TrainConfig, identity: Identity) -> Identity | None:
         return None  # it is to go on
     found = f"{config.output}: holds a finished run with other settings: {'; '.join(changes.values())}"
     longer = "a higher max_steps trains it on"
+    if decides:
+        longer = "with what it was started with, a higher max_steps trains it on"
     if decides and not _deciding(changes, new_leg=True):
         longer = "--new-leg and a higher max_steps train it on with these sets"
     raise UsageError(f"{found}.", f"{fix[:-1]}; {longer}.")

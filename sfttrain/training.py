@@ -12,7 +12,7 @@ from torch import nn
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
-from sftdata.set.opened import ShardSet
+from sftdata.set.opened import ShardSet, open_set
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import choose_attention, register_attention
@@ -84,6 +84,29 @@ def train_on(
     return trainer
 
 
+def plan_run(config: TrainConfig) -> list[str]:
+    """Return what a fresh run would take of each set, in single documents where it would unpack its rows.
+
+    Nothing is trained, and no weights are loaded: packing is proven on the model's architecture.
+
+    Raises:
+        SftError: a set cannot be opened, or the run would be refused for its settings or its model.
+    """
+    if not config.sets:
+        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
+    sets = [open_set(folder) for folder in config.sets]
+    refusals.refuse_mixed_tokenizers(sets)
+    args = training_arguments(config)
+    unpack = config.packing == "unpack"
+    if not unpack:
+        where = _surroundings(args, sets, None)
+        unpack = _choose_path(config, load_config(config), None, where, say).unpack
+    contents = [read_contents(opened, unpack) for opened in sets]
+    order = make_order(config, sets, [part.rows for part in contents], contents, args)
+    account = account_of(config, sets, contents, order)
+    return list(planned(config, account, order, total_steps(args, order)))
+
+
 def _assemble(
     setting: Run,
     sets: list[ShardSet],
@@ -146,9 +169,8 @@ def load(
     refusals.refuse_architecture(config, model_config, model)
     refusals.refuse_too_long(everything, model_config, say)
     leave_gpus_idle(args, say)
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     with whole_weights(args):
-        where = Surroundings(args.device.type, compute, *_reach(args, everything, data))
+        where = _surroundings(args, everything, data)
         plan = _choose_path(config, model_config, model, where, say)
         return *make_model(config, model_config, model, plan, sets, args, say), where
 
@@ -262,13 +284,13 @@ def _choose_path(
     return choose_path(config, model_config, choice, where, say)
 
 
-def _reach(args: TrainingArguments, sets: list[ShardSet], data: object) -> tuple[int, int | None]:
-    """Return the rows of the largest batch and the longest row, None where only the data knows."""
+def _surroundings(args: TrainingArguments, sets: list[ShardSet], data: object) -> Surroundings:
+    """Return what a proof depends on beside the model; the longest row where not only the data knows it."""
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     lengths = [opened.manifest.max_length for opened in sets]
     known = [length for length in lengths if length is not None]
-    return max(args.train_batch_size, args.eval_batch_size), max(known) if data is None and len(known) == len(
-        lengths
-    ) else None
+    longest = max(known) if data is None and len(known) == len(lengths) else None
+    return Surroundings(args.device.type, compute, max(args.train_batch_size, args.eval_batch_size), longest)
 
 
 def _make_trainer(**arguments: Any) -> SftTrainer:

@@ -198,13 +198,18 @@ def begun(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_advice_on_a_finished_run_is_followed(
     begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = STEPS + "--set learning_rate=0.5"
-    assert run(changed.format(begun, 2)) == 2
-    assert (
-        "Fix: choose another output folder, or --overwrite to start anew; a higher max_steps trains it on."
-        in capsys.readouterr().err
+    changed, choose = (
+        STEPS + "--set learning_rate=0.5",
+        "Fix: choose another output folder, or --overwrite to start anew; ",
     )
-    assert run(STEPS.format(begun, 3)) == 0
+    for steps in (2, 3):
+        assert run(changed.format(begun, steps)) == 2
+        held = f"{choose}with what it was started with, a higher max_steps trains it on."
+        assert held in capsys.readouterr().err
+    saved = STEPS + "--set save_total_limit=5"  # which may change on the way
+    assert run(saved.format(begun, 2)) == 2
+    assert f"{choose}a higher max_steps trains it on." in capsys.readouterr().err
+    assert run(saved.format(begun, 3)) == 0
     assert run(STEPS.format(begun, 1)) == 2
     higher = "Fix: set a higher max_steps, choose another output folder, or --overwrite to start anew."
     assert higher in capsys.readouterr().err

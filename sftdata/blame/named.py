@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from sftdata.batches import IGNORE_INDEX
 from sftdata.blame.log import DocumentLosses, TrainedSet, read_legs, read_log
-from sftdata.blame.worst import Ranking, Steps, find_steps, rank_documents, rank_step
-from sftdata.errors import SftError, UsageError
-from sftdata.set.manifest import in_first_pass
+from sftdata.blame.worst import Excess, Ranking, Steps, find_excess, find_steps, rank_documents, rank_step
+from sftdata.errors import SftError, UsageError, place
+from sftdata.set.manifest import SourceInfo, in_first_pass, tell_apart
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
@@ -28,7 +29,7 @@ class Blamed:
     """A document that stands out.
 
     Attributes:
-        place: file and line in words.
+        place: file and line in words, with the set's name where another set has a file of that name.
         source: as `sftdata stats` names it.
         line: 1-based line, record or row in it.
         set: folder of the set.
@@ -100,8 +101,14 @@ class LoggedRun:
         folder: of the run.
         sets: where its sets lie now, should they have been moved.
 
+    Attributes:
+        sets: that it trained on, in all of its legs.
+        losses: `set` is an index into these.
+        opened: of the sets those that are there, by number.
+        gone: why the others cannot be read, by number; their documents count, but have no names.
+
     Raises:
-        UsageError: the run has no such log, or did not train on one of `sets`.
+        UsageError: the run has no such log, none of its sets is there, or it did not train on one of `sets`.
     """
 
     def __init__(self, folder: Path, sets: Sequence[Path] = ()) -> None:
@@ -116,8 +123,32 @@ class LoggedRun:
                 f" {folder} was trained on {digests}.",
                 "name the sets of this run.",
             )
-        self._opened: dict[int, ShardSet] = {}
+        self.opened: dict[int, ShardSet] = {}
+        self.gone: dict[int, UsageError] = {}
+        for number, trained in enumerate(self.sets):
+            try:
+                self.opened[number] = self._find(trained)
+            except UsageError as error:
+                self.gone[number] = error
+        if not self.opened:
+            raise self.gone[0]
+        self._sources = self._told_apart()
         self._vocabularies: dict[int, Vocabulary | None] = {}
+
+    def _told_apart(self) -> dict[tuple[int, int], SourceInfo]:
+        """Return the sources under names that tell them from those of other sets, by set and first id."""
+        sources = [(opened.folder, opened.manifest.sources) for opened in self.opened.values()]
+        return {
+            (number, source.first_id): replace(source, name=name)
+            for number, names in zip(self.opened, tell_apart(sources), strict=True)
+            for source, name in zip(self.opened[number].manifest.sources, names, strict=True)
+            if source.rows  # an empty file shares its first id with the next one
+        }
+
+    @cached_property
+    def excess(self) -> Excess:
+        """How far the losses lie above those around them."""
+        return find_excess(self.losses)
 
     @cached_property
     def steps(self) -> Steps:
@@ -127,17 +158,14 @@ class LoggedRun:
     @cached_property
     def ranking(self) -> Ranking:
         """All documents, the worst first; one that a mixture goes through again is one."""
-        return rank_documents(self._without_passes())
+        return rank_documents(self._without_passes(), self.excess)
 
-    def open(self, number: int) -> ShardSet:
-        """Open one of the sets.
-
-        Raises:
-            UsageError: it is gone, or another set lies in its place.
-        """
-        if number not in self._opened:
-            self._opened[number] = self._find(self.sets[number])
-        return self._opened[number]
+    def unnamed(self) -> Iterator[str]:
+        """Yield which documents have no names since their set is gone, in words."""
+        for number, error in self.gone.items():
+            count = len(np.unique(self.losses.example_id[self.losses.set == number]))
+            lacks = f"document{'s have' if count != 1 else ' has'} no name here"
+            yield f"{error.message} {count:,} {lacks}; if the set was moved, --sets DIR names them."
 
     def held(self, documents: Sequence[Blamed]) -> list[list[tuple[int, int]]]:
         """Return for each document the sets, and its ids in them, of the last leg that has any of them.
@@ -145,28 +173,30 @@ class LoggedRun:
         Legs have most documents in common: one that this leg lacks has none, and none is there twice.
         """
         numbers = {one.digest: number for number, one in enumerate(self.sets)}
-        legs = ([numbers[digest] for digest in leg] for leg in read_legs(self.folder))
+        legs = (
+            [numbers[digest] for digest in leg if numbers[digest] in self.opened]
+            for leg in read_legs(self.folder)
+        )
         found = ([self._places(document, leg) for document in documents] for leg in legs)
         return next(filter(any, found), [])
 
     def _places(self, document: Blamed, leg: Sequence[int]) -> list[tuple[int, int]]:
         """Return a document in the sets of a leg: in its own, or by the name and the bytes of its source."""
-        own = next(number for number, opened in self._opened.items() if str(opened.folder) == document.set)
+        own = next(number for number, opened in self.opened.items() if str(opened.folder) == document.set)
         if own in leg:
             return [(own, document.example_id)]
-        bytes_of = {source.name: source.xxh3 for source in self.open(own).manifest.sources}
+        bytes_of = {source.name: source.xxh3 for source in self.opened[own].manifest.sources}
         key = document.source.rpartition("/")[2], bytes_of[document.source]
         return [
             (number, source.first_id + document.line - 1)
             for number in leg
-            for source in self.open(number).manifest.sources
+            for source in self.opened[number].manifest.sources
             if (source.name.rpartition("/")[2], source.xxh3) == key
         ]
 
     def worst(self, count: int) -> tuple[Blamed, ...]:
         """Name the worst documents of the run."""
-        found = self.ranking.take(slice(count))
-        return tuple(self._named(found, index) for index in range(len(found)))
+        return tuple(self._named(self.ranking, index) for index in self._there(self.ranking, count))
 
     def step(self, step: int, count: int) -> BlamedStep:
         """Name the documents that raised the loss of a step most.
@@ -181,9 +211,9 @@ class LoggedRun:
                 f"{self.folder}: no documents of step {step}; it logged those of steps {first} to {last}.",
                 "--step with one of these.",
             )
-        found, raised = rank_step(self.losses, step)
+        found, raised = rank_step(self.losses, self.excess, step)
         documents = tuple(
-            self._named(found, index, float(raised[index])) for index in range(min(count, len(found)))
+            self._named(found, index, float(raised[index])) for index in self._there(found, count)
         )
         return BlamedStep(step, float(self.steps.loss[at]), float(self.steps.before[at]), documents)
 
@@ -196,24 +226,31 @@ class LoggedRun:
         for index in np.sort(chosen[np.argsort(-jump[chosen], kind="stable")][:MOST_SPIKES]):
             yield self.step(int(steps.step[index]), OF_A_SPIKE)
 
+    def _there(self, found: Ranking, count: int) -> list[int]:
+        """Return which documents come first, of those whose set is there."""
+        there: list[int] = np.flatnonzero(np.isin(found.set, [*self.opened]))[:count].tolist()
+        return there
+
     def _without_passes(self) -> DocumentLosses:
         """Return the losses under the ids of the first pass over each source."""
         ids = self.losses.example_id.copy()
-        for number in range(len(self.sets)):
+        for number, opened in self.opened.items():
             mine = self.losses.set == number
             if mine.any():
-                ids[mine] = in_first_pass(self.open(number).manifest.sources, ids[mine])
+                ids[mine] = in_first_pass(opened.manifest.sources, ids[mine])
         columns = [getattr(self.losses, name) for name in DocumentLosses.__slots__]
         columns[DocumentLosses.__slots__.index("example_id")] = ids
         return DocumentLosses(*columns)
 
     def _named(self, found: Ranking, index: int, raised: float | None = None) -> Blamed:
-        opened = self.open(int(found.set[index]))
+        number = int(found.set[index])
+        opened = self.opened[number]
         example = int(in_first_pass(opened.manifest.sources, found.example_id[index : index + 1])[0])
         row = int(found.row[index])
         source, line = opened.origin(example)
+        told = self._sources[number, example - line + 1]
         return Blamed(
-            place=opened.place(example),
+            place=place(told.name, line, told.unit),
             source=source,
             line=line,
             set=str(opened.folder),
@@ -228,12 +265,12 @@ class LoggedRun:
             over=float(found.over[index]),
             score=None if raised is not None else float(found.score[index]),
             raised=raised,
-            excerpt=self._excerpt(int(found.set[index]), example, row),
+            excerpt=self._excerpt(number, example, row),
         )
 
     def _excerpt(self, number: int, example: int, row: int) -> str:
         """Return how what is trained of a document begins; empty where the set brings no tokenizer."""
-        opened = self.open(number)
+        opened = self.opened[number]
         if number not in self._vocabularies:
             self._vocabularies[number] = None
             with suppress(UsageError):
@@ -254,11 +291,11 @@ class LoggedRun:
         for folder in dict.fromkeys((Path(trained.path), (self.folder / trained.beside).resolve())):
             try:
                 opened = open_set(folder)
+                if opened.manifest.digest == trained.digest:
+                    opened[0]  # the sets are there, too, whose rows a view by index holds
+                    return opened
+                reasons.append(f"{folder}: holds another set, of digest {opened.manifest.digest[:12]}.")
             except SftError as error:
-                reasons.append(str(error).partition(" Fix: ")[0])
-                continue
-            if opened.manifest.digest == trained.digest:
-                return opened
-            reasons.append(f"{folder}: holds another set, of digest {opened.manifest.digest[:12]}.")
+                reasons.append(error.message)
         found = f"{self.folder}: was trained on a set of digest {trained.digest[:12]}, which is not there"
         raise UsageError(f"{found}: {reasons[-1]}", "name the folder where it lies now: --sets DIR.")

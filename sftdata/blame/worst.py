@@ -85,12 +85,26 @@ class Steps:
     spike: Bool
 
 
-def rank_documents(losses: DocumentLosses) -> Ranking:
+@dataclass(frozen=True, slots=True, eq=False)
+class Excess:
+    """What each stretch of a log lost on a token, and how far that lies above the documents around it.
+
+    Attributes:
+        mean: float64[N], loss of a trained token; no number where nothing was trained.
+        by_token: float64[N], above the median; infinite where the loss is no finite number.
+        over: float64[N], the same, or by byte if that is more.
+    """
+
+    mean: Float64
+    by_token: Float64
+    over: Float64
+
+
+def rank_documents(losses: DocumentLosses, excess: Excess) -> Ranking:
     """Rank all documents that anything was trained of, over all the times that they were seen."""
-    mean, _, over = _over(losses)
     known = np.flatnonzero(losses.weight > 0)
     order = known[np.lexsort((losses.example_id[known], losses.set[known]))]
-    part, mean, over = losses.take(order), mean[order], over[order]
+    part, mean, over = losses.take(order), excess.mean[order], excess.over[order]
     new = np.ones(len(part), np.bool_)
     new[1:] = (np.diff(part.set) != 0) | (np.diff(part.example_id) != 0)
     starts = np.flatnonzero(new)
@@ -123,14 +137,14 @@ def _sums(values: Float64 | Float32 | Int32, starts: Int64) -> Float64:
     return sums
 
 
-def rank_step(losses: DocumentLosses, step: int) -> tuple[Ranking, Float64]:
+def rank_step(losses: DocumentLosses, excess: Excess, step: int) -> tuple[Ranking, Float64]:
     """Return the documents of a step, those first that raised its loss most, and float64[D], by how much.
 
     They have no score: that is of all the times that a document was seen.
     """
-    mean, over, _ = _over(losses)
-    here = np.flatnonzero((losses.step == step) & (losses.weight > 0))
-    raised = over[here] * losses.weight[here] / losses.weight[here].sum(dtype=np.float64)
+    first, last = np.searchsorted(losses.step, [step, step + 1])
+    here = first + np.flatnonzero(losses.weight[first:last] > 0)
+    raised = excess.by_token[here] * losses.weight[here] / losses.weight[here].sum(dtype=np.float64)
     order = np.argsort(-raised, kind="stable")
     here = here[order]
     part, once = losses.take(here), np.ones(len(here), np.int64)
@@ -143,8 +157,8 @@ def rank_step(losses: DocumentLosses, step: int) -> tuple[Ranking, Float64]:
         last=once * step,
         tokens=part.tokens.astype(np.int64),
         trained=part.trained.astype(np.int64),
-        loss=mean[here],
-        over=over[here],
+        loss=excess.mean[here],
+        over=excess.by_token[here],
         score=np.full(len(here), np.nan),
     )
     return found, raised[order]
@@ -169,21 +183,18 @@ def find_steps(losses: DocumentLosses) -> Steps:
     return Steps(losses.step[starts].astype(np.int64), loss, weight, before, spike | ~np.isfinite(loss))
 
 
-def _over(losses: DocumentLosses) -> tuple[Float64, Float64, Float64]:
-    """Return loss of a trained token, how far it lies above those around, and that by byte if more.
-
-    float64[N] each; a loss that is no finite number lies infinitely far above.
-    """
+def find_excess(losses: DocumentLosses) -> Excess:
+    """Hold each stretch of a log against the documents of the steps around it."""
     known = losses.weight > 0
     mean = np.divide(losses.loss, losses.weight, out=np.full(len(losses), np.nan), where=known)
     over = _above(losses, mean)
     spelled = known & (losses.bytes > 0)
     if not spelled.any():
-        return mean, over, over
+        return Excess(mean, over, over)
     token = losses.trained / np.maximum(losses.bytes, 1)
     average = losses.bytes[spelled].sum(dtype=np.float64) / losses.trained[spelled].sum(dtype=np.float64)
     by_byte = _above(losses, np.where(spelled, mean * token * average, np.nan))
-    return mean, over, np.where(spelled, np.maximum(over, by_byte), over)
+    return Excess(mean, over, np.where(spelled, np.maximum(over, by_byte), over))
 
 
 def _above(losses: DocumentLosses, values: Float64) -> Float64:

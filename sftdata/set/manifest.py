@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +105,32 @@ def in_first_pass(sources: Sequence[SourceInfo], ids: Int64) -> Int64:
     firsts = np.array([sources[index].first_id for index in holding.tolist()], np.int64)
     found: Int64 = ids + moved[holding[np.searchsorted(firsts, ids, side="right") - 1]]
     return found
+
+
+def tell_apart(sets: Sequence[tuple[Path, Sequence[SourceInfo]]]) -> list[list[str]]:
+    """Name the sources of several sets; those of the same name get their set's name before it.
+
+    Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes. A source
+    that is gone through again, as `a.jsonl#2`, goes by the name of its first pass, and stays with it.
+
+    Args:
+        sets: folder and sources of each; at least one.
+    """
+    count = Counter(source.name for _, sources in sets for source in sources)
+    folders = [folder.resolve().parts for folder, _ in sets]
+    for depth in range(1, max(map(len, folders), default=0) + 1):
+        names = [
+            [
+                Path(*parts[-depth:], source.name).as_posix()
+                if max(count[source.name], count[sources[first].name]) > 1
+                else source.name
+                for source, first in zip(sources, first_passes(sources), strict=True)
+            ]
+            for parts, (_, sources) in zip(folders, sets, strict=True)
+        ]
+        if len({*chain(*names)}) == sum(map(len, names)):
+            break
+    return names
 
 
 class BaseInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -40,6 +40,7 @@ def blame_lines(
         yield f"  {_headline(spike)}"
         for document in spike.documents:
             yield f"       {one_line(document.place)}  {_figures(document)}"
+    yield from map(one_line, run.unnamed())
 
 
 def _headline(step: BlamedStep) -> str:
@@ -70,13 +71,14 @@ def blame_json(
 ) -> dict[str, object]:
     """Return plain JSON data: the step that was asked for, or the worst of the run and its spikes."""
     if step is not None:
-        return {"run": str(run.folder), **step.to_json()}
+        return {"run": str(run.folder), **step.to_json(), "unnamed": [*run.unnamed()]}
     return {
         "run": str(run.folder),
         "steps": len(run.steps.step),
         "seen": len(run.losses),
         "documents": [document.to_json() for document in documents],
         "spikes": [spike.to_json() for spike in spikes],
+        "unnamed": [*run.unnamed()],
     }
 
 
@@ -93,7 +95,7 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
         raise UsageError(f"{run.folder}: nothing was trained there that could be listed.", "leave -o out.")
     held = run.held(documents)
     folders = {
-        number: str(run.open(number).folder) for number in sorted({one for part in held for one, _ in part})
+        number: str(run.opened[number].folder) for number in sorted({one for part in held for one, _ in part})
     }
     bases = open_bases([*folders.values()])
     sources = sources_of(bases)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from sftdata.choosing import refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.set.ledger import Ledger, distinct, read_counted
-from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest
+from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest, tell_apart
 from sftdata.settings import flag_of
 from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
 from sftdata.views.order import (
@@ -137,29 +136,12 @@ def _limit(config: ViewConfig) -> int | None:
 
 
 def sources_of(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
-    """Return the sources of all bases; those of the same name get their set's name before it.
-
-    Sets of the same name, as `a/train` and `b/train`, get as many folders before theirs as it takes. A source
-    that is gone through again, as `a.jsonl#2`, goes by the name of its first pass, and stays with it.
-    """
-    listed = [(base, source) for base in bases for source in base.manifest.sources]
-    roots = [
-        base.manifest.sources[first].name for base in bases for first in first_passes(base.manifest.sources)
-    ]
-    plain = Counter(source.name for _, source in listed)
-    deepest = max(len(base.folder.resolve().parts) for base in bases)
-    for depth in range(1, deepest + 1):
-        names = [
-            Path(*base.folder.resolve().parts[-depth:], source.name).as_posix()
-            if max(plain[source.name], plain[root]) > 1
-            else source.name
-            for root, (base, source) in zip(roots, listed, strict=True)
-        ]
-        if len({*names}) == len(names):
-            break
+    """Return the sources of all bases, by names that tell them apart."""
+    names = tell_apart([(base.folder, base.manifest.sources) for base in bases])
     return tuple(
         msgspec.structs.replace(source, name=name, first_id=source.first_id + base.first_id)
-        for name, (base, source) in zip(names, listed, strict=True)
+        for base, own in zip(bases, names, strict=True)
+        for source, name in zip(base.manifest.sources, own, strict=True)
     )
 
 

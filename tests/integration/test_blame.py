@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sftdata.blame import named
 from sftdata.blame.log import log_batch, log_path, log_schema, read_log
 from sftdata.cli import main
 from sftdata.set.opened import open_set
@@ -76,7 +77,7 @@ def test_bad_lines_are_named_first(run: Path, capsys: pytest.CaptureFixture[str]
     assert {(Path(one["set"]).name, one["line"]) for one in found} == BAD
     for one in found:
         assert one["source"] == "rows.jsonl"
-        assert one["place"] == f"rows.jsonl:{one['line']}"
+        assert one["place"] == f"{Path(one['set']).name}/rows.jsonl:{one['line']}"
         assert one["over"] == pytest.approx(4, abs=1)
         assert one["seen"] == 2
         opened = open_set(one["set"])
@@ -84,7 +85,7 @@ def test_bad_lines_are_named_first(run: Path, capsys: pytest.CaptureFixture[str]
         assert one["excerpt"]
     code, out, _ = blame(capsys, run, "--worst", "4")
     assert code == 0
-    assert all(f"rows.jsonl:{line} " in out for _, line in BAD)
+    assert all(f"{name}/rows.jsonl:{line} " in out for name, line in BAD)
 
 
 def test_a_list_for_drop_leaves_out_these_lines_and_no_others(
@@ -136,6 +137,42 @@ def test_what_the_sets_of_a_new_leg_do_not_hold_is_said_and_not_listed(
     assert f": 1 document. Leave them out: sftdata view {sets / 'one'} -o NEW" in err
     assert "1 of those named is in none of these sets, and not listed." in err
     assert (tmp_path / "bad.txt").read_text() == "rows.jsonl:7\n"
+
+
+def test_documents_of_an_earlier_leg_whose_set_is_gone_are_counted_and_the_others_are_named(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sets / "one", tmp_path / "first")
+    view(tmp_path / "second", tmp_path / "first", write=False)  # its rows lie in the first
+    shutil.copytree(sets / "two", tmp_path / "third")
+    run = tmp_path / "run"
+    write_log(run, [tmp_path / "first"], loss_of({(0, 31)}), epochs=1)
+    write_log(
+        run, [tmp_path / "second", tmp_path / "third"], loss_of({(0, 7), (1, 12)}), behind=100, epochs=1
+    )
+    assert len(worst(capsys, run, "--worst", "3")) == 3
+    digest = open_set(tmp_path / "first").manifest.digest[:12]
+    shutil.rmtree(tmp_path / "first")
+    code, out, err = blame(capsys, run, "--json", "--worst", "1", "-o", tmp_path / "bad.txt")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(one["place"], one["line"]) for one in found["documents"]] == [("rows.jsonl:12", 12)]
+    assert (tmp_path / "bad.txt").read_text() == "rows.jsonl:12\n"
+    assert f"sftdata view {tmp_path / 'third'} -o NEW" in err
+    first, second = found["unnamed"]
+    assert f"was trained on a set of digest {digest}, which is not there: " in first
+    assert f"{tmp_path / 'first'}: no such folder. 82 documents have no name here" in first
+    assert f"{tmp_path / 'second'}: a view by index of {tmp_path / 'first'}" in second
+    assert blame(capsys, run)[1].splitlines()[-2:] == [first, second]
+    at = json.loads(blame(capsys, run, "--step", "1", "--json")[1])  # a step of the first leg alone
+    assert (at["documents"], at["unnamed"]) == ([], [first, second])
+    shutil.copytree(sets / "one", tmp_path / "elsewhere")
+    given = worst(capsys, run, "--worst", "2", "--sets", tmp_path / "elsewhere")
+    assert {Path(one["set"]).name for one in given} == {"elsewhere", "third"}
+    shutil.rmtree(tmp_path / "third")
+    code, _, err = blame(capsys, run)
+    assert code == 2
+    assert "which is not there" in err
 
 
 def test_of_one_set_it_is_a_list_of_its_own_names(
@@ -208,6 +245,20 @@ def test_the_documents_of_a_step_are_named_by_how_much_they_raised_it(
     assert f"step {jump}" in blame(capsys, run)[1]
 
 
+def test_a_log_is_held_against_itself_once_however_often_its_loss_jumps(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(number: int, source: str, line: int, step: int) -> float:
+        return 2.0 + 0.01 * (line % 5) + 6 * (step in (12, 16, 20))
+
+    calls, find = [], named.find_excess
+    monkeypatch.setattr(named, "find_excess", lambda losses: calls.append(len(losses)) or find(losses))
+    write_log(tmp_path / "run", [sets / "one"], loss, a_step=6)
+    found = json.loads(blame(capsys, tmp_path / "run", "--json")[1])
+    assert [spike["step"] for spike in found["spikes"]] == [12, 16, 20]
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", ["#rows.jsonl", "two\nlines.jsonl", " rows.jsonl", "\x1b[31mred.jsonl"])
 def test_a_name_that_no_list_can_hold_is_listed_by_its_example_and_shown_in_one_line(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -235,12 +286,12 @@ def test_of_a_step_that_trained_nothing_no_list_is_made(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_log(tmp_path / "run", [sets / "one"], loss_of(set()))
-    named, losses = read_log(tmp_path / "run")
+    trained_on, losses = read_log(tmp_path / "run")
     trains = losses.step != 3
     masked = replace(
         losses, **{name: getattr(losses, name) * trains for name in ("trained", "weight", "loss")}
     )
-    schema = log_schema(named)
+    schema = log_schema(trained_on)
     log_path(tmp_path / "run", 0, 0).write_bytes(
         bytes(schema.serialize()) + bytes(log_batch(masked, schema).serialize())
     )

@@ -148,9 +148,15 @@ def test_a_leaking_architecture_is_trained_unpacked(
         "state_size": 8,
     }
     config.write_text(json.dumps(settings | {"num_hidden_layers": 1, "n_groups": 1, "expand": 2}))
+    given = [str(shards), "--init-from-config", str(config), "-o", str(tmp_path / "out")]
+    assert cli.main(["plan", *given, "--max-steps", "1"]) == 0
+    plan = capsys.readouterr().out.splitlines()
     trainer = train_in_process(shards, None, tmp_path / "out", {"max_steps": 1}, init_from_config=config)
-    assert "leaks between packed documents" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "leaks between packed documents" in said
     assert len(trainer.train_dataset) > 48  # documents, not rows
+    assert f"an epoch is {len(trainer.train_dataset):,} steps" in plan[0]
+    assert all(line in said for line in plan)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -170,9 +170,16 @@ def test_a_kernel_without_groups_is_given_as_many_heads_of_keys_as_of_queries(
 
 
 @pytest.mark.feature("attention")
-@pytest.mark.parametrize("requested", ["varlen", "flash_attention_2"])
-def test_asking_for_what_cannot_be_is_an_error_with_a_fix(requested: str) -> None:
-    with pytest.raises(UsageError, match="needs CUDA.*Fix: set attention=auto"):
+@pytest.mark.parametrize(
+    ("requested", "why"),
+    [
+        ("varlen", "needs CUDA"),
+        ("flash_attention_2", "needs CUDA"),
+        ("flex_attention", "PyTorch has no backward pass of it on the cpu"),
+    ],
+)
+def test_asking_for_what_cannot_be_is_an_error_with_a_fix(requested: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"{why}.*Fix: set attention=auto"):
         _choose("llama", requested, device="cpu")
 
 

@@ -67,6 +67,15 @@ def _without_padding(row: Row, packed: Any) -> Any:
 
 
 @pytest.mark.parametrize("flatten", [False, True])
+def test_a_row_of_two_untrained_tokens_is_no_filler(tmp_path: Path, flatten: bool) -> None:
+    short, fills = _row(2), TrainingRows([open_set(make_set(tmp_path / "set", rows=3))])[FILLER]
+    short.labels[:] = -100
+    ids = Collator(flatten)([_row(3), fills, short])["input_ids"]
+    assert ids.tolist() == ([[10, 11, 12, 10, 11]] if flatten else [[10, 11, 12], [10, 11, 0]])
+    assert Collator(flatten)([fills, fills])["input_ids"].tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("flatten", [False, True])
 def test_labels_of_a_set_without_weights_weigh_one_beside_a_set_with_them(flatten: bool) -> None:
     plain, weighted = _row(3), _row(4)._replace(loss_weights=np.array([0, 0.5, 0.25, 2], np.float32))
     plain.labels[1] = -100

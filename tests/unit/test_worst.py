@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sftdata.blame.log import DocumentLosses
-from sftdata.blame.worst import find_steps, rank_documents, rank_step
+from sftdata.blame.worst import Ranking, find_excess, find_steps, rank_documents, rank_step
 
 COLUMNS = {
     "step": np.int32, "set": np.int16, "row": np.int64, "example_id": np.int64, "tokens": np.int32, "trained": np.int32,
@@ -36,8 +36,13 @@ def usual_run(steps: int, *odd: dict[str, Any], seed: int = 0) -> list[dict[str,
     return sorted([*made, *odd], key=lambda document: int(document["step"]))
 
 
+def ranked(documents: list[dict[str, Any]]) -> Ranking:
+    log = log_of(documents)
+    return rank_documents(log, find_excess(log))
+
+
 def worst(documents: list[dict[str, Any]], count: int) -> list[int]:
-    return [int(example) for example in rank_documents(log_of(documents)).example_id[:count]]
+    return [int(example) for example in ranked(documents).example_id[:count]]
 
 
 def test_a_late_document_is_held_against_late_ones() -> None:
@@ -46,7 +51,7 @@ def test_a_late_document_is_held_against_late_ones() -> None:
 
 
 def test_no_document_stands_out_for_being_early() -> None:
-    first = rank_documents(log_of(usual_run(200))).first[:80]
+    first = ranked(usual_run(200)).first[:80]
     assert (first <= 10).mean() < 0.25
 
 
@@ -66,7 +71,7 @@ def test_text_in_tokens_of_one_byte_is_held_against_others_by_byte() -> None:
 def test_a_document_counts_with_the_mean_of_all_times_and_pieces() -> None:
     once = [{"step": 20, "example_id": 9001, "mean": 9.0}, {"step": 80, "example_id": 9001, "mean": 2.4}]
     always = [{"step": step, "example_id": 9002, "mean": 7.5} for step in (20, 80)]
-    found = rank_documents(log_of(usual_run(100, *once, *always)))
+    found = ranked(usual_run(100, *once, *always))
     assert found.example_id[:2].tolist() == [9002, 9001]
     assert (found.seen[0], found.first[0], found.last[0], found.trained[0]) == (2, 20, 80, 80)
 
@@ -80,7 +85,7 @@ def test_weights_change_no_place() -> None:
 def test_what_is_no_number_comes_first_and_what_trains_nothing_is_left_out() -> None:
     broken = {"step": 50, "example_id": 9001, "mean": float("inf")}
     empty = {"step": 50, "example_id": 9002, "trained": 0, "bytes": 0, "mean": 0.0}
-    found = rank_documents(log_of(usual_run(100, broken, empty)))
+    found = ranked(usual_run(100, broken, empty))
     assert found.example_id[0] == 9001
     assert 9002 not in found.example_id
     assert np.isfinite(found.score[1:]).all()
@@ -90,7 +95,7 @@ def test_sets_keep_their_examples_apart() -> None:
     same = [
         {"step": 50, "set": number, "example_id": 400, "mean": mean} for number, mean in ((0, 2.6), (1, 9.0))
     ]
-    found = rank_documents(log_of(usual_run(100, *same)))
+    found = ranked(usual_run(100, *same))
     assert (found.set[0], found.example_id[0]) == (1, 400)
 
 
@@ -107,12 +112,12 @@ def test_the_losses_of_a_step_are_its_documents_and_a_jump_is_a_spike() -> None:
             log.weight[here], dtype=float
         )
     assert steps.step[steps.spike].tolist() == [60]
-    found, raised = rank_step(log, 60)
+    found, raised = rank_step(log, find_excess(log), 60)
     assert found.example_id[:2].tolist() == [9002, 9001]  # more tokens raise the step more
     usual = steps.before[59]
     assert np.isclose(steps.loss[59] - usual, raised.sum(), atol=0.2)
 
 
 def test_an_empty_log_ranks_nothing() -> None:
-    assert len(rank_documents(log_of([]))) == 0
+    assert len(ranked([])) == 0
     assert len(find_steps(log_of([])).step) == 0
