@@ -5,10 +5,11 @@
     python benchmarks/gpu_step.py --device cpu --shape tiny                   every contender in miniature
 
 Qwen2 shapes with random weights, made on the device; rows as the product packs them, of documents as long as chats and
-reasoning traces are. Full fine-tuning computes in bfloat16 under autocast on float32 weights; adapters lie on a frozen base
-in bfloat16. Each contender runs in a process forked from one that has imported everything and not touched the device, so
-that peak memory is its alone, within a time limit. The most important rows come first; what the time does not allow is
-"not run". One JSON line a row goes to $OUT/gpu_step.jsonl as it comes, a table to $OUT/gpu_step.md and to the terminal.
+reasoning traces are, and of whole books. Full fine-tuning computes in bfloat16 under autocast on float32 weights;
+adapters lie on a frozen base in bfloat16. Each contender runs in a process forked from one that has imported everything
+and not touched the device, so that peak memory is its alone, within a time limit. The most important rows come first;
+what the time does not allow is "not run". One JSON line a row goes to $OUT/gpu_step.jsonl as it comes, a table to
+$OUT/gpu_step.md and to the terminal.
 
 MFU counts 6 FLOP a trained weight and token, 4 a frozen one and none for attention or for what checkpoints compute again,
 against `--tflops` (989, dense bfloat16: H100 and H200). An embedding that is not the head is looked up, not multiplied.
@@ -50,19 +51,21 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_key_value_heads": 2, "tie_word_embeddings": True},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5B-LoRA": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+                  "num_key_value_heads": 2, "tie_word_embeddings": True},
     "7B-LoRA": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
                 "num_key_value_heads": 4, "tie_word_embeddings": False},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 512},
 }  # fmt: skip
 # What the rows hold, tokens of a row, rows of a batch; in miniature a 32nd of the tokens.
-DATA = {"4K": ("instructions", 4_096, 4), "16K": ("reasoning", 16_384, 1)}
-STEPS = {"0.5B": 12, "1.5B": 10, "7B-LoRA": 7, "tiny": 5}
+DATA = {"4K": ("instructions", 4_096, 4), "16K": ("reasoning", 16_384, 1), "128K": ("books", 131_072, 1)}
+STEPS = {"0.5B": 12, "1.5B": 10, "1.5B-LoRA": 4, "7B-LoRA": 7, "tiny": 5}
 NOTES = (
     "attention:",
     "compile:",
     "kernels:",
-    "checkpoints:",
+    "activation checkpoints:",
     "packing:",
     "plan:",
 )  # kept of what sfttrain says
@@ -197,7 +200,7 @@ def _write_sets(folder: Path, shapes: set[str]) -> None:
         for data, (mix, length, batch) in DATA.items():
             scale, vocabulary = (1 / 32, SHAPES["tiny"]["vocab_size"]) if small else (1.0, VOCABULARY)
             place = folder / ("tiny" if small else "full") / data
-            rows = batch * (max(STEPS.values()) + 4)
+            rows = batch * (max(STEPS.values()) + 4) if batch * length <= 16_384 else 8
             make_mixed_set(
                 place, mix, rows=rows, max_length=int(length * scale), vocabulary=vocabulary, scale=scale
             )
@@ -246,14 +249,15 @@ def _ranked(shape: str | None) -> Iterator[Task]:
     loop = Task("bare loop, the same parts", _loop, checkpoints)
     compiled = Task("compiled bare loop", _compiled_loop, plainly, seconds=120.0)
     rounds: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[Task, ...]], ...] = (
-        (("0.5B", "1.5B"), ("4K",), (ours_lean, liger, ours)),
-        (("0.5B", "1.5B"), ("16K",), (ours_lean, liger)),
+        (("0.5B", "1.5B"), ("4K", "16K"), (ours_lean, liger)),
         (("7B-LoRA",), ("4K",), (ours_lean, liger)),
-        (("0.5B",), ("4K",), (Task("start", _start, seconds=150.0), loop, fused, dense, sdpa)),
+        (("0.5B",), ("4K",), (Task("start", _start, seconds=150.0),)),
+        (("1.5B-LoRA",), ("128K",), (ours_lean,)),
+        (("0.5B",), ("4K",), (ours, kept, loop, compiled, sdpa, dense)),
+        (("1.5B",), ("4K",), (ours, kept, loop, compiled, sdpa, dense)),
         (("0.5B", "1.5B"), ("16K",), (dense, ours)),
-        (("1.5B",), ("4K",), (fused, dense, loop)),
-        (("0.5B",), ("4K",), (kept, plain, compiled)),
-        (("1.5B",), ("4K",), (kept, plain, compiled, sdpa)),
+        (("0.5B", "1.5B"), ("4K",), (fused, plain)),
+        (("1.5B-LoRA",), ("128K",), (liger,)),
         (("0.5B", "1.5B"), ("16K",), (fused, sdpa)),
         (("7B-LoRA",), ("4K",), (ours, dense)),
         (("7B-LoRA",), ("16K",), (ours_lean, liger)),
@@ -558,7 +562,9 @@ class _Table:
         with (self._out / "gpu_step.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         notes = [
-            note for note in row.get("notes", ()) if note.startswith(("compile:", "kernels:", "checkpoints:"))
+            note
+            for note in row.get("notes", ())
+            if note.startswith(("compile:", "kernels:", "activation checkpoints:"))
         ]
         print(" | ".join([*_cells(row), *notes, row.get("log", "")]), flush=True)
 

@@ -196,14 +196,14 @@ def _varlen_reason(config: PreTrainedConfig) -> str:
         return "this PyTorch has no torch.nn.attention.varlen"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps attention logits"
-    width = _head_width(config)
+    width = head_width(config)
     return "" if width <= 256 and width % 8 == 0 else f"a head is {width} wide"
 
 
 def _kernel_reason(name: str, config: PreTrainedConfig, device: str, dtype: torch.dtype, masked: bool) -> str:
     """Try a kernel on eight tokens, shaped like this model's."""
     text = text_config(config)
-    heads, width = text.num_attention_heads, _head_width(text)
+    heads, width = text.num_attention_heads, head_width(text)
     groups = heads // (getattr(text, "num_key_value_heads", None) or heads)
     module = cast(Any, torch.nn.Module())
     module.num_key_value_groups, module.is_causal = groups, True
@@ -231,7 +231,8 @@ def _forced_forward(
         return forward(module, query, key, value, *inputs, **options)
 
 
-def _head_width(config: PreTrainedConfig) -> int:
+def head_width(config: PreTrainedConfig) -> int:
+    """Return how many numbers a head of attention has."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

@@ -3,7 +3,8 @@
 The layer is compiled together with its activation checkpoint, so that the casts of the weights, the norms,
 the rotary factors and the activation fuse into a few kernels, and the backward pass recomputes only what it
 needs. The number of documents and the longest one are symbols of the graph; the length of a row is a
-constant.
+constant. A checkpoint recomputes all but attention where keeping what attention gave costs no peak, or where
+memory allows it: long documents spend most of their time there.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftdata.errors import UsageError
-from sfttrain.attention import read_signature
+from sfttrain.attention import head_width, read_signature
 from sfttrain.config import TrainConfig
+from sfttrain.forward import text_config
 from sfttrain.gated import gate_as_before, gate_in_place
 
 if TYPE_CHECKING:
@@ -29,13 +32,22 @@ if TYPE_CHECKING:
 ENOUGH_STEPS = 50  # what a compilation costs, a step must win back so many times
 _DOCUMENT_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
+# What selective checkpoints keep: operators whose first output is that of attention.
+ATTENTION = [
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+    *(f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+]
 
 
 class Compilation(NamedTuple):
-    """What is compiled: `layers` (and the loss), `loss`, or `none`; and why."""
+    """What is compiled: `layers` (and the loss), `loss`, or `none`; why; do checkpoints keep attention."""
 
     what: str
     reason: str
+    keep: bool = False
 
 
 def choose_compile(
@@ -106,7 +118,8 @@ def start_compiled(model: nn.Module, choice: Compilation) -> str:
     if fused is not None:
         fused.compiles_loss = True
     if choice.what == "layers":
-        parts.insert(0, f"{compile_layers(model)} layers as one")
+        kept = " (attention kept)" * choice.keep
+        parts.insert(0, f"{compile_layers(model, keep=choice.keep)} layers as one{kept}")
     return " and ".join(parts) or "nothing"
 
 
@@ -123,7 +136,9 @@ def _fused(model: nn.Module) -> Any:
     return next((module for module in model.modules() if "compiles_loss" in vars(module)), None)
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor", in_place: bool | None = None) -> int:
+def compile_layers(
+    model: nn.Module, backend: str = "inductor", in_place: bool | None = None, keep: bool = False
+) -> int:
     """Let the layers of a model train compiled, until `restore_layers`; return how many there are.
 
     Evaluation and generation are left as they are.
@@ -132,6 +147,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor", in_place: bool |
         model: its layers are those that transformers would checkpoint.
         backend: of `torch.compile`.
         in_place: whether the gradient of gated activations is written where they lie; default: on a GPU.
+        keep: let activation checkpoints keep what attention gave.
     """
     read_signature()
     known = [part for part in torch.compiler.config.dynamic_sources.split(",") if part]
@@ -145,6 +161,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor", in_place: bool |
         module: Any = layer
         if next(model.parameters()).device.type == "cuda" if in_place is None else in_place:
             gate_in_place(layer)
+        if keep:
+            keep_attention(layer)
         kind = module.__class__
         module.__class__ = _compiled_kind(getattr(kind, "plain_kind", kind), backend)
     return len(layers)
@@ -158,8 +176,49 @@ def layers_compiled(model: nn.Module) -> bool:
 def restore_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
     gate_as_before(model)
+    for layer in repeated_layers(model):
+        _recompute(layer, None)
     for module in model.modules():
         module.__class__ = getattr(type(module), "plain_kind", type(module))
+
+
+def keep_attention(layer: nn.Module) -> None:
+    """Let the activation checkpoint of a layer keep what attention gave, until `restore_layers`."""
+    names = (name.split("::") for name in ATTENTION)
+    packets = [getattr(getattr(torch.ops, space), name, None) for space, name in names]
+    operators = [packet.default for packet in packets if packet is not None]
+    _recompute(layer, partial(create_selective_checkpoint_contexts, operators))
+
+
+def _recompute(layer: nn.Module, contexts: Callable[[], Any] | None) -> None:
+    """Set the contexts of a layer's checkpoint, None for those that recompute everything."""
+    module: Any = layer
+    own = getattr(layer, "_gradient_checkpointing_func", None)
+    if isinstance(own, partial) and getattr(layer, "gradient_checkpointing", False):
+        options = {name: value for name, value in own.keywords.items() if name != "context_fn"}
+        more = {} if contexts is None else {"context_fn": contexts}
+        module._gradient_checkpointing_func = partial(own.func, *own.args, **options, **more)
+
+
+def free_to_keep(model: nn.Module, tokens: int, accumulated: bool) -> bool:
+    """Say whether a step peaks no higher where checkpoints keep what attention gave.
+
+    It is let go of layer by layer in the backward pass, while gradients are added: where a layer's gradient
+    takes more than its input and attention do, the peak is the end, when all gradients are there.
+
+    Args:
+        tokens: of a batch.
+        accumulated: gradients of earlier micro-batches are there from the start.
+    """
+    layer, config = next(repeated_layers(model), None), text_config(cast(Any, model).config)
+    if layer is None or accumulated:
+        return False
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    gradient = sum(weight.numel() * weight.element_size() for weight in weights)
+    # The residual stream has the dtype of the embeddings, attention that of the products.
+    states = config.hidden_size * next(model.parameters()).element_size()
+    kept = 2 * config.num_attention_heads * head_width(config)
+    return bool(tokens * (states + kept) <= gradient)
 
 
 @cache

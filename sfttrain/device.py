@@ -194,6 +194,16 @@ def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Sa
         )
         return False
     switch(trainer, False)
+    fits, found = try_room(trainer, step)
+    say(f"activation checkpoints: {'off' if fits else 'on'}, a step without them {found}")
+    if not fits:
+        reset_peak()
+        switch(trainer, True)
+    return fits
+
+
+def try_room(trainer: SftTrainer, step: Callable[[], object]) -> tuple[bool, str]:
+    """Take a trial step; return whether training fits with it, on all ranks, and what it needs, in words."""
     reset_peak()
     try:
         step()
@@ -206,12 +216,7 @@ def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Sa
     if trainer.args.world_size > 1:
         flag = torch.tensor(float(fits), device=trainer.args.device)
         fits = float(trainer.accelerator.reduce(flag, "sum")) == trainer.args.world_size
-    found = "does not fit" if needed is None else f"needs {needed / 1e9:.1f} of {free / 1e9:.0f} GB"
-    say(f"activation checkpoints: {'off' if fits else 'on'}, a step without them {found}")
-    if not fits:
-        reset_peak()
-        switch(trainer, True)
-    return fits
+    return fits, "does not fit" if needed is None else f"needs {needed / 1e9:.1f} of {free / 1e9:.0f} GB"
 
 
 def _state(trainer: SftTrainer) -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import nn
-from torch._dynamo.utils import counters
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
@@ -20,13 +19,15 @@ from sfttrain import checkpoint, device
 from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory
-from sfttrain.process import Say, counted
+from sfttrain.loss import items_of
+from sfttrain.process import Say, counted, time_limit
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from sfttrain.trainer import SftTrainer
 
+COMPILE_SECONDS = 180  # a cold compiler takes 20 s on a machine with 16 cores
 _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compiled
 
 
@@ -53,29 +54,45 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Compilation, sa
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")
     by_memory = device.by_memory(trainer)
-    if choice.what == "none" and not by_memory:
-        return
-    trainer.checkpoint_activations()
-    batch = _trial_batch(trainer)
+    if choice.what != "none" or by_memory:
+        trainer.checkpoint_activations()
+        _try_first_batch(trainer, compute, choice, by_memory, say)
 
-    def trial() -> Trial:
+
+def _try_first_batch(
+    trainer: SftTrainer, compute: torch.dtype, choice: Compilation, by_memory: bool, say: Say
+) -> None:
+    """Compile, and choose activation checkpoints by memory, as the first batch shows."""
+    model = cast(nn.Module, trainer.model)
+    whole, parts = _trial_batches(trainer)
+
+    def trial(batches: list[Batch] = whole) -> Trial:
         # Under 16 bit without a cache, as in training; another state would compile everything once more.
-        half = compute != torch.float32
-        autocast = torch.autocast(args.device.type, dtype=compute, enabled=half, cache_enabled=not half)
-        return try_step(model, batch, trainer.fused, autocast)
+        half, kind = compute != torch.float32, trainer.args.device.type
+        autocast = torch.autocast(kind, dtype=compute, enabled=half, cache_enabled=not half)
+        return try_step(model, batches, trainer.fused, autocast)
 
-    plain = trial()
-    choices = {"layers": (choice, choice._replace(what="loss")), "loss": (choice,), "none": ()}[choice.what]
+    # In parts, since it takes more memory than what is compiled, which is what trains.
+    plain = trial(parts) if choice.what != "none" else None
 
-    def compiled() -> bool:
-        return any(_try_compiled(model, one, plain, trial, say) for one in choices)
+    def compiled(keep: bool = choice.keep) -> bool:
+        less = [choice._replace(what="loss")] if choice.what == "layers" else []
+        choices = [choice._replace(keep=keep), *less] if plain else []
+        return any(_try_compiled(model, one, cast(Trial, plain), trial, say) for one in choices)
 
     def smallest() -> None:
-        if not compiled():
+        if not compiled(keep=False):
             trial()
 
     if by_memory and device.drop_where_they_fit(trainer, smallest, say):
         return
+    if by_memory and choice.what == "layers" and not choice.keep and not trainer.run["unpack"]:
+        fits, found = device.try_room(trainer, lambda: compiled(keep=True))
+        say(f"activation checkpoints: a step that keeps what attention gave {found}")
+        if fits:
+            return
+        device.reset_peak()
+        stop_compiled(model)
     try:
         compiled()
     except UsageError:
@@ -120,10 +137,14 @@ def _try_compiled(
     Raises:
         UsageError: the step does not fit.
     """
+    from torch._dynamo.utils import counters  # here, since it takes seconds that other runs need not wait
+
+    say(f"compile: the {choice.what}, in at most {COMPILE_SECONDS} s")
     before = sum(counters["graph_break"].values())
     try:
-        parts = start_compiled(model, choice)
-        compiled = trial()
+        with time_limit(COMPILE_SECONDS):
+            parts = start_compiled(model, choice)
+            compiled = trial()
     except UsageError:
         stop_compiled(model)
         raise
@@ -145,16 +166,46 @@ def _try_compiled(
     return False
 
 
-def _trial_batch(trainer: SftTrainer) -> Batch:
-    """Return the first batch, on a CPU its first row."""
-    if trainer.args.device.type == "cpu" and trainer.order is not None:
-        rows = cast(Dataset[Row], trainer.train_dataset)
-        collate = cast(Callable[[list[Row]], Batch], trainer.data_collator)
-        batch = dict(trainer._prepare_inputs(collate([rows[next(iter(trainer.order))[0]]])))
-    else:
-        batch = dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
-    batch.pop("documents", None)  # for the log
-    return batch
+def _trial_batches(trainer: SftTrainer) -> tuple[list[Batch], list[Batch]]:
+    """Return the first batch, on a CPU its first row: whole, and in parts whose losses add up to its loss."""
+    if trainer.order is None:
+        batches = [dict(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))]
+        return batches, batches
+    dataset = cast(Dataset[Row], trainer.train_dataset)
+    collate = cast(Callable[[list[Row]], Batch], trainer.data_collator)
+    rows = [dataset[number] for number in next(iter(trainer.order))]
+    if trainer.args.device.type == "cpu":
+        rows = rows[:1]
+
+    def ready(some: list[Row]) -> Batch:
+        batch = dict(trainer._prepare_inputs(collate(some)))
+        batch.pop("documents", None)  # for the log
+        return batch
+
+    whole = ready(rows)
+    if not trainer.splits:
+        return [whole], [whole]
+    items = items_of(cast(Tensor, whole["labels"]), cast("Tensor | None", whole.get("loss_weights")))
+    parts = [[row] for row in rows] if len(rows) > 1 else [[half] for half in _halves(rows[0])]
+    return [whole], [ready(part) | {"num_items_in_batch": items} for part in parts]
+
+
+def _halves(row: Row) -> list[Row]:
+    """Cut a row where a document ends, as near to its middle as may be; one document stays whole."""
+    ends = row.seq_lengths.cumsum()
+    if len(ends) == 1:
+        return [row]
+    count = int(abs(ends[:-1] - ends[-1] / 2).argmin()) + 1
+
+    def part(tokens: slice, documents: slice) -> Row:
+        by_document = {"seq_lengths": documents, "places": documents}
+        columns = row._asdict().items()
+        return Row._make(
+            None if value is None else value[by_document.get(name, tokens)] for name, value in columns
+        )
+
+    cut = int(ends[count - 1])
+    return [part(slice(cut), slice(count)), part(slice(cut, None), slice(count, None))]
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -176,27 +227,30 @@ class Trial(NamedTuple):
         return max(abs(one - two) / max(abs(two), 1e-6) for one, two in zip(self[1:], other[1:], strict=True))
 
 
-def try_step(model: nn.Module, batch: Batch, fused: bool, autocast: AbstractContextManager[object]) -> Trial:
-    """Run one forward and backward. Weights and random state are unchanged.
+def try_step(
+    model: nn.Module, batches: list[Batch], fused: bool, autocast: AbstractContextManager[object]
+) -> Trial:
+    """Run one forward and backward a batch, whose losses add up. Weights and random state are unchanged.
 
     Raises:
         UsageError: the device has too little memory.
         DataError: the loss is no finite number.
     """
     started = time.perf_counter()
-    extra = {"skip_logits": True} if fused else {}
+    extra, value = {"skip_logits": True} if fused else {}, 0.0
     model.train()
     try:
-        with torch.random.fork_rng(), autocast:
-            loss = model(**batch, **extra).loss
-        loss.backward()
+        for batch in batches:
+            with torch.random.fork_rng(), autocast:
+                loss = model(**batch, **extra).loss
+            loss.backward()
+            value += float(loss.detach())
         grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
     except torch.OutOfMemoryError as error:
         raise cast(UsageError, out_of_memory(error, 1)) from None
     finally:
         model.zero_grad(set_to_none=True)
-    value = float(loss.detach())
     if not math.isfinite(value):
         raise DataError(f"The loss of the first batch is {value}.", "check the model's weights and dtype.")
     return Trial(time.perf_counter() - started, value, norm)

@@ -62,6 +62,7 @@ class SftTrainer(Trainer):
             self.add_callback(documents)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
         self.account, self._tokenizer = account, tokenizer
+        self.splits = self.fused and not self._terms  # losses of the parts of a batch add up to its loss
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         # Tokens, supervised positions, correct predictions.
         self._figures = torch.zeros(3, dtype=torch.float64, device=self.args.device)

@@ -16,7 +16,15 @@ from sftdata.set.opened import ShardSet, open_set
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import choose_attention, register_attention
-from sfttrain.compiling import Compilation, choose_compile, layers_compiled, start_compiled, stop_compiled
+from sfttrain.compiling import (
+    ENOUGH_STEPS,
+    Compilation,
+    choose_compile,
+    free_to_keep,
+    layers_compiled,
+    start_compiled,
+    stop_compiled,
+)
 from sfttrain.config import TrainConfig
 from sfttrain.contents import read_contents
 from sfttrain.data import Collator, CustomRows, StreamRows, TrainingRows, custom_rows
@@ -224,11 +232,17 @@ def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, step
     choice = choose_compile(
         config, setting.args, cast(nn.Module, trainer.model), steps, config.kernels == "liger"
     )
-    if config.kernels == "liger" or choice.what != "layers":
-        _add_kernels(setting, trainer, where)
     if choice.what == "none" and where.device == "cuda":
         say(f"compile: nothing ({choice.reason})")
-    return choice
+    if config.kernels == "liger" or (choice.what != "layers" and steps >= ENOUGH_STEPS):
+        _add_kernels(setting, trainer, where)
+    elif choice.what != "layers" and where.device == "cuda" and config.kernels == "auto":
+        say(f"kernels: PyTorch's ({steps} steps are fewer than {ENOUGH_STEPS})")
+    args = setting.args
+    if choice.what != "layers" or not args.activation_checkpointing or where.reach is None:
+        return choice
+    tokens, accumulated = args.train_batch_size * where.reach, args.gradient_accumulation_steps > 1
+    return choice._replace(keep=free_to_keep(cast(nn.Module, trainer.model), tokens, accumulated))
 
 
 def _add_kernels(setting: Run, trainer: SftTrainer, where: Surroundings) -> None:

@@ -38,8 +38,8 @@ def make_set(
     return folder
 
 
-# Median tokens of a document, spread of their logarithms, share that is trained: chats and long reasoning.
-MIXES = {"instructions": (220, 1.0, 0.6), "reasoning": (3_500, 0.8, 0.9)}
+# Median tokens of a document, spread of their logarithms, share that is trained: chats, long reasoning, whole books.
+MIXES = {"instructions": (220, 1.0, 0.6), "reasoning": (3_500, 0.8, 0.9), "books": (16_000, 0.8, 0.9)}
 
 
 def make_mixed_set(

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 import sfttrain
 from sftdata.set.opened import open_set
-from sfttrain.attention import register_attention
-from sfttrain.proofs import Surroundings, prove
+from sfttrain.attention import FLATTENED, _unsupported_reason, register_attention
+from sfttrain.compiling import compile_layers
+from sfttrain.data import Collator
+from sfttrain.kernels import apply_liger
+from sfttrain.loss import fuse_loss
+from sfttrain.proofs import Surroundings, _row, prove
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_mixed_set, make_set
 
@@ -110,6 +115,58 @@ def test_the_proof_in_bfloat16_says_what_holds(family: str, attention: str, isol
     register_attention()
     proof = prove(config, attention, Surroundings("cuda", torch.bfloat16, rows=2, reach=None))
     assert proof.isolated == isolated, proof
+
+
+# Attention, and what the layers run: each choice that `auto` may come to.
+WAYS = [
+    *((name, "plain") for name in (*FLATTENED, "flex_attention", "sdpa", "sdpa:efficient")),
+    *(("varlen", way) for way in ("liger", "compiled", "compiled, attention kept")),
+    ("sdpa", "compiled"),
+]
+
+
+@pytest.mark.gpu(seconds=150)
+@pytest.mark.feature("attention")
+@pytest.mark.parametrize(("attention", "way"), WAYS)
+def test_in_bfloat16_a_packed_document_has_the_loss_it_has_alone(attention: str, way: str) -> None:
+    register_attention()
+    given = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+    config = AutoConfig.for_model(
+        "qwen2", num_hidden_layers=4, vocab_size=999, initializer_range=0.1, **given
+    )
+    reason = _unsupported_reason(attention, config, "cuda", torch.bfloat16)
+    if reason:
+        pytest.skip(f"{attention}: {reason}")
+    torch.manual_seed(0)
+    documents = [torch.randint(3, 999, (length,)) for length in (900, 300, 700, 148)]
+
+    def losses(packed: bool, dtype: torch.dtype, used: str, how: str) -> Tensor:
+        """Mean loss of each document."""
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=used).cuda().train()
+        model.config.use_cache = False
+        fuse_loss(model)
+        if how == "liger":
+            apply_liger(model, {})
+        if how.startswith("compiled"):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            compile_layers(model, keep="kept" in how)
+        found = []
+        for row in [documents] if packed else [[one] for one in documents]:
+            batch = Collator(used in FLATTENED)([_row(row)])
+            held = {name: part.cuda() if isinstance(part, Tensor) else part for name, part in batch.items()}
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                found.append(model(**held, skip_logits=True).token_losses.detach())
+        return torch.stack(
+            [part.mean() for part in torch.cat(found).split([len(one) - 1 for one in documents])]
+        )
+
+    alone = losses(False, torch.bfloat16, attention, way)
+    exact = losses(False, torch.float32, "sdpa", "plain")
+    noise = (losses(False, torch.bfloat16, "sdpa", "plain") - exact).abs().max()
+    assert exact.std() > 5 * noise  # a document with the loss of another would be seen
+    assert (losses(True, torch.bfloat16, attention, way) - alone).abs().max() <= noise
+    assert (alone - exact).abs().max() <= 3 * noise
 
 
 # -------------------------------------------------------------------------------------- the trainer's table

@@ -173,7 +173,7 @@ def test_the_trial_step_keeps_no_more_for_the_gradient_than_a_step_of_training(
 
     def training_step(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
         tried, trial = _Kept().of(
-            preflight.try_step, model, dict(self._prepare_inputs(inputs)), True, nullcontext()
+            preflight.try_step, model, [dict(self._prepare_inputs(inputs))], True, nullcontext()
         )
         loss, step = _Kept().of(own, self, model, inputs, *more)
         assert tried.loss == pytest.approx(float(loss), rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from sfttrain.compiling import Compilation, choose_compile, compile_layers, rest
 from sfttrain.config import read_settings
 from sfttrain.data import Collator
 from sfttrain.loss import Head, Objective, fuse_loss, supervised_loss
+from sfttrain.preflight import _trial_batches, try_step
 from sfttrain.proofs import _row
 from tests import varlen_op
 from tests.train_runs import tiny_llama, train_in_process
@@ -88,6 +90,49 @@ def test_compiled_layers_give_loss_and_gradient_of_the_plain_ones(
         assert float((moved - gradient).norm() / gradient.norm()) < (2e-2 if flatten else 1e-5)
     assert counters["stats"]["unique_graphs"] <= 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
+)
+def test_a_checkpoint_that_keeps_attention_computes_it_once_and_gives_the_same(backend: str) -> None:
+    seen = varlen_op.on_cpu()
+    model, batch = _model("varlen", checkpoints=True), _batch(SETS[0], flatten=True)
+    outcomes, times = [], []
+    for keep in (False, True, False):
+        compile_layers(model, backend, keep=keep)
+        _step(model, batch, half=True)
+        seen.clear()
+        outcomes.append(_step(model, batch, half=True))
+        times.append(len(seen))
+        restore_layers(model)
+    assert times == [6, 3, 6]
+    for found, exact in zip(outcomes[1], outcomes[0], strict=True):
+        torch.testing.assert_close(found, exact)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_parts_of_the_first_batch_add_up_to_it(
+    flatten: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen_op.install(monkeypatch)
+    model, lengths = _model("varlen" if flatten else "sdpa"), (7, 20, 4, 9)
+    row = _row([torch.randint(3, 64, (length,)) for length in lengths])
+    if weighted:
+        row = row._replace(loss_weights=torch.rand(40).numpy())
+    trainer: Any = SimpleNamespace(
+        order=[[0, 0]], train_dataset=[row], data_collator=Collator(flatten), splits=True, _prepare_inputs=dict,
+        args=SimpleNamespace(device=torch.device("cpu")),
+    )  # fmt: skip
+    whole, parts = _trial_batches(trainer)
+    assert [part["labels"].shape[1] for part in parts] == [27, 13]
+    once, twice = (try_step(model, batches, True, nullcontext()) for batches in (whole, parts))
+    assert twice.difference(once) < 1e-5
+    assert try_step(model, parts[:1], True, nullcontext()).difference(once) > 0.1
 
 
 def test_layers_that_never_ran_plainly_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +238,12 @@ def _chosen(
 def test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("sdpa")
     assert _chosen("auto", "cpu", 1000, model).what == "none"
-    assert _chosen("auto", "cuda", 1000, model) == ("none", "triton is not installed")
+    assert _chosen("auto", "cuda", 1000, model)[:2] == ("none", "triton is not installed")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert _chosen("auto", "cuda", 1000, model).what == "layers"
     assert _chosen("auto", "cuda", 1000, model, kernels=True).what == "loss"
     assert _chosen("auto", "cuda", 49, model).what == "none"
-    assert _chosen("auto", "cuda", 1000, model, fsdp="full_shard") == ("none", "the layers are sharded")
+    assert _chosen("auto", "cuda", 1000, model, fsdp="full_shard")[:2] == ("none", "the layers are sharded")
     with pytest.raises(
         UsageError, match=r"compile=layers cannot be used: the layers are sharded.*compile=none"
     ):
