@@ -61,10 +61,11 @@ fuzz: $(STAMP) ## Fuzz readers, masks, manifests and shards for MINUTES=10
 bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated table on top of benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/all.py
 
+GPU_MINUTES := 4.8
 gpu: $(STAMP) ## On one NVIDIA card: run the tests that need it, then the benchmark beside TRL (under eight minutes)
 	-$(BIN)/python -m pip install --quiet liger-kernel
 	timeout 170 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m gpu -W default tests/integration/test_train_gpu.py \
-	    tests/unit/test_train_gated.py; tests=$$?; $(BIN)/python benchmarks/gpu_step.py --minutes 4.8 && exit $$tests
+	    tests/unit/test_train_gated.py; tests=$$?; $(BIN)/python benchmarks/gpu_step.py --minutes $(GPU_MINUTES) && exit $$tests
 
 docs: $(STAMP) ## Write the pages that the code knows, and build the site in build/site; a link that leads nowhere stops it
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,9 +129,13 @@ def test_the_parts_of_the_first_batch_add_up_to_it(
     )  # fmt: skip
     whole, parts = _trial_batches(trainer)
     assert [part["labels"].shape[1] for part in parts] == [27, 13]
-    once, twice = (try_step(model, batches, True, nullcontext()) for batches in (whole, parts))
-    assert twice.difference(once) < 1e-5
-    assert try_step(model, parts[:1], True, nullcontext()).difference(once) > 0.1
+
+    def half() -> Any:  # the kernel wants 16 bit
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=flatten, cache_enabled=False)
+
+    once, twice = (try_step(model, batches, True, half()) for batches in (whole, parts))
+    assert twice.difference(once) < (5e-3 if flatten else 1e-5)
+    assert try_step(model, parts[:1], True, half()).difference(once) > 0.1
 
 
 def test_layers_that_never_ran_plainly_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
