@@ -57,6 +57,8 @@ ROWS = {
     "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",
     "evaluating a model": "`sfttrain eval MODEL SET`: the loss by source, as an evaluation during a run has it, and the documents"
     " that the model finds hardest by file and line; adapters and merged models.",
+    "answers along the way": "`--sample FILE`: each evaluation, and the end, answers a few held rows in log and report, beside"
+    " what was meant; the run stays the same, bit for bit.",
     "chat": "`sfttrain chat DIR`: answers as they come, with the chat template and stop tokens of the set; adapters and"
     " merged models; prompts, piped lines, or a terminal.",
     "trackers": "`--report-to tensorboard,wandb,mlflow,trackio`; none by default.",

@@ -67,7 +67,18 @@ class Chat:
             DataError: the conversation leaves no room for an answer, or the template refuses it.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self._ids(asked if self.talks else text)
+        answer = self.answer(asked if self.talks else text, show)
+        if self.talks:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def answer(self, asked: list[dict[str, str]] | str, show: Callable[[str], object] | None = None) -> str:
+        """Return what the model makes of a conversation, or of a text as it stands.
+
+        Raises:
+            DataError: it leaves no room for an answer, or the template refuses it.
+        """
+        ids = self._ids(asked)
         most = min(self._most, self._room(len(ids)))
         sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {}
         with torch.no_grad():
@@ -76,15 +87,12 @@ class Chat:
                 input_ids=torch.tensor([ids], device=self._model.device),
                 attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=self._model.device),
                 max_new_tokens=most,
+                use_cache=True,  # which training turns off
                 streamer=_streamer(self._tokenizer, show) if show else None,
                 pad_token_id=self._tokenizer.pad_token_id or 0,  # one row has no padding; else it is noted
                 **(sampling or {"do_sample": False}),
             )
-        new = generated[0, len(ids) :]
-        answer = cast(str, self._tokenizer.decode(new, skip_special_tokens=True))
-        if self.talks:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
-        return answer
+        return cast(str, self._tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True))
 
     def _ids(self, asked: list[dict[str, str]] | str) -> list[int]:
         """Render and tokenize as `sftdata prepare` does."""

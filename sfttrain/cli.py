@@ -65,6 +65,10 @@ NewLeg = Annotated[
 LogDocuments = Annotated[
     bool, typer.Option("--log-documents", help="Log the loss of each document, for `sftdata blame`.")
 ]
+Sample = Annotated[
+    Path | None,
+    typer.Option(help="File of a few held rows, answered in log and report."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # read by run_app
@@ -80,6 +84,7 @@ _OWN = (
     "attention",
     "mix_by",
     "passes",
+    "sample",
 )
 
 
@@ -90,8 +95,8 @@ def _settings(
     evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
     mix: Mix = None, mix_by: MixBy = None, passes: MostPasses = None, new_leg: NewLeg = False,
     report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,
-    log_documents: LogDocuments = False, overwrite: Overwrite = False, trust_remote_code: Trust = False,
-    debug: Debug = False,
+    log_documents: LogDocuments = False, sample: Sample = None, overwrite: Overwrite = False,
+    trust_remote_code: Trust = False, debug: Debug = False,
 ) -> Any:  # fmt: skip  # evaluated by `_with_settings`, before `config` is imported
     flags = locals()
     from sfttrain.config import read_settings

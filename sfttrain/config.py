@@ -142,6 +142,10 @@ class TrainConfig(BaseModel):
     log_documents: bool = Field(
         False, description="Log the loss of each document of each step, for `sftdata blame`."
     )
+    sample: Path | None = Field(
+        None,
+        description="File of a few held rows; log and report get the model's answers at each evaluation.",
+    )
     overwrite: bool = Field(False, description="Start over in a folder that holds a run.")
     push_to_hub: str | None = Field(None, description="Hub repository for the finished model, as user/model.")
     training: dict[str, Any] = Field(

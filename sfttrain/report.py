@@ -87,6 +87,7 @@ def make_report(folder: Path) -> str:
         small=[(curve, line_chart([curve], zero=True)) for curve in curves if curve.points],
         seen=_read_seen(folder / SEEN_NAME),
         evaluation=list(_evaluation(log)),
+        samples=_samples(log),
         **_documents(folder),
         settings=settings,
         shown_settings=[] if settings is None else list(_shown_settings(yaml.safe_load(settings))),
@@ -166,6 +167,16 @@ def _evaluation(log: Sequence[Line]) -> Iterator[dict[str, str | float]]:
                 "best_step": step,
                 "last": last,
             }
+
+
+def _samples(log: Sequence[Line]) -> list[Line]:
+    """Return each held row with its first and its last answer, and the steps that they are of."""
+    answered = [line for line in log if isinstance(line.get("samples"), list)]
+    if not answered:
+        return []
+    first, last = (cast(list[Line], line["samples"]) for line in (answered[0], answered[-1]))
+    steps = {"first_step": answered[0]["step"], "last_step": answered[-1]["step"]}
+    return [now | steps | {"before": then["answer"]} for then, now in zip(first, last, strict=False)]
 
 
 def _label(name: str) -> str:

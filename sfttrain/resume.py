@@ -65,7 +65,7 @@ _DIGEST = 12
 # Not compared: places, the machine, and what `identity_of` names in another way.
 _NOT_COMPARED = frozenset({
     "sets", "weights", "mix", "mix_by", "new_leg", "model", "init_from_config", "lora", "adapter", "eval",
-    "training", "output", "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu",
+    "training", "output", "sample", "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu",
     "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip

@@ -39,6 +39,7 @@ from sfttrain.process import Say, StopRequest, rank, say
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
+from sfttrain.samples import Samples
 from sfttrain.schedule import Order
 from sfttrain.seen import Account
 from sfttrain.trainer import SftTrainer
@@ -126,6 +127,7 @@ def _assemble(
 ) -> tuple[SftTrainer, Point | None, int]:
     """Load and prove everything; return the trainer, where it goes on, and how many steps there are."""
     config, args, objects = setting.config, setting.args, dict(setting.objects)
+    samples = _samples(config, sets, args)
     model, plan, where = load(setting, sets, evaluation, model, data)
     ready_generation(model, sets, say)
     reading.finish()
@@ -158,6 +160,7 @@ def _assemble(
             LogEnds(),
             TrainLog(config.output / LOG_NAME),
             Progress(),
+            *samples,
             *cast("Sequence[TrainerCallback]", objects.pop("callbacks", ())),
         ],
         **objects,
@@ -181,6 +184,13 @@ def load(
         where = _surroundings(args, everything, data)
         plan = _choose_path(config, model_config, model, where, say)
         return *make_model(config, model_config, model, plan, sets, args, say), where
+
+
+def _samples(config: TrainConfig, sets: list[ShardSet], args: TrainingArguments) -> list[TrainerCallback]:
+    """Return what answers the prompts of `sample`, where there are any."""
+    if config.sample is None:
+        return []
+    return [Samples(config.sample, tokenizer_folder(sets), config.output, args)]
 
 
 def _plan_data(

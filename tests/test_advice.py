@@ -353,6 +353,10 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),
     "leave --model out.": _CHAT,
+    "leave --sample out.": (
+        "tests/integration/test_train_samples.py"
+        "::test_a_file_that_is_not_there_and_a_set_without_a_tokenizer_are_refused_before_the_model_is_loaded"
+    ),
     "leave --system out.": "tests/integration/test_train_chat.py::test_a_model_without_chat_template_goes_on_with_a_text",
     "name the folder that `sfttrain run` or `sfttrain merge` wrote.": _CHAT,
     "--max-new-tokens of at least 1, and --temperature of at least 0.": _CHAT,
