@@ -18,7 +18,7 @@ help: ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,notebooks,dev,scale]'
 	$(BIN)/python -m compileall -q sftdata sfttrain
 	@touch $@
 

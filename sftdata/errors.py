@@ -12,6 +12,7 @@ continues with the rest.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -31,9 +32,8 @@ class SftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, fix: str = "") -> None:
-        super().__init__(message, fix)
-        self.message = message
-        self.fix = fix
+        self.message, self.fix = without_secrets(message), without_secrets(fix)
+        super().__init__(self.message, self.fix)
 
     def __str__(self) -> str:
         text = f"{self.message} Fix: {self.fix}" if self.fix else self.message
@@ -52,10 +52,35 @@ class DataError(SftError):
     exit_code = 3
 
 
+class InputChangedError(DataError):
+    """An input holds other bytes than when it was planned."""
+
+
 class IntegrityError(SftError):
     """A set does not match its manifest."""
 
     exit_code = 4
+
+
+def changed(path: str) -> InputChangedError:
+    """Return the error that names an input which was changed."""
+    what = f"{path}: changed while it was read; no set is made of two versions."
+    return InputChangedError(what, "run the same command again once nothing writes to it any more.")
+
+
+_LOGIN = re.compile(
+    r"\b(?!abfss?://)([A-Za-z][\w+.-]*://)[^/\s@'\"]*@"
+)  # there it is the name of a container
+_QUERY = re.compile(r"([A-Za-z][\w+.-]*://[^\s?'\"<>]*)\?[^\s'\"<>]*?(?=[:;,.)]*(?:$|[\s'\"<>]))")
+
+
+def without_secrets(text: str) -> str:
+    """Return text whose URLs hold no user, password or query, which may be a signature.
+
+    >>> without_secrets("https://me:pw@host/a.jsonl?sig=12: damaged; s3://bucket/b.jsonl is not.")
+    'https://host/a.jsonl: damaged; s3://bucket/b.jsonl is not.'
+    """
+    return _QUERY.sub(r"\1", _LOGIN.sub(r"\1", text))
 
 
 @dataclass(frozen=True, slots=True)

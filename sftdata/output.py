@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, without_secrets
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -226,12 +226,12 @@ def written(name: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Return text with absolute paths cut to their last part, so that it reveals nothing of the machine.
+    """Return text that reveals nothing of the machine: paths cut to their last part, URLs without secrets.
 
     >>> without_folders("/data/mine/a.jsonl: text; s3://bucket/b.jsonl and c/d stay.")
     'a.jsonl: text; s3://bucket/b.jsonl and c/d stay.'
     """
-    return _FOLDERS.sub("", written(text))
+    return _FOLDERS.sub("", without_secrets(written(text)))
 
 
 def behind_links(output: Path) -> Path:

@@ -24,7 +24,7 @@ from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refu
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
-from sftdata.errors import Unit, UsageError
+from sftdata.errors import Unit, UsageError, without_secrets
 from sftdata.formats.fields import FormatOptions
 from sftdata.masks import Mask, choose_mask
 from sftdata.output import without_folders, written
@@ -269,7 +269,7 @@ def make_plan(
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
-    names = short_names([source.source.path for source in sources])
+    names = short_names([without_secrets(source.source.path) for source in sources])
     sources = [
         source.placed(number, source.base_id, name)
         for number, (name, source) in enumerate(zip(names, sources, strict=True))
@@ -286,7 +286,7 @@ def make_plan(
         engine=engine,
         mask=choose_mask(config, tokenizer),
     )
-    return Plan(job, tasks, tuple(sources), engine_reason, (*left_out, *notes))
+    return Plan(job, tasks, tuple(sources), engine_reason, tuple(map(without_secrets, (*left_out, *notes))))
 
 
 def plan_inputs(config: PrepareConfig, note: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:

@@ -39,7 +39,7 @@ from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
-from sftdata.sources.source import read_chunk
+from sftdata.sources.source import close_sources, read_chunk
 from sftdata.version import __version__
 from sftdata.workers import Workers, usable_cores
 
@@ -183,6 +183,7 @@ def run_tasks(
             tokens, rejected = now.tokens + result.ledger.tokens, now.rejected + result.rejects
             now = Progress(now.done + 1, now.total, tokens, rejected)
             progress(now)
+    close_sources()
     return [results[task.index] for task in plan.tasks], exact
 
 

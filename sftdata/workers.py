@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.errors import SftError
 from sftdata.sources.inputs import expand_inputs
+from sftdata.sources.remote import is_url, state_of
 
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
@@ -211,5 +212,11 @@ def start_workers(config: PrepareConfig) -> Workers:
 
 
 def _input_bytes(config: PrepareConfig) -> int:
-    """Return the size of the local input files, before any of them is read."""
-    return sum(Path(path).stat().st_size for path in expand_inputs(config.inputs)[0] if Path(path).is_file())
+    """Return the size of the input, before any of it is read; objects are asked until that is large."""
+    size = 0
+    for path in expand_inputs(config.inputs)[0]:
+        if is_url(path):
+            size += (state_of(path).size or 0) if size < FAST_ENGINE_MIN_BYTES else 0
+        elif Path(path).is_file():
+            size += Path(path).stat().st_size
+    return size

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from sftdata.batches import Reject
-from sftdata.errors import UsageError, did_you_mean, nearest
+from sftdata.errors import UsageError, did_you_mean, nearest, without_secrets
 from sftdata.formats.fields import Fields
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import (
@@ -133,7 +133,7 @@ def detect(
     columns = columns or {}
     _check_names(format, columns)
     rows, unreadable = _sample(plans)
-    where = plans[0].source.path if len(plans) == 1 else f"{len(plans)} sources"
+    where = without_secrets(plans[0].source.path) if len(plans) == 1 else f"{len(plans)} sources"
     if not rows:
         bad = unreadable[0] if unreadable else None
         first = f" (record {bad.line or bad.record}: {bad.reason.rstrip('.')})" if bad else ""
@@ -205,7 +205,11 @@ def _settle(
     evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
     evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
     sources = tuple(
-        {"path": plan.source.path, "container": plan.source.container, "compression": plan.source.compression}
+        {
+            "path": without_secrets(plan.source.path),
+            "container": plan.source.container,
+            "compression": plan.source.compression,
+        }
         for plan in plans
     )
     return Detection(

@@ -15,8 +15,9 @@ import numpy as np
 import xxhash
 
 from sftdata.batches import Int64, Reject, RowBatch
-from sftdata.errors import UNITS, DataError, Fault, IntegrityError, Unit, place
+from sftdata.errors import UNITS, Fault, IntegrityError, Unit, changed, place, without_secrets
 from sftdata.sources.borders import Digests, content_borders, join_contents, ranks_of
+from sftdata.sources.remote import State, is_url, state_of
 
 Container = Literal["jsonl", "text", "json", "csv", "parquet", "arrow", "saved", "hub", "empty"]
 Compression = Literal["none", "gzip", "zstd", "xz", "bz2"]
@@ -33,6 +34,7 @@ class Source:
 
     Attributes:
         path: local path, URL, or Hub dataset id.
+        copy: local path of what was fetched of a URL; empty where nothing was.
         body: byte where the rows begin, after a byte order mark and the header of a CSV.
         body_line: 1-based line where they begin.
         delimiter, columns: of a CSV.
@@ -50,6 +52,12 @@ class Source:
     split: str | None = None
     subset: str | None = None
     head: bytes = b""
+    copy: str = ""
+
+    @property
+    def file(self) -> str:
+        """The path or URL that its bytes are read from here."""
+        return self.copy if self.copy and os.path.exists(self.copy) else self.path
 
     @property
     def unit(self) -> Unit:
@@ -67,7 +75,7 @@ class Chunk:
         first_line: of a CSV: 1-based line at `start`.
         records: how many planning counted here, blank lines included; None where it did not.
         seal: what the bytes must be; None for columnar sources.
-        stamp: what the files of a columnar source must be; None where they are not on this machine.
+        stamp: what the files of a columnar source must be; None for others.
         only: records of the source, half-open, that are read where the chunk holds more.
         content: hash of all that decides its rows, wherever they stand; of a columnar source, of its files.
         rank: of the hashes of grains, that of its first: what borders are chosen by.
@@ -148,7 +156,7 @@ class SourcePlan:
 
     def locate(self, example_id: int) -> tuple[str, int]:
         """Return the path and the 1-based line (element, record) of an example of this source."""
-        return self.source.path, example_id - self.base_id + 1
+        return without_secrets(self.source.path), example_id - self.base_id + 1
 
 
 class _Cut(NamedTuple):
@@ -330,17 +338,8 @@ def too_long(length: int, limit: int) -> Fault:
 
 HASHED_BYTES = 64 << 10  # of one block
 _HASH_BYTES = 8
+_State = tuple[int, ...] | State
 _CLOCK_NS = 20_000_000  # the clock of a file system moves in steps; two changes within one look alike
-
-
-class InputChangedError(DataError):
-    """An input holds other bytes than when it was planned."""
-
-
-def changed(path: str) -> InputChangedError:
-    """Return the error that names the input."""
-    what = f"{path}: changed while it was read; no set is made of two versions."
-    return InputChangedError(what, "run the same command again once nothing writes to it any more.")
 
 
 class BlockHashes:
@@ -441,11 +440,11 @@ class Stamp:
     """The state of the files of a columnar source when they were hashed.
 
     Attributes:
-        files: name, and device, number, size, time of writing and of the last change of any kind of each.
+        files: name, and device, number, size, time of writing and of last change of each, or its `State`.
         xxh3_128: of their bytes, one file after the other.
     """
 
-    files: tuple[tuple[str, tuple[int, ...]], ...]
+    files: tuple[tuple[str, _State], ...]
     xxh3_128: str
 
     def holds(self) -> bool:
@@ -453,7 +452,7 @@ class Stamp:
         return all(_state(name) == state for name, state in self.files)
 
 
-def states_of(names: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def states_of(names: Sequence[str]) -> tuple[tuple[str, _State], ...]:
     """Return what the file system says of files, once it could tell a change from the one before.
 
     Raises:
@@ -463,13 +462,16 @@ def states_of(names: Sequence[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     for name, state in states:
         if not state:
             raise changed(name)
-    if any(abs(time.time_ns() - state[-1]) < _CLOCK_NS for _, state in states):
+    times = [state[-1] for _, state in states if isinstance(state[-1], int)]
+    if any(abs(time.time_ns() - last) < _CLOCK_NS for last in times):
         time.sleep(_CLOCK_NS / 1e9)
         return tuple((name, _state(name)) for name in names)
     return states
 
 
-def _state(name: str) -> tuple[int, ...]:
+def _state(name: str) -> _State:
+    if is_url(name):
+        return state_of(name)
     try:
         found = os.stat(name)
     except OSError:

@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from sftdata.errors import UsageError, nearest
+from sftdata.sources.remote import is_url, objects_below, objects_like
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL_URL = re.compile(r"(?:file|local)://")
@@ -94,11 +95,6 @@ def joined(found: Sequence[Input]) -> list[Input]:
     return kept
 
 
-def is_url(path: str) -> bool:
-    """Return True for `scheme://...`."""
-    return "://" in path
-
-
 def is_hub_id(name: str) -> bool:
     """Return True for `owner/name` when that cannot be meant as a path here."""
     if not _HUB_ID.fullmatch(name) or name.lower().endswith(DATA_SUFFIXES + COMPRESSED_SUFFIXES):
@@ -108,7 +104,7 @@ def is_hub_id(name: str) -> bool:
 
 def _find(name: str, notes: list[str]) -> Input:
     if is_url(name):
-        return _find_remote(name)
+        return _find_remote(name, notes)
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_set(path)
@@ -171,31 +167,61 @@ def _before_magic(pattern: Path) -> list[str]:
     return parts
 
 
-def _find_remote(url: str) -> Input:
-    """Return the files that a URL names; one with a pattern is listed where the store can list.
+def _find_remote(url: str, notes: list[str]) -> Input:
+    """Return the objects that a URL names: one, those that a pattern matches, or the data of a folder.
 
     Raises:
-        UsageError: nothing matches, or the store cannot be listed.
+        UsageError: nothing is there, or the store cannot list it.
     """
-    if "*" not in url:
-        return Input(url, (url,), url.rpartition("/")[0], listed=True)
-    if url.startswith(("http://", "https://")):
-        raise UsageError(
-            f"{url}: files behind a web address cannot be listed by a pattern.", "name each file."
+    web = url.startswith(("http://", "https://"))
+    if web and ("*" in url or url.endswith("/")):
+        raise UsageError(f"{url}: files behind a web address cannot be listed.", "name each file.")
+    if "*" in url:
+        found = objects_like(url)
+        if not found:
+            raise UsageError(f"{url}: no file matches.", "check the pattern.")
+        base = url.partition("*")[0].rpartition("/")[0]
+        return Input(
+            url, tuple(_data_in(base, [name[len(base) + 1 :] for name in found], notes, named=True)), base
         )
-    from fsspec.core import url_to_fs
+    names = None if web or plain_name(url).endswith(DATA_SUFFIXES) else objects_below(url)
+    if names is None:
+        return Input(url, (url,), url.rpartition("/")[0], listed=True)
+    base = url.rstrip("/")
+    paths = tuple(_data_in(base, names, notes))
+    if not paths:
+        known = " ".join(DATA_SUFFIXES + COMPRESSED_SUFFIXES)
+        raise UsageError(
+            f"{url}: no data file here; expected names that end in {known}.", "name the files themselves."
+        )
+    return Input(url, paths, base)
 
-    try:
-        store, path = url_to_fs(url)
-        found = tuple(str(store.unstrip_protocol(match)) for match in sorted(store.glob(path)))
-    except ImportError as error:
-        raise UsageError(f"{url}: {error}.", "install the package that serves this kind of URL.") from None
-    except Exception as error:  # every fsspec backend has its own exceptions
-        what = f"{url}: cannot be listed ({type(error).__name__}: {error})."
-        raise UsageError(what, "check the URL and the credentials.") from None
-    if not found:
-        raise UsageError(f"{url}: no file matches.", "check the pattern.")
-    return Input(url, found, url.partition("*")[0].rpartition("/")[0])
+
+def _data_in(base: str, names: Sequence[str], notes: list[str], *, named: bool = False) -> list[str]:
+    """Return the URLs of the data among the objects below one; the rest goes to the notes.
+
+    Args:
+        named: by a pattern, so that any name is one of data.
+
+    Raises:
+        UsageError: what lies there is a finished set.
+    """
+    left_out, found = LeftOut(), list[str]()
+    beside = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == REJECTS}
+    sets = {folder for folder in beside if f"{folder}/manifest.json".lstrip("/") in names}
+    if "" in sets:
+        raise UsageError(f"{base}: a finished set, not rows.", "name the files that it is made from.")
+    for name in names:
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") for part in path.parts)
+        if any(str(folder) in sets for folder in path.parents):
+            left_out.add(path, "of a finished set")
+        elif reason := "hidden" if hidden else _no_data(path, named=named):
+            left_out.add(path, reason)
+        else:
+            found.append(f"{base}/{name}")
+    notes.extend(left_out.notes(base))
+    return found
 
 
 def _nearest(path: Path) -> str:
@@ -219,7 +245,7 @@ def plain_name(path: str) -> str:
     return next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
 
 
-def is_metadata(path: Path) -> bool:
+def is_metadata(path: PurePath) -> bool:
     """Return True for a file that is named as data and says something about data or a model instead."""
     name = path.name.lower()
     return name in METADATA or name.endswith(_INDEX)
@@ -273,9 +299,9 @@ class LeftOut:
     """What is left out of a folder or a pattern, by reason."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[Path]] = {}
+        self._found: dict[str, list[PurePath]] = {}
 
-    def add(self, path: Path, reason: str) -> None:
+    def add(self, path: PurePath, reason: str) -> None:
         """Leave a path out."""
         self._found.setdefault(reason, []).append(path)
 
@@ -315,12 +341,14 @@ def _beside(path: Path) -> str:
     """Return why an entry of a folder is not data; nothing where it is."""
     if path.name.startswith("."):
         return "hidden"
-    if path.is_dir():
-        return set_in(path)
-    name = path.name.lower()
+    return set_in(path) if path.is_dir() else _no_data(path)
+
+
+def _no_data(path: PurePath, *, named: bool = False) -> str:
+    """Return why a file is not data, by its name; nothing where it is, or where it was `named`."""
     if is_metadata(path):
         return "metadata"
-    if not plain_name(name).endswith(DATA_SUFFIXES):
+    if not named and not plain_name(path.name).endswith(DATA_SUFFIXES):
         return "not named as data; name a file itself to read it"
     return ""
 

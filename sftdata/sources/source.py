@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import numpy as np
@@ -30,11 +31,12 @@ from sftdata.sources.chunks import (
     block_hashes,
     cut_source,
 )
-from sftdata.sources.inputs import is_hub_id, is_saved_dataset, is_url, plain_name
+from sftdata.sources.inputs import is_hub_id, is_saved_dataset, plain_name
 from sftdata.sources.jsonrows import plan_array, read_array
 from sftdata.sources.lines import Record, plan_delimited, plan_lines, read_delimited, read_lines, records_of
-from sftdata.sources.streams import RawCount, compression_of, read_all
-from sftdata.sources.tables import plan_table, read_table
+from sftdata.sources.remote import fetch, is_url
+from sftdata.sources.streams import RawCount, close_streams, compression_of, read_all
+from sftdata.sources.tables import close_table, plan_table, read_table
 
 
 def open_source(path: str, *, split: str | None = None, subset: str | None = None) -> Source:
@@ -89,6 +91,12 @@ def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[
     """
     found = _read_whole(chunk, max_line_bytes)
     return found if chunk.only is None else _only(chunk, *found)
+
+
+def close_sources() -> None:
+    """Close what this process keeps open for the next chunk."""
+    close_streams()
+    close_table()
 
 
 def _read_whole(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
@@ -158,10 +166,16 @@ def sniff(path: str) -> Source:
     Raises:
         UsageError: UTF-16, an archive or another format that holds no rows.
     """
-    raw = _head(Source(path, "empty"), 16)
+    copy = (fetch(path) or "") if is_url(path) else ""
+    raw = _head(Source(path, "empty", copy=copy), 16)
     compression = compression_of(raw.data)
-    head = _head(Source(path, "empty", compression), HEAD_BYTES)
-    return replace(_recognise(path, compression, head), head=block_hashes(head.data))
+    if compression != "none" and is_url(path) and not copy:
+        raise UsageError(
+            f"{path}: read from a copy, as it is compressed; that would take half of {gettempdir()}.",
+            "set TMPDIR to a folder with more room.",
+        )
+    head = _head(Source(path, "empty", compression, copy=copy), HEAD_BYTES)
+    return replace(_recognise(path, compression, head), head=block_hashes(head.data), copy=copy)
 
 
 def _recognise(path: str, compression: Compression, head: Head) -> Source:

@@ -13,12 +13,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 import xxhash
 
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import IntegrityError, SftError, UsageError, changed
 from sftdata.sources.borders import Boundaries
 from sftdata.sources.chunks import (
     HASHED_BYTES,
@@ -27,10 +27,9 @@ from sftdata.sources.chunks import (
     Compression,
     RowBoundaries,
     Source,
-    changed,
     unchanged,
 )
-from sftdata.sources.inputs import is_url
+from sftdata.sources.remote import RANGE_BYTES, RemoteFile, is_url, read_range_of
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
@@ -54,23 +53,14 @@ def open_raw(path: str) -> BinaryIO:
     Raises:
         UsageError: it cannot be opened.
     """
-    if not is_url(path):
-        try:
-            return open(path, "rb")
-        except OSError as error:
-            raise UsageError(
-                f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions."
-            ) from None
-    import fsspec
-
+    if is_url(path):
+        return cast(BinaryIO, RemoteFile(path))
     try:
-        stream: BinaryIO = fsspec.open(path, "rb").open()
-    except ImportError as error:
-        raise UsageError(f"{path}: {error}.", "install the package that serves this kind of URL.") from None
-    except Exception as error:  # every fsspec backend has its own exceptions
-        what = f"{path}: cannot be opened ({type(error).__name__}: {error})."
-        raise UsageError(what, "check the URL and the credentials.") from None
-    return stream
+        return open(path, "rb")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}).", "check the path and its permissions."
+        ) from None
 
 
 class Decompressor(Protocol):
@@ -248,7 +238,8 @@ def read_all(source: Source, count: RawCount | None = None) -> Iterator[bytes]:
         IntegrityError: the compressed stream is damaged or cut short.
     """
     size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
-    with open_raw(source.path) as stream:
+    size = RANGE_BYTES if is_url(source.file) else size
+    with open_raw(source.file) as stream:
         raw = raw_blocks(stream, size)
         if count is None:
             yield from _checked(source, raw)
@@ -270,7 +261,7 @@ class _Forward:
     """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers its position."""
 
     def __init__(self, source: Source) -> None:
-        self.stream = open_raw(source.path)
+        self.stream = open_raw(source.file)
         self._blocks = _regrouped(_checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES)))
         self.number = -1
         self._last = b""
@@ -314,14 +305,22 @@ def read_range(chunk: Chunk, start: int | None = None) -> Iterator[bytes]:
     assert chunk.seal is not None
     start = chunk.start if start is None else start
     if start < chunk.stop:
-        blocks = _blocks_from(chunk.source, start // HASHED_BYTES)
+        last = -(-chunk.stop // HASHED_BYTES)
+        blocks = _blocks_from(chunk.source, start // HASHED_BYTES, last, chunk.seal.end)
         yield from unchanged(chunk.source.path, blocks, chunk.seal, start, chunk.stop)
 
 
-def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
-    """Yield blocks of `HASHED_BYTES` of the decompressed stream from number `first` on."""
+def _blocks_from(source: Source, first: int, last: int, end: int) -> Iterator[bytes]:
+    """Yield blocks of `HASHED_BYTES` of the decompressed stream from `first` on, at least up to `last`.
+
+    Args:
+        end: where it ended when it was planned.
+    """
     if source.compression == "none":
-        with open_raw(source.path) as stream:
+        if is_url(source.file):
+            yield from _remote_blocks(source.file, first, last, end)
+            return
+        with open_raw(source.file) as stream:
             stream.seek(first * HASHED_BYTES)
             yield from raw_blocks(stream, HASHED_BYTES)
         return
@@ -333,6 +332,21 @@ def _blocks_from(source: Source, first: int) -> Iterator[bytes]:
         yield from forward.blocks(first)
     except IntegrityError:  # it was whole when it was planned
         raise changed(source.path) from None
+
+
+_border: dict[tuple[str, int], bytes] = {}  # the block that the next chunk begins in, too
+
+
+def _remote_blocks(url: str, first: int, last: int, end: int) -> Iterator[bytes]:
+    begun = _border.get((url, first))
+    if begun is not None:
+        yield begun
+        first += 1
+    for start in range(first * HASHED_BYTES, min(last * HASHED_BYTES, end), RANGE_BYTES):
+        part = read_range_of(url, start, min(start + RANGE_BYTES, last * HASHED_BYTES, end))
+        _border.clear()
+        _border[url, last - 1] = part[(last - 1) * HASHED_BYTES - start :]
+        yield from (part[at : at + HASHED_BYTES] for at in range(0, len(part), HASHED_BYTES))
 
 
 def close_streams() -> None:

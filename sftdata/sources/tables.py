@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -13,7 +14,7 @@ import numpy as np
 import xxhash
 
 from sftdata.batches import Reject, RowBatch
-from sftdata.errors import Fault, UsageError, need
+from sftdata.errors import Fault, UsageError, changed, need
 from sftdata.output import written
 from sftdata.sources.borders import DIGEST_BYTES, grain_of
 from sftdata.sources.chunks import (
@@ -23,10 +24,10 @@ from sftdata.sources.chunks import (
     RowCollector,
     Source,
     Stamp,
-    changed,
     states_of,
 )
-from sftdata.sources.inputs import is_url, several_splits, wrong_split
+from sftdata.sources.inputs import several_splits, wrong_split
+from sftdata.sources.remote import RANGE_BYTES, LocalCopy, RemoteFile, is_url
 from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 
 if TYPE_CHECKING:
@@ -58,12 +59,12 @@ class _Table(NamedTuple):
 def plan_table(source: Source, slice_bytes: int) -> RowBoundaries:
     """Count rows and cut them in ranges that hold about `slice_bytes` of the raw bytes each."""
     files = _raw_files(source)
-    local = not is_url(source.path)
-    states = states_of(files) if local else ()
+    copy = source.copy
+    states = ((source.path, copy.state),) if isinstance(copy, LocalCopy) else states_of(files)
     total = _open(source).rows
-    count = _hashed(files)
-    stamp = Stamp(states, count.hasher.hexdigest()) if local else None
-    if stamp is not None and not stamp.holds():
+    count = _hashed([copy] if copy else files)
+    stamp = Stamp(states, count.hasher.hexdigest())
+    if not copy and not stamp.holds():
         raise changed(source.path)
     # All rows are taken to be of the same size: Parquet knows no more of them without reading.
     rows_per_byte = total / max(count.size, 1)
@@ -82,7 +83,7 @@ def _hashed(files: Sequence[str]) -> RawCount:
     count = RawCount()
     for path in files:
         with open_raw(path) as stream:
-            for _block in count.watch(raw_blocks(stream, BLOCK_BYTES)):
+            for _block in count.watch(raw_blocks(stream, RANGE_BYTES if is_url(path) else BLOCK_BYTES)):
                 pass
     return count
 
@@ -105,12 +106,18 @@ def read_table(chunk: Chunk) -> tuple[RowBatch, list[Reject]]:
     return found.finish()
 
 
+def close_table() -> None:
+    """Close the source kept open for the next chunk."""
+    _open.cache_clear()
+
+
 _stamps: dict[Stamp, Stamp] = {}  # as planned -> as the same bytes were last seen
 
 
 def _read_planned(chunk: Chunk) -> tuple[Rows, dict[str, Convert]]:
     """Read rows while the files are those that were planned, before and after; return also the converters."""
-    if chunk.stamp is None:
+    assert chunk.stamp is not None
+    if chunk.source.file == chunk.source.copy:
         table = _open(chunk.source)
         return table.read(chunk.start, chunk.stop), table.converters
     for _ in range(_ATTEMPTS):
@@ -171,7 +178,7 @@ def _open_file(path: str) -> pa.NativeFile:
     import pyarrow as pa
 
     if is_url(path):
-        return pa.PythonFile(open_raw(path))
+        return pa.PythonFile(io.BufferedReader(RemoteFile(path), 1))
     if written(path) == path:
         return pa.memory_map(path)
     with open(path, "rb") as file:  # pyarrow takes names in UTF-8 only
@@ -181,7 +188,7 @@ def _open_file(path: str) -> pa.NativeFile:
 def _open_parquet(source: Source) -> _Table:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(_open_file(source.path))
+    file = pq.ParquetFile(_open_file(source.file))
     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]  # of each row group, and the end of the last
 
@@ -203,7 +210,7 @@ def _open_parquet(source: Source) -> _Table:
 def _open_arrow(source: Source) -> _Table:
     import pyarrow as pa
 
-    data = _open_file(source.path)
+    data = _open_file(source.file)
     is_file = data.read(6) == b"ARROW1"
     data.seek(0)
     table = pa.ipc.open_file(data).read_all() if is_file else pa.ipc.open_stream(data).read_all()

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftdata.errors import IntegrityError, UsageError
-from sftdata.sources.chunks import HASHED_BYTES, InputChangedError, RowBoundaries, SourcePlan
+from sftdata.errors import InputChangedError, IntegrityError, UsageError
+from sftdata.sources.chunks import HASHED_BYTES, RowBoundaries, SourcePlan
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.compressed import zstd

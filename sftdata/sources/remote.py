@@ -1,0 +1,352 @@
+"""Objects behind URLs: listed, measured, fetched once, or read in exact ranges where they cannot be kept.
+
+Planning reads every byte of its input. Of an object it leaves a local copy in the folder for temporary files,
+and from then on the object is a file like any other, until the plan is gone. Where there is no room for the
+copy, and on machines that did not plan, ranges of the object are read, never a byte ahead.
+
+Credentials come from the environment, as each kind of store looks for them; nothing here takes any.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import io
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from sftdata.errors import SftError, UsageError, changed
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+Result = TypeVar("Result")
+
+RANGE_BYTES = 8 << 20  # of one request
+_AT_ONCE = 4  # requests for a copy
+_WAITS = (0.5, 1.0, 2.0)  # seconds before each repetition of a request that may yet succeed
+_FOLDER = "sftdata-inputs-"
+_TAGS = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified", "last_modified", "created")
+_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+    **dict.fromkeys(("http", "https"), "http"),
+    "hf": "hub",
+}
+_IDENTITY = {"headers": {"Accept-Encoding": "identity"}}  # the bytes that were stored, whose size is known
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (public: FSSPEC_S3_ANON=true)",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "azure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "hub": "HF_TOKEN",
+}
+
+
+class State(NamedTuple):
+    """What tells one version of an object from another.
+
+    Attributes:
+        size: in bytes; None where the server does not say.
+        tag: what the store says of its content; empty where it says nothing.
+    """
+
+    size: int | None
+    tag: str
+
+
+def is_url(path: str) -> bool:
+    """Return True for `scheme://...`."""
+    return "://" in path
+
+
+def state_of(url: str) -> State:
+    """Ask for the present state of an object.
+
+    Raises:
+        SftError: it cannot be reached, or is not there.
+    """
+
+    def ask(store: AbstractFileSystem, path: str) -> State:
+        store.invalidate_cache()  # listings are remembered
+        info = store.info(path)
+        return State(info["size"], next((str(info[key]) for key in _TAGS if info.get(key)), ""))
+
+    return _ask(url, ask)
+
+
+def objects_below(url: str) -> list[str] | None:
+    """Return the names of all objects below a URL, relative to it, in order; None where it is an object.
+
+    Raises:
+        SftError: the store cannot be listed.
+    """
+
+    def ask(store: AbstractFileSystem, path: str) -> list[str] | None:
+        if not url.endswith("/") and not store.isdir(path):
+            return None
+        return [name[len(path) :].lstrip("/") for name in store.find(path)]
+
+    return _ask(url, ask)
+
+
+def objects_like(pattern: str) -> list[str]:
+    """Return the URLs of the objects that a pattern matches, in order.
+
+    Raises:
+        SftError: the store cannot be listed.
+    """
+    before = pattern.partition("*")[0].rpartition("/")[0]
+
+    def ask(store: AbstractFileSystem, path: str) -> list[str]:
+        known = len(store._strip_protocol(before))
+        return [before + match[known:] for match in store.glob(path)]
+
+    return _ask(pattern, ask)
+
+
+# ---------------------------------------------------------------------------------------------- local copies
+
+
+class LocalCopy(str):
+    """The path of a copy, which is removed with the last plan that names it; elsewhere a plain path.
+
+    Attributes:
+        state: of the object that it is a copy of.
+    """
+
+    state: State
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+def fetch(url: str) -> LocalCopy | None:
+    """Copy an object to this machine, each byte once; return None where it would take half of the room.
+
+    Raises:
+        SftError: it cannot be read, or changed meanwhile.
+    """
+    before = state_of(url)
+    folder = _folder()
+    if (before.size or 0) > _room(folder):
+        return None
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        with open(descriptor, "wb") as file:
+            if before.size is None or url.startswith(("http://", "https://")):
+                _download(url, file)
+            else:
+                _copy_ranges(url, before.size, file)
+            size = file.tell()
+        if state_of(url) != before or before.size not in (None, size):
+            raise changed(url)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    copy = LocalCopy(name)
+    copy.state = before
+    weakref.finalize(copy, Path(name).unlink, missing_ok=True)
+    return copy
+
+
+def _room(folder: str) -> int:
+    """Return how many bytes a copy may take."""
+    return shutil.disk_usage(folder).free // 2
+
+
+def _download(url: str, file: io.BufferedWriter) -> None:
+    """Copy an object in one request: a server of the web may serve no ranges, or not say how long it is."""
+
+    def ask(store: AbstractFileSystem, path: str) -> None:
+        file.seek(0)
+        file.truncate()
+        store.get_file(path, file)
+
+    _ask(url, ask)
+
+
+def _copy_ranges(url: str, size: int, file: io.BufferedWriter) -> None:
+    starts = range(0, size, RANGE_BYTES)
+    for first in range(0, len(starts), _AT_ONCE):
+        spans = [(start, min(start + RANGE_BYTES, size)) for start in starts[first : first + _AT_ONCE]]
+        for span, part in zip(spans, _read_ranges(url, spans), strict=True):
+            file.write(part if isinstance(part, bytes) else read_range_of(url, *span))
+
+
+def _read_ranges(url: str, spans: list[tuple[int, int]]) -> list[bytes | Exception]:
+    """Read several ranges at a time; of one that failed, return why."""
+
+    def ask(store: AbstractFileSystem, path: str) -> list[bytes | Exception]:
+        begins, ends = zip(*spans, strict=True)
+        found = store.cat_ranges([path] * len(spans), list(begins), list(ends), on_error="return")
+        return list(found)
+
+    return _ask(url, ask)
+
+
+def read_range_of(url: str, start: int, stop: int) -> bytes:
+    """Read bytes `start:stop` of an object, and no more.
+
+    Raises:
+        SftError: they cannot be read, or the object has become shorter.
+    """
+    data = _ask(url, lambda store, path: bytes(store.cat_file(path, start=start, end=stop)))
+    if len(data) > stop - start:
+        what = f"{url}: the server sends the whole file for a range of it."
+        raise UsageError(what, "set TMPDIR to a folder with room for twice its size.")
+    if len(data) < stop - start:
+        raise changed(url)
+    return data
+
+
+@lru_cache(maxsize=1)
+def _folder() -> str:
+    """Return the folder of this process for copies, and remove those of processes that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    folder = tempfile.mkdtemp(prefix=_FOLDER)
+    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)  # until the process ends
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class RemoteFile(io.RawIOBase):
+    """An object as a file: what is read from it is fetched, and no more."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url
+        self._size = state_of(url).size
+        self._at = 0
+        if self._size is None:
+            raise UsageError(
+                f"{url}: the server does not say its size.", "set TMPDIR to a folder with room for it."
+            )
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position and return it."""
+        assert self._size is not None
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        """Fill a buffer, as far as the object reaches; return how many bytes that took."""
+        assert self._size is not None
+        view = memoryview(buffer).cast("B")
+        stop = min(self._at + min(len(view), RANGE_BYTES), self._size)
+        if stop <= self._at:
+            return 0
+        data = read_range_of(self.name, self._at, stop)
+        view[: len(data)] = data
+        self._at = stop
+        return len(data)
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+def _ask(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Result:
+    """Make a request of the store behind a URL, again where it may yet succeed.
+
+    Raises:
+        UsageError: as asked for, it cannot succeed.
+        SftError: it failed several times.
+    """
+    with _explained(url):
+        from fsspec.core import url_to_fs
+
+        web = url.startswith(("http://", "https://"))
+        store, path = url_to_fs(url, **({"client_kwargs": _IDENTITY} if web else {}))
+        for wait in _WAITS:
+            try:
+                return request(store, path)
+            except Exception as error:
+                if _is_final(error):
+                    raise
+                time.sleep(wait)
+        return request(store, path)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the status of HTTP that an error, or one behind it, came with."""
+    while error is not None:
+        status = getattr(error, "status", None) or getattr(error, "code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the same request cannot succeed."""
+    status = _status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in (408, 429)
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+        return _is_final(error.__cause__)  # whatever went wrong is told so
+    final = (
+        ImportError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+        NotImplementedError,
+        ValueError,
+    )
+    return isinstance(error, final) or "Credential" in type(error).__name__
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn what a store raises into one line; each has its own exceptions."""
+    scheme = url.partition("://")[0]
+    extra = _EXTRAS.get(scheme, "")
+    keys = _KEYS.get(extra, "the credentials of the store")
+    try:
+        yield
+    except SftError:
+        raise
+    except ImportError as error:
+        fix = f"pip install 'sftdata[{extra}]'" if extra else f"install the package that serves {scheme}://."
+        raise UsageError(f"{url}: {error}.", fix) from None
+    except Exception as error:
+        status = _status(error)
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+        if not _is_final(error):
+            what = f"{url}: cannot be read; {len(_WAITS) + 1} attempts failed ({said})."
+            fix = "check the region and the endpoint, or run the same command again later."
+            raise SftError(what, fix) from None
+        if "Credential" in type(error).__name__:
+            raise UsageError(f"{url}: no credentials ({said}).", f"set {keys}.") from None
+        if isinstance(error, PermissionError) or status in (401, 403):
+            what = f"{url}: access is denied ({said})."
+            raise UsageError(what, f"check the rights of {keys}.") from None
+        if isinstance(error, FileNotFoundError) or status == 404:
+            what = f"{url}: not there ({said})."
+            raise UsageError(what, "check the URL: the bucket or server, and the object.") from None
+        raise UsageError(f"{url}: cannot be read ({said}).", "check the URL.") from None

@@ -1,0 +1,181 @@
+"""Servers on 127.0.0.1 that stand for the stores inputs come from: they count what they send, and fail as they are told."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import HANGS
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "the-secret-of-the-test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+class Web:
+    """Files behind http, with ranges and tags.
+
+    Attributes:
+        files: content by name.
+        sent: bytes of bodies, by name.
+        answer: status to answer a GET of a name with instead, by how often it was asked for; None to serve it.
+        ranges: serve ranges.
+        wrong_region: answer as S3 does where the region is wrong.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.sent: dict[str, int] = {}
+        self.asked: dict[str, int] = {}
+        self.answer: Callable[[str, int], int | None] = lambda name, times: None
+        self.ranges = True
+        self.wrong_region = False
+        self.url = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.sent.values())
+
+
+def web_handler(web: Web) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.serve(body=False)
+
+        def do_GET(self) -> None:
+            self.serve(body=True)
+
+        def serve(self, *, body: bool) -> None:
+            name = self.path.partition("?")[0].lstrip("/")
+            data = web.files.get(name)
+            web.asked[name] = web.asked.get(name, 0) + body
+            if web.wrong_region:
+                text = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>expecting 'eu-west-1'</Message></Error>"
+                self.send_response(400)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text * body)
+                return
+            status = web.answer(name, web.asked[name]) if body else None
+            if data is None or status is not None:
+                self.send_response(status or 404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if web.ranges else None
+            part = data
+            if found:
+                first, last = int(found[1]), min(int(found[2] or len(data) - 1), len(data) - 1)
+                part = data[first : last + 1]
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("ETag", f'"{hash(data)}"')
+            self.end_headers()
+            if body:
+                web.sent[name] = web.sent.get(name, 0) + len(part)
+                with suppress(ConnectionError):
+                    self.wfile.write(part)
+
+    return Handler
+
+
+@contextmanager
+def served() -> Iterator[Web]:
+    """Serve files by http."""
+    web = Web()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), web_handler(web))
+    web.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Counter:
+    """Passes connections on to a server, and counts what that sends."""
+
+    def __init__(self, port: int) -> None:
+        self.sent, self._to = 0, port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
+                threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.sent += len(data) * counted
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextmanager
+def s3_server(log: Path) -> Iterator[int]:
+    """Run moto's server in a process of its own; yield its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-c",
+        f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])",
+    ]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **KEYS})
+    try:
+        deadline = time.monotonic() + HANGS
+        while True:
+            with suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=HANGS).close()
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(HANGS)
+
+
+def need_packages(*names: str) -> None:
+    """Skip aloud where a package is missing that `pip install 'sftdata[scale]'` brings."""
+    for name in names:
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'sftdata[scale]'")
