@@ -29,7 +29,7 @@ def read_amount(text: str) -> Amount:
     """Read an amount.
 
     Raises:
-        ValueError: the text is no amount.
+        ValueError: the text is no amount, or one of nothing.
 
     >>> read_amount("1.5M tokens"), read_amount("500 rows"), read_amount("2k trained").measure
     (Amount(number=1500000, measure='tokens'), Amount(number=500, measure='rows'), 'trained')
@@ -44,7 +44,10 @@ def read_amount(text: str) -> Amount:
         "tokens": "tokens",
         "trained": "trained",
     }
-    return Amount(round(float(number) * _TIMES[times]), kinds[measure])
+    whole = round(float(number) * _TIMES[times])
+    if not whole:
+        raise ValueError(f"{text!r} is nothing; expected more, or the source left out")
+    return Amount(whole, kinds[measure])
 
 
 def read_share(text: str) -> float:

@@ -6,7 +6,6 @@ the fast engine, enforces the limits of loss, and writes the manifest last.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -201,7 +200,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
     blank = sum(source.records for source in plan.sources) - ledger.rows_in
     build.write_lists(records_of(plan, results))
     refuse_losses(plan.job.config, ledger, build)
-    tokenizer, template = plan.job.tokenizer, plan.job.tokenizer.chat_template
+    tokenizer = plan.job.tokenizer
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     inputs, name = inputs_of(plan.job.config), without_folders(tokenizer.name)
     return Manifest(
@@ -215,7 +214,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
             bos_id=tokenizer.bos_id,
             tokens_added=tuple(token for token, _ in tokenizer.tokens_added),
         ),
-        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
+        chat_template_sha256=tokenizer.chat_template_sha256,
         sources=tuple(
             SourceInfo(
                 name=short_name,

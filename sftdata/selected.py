@@ -18,7 +18,7 @@ import msgspec
 
 from sftdata.choosing import SIDES, folders_of
 from sftdata.config import PrepareConfig
-from sftdata.errors import DataError, SftError, UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
@@ -28,7 +28,7 @@ from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, read
 from sftdata.settings import check_settings
 from sftdata.views.plan import named_selection
 from sftdata.views.recipe import ViewConfig
-from sftdata.views.select import named, shared_out
+from sftdata.views.select import named, read_excluded, shared_out
 from sftdata.views.write import make_view, refuse_nested
 from sftdata.workers import Workers
 
@@ -105,7 +105,7 @@ def _choose(
     build_set(documents, replace(plan, job=job), old, workers, prepared, note)
     try:
         return make_view(view, written, note, passing=True)
-    except (DataError, UsageError):
+    except (DataError, IntegrityError, UsageError):
         _put_back(config.output)
         raise
 
@@ -124,8 +124,12 @@ def _refuse_begun(config: PrepareConfig) -> None:
         UsageError: naming it.
     """
     build = Build(config.output)
-    if not config.overwrite and (begun := build.kept()) and "view" not in begun:
+    if config.overwrite or not (begun := build.kept()):
+        return
+    if "view" not in begun:
         raise unfinished(build.folder, "an unfinished set of all documents")
+    if config.eval is not None:
+        raise unfinished(build.folder, "an unfinished set, and no split")
 
 
 def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
@@ -133,19 +137,15 @@ def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
 
     Raises:
         UsageError: a source, or a set to exclude, is not there or of another tokenizer.
+        IntegrityError: a set to exclude is damaged.
     """
     names = list(plan.job.sources)
     for pattern in view.cap:
         named(pattern, names, setting="cap")
     if view.mix:
         shared_out(list(view.mix), names)
-    for folder in view.exclude:
-        found = read_manifest(Path(folder)).tokenizer.sha256
-        if found != plan.job.tokenizer.sha256:
-            raise UsageError(
-                f"--exclude {folder}: tokenizer {found[:12]}; here it is {plan.job.tokenizer.sha256[:12]}.",
-                "prepare that set again with the tokenizer that is used here.",
-            )
+    if view.exclude:
+        read_excluded(view, plan.job.tokenizer.sha256, plan.job.tokenizer.chat_template_sha256)
 
 
 # --------------------------------------------------------------------------------------- what is there
@@ -181,13 +181,13 @@ def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
 def _sweep(plan: Plan, output: Path) -> None:
     """Remove the documents that finished sets were chosen from; those of another run stay.
 
-    They become a build without a plan first: stopped halfway, they are swept up the next time.
+    They are put aside first: stopped halfway, they are swept up the next time.
     """
-    documents = documents_folder(output)
+    documents = Build(documents_folder(output))
     with suppress(SftError):
-        if not plan.difference(read_manifest(documents)):
-            _put_back(output)
-    Build(documents).sweep()
+        if not plan.difference(read_manifest(documents.output)):
+            documents.put_away()
+    documents.sweep()
     Build(output).sweep()
 
 

@@ -94,6 +94,11 @@ class ResolvedTokenizer:
     notes: tuple[str, ...]
 
     @property
+    def chat_template_sha256(self) -> str | None:
+        """Hash of the default template; None where there is none."""
+        return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
+
+    @property
     def lengths_file(self) -> Path:
         """NumPy file: int64[vocab_size], source bytes per token."""
         return self.folder.parent / LENGTHS_FILE

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.ledger import LISTS, Ledger, write_parts
 from sftdata.set.manifest import (
@@ -130,6 +131,10 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
             ) from None
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
+    if is_split(folder):
+        if overwrite:
+            return None
+        raise made_otherwise(folder, ["eval"])
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(
             f"{folder}: holds files, but is no set; nothing was touched.",
@@ -140,6 +145,17 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
             f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}"
         )
     return None
+
+
+def is_split(folder: Path) -> bool:
+    """Say whether a folder holds the sides of a split, or what is left of them, and nothing else."""
+    if not folder.is_dir() or not (names := {entry.name for entry in folder.iterdir()}):
+        return False
+    with suppress(SftError):
+        return names.issubset(SIDES) and all(
+            read_manifest(folder / name).settings.get("view", {}).get("side") == name for name in names
+        )
+    return False
 
 
 class Build:
@@ -367,9 +383,17 @@ class Build:
     def put_back(self) -> None:
         """Let a finished set wait to be put in place: the same settings do so, others may discard it."""
         with suppress(SftError, OSError), self.locked():
+            (self.output / _SLICES).mkdir(exist_ok=True)
+            (
+                self.output / _SLICES / self._refused.name
+            ).touch()  # first: stopped here, the set is still whole
             os.rename(self.output, self.folder)
-            (self.folder / _SLICES).mkdir()
-            self._refused.touch()
+
+    def put_away(self) -> None:
+        """Put a finished set aside, to be swept up."""
+        with suppress(SftError, OSError), self.locked():
+            remove(self.replaced)
+            os.rename(self.output, self.replaced)
 
     def _replace(self) -> None:
         """Let the folder and the old set change places, and put the old one aside."""
@@ -418,10 +442,11 @@ def refuse_choice(output: Path) -> None:
 def sweep_choice(output: Path, *, discard: bool) -> None:
     """Remove the documents of a refused choice, with `discard` also those of a stopped one."""
     documents = Build(documents_folder(output))
-    if discard and (documents.output.exists() or documents.kept()):
+    if documents.folder.exists() and (discard or not documents.kept()):
         with suppress(SftError, OSError), documents.locked():
             documents.clear()
-        documents.put_back()
+    if discard and documents.output.exists():
+        documents.put_away()
     documents.sweep()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,7 +203,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def deciding_settings(self) -> dict[str, Any]:
         """Return the settings that are part of the digest: those that can change a byte of the set."""
-        return {key: value for key, value in self.settings.items() if key not in _PLACES + _MANNER}
+        return deciding(self.settings)
 
     @property
     def pad_to_multiple_of(self) -> int:
@@ -221,6 +221,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not plain[name]:
                 del plain[name]
         return plain | {"ledger": self.ledger.to_json()}
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that can change a byte of a set."""
+    return {key: value for key, value in settings.items() if key not in _PLACES + _MANNER}
 
 
 class _Version(msgspec.Struct):

@@ -93,16 +93,25 @@ def open_bases(folders: Sequence[str | Path]) -> tuple[Base, ...]:
 
 def _refuse_different(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     """Refuse sets of two tokenizers, or of two chat templates of one."""
+    first = manifests[0]
     for path, manifest in zip(paths, manifests, strict=True):
-        for what, one, other in (
-            ("tokenizer", manifests[0].tokenizer.sha256, manifest.tokenizer.sha256),
-            ("chat template", manifests[0].chat_template_sha256, manifest.chat_template_sha256),
-        ):
-            if one != other:
-                found = f"{what} {str(other)[:12]}; {paths[0]} has {str(one)[:12]}"
-                raise UsageError(
-                    f"{path}: {found}.", "make a view of sets of one tokenizer, or prepare one of them again."
-                )
+        if said := unlike(manifest, first.tokenizer.sha256, first.chat_template_sha256):
+            what, found, expected = said
+            raise UsageError(
+                f"{path}: {what} {found}; {paths[0]} has {expected}.",
+                "make a view of sets of one tokenizer, or prepare one of them again.",
+            )
+
+
+def unlike(manifest: Manifest, tokenizer: str, chat_template: str | None) -> tuple[str, str, str] | None:
+    """Return what of a set is not that of this hash, and the beginnings of both hashes; None if nothing."""
+    for what, found, expected in (
+        ("tokenizer", manifest.tokenizer.sha256, tokenizer),
+        ("chat template", manifest.chat_template_sha256, chat_template),
+    ):
+        if found != expected:
+            return what, str(found)[:12], str(expected)[:12]
+    return None
 
 
 def _rows(manifest: Manifest) -> int:

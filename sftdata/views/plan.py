@@ -94,7 +94,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     config = _filled(config, bases[0])
     store = open_store(bases, whole=config.write)
     choice = Choice.of(read_documents(bases, store), sources_of(bases))
-    filter_documents(choice, config)
+    filter_documents(choice, config, bases[0].manifest)
     limited = limit_documents(choice, _limit(config), config.overlong or "truncate")
     cap_sources(choice, config, limited)
     sides = split_off(choice, config) if config.eval is not None else {"": choice}

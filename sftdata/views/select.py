@@ -13,9 +13,9 @@ from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of
 from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
-from sftdata.set.manifest import SourceInfo, first_passes
+from sftdata.set.manifest import Manifest, SourceInfo, first_passes, read_manifest
 from sftdata.set.shares import Share
-from sftdata.views.bases import Base, open_bases, open_store, read_documents
+from sftdata.views.bases import open_bases, open_store, read_documents, unlike
 from sftdata.views.choose import (
     draw,
     drawn_share,
@@ -148,8 +148,11 @@ def shared_out(patterns: Sequence[str], names: Sequence[str]) -> list[Bool]:
     return groups
 
 
-def filter_documents(choice: Choice, config: ViewConfig) -> None:
+def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None:
     """Leave out what the recipe does not want, by what the index says of each document.
+
+    Args:
+        base: of a set that the documents are in.
 
     Raises:
         UsageError: a source, place, id or set that the recipe names is not there.
@@ -177,17 +180,22 @@ def filter_documents(choice: Choice, config: ViewConfig) -> None:
         first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
         choice.keep(f"dedup-{config.dedup}", first)
     if config.exclude:
-        excluded = _excluded(config)
-        others = read_documents(excluded, open_store(excluded, whole=False))
-        by = config.exclude_by
+        others, by = (
+            read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256),
+            config.exclude_by,
+        )
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
 
 
-def _excluded(config: ViewConfig) -> tuple[Base, ...]:
-    """Open the sets whose documents to leave out.
+def read_excluded(config: ViewConfig, tokenizer: str, chat_template: str | None) -> Documents:
+    """Find the documents of the sets to exclude.
+
+    Args:
+        tokenizer, chat_template: hashes of those of the documents that these are taken out of.
 
     Raises:
         UsageError: one is among the sets that the view is made of, is named twice or of another tokenizer.
+        IntegrityError: one is damaged.
     """
     taken = {Path(folder).resolve() for folder in config.sets}
     for index, folder in enumerate(config.exclude):
@@ -198,7 +206,14 @@ def _excluded(config: ViewConfig) -> tuple[Base, ...]:
             )
         if Path(folder).resolve() in [Path(other).resolve() for other in config.exclude[:index]]:
             raise UsageError(f"--exclude {folder}: named twice.", "name it once.")
-    return open_bases([*config.sets[:1], *config.exclude])[1:]
+        if said := unlike(read_manifest(Path(folder)), tokenizer, chat_template):
+            what, found, expected = said
+            raise UsageError(
+                f"--exclude {folder}: {what} {found}; here it is {expected}.",
+                f"prepare that set again with the {what} that is used here.",
+            )
+    excluded = open_bases(config.exclude)
+    return read_documents(excluded, open_store(excluded, whole=False))
 
 
 def _hashes(documents: Documents, by: str) -> UInt64:

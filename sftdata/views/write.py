@@ -38,6 +38,7 @@ from sftdata.set.manifest import (
     BaseInfo,
     Manifest,
     SourceInfo,
+    deciding,
     read_manifest,
     write_manifest,
 )
@@ -187,6 +188,8 @@ def _difference(plan: ViewPlan, manifest: Manifest) -> list[str]:
     asked, bases = ([(base.digest, base.rest) for base in own] for own in (_bases(plan), manifest.bases))
     if manifest.by_index == plan.config.write:
         changed.add("write")
+    elif not bases:  # prepared: sources and settings, which have the digests of bases if any, say all of it
+        changed |= {"sources"} if plan.sources != manifest.sources else set()
     elif asked != bases:
         changed.add("bases")
     plain = {name.removeprefix("view.") for name in changed}
@@ -194,8 +197,8 @@ def _difference(plan: ViewPlan, manifest: Manifest) -> list[str]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
-    """Return settings with those of a view, which may have the same names, beside the others."""
-    own = {name: value for name, value in settings.items() if name != "view"}
+    """Return the settings that decide, with those of a view, which may have the same names, beside them."""
+    own = {name: value for name, value in deciding(settings).items() if name != "view"}
     return own | {f"view.{name}": value for name, value in settings.get("view", {}).items()}
 
 

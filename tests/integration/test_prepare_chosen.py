@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -277,6 +279,28 @@ def test_a_split_holds_nothing_of_a_refused_set_in_whose_place_it_is_built(
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["eval", "train"]
 
 
+def test_documents_of_a_choice_refused_for_its_rows_do_not_stay(files: list[Path], tmp_path: Path) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", [*chats(9, 1), {"messages": 3}])
+    with pytest.raises(SftError, match="1 of 10 rows rejected"):
+        prepare(tmp_path / "set", [bad], dedup="row")
+    prepare(tmp_path / "set", files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "set"]
+
+
+def test_a_set_to_exclude_that_goes_meanwhile_is_in_nobodys_way(
+    files: list[Path], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(other, tmp_path / "other")
+    monkeypatch.setattr(
+        "sftdata.selected._refuse_unknown", lambda *_: (tmp_path / "other/index-00000.arrow").unlink()
+    )
+    with pytest.raises(SftError, match="index-00000.arrow: missing"):
+        prepare(tmp_path / "set", files, exclude=[tmp_path / "other"])
+    monkeypatch.undo()
+    prepare(tmp_path / "set", files, dedup="row", max_length=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "set"]
+
+
 def test_other_settings_do_not_go_on_with_an_unfinished_choice(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +325,8 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
     from tests.train_sets import make_set
 
     make_set(tmp_path / "foreign", tokenizer="7")
+    shutil.copytree(other, tmp_path / "damaged")
+    (tmp_path / "damaged" / "index-00000.arrow").unlink()
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("sftdata.run.run_tasks", None)
     for settings, said in (
@@ -315,6 +341,11 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
         ({"mix": {"a*": 1}, "total": "5 tokens"}, "counts tokens; --mix-by is trained"),
         ({"exclude": [tmp_path / "none"]}, "no such folder"),
         ({"exclude": [tmp_path / "foreign"]}, "tokenizer 777777777777; here it is"),
+        ({"exclude": [other], "chat_template": "chatml"}, f"--exclude {other}: chat template "),
+        ({"exclude": [tmp_path / "damaged"]}, "index-00000.arrow: missing."),
+        ({"exclude": [other, other]}, f"--exclude {other}: named twice. Fix: name it once."),
+        ({"mix": {"*": 1}, "total": "0 trained"}, "'0 trained' is nothing; expected more"),
+        ({"cap": {"*": "0.4 rows"}}, "'0.4 rows' is nothing; expected more, or the source left out"),
         ({"eval": "120%"}, "a share is at most 100%"),
         ({"eval": "0%"}, "a share of none or all leaves a side of the split empty"),
         ({"eval": 1}, "a share of none or all leaves a side of the split empty"),
@@ -325,6 +356,52 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
         assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(UsageError, match="lies inside"):
         prepare(other / "set", files, exclude=[other])
+
+
+def test_an_unfinished_set_in_the_way_of_a_split_is_refused_before_anything_is_tokenized(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sftdata.views.write._refuse_changed", None)
+        with pytest.raises(TypeError):
+            prepare(tmp_path / "set", files, dedup="row")
+    with monkeypatch.context() as patch:
+        patch.setattr("sftdata.selected.build_set", None)
+        with pytest.raises(UsageError, match="an unfinished set, and no split") as caught:
+            prepare(tmp_path / "set", files, eval="20%")
+    assert caught.value.fix.endswith("or start anew with --overwrite.")
+    prepare(tmp_path / "set", files, eval="20%", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("later", [{}, {"dedup": "row"}, {"cap": {"*": "9 rows"}, "max_length": 64}], ids=str)
+def test_a_set_takes_the_place_of_a_split_if_asked_for(
+    files: list[Path], tmp_path: Path, later: Settings
+) -> None:
+    prepare(tmp_path / "set", files, eval="20%")
+    before = contents(tmp_path / "set" / "train")
+    with pytest.raises(UsageError, match=r"made otherwise \(eval differ\).* with --overwrite"):
+        prepare(tmp_path / "set", files, **later)
+    assert contents(tmp_path / "set" / "train") == before
+    made = prepare(tmp_path / "set", files, **later, overwrite=True)
+    assert read_manifest(tmp_path / "set") == made
+    assert not verify(tmp_path / "set").problems
+    prepare(tmp_path / "set", files, eval="20%", overwrite=True)
+    shutil.rmtree(tmp_path / "set" / "eval")
+    both = prepare(tmp_path / "set", files, eval="20%", overwrite=True)
+    assert [read_manifest(tmp_path / "set" / side) for side in ("train", "eval")] == [*both]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_sets_that_are_no_split_are_not_replaced_by_the_set_around_them(
+    files: list[Path], tmp_path: Path
+) -> None:
+    for side in ("train", "eval"):
+        prepare(tmp_path / "set" / side, files)
+        for later in ({}, {"dedup": "row"}):
+            with pytest.raises(UsageError, match="holds files, but is no set; nothing was touched"):
+                prepare(tmp_path / "set", files, **later, overwrite=True)
+    assert not verify(tmp_path / "set" / "train").problems
 
 
 def test_nothing_is_made_where_nothing_is_left(files: list[Path], tmp_path: Path) -> None:
@@ -362,6 +439,50 @@ def test_a_killed_choice_is_finished_by_the_same_command(
             assert [read_manifest(folder).digest for folder in folders] == expected
         assert make(name) == expected
         assert [path.name for path in output.parent.iterdir()] == ["set"]
+
+
+RUNS: list[Settings] = [
+    {},
+    {"dedup": "row"},
+    {"dedup": "prompt", "packing": "none"},
+    {"eval": "30%"},
+    {"eval": "0.0001%"},
+    {"cap": {"*": "10 rows"}, "max_length": 64},
+    {"mix": {"*": 1}, "total": "900k trained"},
+    {"eval": "30%", "mix": {"*": 1}, "max_length": 64},
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 40))])
+def test_runs_that_are_killed_or_refused_are_in_nobodys_way(tmp_path: Path, seed: int) -> None:
+    rng, output = random.Random(seed), tmp_path / "set"
+    rows = [[*chats(40, 5, 30)], [*chats(20, 6, 30)], [*chats(9, 1), {"messages": 3}]]
+    inputs = [write_lines(tmp_path / f"{number}.jsonl", part) for number, part in enumerate(rows)]
+    for _ in range(6):
+        files, settings = [rng.choice(inputs)], rng.choice(RUNS)
+        if rng.random() < 0.5:
+            run = partial(prepare, output, files, **settings, overwrite=rng.random() < 0.3)
+            killed_at(run, rng.randint(1, 40))
+            continue
+        try:
+            _as_advised(output, files, settings)
+        except SftError as error:
+            if not re.search("rows rejected|no document is left|passes for --total", str(error)):
+                raise
+        else:
+            assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl") == ["set"]
+            sides = ("train", "eval") if "eval" in settings else ("",)
+            assert not [problem for side in sides for problem in verify(output / side).problems]
+
+
+def _as_advised(output: Path, files: list[Path], settings: Settings) -> None:
+    """Make a set; where that is refused and --overwrite advised, make it so."""
+    try:
+        prepare(output, files, **settings)
+    except SftError as error:
+        if "--overwrite" not in str(error):
+            raise
+        prepare(output, files, **settings, overwrite=True)
 
 
 def test_the_settings_that_choose_do_not_change_what_a_whole_set_is(files: list[Path]) -> None:

@@ -170,6 +170,34 @@ def test_a_view_in_or_around_its_base_is_refused(base: Path, tmp_path: Path) -> 
     view(tmp_path / "beside", tmp_path / "both" / "train", max_length=64)
 
 
+@pytest.mark.parametrize("write", [False, True])
+def test_a_view_takes_the_place_of_a_split_if_asked_for(base: Path, tmp_path: Path, write: bool) -> None:
+    split(tmp_path / "both", base, eval="30%", write=write)
+    said = refusal(tmp_path / "both", base, max_length=64, write=write)
+    assert "holds a finished set made otherwise (eval differ)" in said
+    made = view(tmp_path / "both", base, max_length=64, write=write, overwrite=True)
+    assert read_manifest(tmp_path / "both") == made
+    split(tmp_path / "both", base, eval="30%", write=write, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["eval", "train"]
+
+
+def test_a_written_view_is_the_set_that_was_prepared_alike(base: Path, tmp_path: Path) -> None:
+    files = [base.parent / f"{name}.jsonl" for name in "ab"]
+    made = prepare(tmp_path / "set", files, max_length=64)
+    again = view(tmp_path / "set", base, max_length=64)
+    assert again == made == read_manifest(tmp_path / "set")
+    written = view(tmp_path / "view", base, max_length=64)
+    assert written.digest == made.digest
+    assert prepare(tmp_path / "view", files, max_length=64) == written
+    globbed = prepare(tmp_path / "globbed", [base.parent / "*.jsonl"], max_length=64)
+    assert view(tmp_path / "globbed", base, max_length=64) == globbed
+    said = refusal(tmp_path / "set", base, max_length=60, write=True)
+    assert said.endswith("(max_length differ). Fix: choose another -o, or replace the set with --overwrite.")
+    write_lines(tmp_path / "c.jsonl", chats(40, 3, 40))
+    prepare(tmp_path / "other", [tmp_path / "c.jsonl"], max_length=64)
+    assert "(formats, sources differ)" in refusal(tmp_path / "other", base, max_length=64, write=True)
+
+
 def test_sets_of_one_folder_name_are_told_apart(base: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(base, tmp_path / name / "train")
