@@ -12,6 +12,7 @@ from pathlib import Path
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
 from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.steps import stored_steps
 from sftdata.set.store import SetFile, check_file
 
 _LAID_OUT = ("max_length", "overlong", "packing")
@@ -19,9 +20,7 @@ _OF_THE_INPUT = ("inputs", "tokenizer")
 _KEPT_AS_HASHES = {
     "drop": "give the list again: --drop FILE.",
     "exclude": "name each set again: --exclude SET.",
-    "steps": "--steps-for RANKSxROWS and --model, as that view was made with.",
 }
-_GIVEN_AS = {"steps": "steps_for"}
 
 
 def settings_like(folder: Path, names: Collection[str], given: Collection[str]) -> dict[str, object]:
@@ -114,7 +113,9 @@ def _chosen(folder: Path, manifest: Manifest, given: Collection[str]) -> dict[st
         for name, value in manifest.settings.get("view", {}).items()
         if name not in ("bases", "side", "pack_over")
     }
+    if chosen.pop("steps", None) is not None and (steps := stored_steps(manifest)) is not None:
+        chosen |= {"steps_for": f"{steps.ranks}x{steps.rows}", "model": str(folder)}
     for name, fix in _KEPT_AS_HASHES.items():
-        if chosen.pop(name, None) is not None and _GIVEN_AS.get(name, name) not in given:
+        if chosen.pop(name, None) is not None and name not in given:
             raise UsageError(f"--like {folder}: keeps but a hash of what its {name!r} named.", fix)
     return chosen

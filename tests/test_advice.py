@@ -339,6 +339,7 @@ _CONVERTED = (
 _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_the_advice_gives_its_rows"
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
+_OF_VIEWS = "tests/integration/test_views_of_views.py::"
 _BY_INDEX = "tests/integration/test_views_by_index.py::"
 _BLAME = "tests/integration/test_blame.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
@@ -418,9 +419,10 @@ ELSEWHERE: dict[str, str] = {
     ),
     "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",
     "make the view again with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",
-    "put that set back, or run the same `sftdata view` with the path it has now.": (
+    "run the same `sftdata view` with the path it has now.": (
         f"{_BY_INDEX}test_a_base_that_is_gone_is_refused_and_found_again"
     ),
+    "{}the same `sftdata view` with --overwrite.": f"{_OF_VIEWS}test_views_are_made_again_from_the_lowest_on",
     "a larger --max-length.": f"{_REFUSED}test_a_view_that_trains_nothing_is_refused",
     "a larger --max-length, or another --overlong.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
     "choose another share for --eval, or loosen the filters.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
@@ -439,8 +441,8 @@ ELSEWHERE: dict[str, str] = {
     "name each set again: --exclude SET.": (
         "tests/integration/test_like.py::test_a_set_that_cannot_be_repeated_is_refused_by_name"
     ),
-    "--steps-for RANKSxROWS and --model, as that view was made with.": (
-        "tests/integration/test_like.py::test_steps_are_dealt_again_for_a_model_that_is_named_again"
+    "name the folder of a model, its config.json, or a set made with --steps-for.": (
+        "tests/integration/test_like.py::test_steps_are_dealt_again_by_the_cost_that_they_had"
     ),
     "prepare the inputs like that set, then: sftdata view NEW_SET -o OUT --like {}": (
         "tests/integration/test_like.py::test_a_set_that_cannot_be_repeated_is_refused_by_name"

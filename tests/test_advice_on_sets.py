@@ -375,7 +375,6 @@ def test_who_follows_advice_on_what_is_shown_sees_it(
 # What `verify` advises of a set of which this file is damaged.
 DAMAGED = {
     "restore the file, or prepare the set again with --overwrite.": "shard-00000.arrow",
-    "restore the files, or prepare the set again with --overwrite.": "index-00000.arrow",
     "prepare the set again with --overwrite.": "manifest.json",
 }
 

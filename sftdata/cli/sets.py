@@ -236,7 +236,7 @@ def verify(
     if not report.ok:
         raise IntegrityError(
             f"{folder}: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}, listed above.",
-            "restore the files, or prepare the set again with --overwrite.",
+            "do what each of them says.",
         )
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import msgspec
 
-from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.ledger import LISTS, Ledger, write_parts
 from sftdata.set.manifest import (
@@ -33,6 +32,7 @@ from sftdata.set.manifest import (
     MANIFEST_NAME,
     Manifest,
     documents_folder,
+    is_split,
     partial_folder,
     read_manifest,
     write_manifest,
@@ -145,17 +145,6 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
             f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}"
         )
     return None
-
-
-def is_split(folder: Path) -> bool:
-    """Say whether a folder holds the sides of a split, or what is left of them, and nothing else."""
-    if not folder.is_dir() or not (names := {entry.name for entry in folder.iterdir()}):
-        return False
-    with suppress(SftError):
-        return names.issubset(SIDES) and all(
-            read_manifest(folder / name).settings.get("view", {}).get("side") == name for name in names
-        )
-    return False
 
 
 class Build:

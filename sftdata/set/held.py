@@ -242,20 +242,26 @@ def open_token_files(folder: Path, manifest: Manifest) -> TokenFiles:
         IntegrityError: a base is gone, or is not the set that the view was made of.
     """
     sets = [((folder / base.path).resolve(), base) for base in manifest.bases]
-    opened = [(path, _read_base(folder, path, base)) for path, base in sets]
+    made_of = manifest.settings.get("view", {}).get("bases", ())
+    nested = not {base.digest for base in manifest.bases}.issuperset(made_of)
+    opened = [(path, _read_base(folder, path, base, nested)) for path, base in sets]
     return TokenFiles(opened, (manifest.max_length or 0, manifest.tokenizer.pad_id or 0))
 
 
-def _read_base(folder: Path, path: Path, base: BaseInfo) -> Manifest:
+def _read_base(folder: Path, path: Path, base: BaseInfo, nested: bool) -> Manifest:
+    """Read the manifest of a base; `nested` if the view was made of a view, so that this comes first."""
     what = f"{folder}: a view by index of {path} (digest {base.digest[:12]})"
+    again = "make the views between again, the lowest first, and this one last: for each, "
     try:
         found = read_manifest(path)
     except SftError as error:
+        fix = "run the same `sftdata view` with the path it has now."
         raise IntegrityError(
             f"{what}, which cannot be read: {error.message}",
-            "put that set back, or run the same `sftdata view` with the path it has now.",
+            f"put that set back, or {again * nested}{fix}",
         ) from None
     if (found.digest, rest_digest(found)) != (base.digest, base.rest):
         other = f"digest {found.digest[:12]}" if found.digest != base.digest else "other rest files"
-        raise IntegrityError(f"{what}, where a set with {other} is now.", f"put the old set back, or {ANEW}")
+        fix = f"{again}the same `sftdata view` with --overwrite." if nested else ANEW
+        raise IntegrityError(f"{what}, where a set with {other} is now.", f"put the old set back, or {fix}")
     return found

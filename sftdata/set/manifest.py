@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,8 @@ import xxhash
 from msgspec import Meta
 
 from sftdata.batches import Int64
-from sftdata.errors import IntegrityError, Unit, UsageError
+from sftdata.choosing import SIDES
+from sftdata.errors import IntegrityError, SftError, Unit, UsageError
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
 from sftdata.set.shards import PACKS, ShardInfo
@@ -240,6 +242,17 @@ def documents_folder(folder: Path) -> Path:
 def partial_folder(folder: Path) -> Path:
     """Return where a set is built before it becomes `folder`: beside it, so that one rename finishes it."""
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
+
+
+def is_split(folder: Path) -> bool:
+    """Say whether a folder holds the sides of a split, or what is left of them, and nothing else."""
+    if not folder.is_dir() or not (names := {entry.name for entry in folder.iterdir()}):
+        return False
+    with suppress(SftError):
+        return names.issubset(SIDES) and all(
+            read_manifest(folder / name).settings.get("view", {}).get("side") == name for name in names
+        )
+    return False
 
 
 def seal(manifest: Manifest) -> Manifest:

@@ -310,6 +310,7 @@ class _Checks:
         cut = open_ended & documents.cut & self._at_limit() & bool(self.shards.manifest.ledger.tokens_cut)
         yield from self._find("answer-cut", cut)
         split = ((open_ended & ~cut) | ~trained) & (self.stretches > 1)
+        split |= open_ended & documents.cut & self._at_limit() & self._lost_pieces()
         yield from self._find("answer-split", split)
         rest = open_ended & ~cut & ~split
         whole = trained & ~cut & (self.stretches == 1)
@@ -363,6 +364,12 @@ class _Checks:
     def _in_turns(self) -> bool:
         """Whether the set holds conversations."""
         return bool(self.shards.manifest.ledger.counters.get("turns"))
+
+    def _lost_pieces(self) -> bool:
+        """Whether last pieces are left out: of one that the stop token begins, nothing is trained."""
+        manifest = self.shards.manifest
+        unended = manifest.ledger.counters.get("rows_without_ending")
+        return manifest.settings.get("overlong") == "split" and bool(unended)
 
     def _at_limit(self) -> Bool:
         """bool[E]: examples as long as a row may be."""

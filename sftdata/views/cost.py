@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from sftdata.errors import UsageError
-from sftdata.set.steps import Cost
+from sftdata.set.manifest import MANIFEST_NAME, read_manifest
+from sftdata.set.steps import Cost, stored_steps
 
 _USUAL_WIDTH = 4096
 """Of the model that is assumed where none is named."""
@@ -19,7 +20,8 @@ def read_cost(model: Path | None) -> tuple[Cost, str]:
     Left out is the output layer, which only trained tokens need.
 
     Args:
-        model: folder of a model, or its config.json; None for a dense decoder of usual proportions.
+        model: folder of a model, its config.json, or a set made for steps; None for a dense decoder of usual
+            proportions.
 
     Raises:
         UsageError: it cannot be read, or does not say what shape the model has.
@@ -27,6 +29,8 @@ def read_cost(model: Path | None) -> tuple[Cost, str]:
     if model is None:
         cost = Cost(token=24 * _USUAL_WIDTH**2, square=2 * _USUAL_WIDTH)  # of a layer: all layers are alike
         return cost, f"Cost of rows: of a decoder {_USUAL_WIDTH:,} wide, as --model names none; {_said(cost)}"
+    if (model / MANIFEST_NAME).is_file():
+        return _of_set(model)
     fields = _read_config(model)
     layers = _number(fields, model, "num_hidden_layers", "n_layer")
     far, near = _attention_layers(fields, layers)
@@ -41,6 +45,21 @@ def read_cost(model: Path | None) -> tuple[Cost, str]:
         f", {near} within {cost.window:,} tokens" if near else ""
     )
     return cost, f"Cost of rows: of {fields.get('model_type') or model.name}, {kinds}; {_said(cost)}"
+
+
+def _of_set(folder: Path) -> tuple[Cost, str]:
+    """Return the cost that the steps of a set go by.
+
+    Raises:
+        UsageError: it has none.
+    """
+    steps = stored_steps(read_manifest(folder))
+    if steps is None:
+        raise UsageError(
+            f"--model {folder}: a set, and not in steps of equal work.",
+            "name the folder of a model, its config.json, or a set made with --steps-for.",
+        )
+    return steps.cost, f"Cost of rows: as of the steps of {folder}; {_said(steps.cost)}"
 
 
 def _said(cost: Cost) -> str:

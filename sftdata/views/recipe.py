@@ -96,8 +96,8 @@ class ViewConfig(BaseModel):
     )
     model: Path | None = Field(
         None,
-        description="Model, or its config.json, whose work --steps-for balances; default: a decoder"
-        " 4,096 wide.",
+        description="Model, or its config.json, whose work --steps-for balances, or a set made so; default: a"
+        " decoder 4,096 wide.",
     )
     epochs: int = Field(
         1,

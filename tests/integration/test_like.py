@@ -212,12 +212,18 @@ def test_views_are_repeated_on_other_sets(source: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_steps_are_dealt_again_for_a_model_that_is_named_again(source: Path, tmp_path: Path) -> None:
+def test_steps_are_dealt_again_by_the_cost_that_they_had(source: Path, tmp_path: Path) -> None:
     base, like = tmp_path / "base", tmp_path / "steps"
     prepare(base, [source], max_length=64)
-    steps: Settings = {"steps_for": "2x1", "model": Path(TOKENIZER).parent / "tiny-model"}
-    made = view(like, base, **steps)
-    with pytest.raises(UsageError, match="keeps but a hash of what its 'steps' named") as caught:
-        sftdata.view(base, like=like, output=tmp_path / "again")
-    assert caught.value.fix == "--steps-for RANKSxROWS and --model, as that view was made with."
-    assert sftdata.view(base, like=like, output=tmp_path / "again", **steps).digest == made.digest
+    model = tmp_path / "model"
+    shutil.copytree(Path(TOKENIZER).parent / "tiny-model", model)
+    made = view(like, base, steps_for="2x1", model=model, order="length", bands=2)
+    shutil.rmtree(model)
+    assert sftdata.view(base, like=like, output=tmp_path / "again").digest == made.digest
+    other = sftdata.view(base, like=like, output=tmp_path / "other", steps_for="3x2", order="as-is", bands=8)
+    cost = made.settings["view"]["steps"]["cost"]
+    assert other.settings["view"]["steps"] == {"ranks": 3, "rows": 2, "cost": cost}
+    with pytest.raises(UsageError, match="a set, and not in steps of equal work") as caught:
+        sftdata.view(base, output=tmp_path / "refused", steps_for="2x1", model=base)
+    assert caught.value.fix.endswith(" or a set made with --steps-for.")
+    sftdata.view(base, output=tmp_path / "taken", steps_for="2x1", model=like)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,33 @@ def test_an_order_that_is_not_kept_is_said(base: Path, tmp_path: Path) -> None:
     ]
     assert say("b", "first", order="shuffled", pad_to_multiple_of=4) == []
     assert say("c", "steps", steps_for="2x2") == []
+
+
+def test_views_are_made_again_from_the_lowest_on(base: Path, tmp_path: Path) -> None:
+    chain, moved = [tmp_path / name for name in ("one", "two", "three")], tmp_path / "moved"
+    shutil.copytree(base, tmp_path / "base")
+
+    def make(first: Path, **settings: Any) -> list[str]:
+        digests = []
+        for below, folder in zip([first, *chain], chain, strict=False):
+            keep = {"max_length": 50} if folder is chain[0] else {"cap": {"*": f"{len(folder.name)}0 rows"}}
+            digests.append(view(folder, below, write=False, **keep, **settings).digest)
+        return digests
+
+    before = make(tmp_path / "base")
+    (tmp_path / "base").rename(moved)
+    between = "make the views between again, the lowest first, and this one last: for each, run the same"
+    for folder in chain[1:]:
+        assert between in verify(folder).problems[0]
+    assert between not in verify(chain[0]).problems[0]
+    assert make(moved) == before
+    assert not [problem for folder in chain for problem in verify(folder).problems]
+    prepare(moved, [*base.parent.glob("a.jsonl")], max_length=64, overwrite=True)
+    for folder in chain[1:]:
+        (problem,) = verify(folder).problems
+        assert problem.endswith("and this one last: for each, the same `sftdata view` with --overwrite.")
+    make(moved, overwrite=True)
+    assert not [problem for folder in chain for problem in verify(folder).problems]
 
 
 def test_a_split_of_a_mixture_has_equal_documents_on_one_side(base: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sftdata.show.audit import COUNTED, KINDS, Finding, audit, glance
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
+from tests.view_sets import chats, prepare, write_lines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLEAN = [CHAT.format(f"What is {i}?", f"The number {i}.") for i in range(12)]
@@ -85,6 +86,32 @@ def test_a_stop_token_that_begins_a_row_is_found(tmp_path: Path) -> None:
     (finding,) = audit(write_set(tmp_path / "set", rows, max_length=first + second - 1, strategy="wrapped"))
     assert (finding.code, finding.examples) == ("answer-split", ("data.jsonl:2",))
     assert not audit(write_set(tmp_path / "fits", rows, max_length=first + second, strategy="wrapped"))
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_last_piece_that_is_but_a_stop_token_is_found_and_mended(tmp_path: Path, pieces: int) -> None:
+    rows = [*chats(20, 5, 30)]
+    long = {"messages": [{"role": "user", "content": "dog"}, {"role": "assistant", "content": "fox " * 60}]}
+    source = write_lines(tmp_path / "a.jsonl", [*rows, long])
+    prepare(tmp_path / "whole", [source], max_length=4096)
+    ids, labels = next(
+        (document.input_ids, document.labels)
+        for row in sftdata.open(tmp_path / "whole")
+        for document in row.documents()
+        if document.example_id == 21  # one line is blank
+    )
+    stop = int((labels >= 0).nonzero()[0][-1])
+    assert labels[stop] == ids[stop]
+    length = stop // pieces
+    assert length * pieces == stop
+    prepare(tmp_path / "set", [source], overlong="split", max_length=length)
+    found = {finding.code: finding for finding in audit(tmp_path / "set")}
+    assert found["answer-split"].examples == ("a.jsonl:22",)
+    assert "no-trained-end" not in found
+    assert found["answer-split"].fix == "--packing bfd with a --max-length that holds the example"
+    prepare(tmp_path / "mended", [source], overlong="split", packing="bfd", max_length=len(ids))
+    assert not {"answer-split", "no-trained-end"} & {finding.code for finding in audit(tmp_path / "mended")}
 
 
 def test_the_fix_for_a_turn_end_that_is_no_stop_names_the_token(tmp_path: Path) -> None:
