@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from sftdata.batches import IGNORE_INDEX
+from sfttrain.device import room
 from sfttrain.forward import Forward, hidden_and_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of logits alive at once; products of few rows are slow. On a GPU the peak of a step is the end of the
-# backward pass, when all gradients are there, so the loss may take what they will need. In GB, for a 0.5B
-# model with Adam in fp32 (V = 151,936, D = 896, 24 layers, 16,384 tokens, activation checkpoints), in all
-# 8.8 each time, and 9.0 as measured:
+# Of logits alive at once, less where little memory is free; products of few rows are slow. On a GPU the peak
+# of a step is the end of the backward pass, when all gradients are there, so the loss may take what they will
+# need. In GB, for a 0.5B model with Adam in fp32 (V = 151,936, D = 896, 24 layers, 16,384 tokens, activation
+# checkpoints), in all 8.8 each time, and 9.0 as measured:
 #   at the loss: weights, moments 5.9, layer inputs 1.4, head gradient 0.5, bf16 head 0.3, chunk 0.5, rows 0.2
 #   at the end:  weights, moments, gradients 7.9, what the backward pass of one layer holds 0.9
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
@@ -158,9 +159,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunk_rows(device: str, vocabulary: int, positions: int, width: int = 4) -> int:
     """Return how many positions of `width` bytes share a chunk of logits; chunks are about equally large."""
-    most = max(1, CHUNK_BYTES.get(device, 64 << 20) // (width * vocabulary))
+    most = max(1, _chunk_bytes(device) // (width * vocabulary))
     chunks = max(1, -(-positions // most))
     return -(-positions // chunks)
+
+
+def _chunk_bytes(device: str) -> int:
+    """Return what a chunk may take: a quarter of the free memory, a power of two so that steps are alike."""
+    most = CHUNK_BYTES.get(device, 64 << 20)
+    if device != "cuda":
+        return most
+    free = room() - torch.cuda.memory_allocated()
+    return min(most, max(most >> 4, 1 << max(0, (free // 4).bit_length() - 1)))
 
 
 class _Chunk(NamedTuple):

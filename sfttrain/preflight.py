@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -198,10 +199,10 @@ def _halves(row: Row) -> list[Row]:
     count = int(abs(ends[:-1] - ends[-1] / 2).argmin()) + 1
 
     def part(tokens: slice, documents: slice) -> Row:
-        by_document = {"seq_lengths": documents, "places": documents}
-        columns = row._asdict().items()
-        return Row._make(
-            None if value is None else value[by_document.get(name, tokens)] for name, value in columns
+        by_document, columns = {"seq_lengths": documents, "places": documents}, row._asdict().items()
+        return row._make(
+            value[by_document.get(name, tokens)] if isinstance(value, np.ndarray) else value
+            for name, value in columns
         )
 
     cut = int(ends[count - 1])

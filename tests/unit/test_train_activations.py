@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sfttrain import device
+from sfttrain import device, preflight
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
@@ -28,9 +28,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return memory
 
 
-def _train(tmp_path: Path, **training: Any) -> Any:
+def _train(tmp_path: Path, compile: str = "none", **training: Any) -> Any:
     shards, model = make_set(tmp_path / "set", rows=8), tiny_llama(tmp_path / "model")
-    return train_in_process(shards, model, tmp_path / "out", {**QUICK, "use_cpu": False, **training})
+    given = {**QUICK, "use_cpu": False, **training}
+    return train_in_process(shards, model, tmp_path / "out", given, compile=compile)
 
 
 @pytest.mark.feature("memory")
@@ -51,6 +52,36 @@ def test_checkpoints_follow_the_memory_that_there_is(
     assert trainer.model.is_gradient_checkpointing is on
     word = "on" if on else "off"
     assert f"activation checkpoints: {word}, a step without them needs 0.0 of 0 GB" in capsys.readouterr().err
+
+
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize(
+    ("peaks", "told"),
+    [
+        ([9, 2], "keeps what attention gave needs 0.0 of 0 GB"),
+        ([9, 9, 0], "keeps what attention gave needs 0.0 of 0 GB"),
+        ([2], "off, a step without them"),
+    ],
+)
+def test_attention_is_kept_where_only_a_step_that_keeps_nothing_more_fits(
+    tmp_path: Path, card: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    peaks: list[int], told: str,
+) -> None:  # fmt: skip
+    """On a card with room for ten times the weights; steps peak at so many times their size, beside two of moments."""
+    left, chosen = iter(peaks), list[bool]()
+
+    def compiled(model: Any, choice: Any, *_: Any) -> bool:
+        chosen.append(choice.keep)
+        return True
+
+    card["room"] = 10 * WEIGHTS
+    monkeypatch.setattr(device, "peak", lambda: next(left) * WEIGHTS)
+    monkeypatch.setattr(preflight, "_try_compiled", compiled)
+    monkeypatch.setattr("sfttrain.training.free_to_keep", lambda *_: False)
+    trainer = _train(tmp_path, compile="layers")
+    assert chosen == [False, True, False][: len(peaks)]
+    assert trainer.args.activation_checkpointing is (len(peaks) > 1)
+    assert told in capsys.readouterr().err
 
 
 def test_what_is_asked_for_is_done(

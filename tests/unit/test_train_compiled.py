@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from sftdata.errors import UsageError
-from sfttrain import compiling
+from sfttrain import compiling, preflight
 from sfttrain.attention import register_attention
 from sfttrain.compiling import Compilation, choose_compile, compile_layers, restore_layers, start_compiled
 from sfttrain.config import read_settings
@@ -209,6 +212,28 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_compiles_before_step_1
     assert losses("compiled", "layers") == pytest.approx(losses("plain", "none"), rel=1e-3)
     assert "compile: 2 layers as one and the loss (as asked)" in capsys.readouterr().err
     assert counters["stats"]["unique_graphs"] == 2  # one of the layers, one of the loss
+
+
+def test_a_compiler_that_takes_too_long_is_stopped_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def for_ever(*_: Any) -> str:
+        with suppress(TimeoutError):  # taken for an error of its own
+            time.sleep(60)
+        time.sleep(60)
+        return ""
+
+    monkeypatch.setattr(preflight, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(preflight, "start_compiled", for_ever)
+    choice, trial, notes = Compilation("layers", "as asked"), preflight.Trial(0, 1, 1), list[str]()
+    before = signal.getsignal(signal.SIGALRM)
+    assert not preflight._try_compiled(_model("sdpa"), choice, trial, lambda: trial, notes.append)
+    assert notes == [
+        "compile: the layers, in at most 0.2 s",
+        "compile: not the layers (it failed: not done after 0.2 s)",
+    ]
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @needs_compiler

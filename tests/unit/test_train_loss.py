@@ -150,3 +150,13 @@ def test_the_largest_tensor_is_one_chunk_of_logits(monkeypatch: pytest.MonkeyPat
     supervised_loss(hidden, labels, Head(weight, bias))
     assert max(seen) == 5
     assert sum(seen) == int((labels[:, 1:] != -100).sum())
+
+
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize(("free", "rows"), [(40 << 30, 512), (1 << 30, 256), (700 << 20, 128), (0, 32)])
+def test_chunks_take_a_quarter_of_the_free_memory_and_no_more_than_pays(
+    free: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "room", lambda: free + 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    assert loss_module.chunk_rows("cuda", 1 << 18, 1 << 20) == rows
