@@ -200,7 +200,7 @@ def _halves(row: Row) -> list[Row]:
 
     def part(tokens: slice, documents: slice) -> Row:
         by_document, columns = {"seq_lengths": documents, "places": documents}, row._asdict().items()
-        return row._make(
+        return Row._make(
             value[by_document.get(name, tokens)] if isinstance(value, np.ndarray) else value
             for name, value in columns
         )
