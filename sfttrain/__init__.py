@@ -56,8 +56,8 @@ def train(
     compile: Literal["auto", "layers", "loss", "none"] = "auto",
     objective: Literal["nll", "dft"] = "nll",
     packing: Literal["auto", "require", "unpack"] = "auto",
-    prove_again: bool = False, log_documents: bool = False, sample: str | Path | None = None,
-    overwrite: bool = False, push_to_hub: str | None = None,
+    sequence_parallel: int = 1, prove_again: bool = False, log_documents: bool = False,
+    sample: str | Path | None = None, overwrite: bool = False, push_to_hub: str | None = None,
     # ---- objects of transformers' Trainer
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     compute_loss_func: Callable[..., torch.Tensor] | None = None,

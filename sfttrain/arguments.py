@@ -48,7 +48,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     settings.setdefault("use_cpu", not torch.accelerator.is_available())
     settings.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     settings.setdefault("bf16", computes_in_bf16() and not settings.get("fp16"))
-    spread = any(settings.get(name) for name in ("fsdp", "deepspeed", "use_cpu"))
+    spread = config.sequence_parallel > 1 or any(
+        settings.get(name) for name in ("fsdp", "deepspeed", "use_cpu")
+    )
     by_memory = "activation_checkpointing" not in settings and measurable() and not spread
     if by_memory:  # until the trial step shows that there is room without
         settings["activation_checkpointing"] = True
@@ -70,7 +72,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
         for old, name in RENAMED.items():
             setattr(args, name, getattr(args, old))
-    args.checkpoints_by_memory = by_memory  # type: ignore[attr-defined]  # a mark of ours
+    # Marks of ours.
+    args.checkpoints_by_memory = by_memory  # type: ignore[attr-defined]
+    args.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return args
 
 

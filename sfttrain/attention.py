@@ -53,7 +53,7 @@ _PACKAGES = {
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface", 8),
     "flash_attention_2": ("flash-attn", "flash_attn", 8),
 }
-FLATTENED = frozenset({VARLEN, *_PACKAGES})  # want one row of documents and their lengths
+FLATTENED = frozenset({VARLEN, STAND_IN, *_PACKAGES})  # want one row of documents and their lengths
 FLATTENED_DEVICES = {"cuda"}  # where their kernels run
 FORCED = {
     "sdpa:flash": SDPBackend.FLASH_ATTENTION,
@@ -62,6 +62,8 @@ FORCED = {
     "sdpa:cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 _UNGROUPED = (SDPBackend.EFFICIENT_ATTENTION,)  # kernels that take as many heads of keys as of queries
+ASKED = "asked for"  # the reason for a choice that has no others
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _BY_SPEED = (*_PACKAGES, VARLEN, "flex_attention", "sdpa", "eager")
 NAMES = ("auto", "sdpa", "eager", "flex_attention", VARLEN, *_PACKAGES, *FORCED)
 _SUPPORT: dict[str, str] = {
@@ -118,23 +120,23 @@ def choose_attention(
     """
     if requested not in NAMES:
         raise UsageError(f"Unknown attention {requested!r}; expected one of {', '.join(NAMES)}.")
-    reasons = {name: _unsupported_reason(name, config, device, dtype) for name in _BY_SPEED}
+    reasons = {name: unsupported_reason(name, config, device, dtype) for name in _BY_SPEED}
     if requested == "auto":
         usable = [name for name in _BY_SPEED if not reasons[name]]
         if (
             own in NAMES
             and own != "auto"
-            and not (reasons.get(own) or _unsupported_reason(own, config, device, dtype))
+            and not (reasons.get(own) or unsupported_reason(own, config, device, dtype))
         ):
             others = tuple(name for name in usable if name != own)
             return Choice(own, "the model object has it", _table(reasons, own), others)
         return Choice(
             usable[0], f"the fastest usable on {device}", _table(reasons, usable[0]), tuple(usable[1:])
         )
-    reason = reasons.get(requested) or _unsupported_reason(requested, config, device, dtype)
+    reason = reasons.get(requested) or unsupported_reason(requested, config, device, dtype)
     if reason:
         raise UsageError(f"attention={requested} cannot be used: {reason}.", "set attention=auto.")
-    return Choice(requested, "asked for", _table(reasons, requested))
+    return Choice(requested, ASKED, _table(reasons, requested))
 
 
 def _table(reasons: dict[str, str], chosen: str) -> str:
@@ -148,7 +150,7 @@ def takes_no_mask(attention: str, config: PreTrainedConfig, device: str, dtype: 
     return attention in FORCED and bool(_kernel_reason(attention, config, device, dtype, masked=True))
 
 
-def _unsupported_reason(name: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> str:
+def unsupported_reason(name: str, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> str:
     """Return why an implementation is unsupported here, or an empty string."""
     if name == "eager":
         return ""
@@ -164,9 +166,14 @@ def _unsupported_reason(name: str, config: PreTrainedConfig, device: str, dtype:
         return f"it needs CUDA and the device is {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in 16 bit, not in {dtype}"
-    if name != "flash_attention_2" and getattr(text_config(config), "attention_dropout", False):
+    if name != "flash_attention_2" and drops_out(config):
         return "it has no attention dropout"
     return _package_reason(name, device) if name in _PACKAGES else _varlen_reason(text_config(config))
+
+
+def drops_out(config: PreTrainedConfig) -> bool:
+    """Say whether a model drops weights of its attention in training."""
+    return any(getattr(text_config(config), name, False) for name in _DROPOUTS)
 
 
 def _package_reason(name: str, device: str) -> str:

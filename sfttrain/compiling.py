@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sftdata.errors import UsageError
 from sfttrain.attention import head_width, read_signature
 from sfttrain.config import TrainConfig
+from sfttrain.device import sharded
 from sfttrain.forward import text_config
 from sfttrain.gated import gate_as_before, gate_in_place
 
@@ -89,10 +90,12 @@ def _unsupported_reason(args: TrainingArguments, model: nn.Module, asked: str) -
         return "triton is not installed"
     if args.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "there is no C++ compiler"
-    if args.fsdp or getattr(args, "deepspeed", None):
+    if sharded(args):
         return "the layers are sharded"
     if asked == "loss":
         return ""
+    if getattr(args, "sequence_parallel", 1) > 1:
+        return "ranks exchange heads inside the layers"
     if getattr(model, "is_quantized", False):
         return "the layers are quantized"
     if (getattr(args, "activation_checkpointing_kwargs", None) or {}).get("offload"):

@@ -133,6 +133,9 @@ class TrainConfig(BaseModel):
         description="If packing would leak: auto unpacks and logs it, require refuses."
         " unpack always unpacks.",
     )
+    sequence_parallel: int = Field(
+        1, gt=0, description="Processes that hold each row together, a slice each: for rows too long for one."
+    )
     prove_again: bool = Field(
         False, description="Prove anew what an earlier run of the same model, versions and device has proven."
     )

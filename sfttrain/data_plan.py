@@ -10,7 +10,7 @@ from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet
 from sfttrain.config import TrainConfig
 from sfttrain.contents import Contents
-from sfttrain.process import counted
+from sfttrain.process import counted, share_of_rows
 from sfttrain.schedule import Mixture, Order, Passes, Schedule
 from sfttrain.seen import Account
 from sfttrain.stored import stored_schedule
@@ -46,12 +46,13 @@ def make_order(
     else:
         schedule = Passes(sizes, config.set_weights or (1.0,), seed=seed, shuffle=shuffle)
     stored, note = stored_schedule(config, [opened.manifest for opened in sets], sizes, args)
+    rank, ranks = share_of_rows(args)
     return Order(
         stored or schedule,
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        rank=args.process_index,
-        ranks=args.world_size,
+        rank=rank,
+        ranks=ranks,
         note=note,
     )
 

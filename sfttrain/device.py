@@ -116,8 +116,7 @@ def refuse_too_large(model: torch.nn.Module, args: TrainingArguments) -> None:
     Raises:
         UsageError: naming both sizes, and ways to train with less.
     """
-    spread = args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in _LAUNCHED)
-    if args.device.type != "cuda" or spread or getattr(model, "hf_device_map", None):
+    if args.device.type != "cuda" or sharded(args) or getattr(model, "hf_device_map", None):
         return
     held = _HELD.get(str(getattr(args.optim, "value", args.optim)), 1)
     weights = [
@@ -129,6 +128,11 @@ def refuse_too_large(model: torch.nn.Module, args: TrainingArguments) -> None:
         found = f"weights, gradients and optimizer state take {needed / 1e9:.1f} GB"
         fix = "--lora r=16, with --quantize nf4 if need be; optim=adamw_bnb_8bit; or several GPUs with FSDP."
         raise UsageError(f"The model does not fit: {found}, and the GPU has {whole / 1e9:.1f} GB.", fix)
+
+
+def sharded(args: TrainingArguments) -> bool:
+    """Say whether ranks have parts of the weights, by a setting or by what launched them."""
+    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(name) == "true" for name in _LAUNCHED)
 
 
 def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:

@@ -289,7 +289,8 @@ def supervised_loss(
 
     Args:
         hidden: float[B, L, D], last hidden states.
-        labels: int64[B, L], unshifted: position i is trained to predict label i + 1.
+        labels: int64[B, L], unshifted: position i is trained to predict label i + 1; one more where the row
+            goes on elsewhere.
         engine: "chunked", or "torch" for `torch.nn.functional.linear_cross_entropy` (which reports no
             accuracy: -1).
         objective: what is minimised; the losses of single tokens stay the plain ones.
@@ -298,7 +299,7 @@ def supervised_loss(
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORE_INDEX
-    rows, targets = hidden[:, :-1][chosen], targets[chosen]
+    rows, targets = hidden[:, : targets.shape[1]][chosen], targets[chosen]
     supervised = torch.tensor(len(targets), device=hidden.device)
     dtype = (
         torch.get_autocast_dtype(hidden.device.type)

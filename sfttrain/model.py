@@ -250,11 +250,10 @@ def _adapt(
 
 
 def _own_loss(plan: Plan, config: TrainConfig, reason: str, say: Say) -> Plan:
-    if config.objective != "nll":
-        raise UsageError(
-            f"objective={config.objective} needs our loss, which cannot be used: {reason}.",
-            "set objective=nll.",
-        )
+    for name, usual in (("objective", "nll"), ("sequence_parallel", 1)):
+        if (value := getattr(config, name)) != usual:
+            found = f"{name}={value} needs our loss, which cannot be used: {reason}"
+            raise UsageError(f"{found}.", f"set {name}={usual}.")
     say(f"loss: the model's own, with full logits ({reason})")
     return dataclasses.replace(plan, loss=None)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
-from sfttrain.attention import FLATTENED, Choice, takes_no_mask
+from sfttrain.attention import ASKED, FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.forward import depends_on_row_length, text_config
 from sfttrain.process import Say
@@ -57,7 +57,7 @@ def choose_path(
         plan = search.packed(name)
         if plan is not None:
             return plan
-    asked = choice.name if not choice.others and choice.reason == "asked for" else None
+    asked = choice.name if not choice.others and choice.reason == ASKED else None
     return search.unpacked(asked)
 
 
@@ -99,7 +99,9 @@ class _Search:
 
     def unpacked(self, asked: str | None) -> Plan:
         """Return the plan with one document a row, by an attention that takes padded rows."""
-        reason = self._reason()
+        reason, width = self._reason(), self._config.sequence_parallel
+        if width > 1:
+            raise UsageError(f"sequence_parallel={width}: {reason}.", "leave it out.") from self._failure
         if self._config.packing == "require":
             fix = (
                 "set attention=auto, or packing=auto."

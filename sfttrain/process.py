@@ -14,8 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from sftdata.output import StoppedError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Say = Callable[[str], object]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -26,6 +30,12 @@ _listener: Say | None = None
 def rank() -> int:
     """Return this process's number among those of a launcher, 0 without one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def share_of_rows(args: TrainingArguments) -> tuple[int, int]:
+    """Return which share of the rows this process takes, of how many; ranks that hold rows share one."""
+    width = getattr(args, "sequence_parallel", 1)
+    return args.process_index // width, args.world_size // width
 
 
 def say(text: str) -> None:

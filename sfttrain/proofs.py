@@ -54,7 +54,7 @@ Rows = list[list[Tensor]]
 # Documents of two rows, around `tiny.LIMIT`; the second row ends in padding.
 _LENGTHS = ((11, 7, 14), (5, 13))
 # Of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3.
-_DIFFERENCE = 2e-4
+DIFFERENCE = 2e-4
 _TOLERANCE = 2e-5  # of what is computed in the same shapes, where rounding is the same too, and of losses
 _ROUNDING = 3.0  # how much more than plain attention a kernel may round, in the median over positions
 
@@ -109,7 +109,7 @@ class Proof:
     @property
     def apart(self) -> bool:
         """Whether packed documents stay apart in float32."""
-        return self.difference <= _DIFFERENCE and self.leak <= self.tolerance
+        return self.difference <= DIFFERENCE and self.leak <= self.tolerance
 
     @property
     def isolated(self) -> bool:
@@ -119,7 +119,7 @@ class Proof:
     @property
     def pads(self) -> bool:
         """Whether rows of several lengths may share a batch, each with one document."""
-        return self.padded <= _DIFFERENCE
+        return self.padded <= DIFFERENCE
 
     @property
     def fuses(self) -> bool:
@@ -270,7 +270,7 @@ class _Trial:
         document = self._rows[0][0].to(self._device)
         with torch.no_grad():
             shorter = self._plain(input_ids=document[None, :-1]).logits[0].float()
-        return float((shorter - self._alone[0][:-1]).abs().max()) <= _DIFFERENCE * self._spread
+        return float((shorter - self._alone[0][:-1]).abs().max()) <= DIFFERENCE * self._spread
 
     def _singles(self) -> Rows:
         return [[document] for row in self._rows for document in row]

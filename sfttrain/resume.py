@@ -21,7 +21,7 @@ from sfttrain import checkpoint
 from sfttrain.arguments import Run, acts, other_than_default
 from sfttrain.checkpoint import RUN_NAME, Identity
 from sfttrain.config import LENGTH, LoraSettings, TrainConfig
-from sfttrain.process import Say
+from sfttrain.process import Say, share_of_rows
 from sfttrain.progress import LOG_NAME
 from sfttrain.seen import LINES_NAME, SEEN_NAME
 
@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset({
     "bf16_full_eval", "fp16_full_eval", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "compute_metrics",
     "passes", "attention", "packing", "kernels", "compile", "liger_kernel_config", "torch_empty_cache_steps",
+    "sequence_parallel",
     # Their product is compared, as global_batch.
     "per_device_train_batch_size", "gradient_accumulation_steps",
 })  # fmt: skip
@@ -215,7 +216,7 @@ def identity_of(run: Run, sets: Sequence[ShardSet], evaluation: Mapping[str, Sha
         "chat_template": [opened.manifest.chat_template_sha256 for opened in sets],
         "model": str(config.model or config.init_from_config),
         "lora": config.lora.model_dump() if config.lora else None,
-        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * share_of_rows(args)[1],
         "compute": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "settings": msgspec.json.decode(msgspec.json.encode(settings, enc_hook=str)),
         "adapter": str(config.adapter) if config.adapter else None,

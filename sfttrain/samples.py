@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sftdata.errors import DataError, UsageError
 from sfttrain.chat import Chat
+from sfttrain.device import sharded
 from sfttrain.progress import LOG_NAME
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Samples(TrainerCallback):
 
         if tokenizer is None:
             raise UsageError(f"--sample {path}: the set brings no tokenizer.", "leave --sample out.")
-        if args.fsdp or args.deepspeed:
+        if sharded(args):
             what = f"--sample {path}: no process holds the whole model, which FSDP or DeepSpeed spreads."
             raise UsageError(what, "leave --sample out; `sfttrain chat` asks the finished model.")
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)

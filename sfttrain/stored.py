@@ -10,6 +10,7 @@ import numpy as np
 from sftdata.batches import Int64, offsets_of
 from sftdata.set.manifest import Manifest
 from sftdata.set.steps import Steps, stored_epochs, stored_order, stored_steps, stored_window
+from sfttrain.process import share_of_rows
 from sfttrain.schedule import FILLER, Passes
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def stored_schedule(
     shuffle = args.train_sampling_strategy != "sequential" and order not in _KEPT
     seed = args.seed if args.data_seed is None else args.data_seed
     schedule = Stored(sizes[0], _edges(ordered[0]), steps, seed=seed, shuffle=shuffle)
-    return schedule, f"order: the set's own, {what}{_unbalanced(steps, args.world_size)}"
+    return schedule, f"order: the set's own, {what}{_unbalanced(steps, share_of_rows(args)[1])}"
 
 
 def _steps_text(steps: Steps | None) -> str:
@@ -149,10 +150,11 @@ def _steps_text(steps: Steps | None) -> str:
 
 def _misfit(steps: Steps, args: TrainingArguments) -> str:
     """Return why a run cannot take the steps of a set; empty where a step of the run holds whole ones."""
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    ranks = share_of_rows(args)[1]
+    rows = args.train_batch_size * args.gradient_accumulation_steps * ranks
     if rows % steps.step_rows == 0:
         return ""
-    batch = f"{args.world_size} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
+    batch = f"{ranks} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     return f"a step here takes {batch} = {rows:,} rows, no multiple of {steps.step_rows:,}"
 
 

@@ -21,8 +21,10 @@ from sfttrain.data import BatchDocuments, CustomRows, Row, TrainingRows, custom_
 from sfttrain.documents import DocumentLog
 from sfttrain.loss import LossOutput, chunk_rows, items_of
 from sfttrain.path import Plan
+from sfttrain.process import share_of_rows
 from sfttrain.schedule import Order, Passes
 from sfttrain.seen import Account
+from sfttrain.sequence import group_of, of_whole_rows
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
@@ -102,7 +104,7 @@ class SftTrainer(Trainer):
         known = isinstance(given, TrainingRows | CustomRows)
         rows = cast(TrainingRows | CustomRows, given if known else custom_rows(given))
         self._evaluated = EvalFigures(rows.sources, self.args.device)
-        rank, ranks = self.args.process_index, self.args.world_size
+        rank, ranks = share_of_rows(self.args)
         return self._loader(
             rows,
             Order(
@@ -144,8 +146,16 @@ class SftTrainer(Trainer):
         if model.training:
             self._count(inputs["input_ids"], outputs)
             if self.documents is not None and documents is not None:
-                self.documents.add(self.state.global_step + 1, documents, token_losses_of(outputs, labels))
+                self._log_documents(documents, token_losses_of(outputs, labels))
         return (loss, outputs) if return_outputs else loss
+
+    def _log_documents(self, documents: BatchDocuments, losses: Tensor) -> None:
+        """Note the losses of a micro-batch; of ranks that hold rows together, the first one does."""
+        width = self.args.world_size // share_of_rows(self.args)[1]
+        if width > 1:
+            losses = of_whole_rows(losses, group_of(width))
+        if self.documents is not None and self.args.process_index % width == 0:
+            self.documents.add(self.state.global_step + 1, documents, losses)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -183,7 +193,7 @@ class SftTrainer(Trainer):
         losses = token_losses_of(outputs, labels)
         self._evaluated.add(losses, labels, source)
         if self.documents is not None and documents is not None:
-            self.documents.add(self.state.global_step + 1, documents, losses)
+            self._log_documents(documents, losses)
         mean = losses.mean() if len(losses) else losses.sum()
         return (mean, None, None) if prediction_loss_only else (mean, outputs.logits.detach(), labels)
 

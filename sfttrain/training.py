@@ -35,13 +35,14 @@ from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
 from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
 from sfttrain.path import Plan, choose_path
-from sfttrain.process import Say, StopRequest, rank, say
+from sfttrain.process import Say, StopRequest, rank, say, share_of_rows
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
 from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
 from sfttrain.samples import Samples
 from sfttrain.schedule import Order
 from sfttrain.seen import Account
+from sfttrain.sequence import Sliced, refuse_unshared, share_rows
 from sfttrain.trainer import SftTrainer
 from sfttrain.vocabulary import ready_generation
 
@@ -69,6 +70,7 @@ def train_on(
         config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None
     )
     refusals.refuse_useless(config, args, model, data, objects, say)
+    refuse_unshared(config, args, objects)
     refuse_inert(setting)
     identity = identity_of(setting, sets, evaluation)
     done = finished(config, identity)
@@ -154,7 +156,7 @@ def _assemble(
         train_dataset=rows,
         eval_dataset=_evaluation(evaluation, plan.unpack) | _as_named(objects.pop("eval_dataset", None))
         or None,
-        data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
+        data_collator=_collator(plan, args),
         callbacks=[
             FollowSettings(),
             LogEnds(),
@@ -193,6 +195,13 @@ def _samples(config: TrainConfig, sets: list[ShardSet], args: TrainingArguments)
     return [Samples(config.sample, tokenizer_folder(sets), config.output, args)]
 
 
+def _collator(plan: Plan, args: TrainingArguments) -> Collator | Sliced:
+    """Return what makes batches; of ranks that hold rows together, each takes its slice."""
+    whole = Collator(plan.flatten, plan.boundaries, plan.restart)
+    width = args.world_size // share_of_rows(args)[1]
+    return Sliced(whole, args.process_index % width, width) if width > 1 else whole
+
+
 def _plan_data(
     config: TrainConfig,
     sets: list[ShardSet],
@@ -222,7 +231,7 @@ def _tell_plan(
 
 
 def _custom_rows(data: object, args: TrainingArguments) -> CustomRows | StreamRows:
-    return custom_rows(data, args.process_index, args.world_size)
+    return custom_rows(data, *share_of_rows(args))
 
 
 def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int, fresh: bool) -> None:
@@ -302,6 +311,8 @@ def _choose_path(
 ) -> Plan:
     """Choose attention, and prove on it what training may use."""
     register_attention()
+    if config.sequence_parallel > 1:
+        return share_rows(config, model_config, where, say)
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     choice = choose_attention(config.attention, model_config, where.device, where.compute, own)
     say(f"attention: {choice.name} ({choice.reason})\n{choice.table}")

@@ -340,6 +340,7 @@ _COLUMNS = "tests/unit/test_columnwise.py::test_a_table_by_columns_is_named_and_
 _KERNELS = "tests/unit/test_train_kernels.py::"
 _COMPILED = "tests/unit/test_train_compiled.py::"
 _OF_VIEWS = "tests/integration/test_views_of_views.py::"
+_SLICES = "tests/integration/test_train_sequence.py::test_steps_and_weights_are_those_of_one_rank"
 _BY_INDEX = "tests/integration/test_views_by_index.py::"
 _BLAME = "tests/integration/test_blame.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
@@ -379,6 +380,8 @@ ELSEWHERE: dict[str, str] = {
     "train with `sfttrain run ... --log-documents`.": (
         "tests/integration/test_train_views.py::test_a_run_that_logged_nothing_is_blamed_once_it_does"
     ),
+    "leave it out of the launch, and set sequence_parallel={}.": _SLICES,
+    "torchrun --nproc-per-node {} -m sfttrain run ...": _SLICES,
     "set kernels=liger.": f"{_KERNELS}test_kernels_are_on_this_model_and_on_no_other",
     "Liger's kernels come without its loss now; set kernels=liger": f"{_KERNELS}test_liger_is_no_loss_any_more",
     "liger_kernel is not installed: pip install 'sftdata[gpu]'": f"{_KERNELS}test_what_cannot_be_used_is_named",

@@ -138,6 +138,51 @@ class Fleet:
         return [process.exitcode for process in processes]
 
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip  # what accelerate launch makes of examples/accelerate/fsdp2.yaml
+
+
+def as_fsdp2(rank: int, log: str) -> None:
+    """Set up a rank as accelerate launch does."""
+    os.environ.update(FSDP2)
+
+
+def count_sums(rank: int, log: str) -> None:
+    """Add a byte to a file beside the log whenever gradients are summed over ranks, by DDP or FSDP2."""
+    from torch import distributed
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    def count() -> None:
+        with Path(f"{log}.sums{rank}").open("ab") as file:
+            file.write(b".")
+
+    def hook(group, bucket):  # DDP looks at annotations, and these are text
+        count()
+        return allreduce_hook(group, bucket)
+
+    def make(self: Any, *arguments: Any, **options: Any) -> None:
+        own_make(self, *arguments, **options)
+        self.register_comm_hook(None, hook)
+
+    def scatter(*arguments: Any, **options: Any) -> Any:
+        count()
+        return own_scatter(*arguments, **options)
+
+    own_make, own_scatter = DistributedDataParallel.__init__, distributed.reduce_scatter_tensor
+    DistributedDataParallel.__init__ = make  # type: ignore[method-assign]
+    distributed.reduce_scatter_tensor = scatter
+
+
+def count_sums_of_parts(rank: int, log: str) -> None:
+    """Do both."""
+    as_fsdp2(rank, log)
+    count_sums(rank, log)
+
+
 def _rank_main(
     arguments: list[str],
     rank: int,

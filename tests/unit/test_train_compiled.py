@@ -258,8 +258,9 @@ def _chosen(
 ) -> Compilation:
     config = read_settings(None, [], {"model": "m", "output": "o", "compile": asked})
     args: Any = SimpleNamespace(
-        device=torch.device(device), fsdp=more.get("fsdp"), deepspeed=None, activation_checkpointing_kwargs={}
-    )
+        device=torch.device(device), fsdp=more.get("fsdp"), deepspeed=None, activation_checkpointing_kwargs={},
+        sequence_parallel=more.get("sequence_parallel", 1),
+    )  # fmt: skip
     return choose_compile(config, args, model, steps, kernels)
 
 
@@ -276,6 +277,13 @@ def test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough(monkeypatch:
         UsageError, match=r"compile=layers cannot be used: the layers are sharded.*compile=none"
     ):
         _chosen("layers", "cuda", 1000, model, fsdp="full_shard")
+    with pytest.raises(
+        UsageError, match="compile=layers cannot be used: ranks exchange heads inside the layers"
+    ):
+        _chosen("layers", "cuda", 1000, model, sequence_parallel=2)
+    assert _chosen("loss", "cuda", 1000, model, sequence_parallel=2).what == "loss"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert _chosen("auto", "cuda", 1000, model) == ("none", "the layers are sharded")
 
 
 def test_a_model_without_known_layers_is_left_as_it_is() -> None:
