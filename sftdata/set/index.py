@@ -448,7 +448,7 @@ def read_index(path: Path, weighted: bool = False) -> Segments:
         first_trained=_from_bits(batch["first_trained"]),
         rest=_from_bits(batch["rest"]),
         whole=_from_bits(batch["whole"]),
-        document_hash=hashes.astype(np.uint64),
+        document_hash=hashes.astype(np.uint64, copy=False),
         prompt_hash=as_numpy(batch["prompt_hash"]),
         first_weights=as_numpy(batch["first_weight"]) if weighted else None,
     )
@@ -472,4 +472,4 @@ def _as_bits(flags: Bool) -> pa.Array:
 
 def _from_bits(column: pa.Array) -> Bool:
     bits = np.frombuffer(column.buffers()[1] or b"", np.uint8)
-    return np.unpackbits(bits, count=len(column), bitorder="little").astype(np.bool_)
+    return np.unpackbits(bits, count=len(column), bitorder="little").view(np.bool_)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from sftdata.pages import macro
 from sftdata.set.manifest import Manifest
 from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
-from sftdata.show.sides import Side, open_sides
+from sftdata.show.sides import Side, open_sides, source_keys
 from sftdata.show.stats import Part
 from sftdata.show.view import Piece, view_example
 
@@ -231,6 +231,9 @@ def diff(a: str | Path, b: str | Path, limit: int = 3) -> Diff:
 
 
 def _changes(found: Compared, limit: int) -> Iterator[Change]:
+    shown = np.concatenate([np.flatnonzero(found.kind == number)[:limit] for number in range(len(KINDS))])
+    for side, of in ((found.left, found.a[shown]), (found.right, found.b[shown])):
+        side.find(of[of >= 0])
     for number, kind in enumerate(KINDS):
         which = np.flatnonzero(found.kind == number)
         a, b = found.a[which], found.b[which]
@@ -252,10 +255,14 @@ def _sum(a: Int64 | Bool, b: Int64 | Bool) -> Both:
 def _sources(found: Compared) -> Iterator[SourceChange]:
     """Yield what differs in each source; what changed counts where the second set has it."""
     sides = found.left, found.right
-    names = list(dict.fromkeys(source.name for side in sides for source in side.sources))
+    keys = [source_keys(side.sources) for side in sides]
+    names = list(dict.fromkeys(chain(*keys)))
     of = {name: number for number, name in enumerate(names)}
-    numbers = [np.array([of[source.name] for source in side.sources])[side.source] for side in sides]
-    known = [{source.name: source.xxh3 for source in side.sources} for side in sides]
+    numbers = [np.array([of[key] for key in own])[side.source] for own, side in zip(keys, sides, strict=True)]
+    known = [
+        {key: source.xxh3 for key, source in zip(own, side.sources, strict=True)}
+        for own, side in zip(keys, sides, strict=True)
+    ]
     where = np.where(found.b >= 0, numbers[1][found.b], numbers[0][found.a])
     counted = [np.bincount(where[found.kind == number], minlength=len(names)) for number in range(len(KINDS))]
     sums = {
@@ -271,7 +278,7 @@ def _sources(found: Compared) -> Iterator[SourceChange]:
             kind: int(count[index]) for kind, count in zip(KINDS, counted, strict=True) if count[index]
         }
         same = known[0].get(name) == known[1].get(name)
-        yield SourceChange(name, both["held"], both["tokens"], both["trained"], changes, not same)
+        yield SourceChange(name[0], both["held"], both["tokens"], both["trained"], changes, not same)
 
 
 # Said by the hashes of tokenizer, template and sources.

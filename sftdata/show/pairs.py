@@ -57,6 +57,8 @@ def _pair_documents(a: Side, b: Side) -> _Pairs:
     every = np.ones(len(a), np.bool_), np.ones(len(b), np.bool_)
     pairing.by(a.document, b.document, every)
     equal = len(pairing)
+    for side, free in zip(pairing.sides, pairing.free, strict=True):
+        side.find(np.flatnonzero(free))  # of these alone the tokens are compared
     pairing.by(a.prompt, b.prompt, (a.prompt != 0, b.prompt != 0))
     pairing.by(*_hash_ids(pairing))
     pairing.by_place()
@@ -140,10 +142,22 @@ def pair_up(a: UInt64, b: UInt64) -> tuple[Int64, Int64]:
 
 
 def _grouped(keys: UInt64) -> tuple[Int64, Bool]:
-    """Sort keys, uint64[N]; return their order, and bool[N - 1], where another one begins."""
-    order = np.argsort(keys, kind="stable")
+    """Sort keys, uint64[N]; return their order, and bool[N - 1], where another one begins.
+
+    Each is sorted by its upper bits with its place in the lower ones: faster than the order of keys.
+    """
+    bits = np.uint64(len(keys).bit_length())
+    packed = keys >> bits << bits | np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    order = (packed & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
     ordered = keys[order]
-    return order, ordered[1:] != ordered[:-1]
+    new = ordered[1:] != ordered[:-1]
+    packed >>= bits
+    if (new & (packed[1:] == packed[:-1])).any():  # other keys with the same upper bits
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        new = ordered[1:] != ordered[:-1]
+    return order, new
 
 
 def _grouped_by_two(keys: UInt64) -> tuple[Int64, Bool]:
@@ -242,9 +256,9 @@ def _alone(own: Side, other: Side, free: Int64, dropped: Int64, equal: Bool) -> 
 
 def _among(few: UInt64, many: UInt64) -> Bool:
     """bool[K]: hashes, uint64[K, 2], that are among many others, which are not sorted for that."""
-    first = np.unique(few[:, 0])
-    near = np.searchsorted(first, many[:, 0])
-    return found_in(few, many[np.append(first, 0)[near] == many[:, 0]])
+    near, low = np.zeros(1 << 16, np.bool_), np.uint64((1 << 16) - 1)
+    near[few[:, 0] & low] = True
+    return found_in(few, many[near[many[:, 0] & low]])
 
 
 def _cut_alike(left: Side, right: Side, a: Int64, b: Int64) -> Bool:

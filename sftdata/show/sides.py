@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -70,6 +70,7 @@ class Side:
     pieces: Int64
     piece_offsets: Int64
     letters: Letters | None = None
+    _found: Documents | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,13 +125,17 @@ class Side:
         """Of the set's tokenizer."""
         return read_vocabulary(self.folder / "tokenizer")
 
-    @cached_property
-    def _documents(self) -> Documents:
-        return read_documents((self.base,))
+    def find(self, which: Int64) -> None:
+        """Find where documents lie, int64[K], by their indices: all that is read next in one go."""
+        ids = np.unique(self.ids[which])
+        if len(ids) and not (self._found and np.isin(ids, self._found.ids, assume_unique=True).all()):
+            self._found = read_documents((self.base,), only=ids)
 
     def read(self, which: Int64) -> TokenBatch:
-        """Return whole documents, int64[K], by their indices, with all labels."""
-        return self._documents.whole(np.searchsorted(self._documents.ids, self.ids[which]))
+        """Return whole documents, int64[K], by their indices, with all labels; `find` has found them."""
+        self.find(which)
+        assert self._found is not None
+        return self._found.whole(np.searchsorted(self._found.ids, self.ids[which]))
 
     def read_compared(self, which: Int64) -> TokenBatch:
         """Return them as they are compared: as tokens, or as the bytes of their text, one `input_id` each."""
@@ -144,6 +149,7 @@ class Side:
             weighted: include the weights of tokens.
             first_labels: include the label of each document's first token.
         """
+        self.find(np.arange(len(self)))
         for part in self.blocks(np.arange(len(self))):
             batch = self.read_compared(part)
             batch = batch if first_labels else _without_first_labels(batch)
@@ -293,13 +299,20 @@ def _without_index(base: Base, numbers: dict[tuple[str, int], int]) -> Side:
     )
 
 
+def source_keys(sources: Sequence[SourceInfo]) -> list[tuple[str, int]]:
+    """Return what a source goes by on both sides: its name, and how often that came before."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for source in sources:
+        keys.append((source.name, seen[source.name]))
+        seen[source.name] += 1
+    return keys
+
+
 def _places(base: Base, ids: Int64, numbers: dict[tuple[str, int], int]) -> tuple[Int64, Int64]:
     """Return the source of each example id, and its place."""
-    sources, number = base.manifest.sources, []
-    seen: Counter[str] = Counter()
-    for source in sources:
-        number.append(numbers.setdefault((source.name, seen[source.name]), len(numbers)))
-        seen[source.name] += 1
+    sources = base.manifest.sources
+    number = [numbers.setdefault(key, len(numbers)) for key in source_keys(sources)]
     filled = np.flatnonzero([source.rows > 0 for source in sources])
     firsts = np.array([source.first_id for source in sources], np.int64)
     of = filled[np.searchsorted(firsts[filled], ids, side="right") - 1]

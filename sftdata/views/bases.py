@@ -167,12 +167,13 @@ def open_store(bases: Sequence[Base], *, whole: bool) -> Store:
     return Store(TokenFiles([*sets.items()], check=check_file if whole else plain_file), numbers)
 
 
-def read_documents(bases: Sequence[Base], store: Store | None = None) -> Documents:
+def read_documents(bases: Sequence[Base], store: Store | None = None, only: Int64 | None = None) -> Documents:
     """Map the files of all bases, and find every document in them.
 
     Args:
         bases: the sets.
         store: their files; by default each is hashed before it is read.
+        only: int64[K], find these documents only; their ids, ascending.
 
     Raises:
         UsageError: a base does not hold all that its documents had.
@@ -184,9 +185,15 @@ def read_documents(bases: Sequence[Base], store: Store | None = None) -> Documen
         for file in base.manifest.files:
             if slice_number(file.name) is None:  # lists and tokenizer; those of slices are checked when read
                 check_file(base.folder, file)
-        parts += _find(base, store.files, numbers)
+        found = _find(base, store.files, numbers)
+        parts += found if only is None else (part.take(_which(part.example_id, only)) for part in found)
     where = ", ".join(str(base.folder) for base in bases)
     return join_segments(Located.join(parts), store.files.blocks, where)
+
+
+def _which(ids: Int64, few: Int64) -> Int64:
+    """Return where ids are among a few, which ascend."""
+    return np.flatnonzero(np.append(few, -1)[np.searchsorted(few, ids)] == ids)
 
 
 def _find(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:

@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 import sftdata
 from sftdata.cli import main
 from sftdata.errors import UsageError
-from sftdata.set.manifest import Manifest, read_manifest
-from sftdata.show.diff import Diff, diff
+from sftdata.set.manifest import Manifest, read_manifest, write_manifest
+from sftdata.show.diff import Both, Diff, diff
+from sftdata.show.pairs import pair_up
 from tests import made_tokenizers
 from tests.oracles.set_diff import compare, documents_of
 from tests.token_sets import TOKENIZER, Layout, Row, Sources, write_tokens
@@ -160,6 +163,37 @@ def test_two_sets_differ_as_a_slow_comparison_says(tmp_path: Path, seed: int) ->
             assert change.beside == len(told.pop(f"{change.kind} beside", [])), (seed, number)
         assert places(found) == told, (seed, number)
         holds(found, *manifests)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_keys_are_paired_first_with_first_however_much_of_them_is_alike(seed: int) -> None:
+    """Keys that differ in their lowest bits alone, between others that do not."""
+    rng = np.random.default_rng(seed)
+    high, low = (rng.integers(0, 3, 80).astype(np.uint64) for _ in range(2))
+    keys = (high << np.uint64(61)) + low
+    a, b = keys[:50], keys[50:]
+    wanted = [
+        pair
+        for key in set(keys.tolist())
+        for pair in zip(np.flatnonzero(a == key).tolist(), np.flatnonzero(b == key).tolist(), strict=False)
+    ]
+    for left, right in ((a, b), (np.stack([a, a ^ a], 1), np.stack([b, b ^ b], 1))):
+        first, second = pair_up(left, right)
+        assert sorted(zip(first.tolist(), second.tolist(), strict=True)) == sorted(wanted)
+
+
+def test_two_sources_of_one_name_are_two(tmp_path: Path) -> None:
+    one, other = Row((5, 6, 7), (False, True, True)), Row((8, 6, 7), (False, True, True))
+    for name, second in (("a", [one]), ("b", [one, other])):
+        made = write_tokens(tmp_path / name, {"x.jsonl": [other, one], "y.jsonl": second}, Layout())
+        same = [msgspec.structs.replace(source, name="x.jsonl") for source in made.sources]
+        same[1] = msgspec.structs.replace(same[1], xxh3=name * 32)
+        write_manifest(tmp_path / name, msgspec.structs.replace(made, sources=tuple(same)))
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert [(source.documents, source.changes, source.other_bytes) for source in found.sources] == [
+        (Both(2, 2), {}, False),
+        (Both(1, 2), {"came": 1}, True),
+    ]
 
 
 # --------------------------------------------------------------------------------------------- real sets
