@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sftdata.errors import UsageError
 from sftdata.settings import NamesOfData
@@ -189,7 +189,24 @@ Like = Annotated[
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Of every draw: caps, split, mix, order.")]
 
 
-CHOOSING = ("eval", "mix", "mix_by", "passes", "total", "cap", "dedup", "exclude", "exclude_by", "seed")
+class Choosing(BaseModel):
+    """Which documents, as `prepare` and `view` choose them."""
+
+    model_config = ConfigDict(defer_build=True)  # a command builds the models that it uses
+
+    dedup: Dedup = None
+    exclude: Exclude = ()
+    exclude_by: ExcludeBy = "prompt"
+    cap: Cap = Field(default_factory=dict)
+    eval: Eval = None
+    mix: Mix = Field(default_factory=dict)
+    mix_by: MixBy = "trained"
+    passes: Passes = 1
+    total: Total = None
+    seed: Seed = 0
+
+
+CHOOSING = tuple(Choosing.model_fields)
 SIDES = ("train", "eval")
 
 

@@ -11,20 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sftdata.choosing import (
-    CHOOSING,
-    Cap,
-    Dedup,
-    Eval,
-    Exclude,
-    ExcludeBy,
-    Like,
-    Mix,
-    MixBy,
-    Passes,
-    Seed,
-    Total,
-)
+from sftdata.choosing import CHOOSING, Choosing, Like
 from sftdata.errors import UsageError
 from sftdata.output import local_output
 from sftdata.settings import NamesOfData, check_settings
@@ -39,10 +26,10 @@ MOST_BYTES = 1 << 40
 MOST_WORKERS = 4096
 
 
-class PrepareConfig(BaseModel):
+class RowsConfig(BaseModel):
     """What to read, how to render and mask it, and how to cut, pack and store it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     # ---- what is read
     inputs: tuple[str, ...] = Field(
@@ -139,17 +126,9 @@ class PrepareConfig(BaseModel):
         description="Input bytes of a slice, about; packing does not cross slices.",
     )
 
-    # ---- which of the documents the set holds
-    dedup: Dedup = None
-    exclude: Exclude = ()
-    exclude_by: ExcludeBy = "prompt"
-    cap: Cap = Field(default_factory=dict)
-    eval: Eval = None
-    mix: Mix = Field(default_factory=dict)
-    mix_by: MixBy = "trained"
-    passes: Passes = 1
-    total: Total = None
-    seed: Seed = 0
+
+class PrepareConfig(Choosing, RowsConfig):
+    """What to read, how to render and mask it, how to cut, pack and store it, and which documents to keep."""
 
     # ---- how the work is done (never changes a byte of the set)
     workers: int | None = Field(

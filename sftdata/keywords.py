@@ -24,8 +24,22 @@ def telling(function: _Told) -> _Told:
     return cast(_Told, call)
 
 
-class PrepareSettings(TypedDict, total=False):
-    """Settings of `sftdata.prepare` but `eval`."""
+class ChoosingSettings(TypedDict, total=False):
+    """Settings of both that choose among documents, but `eval`."""
+
+    dedup: Literal["row", "prompt"] | None
+    exclude: Sequence[str | Path]
+    exclude_by: Literal["row", "prompt"]
+    cap: Mapping[str, str]
+    mix: Mapping[str, float | str]
+    mix_by: Literal["rows", "tokens", "trained"]
+    passes: float
+    total: str | None
+    seed: int
+
+
+class RowsSettings(TypedDict, total=False):
+    """Settings of `sftdata.prepare` that say how rows become those of a set."""
 
     like: str | Path | None
     split: str | None
@@ -53,22 +67,18 @@ class PrepareSettings(TypedDict, total=False):
     packing: Literal["bfd", "wrapped", "none"]
     max_rejects: str | int
     slice_bytes: int
-    dedup: Literal["row", "prompt"] | None
-    exclude: Sequence[str | Path]
-    exclude_by: Literal["row", "prompt"]
-    cap: Mapping[str, str]
-    mix: Mapping[str, float | str]
-    mix_by: Literal["rows", "tokens", "trained"]
-    passes: float
-    total: str | None
-    seed: int
+
+
+class PrepareSettings(RowsSettings, ChoosingSettings, total=False):
+    """Settings of `sftdata.prepare` but `eval`."""
+
     workers: int | None
     engine: Literal["auto", "gigatoken", "tokenizers"]
     overwrite: bool
 
 
-class ViewSettings(TypedDict, total=False):
-    """Settings of `sftdata.view` but `eval`."""
+class FilterSettings(TypedDict, total=False):
+    """Settings of `sftdata.view` that leave documents out one by one."""
 
     like: str | Path | None
     sources: Sequence[str]
@@ -78,15 +88,11 @@ class ViewSettings(TypedDict, total=False):
     min_trained: str | None
     max_trained: str | None
     drop: Path | None
-    dedup: Literal["row", "prompt"] | None
-    exclude: Sequence[str | Path]
-    exclude_by: Literal["row", "prompt"]
-    cap: Mapping[str, str]
-    mix: Mapping[str, float | str]
-    mix_by: Literal["rows", "tokens", "trained"]
-    passes: float
-    total: str | None
-    seed: int
+
+
+class ViewSettings(FilterSettings, ChoosingSettings, total=False):
+    """Settings of `sftdata.view` but `eval`."""
+
     max_length: int | None
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] | None
     packing: Literal["bfd", "wrapped", "none"] | None

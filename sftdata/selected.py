@@ -71,6 +71,10 @@ def prepare(
         if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
             raise made_otherwise(config.output, changed)
         view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
+        note(
+            f"{config.output}: the inputs changed; all documents are prepared anew, as it holds those chosen"
+            " alone. A set of all documents reuses what is the same; make views of it."
+        )
     _refuse_begun(config)
     note_padding(plan, note)
     made = _choose(config, plan, view, workers, progress, note)

@@ -8,21 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sftdata.choosing import (
-    Cap,
-    Dedup,
-    Eval,
-    Exclude,
-    ExcludeBy,
-    Like,
-    Mix,
-    MixBy,
-    Names,
-    Passes,
-    Seed,
-    Share,
-    Total,
-)
+from sftdata.choosing import Choosing, Like, Names, Share
 from sftdata.config import MOST_TOKENS, WINDOW
 from sftdata.errors import UsageError
 from sftdata.output import local_output
@@ -31,10 +17,10 @@ ORDERING = frozenset({"order", "bands", "window", "steps_for", "model", "pad_to_
 """Settings that neither choose nor cut documents."""
 
 
-class ViewConfig(BaseModel):
-    """Which documents of which sets a view holds, and how they are laid out."""
+class FilterConfig(BaseModel):
+    """The sets of a view, and the documents that are left out one by one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     sets: Names = Field(min_length=1, description="Folders of finished sets.")
     output: Path = Field(description="Folder of the view.")
@@ -54,18 +40,10 @@ class ViewConfig(BaseModel):
     drop: Path | None = Field(
         None, description="File of documents to leave out: one FILE:LINE or example id a line."
     )
-    dedup: Dedup = None
-    exclude: Exclude = ()
-    exclude_by: ExcludeBy = "prompt"
-    cap: Cap = Field(default_factory=dict)
 
-    # ---- split and mix
-    eval: Eval = None
-    mix: Mix = Field(default_factory=dict)
-    mix_by: MixBy = "trained"
-    passes: Passes = 1
-    total: Total = None
-    seed: Seed = 0
+
+class ViewConfig(Choosing, FilterConfig):
+    """Which documents of which sets a view holds, and how they are laid out."""
 
     # ---- how it is laid out
     max_length: int | None = Field(

@@ -198,7 +198,9 @@ def test_inputs_that_have_grown_are_taken_in_by_the_same_command(tmp_path: Path)
     chosen: Settings = {"eval": "30%", "mix": {"*": 1}, "passes": 2}
     before = prepare(tmp_path / "set", [source], **chosen)
     write_lines(source, chats(80, 5, 40))
-    made = prepare(tmp_path / "set", [source], **chosen)
+    notes: list[str] = []
+    made = prepare(tmp_path / "set", [source], **chosen, on_note=notes.append)
+    assert any("all documents are prepared anew, as it holds those chosen alone." in note for note in notes)
     assert [one.digest for one in made] != [one.digest for one in before]
     expected = prepare(tmp_path / "new", [source], **chosen)
     assert [one.digest for one in made] == [one.digest for one in expected]
