@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import accumulate, count, groupby, pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -33,7 +33,6 @@ from torch.utils.data import Dataset, IterableDataset
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, offsets_of
 from sftdata.errors import DataError, UsageError
 from sftdata.set.opened import ShardSet
-from sftdata.set.rows import PackedRow
 from sftdata.vocabulary import read_vocabulary
 from sfttrain.schedule import FILLER
 
@@ -42,11 +41,11 @@ _WEIGHTS = "loss_weights"
 
 
 class Row(NamedTuple):
-    """One row: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
+    """One row, or several end to end: int32[L] ids, int32[L] labels, int32[S] document lengths that sum to L.
 
     For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each; for a log of
     documents int64[S, 4] places: set, packed row, example (-1 for padding), bytes of what is trained. `fills`
-    marks the row of no data that `filler` returns.
+    marks the row of no data that `filler` returns. Of several rows int64[R] counts, documents of each.
     """
 
     input_ids: Int32
@@ -56,6 +55,22 @@ class Row(NamedTuple):
     loss_weights: Float32 | None = None
     places: Int64 | None = None
     fills: bool = False
+    counts: Int64 | None = None
+
+    def single(self) -> list[Row]:
+        """Return its rows, each by itself."""
+        if self.counts is None:
+            return [self]
+        return [self.part(first, last) for first, last in pairwise(offsets_of(self.counts).tolist())]
+
+    def part(self, first: int, last: int) -> Row:
+        """Return some of its documents as one row."""
+        tokens = slice(*offsets_of(self.seq_lengths)[[first, last]])
+        ids, labels, lengths = self.input_ids[tokens], self.labels[tokens], self.seq_lengths[first:last]
+        source = None if self.source is None else self.source[tokens]
+        weights = None if self.loss_weights is None else self.loss_weights[tokens]
+        places = None if self.places is None else self.places[first:last]
+        return Row(ids, labels, lengths, source, weights, places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,30 +123,34 @@ class TrainingRows(Dataset[Row]):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        if index == FILLER:
-            return filler()
-        which = bisect_right(self._ends, index)
-        local = index - self._ends[which] + self.sizes[which]
-        if self._documents is None:
-            packed = self._sets[which][local]
-            row = Row(packed.input_ids, packed.labels, packed.seq_lengths, None, packed.loss_weights)
-            return self._described(row, which, local, packed.examples)
-        index, segment = self._documents[which][local].tolist()
-        packed = self._sets[which][index]
-        return self._described(
-            _document(packed, segment), which, index, packed.examples[segment : segment + 1]
-        )
+        (row,) = self.__getitems__([index])
+        return row
 
-    def _described(self, row: Row, which: int, index: int, examples: Int64) -> Row:
-        """Add where the documents of a row come from, as far as it is asked for."""
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        """Return a batch in order, without fillers beside rows; neighbours of one set are one `Row`."""
+        real = [index for index in indices if index != FILLER]
+        rows = [] if real else [filler()]
+        for which, group in groupby(real, lambda index: bisect_right(self._ends, index)):
+            begin = self._ends[which] - self.sizes[which]
+            rows += self._read(which, [index - begin for index in group])
+        return rows
+
+    def _read(self, which: int, numbers: Sequence[int]) -> list[Row]:
+        """Return rows of a set end to end, or documents, each by itself."""
+        segments = None
+        if self._documents is not None:
+            numbers, segments = self._documents[which][numbers].T.tolist()
+        packed = self._sets[which].take(numbers)
+        examples, counts = packed.example_ids, np.diff(packed.segment_offsets)
+        row = Row(packed.input_ids, packed.labels, packed.seq_lengths, None, packed.loss_weights)
         if self.sources:
             row = row._replace(source=np.repeat(self._source_of(examples), row.seq_lengths))
         if self._bytes is not None:
-            places = np.empty((len(examples), 4), np.int64)
-            places[:, :2] = which, index
-            places[:, 2], places[:, 3] = examples, _trained_bytes(row, self._bytes[which])
-            row = row._replace(places=places)
-        return row
+            columns = which, np.repeat(numbers, counts), examples, _trained_bytes(row, self._bytes[which])
+            row = row._replace(places=np.stack(np.broadcast_arrays(*columns), axis=1))
+        if segments is None:
+            return [row._replace(counts=counts)]
+        return [row.part(one, one + 1) for one in (packed.segment_offsets[:-1] + segments).tolist()]
 
     def _source_of(self, examples: Int64) -> Int64:
         """Return each example's source number; an empty source shares the next one's first id."""
@@ -157,7 +176,9 @@ def _trained_bytes(row: Row, lengths: Int32 | None) -> Int64 | int:
     """int64[S], bytes of the text of each document's trained tokens, the first of each apart."""
     if lengths is None:
         return 0
-    before = offsets_of(np.where(_labels(row) == IGNORE_INDEX, 0, lengths[row.input_ids]))
+    before = offsets_of(
+        np.where(_labels([row.labels], row.seq_lengths) == IGNORE_INDEX, 0, lengths[row.input_ids])
+    )
     return np.diff(before[offsets_of(row.seq_lengths)])
 
 
@@ -170,15 +191,6 @@ def _documents(opened: ShardSet) -> Int64:
         places.append(np.stack([row + first, segments - rows.segment_offsets[row]], 1))
         first += len(rows)
     return np.concatenate(places)
-
-
-def _document(row: PackedRow, segment: int) -> Row:
-    stop = int(row.seq_lengths[: segment + 1].sum(dtype=np.int64))
-    tokens = slice(stop - int(row.seq_lengths[segment]), stop)
-    weights = None if row.loss_weights is None else row.loss_weights[tokens]
-    return Row(
-        row.input_ids[tokens], row.labels[tokens], row.seq_lengths[segment : segment + 1], None, weights
-    )
 
 
 class Collator:
@@ -205,6 +217,8 @@ class Collator:
         fill up a batch are left out beside real ones.
         """
         real = [row for row in rows if not row.fills] or rows[:1]
+        if not self.flatten:
+            real = [one for row in real for one in row.single()]
         lengths = [row.seq_lengths.astype(np.int64) for row in real]
         if not self.flatten:
             lengths = self._padded_lengths(lengths)
@@ -264,11 +278,9 @@ def _cumulative(lengths: list[Int64]) -> Batch:
 
 def _flattened(rows: Sequence[Row], lengths: list[Int64]) -> dict[str, Tensor]:
     flat = np.concatenate(lengths)
-    labels = np.concatenate([_labels(row) for row in rows])
-    input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     columns: dict[str, Int64 | Float32] = {
-        "input_ids": input_ids,
-        "labels": labels,
+        "input_ids": np.concatenate([row.input_ids for row in rows], dtype=np.int64),
+        "labels": _labels([row.labels for row in rows], flat),
         "position_ids": positions(flat),
     }
     if rows[0].source is not None:
@@ -284,7 +296,7 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> dict[str, Tensor]:
     labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row.input_ids)] = row.input_ids
-        labels[index, : len(row.input_ids)] = _labels(row)
+        labels[index, : len(row.input_ids)] = _labels([row.labels], row.seq_lengths)
     position_ids = np.stack([positions(part) for part in lengths])
     columns: dict[str, Int64 | Float32] = {
         "input_ids": input_ids,
@@ -298,13 +310,13 @@ def _padded(rows: Sequence[Row], lengths: list[Int64]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def _labels(row: Row) -> Int64:
+def _labels(parts: Sequence[Int32], lengths: Int32 | Int64) -> Int64:
     """int64[L]; a document's first token must not be predicted from the document before it.
 
     Sets of format version 1 and a user's own tables may label it.
     """
-    labels = row.labels.astype(np.int64)
-    labels[np.cumsum(row.seq_lengths) - row.seq_lengths] = IGNORE_INDEX
+    labels = np.concatenate(parts, dtype=np.int64)
+    labels[offsets_of(lengths)[:-1]] = IGNORE_INDEX
     return labels
 
 

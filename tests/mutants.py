@@ -184,7 +184,7 @@ FAULTS = [
           "np.repeat(ends - lengths, lengths)",
           "np.repeat(ends[:1] - lengths[:1], ends[-1])", "unit/test_train_data.py"),
     Fault("a batch asks a document of the one before",
-          "labels[np.cumsum(row.seq_lengths) - row.seq_lengths] = ", "labels[:0] = ", "unit/test_train_data.py"),
+          "labels[offsets_of(lengths)[:-1]] = ", "labels[:0] = ", "unit/test_train_data.py"),
     Fault("documents are one for variable-length attention",
           "ends = torch.from_numpy(np.concatenate([[0], np.cumsum(flat)])",
           "ends = torch.from_numpy(np.array([0, flat.sum()])", "unit/test_train_data.py"),

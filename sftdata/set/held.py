@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.errors import IntegrityError, SftError
-from sftdata.set.extents import (
-    ANEW,
-    PADDING_FILE,
-    rest_digest,
-    token_files,
-)
+from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, rest_digest, token_files
 from sftdata.set.index import read_rest
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard
@@ -23,10 +18,6 @@ from sftdata.set.store import SetFile, plain_file
 
 Tokens = tuple[Int32, Int32, Float32 | None]
 """Ids, labels, and weights in a set that has them."""
-
-_FEW = 100  # runs
-Runs = tuple[list[int], list[int], list[int]]
-"""Runs of tokens: number of the block of each, its first token there, and its end."""
 
 
 class Watch:
@@ -89,14 +80,6 @@ class Block(Protocol):
         """int64[P + 1], where its rows begin."""
 
 
-class Found(NamedTuple):
-    """Extents in mapped blocks: int64[E] each, number of the block, first token there, and its end."""
-
-    block: Int64
-    start: Int64
-    stop: Int64
-
-
 class TokenFiles:
     """The files of sets that hold tokens, numbered through all of them; each is mapped when first needed.
 
@@ -130,7 +113,7 @@ class TokenFiles:
             np.zeros(0, np.int32), np.zeros(0, np.int64), none,
         )  # fmt: skip
         self.blocks: list[Block] = []
-        self._bytes: list[tuple[memoryview, memoryview]] = []  # ids and labels of each block
+        self._held: tuple[list[memoryview], list[memoryview]] = [], []  # ids and labels of each block
         self._add([pad])
         self._edges[PADDING_FILE] = 0, np.array([0, length])
 
@@ -155,7 +138,9 @@ class TokenFiles:
 
     def _add(self, blocks: Sequence[Block]) -> None:
         self.blocks += blocks
-        self._bytes += [(_bytes(block.input_ids), _bytes(block.labels)) for block in blocks]
+        ids, labels = self._held
+        ids += [block.input_ids.data for block in blocks]
+        labels += [block.labels.data for block in blocks]
 
     def open_blocks(self, number: int) -> list[int]:
         """Map a file; return the numbers of its blocks."""
@@ -170,8 +155,19 @@ class TokenFiles:
             file[here], before[here] = number, edges[:-1]
         return file, before
 
-    def find(self, path: Path, file: Int32, start: Int64, length: Int32) -> Found:
-        """Find extents in the blocks of their files.
+    def find(self, path: Path, extents: Extents) -> Int32:
+        """Find extents in the blocks of their files; see `place`.
+
+        Returns:
+            int32[4, E]: number of the block, first token there, its end, and `Extents.first_label`.
+        """
+        block, start = self.place(path, extents.file, extents.start, extents.length)
+        runs = np.empty((4, len(extents)), np.int32)  # a record batch has fewer than 2**31 tokens
+        runs[:] = block, start, start + extents.length, extents.first_label
+        return runs
+
+    def place(self, path: Path, file: Int32, start: Int64, length: Int32) -> tuple[Int32, Int64]:
+        """Return the block of each extent, int32[E], and its first token there, int64[E].
 
         Args:
             path: of the file that names them, for the message.
@@ -180,7 +176,7 @@ class TokenFiles:
         Raises:
             IntegrityError: there are no such tokens.
         """
-        block, start = np.zeros(len(file), np.int64), start.copy()
+        block, start = np.zeros(len(file), np.int32), start.copy()
         order = np.argsort(file, kind="stable")
         numbers, firsts = np.unique(file[order], return_index=True)
         for number, here in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
@@ -191,48 +187,56 @@ class TokenFiles:
                 raise IntegrityError(f"{path}: names tokens that are not there.", ANEW)
             block[here] = first + which
             start[here] -= edges[which]
-        return Found(block, start, start + length)
+        return block, start
 
     def _edges_of(self, path: Path, number: int) -> tuple[int, Int64]:
         if not PADDING_FILE <= number < len(self._files):
             raise IntegrityError(f"{path}: names a file {number}; its bases have {len(self._files)}.", ANEW)
         return self.open(number)
 
-    def gather(self, runs: Runs) -> tuple[Int32, Int32]:
-        """Lay the tokens of runs end to end: ids, and the labels that their files have.
+    def gather(self, runs: Int32, first_weights: Float32 | None) -> Tokens:
+        """Lay the tokens of extents end to end; read-only.
 
-        Few runs are joined as bytes, in half the time of joining arrays. Many are copied one by one:
-        thousands of slices at once would set the garbage collector off, which costs more than the copying.
+        They are joined as bytes, in half the time of joining arrays.
+
+        Args:
+            runs: as `find` returns them.
+            first_weights: as in `Extents`.
         """
-        blocks, starts, stops = runs
-        held = self._bytes
-        if len(blocks) <= _FEW:
-            parts = [held[block][0][4 * start : 4 * stop] for block, start, stop in zip(*runs, strict=True)]
-            parts += [held[block][1][4 * start : 4 * stop] for block, start, stop in zip(*runs, strict=True)]
-            tokens = np.frombuffer(bytearray().join(parts), np.int32)
-        else:
-            tokens = np.empty(2 * (sum(stops) - sum(starts)), np.int32)
-            room, at = tokens.data.cast("B"), 0
-            for column in (0, 1):
-                for block, start, stop in zip(*runs, strict=True):
-                    end = at + 4 * (stop - start)
-                    room[at:end] = held[block][column][4 * start : 4 * stop]
-                    at = end
-        half = len(tokens) // 2
-        return tokens[:half], tokens[half:]
+        where = list(zip(*runs[:3].tolist(), strict=True))
+        ids, labels = (
+            np.frombuffer(
+                bytearray().join([held[block][start:stop] for block, start, stop in where]), np.int32
+            )
+            for held in self._held
+        )
+        weights = self._gather_weights(where) if first_weights is not None else None
+        _mend(runs, first_weights, (ids, labels, weights))
+        for column in (ids, labels, weights):
+            if column is not None:
+                column.flags.writeable = False
+        return ids, labels, weights
 
-    def gather_weights(self, runs: Runs) -> Float32:
+    def _gather_weights(self, where: list[tuple[int, int, int]]) -> Float32:
         """Lay the weights of tokens end to end; a set without them gives each label 1."""
         weights = [np.empty(0, np.float32)]
-        for number, start, stop in zip(*runs, strict=True):
+        for number, start, stop in where:
             block = self.blocks[number]
             labelled = (block.labels[start:stop] != IGNORE_INDEX).astype(np.float32)
             weights.append(labelled if block.loss_weights is None else block.loss_weights[start:stop])
         return np.concatenate(weights)
 
 
-def _bytes(tokens: Int32) -> memoryview:
-    return tokens.data.cast("B") if len(tokens) else memoryview(b"")
+def _mend(runs: Int32, first_weights: Float32 | None, tokens: Tokens) -> None:
+    """Give and take the labels of first tokens that their files have otherwise."""
+    ids, labels, weights = tokens
+    (which,) = runs[3].nonzero()  # all but `AS_STORED`
+    if len(which):
+        lengths = runs[2] - runs[1]
+        at, given = (lengths.cumsum() - lengths)[which], runs[3][which] == GIVEN
+        labels[at] = np.where(given, ids[at], IGNORE_INDEX)
+        if weights is not None and first_weights is not None:
+            weights[at] = np.where(given, first_weights[which], 0)
 
 
 def open_token_files(folder: Path, manifest: Manifest) -> TokenFiles:

@@ -59,9 +59,23 @@ class ShardSet(Sequence[PackedRow]):
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+        shard, row = self._place(range(len(self))[index])
+        return shard.row(row)
+
+    def take(self, rows: Sequence[int]) -> PackedRows:
+        """Return one row or more as columns, in the order of these numbers.
+
+        Raises:
+            IndexError: there is no such row.
+            IntegrityError: a shard is missing or is not what the manifest says.
+        """
+        every = range(len(self))
+        return self._files.take([self._place(every[row]) for row in rows])
+
+    def _place(self, row: int) -> tuple[Shard, int]:
+        """Return the shard of a row, and its number there."""
         shard = bisect_right(self._ends, row)
-        return self._shard(shard).row(row - self._ends[shard] + self.manifest.shards[shard].rows)
+        return self._shard(shard), row - self._ends[shard] + self.manifest.shards[shard].rows
 
     def __reduce__(self) -> tuple[object, ...]:
         """Send the set to another process without what is mapped here."""

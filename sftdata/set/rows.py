@@ -6,23 +6,25 @@ is one copy, made when it is asked for.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
-from sftdata.set.extents import AS_STORED, GIVEN, Extents, Packs, read_packs, read_rest_extents
-from sftdata.set.held import TokenFiles, Tokens, open_token_files
+from sftdata.batches import Float32, Int32, Int64, PackedRows, offsets_of
+from sftdata.set.extents import read_packs, read_rest_extents
+from sftdata.set.held import TokenFiles, open_token_files
 from sftdata.set.index import REST, RestRows, beside_name, read_rest
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import ShardInfo, read_shard
 from sftdata.set.store import plain_file
+
+Array = TypeVar("Array", Int32, Int64, Float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +105,15 @@ class MappedShard:
         return PackedRow(ids, labels, batch.seq_lengths[segments], batch.example_ids[segments], weights)
 
 
+class FoundRow(NamedTuple):
+    """A row by index: where its tokens lie, as for `TokenFiles.gather`, and its documents."""
+
+    runs: Int32
+    first_weights: Float32 | None
+    seq_lengths: Int32
+    examples: Int64
+
+
 class IndexedShard:
     """The rows of one file of packs, gathered from the files of the bases.
 
@@ -113,94 +124,44 @@ class IndexedShard:
     """
 
     def __init__(self, path: Path, weighted: bool, files: TokenFiles) -> None:
-        packs = read_packs(path, weighted)
-        self._parts = [_Indexed(path, part, files, weighted) for part in packs]
-        self._ends = list(accumulate(map(len, packs)))
+        self._packs = read_packs(path, weighted)
+        self._runs = [files.find(path, packs.extents) for packs in self._packs]
+        self._files = files
+        self._ends = list(accumulate(map(len, self._packs)))
 
     @property
     def batches(self) -> Iterator[PackedRows]:
         """The rows, in order, gathered a record batch at a time."""
-        for part in self._parts:
-            yield part.rows(0, len(part.packs))
+        for packs, runs in zip(self._packs, self._runs, strict=True):
+            ids, labels, weights = self._files.gather(runs, packs.extents.first_weights)
+            yield PackedRows(
+                ids, labels, packs.extents.token_offsets(),
+                packs.seq_lengths, packs.example_ids, packs.segment_offsets, weights,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def row(self, row: int) -> PackedRow:
         """Return a row, gathered."""
+        runs, first_weights, seq_lengths, examples = self.find(row)
+        ids, labels, weights = self._files.gather(runs, first_weights)
+        return PackedRow(ids, labels, seq_lengths, examples, weights)
+
+    def find(self, row: int) -> FoundRow:
+        """Return where a row lies."""
         index = bisect_right(self._ends, row)
-        part = self._parts[index]
-        row -= self._ends[index] - len(part.packs)
-        ids, labels, weights = part.tokens(row, row + 1)
-        first, last = part.packs.segment_offsets[row : row + 2].tolist()
-        return PackedRow(
-            ids, labels, part.packs.seq_lengths[first:last], part.packs.example_ids[first:last], weights
+        packs = self._packs[index]
+        row -= self._ends[index] - len(packs)
+        first, last = packs.extents.row_offsets[row : row + 2].tolist()
+        start, stop = packs.segment_offsets[row : row + 2].tolist()
+        weights = packs.extents.first_weights
+        return FoundRow(
+            self._runs[index][:, first:last],
+            None if weights is None else weights[first:last],
+            packs.seq_lengths[start:stop],
+            packs.example_ids[start:stop],
         )
-
-
-class _Indexed:
-    """One record batch of rows by index."""
-
-    def __init__(self, path: Path, packs: Packs, files: TokenFiles, weighted: bool) -> None:
-        self.packs = packs
-        self._runs = _Runs(path, packs.extents, files, weighted)
-        self._offsets = packs.extents.row_offsets
-
-    def rows(self, first: int, last: int) -> PackedRows:
-        """Return some of the rows as columns."""
-        ids, labels, weights = self.tokens(first, last)
-        packs = self.packs
-        offsets = packs.segment_offsets[first : last + 1]
-        segments = slice(offsets[0], offsets[-1])
-        before = offsets_of(packs.seq_lengths[segments])
-        return PackedRows(
-            ids, labels, before[offsets - offsets[0]],
-            packs.seq_lengths[segments], packs.example_ids[segments], offsets - offsets[0], weights,
-        )  # fmt: skip
-
-    def tokens(self, first: int, last: int) -> Tokens:
-        """Return the tokens of some of the rows."""
-        return self._runs.tokens(*self._offsets[first : last + 1 : last - first].tolist())
-
-
-class _Runs:
-    """The extents of one record batch, found in the files of the bases.
-
-    Args:
-        path: of the file that names them.
-        extents: of the record batch.
-        files: of the bases.
-        weighted: whether the set has weights.
-    """
-
-    def __init__(self, path: Path, extents: Extents, files: TokenFiles, weighted: bool) -> None:
-        self._extents, self._files, self._weighted = extents, files, weighted
-        self._found = files.find(path, extents.file, extents.start, extents.length)
-        self._mended: list[int] = np.flatnonzero(extents.first_label != AS_STORED).tolist()
-
-    def tokens(self, first: int, last: int) -> Tokens:
-        """Return the tokens of extents `first` to `last`, end to end; read-only."""
-        block, start, stop = (column[first:last].tolist() for column in self._found)
-        runs = block, start, stop
-        ids, labels = self._files.gather(runs)
-        weights = self._files.gather_weights(runs) if self._weighted else None
-        some = slice(bisect_left(self._mended, first), bisect_left(self._mended, last))
-        if some.start < some.stop:
-            self._mend(first, last, self._mended[some], (ids, labels, weights))
-        ids.flags.writeable = labels.flags.writeable = False
-        if weights is not None:
-            weights.flags.writeable = False
-        return ids, labels, weights
-
-    def _mend(self, first: int, last: int, mended: list[int], tokens: Tokens) -> None:
-        """Give and take the labels of first tokens that their files have otherwise."""
-        ids, labels, weights = tokens
-        which = np.array(mended)
-        at = offsets_of(self._extents.length[first:last])[which - first]
-        given = self._extents.first_label[which] == GIVEN
-        labels[at] = np.where(given, ids[at], IGNORE_INDEX)
-        if weights is not None and self._extents.first_weights is not None:
-            weights[at] = np.where(given, self._extents.first_weights[which], 0)
 
 
 class SetFiles:
@@ -235,6 +196,25 @@ class SetFiles:
             return IndexedShard(path, self._manifest.weighted, self.bases)
         return MappedShard(read_shard(path, self._manifest.max_length, self._manifest.weighted))
 
+    def take(self, places: Sequence[tuple[Shard, int]]) -> PackedRows:
+        """Return rows, by shard and number there, as columns that are copied once."""
+        rows: Sequence[PackedRow | FoundRow]
+        if self.bases is None:
+            rows = mapped = [shard.row(row) for shard, row in places]
+            ids, labels = _joined([row.input_ids for row in mapped]), _joined([row.labels for row in mapped])
+            weights = _weights([row.loss_weights for row in mapped])
+        else:
+            rows = found = [shard.find(row) for shard, row in places if isinstance(shard, IndexedShard)]
+            runs = np.concatenate([row.runs for row in found], axis=1)
+            weights = _weights([row.first_weights for row in found])
+            ids, labels, weights = self.bases.gather(runs, weights)
+        seq_lengths = _joined([row.seq_lengths for row in rows])
+        examples = _joined([row.examples for row in rows])
+        segments = offsets_of([len(row.examples) for row in rows])
+        return PackedRows(
+            ids, labels, offsets_of(seq_lengths)[segments], seq_lengths, examples, segments, weights
+        )
+
     def rest(self, number: int) -> list[RestRows]:
         """Return the rest of a slice, a record batch each; none where it has none.
 
@@ -248,9 +228,21 @@ class SetFiles:
         return read_rest(path, weighted) if bases is None else list(_gather_rest(path, bases, weighted))
 
 
+def _joined(columns: Sequence[Array]) -> Array:
+    """Lay columns end to end; a single one stays a view."""
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+
+def _weights(columns: Sequence[Float32 | None]) -> Float32 | None:
+    """Lay weights end to end; None in a set without them."""
+    weights = [column for column in columns if column is not None]
+    return _joined(weights) if weights else None
+
+
 def _gather_rest(path: Path, files: TokenFiles, weighted: bool) -> Iterator[RestRows]:
     """Gather the stretches of a rest by index, with all their labels."""
     for part in read_rest_extents(path, weighted):
-        ids, labels, weights = _Runs(path, part.extents, files, weighted).tokens(0, len(part.extents))
+        runs = files.find(path, part.extents)
+        ids, labels, weights = files.gather(runs, part.extents.first_weights)
         offsets, reasons = part.extents.token_offsets(), list(part.reasons)
         yield RestRows(ids, labels, offsets, part.example_ids, part.offset, reasons, weights)

@@ -276,7 +276,7 @@ def _compose(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]
         yield _composed(index, found, base, number)
 
 
-Runs = tuple[Int64, Int64, Int32, Bool, Float32]
+Runs = tuple[Int32, Int64, Int32, Bool, Float32]
 """Of each extent but padding: block, first token there, length, whether that is labelled, what it weighs."""
 
 
@@ -285,9 +285,9 @@ def _renumbered(path: Path, extents: Extents, files: TokenFiles, numbers: Int64)
     file, length = extents.file[real], extents.length[real]
     if len(file) and not 0 <= file.min() <= file.max() < len(numbers):
         raise IntegrityError(f"{path}: names files that are not there.", ANEW)
-    found = files.find(path, numbers[file].astype(np.int32), extents.start[real], length)
+    block, start = files.place(path, numbers[file].astype(np.int32), extents.start[real], length)
     weights = np.ones(len(extents), np.float32) if extents.first_weights is None else extents.first_weights
-    return found.block, found.start, length, extents.first_label[real] == GIVEN, weights[real]
+    return block, start, length, extents.first_label[real] == GIVEN, weights[real]
 
 
 def _composed(index: Segments, parts: Sequence[Runs], base: Base, number: int) -> Located:

@@ -396,7 +396,12 @@ def edited(rng: random.Random, files: Files) -> Files:
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 100))]
+    "seed",
+    [
+        *range(4),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 100)),
+        *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(100, 500)),
+    ],
 )
 def test_after_any_edits_the_set_is_the_one_made_anew(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)

@@ -56,6 +56,8 @@ def assert_reads_as_written(indexed: Path, written: Path) -> None:
             left, right = getattr(mine, name), getattr(theirs, name)
             assert (left is None) == (right is None)
             assert left is None or (np.array_equal(left, right) and not left.flags.writeable)
+    every = [*range(len(one) - 1, -1, -1), *range(len(one))]
+    assert list(columns(one.take(every))) == list(columns(other.take(every)))
     assert one.arrow().equals(other.arrow())
     for pattern in ("index-*.arrow", "rejects.jsonl", "dropped.jsonl", "counted.jsonl"):
         found, expected = (sorted(folder.glob(pattern)) for folder in (indexed, written))

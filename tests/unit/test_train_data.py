@@ -134,6 +134,28 @@ def test_a_row_of_a_thousand_shards_costs_few_steps(tmp_path: Path) -> None:
     assert steps(lambda: TrainingRows([open_set(folder)])[999]) < 30_000  # an index beside each
 
 
+@pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_rows_read_together_make_the_batch_of_rows_read_one_by_one(
+    tmp_path: Path, unpack: bool, flatten: bool
+) -> None:
+    settings = {"a": {"packed": True, "shards": 3}, "b": {"packed": False}}
+    sets = [open_set(make_set(tmp_path / name, rows=9, **more)) for name, more in settings.items()]
+    rows, collate = TrainingRows(sets, unpack, places=True), Collator(flatten)
+    for indices in ([8, 2, 5], [len(rows) - 1, 0, len(rows) - 4, 8], [FILLER, 4, FILLER], [FILLER, FILLER]):
+        together, apart = collate(rows.__getitems__(indices)), collate([rows[index] for index in indices])
+        assert together.keys() == apart.keys()
+        for name, column in apart.items():
+            if name == "documents":
+                continue
+            found = together[name]
+            assert torch.equal(found, column) if isinstance(column, torch.Tensor) else found == column, name
+        if indices != [FILLER, FILLER]:
+            both: list[Any] = [together["documents"], apart["documents"]]
+            for name in ("places", "tokens", "trained"):
+                assert np.array_equal(*(getattr(documents, name) for documents in both))
+
+
 def test_rows_are_views_of_the_mapped_file(tmp_path: Path) -> None:
     row = TrainingRows([open_set(make_set(tmp_path / "set"))])[0]
     assert not row.input_ids.flags.owndata
