@@ -382,6 +382,7 @@ _OF_SFTDATA: dict[str, tuple[str | None, str]] = {
     "use_chat_template": ("kind", "conversation or text."),
 }
 _OF_SFTTRAIN: dict[str, tuple[str | None, str]] = {
+    "dry_run": (None, "`sfttrain plan` says what a run would take, and trains nothing."),
     "padding_free": (None, "packed rows are trained without padding."),
     "batch_size": ("per_device_train_batch_size", ""),
     "micro_batch_size": ("per_device_train_batch_size", ""),

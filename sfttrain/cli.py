@@ -164,9 +164,9 @@ def config(settings: TrainConfig) -> None:
 @app.command()
 @_with_settings
 def plan(settings: TrainConfig) -> None:
-    """Print what a run of these settings takes of each set, and train nothing.
+    """Print what a run of these settings takes of each set, its memory and time; train nothing.
 
-    It is the plan of a fresh run on so many processes as `plan` itself is started on.
+    It is the plan of a fresh run on so many processes as `plan` itself is started on; no weights are loaded.
     """
     from sfttrain.training import plan_run
 

@@ -23,7 +23,7 @@ from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME, Identity
 from sfttrain.config import TrainConfig
 from sfttrain.process import Say, say
 from sfttrain.refusals import require_package
-from sfttrain.report import write_report
+from sfttrain.report import closing, write_report
 from sfttrain.resume import read_run
 from sfttrain.seen import Seen
 
@@ -89,8 +89,12 @@ def export(
 def conclude(config: TrainConfig, args: TrainingArguments) -> None:
     """Write the report, and push to the Hub where asked."""
     if args.should_save:
-        say(f"report: {write_report(config.output)}")
-    say(f"model: {config.output}; talk to it: sfttrain chat {shlex.quote(str(config.output))}")
+        report = write_report(config.output)
+        for line in closing(config.output):
+            say(line)
+        say(f"report      {report}")
+    say(f"model       {config.output}")
+    say(f"next        sfttrain chat {shlex.quote(str(config.output))}")
     if config.push_to_hub and args.should_save:
         _push(config)
 

@@ -217,6 +217,26 @@ def make_model(
     return model, plan
 
 
+def outline(
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    plan: Plan,
+    sets: list[ShardSet],
+    args: TrainingArguments,
+) -> PreTrainedModel:
+    """Return the model to train without its weights, which only its shapes can be asked of."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config,
+            attn_implementation=registered_name(plan.attention),
+            dtype=weight_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+        return make_model(config, model_config, model, plan, sets, args, lambda _: None)[0]
+
+
 def _freeze(model: nn.Module, names: tuple[str, ...], say: Say) -> None:
     """Freeze what text never reaches, such as a vision tower: ranks would wait for its gradient."""
     modules = dict(model.named_modules())

@@ -265,3 +265,39 @@ def describe_memory(model: nn.Module) -> str:
     state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     text = f"{total:,} parameters, {trained:,} trained; "
     return f"{text}weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
+
+
+_TRIED = 2048  # rows and columns of the matrices whose products are timed
+_SECONDS = 0.2
+
+
+def describe_time(model: nn.Module, tokens: int, device: torch.device, compute: torch.dtype) -> str:
+    """Say how long steps on so many tokens take at least: the products of matrices alone, at their best.
+
+    A forward takes two operations for each weight and token, the gradients of the activations and of what is
+    trained as many each. Attention, norms, the optimizer and the reading of data come on top.
+    """
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters() if weight.ndim > 1]
+    experts = any("expert" in name for name, _ in model.named_modules())
+    if experts:
+        return "time: the first step tells; how many experts a token takes is the router's choice"
+    operations = tokens * sum(size * (6 if trained else 4) for size, trained in sizes)
+    speed = _matrix_speed(device, compute)
+    seconds = round(operations / speed)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return (
+        f"time: at least {clock}, {operations:.1e} operations at the {speed / 1e12:.2g} TFLOP/s that products"
+        f" of matrices reach on {device.type}; the first step of a run measures it"
+    )
+
+
+def _matrix_speed(device: torch.device, compute: torch.dtype) -> float:
+    """Return operations a second."""
+    left = torch.ones((_TRIED, _TRIED), dtype=compute, device=device)
+    began, count = 0.0, -1  # the first product warms up
+    while count < 1 or time.perf_counter() - began < _SECONDS:
+        torch.mm(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began, count = began if count >= 0 else time.perf_counter(), count + 1
+    return 2 * count * _TRIED**3 / (time.perf_counter() - began)

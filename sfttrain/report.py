@@ -23,6 +23,7 @@ from sftdata.blame.named import LoggedRun
 from sftdata.errors import SftError, UsageError
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
+from sfttrain.process import counted
 from sfttrain.progress import LOG_NAME
 from sfttrain.seen import SEEN_NAME, Seen
 
@@ -199,6 +200,25 @@ def _figures(steps: Sequence[Line], log: Sequence[Line]) -> list[tuple[str, str]
         figures += [(f"{median(speeds):,.0f}", "tokens a second")] if speeds else []
         figures.append((_duration(sum(seconds)), "of training"))
     return figures
+
+
+def closing(folder: Path) -> Iterator[str]:
+    """Yield what came of a run, a line for each figure, for the terminal."""
+    log = read_log(folder / LOG_NAME)
+    steps = [line for line in log if "loss" in line]
+    if not steps:
+        return
+    figures = {what: value for value, what in _figures(steps, log)}
+    losses = [value for _, value in _points(steps, "loss")]
+    taken = counted(cast(int, log[-1]["step"]), "step")
+    yield f"loss        {losses[0]:.4f} to {losses[-1]:.4f} in {taken}"
+    for figure in _evaluation(log):
+        if str(figure["name"]).endswith(" loss"):
+            best = f"{figure['best']} at step {figure['best_step']:,.0f}"
+            yield f"evaluation  {figure['name']} {figure['first']} to {figure['last']}, best {best}"
+    speed = f"{figures['tokens a second']} tokens/s" if "tokens a second" in figures else ""
+    took = f"{figures['tokens']} tokens in {figures['of training']}" if "tokens" in figures else ""
+    yield f"speed       {', '.join(filter(None, [speed, took]))}"
 
 
 def _shown_settings(settings: Line) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet, open_set
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
-from sfttrain.attention import choose_attention, register_attention
+from sfttrain.attention import Choice, choose_attention, register_attention
 from sfttrain.compiling import (
     ENOUGH_STEPS,
     Compilation,
@@ -33,7 +33,7 @@ from sfttrain.device import by_memory, out_of_memory, refuse_too_large
 from sfttrain.documents import DocumentLog
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
-from sfttrain.model import leave_gpus_idle, load_config, make_model, whole_weights
+from sfttrain.model import leave_gpus_idle, load_config, make_model, outline, whole_weights
 from sfttrain.path import Plan, choose_path
 from sfttrain.process import Say, StopRequest, rank, say, share_of_rows
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
@@ -96,7 +96,7 @@ def train_on(
 
 
 def plan_run(config: TrainConfig) -> list[str]:
-    """Return what a fresh run would take of each set, in single documents where it would unpack its rows.
+    """Return what a fresh run would take of each set and of the device, and how each attention fares.
 
     Nothing is trained, and no weights are loaded: packing is proven on the model's architecture.
 
@@ -107,15 +107,22 @@ def plan_run(config: TrainConfig) -> list[str]:
         raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
     sets = [open_set(folder) for folder in config.sets]
     refusals.refuse_mixed_tokenizers(sets)
-    args = training_arguments(config)
-    unpack = config.packing == "unpack"
-    if not unpack:
-        where = _surroundings(args, sets, None)
-        unpack = _choose_path(config, load_config(config), None, where, say).unpack
-    contents = [read_contents(opened, unpack) for opened in sets]
+    args, model_config = training_arguments(config), load_config(config)
+    where = _surroundings(args, sets, None)
+    plan, choice = _choose_path(config, model_config, None, where, say)
+    contents = [read_contents(opened, plan.unpack) for opened in sets]
     order = make_order(config, sets, [part.rows for part in contents], contents, args)
     account = account_of(config, sets, contents, order)
-    return list(planned(config, account, order, total_steps(args, order)))
+    steps = total_steps(args, order)
+    model = outline(config, model_config, plan, sets, args)
+    tokens = sum(part.tokens for part in account.leg(steps).sets)
+    whole = ", the base not yet quantized" if config.quantize else ""
+    return [
+        *planned(config, account, order, steps),
+        f"memory: {preflight.describe_memory(model)}{whole}",
+        preflight.describe_time(model, tokens, args.device, where.compute),
+        f"attention, fastest first:\n{choice.table}",
+    ]
 
 
 def _assemble(
@@ -184,7 +191,7 @@ def load(
     leave_gpus_idle(args, say)
     with whole_weights(args):
         where = _surroundings(args, everything, data)
-        plan = _choose_path(config, model_config, model, where, say)
+        plan, _ = _choose_path(config, model_config, model, where, say)
         return *make_model(config, model_config, model, plan, sets, args, say), where
 
 
@@ -308,15 +315,15 @@ def _choose_path(
     model: nn.Module | None,
     where: Surroundings,
     say: Say,
-) -> Plan:
+) -> tuple[Plan, Choice]:
     """Choose attention, and prove on it what training may use."""
     register_attention()
     if config.sequence_parallel > 1:
         return share_rows(config, model_config, where, say)
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     choice = choose_attention(config.attention, model_config, where.device, where.compute, own)
-    say(f"attention: {choice.name} ({choice.reason})\n{choice.table}")
-    return choose_path(config, model_config, choice, where, say)
+    say(f"attention: {choice.name} ({choice.reason})")
+    return choose_path(config, model_config, choice, where, say), choice
 
 
 def _surroundings(args: TrainingArguments, sets: list[ShardSet], data: object) -> Surroundings:

@@ -78,12 +78,12 @@ def untrained_embeddings(model: PreTrainedModel, sets: Sequence[ShardSet]) -> li
     """Return control tokens the sets use whose rows were never trained: near zero, or equal to another.
 
     A base model often reserves such rows (Llama 3's headers, for one); under frozen embeddings they would
-    stay noise.
+    stay noise. A model without its weights, as a plan has it, is taken to need none.
     """
     used = sorted({token for opened in sets for token in _control_tokens(opened)})
     weight = embedding_table(model).detach()
     used = [token for token in used if token < len(weight)]
-    if not used or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not used or weight.is_meta or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return []
     rows = weight[used].float()
     small = (

@@ -355,6 +355,9 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),
     "leave --model out.": _CHAT,
+    "`sfttrain plan` says what a run would take, and trains nothing.": (
+        "tests/integration/test_train_words.py::test_a_dry_run_is_the_plan"
+    ),
     "leave --sample out.": (
         "tests/integration/test_train_samples.py"
         "::test_a_file_that_is_not_there_and_a_set_without_a_tokenizer_are_refused_before_the_model_is_loaded"
