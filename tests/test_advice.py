@@ -430,8 +430,8 @@ ELSEWHERE: dict[str, str] = {
     ),
     "{}the same `sftdata view` with --overwrite.": f"{_OF_VIEWS}test_views_are_made_again_from_the_lowest_on",
     "a larger --max-length.": f"{_REFUSED}test_a_view_that_trains_nothing_is_refused",
-    "a larger --max-length, or another --overlong.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
-    "choose another share for --eval, or loosen the filters.": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
+    "a larger --max-length, or another --overlong": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
+    "choose another share for --eval": f"{_REFUSED}test_advice_on_an_empty_view_is_followed",
     "# Settings of a view. Make it: sftdata view THIS_FILE.\\n": (
         "tests/integration/test_views_choice.py::test_a_recipe_is_written_checked_and_run"
     ),

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import EXAMPLES, Bool, Int64
-from sftdata.choosing import refuse_idle
+from sftdata.choosing import SIDES, refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over
 from sftdata.set.ledger import Ledger, distinct, read_counted
@@ -152,10 +152,7 @@ def _plan(
     dealt = read_steps(config)
     kept, rest = _stretches(config, choice, limited, first_ids)
     if not len(kept):
-        fix = "loosen the filters." if choice.left_out() else "a larger --max-length, or another --overlong."
-        if config.eval is not None:
-            fix = "choose another share for --eval, or loosen the filters."
-        raise DataError(f"{output}: no document is left. {_reasons(choice, limited)}", fix)
+        raise _nothing_left(output, choice, limited)
     by_slice = config.pack_over == "slice" or (
         config.pack_over == "auto" and len(bases) == 1 and not config.selects and config.reorders is False
     )
@@ -201,13 +198,22 @@ def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, 
     return (f"{config.epochs:,} epochs of {rows:,} rows: every document once in each, packed anew.",)
 
 
-def _reasons(choice: Choice, limited: Limited) -> str:
-    """Say what became of all documents of a view that holds none."""
-    gone = {step: count for step, (count, _) in choice.left_out().items()}
+def _nothing_left(output: Path, choice: Choice, limited: Limited) -> DataError:
+    """Return the refusal of a view that holds nothing: what became of all documents, and what would help."""
+    left_out = {step: count for step, (count, _) in choice.left_out().items()}
     reason = limited.pieces.reason[choice.times[limited.pieces.example] > 0]
-    gone |= {name: int((reason == code).sum()) for code, name in enumerate(REASONS, start=1)}
-    said = ", ".join(f"{name} {count:,}" for name, count in gone.items() if count)
-    return f"Of {len(choice.documents):,}: {said or 'none there'}."
+    dropped = {name: int((reason == code).sum()) for code, name in enumerate(REASONS, start=1)}
+    gone = {name: count for name, count in (left_out | dropped).items() if count}
+    helps = {
+        "a larger --max-length, or another --overlong": gone.keys() & {*REASONS[1:]},
+        "choose another share for --eval": gone.keys() & {*SIDES},
+        "loosen the filters": left_out.keys() - {*SIDES},
+    }
+    said = ", ".join(f"{name} {count:,}" for name, count in gone.items())
+    return DataError(
+        f"{output}: no document is left. Of {len(choice.documents):,}: {said or 'none there'}.",
+        f"{', or '.join(fix for fix, steps in helps.items() if steps) or 'name sets that train something'}.",
+    )
 
 
 # ------------------------------------------------------------------------------------------ stretches

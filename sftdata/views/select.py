@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +125,21 @@ def named(pattern: str, names: Sequence[str], *, setting: str) -> Bool:
     Raises:
         UsageError: it matches none.
     """
-    hits = [pattern in (name, name.rpartition("/")[2]) or fnmatchcase(name, pattern) for name in names]
+    hits = _named(pattern, names) or [fnmatchcase(name, pattern) for name in names]
     if not any(hits):
         raise UsageError(
             f"--{setting} {pattern}: no source of that name.",
             did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."),
         )
     return np.array(hits, np.bool_)
+
+
+def _named(wanted: str, names: Sequence[str]) -> list[bool]:
+    """Say which sources a name means: the one that has it, or else those that have it in some folder."""
+    for have in (names, [name.rpartition("/")[2] for name in names]):
+        if wanted in have:
+            return [name == wanted for name in have]
+    return []
 
 
 def shared_out(patterns: Sequence[str], names: Sequence[str]) -> list[Bool]:
@@ -226,22 +235,22 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
     places, wanted = read_drops(config.drop)
     numbered = enumerate(first_passes(choice.sources))
     passes = [(choice.sources[again], choice.sources[first]) for again, first in numbered if again != first]
+    names = [source.name for source in choice.sources]
     for name, line in places:
-        named = [source for source in choice.sources if name in (source.name, source.name.rpartition("/")[2])]
+        named = [*compress(choice.sources, _named(name, names))]
         found = [source for source in named if 1 <= line <= source.rows]
         if named and not found:
             rows = max(source.rows for source in named)
+            there = f"has rows 1 to {rows:,}" if rows else "is empty"
             raise UsageError(
-                f"--drop {config.drop}: found {name}:{line}; it has rows 1 to {rows:,}.",
+                f"--drop {config.drop}: found {name}:{line}; it {there}.",
                 "correct the line, or take it out of the list.",
             )
         found += [again for again, first in passes if any(first is source for source in found)]
         if not found:
             raise UsageError(
                 f"--drop {config.drop}: {name}:{line} is in no source of these sets.",
-                did_you_mean(
-                    name, [source.name for source in choice.sources], "see `sftdata stats` for sources."
-                ),
+                did_you_mean(name, names, "see `sftdata stats` for sources."),
             )
         wanted += [source.first_id + line - 1 for source in found]
     count = sum(source.rows for source in choice.sources)

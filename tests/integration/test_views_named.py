@@ -168,3 +168,34 @@ def test_one_set_is_returned_where_one_is_made(odd: Path, tmp_path: Path) -> Non
     assert [train.digest, held_out.digest] == [
         read_manifest(tmp_path / "two" / side).digest for side in ("train", "eval")
     ]
+
+
+def test_a_name_means_the_source_that_has_it_before_those_in_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / "in", tmp_path / "in" / "sub", tmp_path / "in" / "other"]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        write_lines(folder / "a.jsonl", chats(20, number, 20))
+    write_lines(tmp_path / "in" / "[b].jsonl", chats(20, 7, 20))
+    write_lines(tmp_path / "in" / "b.jsonl", [])
+    prepare(tmp_path / "set", [tmp_path / "in"])
+    base = tmp_path / "set"
+    plain = {name: own.rows for name, own in read_manifest(base).ledger.sources.items()}
+    assert sorted(plain) == ["[b].jsonl", "a.jsonl", "other/a.jsonl", "sub/a.jsonl"]
+
+    def left(**settings: object) -> dict[str, int]:
+        made = view(tmp_path / f"view{len([*tmp_path.iterdir()])}", base, **settings)
+        return {name: own.rows for name, own in made.ledger.sources.items() if own.rows}
+
+    assert left(sources=("a.jsonl",)) == {"a.jsonl": plain["a.jsonl"]}
+    assert left(without=("[b].jsonl",)).keys() == plain.keys() - {"[b].jsonl"}
+    assert left(mix={"a.jsonl": 1, "sub/a.jsonl": 1}, mix_by="rows").keys() == {"a.jsonl", "sub/a.jsonl"}
+    assert left(cap={"a.jsonl": "3 rows"}) == plain | {"a.jsonl": 3}
+    (tmp_path / "list").write_text("a.jsonl:1\nsub/a.jsonl:2\n")
+    gone = {name: plain[name] - rows for name, rows in left(drop=tmp_path / "list").items()}
+    assert gone == dict.fromkeys(plain, 0) | {"a.jsonl": 1, "sub/a.jsonl": 1}
+    (tmp_path / "list").write_text("b.jsonl:1\n")
+    with pytest.raises(UsageError, match="found b.jsonl:1; it is empty"):
+        view(tmp_path / "refused", base, drop=tmp_path / "list")
+    (tmp_path / "in" / "a.jsonl").unlink()
+    prepare(base, [tmp_path / "in"], overwrite=True)
+    assert left(sources=("a.jsonl",)).keys() == {"other/a.jsonl", "sub/a.jsonl"}

@@ -122,8 +122,19 @@ def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None
     view(tmp_path / "larger", base, max_length=64)
     said = refusal(tmp_path / "both", base, eval="0.0001%")
     assert said.startswith(f"{tmp_path / 'both' / 'eval'}: no document is left.")
-    assert said.endswith("Fix: choose another share for --eval, or loosen the filters.")
+    assert said.endswith("Fix: choose another share for --eval.")
     split(tmp_path / "both", base, eval="30%")
+    said = refusal(tmp_path / "filtered", base, eval="30%", min_tokens=10**6)
+    assert said.endswith("Fix: loosen the filters.")
+    split(tmp_path / "filtered", base, eval="30%", min_tokens=1)
+    said = refusal(
+        tmp_path / "few", base, eval="0.0001%", max_length=2, overlong="drop", sources=("a.jsonl",)
+    )
+    assert said.startswith(f"{tmp_path / 'few' / 'train'}: no document is left.")
+    assert said.endswith("Fix: a larger --max-length, or another --overlong, or loosen the filters.")
+    said = refusal(tmp_path / "short", base, max_length=2, without=("a.jsonl",))
+    assert said.endswith("Fix: a larger --max-length, or another --overlong, or loosen the filters.")
+    view(tmp_path / "short", base, max_length=64, without=("a.jsonl",))
 
 
 def test_a_split_does_not_discard_an_unfinished_set(
