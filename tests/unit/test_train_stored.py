@@ -122,7 +122,8 @@ def _chosen(
         settings={"view": view}, shards=shards, ledger=SimpleNamespace(rows_packed=40)
     )
     args: Any = SimpleNamespace(
-        train_batch_size=shape[0], gradient_accumulation_steps=shape[1], world_size=shape[2], process_index=0, seed=1, data_seed=None,
+        train_batch_size=shape[0], gradient_accumulation_steps=shape[1], world_size=shape[2], process_index=0,
+        seed=1, data_seed=None,
         train_sampling_strategy=strategy or "random",
     )  # fmt: skip
     size = config.pop("size", 40)
