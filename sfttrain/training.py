@@ -121,7 +121,7 @@ def plan_run(config: TrainConfig) -> list[str]:
         *planned(config, account, order, steps),
         f"memory: {preflight.describe_memory(model)}{whole}",
         preflight.describe_time(model, tokens, args.device, where.compute),
-        f"attention, fastest first:\n{choice.table}",
+        *([] if choice is None else [f"attention, fastest first:\n{choice.table}"]),
     ]
 
 
@@ -315,11 +315,11 @@ def _choose_path(
     model: nn.Module | None,
     where: Surroundings,
     say: Say,
-) -> tuple[Plan, Choice]:
-    """Choose attention, and prove on it what training may use."""
+) -> tuple[Plan, Choice | None]:
+    """Choose attention, and prove on it what training may use; no choice where processes share rows."""
     register_attention()
     if config.sequence_parallel > 1:
-        return share_rows(config, model_config, where, say)
+        return share_rows(config, model_config, where, say), None
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     choice = choose_attention(config.attention, model_config, where.device, where.compute, own)
     say(f"attention: {choice.name} ({choice.reason})")
