@@ -245,7 +245,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="FORMAT", help="datasets, token-rows, tinker or megatron-bridge: who reads it."
+            "--to",
+            metavar="FORMAT",
+            help="datasets, token-rows, verl, nemo-rl, tinker or megatron-bridge: who reads it.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to be made.")],

@@ -15,7 +15,6 @@ stopped there is ended by the next.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from sftdata.set.store import (
     check_file,
     digest_file,
     explained,
+    held_alone,
     plain_file,
     remove,
     swap_folders,
@@ -169,18 +169,8 @@ class Build:
         Raises:
             UsageError: another process builds here, or the folder cannot be made.
         """
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            if not _take(lock, self.folder):
-                raise UsageError(
-                    f"{self.folder}: another command is building this set.",
-                    "wait for it, or choose another -o.",
-                )
+        with held_alone(self.folder, "building this set"):
             yield self
-        finally:
-            os.close(lock)
 
     @contextmanager
     def refusable(self) -> Iterator[None]:
@@ -441,18 +431,6 @@ def sweep_choice(output: Path, *, discard: bool) -> None:
 
 def _measured(result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
     return msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
-
-
-def _take(lock: int, folder: Path) -> bool:
-    """Lock an open folder; False when another process has it, or has just renamed it to its place."""
-    try:
-        with explained(folder):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(lock), folder.stat())
-    except SftError as error:
-        if isinstance(error.__cause__, BlockingIOError | FileNotFoundError):
-            return False
-        raise
 
 
 def _stands(folder: Path, file: SetFile) -> bool:

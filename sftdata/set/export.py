@@ -2,7 +2,8 @@
 
     datasets         folder for datasets.load_from_disk: axolotl, LLaMA-Factory's tokenized_path, TRL
     token-rows       Parquet, input_ids and loss_mask: SkyRL, Akka
-    tinker           JSON lines: input_tokens, target_tokens and weights of a Datum
+    verl, nemo-rl    the same, and rows.py, which gives these rows to verl's trainer or NeMo-RL's
+    tinker           JSON lines: input_tokens, target_tokens and weights of a Datum: NeMo Automodel, too
     megatron-bridge  packed Parquet: rows as they are packed here, padding left out
 
 All but the last hold a document a row, since their readers pack, or do not pack, themselves; a stretch of a
@@ -12,9 +13,8 @@ document without a trained token, which some of them refuse, is left out.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -26,15 +26,16 @@ from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offset
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
 from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.opened import ShardSet, open_set
-from sftdata.set.store import Sink, explained, sync_folder, write_atomic
+from sftdata.set.store import Sink, explained, held_alone, sync_folder, write_atomic
 from sftdata.set.verify import damaged_bases, damaged_files
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Target = Literal["datasets", "token-rows", "tinker", "megatron-bridge"]
+Target = Literal["datasets", "token-rows", "verl", "nemo-rl", "tinker", "megatron-bridge"]
 EXPORT_NAME = "export.json"
 FILE_TOKENS = 1 << 23  # of a file
 _ROW_GROUP = {"token-rows": 10_000, "megatron-bridge": 500}  # its reader keeps one group in memory
@@ -113,17 +114,21 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
+    around = next((part for part in output.resolve().parents if (part / MANIFEST_NAME).is_file()), None)
+    if around is not None:
+        raise UsageError(f"{output}: lies in the set {around}.", "choose another -o.")
     _refuse_damaged(opened)
     partial = output.with_name(output.name + _SUFFIX)
-    with explained(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    exported = _write(opened, partial, to)
-    with explained(output):
-        if output.exists():
-            output.rmdir()
-        os.replace(partial, output)
-        sync_folder(output.parent)
+    with held_alone(partial, "writing this export"):
+        with explained(partial):
+            for path in partial.iterdir():  # of one that was broken off
+                path.unlink()
+        exported = _write(opened, partial, to)
+        with explained(output):
+            if output.exists():
+                output.rmdir()
+            os.replace(partial, output)
+            sync_folder(output.parent)
     return exported
 
 
@@ -142,11 +147,13 @@ def _refuse_damaged(opened: ShardSet) -> None:
 
 def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
     """Write the files, and what describes them."""
-    rows = tokens = trained = left_out = unmarked = 0
+    rows = tokens = trained = left_out = unmarked = firsts = 0
     files: list[str] = []
     for batches in _gathered(opened):
         parts = []
         for batch in batches:
+            batch, lost = _without_firsts(batch)
+            firsts += lost
             part, untrained = _packed(batch) if to == "megatron-bridge" else _documents(batch)
             parts.append(part)
             rows, tokens, left_out = (
@@ -158,9 +165,9 @@ def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
         name = _NAMES[to].format(len(files))
         _FILES[to](folder / name, parts)
         files.append(name)
-    if trained != opened.manifest.ledger.tokens_trained:
+    if trained + firsts != opened.manifest.ledger.tokens_trained:
         raise IntegrityError(
-            f"{opened.folder}: {trained:,} trained tokens read; its manifest says"
+            f"{opened.folder}: {trained + firsts:,} trained tokens read; its manifest says"
             f" {opened.manifest.ledger.tokens_trained:,}.",
             "run `sftdata verify`.",
         )
@@ -169,6 +176,9 @@ def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
         to=to, digest=opened.manifest.digest, tokenizer=(tokenizer.name, tokenizer.sha256), rows=rows,
         tokens=tokens, tokens_trained=trained, left_out=left_out, unmarked=unmarked, files=tuple(files),
     )  # fmt: skip
+    if to in _READERS:
+        reader = Path(__file__).with_name(_READERS[to]).read_bytes()
+        write_atomic(folder / "rows.py", lambda sink: sink.write(reader))
     if to == "datasets":
         _describe_dataset(folder, exported)
     _write_json(folder / EXPORT_NAME, exported)
@@ -189,6 +199,17 @@ def _gathered(opened: ShardSet) -> Iterator[list[PackedRows]]:
 
 
 # -------------------------------------------------------------------------------------------- rows
+
+
+def _without_firsts(batch: PackedRows) -> tuple[PackedRows, int]:
+    """Take away the labels of documents' first tokens, which format version 1 has, and count them."""
+    firsts = offsets_of(batch.seq_lengths)[:-1][batch.seq_lengths > 0]
+    firsts = firsts[batch.labels[firsts] != IGNORE_INDEX]
+    if not len(firsts):
+        return batch, 0
+    labels = batch.labels.copy()
+    labels[firsts] = IGNORE_INDEX
+    return replace(batch, labels=labels), len(firsts)
 
 
 def _documents(batch: PackedRows) -> tuple[_Part, int]:
@@ -356,15 +377,20 @@ def _write_json(path: Path, content: object) -> None:
     write_atomic(path, lambda sink: sink.write(text))
 
 
+_READERS: dict[Target, str] = {"verl": "rows_for_verl.txt", "nemo-rl": "rows_for_nemo_rl.txt"}
 _NAMES: dict[Target, str] = {
     "datasets": "data-{:05d}.arrow",
     "token-rows": "rows-{:05d}.parquet",
+    "verl": "rows-{:05d}.parquet",
+    "nemo-rl": "rows-{:05d}.parquet",
     "tinker": "datums-{:05d}.jsonl",
     "megatron-bridge": "rows-{:05d}.idx.parquet",
 }
 _FILES: dict[Target, Callable[[Path, list[_Part]], None]] = {
     "datasets": _write_dataset,
     "token-rows": _write_token_rows,
+    "verl": _write_token_rows,
+    "nemo-rl": _write_token_rows,
     "tinker": _write_datums,
     "megatron-bridge": _write_megatron,
 }

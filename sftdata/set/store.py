@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -253,3 +254,36 @@ def check_file(folder: Path, file: SetFile) -> Path:
             "restore the file, or prepare the set again with --overwrite.",
         )
     return path
+
+
+@contextmanager
+def held_alone(folder: Path, doing: str) -> Iterator[None]:
+    """Make a folder, and hold it for one process.
+
+    Args:
+        doing: what another process would be at, for the message.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        if not _take(lock, folder):
+            raise UsageError(f"{folder}: another command is {doing}.", "wait for it, or choose another -o.")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, folder: Path) -> bool:
+    """Lock an open folder; False when another process has it, or has just renamed it to its place."""
+    try:
+        with explained(folder):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(lock), folder.stat())
+    except SftError as error:
+        if isinstance(error.__cause__, BlockingIOError | FileNotFoundError):
+            return False
+        raise
