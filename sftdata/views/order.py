@@ -137,8 +137,9 @@ def _pack_epochs(config: ViewConfig, kept: Stretches) -> PackPlan:
 
     How many rows it takes follows from their lengths alone, so all epochs have as many.
     """
-    parts = []
-    for epoch, here in enumerate(np.split(np.arange(len(kept)), config.epochs)):  # ids ascend
+    parts, epoch_of = [], _epochs_of(config, kept)
+    for epoch in range(config.epochs):
+        here = np.flatnonzero(epoch_of == epoch)
         if epoch:
             keys = draw(np.arange(len(here), dtype=np.uint64), config.seed + epoch, "epochs")
             here = here[np.argsort(keys, kind="stable")]
@@ -147,6 +148,20 @@ def _pack_epochs(config: ViewConfig, kept: Stretches) -> PackPlan:
             packs = _reordered(packs, _shuffle(np.array([0, len(packs)]), config.seed + epoch))
         parts.append(replace(packs, example=here[packs.example]))
     return _joined(parts)
+
+
+def _epochs_of(config: ViewConfig, kept: Stretches) -> Int64:
+    """Return the epoch of each stretch, int64[K]; a mixture may have a document several times in each."""
+    epochs = config.epochs
+    if not config.mix:
+        return np.repeat(np.arange(epochs), len(kept) // epochs)  # ids ascend, pass after pass
+    order = np.lexsort((kept.id, kept.document))
+    begins = np.flatnonzero(np.diff(kept.document[order], prepend=-1))
+    passes = np.cumsum(np.diff(kept.id[order], prepend=-1) != 0)
+    passes -= np.repeat(passes[begins], np.diff(np.append(begins, len(kept))))
+    epoch = np.empty(len(kept), np.int64)
+    epoch[order] = passes % epochs
+    return epoch
 
 
 def _joined(parts: Sequence[PackPlan]) -> PackPlan:
@@ -281,13 +296,16 @@ def refuse_unlike(config: ViewConfig) -> None:
 
 def _refuse_epochs(config: ViewConfig) -> None:
     """Refuse what cannot be had anew for each epoch."""
-    others = {"mix": bool(config.mix), "steps-for": config.steps_for is not None}
-    others |= {f"order {config.order}": config.order not in ("as-is", "shuffled")}
-    others |= {"pack-over slice": config.pack_over == "slice"}
-    for name, given in others.items():
+    ordering = "which orders the rows of all epochs together"
+    others = {
+        "steps-for": (config.steps_for is not None, ordering),
+        f"order {config.order}": (config.order not in ("as-is", "shuffled"), ordering),
+        "pack-over slice": (config.pack_over == "slice", "and each epoch packs all documents anew"),
+    }
+    for name, (given, why) in others.items():
         if config.epochs > 1 and given:
             raise UsageError(
-                f"--epochs {config.epochs} with --{name}: each epoch packs all documents anew.",
+                f"--epochs {config.epochs} with --{name}, {why}.",
                 f"leave --{name.partition(' ')[0]} out, or --epochs.",
             )
 

@@ -100,7 +100,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     sides = split_off(choice, config) if config.eval is not None else {"": choice}
     if config.mix:
         mix_sources(sides.get("train", choice), config, limited)
-    sides.get("train", choice).times *= config.epochs
+    sides.get("train", choice).repeat(config.epochs)
     plain = config.model_copy(update={"steps_for": None, "model": None, "epochs": 1})
     return tuple(
         _plan(plain if side == "eval" else config, config.output / side, bases, store, sides[side], limited)
@@ -195,7 +195,8 @@ def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, 
     if config.epochs == 1:
         return ()
     rows = sum(len(part.packs) for part in slices) // config.epochs
-    return (f"{config.epochs:,} epochs of {rows:,} rows: every document once in each, packed anew.",)
+    what = "the mixture" if config.mix else "every document"
+    return (f"{config.epochs:,} epochs of {rows:,} rows: {what} once in each, packed anew.",)
 
 
 def _nothing_left(output: Path, choice: Choice, limited: Limited) -> DataError:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import compress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of
@@ -94,6 +95,16 @@ class Choice:
         gone = self.stays & ~kept
         self.left_by[gone] = self.steps.index(step)
         self.times[gone] = 0
+
+    def repeat(self, times: int) -> None:
+        """Take all that stays so many times."""
+        self.times *= times
+        self.shares = tuple(
+            msgspec.structs.replace(
+                share, rows=share.rows * times, tokens=share.tokens * times, trained=share.trained * times
+            )
+            for share in self.shares
+        )
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Return how many documents, and tokens, each step left out, where any."""

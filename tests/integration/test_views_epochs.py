@@ -95,6 +95,35 @@ def test_a_view_of_epochs_counts_what_is_there_again(base: Path, tmp_path: Path)
     assert not view(tmp_path / "once", tmp_path / "view", dedup="row").ledger.documents_repeated
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"packing": "none", "order": "shuffled"}, {"overlong": "split"}], ids=str
+)
+@pytest.mark.parametrize("write", [False, True])
+def test_every_epoch_holds_the_mixture(base: Path, tmp_path: Path, settings: Settings, write: bool) -> None:
+    mix: Settings = {"mix": {"a.jsonl": 5, "b.jsonl": 2}, "passes": 2.5, "max_length": 64, **settings}
+    once = view(tmp_path / "once", base, **{**mix, "order": "as-is"})
+    made = view(tmp_path / "view", base, epochs=3, write=write, **mix)
+    expected = documents(tmp_path / "once", 0, 1)[0]
+    assert max(expected.values()) > 1
+    rows = []
+    for epoch in range(3):
+        held, together = documents(tmp_path / "view", epoch, 3)
+        assert held == expected
+        rows.append(together)
+    assert rows[0] != rows[1] != rows[2] != rows[0]
+    for one, three in zip(once.shares, made.shares, strict=True):
+        assert (three.rows, three.tokens, three.trained) == (3 * one.rows, 3 * one.tokens, 3 * one.trained)
+        assert (three.asked, three.available) == (one.asked, one.available)
+    assert (
+        made.ledger.rows_in - made.ledger.documents_repeated
+        == once.ledger.rows_in - once.ledger.documents_repeated
+    )
+    assert not verify(tmp_path / "view").problems
+    both = sftdata.view(base, output=tmp_path / "both", eval="30%", epochs=2, mix={"*": 1}, write=write)
+    assert both[0].shares[0].rows == both[0].ledger.rows_kept
+    assert not verify(tmp_path / "both" / "train").problems
+
+
 def test_evaluation_has_one_epoch(base: Path, tmp_path: Path) -> None:
     train, held_out = sftdata.view(base, output=tmp_path / "both", eval="20%", epochs=2)
     assert train.ledger.documents_repeated
@@ -104,7 +133,6 @@ def test_evaluation_has_one_epoch(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"mix": {"a.jsonl": 1, "b.jsonl": 1}},
         {"steps_for": "2x2"},
         {"order": "length"},
         {"pack_over": "slice"},
