@@ -51,7 +51,8 @@ ROWS = {
     " with splits, a streamed one, a frame, an Arrow table, an iterable of dicts; a tokenizer as it is now.",
     "constant-length stream": "`sftdata.stream(...)`: bounded buffers, `infinite`, `shuffle`, end tokens, no lost tails.",
     "iterative training": "`sfttrain.IterativeTrainer(model).step(...)`: ids or texts, causal and sequence-to-sequence models.",
-    "several GPUs": "torchrun or accelerate launch; ranks prepare no data, and a changed number of ranks sees the same batches.",
+    "several GPUs": "torchrun or accelerate launch; ranks prepare no data, and a changed number of ranks sees the same batches."
+    " `sequence_parallel=N`: N processes hold each row together, with documents apart, with FSDP2 and adapters too.",
     "export: merge": "`sfttrain merge DIR -o OUT`: adapters into their base, reloaded, logits compared, tied heads tied.",
     "export: GPTQ": "`sfttrain export DIR -o OUT --set SHARDS --gptq bits=4,group_size=128`, with GPTQModel, on a GPU.",
     "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import sftdata
 from sftdata.set.opened import open_set
 from sftdata.set.steps import stored_steps
-from tests.train_runs import Fleet, tiny_llama
+from tests.train_runs import Fleet, as_fsdp2, tiny_llama
 from tests.view_sets import prepare
 
 pytestmark = pytest.mark.slow
@@ -46,6 +47,12 @@ def record(rank: int, log: str) -> None:
     SftTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
+def record_in_parts(rank: int, log: str) -> None:
+    """Do so where each rank has a part of the weights."""
+    as_fsdp2(rank, log)
+    record(rank, log)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("model") / "model", vocabulary=VOCABULARY)
@@ -65,7 +72,9 @@ def _view(folder: Path, mix: str, model: Path, **settings: Any) -> Path:
     return folder / "view"
 
 
-def _run(folder: Path, shards: Path, model: Path, **settings: Any) -> tuple[str, list[list[list[list[int]]]]]:
+def _run(
+    folder: Path, shards: Path, model: Path, way: Callable[[int, str], None] = record, **settings: Any
+) -> tuple[str, list[list[list[list[int]]]]]:
     """Train for an epoch on two ranks; return what was said, and the documents of each micro-batch of each rank."""
     training = {
         "num_train_epochs": 1,
@@ -76,7 +85,7 @@ def _run(folder: Path, shards: Path, model: Path, **settings: Any) -> tuple[str,
     overrides = [part for key, value in training.items() for part in ("--set", f"{key}={value}")]
     log = folder / "log"
     arguments = ["run", str(shards), "--model", str(model), "-o", str(folder / "run"), *overrides]
-    assert Fleet().finish(arguments, 2, log, record) == [0, 0], log.read_text()
+    assert Fleet().finish(arguments, 2, log, way) == [0, 0], log.read_text()
     seen = [[json.loads(line) for line in Path(f"{log}.{rank}").read_text().splitlines()] for rank in (0, 1)]
     return log.read_text(), seen
 
@@ -86,13 +95,13 @@ def _work(documents: list[list[int]], token: int, square: int) -> int:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 4)])
+@pytest.mark.parametrize(("batch", "accumulation", "way"), [(2, 1, record), (1, 4, record_in_parts)])
 def test_two_ranks_do_the_same_work_at_every_step(
-    tmp_path: Path, model: Path, mix: str, batch: int, accumulation: int
+    tmp_path: Path, model: Path, mix: str, batch: int, accumulation: int, way: Callable[[int, str], None]
 ) -> None:
     shards = _view(tmp_path, mix, model, steps_for="2x2")
     settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    said, seen = _run(tmp_path, shards, model, **settings)
+    said, seen = _run(tmp_path, shards, model, way, **settings)
     assert "order: the set's own, steps for 2 ranks x 2 rows" in said
     opened = open_set(shards)
     trained = Counter(tuple(document) for rank in seen for micro in rank for document in micro)
