@@ -78,7 +78,7 @@ def refuse_unshared(config: TrainConfig, args: TrainingArguments, objects: Mappi
         return
     asked = f"sequence_parallel={width}"
     if args.world_size % width:
-        found = f"{asked}: {args.world_size} processes are no multiple of {width}"
+        found = f"{asked}: the number of processes is {args.world_size}, no multiple of {width}"
         raise UsageError(f"{found}.", f"torchrun --nproc-per-node {width} -m sfttrain run ...")
     if config.attention not in ("auto", VARLEN):
         raise UsageError(

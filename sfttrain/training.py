@@ -108,6 +108,7 @@ def plan_run(config: TrainConfig) -> list[str]:
     sets = [open_set(folder) for folder in config.sets]
     refusals.refuse_mixed_tokenizers(sets)
     args, model_config = training_arguments(config), load_config(config)
+    refuse_unshared(config, args, {})
     where = _surroundings(args, sets, None)
     plan, choice = _choose_path(config, model_config, None, where, say)
     contents = [read_contents(opened, plan.unpack) for opened in sets]

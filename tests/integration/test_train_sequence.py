@@ -138,7 +138,10 @@ def test_a_run_goes_on_from_its_checkpoint(
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (("--set", "sequence_parallel=4"), "sequence_parallel=4: 2 processes are no multiple of 4"),
+        (
+            ("--set", "sequence_parallel=4"),
+            "sequence_parallel=4: the number of processes is 2, no multiple of 4",
+        ),
         ((*HALVES, "--set", "loss=plain"), "sequence_parallel=2: it needs our loss"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,9 @@ from sfttrain.data import Collator, Row, filler
 from sfttrain.loss import items_of
 from sfttrain.proofs import Surroundings
 from sfttrain.sequence import Sliced, difference_of_slices, refuse_unshared, share_rows
+from sfttrain.training import plan_run
+from tests.train_runs import tiny_llama
+from tests.train_sets import make_set
 
 CPU = Surroundings("cpu", torch.float32, 2, 64)
 LONGROPE = {
@@ -156,7 +160,7 @@ def _args(**more: Any) -> Any:
 @pytest.mark.parametrize(
     ("settings", "args", "objects", "found"),
     [
-        ({}, {"world_size": 3}, {}, "sequence_parallel=2: 3 processes are no multiple of 2"),
+        ({}, {"world_size": 3}, {}, "sequence_parallel=2: the number of processes is 3, no multiple of 2"),
         ({"attention": "sdpa"}, {}, {}, "attention=sdpa takes no sliced rows"),
         ({}, {}, {"compute_metrics": len}, "compute_metrics wants the logits of whole rows"),
         ({}, {}, {"compute_loss_func": len}, "compute_loss_func wants the logits of whole rows"),
@@ -187,6 +191,19 @@ def test_a_launcher_that_takes_rows_apart_is_refused_too(monkeypatch: pytest.Mon
         UsageError, match=r"cp_size=2.*leave it out of the launch, and set sequence_parallel=2\."
     ):
         refuse_unshared(given, _args(), {})
+
+
+def test_a_plan_of_one_process_is_refused_as_its_run_would_be(tmp_path: Path) -> None:
+    make_set(tmp_path / "set", rows=4)
+    given = {
+        "sets": (tmp_path / "set",),
+        "model": str(tiny_llama(tmp_path / "model")),
+        "output": tmp_path / "out",
+    }
+    with pytest.raises(
+        UsageError, match="the number of processes is 1, no multiple of 2.*torchrun --nproc-per-node 2"
+    ):
+        plan_run(read_settings(None, [], {**given, "sequence_parallel": 2}))
 
 
 def test_accelerates_context_parallel_lets_documents_read_each_other() -> None:
