@@ -118,7 +118,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         want_slope = want_hidden or want_weight or want_bias
         weight_cast = weight.to(dtype)
         chunk_of = _compiled_chunk() if compiled else _chunk
-        step = chunk_rows(hidden.device.type, weight.shape[0], count, dtype.itemsize if compiled else 4)
+        width, beside = dtype.itemsize if compiled else 4, 0 if grad_weight is None else grad_weight.nbytes
+        step = chunk_rows(hidden.device.type, weight.shape[0], count, width, beside)
         # Reused for every chunk: allocating costs more than the arithmetic.
         buffer = torch.empty(step, weight.shape[0], dtype=dtype, device=hidden.device)
         for start in range(0, count, max(step, 1)):
@@ -157,20 +158,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def chunk_rows(device: str, vocabulary: int, positions: int, width: int = 4) -> int:
-    """Return how many positions of `width` bytes share a chunk of logits; chunks are about equally large."""
-    most = max(1, _chunk_bytes(device) // (width * vocabulary))
+def chunk_rows(device: str, vocabulary: int, positions: int, width: int = 4, beside: int = 0) -> int:
+    """Return how many positions share a chunk of logits; chunks are about equally large.
+
+    Args:
+        width: bytes of a logit.
+        beside: bytes of the gradient of the head, which every chunk is added to.
+    """
+    most = max(1, _chunk_bytes(device, beside) // (width * vocabulary))
     chunks = max(1, -(-positions // most))
     return -(-positions // chunks)
 
 
-def _chunk_bytes(device: str) -> int:
-    """Return what a chunk may take: a quarter of the free memory, a power of two so that steps are alike."""
+def _chunk_bytes(device: str, beside: int) -> int:
+    """Return what a chunk may take: a quarter of the free memory, a power of two so that steps are alike.
+
+    As much as the gradient of the head costs no peak: the embeddings' comes at the end, when no chunk is
+    there.
+    """
     most = CHUNK_BYTES.get(device, 64 << 20)
     if device != "cuda":
         return most
     free = room() - torch.cuda.memory_allocated()
-    return min(most, max(most >> 4, 1 << max(0, (free // 4).bit_length() - 1)))
+    return min(max(most, beside), max(most >> 4, 1 << max(0, (free // 4).bit_length() - 1)))
 
 
 class _Chunk(NamedTuple):

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -197,16 +196,7 @@ def _halves(row: Row) -> list[Row]:
     if len(ends) == 1:
         return [row]
     count = int(abs(ends[:-1] - ends[-1] / 2).argmin()) + 1
-
-    def part(tokens: slice, documents: slice) -> Row:
-        by_document, columns = {"seq_lengths": documents, "places": documents}, row._asdict().items()
-        return Row._make(
-            value[by_document.get(name, tokens)] if isinstance(value, np.ndarray) else value
-            for name, value in columns
-        )
-
-    cut = int(ends[count - 1])
-    return [part(slice(cut), slice(count)), part(slice(cut, None), slice(count, None))]
+    return [row.part(0, count), row.part(count, len(ends))]
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 import sfttrain
@@ -167,6 +168,34 @@ def test_in_bfloat16_a_packed_document_has_the_loss_it_has_alone(attention: str,
     assert exact.std() > 5 * noise  # a document with the loss of another would be seen
     assert (losses(True, torch.bfloat16, attention, way) - alone).abs().max() <= noise
     assert (alone - exact).abs().max() <= 3 * noise
+
+
+@pytest.mark.gpu(seconds=120)
+@pytest.mark.feature("memory")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_compiled_checkpoint_computes_attention_once_where_it_keeps_it(keep: bool) -> None:
+    register_attention()
+    config = AutoConfig.for_model(
+        "qwen2", num_hidden_layers=3, vocab_size=999, hidden_size=256, num_attention_heads=4
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="varlen").cuda().train()
+    model.config.use_cache = False
+    fuse_loss(model)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model, keep=keep)
+    batch = Collator(True)([_row([torch.randint(3, 999, (length,)) for length in (900, 124)])])
+    held = {name: part.cuda() if isinstance(part, Tensor) else part for name, part in batch.items()}
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            loss = model(**held, skip_logits=True).loss
+        loss.backward()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+    calls = sum(event.count for event in seen.key_averages() if event.key == "aten::_flash_attention_forward")
+    assert calls == (3 if keep else 6)
 
 
 # -------------------------------------------------------------------------------------- the trainer's table

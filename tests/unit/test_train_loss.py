@@ -160,3 +160,5 @@ def test_chunks_take_a_quarter_of_the_free_memory_and_no_more_than_pays(
     monkeypatch.setattr(loss_module, "room", lambda: free + 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
     assert loss_module.chunk_rows("cuda", 1 << 18, 1 << 20) == rows
+    large = loss_module.chunk_rows("cuda", 1 << 18, 1 << 20, beside=1 << 30)  # the gradient of a head
+    assert large == (1024 if rows == 512 else rows)
