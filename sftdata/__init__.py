@@ -427,9 +427,9 @@ def _prepare(
 
             made = choose(config, pool, progress, note)
             return made[0] if config.eval is None else (made[0], made[1])
-        from sftdata.run import prepare as run
+        from sftdata.parts import prepare as run
 
-        return run(config, pool, progress, note)
+        return cast("Manifest", run(config, pool, progress, note))  # whole, as no part was asked for
 
 
 def _config(*, formatter: Formatter, unknown: dict[str, object], **given: object) -> PrepareConfig:

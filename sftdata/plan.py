@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refuse_without_effect
+from sftdata.batches import Int64
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
@@ -120,6 +121,16 @@ class Plan:
     def size(self) -> int:
         """Bytes of the input, decompressed."""
         return _sum_sizes(self.sources, self.tasks)
+
+    def sizes(self) -> Int64:
+        """Return the bytes of the input of each task, int64[K]."""
+        return np.array([_sum_sizes(self.sources, [task]) for task in self.tasks], np.int64)
+
+    def at(self, output: Path) -> Plan:
+        """Return the plan with another output."""
+        return replace(
+            self, job=replace(self.job, config=self.job.config.model_copy(update={"output": output}))
+        )
 
     def longest_first(self, tasks: Sequence[ShardTask]) -> list[ShardTask]:
         """Order tasks so that no process has a long one at the end; compressed input is read forward."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -34,22 +33,14 @@ from sftdata.pipeline import (
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice, sweep_choice
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
+from sftdata.set.ledger import Ledger
+from sftdata.set.losses import refuse_losses
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import close_sources, read_chunk
 from sftdata.version import __version__
 from sftdata.workers import Workers, usable_cores
-
-# The fix for a set that lost all rows for one reason.
-UNTRAINED_FIXES = {
-    "formatter": "let the --formatter function return more rows; None leaves one out.",
-    "nothing-trained": "switch turns on in the data (weight, train);"
-    " where none is switched off, --train-on all.",
-    "over-long": "--overlong truncate, or a larger --max-length.",
-    "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
-}
 
 TOKEN_BYTES = 8  # an id and a label
 SEGMENT_BYTES = 48  # of the index, for each document that is whole
@@ -79,6 +70,16 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
+    config, old, plan = planned(config, workers, note)
+    made = build_set(config, plan, old, workers, progress, note)
+    sweep_choice(config.output, discard=config.overwrite)
+    return made
+
+
+def planned(
+    config: PrepareConfig, workers: Workers, note: OnNote
+) -> tuple[PrepareConfig, Manifest | None, Plan]:
+    """Return the settings with the folder behind the output, the manifest of what is there, and the plan."""
     config = config.model_copy(update={"output": behind_links(config.output)})
     old = finished_set(config.output, overwrite=config.overwrite)
     if old is None and not config.overwrite:
@@ -87,9 +88,7 @@ def prepare(
     for sentence in plan.notes:
         note(sentence)
     note_padding(plan, note)
-    made = build_set(config, plan, old, workers, progress, note)
-    sweep_choice(config.output, discard=config.overwrite)
-    return made
+    return config, old, plan
 
 
 def note_padding(plan: Plan, note: OnNote) -> None:
@@ -248,37 +247,6 @@ def records_of(plan: Plan, results: list[ShardResult]) -> list[SliceRecord]:
         )
         for task, result in zip(plan.tasks, results, strict=True)
     ]
-
-
-def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
-    """Fail a run that lost too much; finished tasks stay for a resume.
-
-    Raises:
-        DataError: more rows rejected than `max_rejects` allows, or no trained token at all.
-    """
-    rejected, worst = sum(ledger.rows_rejected.values()), Counter(ledger.rows_rejected).most_common(3)
-    share = config.max_rejects.removesuffix("%")
-    allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
-    codes = ", ".join(f"{count} {code}" for code, count in worst)
-    if rejected > allowed:
-        example = first_reject(build.folder, worst[0][0])
-        without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
-        raise DataError(
-            f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
-            f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
-            f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
-        )
-    if not ledger.rows_in:
-        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
-    if not ledger.tokens_trained:
-        dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
-        lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or codes
-        raise DataError(
-            f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
-            f"{UNTRAINED_FIXES[dropped[0][0]]} All are in {build.folder / DROPPED_NAME}."
-            if dropped
-            else f"see {build.folder / REJECTS_NAME}.",
-        )
 
 
 # ----------------------------------------------------------------------------------------- preview

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -92,7 +91,6 @@ def _choose(
 ) -> tuple[Manifest, ...]:
     """Prepare all documents, then make the view of them."""
     documents = config.model_copy(update={"output": documents_folder(config.output)})
-    job = replace(plan.job, config=plan.job.config.model_copy(update={"output": documents.output}))
     old = finished_set(documents.output, overwrite=config.overwrite)
     tokens = Progress(0, 0, 0, 0)
 
@@ -106,7 +104,7 @@ def _choose(
         if progress:
             progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
 
-    build_set(documents, replace(plan, job=job), old, workers, prepared, note)
+    build_set(documents, plan.at(documents.output), old, workers, prepared, note)
     try:
         return make_view(view, written, note, passing=True)
     except (DataError, IntegrityError, UsageError):

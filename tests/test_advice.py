@@ -350,7 +350,19 @@ _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_
 _ORDERED = (
     "tests/integration/test_views_order.py::test_what_cannot_be_ordered_is_refused_and_the_advice_followed"
 )
+_PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
+    "as --part 1/8, which is the first of eight.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
+    "name the part, as --part 1/8.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
+    "export {}=N, the number of parts, or name the part, as --part 1/8.": (
+        f"{_PARTS}::test_auto_reads_what_schedulers_say"
+    ),
+    "prepare all of them in parts; `sftdata view` chooses from the set.": (
+        f"{_PARTS}::test_a_choice_is_made_from_a_set_made_in_parts"
+    ),
+    "the last part, or the command without --part, finishes the set": (
+        f"{_PARTS}::test_the_plain_command_finishes_what_parts_began"
+    ),
     "--to tinker, or prepare it without --loss-weights.": (
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),

@@ -112,16 +112,29 @@ def prepare(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest and the audit as JSON.")
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N|auto",
+            help="Make one of N parts on shared storage; auto: as the scheduler of an array numbers it."
+            " The last part finishes the set.",
+        ),
+    ] = None,
 ) -> None:
     """Build a set of shards.
 
     Example: sftdata prepare chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -o shards --max-length 2048
+    Example: sftdata prepare chats.jsonl -t tokenizer -o /shared/shards --part 1/8
     """
     from sftdata.workers import start_workers
 
     with start_workers(config) as workers:
         with RunLog() as log:
-            manifests = _prepare_sets(config, workers, log)
+            manifests = _prepare_sets(config, workers, log, part)
+        if not manifests:
+            print_json({"part": part, "finished": False}) if as_json else None
+            return
         made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:
             found = {str(folder): _with_audit(folder, manifest) for folder, manifest in made.items()}
@@ -131,15 +144,20 @@ def prepare(
             log.summary(manifest, folder)
 
 
-def _prepare_sets(config: PrepareConfig, workers: Workers, log: RunLog) -> tuple[Manifest, ...]:
+def _prepare_sets(
+    config: PrepareConfig, workers: Workers, log: RunLog, part: str | None
+) -> tuple[Manifest, ...]:
+    """Return the manifest of each set; of none where other parts are missing."""
     # Imported here, and only what is needed: the leader of the workers starts up meanwhile.
-    if config.chooses:
+    if config.chooses and part is None:
         from sftdata.selected import prepare as choose
 
         return choose(config, workers, log.progress, log.note)
-    from sftdata.run import prepare as run
+    from sftdata.parts import prepare as run
+    from sftdata.parts import read_part
 
-    return (run(config, workers, log.progress, log.note),)
+    made = run(config, workers, log.progress, log.note, read_part(part) if part is not None else None)
+    return (made,) if made is not None else ()
 
 
 def _with_audit(folder: Path, manifest: Manifest) -> dict[str, object]:

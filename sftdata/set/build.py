@@ -46,12 +46,14 @@ from sftdata.set.store import (
     held_alone,
     plain_file,
     remove,
+    remove_temporary,
+    stands,
     swap_folders,
     sync_folder,
     write_atomic,
 )
 
-_PLAN, _SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
+PLAN, SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
 _NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 
 CARD_NAME = "README.md"
@@ -156,11 +158,11 @@ class Build:
         replaced: where an old set stands aside until it is removed.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, folder: Path | None = None) -> None:
         self.output = output
-        self.folder = partial_folder(output)
+        self.folder = folder or partial_folder(output)
         self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
-        self._refused = self.folder / _SLICES / "refused"
+        self._refused = self.folder / SLICES / "refused"
 
     @contextmanager
     def locked(self) -> Iterator[Build]:
@@ -207,7 +209,7 @@ class Build:
     def _resume(
         self, plan: dict[str, object], overwrite: bool, moving: frozenset[str]
     ) -> dict[int, ShardResult]:
-        path = self.folder / _PLAN
+        path = self.folder / PLAN
         plan = plan | {"format_version": FORMAT_VERSION}
         before = self._begun()
         changed = (
@@ -227,21 +229,24 @@ class Build:
             self.clear()
             write_atomic(path, lambda sink: sink.write(msgspec.json.encode(plan, order="sorted")))
         with explained(self.folder):
-            (self.folder / _SLICES).mkdir(exist_ok=True)
-        done = [_read_result(found) for found in sorted((self.folder / _SLICES).glob("[0-9]*[0-9].json"))]
-        listed = [
-            result for result in done if all(self._part(result.index, name).is_file() for name in LISTS)
-        ]
+            (self.folder / SLICES).mkdir(exist_ok=True)
+            remove_temporary(self.folder)
+        return self.finished()
+
+    def finished(self) -> dict[int, ShardResult]:
+        """Return the tasks that are done, by number."""
+        done = [_read_result(found) for found in sorted((self.folder / SLICES).glob("[0-9]*[0-9].json"))]
+        listed = [result for result in done if all(self.part(result.index, name).is_file() for name in LISTS)]
         return {
             result.index: result
             for result in listed
-            if all(_stands(self.folder, file) for file in (*result.shards, *result.files))
+            if all(stands(self.folder, file) for file in (*result.shards, *result.files))
         }
 
     def _begun(self) -> dict[str, object]:
         """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
-        if (self.folder / _PLAN).exists():
-            return _read_json(self.folder / _PLAN)
+        if (self.folder / PLAN).exists():
+            return _read_json(self.folder / PLAN)
         sealed = self.sealed()
         return (
             {key: value for key, value in sealed.settings.items() if key not in ("inputs", "tokenizer")}
@@ -273,14 +278,14 @@ class Build:
         if not self.folder.exists() and not self.replaced.exists():
             return
         with suppress(SftError, OSError), self.locked():
-            if not (self.folder / _PLAN).exists():
+            if not (self.folder / PLAN).exists():
                 shutil.rmtree(self.folder)
             remove(self.replaced)
 
     def clear(self) -> None:
         """Remove everything built so far, the plan first: what is left after a kill is worth nothing."""
         with explained(self.folder):
-            (self.folder / _PLAN).unlink(missing_ok=True)
+            (self.folder / PLAN).unlink(missing_ok=True)
             for entry in self.folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
@@ -288,16 +293,16 @@ class Build:
         """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
         result = _measured(result, lists)
         for name in LISTS:
-            write_atomic(self._part(result.index, name), partial(write_parts, [lists[name]]))
+            write_atomic(self.part(result.index, name), partial(write_parts, [lists[name]]))
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
-        write_atomic(self.folder / _SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
+        write_atomic(self.folder / SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
         return result
 
     def keep(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
         """Put the lists of a reused task aside; no record, as taking it over again costs less than a sync."""
         for name in LISTS:
-            with explained(self._part(result.index, name)):
-                self._part(result.index, name).write_bytes(lists[name])
+            with explained(self.part(result.index, name)):
+                self.part(result.index, name).write_bytes(lists[name])
         return _measured(result, lists)
 
     def write_lists(self, slices: Sequence[SliceRecord]) -> None:
@@ -305,7 +310,7 @@ class Build:
         write_atomic(self.folder / SLICES_NAME, partial(write_parts, map(encode_slice, slices)))
         for name in LISTS:
             with explained(self.folder / name):
-                parts = [self._part(record.number, name).read_bytes() for record in slices]
+                parts = [self.part(record.number, name).read_bytes() for record in slices]
             write_atomic(self.folder / name, partial(write_parts, parts))
 
     def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
@@ -348,9 +353,9 @@ class Build:
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""
         with explained(self.output):
-            if (self.folder / _SLICES).exists():
-                shutil.rmtree(self.folder / _SLICES)
-            (self.folder / _PLAN).unlink(missing_ok=True)
+            if (self.folder / SLICES).exists():
+                shutil.rmtree(self.folder / SLICES)
+            (self.folder / PLAN).unlink(missing_ok=True)
             sync_folder(self.folder)
             if self.output.exists() and any(self.output.iterdir()):
                 self._replace()
@@ -362,10 +367,8 @@ class Build:
     def put_back(self) -> None:
         """Let a finished set wait to be put in place: the same settings do so, others may discard it."""
         with suppress(SftError, OSError), self.locked():
-            (self.output / _SLICES).mkdir(exist_ok=True)
-            (
-                self.output / _SLICES / self._refused.name
-            ).touch()  # first: stopped here, the set is still whole
+            (self.output / SLICES).mkdir(exist_ok=True)
+            (self.output / SLICES / self._refused.name).touch()  # first: stopped here, the set is still whole
             os.rename(self.output, self.folder)
 
     def put_away(self) -> None:
@@ -388,8 +391,9 @@ class Build:
             sync_folder(self.output.parent)  # the old set must not be lost before its successor is safe
             os.rename(self.folder, self.replaced)
 
-    def _part(self, index: int, name: str) -> Path:
-        return self.folder / _SLICES / f"{index:05d}.{name}"
+    def part(self, index: int, name: str) -> Path:
+        """Return where the lines of a task for a list are kept until the lists are joined."""
+        return self.folder / SLICES / f"{index:05d}.{name}"
 
 
 def unfinished(folder: Path, what: str) -> UsageError:
@@ -431,12 +435,6 @@ def sweep_choice(output: Path, *, discard: bool) -> None:
 
 def _measured(result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
     return msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
-
-
-def _stands(folder: Path, file: SetFile) -> bool:
-    """Say whether a committed file is on disk, whole."""
-    path = folder / file.name
-    return path.is_file() and path.stat().st_size == file.bytes
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -255,6 +255,11 @@ def is_split(folder: Path) -> bool:
     return False
 
 
+def parts_folder(folder: Path) -> Path:
+    """Return where a set is built that is made in parts, beside it."""
+    return folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}.parts")
+
+
 def seal(manifest: Manifest) -> Manifest:
     """Fill in the digest and the checksum.
 
@@ -318,7 +323,7 @@ def _read_bytes(folder: Path, path: Path) -> bytes:
 
 def _not_a_set(folder: Path) -> UsageError:
     documents = documents_folder(folder)
-    begun = [partial_folder(folder), documents, partial_folder(documents)]
+    begun = [partial_folder(folder), parts_folder(folder), documents, partial_folder(documents)]
     partial = next(filter(Path.is_dir, [folder] if folder.name.endswith(PARTIAL_SUFFIX) else begun), None)
     if partial is not None:
         goes_on = "run the same command again; it goes on where it stopped."

@@ -8,8 +8,6 @@ manifest says, byte for byte.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,14 +45,13 @@ from sftdata.set.shards import (
     write_file,
 )
 from sftdata.set.slices import SliceRecord, SliceSource, read_slices
-from sftdata.set.store import SetFile, check_file, write_atomic
+from sftdata.set.store import SetFile, check_file, link_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 File = TypeVar("File", bound=SetFile)
 Key = tuple[str, tuple[str, ...]]
-_NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +175,7 @@ def _put(old: OldSlice, file: File, kind: str, number: int, move: _Move, folder:
     name = shard_name(number) if kind == "shard" else beside_name(kind, number)
     path = folder / name
     if not move.renumbers:
-        _link(old.folder / file.name, path)
+        link_file(old.folder / file.name, path)
         return msgspec.structs.replace(file, name=name)
     schema = {
         "shard": partial(shard_schema, old.row_length, old.weighted),
@@ -188,19 +185,6 @@ def _put(old: OldSlice, file: File, kind: str, number: int, move: _Move, folder:
     batches = read_file(old.folder / file.name, schema)
     written = write_file(path, schema, (_renumbered(batch, move) for batch in batches))
     return msgspec.structs.replace(file, **msgspec.structs.asdict(written))
-
-
-def _link(old: Path, new: Path) -> None:
-    new.unlink(missing_ok=True)
-    try:
-        os.link(old, new)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        with open(old, "rb") as file:
-            write_atomic(
-                new, lambda sink: [sink.write(part) for part in iter(partial(file.read, 1 << 20), b"")]
-            )
 
 
 def _renumbered(batch: pa.RecordBatch, move: _Move) -> pa.RecordBatch:

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -38,6 +39,7 @@ _FIXES = {
     errno.EDQUOT: f"raise the quota or free some space, {_AGAIN}",
     errno.EFBIG: f"raise the file size limit (`ulimit -f`), {_AGAIN}",
 }
+_NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: see renameat2(2)
 
 # ------------------------------------------------------------------------------------------- descriptions
@@ -94,6 +96,12 @@ def plain_file(folder: Path, info: SetFile) -> Path:
             f"{path}: {found}.", "restore the file, or prepare the set again with --overwrite."
         )
     return path
+
+
+def stands(folder: Path, file: SetFile) -> bool:
+    """Say whether a committed file is on disk, whole."""
+    path = folder / file.name
+    return path.is_file() and path.stat().st_size == file.bytes
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -154,7 +162,7 @@ def write_atomic(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
         SftError: the disk is full or broken (a UsageError where the folder cannot be written); `path` is what
             it was before.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{TEMPORARY_SUFFIX}")
     with explained(path):
         try:
             digest = _write_synced(temporary, writer)
@@ -165,6 +173,26 @@ def write_atomic(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
             raise
         sync_folder(path.parent)
     return digest
+
+
+def link_file(old: Path, new: Path) -> None:
+    """Give a file another name, in place of what has it; where the file system cannot, copy it."""
+    new.unlink(missing_ok=True)
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        with open(old, "rb") as file:
+            write_atomic(
+                new, lambda sink: [sink.write(part) for part in iter(partial(file.read, 1 << 20), b"")]
+            )
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed writers left in a folder and below."""
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def test_a_disk_may_fail_at_every_operation(small: Unbroken, place: Path, action
 
 def test_a_full_disk_is_one_line_of_the_command_and_exit_code_1(small: Unbroken, place: Path) -> None:
     code, said = Command(
-        small.data, place / "set", 1, Fault("ENOSPC", name="fsync", path="*.arrow.tmp")
+        small.data, place / "set", 1, Fault("ENOSPC", name="fsync", path="*.arrow.*.tmp")
     ).finish()
     assert code == 1
     line = said.splitlines()[-1]
@@ -232,7 +232,7 @@ def test_a_finished_set_outlives_a_failed_overwrite(small: Unbroken, place: Path
     output = place / "set"
     prepare(small.data, output)
     with (
-        Tap(str(place), Fault("ENOSPC", name="fsync", path="*manifest.json.tmp")).installed(),
+        Tap(str(place), Fault("ENOSPC", name="fsync", path="*manifest.json.*.tmp")).installed(),
         pytest.raises(SftError),
     ):
         prepare(small.data, output, max_length=32, overwrite=True)
@@ -273,7 +273,7 @@ def test_a_damaged_record_of_an_unfinished_run_is_named_and_overwritten_on_deman
     small: Unbroken, place: Path, name: str
 ) -> None:
     with (
-        Tap(str(place), Fault("EIO", name="fsync", path="*manifest.json.tmp")).installed(),
+        Tap(str(place), Fault("EIO", name="fsync", path="*manifest.json.*.tmp")).installed(),
         pytest.raises(SftError),
     ):
         prepare(small.data, place / "set")

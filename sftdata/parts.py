@@ -1,0 +1,245 @@
+"""A set made in parts: processes that share a folder, on any machines, each make some of its slices.
+
+    SET.partial.parts/
+      PLAN.partial/     what a `Build` has while it is built, of one plan, which names it
+      PLAN.ab12cd34/    the set of one that finishes: links to those files, and the rest; renamed to SET
+
+Nothing here is locked, since a lock on a shared folder may hold on one machine only. A slice is a pure
+function of the plan, its files are written under names of their own and then renamed, and its record comes
+last: two processes that make the same slice write the same bytes. Whoever finds all records finishes. If
+several do, each has a folder of its own, and the first to rename it has made the set; the others find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from sftdata.config import PrepareConfig
+from sftdata.errors import SftError, UsageError
+from sftdata.output import Progress
+from sftdata.plan import Plan, ShardTask, software
+from sftdata.run import build_set, conclude, planned, run_tasks
+from sftdata.set.build import Build, finished_set, made_otherwise, sweep_choice, unfinished
+from sftdata.set.manifest import FORMAT_VERSION, Manifest, parts_folder
+from sftdata.set.shared import SharedBuild
+from sftdata.workers import Workers
+
+OnProgress = Callable[[Progress], object]
+OnNote = Callable[[str], object]
+
+COUNT = "SFTDATA_PARTS"
+"""The variable that says how many parts there are, where the scheduler does not."""
+
+
+class Part(NamedTuple):
+    """One of several parts of a run.
+
+    Attributes:
+        number: from 1.
+        of: how many there are.
+    """
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def tasks(self, plan: Plan) -> tuple[ShardTask, ...]:
+        """Return its tasks, an equal share in bytes: neighbours, as a compressed file is read forward."""
+        sizes = plan.sizes()
+        parts = (np.cumsum(sizes) - sizes) * self.of // max(int(sizes.sum()), 1)
+        mine = np.flatnonzero(np.minimum(parts, self.of - 1) == self.number - 1)
+        return tuple(plan.tasks[index] for index in mine.tolist())
+
+
+class _Array(NamedTuple):
+    """How a scheduler numbers the jobs of an array: names of variables, or a number where it has none."""
+
+    number: str
+    of: str
+    first: str | int = 0
+    step: str | int = 1
+
+
+SCHEDULERS = (
+    _Array("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"),
+    _Array("JOB_COMPLETION_INDEX", COUNT),  # Kubernetes
+    _Array("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
+    _Array("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),
+    _Array("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),  # Google Cloud
+    _Array("PBS_ARRAY_INDEX", COUNT),
+    _Array("LSB_JOBINDEX", "LSB_JOBINDEX_END", 1),
+    _Array("SLURM_PROCID", "SLURM_NTASKS"),  # srun, where there is no array
+)
+
+
+class _Run(NamedTuple):
+    workers: Workers
+    progress: OnProgress | None
+    note: OnNote
+
+
+def read_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """Return the part that `--part` names: `i/n`, or `auto` for what a scheduler says in the environment.
+
+    Raises:
+        UsageError: there is no such part, or no scheduler says which.
+    """
+    if text == "auto":
+        return _scheduled(environment)
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise UsageError(
+            f"--part {text}: expected i/n or auto.", "as --part 1/8, which is the first of eight."
+        )
+    return _checked(f"--part {text}", Part(int(found[1]), int(found[2])))
+
+
+def _scheduled(environment: Mapping[str, str]) -> Part:
+    array = next((array for array in SCHEDULERS if array.number in environment), None)
+    if array is None:
+        names = ", ".join(array.number for array in SCHEDULERS)
+        raise UsageError(f"--part auto: none of {names} is set.", "name the part, as --part 1/8.")
+
+    def value(name: str | int) -> int:
+        text = environment.get(name, "") if isinstance(name, str) else str(name)
+        if not text.isdigit():
+            what = f"--part auto: {array.number} is set, and {name} is {text!r}; expected a number."
+            raise UsageError(what, f"export {name}=N, the number of parts, or name the part, as --part 1/8.")
+        return int(text)
+
+    index, left = divmod(value(array.number) - value(array.first), max(value(array.step), 1))
+    where = f"--part auto: {array.number}={environment[array.number]}, {array.of}={environment.get(array.of)}"
+    if left:
+        raise UsageError(f"{where}: no part of an array with gaps.", "number the jobs without gaps, as 0-7.")
+    return _checked(where, Part(index + 1, value(array.of)))
+
+
+def _checked(where: str, part: Part) -> Part:
+    if 1 <= part.number <= part.of:
+        return part
+    raise UsageError(f"{where}: parts are numbered 1/{part.of} to {part.of}/{part.of}.", "number them so.")
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def prepare(
+    config: PrepareConfig,
+    workers: Workers,
+    progress: OnProgress | None = None,
+    note: OnNote = lambda _: None,
+    part: Part | None = None,
+) -> Manifest | None:
+    """Build a set as `run.prepare`, or one part of it; without a part, finish what parts have begun.
+
+    Returns:
+        The manifest, or None where other parts have slices to make.
+
+    Raises:
+        SftError: whatever stops the run; finished slices are kept, and the same command continues.
+    """
+    if part is not None and config.chooses:
+        what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
+        raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
+    config, old, plan = planned(config, workers, note)
+    if part is None and not _begun(config.output, plan, note):
+        made: Manifest | None = build_set(config, plan, old, workers, progress, note)
+    else:
+        made = _build(config, plan, old, _Run(workers, progress, note), part)
+    if made is not None:
+        sweep_choice(config.output, discard=config.overwrite)
+        for one in (plan, plan.by_reference()):
+            _shared(config.output, one).end()
+    return made
+
+
+def _begun(output: Path, plan: Plan, note: OnNote) -> bool:
+    """Say whether parts of this plan were made; note where there are others."""
+    if _shared(output, plan).folder.is_dir():
+        return True
+    if (folder := parts_folder(output)).is_dir():
+        note(f"{folder}: parts made with other data, settings or versions; nothing of them is used.")
+    return False
+
+
+def _shared(output: Path, plan: Plan) -> SharedBuild:
+    """Return where the slices of a plan are made in parts: its name is all that decides their bytes."""
+    content = plan.begun() | {
+        "format_version": FORMAT_VERSION,
+        "software": software(),
+        "engine": plan.job.engine,
+    }
+    digest = hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+    return SharedBuild(parts_folder(output), digest[:16])
+
+
+def _build(
+    config: PrepareConfig,
+    plan: Plan,
+    old: Manifest | None,
+    run: _Run,
+    part: Part | None,
+) -> Manifest | None:
+    """Make the slices of a part, and the set where no other slice is missing, unless it exists."""
+    changed = plan.difference(old) if old is not None else []
+    if changed and not config.overwrite and old is not None and not plan.continues(old):
+        raise made_otherwise(config.output, changed)
+    if Build(config.output).kept() and not config.overwrite:
+        raise unfinished(Build(config.output).folder, "an unfinished set that is not made in parts")
+    if old is not None and not changed:
+        run.note(f"{config.output} is up to date: same data, same settings.")
+        return old
+    try:
+        return _make(config, plan, run, part)
+    except (SftError, OSError):  # what it was writing may be gone, as the set is finished
+        if (made := _standing(config.output, plan)) is None:
+            raise
+        return made
+
+
+def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
+    shared = _shared(config.output, plan)
+    shared.join(plan.begun())
+    here, done = plan.at(shared.output), shared.finished()
+    mine = plan.tasks if part is None else part.tasks(plan)
+    before = {task.index: done[task.index] for task in mine if task.index in done}
+    who = "All parts" if part is None else f"Part {part}"
+    run.note(f"{who}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete.")
+    _, exact = run_tasks(replace(here, tasks=mine), before, None, run.workers, run.progress)
+    done = shared.finished()
+    missing = len(plan.tasks) - len(done)
+    if exact and missing:
+        more = "the last part, or the command without --part, finishes the set"
+        run.note(f"{who}: complete; {missing} slices of other parts are missing: {more}.")
+        return _standing(config.output, plan)
+    if exact:  # of this part; the others' samples are in their records
+        results, exact = run_tasks(here, done, None, run.workers, None)
+    if not exact:
+        run.note(
+            f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
+        )
+        return _make(config, plan.by_reference(), run, None)
+    if (made := _standing(config.output, plan)) is not None:
+        return made
+    own = shared.gather(config.output, results)
+    return own.finish(conclude(plan, results, own), plan.job.tokenizer.folder)
+
+
+def _standing(output: Path, plan: Plan) -> Manifest | None:
+    """Return the manifest of the set that another has finished meanwhile."""
+    with suppress(SftError):
+        found = finished_set(output, overwrite=False)
+        return found if found is not None and not plan.difference(found) else None
+    return None

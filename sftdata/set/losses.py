@@ -1,0 +1,50 @@
+"""Refuse a set that lost too much of its input."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sftdata.config import PrepareConfig
+from sftdata.errors import DataError
+from sftdata.set.build import Build
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
+
+# The fix for a set that lost all rows for one reason.
+UNTRAINED_FIXES = {
+    "formatter": "let the --formatter function return more rows; None leaves one out.",
+    "nothing-trained": "switch turns on in the data (weight, train);"
+    " where none is switched off, --train-on all.",
+    "over-long": "--overlong truncate, or a larger --max-length.",
+    "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
+}
+
+
+def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
+    """Fail a run that lost too much; finished tasks stay for a resume.
+
+    Raises:
+        DataError: more rows rejected than `max_rejects` allows, or no trained token at all.
+    """
+    rejected, worst = sum(ledger.rows_rejected.values()), Counter(ledger.rows_rejected).most_common(3)
+    share = config.max_rejects.removesuffix("%")
+    allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
+    codes = ", ".join(f"{count} {code}" for code, count in worst)
+    if rejected > allowed:
+        example = first_reject(build.folder, worst[0][0])
+        without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
+        raise DataError(
+            f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
+            f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
+            f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
+        )
+    if not ledger.rows_in:
+        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
+    if not ledger.tokens_trained:
+        dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
+        lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or codes
+        raise DataError(
+            f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
+            f"{UNTRAINED_FIXES[dropped[0][0]]} All are in {build.folder / DROPPED_NAME}."
+            if dropped
+            else f"see {build.folder / REJECTS_NAME}.",
+        )
