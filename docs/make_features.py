@@ -56,6 +56,8 @@ ROWS = {
     "export: merge": "`sfttrain merge DIR -o OUT`: adapters into their base, reloaded, logits compared, tied heads tied.",
     "export: GPTQ": "`sfttrain export DIR -o OUT --set SHARDS --gptq bits=4,group_size=128`, with GPTQModel, on a GPU.",
     "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",
+    "settings of other tools": "`sftdata init --from FILE`: a settings file of TRL, axolotl or LLaMA-Factory (with its"
+    " `dataset_info.json`) becomes one for each program; every setting is carried over, or named with the reason.",
     "evaluating a model": "`sfttrain eval MODEL SET`: the loss by source, as an evaluation during a run has it, and the documents"
     " that the model finds hardest by file and line; adapters and merged models.",
     "answers along the way": "`--sample FILE`: each evaluation, and the end, answers a few held rows in log and report, beside"

@@ -49,13 +49,20 @@ def with_settings(
 
         @functools.wraps(command)
         def run(config_file: Path | None = None, assigned: list[str] | None = None, **flags: Any) -> None:
-            inputs = flags.pop(positional)
+            inputs = flags.pop(positional) or []
             given = {option.name: flags.pop(option.name) for option in options}
+            if given.get(_FROM) is not None:
+                _refuse_beside(any([inputs, assigned, config_file, *flags.values()]))
+                command(config=None, **given)
+                return
             absent = {n: v for n, v in _PLACEHOLDERS.items() if n in model.model_fields and n not in names}
             command(config=load_config(inputs, config_file, assigned or [], absent | flags, model), **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter(positional, keyword, annotation=_POSITIONAL[positional])]
+        default = None if any(option.name == _FROM for option in options) else inspect.Parameter.empty
+        parameters = [
+            inspect.Parameter(positional, keyword, annotation=_POSITIONAL[positional], default=default)
+        ]
         parameters += [_option(name, model.model_fields[name]) for name in names]
         parameters += [option.replace(kind=keyword) for option in options]
         parameters += [
@@ -66,6 +73,16 @@ def with_settings(
         return run
 
     return decorate
+
+
+_FROM = "source"  # an option in place of all settings
+
+
+def _refuse_beside(given: bool) -> None:
+    if given:
+        raise UsageError(
+            "--from takes all settings from the file.", "leave the others out, and edit what it writes."
+        )
 
 
 # For commands that need no tokenizer, or write nothing.

@@ -40,26 +40,68 @@ _GROUPS = {
 
 @with_settings(*(name for name in SETTINGS if name not in ("output", "overwrite")))
 def init(
-    config: PrepareConfig,
+    config: PrepareConfig | None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the set, as written to the file.")
     ] = Path("shards"),
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Settings of TRL, axolotl or LLaMA-Factory to carry over."
+        ),
+    ] = None,
     file: Annotated[str, typer.Option("--file", "-f", help="File to write; - for stdout.")] = "sft.yaml",
 ) -> None:
     """Write a commented settings file for an input, to run with `sftdata prepare`.
 
+    With `--from` the settings of another tool become two files, of which the second is for `sfttrain run`.
+
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
+    Example: sftdata init --from axolotl.yml -f sft.yaml
     """
     local_output(file, "-f")
     local_output(output)
     if file != "-" and Path(file).exists():
         raise UsageError(f"{file}: exists already.", "name another file with -f, or - to print.")
+    if config is None:
+        assert source is not None
+        _init_from(source, file, output)
+        return
     text = _settings_yaml(config.model_copy(update={"output": output}))
     if file == "-":
         typer.echo(text, nl=False)
     else:
         Path(file).write_text(text, "utf-8")
         print_line(f"Wrote {file}. Look at it, then: sftdata prepare {file}", err=True)
+
+
+def _init_from(source: Path, file: str, output: Path) -> None:
+    """Write the settings of another tool as two files, and say what was not carried over."""
+    from sftdata.other_tools import carry_over, settings_text
+
+    found = carry_over(source, str(output))
+    data, train = Path(file), Path(file).with_name(f"{Path(file).stem}-train.yaml")
+    if file != "-" and train.exists():
+        raise UsageError(f"{train}: exists already.", "name another file with -f, or - to print.")
+    of = f"From {source.name} of {found.tool}."
+    texts = (
+        settings_text(found, "data", f"{of} Look: sftdata preview {data}; build: sftdata prepare {data}"),
+        settings_text(found, "train", f"{of} Train: sfttrain run -c {train}"),
+    )
+    if file == "-":
+        typer.echo("\n---\n".join(texts), nl=False)
+        return
+    for path, text in zip((data, train), texts, strict=True):
+        path.write_text(text, "utf-8")
+    for name, reason in found.lost.items():
+        print_line(f"not carried over: {name}: {reason}", err=True)
+    carried = len(found.carried)
+    counts = f"{carried} settings carried over, {len(found.needless)} needless, {len(found.lost)} not"
+    print_line(
+        f"{of} {counts}. Wrote {data} and {train}. Look at them, then:"
+        f" sftdata prepare {data} && sfttrain run -c {train}",
+        err=True,
+    )
 
 
 def _settings_yaml(config: PrepareConfig) -> str:

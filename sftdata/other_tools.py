@@ -1,0 +1,456 @@
+"""Settings of TRL, axolotl and LLaMA-Factory as settings of `sftdata prepare` and of `sfttrain run`.
+
+One table a tool. A setting that no table knows is lost; what a tool does where its file says nothing is
+carried over too, so that the file means the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sftdata.carried import Carried, Rule, Settings, both, chosen, lost, needless, to, where
+from sftdata.errors import UsageError
+
+_SAME = """
+adam_beta1 adam_beta2 adam_epsilon bf16 data_seed dataloader_num_workers dataloader_pin_memory ddp_timeout
+deepspeed
+eval_steps eval_strategy fp16 gradient_accumulation_steps learning_rate logging_steps logging_strategy
+lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs optim
+optim_args per_device_eval_batch_size per_device_train_batch_size report_to run_name save_only_model
+save_steps save_strategy save_total_limit seed tf32 use_cpu weight_decay warmup_steps
+load_best_model_at_end metric_for_best_model greater_is_better eval_on_start logging_first_step
+"""
+_MODEL = both(to("train", "model"), to("data", "tokenizer"))
+_TRUSTED = to("train", "trust_remote_code")
+_DEFAULT = needless("it is what happens by default.")
+_FASTEST = needless("the fastest attention that is proven right is chosen.")
+_LIGER = where(True, lambda found, name, _: found.put("train", "kernels", "liger", name), _DEFAULT)
+_SHARDED = lost("accelerate launch --config_file examples/accelerate/fsdp2.yaml -m sfttrain run ... shards.")
+_CHECKPOINTING = to("train", "activation_checkpointing")
+_RESUMES = needless("the same command resumes.")
+_PACKING = to("data", "packing", chosen({True: "bfd", False: "none"}))
+
+
+def _share(value: Any) -> str | None:
+    return f"{value * 100:.10g}%" if isinstance(value, float) and value < 1 else None
+
+
+def _targets(value: Any) -> str:
+    return "all-linear" if value in ("all", "all-linear") else "+".join(_listed(value))
+
+
+def _listed(value: Any) -> list[str]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(map(str, value))
+
+
+def _off(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {}, "none", "no")
+
+
+def _bits(value: object) -> str | None:
+    return {4: "nf4", 8: "int8"}.get(int(str(value))) if str(value).isdigit() else None
+
+
+_COMMON: dict[str, Rule] = {
+    **{name: to("train", name) for name in _SAME.split()},
+    "warmup_ratio": to("train", "warmup_steps"),  # below 1 it is a share of the steps
+    "trust_remote_code": _TRUSTED,
+    "gradient_checkpointing": _CHECKPOINTING,
+    "lora_dropout": to("train", "lora.dropout"),
+    "lora_alpha": to("train", "lora.alpha"),
+    "output_dir": to("train", "output"),
+    "resume_from_checkpoint": _RESUMES,
+    "overwrite_output_dir": needless("the same command resumes, and --overwrite starts over."),
+    "do_train": _DEFAULT,
+}
+
+# ------------------------------------------------------------------------------------------------- TRL
+
+_TRL: dict[str, Rule] = {
+    "model_name_or_path": _MODEL,
+    "model_revision": both(to("train", "revision"), to("data", "revision")),
+    "dtype": to("train", "dtype"),
+    "torch_dtype": to("train", "dtype"),
+    "attn_implementation": _FASTEST,
+    "dataset_name": to("data", "inputs", lambda value: [value]),
+    "dataset_config": to("data", "subset"),
+    "dataset_train_split": to("data", "split"),
+    "dataset_test_split": lost("sftdata prepare --split makes a set of it, which --eval NAME=FOLDER names."),
+    "dataset_streaming": needless("rows are read in slices."),
+    "dataset_num_proc": to("data", "workers"),
+    "dataset_text_field": where("text", _DEFAULT, to("data", "map.text")),
+    "max_length": to("data", "max_length"),
+    "max_seq_length": to("data", "max_length"),
+    "truncation_mode": to(
+        "data", "overlong", chosen({"keep_start": "truncate", "keep_end": "truncate-left"})
+    ),
+    "packing": _PACKING,
+    "packing_strategy": where(
+        "bfd", needless("packing: bfd."), to("data", "packing", chosen({"wrapped": "wrapped"}))
+    ),
+    "eval_packing": lost("prepare the set to evaluate on with --packing."),
+    "padding_free": needless("packed rows are trained without padding."),
+    "pad_token": needless("padding is never trained, whatever its token is."),
+    "eos_token": to("data", "eos_token"),
+    "chat_template_path": to("data", "chat_template"),
+    "assistant_only_loss": where(True, to("data", "train_on", lambda _: "assistant"), lost(
+        "TRL then trains conversations whole, which here is train_on: all.")),
+    "completion_only_loss": to("data", "train_on", chosen({True: "completion", False: "all"})),
+    "loss_type": to("train", "objective", chosen({"nll": "nll", "dft": "dft", "chunked_nll": "nll"})),
+    "use_liger_kernel": _LIGER,
+    "activation_offloading": lost("set activation_checkpointing_kwargs.offload=true."),
+    "load_in_4bit": to("train", "quantize", lambda _: "nf4"),
+    "load_in_8bit": to("train", "quantize", lambda _: "int8"),
+    "bnb_4bit_quant_type": where("nf4", _DEFAULT, lost("of 4 bits there is nf4.")),
+    "use_bnb_nested_quant": _DEFAULT,
+    "use_peft": to("train", "lora.r", lambda _: 16),
+    "lora_r": to("train", "lora.r"),
+    "lora_target_modules": to("train", "lora.target", _targets),
+    "lora_target_parameters": to("train", "lora.parameters", _targets),
+    "lora_modules_to_save": to("train", "lora.modules_to_save", _targets),
+    "lora_task_type": _DEFAULT,
+    "use_rslora": to("train", "lora.rslora"),
+    "use_dora": to("train", "lora.dora"),
+    "hub_model_id": to("train", "push_to_hub"),
+    "push_to_hub": needless("hub_model_id, as push_to_hub: USER/MODEL, says it."),
+}  # fmt: skip
+
+# --------------------------------------------------------------------------------------------- axolotl
+
+_AX_KINDS = {"chat_template": "conversation", "alpaca": "completion", "completion": "text"}
+_AX_FIELDS = {"field_messages": "messages", "field": "text"}
+_SHAREGPT = {"role": "from", "content": "value"}
+
+
+def _ax_datasets(found: Carried, name: str, value: Any) -> None:
+    """Carry the list of datasets over, each of its keys by itself."""
+    entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    inputs: list[str] = []
+    for number, entry in enumerate(entries, start=1):
+        files, path = entry.get("data_files"), str(entry.get("path"))
+        files = [files] if isinstance(files, str) else files or []
+        inputs += [f"hf://datasets/{path}/{file}" for file in files] or [path]
+        for key, setting in entry.items():
+            if key not in ("path", "data_files"):
+                _ax_dataset_key(found, f"{name}[{number}].{key}", key, setting)
+    if inputs:
+        found.put("data", "inputs", inputs, name)
+    else:
+        found.lost[name] = "it names no path."
+
+
+def _ax_dataset_key(found: Carried, place: str, key: str, value: Any) -> None:
+    wanted: tuple[str, object] | None = None
+    if key in ("split", "name"):
+        wanted = ("split" if key == "split" else "subset"), value
+    elif key == "type" and value in _AX_KINDS:
+        wanted = "kind", _AX_KINDS[value]
+    elif key in _AX_FIELDS:
+        if value in (_AX_FIELDS[key], "conversations"):  # found without being named
+            found.needless[place] = "the column is found."
+            return
+        wanted = f"map.{_AX_FIELDS[key]}", value
+    elif (key == "message_property_mappings" and value == _SHAREGPT) or (
+        key == "roles_to_train" and value == ["assistant"]
+    ):
+        found.needless[place] = "it is found, or what happens by default."
+        return
+    if wanted is None:
+        found.lost[place] = f"{value!r}: no dataset has such a setting of its own; see --format and --map."
+        return
+    name = wanted[0].partition(".")[0]
+    before = found.data.get(name, wanted[1])
+    if name != "map" and before != wanted[1]:
+        found.lost[place] = f"one set has one {name}: prepare this dataset by itself, and mix the sets."
+        return
+    found.put("data", wanted[0], wanted[1], place)
+
+
+def _ax_plugins(found: Carried, name: str, value: Any) -> None:
+    for plugin in _listed(value):
+        if plugin.endswith("LigerPlugin"):
+            found.put("train", "kernels", "liger", name)
+        elif plugin.endswith("CutCrossEntropyPlugin"):
+            found.needless[f"{name}: {plugin}"] = "the loss is computed without all logits at once."
+        else:
+            found.lost[f"{name}: {plugin}"] = "it has no counterpart."
+
+
+def _ax_adapter(found: Carried, name: str, value: Any) -> None:
+    if value not in ("lora", "qlora"):
+        found.lost[name] = f"{value!r}: adapters are lora, with quantize or without."
+        return
+    found.put("train", "lora.r", 8, name)
+    if value == "qlora":
+        found.put("train", "quantize", "nf4", name)
+
+
+def _ax_special(found: Carried, name: str, value: Any) -> None:
+    for key, token in dict(value).items():
+        if key == "eos_token":
+            found.put("data", "eos_token", token, f"{name}.{key}")
+        elif key == "pad_token":
+            found.needless[f"{name}.{key}"] = "padding is never trained, whatever its token is."
+        else:
+            found.lost[f"{name}.{key}"] = "the tokenizer's own is used; change the tokenizer for another."
+
+
+def _times(strategy: str) -> Rule:
+    steps = strategy.replace("strategy", "steps")
+    reason = f"`sfttrain plan` says what an epoch is; set {strategy}=steps and {steps}."
+    return where(1, to("train", strategy, lambda _: "epoch"), lost(reason))
+
+
+_IN_ENVIRONMENT = lost("trackers read it from the environment, as WANDB_PROJECT; report_to names one.")
+_READ_FROM_MODEL = needless("it is read from the model's own files.")
+_AXOLOTL: dict[str, Rule] = {
+    "base_model": _MODEL,
+    "tokenizer_config": to("data", "tokenizer"),
+    "revision_of_model": both(to("train", "revision"), to("data", "revision")),
+    **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config"), _READ_FROM_MODEL),
+    "datasets": _ax_datasets,
+    "val_set_size": where(0, needless("nothing is held out by default."), to("data", "eval", _share)),
+    "dataset_prepared_path": to("data", "output"),
+    "dataset_processes": to("data", "workers"),
+    "sequence_len": to("data", "max_length"),
+    "sample_packing": _PACKING,
+    "eval_sample_packing": lost("the held-out set is packed as the other is."),
+    "max_packed_sequence_len": lost("sequence_len, here max_length, is the length of packed rows."),
+    "pad_to_sequence_len": needless("packed rows always have the same length."),
+    "train_on_inputs": to("data", "train_on", lambda _: "all"),
+    "group_by_length": lost("sftdata view --order length orders rows by length."),
+    "chat_template": where("tokenizer_default", _DEFAULT, to("data", "chat_template")),
+    "special_tokens": _ax_special,
+    "adapter": _ax_adapter,
+    "load_in_4bit": needless("adapter: qlora says it."),
+    "load_in_8bit": to("train", "quantize", lambda _: "int8"),
+    "lora_r": to("train", "lora.r"),
+    "lora_target_linear": to("train", "lora.target", lambda _: "all-linear"),
+    "lora_target_modules": to("train", "lora.target", _targets),
+    "lora_modules_to_save": to("train", "lora.modules_to_save", _targets),
+    "lora_model_dir": to("train", "adapter"),
+    "peft_use_rslora": to("train", "lora.rslora"),
+    "peft_use_dora": to("train", "lora.dora"),
+    "micro_batch_size": to("train", "per_device_train_batch_size"),
+    "batch_size": lost("it is micro_batch_size x gradient_accumulation_steps x GPUs."),
+    "num_epochs": to("train", "num_train_epochs"),
+    "optimizer": to("train", "optim"),
+    "lr_scheduler": to("train", "lr_scheduler_type"),
+    "bf16": where("auto", _DEFAULT, to("train", "bf16")),
+    "gradient_checkpointing_kwargs": to("train", "activation_checkpointing_kwargs"),
+    "evals_per_epoch": _times("eval_strategy"),
+    "saves_per_epoch": _times("save_strategy"),
+    "plugins": _ax_plugins,
+    **dict.fromkeys(("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm"),
+                    needless("kernels: liger, from the plugin, says it.")),
+    "liger_fused_linear_cross_entropy": needless("the loss is computed without all logits at once."),
+    **dict.fromkeys(
+        ("attn_implementation", "flash_attention", "sdp_attention", "xformers_attention"), _FASTEST
+    ),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "dp_shard_size"), _SHARDED),
+    **dict.fromkeys(
+        ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model"), _IN_ENVIRONMENT
+    ),
+    "auto_resume_from_checkpoints": _RESUMES,
+    "strict": needless("an unknown setting is always refused."),
+}  # fmt: skip
+
+# --------------------------------------------------------------------------------------- LLaMA-Factory
+
+
+def _lf_datasets(found: Carried, name: str, value: Any) -> None:
+    """Find each name in dataset_info.json; one set has one mapping, so that of the first counts."""
+    path = _lf_info_path(found)
+    known: Mapping[str, Settings] = json.loads(path.read_text("utf-8")) if path else {}
+    inputs = []
+    for dataset in _listed(value):
+        entry = known.get(dataset)
+        if entry is None:
+            found.lost[f"{name}: {dataset}"] = (
+                "no dataset_info.json beside the file, or in its data/, knows it."
+            )
+            continue
+        local = found.folder / str(found.data.get("dataset_dir", "data")) / str(entry.get("file_name", ""))
+        inputs.append(
+            str(entry.get("hf_hub_url") or (local if "file_name" in entry else entry.get("script_url")))
+        )
+        for key, setting in entry.items():
+            _lf_entry(found, f"{name}: {dataset}.{key}", key, setting)
+    if inputs:
+        found.put("data", "inputs", inputs, name)
+
+
+def _lf_info_path(found: Carried) -> Path | None:
+    paths = (found.folder / "data/dataset_info.json", found.folder / "dataset_info.json")
+    return next((path for path in paths if path.is_file()), None)
+
+
+_LF_COLUMNS = {
+    "messages": "messages", "prompt": "instruction", "query": "input", "response": "output",
+    "tools": "tools", "system": "system", "history": "history",
+}  # fmt: skip
+
+
+def _lf_entry(found: Carried, place: str, key: str, value: Any) -> None:
+    if key in ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "tags"):
+        if key in ("ms_hub_url", "om_hub_url"):
+            found.needless[place] = "the Hub has it."
+        elif key in ("formatting", "tags"):
+            found.needless[place] = "the format is found from the rows; sftdata detect shows it."
+    elif key in ("subset", "split"):
+        found.put("data", key, value, place)
+    elif key == "columns" and set(value) <= set(_LF_COLUMNS):
+        named = {_LF_COLUMNS[name]: column for name, column in value.items()}
+        others = {name: column for name, column in named.items() if column not in (name, "conversations")}
+        for name, column in others.items():
+            found.put("data", f"map.{name}", column, place)
+        if not others:
+            found.needless[place] = "the columns are found."
+    else:
+        found.lost[place] = "no dataset has such a setting of its own."
+
+
+_LF_TYPES = {"lora": 8}
+_FACTORY: dict[str, Rule] = {
+    "model_name_or_path": _MODEL,
+    "stage": where("sft", _DEFAULT, lost("only supervised fine-tuning is carried over.")),
+    "finetuning_type": where("full", _DEFAULT, to("train", "lora.r", chosen(_LF_TYPES))),
+    "lora_rank": to("train", "lora.r"),
+    "lora_target": to("train", "lora.target", _targets),
+    "use_rslora": to("train", "lora.rslora"),
+    "use_dora": to("train", "lora.dora"),
+    "additional_target": to("train", "lora.modules_to_save", _targets),
+    "adapter_name_or_path": to("train", "adapter"),
+    "dataset": _lf_datasets,
+    "dataset_dir": needless("the datasets are named with their folder."),
+    "eval_dataset": lost("prepare it as a set of its own, which --eval NAME=FOLDER names."),
+    "template": lost("the tokenizer's own chat template is used; chat_template names another."),
+    "cutoff_len": to("data", "max_length"),
+    "max_samples": to("data", "cap", lambda value: {"*": f"{value} rows"}),
+    "val_size": to("data", "eval", _share),
+    "packing": _PACKING,
+    "neat_packing": to("data", "packing", lambda _: "bfd"),
+    "mask_history": to("data", "train_on", lambda _: "last-assistant"),
+    "train_on_prompt": to("data", "train_on", lambda _: "all"),
+    "preprocessing_num_workers": to("data", "workers"),
+    "overwrite_cache": needless("a set is up to date, or made anew."),
+    "tokenized_path": to("data", "output"),
+    "plot_loss": needless("every run ends with a report."),
+    "pure_bf16": to("train", "dtype", lambda _: "bfloat16"),
+    "flash_attn": _FASTEST,
+    "enable_liger_kernel": _LIGER,
+    "use_dft_loss": to("train", "objective", lambda _: "dft"),
+    "quantization_bit": to("train", "quantize", _bits),
+    "quantization_method": where("bnb", _DEFAULT, lost("quantize: nf4 or int8 are bitsandbytes'.")),
+    "double_quantization": _DEFAULT,
+    "disable_gradient_checkpointing": to("train", "activation_checkpointing", lambda _: False),
+    "fsdp": _SHARDED,
+    "fsdp_transformer_layer_cls_to_wrap": _SHARDED,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool: how a file of it is told, its table, and what it does where a file says nothing."""
+
+    name: str
+    marks: tuple[str, ...]
+    rules: Mapping[str, Rule]
+    data: Settings
+    train: Settings
+    lora: Settings
+
+
+TOOLS = (
+    Tool("axolotl", ("base_model",), _AXOLOTL, {"max_length": 512, "packing": "none"},
+         {"num_train_epochs": 1}, {"alpha": 16, "target": "q_proj+v_proj"}),
+    Tool("LLaMA-Factory", ("stage", "finetuning_type", "cutoff_len", "template"), _FACTORY,
+         {"max_length": 2048, "packing": "none"},
+         {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
+         {"alpha": 16, "target": "all-linear"}),
+    Tool("TRL", ("model_name_or_path",), _TRL, {"max_length": 1024, "packing": "none"},
+         {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
+         {"alpha": 32, "dropout": 0.05}),
+)  # fmt: skip
+
+
+_PLACE = "where it lies, in both files"
+_SAID_BY_OFF = ("packing", "sample_packing", "completion_only_loss", "assistant_only_loss", "report_to")
+
+
+def carry_over(path: Path, output: str) -> Carried:
+    """Read a settings file of another tool.
+
+    Args:
+        path: of the file.
+        output: folder of the set, where the file names none.
+
+    Raises:
+        UsageError: it cannot be read, or is none of a tool that is known.
+    """
+    try:
+        given = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--from {path}: cannot be read ({reason}).", "name a YAML file.") from None
+    names = given if isinstance(given, dict) else {}
+    tool = next((tool for tool in TOOLS if any(mark in names for mark in tool.marks)), None)
+    if tool is None:
+        what = f"--from {path}: names no model by model_name_or_path or base_model."
+        raise UsageError(what, "give the settings file of TRL, axolotl or LLaMA-Factory.")
+    found = Carried(tool.name, path.parent, frozenset(map(str, names)))
+    rules = _COMMON | dict(tool.rules)
+    for name, value in names.items():
+        if _off(value) and name not in _SAID_BY_OFF:
+            found.needless[name] = "it is off, or empty."
+        else:
+            rules.get(name, lost("there is no such setting."))(found, str(name), value)
+    _fill_up(found, tool, output)
+    return found
+
+
+def settings_text(found: Carried, program: str, head: str) -> str:
+    """Return the settings of a program, `data` or `train`, as commented YAML, with what is not in it."""
+    settings: Settings = getattr(found, program)
+    text = f"# {head}\n"
+    for name, value in settings.items():
+        origin = ", ".join(found.origins.get((program, name), ())) or f"what {found.tool} does by itself"
+        text += f"\n# {origin}\n" + yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True)
+    for title, group in (("Not carried over", found.lost), ("Nothing to set for", found.needless)):
+        text += f"\n# ---- {title}\n" if group else ""
+        text += "".join(f"# {name}: {' '.join(reason.split())}\n" for name, reason in group.items())
+    return text
+
+
+def _fill_up(found: Carried, tool: Tool, output: str) -> None:
+    """Add what the tool does where its file says nothing, and what both programs need of each other."""
+    lengths = ("max_steps", "num_train_epochs")
+    if "inputs" not in found.data:
+        found.lost["(inputs)"] = "no dataset is named; write its file, folder or Hub id in their place."
+    found.data = {"inputs": ["INPUT"], "output": output} | tool.data | found.data
+    ours = [("data", "inputs"), ("data", "output"), ("train", "sets"), ("train", "eval"), ("train", "output")]
+    for key in ours:
+        found.origins.setdefault(key, [_PLACE])
+    train = {name: value for name, value in tool.train.items() if name not in lengths}
+    if not any(name in found.train for name in lengths):
+        train = tool.train
+    if "max_steps" in found.train:
+        found.train.pop("num_train_epochs", None)
+    if "lora" in found.train:
+        if found.train.get("adapter"):
+            del found.train["lora"]
+        else:
+            found.train["lora"] = tool.lora | found.train["lora"]
+    folder = str(found.data["output"])
+    sets = (
+        {"sets": [f"{folder}/train"], "eval": {"held": f"{folder}/eval"}}
+        if "eval" in found.data
+        else {"sets": [folder]}
+    )
+    found.train = sets | {"output": "out"} | train | found.train

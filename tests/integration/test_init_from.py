@@ -1,0 +1,259 @@
+"""`sftdata init --from`: 12 configurations of each tool, no setting of which goes unmentioned; what they mean."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import sftdata
+from sftdata.cli import main
+from sftdata.errors import UsageError
+from sftdata.other_tools import carry_over
+from sftdata.set.opened import open_set
+from sfttrain.config import read_settings
+from tests.train_runs import OUR_WARNINGS, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
+    (ROOT / "tests/other_configs.yaml").read_text("utf-8")
+)
+TOOLS = {"axolotl": "axolotl", "factory": "LLaMA-Factory", "trl": "TRL"}
+ALL = [(tool, name) for tool, configs in CONFIGS.items() for name in configs]
+
+
+def _write(folder: Path, given: dict[str, Any]) -> Path:
+    path = folder / "theirs.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False), "utf-8")
+    return path
+
+
+def test_there_are_twelve_of_each_tool() -> None:
+    assert {tool: len(configs) for tool, configs in CONFIGS.items()} == dict.fromkeys(TOOLS, 12)
+
+
+@pytest.mark.feature("settings of other tools")
+@pytest.mark.parametrize(("tool", "name"), ALL)
+def test_every_setting_is_carried_over_or_named_and_what_is_written_is_read(
+    tool: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = CONFIGS[tool][name]
+    assert main(["init", "--from", str(_write(tmp_path, given))]) == 0
+    assert f"of {TOOLS[tool]}." in capsys.readouterr().err
+    written = {path: (tmp_path / path).read_text("utf-8") for path in ("sft.yaml", "sft-train.yaml")}
+    found = carry_over(tmp_path / "theirs.yaml", "shards")
+    said = {re.split(r"[.\[:]", part)[0] for part in (*found.needless, *found.lost)} | found.carried
+    assert said >= set(given)
+    for part in (*found.needless, *found.lost):
+        assert all(f"# {part}: " in text for text in written.values()), part
+    for (program, _), origins in found.origins.items():
+        assert f"# {', '.join(origins)}\n" in written["sft.yaml" if program == "data" else "sft-train.yaml"]
+    assert main(["config", "check", "sft.yaml"]) == 0
+    settings = read_settings(tmp_path / "sft-train.yaml", [], {})
+    data = yaml.safe_load(written["sft.yaml"])
+    made = [data["output"]] if "eval" not in data else [f"{data['output']}/train"]
+    assert [str(folder) for folder in settings.sets] == made
+
+
+@pytest.mark.parametrize(("tool", "name"), ALL)
+def test_training_takes_what_is_carried_over(tool: str, name: str, tmp_path: Path) -> None:
+    """Each field exists, by this name, and takes this value."""
+    from sfttrain.arguments import checked_training
+
+    found = carry_over(_write(tmp_path, CONFIGS[tool][name]), "set")
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(found.train), "utf-8")
+    training = read_settings(path, [], {}).training
+    checked_training(
+        {name: value for name, value in training.items() if name not in ("bf16", "tf32", "deepspeed")}
+    )
+
+
+EXPECTED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    (
+        {"base_model": "a/b", "adapter": "qlora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "sequence_len": 64,
+         "datasets": [{"path": "x/y", "type": "alpaca"}], "val_set_size": 0.1, "sample_packing": False, "output_dir": "o"},
+        {"tokenizer": "a/b", "max_length": 64, "inputs": ["x/y"], "kind": "completion", "eval": "10%", "packing": "none"},
+        {"model": "a/b", "quantize": "nf4", "lora": {"r": 4, "alpha": 8, "target": "all-linear"}, "output": "o",
+         "sets": ["set/train"], "eval": {"held": "set/eval"}},
+    ),
+    (
+        {"model_name_or_path": "a/b", "stage": "sft", "finetuning_type": "lora", "lora_target": "q_proj,v_proj", "cutoff_len": 99,
+         "mask_history": True, "quantization_bit": 4, "max_samples": 7, "template": "qwen"},
+        {"max_length": 99, "train_on": "last-assistant", "cap": {"*": "7 rows"}, "packing": "none"},
+        {"lora": {"r": 8, "alpha": 16, "target": "q_proj+v_proj"}, "quantize": "nf4", "learning_rate": 5e-5,
+         "num_train_epochs": 3, "sets": ["set"]},
+    ),
+    (
+        {"model_name_or_path": "a/b", "dataset_name": "x/y", "use_peft": True, "packing": True, "assistant_only_loss": True,
+         "truncation_mode": "keep_end", "max_steps": 5, "warmup_ratio": 0.1},
+        {"inputs": ["x/y"], "packing": "bfd", "train_on": "assistant", "overlong": "truncate-left", "max_length": 1024},
+        {"lora": {"r": 16, "alpha": 32, "dropout": 0.05}, "max_steps": 5, "warmup_steps": 0.1, "learning_rate": 2e-5},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "data", "train"), EXPECTED, ids=list(TOOLS))
+def test_settings_mean_what_they_meant(
+    given: dict[str, Any], data: dict[str, Any], train: dict[str, Any], tmp_path: Path
+) -> None:
+    found = carry_over(_write(tmp_path, given), "set")
+    assert {name: found.data.get(name) for name in data} == data
+    assert {name: found.train.get(name) for name in train} == train
+    assert not {"max_steps", "num_train_epochs"} <= found.train.keys()
+
+
+def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    info = {
+        "here": {"file_name": "here.json", "columns": {"prompt": "q", "response": "a"}},
+        "there": {"hf_hub_url": "x/y", "ms_hub_url": "x/y", "formatting": "sharegpt", "ranking": True},
+    }
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    given = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "here, there, nowhere"}
+    found = carry_over(_write(tmp_path, given), "set")
+    assert found.data["inputs"] == [str(tmp_path / "data/here.json"), "x/y"]
+    assert found.data["map"] == {"instruction": "q", "output": "a"}
+    assert {"dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--from", "none.yaml"], "--from none.yaml: cannot be read"),
+        (["--from", "odd.yaml"], "names no model.*give the settings file of TRL, axolotl or LLaMA-Factory"),
+        (["--from", "trl.yaml", "--max-length", "5"], "--from takes all settings from the file.*leave the others out"),
+        (["--from", "trl.yaml", "chats.jsonl"], "--from takes all settings from the file"),
+        (["--from", "trl.yaml", "-f", "there.yaml"], "there-train.yaml: exists already"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_carried_over_is_refused_in_one_line(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_text("a: 1\n")
+    Path("trl.yaml").write_text("model_name_or_path: a/b\ndataset_name: x/y\n")
+    Path("there-train.yaml").touch()
+    assert main(["init", *arguments]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not Path("sft.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OUR_WARNINGS)
+def test_what_is_written_prepares_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sfttrain.cli import main as train
+
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(tmp_path / "model", vocabulary=1024)
+    shutil.copytree(EXAMPLES / "tokenizer", tmp_path / "model", dirs_exist_ok=True)
+    given = {
+        "model_name_or_path": "model", "dataset_name": str(EXAMPLES / "completions.jsonl"), "max_steps": 2, "output_dir": "out",
+        "per_device_train_batch_size": 2, "use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj"],
+    }  # fmt: skip
+    assert main(["init", "--from", str(_write(tmp_path, given))]) == 0
+    advised = (
+        capsys.readouterr().err.strip().splitlines()[-1].partition("Look at them, then: ")[2].split(" && ")
+    )
+    assert advised == ["sftdata prepare sft.yaml", "sfttrain run -c sft-train.yaml"]
+    assert main(advised[0].split()[1:]) == 0
+    assert train(advised[1].split()[1:]) == 0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------- against TRL itself
+
+
+def _rows(kind: str) -> list[dict[str, Any]]:
+    """200 rows, of several lengths, some longer than there is room for."""
+    if kind == "prompts":
+        return [
+            {"prompt": f"Count to {n}:", "completion": " " + " ".join(map(str, range(n)))}
+            for n in range(1, 201)
+        ]
+    return [
+        {"messages": [
+            {"role": "user", "content": f"Count to {n}."}, {"role": "assistant", "content": " ".join(map(str, range(n)))},
+            {"role": "user", "content": "And back?"}, {"role": "assistant", "content": " ".join(map(str, range(n, 0, -1)))},
+        ]}
+        for n in range(1, 201)
+    ]  # fmt: skip
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("prompts", {"max_length": 128}), ("chats", {"max_length": 256, "assistant_only_loss": True})],
+)
+def test_ids_and_labels_are_those_of_trl(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    import datasets
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tokenizer")
+    tokenizer.chat_template = CHATML
+    given = {"model_name_or_path": "a/b", "dataset_name": "x/y", **settings}
+    found = carry_over(_write(tmp_path, given), str(tmp_path / "set"))
+    carried = {
+        name: value for name, value in found.data.items() if name not in ("inputs", "tokenizer", "output")
+    }
+    sftdata.prepare(_rows(kind), tokenizer=tokenizer, output=tmp_path / "set", workers=1, **carried)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "out"), report_to="none", bf16=False, use_cpu=True, **settings
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(_rows(kind)),
+        processing_class=tokenizer,
+    )
+    theirs = []
+    for number in range(200):
+        batch = trainer.data_collator([trainer.train_dataset[number]])
+        kept = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(None)
+        labels = batch["labels"][0][kept].clone()
+        labels[:1] = -100  # which nothing predicts
+        theirs.append((batch["input_ids"][0][kept].tolist(), labels.tolist()))
+    opened = open_set(tmp_path / "set")
+    ours = [
+        (opened[row].input_ids.tolist(), np.asarray(opened[row].labels).tolist())
+        for row in range(len(opened))
+    ]
+    assert len(ours) == 200
+    assert ours == theirs
+
+
+def test_a_wrong_file_says_so_from_python(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give the settings file of TRL, axolotl or LLaMA-Factory"):
+        carry_over(_write(tmp_path, {"model": "a/b"}), "set")
