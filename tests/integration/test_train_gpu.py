@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 import sfttrain
 from sftdata.set.opened import open_set
-from sfttrain.attention import FLATTENED, _unsupported_reason, register_attention
+from sfttrain.attention import FLATTENED, register_attention, unsupported_reason
 from sfttrain.compiling import compile_layers
 from sfttrain.data import Collator
 from sfttrain.kernels import apply_liger
@@ -135,7 +135,7 @@ def test_in_bfloat16_a_packed_document_has_the_loss_it_has_alone(attention: str,
     config = AutoConfig.for_model(
         "qwen2", num_hidden_layers=4, vocab_size=999, initializer_range=0.1, **given
     )
-    reason = _unsupported_reason(attention, config, "cuda", torch.bfloat16)
+    reason = unsupported_reason(attention, config, "cuda", torch.bfloat16)
     if reason:
         pytest.skip(f"{attention}: {reason}")
     torch.manual_seed(0)
