@@ -458,7 +458,7 @@ def _settings(
         from sftdata.like import settings_like
 
         settings = {name: value for name, value in settings.items() if name in told}
-        settings = settings_like(Path(str(settings["like"])), model.model_fields, told) | settings
+        settings = settings_like(Path(str(settings["like"])), model.model_fields, settings) | settings
     if settings.get("tokenizer", "") is None:
         del settings["tokenizer"]
     return settings | {name: value for name, value in unknown.items() if name != TOLD}

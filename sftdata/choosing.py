@@ -219,7 +219,10 @@ def folders_of(output: Path, share: str | None) -> tuple[Path, ...]:
     return (output,) if share is None else tuple(output / side for side in SIDES)
 
 
-_NEEDS = {"total": "mix", "passes": "mix", "mix_by": "mix", "exclude_by": "exclude"}
+NEEDS = {"total": "mix", "passes": "mix", "mix_by": "mix", "exclude_by": "exclude"}
+"""Settings that act only beside another."""
+OF_ORDERS = {"bands": ("length", "trained"), "window": ("windows",)}
+"""Settings that act only for some orders of rows."""
 
 
 def refuse_idle(config: BaseModel, *, shuffled: bool = False) -> None:
@@ -234,7 +237,7 @@ def refuse_idle(config: BaseModel, *, shuffled: bool = False) -> None:
     """
     fields = type(config).model_fields
     given = {name: getattr(config, name) for name in fields}
-    for name, other in _NEEDS.items():
+    for name, other in NEEDS.items():
         if given[name] != fields[name].default and not given[other]:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} without --{other}: it has no effect.", f"leave {flag} out.")

@@ -6,9 +6,10 @@ sets that were excluded, cannot be repeated: it is given again, or the set is re
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from sftdata.choosing import NEEDS, OF_ORDERS
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
 from sftdata.set.manifest import Manifest, read_manifest
@@ -22,13 +23,16 @@ _KEPT_AS_HASHES = {
     "exclude": "name each set again: --exclude SET.",
 }
 
+_ACT_BESIDE = NEEDS | {"model": "steps_for"}
+_OFF: tuple[object, ...] = (None, {}, (), [], "", "null", "{}", "[]")
 
-def settings_like(folder: Path, names: Collection[str], given: Collection[str]) -> dict[str, object]:
+
+def settings_like(folder: Path, names: Collection[str], given: Mapping[str, object]) -> dict[str, object]:
     """Return the settings of a set, those of its inputs aside.
 
     Args:
         names: settings of the command; with `inputs` that of `prepare`, else of `view`.
-        given: settings that are given beside, which need not be there to repeat.
+        given: settings that are given beside, which need not be there to repeat; those of `--set` as text.
 
     Raises:
         UsageError: there is no set, or one of its settings cannot be repeated.
@@ -38,7 +42,9 @@ def settings_like(folder: Path, names: Collection[str], given: Collection[str]) 
     prepares = "inputs" in names
     found = _prepared(folder, manifest, names, given) if prepares else _laid_out(manifest)
     found |= _chosen(folder, manifest, given)
-    return {name: value for name, value in found.items() if name not in given}
+    idle = {name for name, other in _ACT_BESIDE.items() if other in given and given[other] in _OFF}
+    idle |= {name for name, orders in OF_ORDERS.items() if given.get("order", orders[0]) not in orders}
+    return {name: value for name, value in found.items() if name not in given and name not in idle}
 
 
 def _laid_out(manifest: Manifest) -> dict[str, object]:

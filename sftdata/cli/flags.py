@@ -152,8 +152,7 @@ def _repeated(model: type[BaseModel], given: list[Mapping[str, object]]) -> list
         return []
     from sftdata.like import settings_like
 
-    names = {name for layer in given for name in layer}
-    found = settings_like(Path(str(named[-1])), model.model_fields, names)
+    found = settings_like(Path(str(named[-1])), model.model_fields, ChainMap(*map(dict, reversed(given))))
     flag = f"--like {named[-1]}"
     return [(found, {name: f"{flag}: {name}" for name in found})]
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int64, PackPlan, offsets_of, positions_of
+from sftdata.choosing import OF_ORDERS
 from sftdata.errors import UsageError
 from sftdata.pack import Strategy, lay_out, plan_packs
 from sftdata.set.steps import Balance, Float64, Steps, balance_of, row_costs
@@ -250,12 +251,9 @@ def _said(balance: Balance) -> str:
     )
 
 
-_NEEDS = {"bands": ("length", "trained"), "window": ("windows",)}
-
-
 def _refuse_idle(config: ViewConfig) -> None:
     """Refuse settings of an order that is not asked for."""
-    for name, orders in _NEEDS.items():
+    for name, orders in OF_ORDERS.items():
         if getattr(config, name) != ViewConfig.model_fields[name].default and config.order not in orders:
             raise UsageError(
                 f"--{name} without --order {' or '.join(orders)}: it has no effect.", f"leave --{name} out."

@@ -220,10 +220,26 @@ def test_steps_are_dealt_again_by_the_cost_that_they_had(source: Path, tmp_path:
     made = view(like, base, steps_for="2x1", model=model, order="length", bands=2)
     shutil.rmtree(model)
     assert sftdata.view(base, like=like, output=tmp_path / "again").digest == made.digest
-    other = sftdata.view(base, like=like, output=tmp_path / "other", steps_for="3x2", order="as-is", bands=8)
+    other = sftdata.view(base, like=like, output=tmp_path / "other", steps_for="3x2", order="as-is")
     cost = made.settings["view"]["steps"]["cost"]
     assert other.settings["view"]["steps"] == {"ranks": 3, "rows": 2, "cost": cost}
     with pytest.raises(UsageError, match="a set, and not in steps of equal work") as caught:
         sftdata.view(base, output=tmp_path / "refused", steps_for="2x1", model=base)
     assert caught.value.fix.endswith(" or a set made with --steps-for.")
     sftdata.view(base, output=tmp_path / "taken", steps_for="2x1", model=like)
+
+
+def test_what_is_turned_off_takes_what_acts_beside_it_along(source: Path, tmp_path: Path) -> None:
+    base, like = tmp_path / "base", tmp_path / "like"
+    prepare(base, [source], max_length=64)
+    view(like, base, steps_for="2x1", order="length", bands=2, mix={"*": 1}, passes=2, mix_by="rows")
+    plain = view(tmp_path / "plain", base, pack_over="view", max_length=64)
+    off: Settings = {"steps_for": None, "order": "as-is", "mix": {}}
+    assert sftdata.view(base, like=like, output=tmp_path / "python", **off).digest == plain.digest
+    arguments = ["--set", "steps_for=null", "--set", "mix={}", "--order", "as-is"]
+    assert main(["view", str(base), "--like", str(like), "-o", str(tmp_path / "flags"), *arguments]) == 0
+    assert read_manifest(tmp_path / "flags").digest == plain.digest
+    other = sftdata.view(base, like=like, output=tmp_path / "other", order="trained", mix={"a.jsonl": 1})
+    assert {name: other.settings["view"][name] for name in ("bands", "passes", "mix_by")} == {
+        "bands": 2, "passes": 2, "mix_by": "rows"
+    }  # fmt: skip
