@@ -19,6 +19,7 @@ from sftdata.output import Progress
 from sftdata.version import __version__
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
     from typing import Unpack
 
     from pydantic import BaseModel
@@ -106,7 +107,7 @@ def prepare(
     mix_by: Literal["rows", "tokens", "trained"] = "trained", passes: float = 1, total: str | None = None,
     seed: int = 0,
     # ---- how the work is done; never changes a byte of the set
-    workers: int | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
+    workers: int | Executor | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
     overwrite: bool = False,
     **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
@@ -122,11 +123,10 @@ def prepare(
         on_note: called with each decision made for you, in a sentence; default: logger `sftdata`, level INFO.
         on_progress: called after each finished shard task.
 
-    The other arguments are the settings of `sftdata prepare --help`.
+    The others are the settings of `sftdata prepare --help`; `workers` may be an executor, such as Dask's.
 
     Returns:
-        The manifest of the set: its digest, sources, settings and the ledger of rows and tokens; with `eval`
-        a tuple of two, that of the training set first.
+        The manifest: digest, sources, settings and ledger; with `eval` those of two sets, training first.
 
     Raises:
         SftError: one line with problem and fix; what is finished is kept, and the same call resumes.
@@ -134,7 +134,7 @@ def prepare(
     from sftdata.objects import named, shown
 
     with named(locals()) as given:
-        return _prepare(_config(**given), on_progress, lambda note: (on_note or _log)(shown(note)))
+        return _prepare(_config(**given), workers, on_progress, lambda note: (on_note or _log)(shown(note)))
 
 
 @telling
@@ -297,8 +297,7 @@ def view(
         The manifest of the set; with `eval` a tuple of two, that of the training set first.
 
     Raises:
-        SftError: in one line, what stopped it and how to fix it; what is finished is kept, and the same call
-            resumes.
+        SftError: one line with problem and fix; what is finished is kept, and the same call resumes.
     """
     from sftdata.settings import check_settings
     from sftdata.views.recipe import ViewConfig
@@ -417,11 +416,12 @@ def by_columns(formatter: _Function) -> _Function:
 
 
 def _prepare(
-    config: PrepareConfig, progress: Callable[[Progress], object] | None, note: Callable[[str], object]
-) -> Manifest | tuple[Manifest, Manifest]:
+    config: PrepareConfig, workers: int | Executor | None,
+    progress: Callable[[Progress], object] | None, note: Callable[[str], object],
+) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     from sftdata.workers import start_workers
 
-    with start_workers(config) as pool:
+    with start_workers(config, workers) as pool:
         if config.chooses:
             from sftdata.selected import prepare as choose
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _Told = TypeVar("_Told", bound=Callable[..., object])
 TOLD = "told"  # no setting; the keywords that were given
@@ -72,7 +75,7 @@ class RowsSettings(TypedDict, total=False):
 class PrepareSettings(RowsSettings, ChoosingSettings, total=False):
     """Settings of `sftdata.prepare` but `eval`."""
 
-    workers: int | None
+    workers: int | Executor | None
     engine: Literal["auto", "gigatoken", "tokenizers"]
     overwrite: bool
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -62,12 +63,14 @@ AnyTokenizer: TypeAlias = str | Path | Tokenizer
 
 @contextmanager
 def named(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield settings whose `inputs` and `tokenizer` are names; files made for that last as long.
+    """Yield settings of plain values: names for `inputs` and `tokenizer`, whose files last as long.
 
     Raises:
         UsageError: an object that holds no rows, a row that is no JSON data, or several splits.
     """
     settings = dict(given) | {"tokenizer": tokenizer_folder(given["tokenizer"])}
+    if isinstance(settings.get("workers"), Executor):
+        settings["workers"] = None
     inputs = given["inputs"]
     if not _holds_rows(inputs):
         yield settings

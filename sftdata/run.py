@@ -169,7 +169,11 @@ def run_tasks(
     tasks = [task for task in plan.tasks if task.index not in done]
     todo: list[ShardTask | ReusedTask] = [reused.get(task.index, task) for task in plan.longest_first(tasks)]
     crew = workers if old is None or plan.effort(todo) >= WORTH_WORKERS else Workers(1)
-    coming = crew.map(finish_shard, plan.job, todo, load_shared)
+    job = plan.job
+    if crew.elsewhere and todo:
+        folder = Build(job.config.output).lend(job.tokenizer.folder)
+        job = replace(job, tokenizer=replace(job.tokenizer, folder=folder))
+    coming = crew.map(finish_shard, job, todo, load_shared)
     # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
     reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
     results, exact, now = {}, True, Progress(0, len(todo), 0, 0)

@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -51,7 +51,12 @@ class Workers:
     Args:
         number: how many.
         warm: a module; the leader starts now and imports it, so that it is ready when the plan is.
+
+    Attributes:
+        elsewhere: tasks may run on machines that lack this one's cache.
     """
+
+    elsewhere = False
 
     def __init__(self, number: int, warm: str | None = None) -> None:
         self._number = number
@@ -121,6 +126,30 @@ class Workers:
             self._leader.start()
         theirs.close()
         return self._channel
+
+
+class Hired(Workers):
+    """Workers of an executor that the caller runs, on this machine or on others that share its folders.
+
+    Args:
+        executor: what maps functions that can be pickled; it is not shut down.
+    """
+
+    elsewhere = True
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(1)
+        self._executor = executor
+
+    def map(
+        self,
+        function: Callable[[Shared, Task], Result],
+        job: Shared,
+        tasks: Sequence[Task],
+        load: Callable[[Shared], object],
+    ) -> Iterator[Result]:
+        """As that of `Workers`; what tasks share is loaded by the first one in each process."""
+        return iter(self._executor.map(partial(function, job), tasks))
 
 
 def _lead(channel: Connection, number: int, warm: str | None) -> None:
@@ -199,12 +228,17 @@ def _no_main_module() -> Iterator[None]:
 _PIPELINE = "sftdata.pipeline"
 
 
-def start_workers(config: PrepareConfig) -> Workers:
+def start_workers(config: PrepareConfig, hired: Executor | int | None = None) -> Workers:
     """Return the workers of a run; starts their leader early when the input is large.
+
+    Args:
+        hired: an executor that does the work instead.
 
     Raises:
         UsageError: an input that is not there.
     """
+    if isinstance(hired, Executor):
+        return Hired(hired)
     worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(
         config
     ) >= FAST_ENGINE_MIN_BYTES

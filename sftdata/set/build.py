@@ -282,6 +282,13 @@ class Build:
                 shutil.rmtree(self.folder)
             remove(self.replaced)
 
+    def lend(self, tokenizer: Path) -> Path:
+        """Copy a tokenizer, with what is known of it, to where workers on any machine find it."""
+        copy = self.folder / SLICES / _TOKENIZER
+        with explained(copy):
+            shutil.copytree(tokenizer.parent, copy, dirs_exist_ok=True)
+        return copy / tokenizer.name
+
     def clear(self) -> None:
         """Remove everything built so far, the plan first: what is left after a kill is worth nothing."""
         with explained(self.folder):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import sftdata
+from sftdata.set.manifest import partial_folder
+from tests.remote_stores import need_packages
+from tests.torture.runs import write_chats
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +88,78 @@ def test_slurm(folder: Path) -> None:
     common |= {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
     jobs = [common | {"SLURM_ARRAY_TASK_ID": str(number)} for number in range(PARTS)]
     assert schedule(folder, ["bash", "job.sh"], jobs) == alone(folder)
+
+
+def slices(folder: Path, output: str, **more: object) -> Any:
+    return sftdata.prepare(
+        write_chats(folder / "chats.jsonl", 300), tokenizer=folder / "examples/tokenizer", output=folder / output,
+        max_length=64, max_rejects="50%", slice_bytes=4000, **more,
+    )  # fmt: skip
+
+
+def test_an_executor_makes_the_same_set(folder: Path) -> None:
+    alone = slices(folder, "alone", workers=1)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        assert slices(folder, "hired", workers=pool).digest == alone.digest
+    assert sftdata.verify(folder / "hired").ok
+    assert not (folder / "hired" / "slices").exists()
+
+
+def test_the_tokenizer_travels_with_the_build(folder: Path) -> None:
+    """Another machine has no cache of tokenizers: what it is sent names files in the folder of the set alone."""
+    sent: list[Path] = []
+
+    class Elsewhere(Executor):
+        def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+            job = pickle.loads(pickle.dumps(function)).args[0]
+            sent.append(job.tokenizer.folder)
+            assert job.tokenizer.lengths_file.is_file()
+            return map(function, *tasks)
+
+    assert slices(folder, "hired", workers=Elsewhere()).digest == slices(folder, "alone").digest
+    assert sent == [partial_folder(folder / "hired") / "slices" / "tokenizer" / sent[0].name]
+
+
+def test_an_executor_that_breaks_leaves_what_is_finished(folder: Path) -> None:
+    class Breaks(Executor):
+        def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+            for number, task in enumerate(*tasks):
+                if number == 3:
+                    raise RuntimeError("a worker died")
+                yield function(task)
+
+    with pytest.raises(RuntimeError, match="a worker died"):
+        slices(folder, "hired", workers=Breaks())
+    notes: list[str] = []
+    assert slices(folder, "hired", workers=2, on_note=notes.append).digest == slices(folder, "alone").digest
+    assert any(note.startswith("Resuming: 3/") for note in notes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Dask's own
+def test_dask(folder: Path) -> None:
+    """The recipe, on two worker processes of which one is killed in the middle."""
+    need_packages("distributed")
+    code = block("Dask, or any executor", "python")
+    assert "client.get_executor()" in code
+    from distributed import Client, LocalCluster
+
+    alone = slices(folder, "alone", workers=1)
+    killed: list[int] = []
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+
+        def kill(progress: sftdata.Progress) -> None:
+            if not killed:
+                killed.append(next(iter(cluster.workers.values())).pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        made = slices(folder, "hired", workers=client.get_executor(), on_progress=kill)
+    assert killed
+    assert made.digest == alone.digest
+    assert sftdata.verify(folder / "hired").ok
 
 
 def test_kubernetes(folder: Path) -> None:
