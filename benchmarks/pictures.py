@@ -34,6 +34,7 @@ from sftdata.masks.tokens import encode_batch  # noqa: E402
 from sftdata.masks.turns import SpanFinder  # noqa: E402
 from sftdata.pictures.families import read_processor  # noqa: E402
 from sftdata.pictures.headers import read_header  # noqa: E402
+from sftdata.pictures.loaded import Picture  # noqa: E402
 from sftdata.pictures.rows import PicturedConversation  # noqa: E402
 from sftdata.render.template import ChatTemplate  # noqa: E402
 from tests.oracles.pictures import Own  # noqa: E402
@@ -133,7 +134,9 @@ def compare(name: str, folder: Path, files: list[Path], header: float) -> None:
             data = path.read_bytes()
             hashlib.sha256(data).digest()
             size = read_header(data)
-            rows.append(PicturedConversation(talk, [None] * len(talk), pictures=((size.height, size.width),)))
+            rows.append(
+                PicturedConversation(talk, [None] * len(talk), pictures=(Picture(size.height, size.width),))
+            )
         rendered = render_rows(rows, np.arange(len(rows)), renderer, Tally())
         assert rendered.conversations is not None
         batch = encode_batch(rendered.conversations, encoder, Tally(), images=rendered.images)

@@ -81,7 +81,7 @@ class Outcome:
 
 
 def data_files(data: Path) -> list[Path]:
-    """Return every file of rows that is text; the pictures have their own tests."""
+    """Return every file of rows that is text; those with pictures have a table of their own."""
     files = (path for path in (data / "datasets").rglob("*") if path.is_file())
     return sorted(path for path in files if "vision" not in path.relative_to(data).parts)
 
@@ -169,6 +169,25 @@ benchmark's questions lack.
 """
 
 
+# Held by tests/integration/test_pictures.py::test_a_public_file_makes_a_set_or_is_refused_with_a_fix_that_works.
+PICTURES = """
+## Files with pictures
+
+With the tokenizer of qwen2.5-instruct, the chat template of Qwen2-VL, and `--processor` naming a folder of the
+family Qwen2.5-VL. The pictures of most files are not public: `--images DIR` is what the refusal offers, and names
+a folder of pictures made under their names.
+
+| file | format | rows | pictures | refusal, and the fix |
+|---|---|--:|--:|---|
+| `vision/lf_mllm_demo.json` | messages | 6 | 8 | |
+| `vision/lf_v1_multimodal_demo.jsonl` | messages | 24 | 32 | image-missing: `--images DIR` |
+| `vision/llava_instruct_100.json` | sharegpt | 100 | 100 | image-missing: `--images DIR` |
+| `vision/llava_tables_252.jsonl` | sharegpt | 252 | 252 | image-missing: `--images DIR` |
+| `vision/qwen_vl_single_images.json` | sharegpt | 3 | 3 | image-missing: `--images DIR` |
+| `vision/qwen_vl_video.json` | | 0 | 0 | video-row: rows with films are left out |
+"""
+
+
 def write_page(data: Path, outcomes: list[Outcome]) -> str:
     """Return the page as Markdown."""
     notes: dict[str, int] = {}
@@ -213,7 +232,7 @@ def write_page(data: Path, outcomes: list[Outcome]) -> str:
         "| file | tokenizer | rejected | dropped |",
         "|---|---|---|---|",
     ]
-    return "\n".join([*lines, *losses(outcomes)]) + "\n"
+    return "\n".join([*lines, *losses(outcomes)]) + "\n" + PICTURES
 
 
 def cell(outcome: Outcome, notes: dict[str, int]) -> str:

@@ -94,7 +94,9 @@ def prepare(
     instruction_template: str | Sequence[int] | None = None,
     mask_mode: Literal["default", "trl-0.7.10"] = "default", loss_weights: bool = False,
     boundary: Literal["split", "merge"] = "split", eos_token: str | None = None,
-    trust_control_tokens: bool = False,
+    trust_control_tokens: bool = False, processor: Path | None = None, max_pixels: int | None = None,
+    min_pixels: int | None = None, images: Path | None = None, embed_images: bool = False,
+    check_pixels: bool = False,
     # ---- how it is cut, packed and stored
     max_length: int | None = None,
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = "truncate",
@@ -108,8 +110,7 @@ def prepare(
     seed: int = 0,
     # ---- how the work is done; never changes a byte of the set
     workers: int | Executor | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
-    overwrite: bool = False,
-    **unknown: Never,
+    overwrite: bool = False, **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Build a set of shards; the same function as `sftdata prepare`.
 
@@ -154,7 +155,9 @@ def preview(
     instruction_template: str | Sequence[int] | None = None,
     mask_mode: Literal["default", "trl-0.7.10"] = "default", loss_weights: bool = False,
     boundary: Literal["split", "merge"] = "split", eos_token: str | None = None,
-    trust_control_tokens: bool = False,
+    trust_control_tokens: bool = False, processor: Path | None = None, max_pixels: int | None = None,
+    min_pixels: int | None = None, images: Path | None = None, embed_images: bool = False,
+    check_pixels: bool = False,
     # ---- how it is cut, packed and stored
     max_length: int | None = None,
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"] = "truncate",
@@ -162,8 +165,7 @@ def preview(
     slice_bytes: int = 8 << 20,
     # ---- how the work is done; never changes a byte of the set
     workers: int | None = None, engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
-    overwrite: bool = False,
-    **unknown: Never,
+    overwrite: bool = False, **unknown: Never,
 ) -> Preview:  # fmt: skip
     """Prepare a sample of the rows and return the results, as `sftdata preview`; nothing is written.
 
@@ -210,8 +212,7 @@ def stream(
     trust_control_tokens: bool = False,
     # ---- how it is cut
     max_length: int | None = None,
-    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto",
-    **unknown: Never,
+    engine: Literal["auto", "gigatoken", "tokenizers"] = "auto", **unknown: Never,
 ) -> Stream:  # fmt: skip
     """Return constant-length rows made from an iterable of rows as it is read; nothing is written.
 
@@ -280,8 +281,7 @@ def view(
     bands: int = 8, window: int = 64,
     steps_for: str | None = None, model: Path | None = None, epochs: int = 1,
     pad_to_multiple_of: int = 1,
-    write: bool = False, overwrite: bool = False,
-    **unknown: Never,
+    write: bool = False, overwrite: bool = False, **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
 

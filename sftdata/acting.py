@@ -15,9 +15,10 @@ import numpy as np
 
 from sftdata.batches import Completion, Conversation, Row, RowBatch, Tally, Text, Tokens
 from sftdata.choosing import refuse_idle
-from sftdata.config import PrepareConfig
+from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError, did_you_mean
+from sftdata.formats.calls import WITH_PROCESSOR
 from sftdata.formats.convert import convert_rows
 from sftdata.formats.detect import Detection, detect
 from sftdata.formats.fields import ALPACA, FormatOptions, load_prompt_template
@@ -25,6 +26,8 @@ from sftdata.formats.formatter import formatter_sha256, load_formatter
 from sftdata.formats.instructions import find_turn_markers, from_messages, is_messages
 from sftdata.formats.registry import FORMATS
 from sftdata.masks.markers import check_markers, shell_quote
+from sftdata.pictures.loaded import PictureFolder
+from sftdata.pictures.rows import Evidence
 from sftdata.render.template import variables_of
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import Chunk, SourcePlan
@@ -51,6 +54,8 @@ class Look:
         asks: rows are instructions, questions or prompts as text, whose kind is a setting.
         roles: of all sampled messages, as spelled in the data; only collected if roles are mapped.
         whole: the sample is the whole source.
+        pictured: some row holds a picture.
+        by_path: some row names one by its path.
     """
 
     path: str
@@ -60,13 +65,21 @@ class Look:
     asks: bool
     roles: frozenset[str]
     whole: bool
+    pictured: bool = False
+    by_path: bool = False
 
     def holds(self, *kinds: type) -> bool:
         """Return whether a row becomes one of these kinds."""
         return not self.kinds.isdisjoint(kinds)
 
 
-def _look(config: PrepareConfig, source: SourcePlan, detection: Detection, rows: list[Row]) -> Look:
+def _look(
+    config: PrepareConfig,
+    source: SourcePlan,
+    detection: Detection,
+    rows: list[Row],
+    pictures: Evidence | None,
+) -> Look:
     column, prompts = detection.columns.get("prompt"), []
     if detection.format == "prompt-completion" and column is not None:
         prompts = [row.get(column) for row in detection.rows]
@@ -82,6 +95,8 @@ def _look(config: PrepareConfig, source: SourcePlan, detection: Detection, rows:
         or any(not is_messages(from_messages(prompt)) for prompt in prompts),
         roles=frozenset(_roles(detection)) if config.map_role else frozenset(),
         whole=_size(source.samples) == _size(source.chunks),
+        pictured=pictures is not None,
+        by_path=pictures is not None and "path" in pictures.sources,
     )
 
 
@@ -100,8 +115,10 @@ def _size(chunks: Sequence[Chunk]) -> int:
     return sum(chunk.stop - chunk.start for chunk in chunks)
 
 
-def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
-    """Return how rows are read; `chat` if a chat template is in use."""
+def format_options(
+    config: PrepareConfig, *, chat: bool, pictures: PictureFolder | None = None, parts_only: bool = False
+) -> FormatOptions:
+    """Return how rows are read; `chat` if a chat template is in use, `pictures` if a processor is."""
     return FormatOptions(
         columns=config.map,
         roles=config.map_role,
@@ -113,29 +130,38 @@ def format_options(config: PrepareConfig, *, chat: bool) -> FormatOptions:
         formatter_sha256=formatter_sha256(config.formatter) if config.formatter else None,
         loss_weights=config.loss_weights,
         labels_judge=config.format is None,
+        pictures=pictures,
+        parts_only=parts_only,
     )
 
 
 def look_at(
-    config: PrepareConfig, source: SourcePlan, tokenizer: ResolvedTokenizer
+    config: PrepareConfig,
+    source: SourcePlan,
+    tokenizer: ResolvedTokenizer,
+    pictures: PictureFolder | None = None,
 ) -> tuple[str, Look | None, list[str]]:
     """Return the row format of one source, a look at its rows, and notes; the sources may differ.
 
     There is no look at the input of a formatter, nor at a source without rows.
 
+    Args:
+        pictures: where they are; None where no processor is at hand.
+
     Raises:
-        UsageError: the format is not clear, or needs a chat template that the tokenizer lacks.
+        UsageError: the format is not clear, or needs a chat template or a processor that is not there.
     """
     path = source.source.path
     if config.formatter is not None or not source.records:
         return config.format or "text", None, []
     detection = detect([source], format=config.format, columns=config.map)
+    hints = [] if pictures is not None else _refuse_pictured(path, detection)
     sample = list(detection.rows[:: -(-len(detection.rows) // ROWS)])
     index = np.arange(len(sample), dtype=np.int64)
-    options = format_options(config, chat=tokenizer.chat_template is not None)
+    options = format_options(config, chat=tokenizer.chat_template is not None, pictures=pictures)
     batch = RowBatch(sample, index, index, index)
     rows = convert_rows(batch, detection.format, options, Tally(batch)).rows
-    look = _look(config, source, detection, rows)
+    look = _look(config, source, detection, rows, None if pictures is None else detection.pictures)
     if look.holds(Conversation) and tokenizer.chat_template is None:
         raise UsageError(
             f"{path} holds conversations, and tokenizer {tokenizer.name} has no chat template.",
@@ -148,7 +174,20 @@ def look_at(
     )
     share = f"{detection.matched} of {detection.sampled} sampled rows"
     note = f"{path}: {detection.format} ({columns}), {share}."
-    return detection.format, look, [note, *_hints(config, look, rows, tokenizer)]
+    if detection.pictures is not None:
+        hints += [f"{path}: {line}." for line in detection.pictures.lines]
+    return detection.format, look, [note, *hints, *_hints(config, look, rows, tokenizer)]
+
+
+def _refuse_pictured(path: str, detection: Detection) -> list[str]:
+    """Refuse rows of pictures where no processor is at hand; return a note where they are the fewer."""
+    if detection.pictures is None:
+        return []
+    pictured = detection.pictures.pictured
+    found = f"{path}: {pictured} of {detection.matched} sampled rows hold pictures, and no processor is named"
+    if 2 * pictured > detection.matched:
+        raise UsageError(f"{found}.", f"prepare a set with {WITH_PROCESSOR}")
+    return [f"{found}: such rows are rejected."]
 
 
 def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: ResolvedTokenizer) -> list[str]:
@@ -272,6 +311,11 @@ _RULES: dict[str, _Rule] = {
     "boundary": _TEXTS,
     "eos_token": _TEXTS,
     "trust_control_tokens": _Rule(_CHATS.acts, "conversations; raw text is always taken as rendered"),
+    **dict.fromkeys(OF_PICTURES, _Rule(lambda _, look: look.pictured, "rows with pictures")),
+    **dict.fromkeys(
+        ("images", "embed_images"),
+        _Rule(lambda _, look: look.by_path, "pictures that rows name by their paths"),
+    ),
 }
 _TRAIN_ON: dict[str, _Rule] = {
     "assistant": _CHATS,

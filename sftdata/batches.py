@@ -43,12 +43,10 @@ class RowBatch:
 
     Attributes:
         rows: one JSON object each (`str` for a line of plain text).
-        example_ids: int64[N], global number of the row over all inputs; the manifest maps it back to file and
-            line.
+        example_ids: int64[N], number of the row over all inputs, which the manifest maps to file and line.
         lines: int64[N], 1-based line where the row starts; its number in the source where that is not read by
             lines.
-        byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where rows have no byte
-            position.
+        byte_offsets: int64[N], where the row starts in the (decompressed) source; -1 where that is unknown.
         file: name of the source.
         numbered_from: number in the source, from 1, that a row with example id 0 would have.
         by_line: whether the source is read by lines.
@@ -165,8 +163,7 @@ class TextBatch:
         literal: byte ranges whose text is data although it spells a control token: encode without matching
             it.
         row: int64[N], index into the RowBatch.
-        reference_ends: True when BOS/EOS are the tokenizer's to add (raw text); False when the template wrote
-            them.
+        reference_ends: BOS and EOS are the tokenizer's to add (raw text); else the template wrote them.
         closed: bool[N], whether a trained end token (EOS) belongs after the text; only read with
             `reference_ends`.
         loss_weights: float32[K], one for each range of `trained`; None where all are 1.
@@ -314,6 +311,8 @@ class PackedRows:
         example_ids: int64[S], input row behind each document, -1 for padding.
         segment_offsets: int64[P + 1], into `seq_lengths` and `example_ids`.
         loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
+        images: int32[K], pictures of the segments, end to end, as numbers in the sidecar of the shard.
+        image_counts: int32[S], how many each segment has; None, as `images`, in a set without pictures.
     """
 
     input_ids: Int32
@@ -323,6 +322,8 @@ class PackedRows:
     example_ids: Int64
     segment_offsets: Int64
     loss_weights: Float32 | None = None
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
@@ -394,8 +395,7 @@ class Tally:
         rows: indices into the batch of the rows of a count.
         rejects, dropped: in the order of the stages.
         tokens_cut: tokens cut from rows that stay.
-        tokens_dropped: tokens of rows (with `--overlong split`, of parts of rows) that were dropped, by
-            reason.
+        tokens_dropped: of rows (with `--overlong split`, of parts of rows) that were dropped, by reason.
     """
 
     def __init__(self, batch: RowBatch | None = None, rejects: Iterable[Reject] = ()) -> None:

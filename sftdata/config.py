@@ -26,6 +26,10 @@ MOST_BYTES = 1 << 40
 MOST_WORKERS = 4096
 
 
+OF_PICTURES = ("processor", "max_pixels", "min_pixels", "images", "embed_images", "check_pixels")
+"""Settings that act on rows with pictures alone."""
+
+
 class RowsConfig(BaseModel):
     """What to read, how to render and mask it, and how to cut, pack and store it."""
 
@@ -104,6 +108,28 @@ class RowsConfig(BaseModel):
     trust_control_tokens: bool = Field(
         False, description="Let control tokens typed in message content count as such."
     )
+
+    # ---- how pictures are read
+    processor: Path | None = Field(
+        None, description="Folder of the model's processor; default: the tokenizer's, if it holds one."
+    )
+    max_pixels: int | None = Field(
+        None,
+        gt=0,
+        le=MOST_TOKENS,
+        description="Most pixels of a resized picture, in place of the processor's.",
+    )
+    min_pixels: int | None = Field(
+        None,
+        gt=0,
+        le=MOST_TOKENS,
+        description="Fewest pixels of a resized picture, in place of the processor's.",
+    )
+    images: Path | None = Field(
+        None, description="Folder that paths of pictures start from; default: the input's."
+    )
+    embed_images: bool = Field(False, description="Store the files of pictures in the set, not their paths.")
+    check_pixels: bool = Field(False, description="Decode every picture, to reject broken ones.")
 
     # ---- how it is cut, packed and stored
     output: Path = Field(description="Folder of the set.")
@@ -197,10 +223,13 @@ class PrepareConfig(Choosing, RowsConfig):
     def content(self) -> dict[str, object]:
         """Return the settings that decide the bytes of the set; a resume refuses if one of them differs.
 
-        Those that choose among its documents aside: they decide what is made of the set of all.
+        Those that choose among its documents aside: they decide what is made of the set of all. Those on
+        pictures, too: a set without pictures has none.
         """
         how = {"like", "output", "workers", "engine", "overwrite", "max_rejects"}
-        return self.model_dump(mode="json", exclude=how.union(CHOOSING)) | {"split": self.split or "train"}
+        return self.model_dump(mode="json", exclude=how.union(CHOOSING, OF_PICTURES)) | {
+            "split": self.split or "train"
+        }
 
     @property
     def chooses(self) -> bool:

@@ -65,6 +65,12 @@ class RowsSettings(TypedDict, total=False):
     boundary: Literal["split", "merge"]
     eos_token: str | None
     trust_control_tokens: bool
+    processor: Path | None
+    max_pixels: int | None
+    min_pixels: int | None
+    images: Path | None
+    embed_images: bool
+    check_pixels: bool
     max_length: int | None
     overlong: Literal["truncate", "truncate-left", "drop", "split", "error"]
     packing: Literal["bfd", "wrapped", "none"]

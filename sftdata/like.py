@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from sftdata.choosing import NEEDS, OF_ORDERS
+from sftdata.config import OF_PICTURES
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
 from sftdata.set.manifest import Manifest, read_manifest
@@ -72,9 +73,12 @@ def _prepared(
         found["prompt_template"] = settings["prompt_template_text"]
     if "formatter" not in given and (spec := settings.get("formatter")) is not None:
         _refuse_other_code(folder, spec, settings.get("formatter_sha256"))
+    if manifest.vision is not None:
+        found |= {name: settings["vision"][name] for name in OF_PICTURES if name in settings["vision"]}
+        found["processor"] = str(folder / "processor")
     if "tokenizer" not in given:
         for file in manifest.files:
-            if file.name.startswith("tokenizer/"):
+            if file.name.startswith(("tokenizer/", "processor/")):
                 _check_tokenizer(folder, file)
         found["tokenizer"] = str(folder / "tokenizer")
     return found

@@ -24,8 +24,9 @@ from sftdata.errors import DataError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 
-# Why a row is dropped: it had nothing to train to begin with; it is too long; cutting left nothing to train.
-REASONS = ("nothing-trained", "over-long", "no-trained-tokens")
+# Why a row is dropped: it had nothing to train to begin with; it is too long; cutting left nothing to train;
+# the cut would fall into one of its pictures, or before it.
+REASONS = ("nothing-trained", "over-long", "no-trained-tokens", "overlong-picture")
 KEPT = 0
 
 
@@ -113,7 +114,9 @@ def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tall
     return take_pieces(batch, pieces.kept())
 
 
-def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> Pieces:
+def choose_pieces(
+    batch: TokenBatch, max_length: int | None, policy: Policy, pictured: Int64 | None = None
+) -> Pieces:
     """Choose what may stay of each example, and say of each piece whether it does.
 
     The first token of a document has no label (pack.py), so it alone is nothing to train.
@@ -123,6 +126,8 @@ def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> 
         max_length: tokens; None for no limit.
         policy: keep the start ("truncate") or the end ("truncate-left"), "drop", "split" into pieces of the
             same row, or "error".
+        pictured: int64[N], tokens of each example up to the end of its last picture, where no cut may fall;
+            None in a set without pictures.
 
     Raises:
         OverlongError: with "error", for the first over-long example.
@@ -137,8 +142,11 @@ def choose_pieces(batch: TokenBatch, max_length: int | None, policy: Policy) -> 
     whole = count_between(places, batch.offsets[:-1] + 1, batch.offsets[1:])
     begin = batch.offsets[example]
     trained = count_between(places, begin + start + 1, begin + stop)
+    into = np.zeros(len(batch), np.bool_) if pictured is None else pictured > limit
     reason = np.select(
-        [whole[example] == 0, overlong[example] & (policy == "drop"), trained == 0], [1, 2, 3], KEPT
+        [whole[example] == 0, overlong[example] & (policy == "drop"), into[example], trained == 0],
+        [1, 2, 4, 3],
+        KEPT,
     )
     return Pieces(example, start, stop, trained, reason.astype(np.int8))
 

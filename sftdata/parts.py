@@ -154,6 +154,10 @@ def prepare(
         what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
         raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
     config, old, plan = planned(config, workers, note)
+    if part is not None and plan.job.vision is not None:
+        flag = "--part"
+        what = f"{flag} {part}: a set with pictures is made by one command, which reads them all, as yet."
+        raise UsageError(what, f"leave {flag} out.")
     if part is None and not _begun(config.output, plan, note):
         made: Manifest | None = build_set(config, plan, old, workers, progress, note)
     else:

@@ -10,7 +10,7 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -27,10 +27,13 @@ from sftdata.masks.texts import Renderer, render_rows
 from sftdata.masks.tokens import encode_batch, read_given
 from sftdata.masks.turns import SpanFinder
 from sftdata.pack import gather, plan_packs
+from sftdata.pictures.loaded import Picture
+from sftdata.pictures.rows import PicturedConversation
 from sftdata.plan import Job, ReusedTask, ShardTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
 from sftdata.set.build import Build, ShardResult
+from sftdata.set.images import SlicePictures
 from sftdata.set.index import Placed, write_slice
 from sftdata.set.ledger import (
     COUNTED_NAME,
@@ -53,6 +56,7 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
     build = Build(job.config.output)
     ledger, documents, ids, pieces = Ledger(), [], [], []
     texts: list[str] = []
+    pictures: dict[int, Sequence[Picture]] = {}
     lists = dict.fromkeys(LISTS, b"")
     for chunk in task.chunks:
         done = prepare_chunk(stages, chunk)
@@ -63,7 +67,8 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
         documents.append(done.documents)
         ids.append(done.example_ids)
         pieces.append(done.pieces)
-    placed = place_documents(job, documents, np.concatenate(ids), pieces)
+        pictures |= done.pictures
+    placed = place_documents(job, documents, np.concatenate(ids), pieces, pictures)
     documents.clear()  # free the inputs: memory peaks below
     rows = gather(
         placed.documents,
@@ -74,8 +79,10 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
         weighted=job.config.loss_weights,
     )
     ledger.count_packed(rows, job.row_length, job.sources)
+    ledger.count_stored(() if placed.pictures is None else placed.pictures.stored)
     bos_id = job.tokenizer.bos_id
-    shards, files = write_slice(build.folder, task.index, placed, rows, job.row_length, bos_id)
+    embed = job.vision.pictures if job.vision is not None and job.vision.embed else None
+    shards, files = write_slice(build.folder, task.index, placed, rows, job.row_length, bos_id, embed)
     sample, digest = stages.sample(texts)
     result = ShardResult(
         index=task.index,
@@ -94,7 +101,8 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
     if isinstance(work, ShardTask):
         return prepare_shard(job, work)
     build = Build(job.config.output)
-    taken = take_over(work.old, work.task.index, work.sources, build.folder)
+    folder = None if job.vision is None else job.vision.pictures.folder
+    taken = take_over(work.old, work.task.index, work.sources, build.folder, folder)
     if taken is None:
         return prepare_shard(job, work.task)
     result = ShardResult(
@@ -108,19 +116,29 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
     return build.keep(result, taken.lists)
 
 
-def place_documents(job: Job, parts: list[TokenBatch], example_ids: Int64, pieces: list[Pieces]) -> Placed:
+def place_documents(
+    job: Job,
+    parts: list[TokenBatch],
+    example_ids: Int64,
+    pieces: list[Pieces],
+    pictures: Mapping[int, Sequence[Picture]],
+) -> Placed:
     """Decide where each token of a slice goes: into a packed row, or into the rest.
 
     Args:
         parts: the documents of each chunk, whole.
         example_ids: int64[N], of all of them.
         pieces: what stays of each chunk's.
+        pictures: of the documents, by example id.
     """
     documents, chosen = TokenBatch.join(parts), Pieces.join(pieces, [len(part) for part in parts])
     kept = chosen.kept()
     packs = plan_packs(kept.lengths, job.max_length, job.config.packing).within(kept.example, kept.start)
     rest, reasons = left_over(documents.lengths, chosen, job.config.overlong)
-    return Placed(documents, example_ids, packs, rest, reasons)
+    vision, own = job.vision, None
+    if vision is not None:
+        own = SlicePictures.of(pictures, example_ids, vision.tokens_of, vision.image_id)
+    return Placed(documents, example_ids, packs, rest, reasons, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +152,7 @@ class PreparedChunk:
         tally: what the stages counted; rejected and dropped rows in order.
         ledger: what became of its rows and tokens, packing aside.
         texts: as rendered.
+        pictures: of the documents that have any, by example id.
     """
 
     documents: TokenBatch
@@ -142,6 +161,7 @@ class PreparedChunk:
     tally: Tally
     ledger: Ledger
     texts: list[str]
+    pictures: dict[int, Sequence[Picture]]
 
     def lists(self) -> dict[str, bytes]:
         """Return its lines of each list of the set."""
@@ -165,6 +185,8 @@ def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
     tokens = job.mask.flags(tokens, tally)
     pieces = choose_length(job, chunk, tokens, tally)
     count_pieces(tokens, pieces, tally)
+    example_ids = rows.example_ids[tokens.row]
+    pictures = pictures_of(converted, dict(zip(tokens.row.tolist(), example_ids.tolist(), strict=True)))
     for gone in (tally.rejects, tally.dropped):
         gone.sort(key=lambda row: row.record)
     ledger = Ledger(
@@ -174,7 +196,18 @@ def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
     )
     ledger.count_tally(tally, job.config.overlong)
     ledger.count_lengths(tokens.lengths)
-    return PreparedChunk(tokens, rows.example_ids[tokens.row], pieces, tally, ledger, texts)
+    kept = {*tokens.row[pieces.kept().example].tolist()}
+    ledger.count_pictures(converted.pictures, {*tokens.row.tolist()}, kept)
+    return PreparedChunk(tokens, example_ids, pieces, tally, ledger, texts, pictures)
+
+
+def pictures_of(converted: Converted, examples: Mapping[int, int]) -> dict[int, Sequence[Picture]]:
+    """Return the pictures of documents by example id; `examples` are these ids by row."""
+    return {
+        examples[row]: canonical.pictures
+        for row, canonical in zip(converted.row.tolist(), converted.rows, strict=True)
+        if isinstance(canonical, PicturedConversation) and row in examples
+    }
 
 
 def choose_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> Pieces:
@@ -185,7 +218,8 @@ def choose_length(job: Job, chunk: Chunk, tokens: TokenBatch, tally: Tally) -> P
     """
     limit = None if job.config.packing == "wrapped" else job.max_length
     try:
-        return choose_pieces(tokens, limit, job.config.overlong)
+        pictured = None if job.vision is None else job.vision.ends(tokens)
+        return choose_pieces(tokens, limit, job.config.overlong, pictured)
     except OverlongError as error:
         rows = tally.batch
         where = chunk.place(int(rows.example_ids[error.row]), int(rows.lines[error.row]))
@@ -198,13 +232,17 @@ def tokenize(stages: Stages, converted: Converted, tally: Tally) -> tuple[TokenB
     texts = [row for row in converted.rows if not isinstance(row, Tokens)]
     rendered = render_rows(texts, converted.row[~given], stages.renderer, tally)
     rows = [row for row in converted.rows if isinstance(row, Tokens)]
+    boundary, vision = stages.job.config.boundary, stages.job.vision
     parts = [read_given(rows, converted.row[given], stages.job.tokenizer, tally)]
+    if vision is not None:
+        parts = [vision.refuse_stray(parts[0], tally)]
     encoded: list[str] = []
-    boundary = stages.job.config.boundary
     for part, images in ((rendered.conversations, rendered.images), (rendered.raw, None)):
         if part is not None:
             parts.append(encode_batch(part, stages.encoder, tally, boundary=boundary, images=images))
             encoded += part.texts
+            if vision is not None and images is None:
+                parts[-1] = vision.refuse_stray(parts[-1], tally)
     return TokenBatch.join(parts).in_row_order(), encoded
 
 
@@ -232,7 +270,8 @@ class Stages:
             finder = SpanFinder(
                 template, tokenizer.stop_tokens, *tokenizer.by_mark, config.trust_control_tokens
             )
-        return Renderer(finder, self.job.mask, config.eos_token or "")
+        processor = None if self.job.vision is None else self.job.vision.processor
+        return Renderer(finder, self.job.mask, config.eos_token or "", processor)
 
     @cached_property
     def names(self) -> list[str]:

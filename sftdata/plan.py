@@ -29,6 +29,7 @@ from sftdata.errors import Unit, UsageError, without_secrets
 from sftdata.formats.fields import FormatOptions
 from sftdata.masks import Mask, choose_mask
 from sftdata.output import without_folders, written
+from sftdata.pictures.loaded import PictureFolder
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
 from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
@@ -39,6 +40,7 @@ from sftdata.sources.borders import content_borders
 from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.planning import Say, grouped, short_names, with_progress
 from sftdata.version import __version__
+from sftdata.vision import Vision, choose_vision, find_pictures, refuse_unseen
 
 CHUNK_BYTES = 1 << 20
 MOVED_FASTER = 16  # times as fast as preparing a slice is writing it again with other ids
@@ -58,6 +60,7 @@ class Job:
         sources: the first example id of each source, by its name relative to their common folder.
         engine: which tokenizer engine encodes.
         mask: what is trained.
+        vision: what pictures are read with; None in a set without pictures.
     """
 
     config: PrepareConfig
@@ -67,6 +70,7 @@ class Job:
     sources: dict[str, int]
     engine: Engine
     mask: Mask
+    vision: Vision | None = None
 
     @property
     def max_length(self) -> int:
@@ -167,6 +171,7 @@ class Plan:
             "chat_template_text": self.job.tokenizer.chat_template,
             "prompt_template_text": self.job.options.template.text,
             **({"formatter_sha256": code} if (code := self.job.options.formatter_sha256) else {}),
+            **({} if (vision := self.job.vision) is None else {"vision": vision.identity(self.job.config)}),
         }
 
     def made_with(self, task: ShardTask) -> str:
@@ -199,6 +204,9 @@ class Plan:
         changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
         names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind
         changed += ["names"] if names != list(self.job.sources) else []
+        if self.job.vision is not None and manifest.vision is not None:
+            here = self.job.vision.images_from(self.job.config.output)
+            changed += ["pictures"] if manifest.vision.images != here else []
         changed += ["view"] if "view" in manifest.settings else []  # it holds some of the documents
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])
 
@@ -229,7 +237,7 @@ class Plan:
 # Names of things that are compared by their content.
 _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
 
-MOVING = frozenset({"sources", "formats", "names"})
+MOVING = frozenset({"sources", "formats", "names", "pictures"})
 """Keys of a plan's identity that follow the inputs: a set on which no others differ is brought up to date."""
 
 
@@ -270,12 +278,14 @@ def make_plan(
     formats: list[str] = []
     notes_of: list[tuple[str, list[str]]] = []
     looks: list[Look] = []
+    pictures = find_pictures(config, sources)
     for source in with_progress(sources, note, "Looked at the rows of"):
-        name, look, remarks = look_at(config, source, tokenizer)
+        name, look, remarks = look_at(config, source, tokenizer, pictures)
         formats.append(name)
         looks += [look] if look is not None else []
         notes_of.append((source.source.path, [*source.notes, *remarks]))
     notes += [*grouped(notes_of), *refuse_without_effect(config, looks, tokenizer)]
+    vision = _choose_vision(config, tokenizer, sources, looks, pictures)
     if config.max_length is None:
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
@@ -292,12 +302,35 @@ def make_plan(
         config=config,
         tokenizer=tokenizer,
         formats=tuple(formats),
-        options=format_options(config, chat=tokenizer.chat_template is not None),
+        options=format_options(
+            config,
+            chat=tokenizer.chat_template is not None,
+            pictures=None if vision is None else vision.pictures,
+            parts_only=vision is not None and vision.parts_only,
+        ),
         sources=dict(zip(names, (source.base_id for source in sources), strict=True)),
         engine=engine,
-        mask=choose_mask(config, tokenizer),
+        mask=choose_mask(config, tokenizer, () if vision is None else vision.never),
+        vision=vision,
     )
     return Plan(job, tasks, tuple(sources), engine_reason, tuple(map(without_secrets, (*left_out, *notes))))
+
+
+def _choose_vision(
+    config: PrepareConfig,
+    tokenizer: ResolvedTokenizer,
+    sources: Sequence[SourcePlan],
+    looks: Sequence[Look],
+    pictures: PictureFolder | None,
+) -> Vision | None:
+    """Return what pictures are read with, where rows have any; a formatter's, if a processor is named."""
+    refuse_unseen(config)
+    unseen = config.formatter is not None and config.processor is not None
+    if pictures is None or not (unseen or any(look.pictured for look in looks)):
+        return None
+    folders = {Path(source.source.path).parent for source in sources}
+    by_path = unseen or any(look.by_path for look in looks)
+    return choose_vision(config, tokenizer, pictures, by_path, len(folders))
 
 
 def plan_inputs(config: PrepareConfig, note: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:

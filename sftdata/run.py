@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -23,6 +23,7 @@ from sftdata.encode.engine import digest_ids, load_encoder
 from sftdata.errors import DataError, Unit, place
 from sftdata.output import Progress, behind_links, without_folders
 from sftdata.pack import plan_packs
+from sftdata.pictures.loaded import Picture
 from sftdata.pipeline import (
     PreparedChunk,
     finish_shard,
@@ -35,11 +36,12 @@ from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_pl
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice, sweep_choice
 from sftdata.set.ledger import Ledger
 from sftdata.set.losses import refuse_losses
-from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
+from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_version
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import close_sources, read_chunk
 from sftdata.version import __version__
+from sftdata.vision import Vision, pictures_changed
 from sftdata.workers import Workers, usable_cores
 
 TOKEN_BYTES = 8  # an id and a label
@@ -109,6 +111,12 @@ def build_set(
 ) -> Manifest:
     """Build the set of a plan, unless it exists already or only has to be moved to its place."""
     changed = plan.difference(old) if old is not None else []
+    if (
+        old is not None
+        and not changed
+        and pictures_changed(plan.job.vision, config.output, old.files, old.ledger)
+    ):
+        changed = ["pictures"]
     if old is not None and not changed:
         Build(config.output).sweep()
         note(f"{config.output} is up to date: same data, same settings.")
@@ -124,7 +132,11 @@ def build_set(
             return sealed
         note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         moving = MOVING if grown else frozenset[str]()
-        done = build.start(plan.begun(), overwrite=config.overwrite, moving=moving)
+        done = {
+            index: result
+            for index, result in build.start(plan.begun(), overwrite=config.overwrite, moving=moving).items()
+            if not pictures_changed(plan.job.vision, build.folder, result.files, result.ledger)
+        }
         if done:
             note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
@@ -141,7 +153,8 @@ def build_set(
                 results, _ = run_tasks(plan, {}, old, workers, progress)
             if old is not None:
                 note(tell_reuse(config.output, results))
-            return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder)
+            processor = {} if plan.job.vision is None else plan.job.vision.files()
+            return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder, processor)
 
 
 def tell_reuse(output: Path, results: list[ShardResult]) -> str:
@@ -206,7 +219,10 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
     tokenizer = plan.job.tokenizer
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     inputs, name = inputs_of(plan.job.config), without_folders(tokenizer.name)
+    files = tuple(file for result in results for file in result.files)
+    vision = None if plan.job.vision is None else plan.job.vision.info(plan.job.config.output, files)
     return Manifest(
+        format_version=format_version(vision is not None),
         settings=msgspec.to_builtins(plan.identity()) | {"inputs": inputs, "tokenizer": name},
         tokenizer=TokenizerInfo(
             name=name,
@@ -231,7 +247,8 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
-        files=tuple(file for result in results for file in result.files),
+        files=files,
+        vision=vision,
         notes=tuple(map(without_folders, notes)),
         blank_lines=blank,
         software={"sftdata": __version__} | {name: version(name) for name in ("tokenizers", "pyarrow")},
@@ -268,6 +285,7 @@ class Example:
         record: 1-based number of the row in the file.
         unit: of that number.
         input_ids, labels: int32[T].
+        pictures: of its row, in order.
     """
 
     file: str
@@ -275,6 +293,7 @@ class Example:
     unit: Unit
     input_ids: Int32
     labels: Int32
+    pictures: Sequence[Picture] = ()
 
     @property
     def place(self) -> str:
@@ -298,6 +317,7 @@ class Preview:
         max_length: tokens per packed row.
         notes: decisions made for the user.
         tokenizer_folder: for decoding.
+        vision: what pictures are read with; None where there are none.
     """
 
     examples: list[Example]
@@ -311,6 +331,7 @@ class Preview:
     max_length: int
     notes: tuple[str, ...]
     tokenizer_folder: Path
+    vision: Vision | None = None
 
     def projected(self, batch_size: int) -> dict[str, int]:
         """Return estimates for the whole input; exact if all of it was sampled."""
@@ -409,6 +430,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
             *(["All rows are sampled, before any is chosen or left out."] if config.chooses else []),
         ),
         tokenizer_folder=plan.job.tokenizer.folder,
+        vision=plan.job.vision,
     )
 
 
@@ -448,4 +470,4 @@ def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:
         input_ids = documents.input_ids[start:stop]
         labels = np.where(documents.trained[start:stop], input_ids, IGNORE_INDEX).astype(np.int32)
         labels[:1] = IGNORE_INDEX
-        yield Example(*plan.locate(example_id), input_ids, labels)
+        yield Example(*plan.locate(example_id), input_ids, labels, chunk.pictures.get(example_id, ()))

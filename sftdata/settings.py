@@ -309,6 +309,7 @@ inputs split subset format map map_role formatter kind prompt_template max_line_
 chat_template template_kwargs date train_on response_template instruction_template mask_mode loss_weights
 boundary eos_token trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
 like dedup exclude exclude_by cap mix mix_by passes total
+processor max_pixels min_pixels images embed_images check_pixels
 """
 
 # Settings of training that other tools take beside those of the data.

@@ -29,7 +29,7 @@ from sftdata.batches import (
     TokenBatch,
 )
 from sftdata.choosing import CHOOSING
-from sftdata.config import DEFAULT_MAX_LENGTH, PrepareConfig
+from sftdata.config import DEFAULT_MAX_LENGTH, OF_PICTURES, PrepareConfig
 from sftdata.encode.engine import choose_engine, load_encoder
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import DataError, UsageError
@@ -48,7 +48,7 @@ BUFFER_ROWS = 1024
 # a stream is its own.
 NOT_STREAMED = frozenset({
     "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects",
-    "max_line_bytes", "slice_bytes", "workers", "like", *CHOOSING,
+    "max_line_bytes", "slice_bytes", "workers", "like", *CHOOSING, *OF_PICTURES,
 }) - {"seed"}  # fmt: skip
 
 StreamedRow = dict[str, Int32 | Float32]

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, offsets_of
 from sftdata.errors import DataError, UsageError
+from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet
 from sftdata.vocabulary import read_vocabulary
 from sfttrain.schedule import FILLER
@@ -112,6 +113,8 @@ class TrainingRows(Dataset[Row]):
         self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False, places: bool = False
     ) -> None:
         self._sets = list(sets)
+        for opened in sets:
+            refuse_pictures(opened.folder, opened.manifest)
         self._bytes = [_token_bytes(opened) for opened in sets] if places else None
         self.weighted = any(opened.manifest.weighted for opened in sets)
         self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []

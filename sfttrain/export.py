@@ -17,6 +17,7 @@ import yaml
 
 from sftdata.errors import UsageError
 from sftdata.output import local_output
+from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import sync_folder, write_atomic
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME, Identity
@@ -262,6 +263,7 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
 
 def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, list[int]]]:
     """Return ids and masks of documents spread over a set, each by itself, as GPTQ takes them."""
+    refuse_pictures(opened.folder, opened.manifest)
     rows = []
     for index in np.unique(np.linspace(0, len(opened) - 1, min(count, len(opened))).astype(np.int64)):
         ids = max((document.input_ids for document in opened[int(index)].documents()), key=len).tolist()

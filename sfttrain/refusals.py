@@ -19,6 +19,7 @@ import numpy as np
 
 from sftdata.errors import DataError, IntegrityError, UsageError, did_you_mean
 from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.verify import damaged_bases, damaged_files, foreign_shards
 from sftdata.vocabulary import read_added_tokens
@@ -394,11 +395,13 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
 
 
 def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
-    """Refuse sets whose ids mean different tokens.
+    """Refuse sets whose ids mean different tokens, and such as hold pictures.
 
     Raises:
-        UsageError: naming two of them.
+        UsageError: naming two of them, or the one with pictures.
     """
+    for opened in sets:
+        refuse_pictures(opened.folder, opened.manifest)
     for opened in sets[1:]:
         one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
         added = sorted((one.tokens_added, other.tokens_added), key=len)

@@ -116,7 +116,7 @@ FAULTS = [
           "tokens.trained[stop - blank[index] : stop] = False", "pass", "unit/test_tokens.py"),
     # ------------------------------------------------------------------------------------- length and packing
     Fault("a row that lost its answer stays",
-          "trained == 0], [1, 2, 3]", "trained < 0], [1, 2, 3]", "unit/test_length.py"),
+          "into[example], trained == 0]", "into[example], trained < 0]", "unit/test_length.py"),
     Fault("the end that was cut is not kept",
           "stop = np.concatenate([kept.start, lengths[kept.example[last]], lengths[gone]])",
           "stop = np.concatenate([kept.start, kept.stop[last], lengths[gone]])", "unit/test_nothing_lost.py"),

@@ -248,8 +248,9 @@ def parts() -> Iterator[tuple[bytes, str | None]]:
     for value in (None, 3, [], {}, True):
         yield dumped(answered(content=[{"type": "text", "text": value}])), "not-text"
     yield dumped(answered(content=["a", {"type": "text", "text": "b"}])), None
+    codes = {"image": "images-unplaced", "video": "video-row", "audio": "audio-row"}
     for column in ("image", "images", "video", "audio", "audios"):
-        yield dumped(chat(USER, ANSWER, **{column: ["a.png"]})), "media-row"
+        yield dumped(chat(USER, ANSWER, **{column: ["a.png"]})), codes[column.rstrip("s")]
         yield dumped(chat(USER, ANSWER, **{column: []})), None
 
 

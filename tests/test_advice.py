@@ -173,10 +173,6 @@ FOLLOWED: dict[str, Case] = {
     "write it as --formatter my_rows:to_messages.": Case(
         CHAT, "--formatter my_rows", [f"A{END}"], instead("--formatter", "--formatter", "my_rows:to_messages")
     ),
-    "leave the media out of each row with --formatter module:function.": Case(
-        [{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}, SAID]}], "",
-        [f"A{END}"], only("--formatter", "tests.test_advice:unseen"),
-    ),
     'write each row as {"messages": [...]} that ends in the answer, as with --formatter module:function.': Case(
         [{"prompt": [ASKED], "said": "A"}], "", [f"A{END}"], only("--formatter", "tests.test_advice:answered")
     ),
@@ -276,12 +272,6 @@ def in_words(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": str(row["completion"])}
 
 
-def unseen(row: dict[str, Any]) -> dict[str, Any]:
-    question, answer = row["messages"]
-    texts = [part["text"] for part in question["content"] if part["type"] == "text"]
-    return {"messages": [{"role": "user", "content": "".join(texts)}, answer]}
-
-
 def answered(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [*row["prompt"], {"role": "assistant", "content": row["said"]}]}
 
@@ -350,6 +340,7 @@ _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_
 _ORDERED = (
     "tests/integration/test_views_order.py::test_what_cannot_be_ordered_is_refused_and_the_advice_followed"
 )
+_PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_followed"
 _PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
     "as --part 1/8, which is the first of eight.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
@@ -362,6 +353,18 @@ ELSEWHERE: dict[str, str] = {
     ),
     "the last part, or the command without --part, finishes the set": (
         f"{_PARTS}::test_the_plain_command_finishes_what_parts_began"
+    ),
+    "--processor FOLDER": _PICTURES,
+    "--processor FOLDER, of the model's processor; or leave out rows with pictures.": _PICTURES,
+    "--images DIR": _PICTURES,
+    "--images DIR, of a folder below which the pictures are; or leave the row out.": (
+        "tests/integration/test_pictures.py::test_a_public_file_makes_a_set_or_is_refused_with_a_fix_that_works"
+    ),
+    "--packing bfd": _PICTURES,
+    "--overlong truncate": _PICTURES,
+    "a larger --max-length, or a smaller --max-pixels.": _PICTURES,
+    "restore the picture, or prepare the set again; with --embed-images a set holds its pictures.": (
+        "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
     ),
     "--to tinker, or prepare it without --loss-weights.": (
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from sftdata.choosing import CHOOSING, folders_of
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
-from sftdata.config import PrepareConfig
+from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.output import Meter, Progress, local_output, print_json, print_line
 from sftdata.settings import read_settings_file
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 SETTINGS = (
     "tokenizer", "output", "like", "max_length", "packing", "overlong", "chat_template", "train_on", "format",
     "map", "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
-    "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", "split", "subset",
-    "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
+    "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", *OF_PICTURES,
+    "split", "subset", "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
 )  # fmt: skip
 _GROUPS = {
     "inputs": "what is read",
     "tokenizer": "what is rendered and trained",
+    "processor": "how pictures are read",
     "output": "how it is cut, packed and stored",
     "dedup": "which of the documents the set holds",
     "workers": "how the work is done; never changes a byte of the set",
@@ -246,6 +247,7 @@ def preview(
     Example: sftdata preview chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -n 3
     """
     from sftdata.run import preview as run
+    from sftdata.show.pictures import ShownPicture
     from sftdata.show.terminal import print_view
     from sftdata.show.view import View, view_example
     from sftdata.vocabulary import read_vocabulary
@@ -256,9 +258,13 @@ def preview(
         return
     for line in sample.lines(batch_size):
         print_line(line)
-    vocabulary = read_vocabulary(sample.tokenizer_folder)
+    vocabulary, vision = read_vocabulary(sample.tokenizer_folder), sample.vision
     print_view(View("", tuple(
-        view_example(example.input_ids, example.labels, vocabulary, example.place)
+        view_example(
+            example.input_ids, example.labels, vocabulary, example.place,
+            pictures=[] if vision is None else [ShownPicture.of(one, vision) for one in example.pictures],
+            image_id=-1 if vision is None else vision.image_id,
+        )
         for example in sample.examples
     )))  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sftdata.errors import RowError
+from sftdata.pictures.rows import PLACE
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
 Message = JsonObject
@@ -140,9 +141,14 @@ MEDIA = {
     **dict.fromkeys(("video", "video_url"), "video-part"),
 }
 """Type of a part -> code of the reject."""
+WITH_PROCESSOR = "--processor FOLDER, of the model's processor; or leave out rows with pictures."
 
 
-def read_parts(parts: list[object], where: str, counted: list[str]) -> tuple[str | None, Message]:
+Content = str | list[Message]
+"""The text of a message; where pictures stand in it, parts of text and `PLACE` for each picture."""
+
+
+def read_parts(parts: list[object], where: str, counted: list[str]) -> tuple[Content | None, Message]:
     """Return the text of content parts, and what else they hold (`reasoning_content`, `tool_calls`, `tools`).
 
     Templates write reasoning, then text, then tool calls; parts in another order would change place unseen,
@@ -151,7 +157,8 @@ def read_parts(parts: list[object], where: str, counted: list[str]) -> tuple[str
     Raises:
         RowError: a picture, sound or film; a part of an unknown kind or out of order.
     """
-    texts: dict[str, list[str]] = {"reasoning": [], "text": []}
+    reasoning: list[str] = []
+    content: list[Message] = []
     calls: list[Message] = []
     rest: Message = {}
     order = ("reasoning", "text", "tool_calls")
@@ -167,26 +174,33 @@ def read_parts(parts: list[object], where: str, counted: list[str]) -> tuple[str
             what = f"{where}[{index}]: {name} after {order[last]}; {template}."
             raise RowError("part-order", what, "split the message in two.")
         last = rank
-        if isinstance(value, str):
-            texts[name].append(value)
-        else:
+        if isinstance(value, str) and name == "reasoning":
+            reasoning.append(value)
+        elif name == "text":
+            content.append({"type": "text", "text": value} if isinstance(value, str) else value)
+        elif not isinstance(value, str):
             calls.append(value)
-    if texts["reasoning"]:
-        rest["reasoning_content"] = "".join(texts["reasoning"])
+    if reasoning:
+        rest["reasoning_content"] = "".join(reasoning)
     if calls:
         rest["tool_calls"] = calls
-    return ("".join(texts["text"]) if texts["text"] or not rest else None), rest
+    if any(part is PLACE for part in content):
+        return content, rest
+    return ("".join(str(part["text"]) for part in content) if content or not rest else None), rest
 
 
 def _read_part(part: object, where: str, counted: list[str]) -> tuple[str, str | Message]:
-    """Return what a part is, "text", "reasoning" or "tool_calls", and its text or call."""
+    """Return what a part is, "text", "reasoning" or "tool_calls", and its text or call; pictures are text."""
     if isinstance(part, str):
         return "text", part
+    if part is PLACE:
+        return "text", PLACE
     fields = part if isinstance(part, dict) else {}
     kind = fields.get("type")
     if isinstance(kind, str) and kind in MEDIA:
-        what = f"{where} is {kind!r}; only text can be prepared."
-        raise RowError(MEDIA[kind], what, "leave out rows with media.")
+        what = f"{where} is {kind!r}, and no processor says what stands for it."
+        fix = WITH_PROCESSOR if MEDIA[kind] == "image-part" else "leave out rows with films and sound."
+        raise RowError(MEDIA[kind], what, fix)
     if isinstance(kind, str) and kind in _CALLS:
         return "tool_calls", read_call(fields.get("value", fields.get(kind, part)), where, counted)
     if not isinstance(kind, str) or kind not in _TEXT | _REASONING:

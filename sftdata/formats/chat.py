@@ -182,7 +182,7 @@ def _read_message(message: Message, role: str, where: str, counted: list[str]) -
             f"{where} has no content.",
             'fill it in ("" for an empty answer), or remove the row.',
         )
-    if content is not None and not isinstance(content, str):
+    if content is not None and not isinstance(content, str | list):
         raise RowError(
             "not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string."
         )

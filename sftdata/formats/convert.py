@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from sftdata.batches import FILTERED, Completion, Conversation, Int64, Row, RowBatch, Tally, Text, Tokens
 from sftdata.errors import RowError, UsageError
+from sftdata.formats.calls import WITH_PROCESSOR
+from sftdata.formats.chat import find_role
 from sftdata.formats.fields import Fields, FormatOptions
 from sftdata.formats.formatter import load_formatter
 from sftdata.formats.instructions import is_messages
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
-from sftdata.formats.unsupported import MEDIA_COLUMNS, UNJUDGED, has_media, unwanted_answer
+from sftdata.formats.unsupported import UNJUDGED, has_media, unwanted_answer
+from sftdata.pictures.references import Reference
+from sftdata.pictures.rows import COLUMNS, PicturedConversation, read_picture_row
 from sftdata.sources.chunks import RawRow
 from sftdata.sources.jsonrows import JsonObject, kind_of
 
@@ -25,10 +31,12 @@ class Converted:
     Attributes:
         rows: canonical rows.
         row: int64[N], index of each in the batch.
+        pictures: how many pictures a row of the batch names, by index; of rejected rows, too.
     """
 
     rows: list[Row]
     row: Int64
+    pictures: dict[int, int] = field(default_factory=dict)
 
 
 def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tally: Tally) -> Converted:
@@ -44,23 +52,31 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tall
     convert = _Converter(format_name, options)
     rows: list[Row] = []
     kept: list[int] = []
+    pictures: dict[int, int] = {}
     for index, row in enumerate(batch.rows):
         try:
             canonical = convert(row)
         except RowError as error:
             tally.reject(index, error.fault)
             continue
+        finally:
+            if convert.pictures:
+                pictures[index] = convert.pictures
         if canonical is None:
             tally.drop(index, FILTERED)
         else:
             rows.append(canonical)
             kept.append(index)
     tally.counts.update({f"column_unused:{name}": count for name, count in convert.unused().items()})
-    return Converted(rows, np.array(kept, np.int64))
+    return Converted(rows, np.array(kept, np.int64), pictures)
 
 
 class _Converter:
-    """Convert single rows; remember where rows with the same columns keep them."""
+    """Convert single rows; remember where rows with the same columns keep them.
+
+    Attributes:
+        pictures: of the last row, as many as it names.
+    """
 
     def __init__(self, format_name: str, options: FormatOptions) -> None:
         self.format = FORMATS.get(format_name)
@@ -74,20 +90,24 @@ class _Converter:
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
         self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
         self._unused: Counter[str] = Counter()  # of the other rows
+        self.pictures = 0
 
     def __call__(self, row: RawRow) -> Row | None:
         """Return the canonical row, or None when the user's formatter leaves the row out."""
+        self.pictures = 0
         if self.formatter is None:
             assert self.format is not None
             row = rename({LINE: row} if isinstance(row, str) else row, self.options.columns)
-            return self._convert(self.format, row, self._locate(self.format, row))
+            row, pictures = self._take_pictures(row)
+            return self._pictured(self._convert(self.format, row, self._locate(self.format, row)), pictures)
         formatted = self._format(row)
         if isinstance(formatted, Conversation) and not self.options.loss_weights:
             _refuse_weights(formatted)
         if formatted is None or isinstance(formatted, Conversation | Completion | Text | Tokens):
             return formatted
+        formatted, pictures = self._take_pictures(formatted)
         chosen = self._recognise(formatted)
-        return self._convert(chosen, formatted, chosen.locate(formatted, {}))
+        return self._pictured(self._convert(chosen, formatted, chosen.locate(formatted, {})), pictures)
 
     def unused(self) -> dict[str, int]:
         """Return how many rows have each column that was not read."""
@@ -97,10 +117,6 @@ class _Converter:
         return dict(sorted(counts.items()))
 
     def _convert(self, chosen: Format, row: JsonObject, names: dict[str, str]) -> Row:
-        if has_media(row):
-            found = sorted(name for name in MEDIA_COLUMNS & row.keys() if row[name])
-            what = f"the row has {', '.join(found)}; only text can be prepared."
-            raise RowError("media-row", what, "leave out rows with media.")
         if self.options.labels_judge and chosen.name not in UNJUDGED and (column := unwanted_answer(row)):
             what = f"{column} is false, which marks an answer that is not wanted (KTO)."
             fix = f"leave the row out, or name the format where {column} means something else."
@@ -110,6 +126,31 @@ class _Converter:
         except RowError:
             self._refuse_other_format(row)
             raise
+
+    def _take_pictures(self, row: JsonObject) -> tuple[JsonObject, Sequence[Reference]]:
+        """Return a row without its pictures, and these."""
+        if self.options.pictures is None and not has_media(row):
+            return row, ()
+        read = read_picture_row(row, lambda role: find_role(role, self.options.roles) == "assistant")
+        if read is None:
+            return {name: value for name, value in row.items() if name not in COLUMNS}, ()
+        if self.options.pictures is None:
+            several = "a picture" if len(read.pictures) == 1 else f"{len(read.pictures)} pictures"
+            what = f"the row has {several}, and no processor says what stands for one."
+            raise RowError("no-processor", what, WITH_PROCESSOR)
+        self.pictures = len(read.pictures)
+        return read.row, read.pictures
+
+    def _pictured(self, row: Row, references: Sequence[Reference]) -> Row:
+        """Return a row with its pictures, as the chat template takes its contents."""
+        if not isinstance(row, Conversation):
+            return row
+        if self.options.parts_only:
+            row = msgspec.structs.replace(row, messages=[_in_parts(message) for message in row.messages])
+        if not references or self.options.pictures is None:
+            return row
+        pictures = tuple(map(self.options.pictures.load, references))
+        return PicturedConversation(**msgspec.structs.asdict(row), pictures=pictures)
 
     def _locate(self, chosen: Format, row: JsonObject) -> dict[str, str]:
         keys = tuple(row)
@@ -170,6 +211,12 @@ class _Converter:
         columns = ", ".join(sorted(map(str, row)))
         what = f"{self.options.formatter} returned the columns {columns}, which read as {names}."
         raise RowError("formatter-output", what, "return the columns of one format.")
+
+
+def _in_parts(message: JsonObject) -> JsonObject:
+    """Return a message whose content is a list of parts."""
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _refuse_weights(row: Conversation) -> None:

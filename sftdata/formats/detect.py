@@ -15,15 +15,17 @@ from sftdata.errors import UsageError, did_you_mean, nearest, without_secrets
 from sftdata.formats.fields import Fields
 from sftdata.formats.registry import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import (
+    BAD_MEDIA,
     BY_COLUMNS,
     PREFERENCE,
     UNJUDGED,
     UNSUPPORTED,
     UNWANTED,
-    VISION,
     explain_odd_value,
     is_unanswered_preference,
 )
+from sftdata.pictures.rows import COLUMNS as PICTURES
+from sftdata.pictures.rows import Evidence, gather_evidence, without_pictures
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.jsonrows import JsonObject
 from sftdata.sources.source import read_chunk
@@ -43,6 +45,7 @@ class Detection:
         sampled, matched, total: rows looked at, rows of that format among them, records of the input.
         alternatives: what the other sampled rows are, and how many.
         sources: path, container and compression of each source.
+        pictures: of the sampled rows of that format; None where they have none.
         rows: the sampled rows of that format, the user's columns under their canonical names.
     """
 
@@ -54,17 +57,19 @@ class Detection:
     total: int
     alternatives: tuple[tuple[str, int], ...]
     sources: tuple[dict[str, str], ...]
+    pictures: Evidence | None = None
     rows: tuple[JsonObject, ...] = field(default=(), repr=False)
 
     def to_json(self) -> JsonObject:
         """Return plain JSON data, the rows aside."""
         alternatives = [{"reading": name, "rows": rows} for name, rows in self.alternatives]
-        own = asdict(replace(self, rows=()))
-        del own["rows"]
+        own = asdict(replace(self, rows=(), pictures=None))
+        del own["rows"], own["pictures"]
         return own | {
             "evidence": list(self.evidence),
             "alternatives": alternatives,
             "sources": list(self.sources),
+            **({} if self.pictures is None else {"pictures": self.pictures.to_json()}),
         }
 
 
@@ -78,8 +83,8 @@ class _Verdicts:
 
     def add(self, row: JsonObject, readings: tuple[Reading, ...], *, named: bool) -> None:
         """Judge one row by its readings, or by what it lacks; `named`: the user says which format it has."""
-        if VISION.fits(row):
-            self.unsupported.setdefault(VISION.name, []).append(row)
+        if BAD_MEDIA.fits(row):
+            self.unsupported.setdefault(BAD_MEDIA.name, []).append(row)
         elif (
             not named
             and readings
@@ -146,6 +151,7 @@ def detect(
     possible: dict[tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]] = {}
     for row in rows:
         renamed = rename(row, columns)
+        original, renamed = renamed, without_pictures(renamed)
         shape = tuple((name, value is None) for name, value in renamed.items())
         if shape not in possible:
             possible[shape] = [
@@ -156,7 +162,7 @@ def detect(
             for entry, names in possible[shape]
             if entry.fits(Fields(renamed, names))
         ]
-        verdicts.add(renamed, tuple(found), named=format is not None)
+        verdicts.add(original, tuple(found), named=format is not None)
     counts = verdicts.counts()
     # One answer that is not wanted says what the column means, however few of them are in the sample.
     winner = UNWANTED.name if UNWANTED.name in counts else next(iter(counts))
@@ -204,6 +210,8 @@ def _settle(
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)
     evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
     evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
+    pictures = gather_evidence(kept)
+    evidence += pictures.lines
     sources = tuple(
         {
             "path": without_secrets(plan.source.path),
@@ -213,22 +221,23 @@ def _settle(
         for plan in plans
     )
     return Detection(
-        winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources, tuple(kept)
-    )
+        winner, columns, tuple(evidence), sampled, counts[winner], total, others, sources,
+        pictures if pictures.ways else None, tuple(kept),
+    )  # fmt: skip
 
 
 def _refuse(
     where: str, winner: str, share: str, verdicts: _Verdicts, format: str | None, columns: Mapping[str, str]
 ) -> UsageError:
     """Return the error that says why the rows cannot be used and which flag settles it."""
-    kinds = UNSUPPORTED | {VISION.name: VISION, UNWANTED.name: UNWANTED}
+    kinds = UNSUPPORTED | {BAD_MEDIA.name: BAD_MEDIA, UNWANTED.name: UNWANTED}
     ambiguous = next((readings for readings in verdicts.readings if name_of(readings) == winner), None)
     if ambiguous:
         what = f"{where}: {len(ambiguous)} readings fit {share}: {' and '.join(map(describe, ambiguous))}."
         return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
     # Several objects that each look like a table by columns are rows with odd values.
     one_table = winner != BY_COLUMNS or len(verdicts.unsupported[winner]) == 1
-    if winner in kinds and one_table and not (format and winner != VISION.name):
+    if winner in kinds and one_table and not (format and winner != BAD_MEDIA.name):
         reason, fix = kinds[winner].explain(verdicts.unsupported[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
     rows = [row for group in (verdicts.unknown, *verdicts.unsupported.values()) for row in group]
@@ -269,7 +278,7 @@ def _check_names(format: str | None, columns: Mapping[str, str]) -> None:
     """Refuse formats and canonical columns that do not exist."""
     spellings = {
         name for entry in FORMATS.values() for column in entry.columns for name in column.spellings if name
-    }
+    }.union(PICTURES)
     for flag, name, known in [
         ("--format", format, set(FORMATS)),
         *(("--map", name, spellings) for name in columns),

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from sftdata.errors import RowError, UsageError
+from sftdata.pictures.loaded import PictureFolder
 from sftdata.sources.jsonrows import JsonObject, kind_of
 
 _SLOT = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -152,6 +153,8 @@ class FormatOptions:
         formatter_sha256: hash of its code, where it has a file.
         loss_weights: messages may have weights other than 0 and 1.
         labels_judge: a label that is false says that the answer is not wanted.
+        pictures: where the pictures of rows are; None where no processor says what stands for one.
+        parts_only: the chat template takes contents as lists of parts alone.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +167,8 @@ class FormatOptions:
     formatter_sha256: str | None = None
     loss_weights: bool = False
     labels_judge: bool = True
+    pictures: PictureFolder | None = None
+    parts_only: bool = False
 
     @property
     def as_conversation(self) -> bool:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sftdata.formats.calls import MEDIA
+from sftdata.errors import Fault, RowError
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
 from sftdata.formats.registry import FORMATS, Format, chat_style
+from sftdata.pictures.rows import read_picture_row
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
 UNJUDGED = frozenset({"text", "lines", "tokens"})  # formats without an answer that a label could judge
@@ -51,28 +52,23 @@ class Unsupported:
 # ---------------------------------------------------------------- media, several answers, none, wrapped rows
 
 
-def _is_vision(row: JsonObject) -> bool:
-    return has_media(row) or any(
-        _has_media_part(row.get(column)) for column in (*_CHAT_COLUMNS, "completion")
-    )
+def _has_bad_media(row: JsonObject) -> bool:
+    return _media_fault(row) is not None
 
 
-def _has_media_part(messages: object) -> bool:
-    if not is_messages(messages):
-        return False
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
-    return any(isinstance(kind, str) and kind in MEDIA for kind in kinds)
+def _media_fault(row: JsonObject) -> Fault | None:
+    """Return what is wrong with the pictures of a row, or that it has other media; no file is opened."""
+    try:
+        read_picture_row(row)
+    except RowError as error:
+        return error.fault
+    return None
 
 
-def _explain_vision(rows: Sequence[JsonObject]) -> tuple[str, str]:
-    columns = sorted({name for row in rows for name in MEDIA_COLUMNS & row.keys()})
-    place = f"the column {columns[0]!r}" if columns else "the content of messages"
-    return (
-        f"the rows hold pictures, sound or film in {place}; only text can be prepared",
-        "leave the media out of each row with --formatter module:function.",
-    )
+def _explain_bad_media(rows: Sequence[JsonObject]) -> tuple[str, str]:
+    faults = [fault for fault in map(_media_fault, rows) if fault is not None]
+    first = faults[0]
+    return f"{first.code}: {first.reason.rstrip('.')}", first.fix
 
 
 def _is_several_answers(row: JsonObject) -> bool:
@@ -376,7 +372,7 @@ def _quoted(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- the table
 
-VISION = Unsupported("vision", _is_vision, _explain_vision)
+BAD_MEDIA = Unsupported("media that cannot be used", _has_bad_media, _explain_bad_media)
 UNWANTED = Unsupported(
     "answers that are not wanted", lambda row: unwanted_answer(row) is not None, explain_unwanted
 )

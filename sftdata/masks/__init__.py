@@ -66,9 +66,11 @@ class Mask:
     Attributes:
         train_on: which parts; `auto` is every turn of a conversation, the completion after its prompt, all
             of a text.
+        never: ids that are never trained, as those that stand for pictures.
     """
 
     train_on: TrainOn = "auto"
+    never: tuple[int, ...] = ()
 
     @property
     def overrules(self) -> str:
@@ -111,6 +113,12 @@ class Mask:
         Here there is no search: what the spans trained stays.
         """
         return tokens
+
+    def _flagged(self, tokens: TokenBatch, trained: Bool) -> TokenBatch:
+        """Return the tokens with these flags, but for those that are never trained."""
+        if self.never:
+            trained = trained & ~np.isin(tokens.input_ids, self.never)
+        return TokenBatch(tokens.input_ids, trained, tokens.offsets, tokens.row)
 
     def _chosen(
         self, row: Conversation, rendered: RenderedConversation, index: int, tally: Tally
@@ -199,7 +207,7 @@ class IdMarkers(Mask):
         for index, fault in found.faults.items():
             tally.reject(int(tokens.row[index]), fault)
             keep[index] = False
-        return _flagged(tokens, found.trained).select(keep)
+        return self._flagged(tokens, found.trained).select(keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,25 +228,27 @@ class TRL0710(IdMarkers):
         tally.count_rows("rows_without_response_marker", tokens.row[found.response_warned])
         tally.count_rows("rows_without_instruction_marker", tokens.row[found.instruction_warned])
         tally.count_rows("rows_masked_without_warning", tokens.row[found.silently_masked])
-        return _flagged(tokens, found.trained)
+        return self._flagged(tokens, found.trained)
 
 
-def choose_mask(config: PrepareConfig, tokenizer: ResolvedTokenizer) -> Mask:
+def choose_mask(config: PrepareConfig, tokenizer: ResolvedTokenizer, never: tuple[int, ...] = ()) -> Mask:
     """Choose what a run trains; nothing decides it later.
 
     Args:
         config: settings that contradict each other have been refused (acting.py).
         tokenizer: encodes a template that is looked for in ids and given as text, alone, as trl did.
+        never: ids that are never trained.
     """
     response, instruction = config.response_template, config.instruction_template
     if response is None:
-        return Mask(config.train_on)
+        return Mask(config.train_on, never)
     if config.mask_mode == "trl-0.7.10":
         first, second = (_ids_of(template, tokenizer) for template in (response, instruction))
-        return TRL0710(response=first or (), instruction=second, pad_id=tokenizer.filler_id)
+        return TRL0710(never=never, response=first or (), instruction=second, pad_id=tokenizer.filler_id)
     if isinstance(response, str):
-        return TextMarkers(response=response, instruction=None if instruction is None else str(instruction))
-    return IdMarkers(response=tuple(response), instruction=_ids_of(instruction, tokenizer))
+        text = None if instruction is None else str(instruction)
+        return TextMarkers(never=never, response=response, instruction=text)
+    return IdMarkers(never=never, response=tuple(response), instruction=_ids_of(instruction, tokenizer))
 
 
 def as_rendered(text: str) -> RenderedConversation:
@@ -267,10 +277,6 @@ def _ids_of(template: str | tuple[int, ...] | None, tokenizer: ResolvedTokenizer
     if isinstance(template, str):
         return tuple(load_encoder(tokenizer, "tokenizers").encode([template])[0].tolist())
     return template
-
-
-def _flagged(tokens: TokenBatch, trained: Bool) -> TokenBatch:
-    return TokenBatch(tokens.input_ids, trained, tokens.offsets, tokens.row)
 
 
 def _weights(row: Conversation, turns: list[Turn]) -> list[float] | None:

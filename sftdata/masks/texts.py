@@ -89,7 +89,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
                     continue
                 columns, rendered = chats, _conversation(item, index, renderer, tally)
                 if isinstance(item, PicturedConversation):
-                    rendered = write_layouts(rendered, item.pictures, renderer.processor)
+                    sizes = [picture.size for picture in item.pictures]
+                    rendered = write_layouts(rendered, sizes, renderer.processor)
             elif isinstance(item, Completion | Text):
                 text = item.text if isinstance(item, Text) else item.prompt + item.completion
                 columns, rendered = raw, as_rendered(text)
@@ -138,15 +139,14 @@ class _Columns:
         self.row: list[int] = []
         self.weights: dict[int, list[float]] = {}  # of the texts whose ranges do not all weigh 1
         self.runs: list[int] = []  # of the pictures
+        self.run_counts: list[int] = []  # of each text
 
     def add(self, row: int, rendered: RenderedConversation, spans: Spans) -> None:
         """Add one text with what it trains."""
         if spans.weights is not None:
             self.weights[len(self.texts)] = spans.weights
-        self.runs += rendered.runs
-        self._append(
-            row, rendered.text, spans.ranges, byte_ranges(rendered.text, rendered.literal), spans.closed
-        )
+        literal = byte_ranges(rendered.text, rendered.literal)
+        self._append(row, rendered.text, spans.ranges, literal, spans.closed, rendered.runs)
 
     def put(self, row: int, text: str, trained: Ranges) -> None:
         """Add one text of a chat template, trained in these characters, that holds nothing literal."""
@@ -155,7 +155,11 @@ class _Columns:
             trained = byte_ranges(text, trained)
         self._append(row, text, trained, _NONE, True)
 
-    def _append(self, row: int, text: str, trained: Ranges, literal: Ranges, closed: bool) -> None:
+    def _append(
+        self, row: int, text: str, trained: Ranges, literal: Ranges, closed: bool, runs: Sequence[int] = ()
+    ) -> None:
+        self.runs += runs
+        self.run_counts.append(len(runs))
         self.texts.append(text)
         self.trained.append(trained)
         self.literal.append(literal)
@@ -179,7 +183,8 @@ class _Columns:
     def images(self, processor: PictureProcessor) -> ImageRuns:
         """Return the runs of all pictures."""
         around = tuple(text for _, text in processor.tokens)
-        return ImageRuns(processor.image_token, np.array(self.runs, np.int64), around)
+        counts = np.array(self.run_counts, np.int64)
+        return ImageRuns(processor.image_token, np.array(self.runs, np.int64), counts, around)
 
     def _loss_weights(self, trained: Ragged) -> Float32:
         weights = np.ones(len(trained.values), np.float32)

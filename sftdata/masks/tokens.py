@@ -31,7 +31,7 @@ from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, cut_rows, edges_of, locate, straddled
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import RowError, UsageError
-from sftdata.pictures.stretch import ImageRuns, stretch
+from sftdata.pictures.stretch import ImageRuns, refuse_stray, stretch
 
 
 def encode_batch(
@@ -74,7 +74,7 @@ def encode_batch(
     trained, weights = _trained(places, batch, merge)
     tokens = TokenBatch(places.tokens.ids, trained, places.offsets, batch.row, weights)
     if images is not None:
-        tokens = _with_images(tokens, images, encoder.resolved)
+        tokens = _with_images(tokens, images, encoder.resolved, tally)
     tally.counts["boundary_splits"] += splits
     tally.counts["boundary_rows"] += rows
     tally.counts["literal_rows"] += int((np.diff(batch.literal.offsets) > 0).sum())
@@ -85,7 +85,9 @@ def encode_batch(
     return _with_ends(tokens, encoder, batch.closed, _runs_to_end(batch, places), blank, tally)
 
 
-def _with_images(tokens: TokenBatch, images: ImageRuns, resolved: ResolvedTokenizer) -> TokenBatch:
+def _with_images(
+    tokens: TokenBatch, images: ImageRuns, resolved: ResolvedTokenizer, tally: Tally
+) -> TokenBatch:
     """Repeat image tokens as often as their runs are long, and train nothing that stands for a picture."""
     ids = {token.content: token.id for token in resolved.added_tokens}
     if images.token not in ids:
@@ -93,7 +95,10 @@ def _with_images(tokens: TokenBatch, images: ImageRuns, resolved: ResolvedTokeni
         raise UsageError(what, "use the tokenizer of the model.")
     never = np.isin(tokens.input_ids, [ids[token] for token in images.never_trained if token in ids])
     tokens = replace(tokens, trained=tokens.trained & ~never)
-    return _with_bos(stretch(tokens, ids[images.token], images.lengths), resolved)
+    known = refuse_stray(tokens, ids[images.token], images.counts, images.token, tally)
+    kept = np.isin(tokens.row, known.row)
+    runs = images.lengths[np.repeat(kept, images.counts)]
+    return _with_bos(stretch(known, ids[images.token], runs), resolved)
 
 
 def _with_bos(tokens: TokenBatch, resolved: ResolvedTokenizer) -> TokenBatch:

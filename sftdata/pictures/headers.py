@@ -91,6 +91,21 @@ def read_header(data: bytes, where: str = "the picture") -> Header:
     return header
 
 
+def require_pixels(data: bytes, where: str) -> None:
+    """Decode the first frame of a picture, which `read_header` took: a whole file may hold broken pixels.
+
+    Raises:
+        RowError: they cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _open(data).load()
+    except Exception as error:  # Pillow raises what it likes on a broken file
+        what = f"{where} cannot be decoded ({one_line(f'{type(error).__name__}: {error}')[:160]})."
+        raise RowError("image-unreadable", what, "save it again, or leave the row out.") from None
+
+
 def _read(data: bytes, name: PictureFormat) -> Header:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures and odd EXIF, which change no size

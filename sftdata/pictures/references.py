@@ -17,6 +17,7 @@ from sftdata.sources.jsonrows import JsonObject, kind_of
 
 MAX_FILE_BYTES = 1 << 28
 """Larger than any picture that Pillow would decode, and read into memory without harm."""
+FOLDER_FIX = "--images DIR, of a folder below which the pictures are; or leave the row out."
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 _KEYS = ("bytes", "path", "url", "data", "base64", "image", "image_url", "source", "file", "value")
@@ -117,7 +118,7 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
     path = os.path.abspath(os.path.join(base, given))
     if os.path.commonpath([base, path]) != base:
         what = f"{said} is outside of {folder}, the folder of pictures."
-        raise RowError("image-outside", what, "move the pictures below it, or name a folder that holds them.")
+        raise RowError("image-outside", what, FOLDER_FIX)
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             facts = os.fstat(file.fileno())
@@ -129,7 +130,7 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
             return file.read()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the name
         what = f"{said} is not there, below {folder}."
-        raise RowError("image-missing", what, "check the path and the folder of pictures.") from None
+        raise RowError("image-missing", what, FOLDER_FIX) from None
     except OSError as error:
         what = f"{said} cannot be read ({error.strerror})."
         raise RowError("image-unreadable", what, "give the path of a picture.") from None

@@ -5,10 +5,10 @@
 | parts `image`, `image_url`, `input_image` that hold the picture | OpenAI, Qwen-VL, LLaMA-Factory v1 |
 | parts `image` without one, and a column `images` | Hugging Face, TRL |
 | `<image>` in the text, and a column `image` or `images` | LLaVA, LLaMA-Factory, Qwen2.5-VL, ShareGPT |
-| a column `images` and no marker: before the first question | TRL |
 | `<img>path</img>` in the text | Qwen-VL |
 
-An answer holds no picture, and `<image>` in an answer is text: a model that writes text cannot draw.
+A column without a marker is refused, not put before the first question: where a picture stands is part of the
+prompt. An answer holds no picture, and `<image>` in an answer is text: a model that writes text cannot draw.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.pictures.layouts import Size
+from sftdata.pictures.loaded import Picture
 from sftdata.pictures.references import Reference, read_reference
 from sftdata.sources.jsonrows import JsonObject, from_json
 
@@ -28,15 +28,18 @@ MARKER = "<image>"
 COLUMNS = ("images", "image")
 CONVERSATIONS = ("messages", "conversations", "conversation", "prompt", "completion")
 PARTS = frozenset({"image", "image_url", "input_image"})
+PLACE: JsonObject = {"type": "image"}
+"""The part that stands for a picture taken out of its row; told from parts of the data by identity."""
 _VIDEO_PARTS, _AUDIO_PARTS = (
     frozenset({"video", "video_url"}),
     frozenset({"audio", "audio_url", "input_audio"}),
 )
 _VIDEO_COLUMNS, _AUDIO_COLUMNS = ("videos", "video"), ("audios", "audio")
+_MEDIA_COLUMNS = frozenset({*COLUMNS, *_VIDEO_COLUMNS, *_AUDIO_COLUMNS})
 _ANSWERS = frozenset({"assistant", "gpt", "chatgpt", "function_call", "tool_call"})
-_QUESTIONS = frozenset({"user", "human", "prompter"})
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _IN_TEXT = re.compile(r"<img>([^<>\n]+\.(?:jpe?g|png|webp|gif))</img>", re.IGNORECASE)
+_BEGINS = re.compile("<img>", re.IGNORECASE)
 _INSIDE = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "value")
 
 
@@ -45,27 +48,25 @@ class PictureRow:
     """A row with its pictures taken out.
 
     Attributes:
-        row: without columns of pictures; a message with pictures has parts for content, `{"type": "image"}`
-            where each stands.
+        row: without columns of pictures; a message with pictures has parts for content, `PLACE` where each
+            stands.
         pictures: one for each of these parts, in order.
         way: how the row writes its pictures, in words.
-        counted: names of counters, one entry each.
     """
 
     row: JsonObject
     pictures: tuple[Reference, ...]
     way: str
-    counted: tuple[str, ...] = ()
 
 
 class PicturedConversation(Conversation, frozen=True):
     """Messages whose contents are lists of parts wherever a picture stands, as `{"type": "image"}`.
 
     Attributes:
-        pictures: height and width of each, as turned, in the order of these parts.
+        pictures: one for each of these parts, in order.
     """
 
-    pictures: tuple[Size, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 def is_answer(role: object) -> bool:
@@ -83,6 +84,8 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
         RowError: pictures without a place, places without a picture, a value that is no reference, a picture
             in an answer, or a film or sound.
     """
+    if not _may_hold_media(row):
+        return None
     _refuse_other_media(row)
     name = next((name for name in COLUMNS if row.get(name) not in (None, [], "")), None)
     column = _Column(name, [] if name is None else _several(from_json(row[name])))
@@ -101,7 +104,31 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
         return None
     messages, way = read
     rest = {key: value for key, value in row.items() if key not in COLUMNS}
-    return PictureRow(rest | messages, tuple(reader.pictures), way, tuple(reader.counted))
+    return PictureRow(rest | messages, tuple(reader.pictures), way)
+
+
+def _may_hold_media(row: JsonObject) -> bool:
+    """Tell most rows of text by a glance: every sampled row of text passes here."""
+    if not _MEDIA_COLUMNS.isdisjoint(row):
+        return True
+    for name in CONVERSATIONS:
+        talk = row.get(name)
+        if isinstance(talk, str) and talk.lstrip()[:1] == "[":  # messages as JSON text
+            return True
+        for message in talk if isinstance(talk, list) else ():
+            content = _content(message) if isinstance(message, dict) else None
+            if isinstance(content, list) or (isinstance(content, str) and _BEGINS.search(content)):
+                return True
+    return False
+
+
+def without_pictures(row: JsonObject) -> JsonObject:
+    """Return a row without its pictures, as far as they can be taken out of it."""
+    try:
+        read = read_picture_row(row)
+    except RowError:
+        return row
+    return row if read is None else read.row
 
 
 def _several(value: object) -> list[object]:
@@ -154,10 +181,14 @@ class _Column:
     def require_all(self) -> None:
         """Refuse to go on with a picture that has no place."""
         if len(self.used) < len(self.values):
-            what = (
-                f"{self.name} holds {len(self.values)} pictures; the messages place {len(self.used)} of them."
-            )
-            raise RowError("images-unplaced", what, f"write {MARKER} where each of them stands.")
+            raise self.unplaced()
+
+    def unplaced(self) -> RowError:
+        """Return the error for a picture that has no place."""
+        several = "s" * (len(self.values) != 1)
+        placed = f"the messages place {len(self.used)} of them"
+        what = f"{self.name} holds {len(self.values)} picture{several}; {placed}."
+        return RowError("images-unplaced", what, f"write {MARKER} where each of them stands.")
 
 
 Talks = dict[str, object]
@@ -171,7 +202,6 @@ class _Reader:
     column: _Column
     is_answer: Callable[[object], bool]
     pictures: list[Reference] = field(default_factory=list)
-    counted: list[str] = field(default_factory=list)
 
     def read(self, talks: Talks, has_column: bool) -> tuple[Talks, str] | None:
         """Return the messages with parts for pictures, and how they were written."""
@@ -183,8 +213,7 @@ class _Reader:
         elif any(map(self._markers, messages)) and (self.column.values or has_column):
             made, way = self._each(talks, self._from_markers), f"{MARKER} in the messages"
         elif self.column.values:
-            made, way = self._first(talks), "a column, and no marker: before the first question"
-            self.counted.append("pictures_placed_first")
+            raise self.column.unplaced()
         elif any(_IN_TEXT.search(text) for message in messages for text in self._asked(message)):
             made, way = self._each(talks, self._from_paths), "<img>path</img> in the messages"
         else:
@@ -224,7 +253,7 @@ class _Reader:
             place = f"{where}.content[{index}]"
             if isinstance(part, dict) and part.get("type") in PARTS:
                 self.pictures.append(self._of_part(part, place))
-                made.append({"type": "image"})
+                made.append(PLACE)
             else:
                 text = part if isinstance(part, str) else _text(part) if isinstance(part, dict) else None
                 made.append(part if text is None else {"type": "text", "text": text})
@@ -254,29 +283,12 @@ class _Reader:
                 continue
             last = 0
             for match in marker.finditer(text):
-                made += [*_as_parts(text[last : match.start()]), {"type": "image"}]
+                made += [*_as_parts(text[last : match.start()]), PLACE]
                 path = match[1] if match.lastindex else None
                 self.pictures.append(self.column.take(where) if path is None else read_reference(path, where))
                 last = match.end()
             made += _as_parts(text[last:])
         return _with_content(message, made)
-
-    def _first(self, talks: Talks) -> Talks:
-        """Place all pictures before the first question, as TRL does."""
-        places = [where for where, message in _messages(talks) if _asks(message)]
-        if not places:
-            self.column.require_all()
-
-        def read(message: JsonObject, where: str) -> JsonObject:
-            if where != places[0]:
-                return message
-            self.pictures += [self.column.take(where) for _ in self.column.values]
-            pictures: list[object] = [{"type": "image"} for _ in self.pictures]
-            content = _content(message)
-            rest = _as_parts(content) if isinstance(content, str) else _several(content)
-            return _with_content(message, pictures + rest)
-
-        return self._each(talks, read)
 
 
 def _refuse_other_parts(where: str, parts: Iterable[Part]) -> None:
@@ -300,11 +312,6 @@ def _messages(talks: Talks) -> Iterator[tuple[str, JsonObject]]:
 
 def _role(message: JsonObject) -> object:
     return message.get("from") if message.get("role") is None else message["role"]
-
-
-def _asks(message: JsonObject) -> bool:
-    role = _role(message)
-    return isinstance(role, str) and role.strip().lower() in _QUESTIONS
 
 
 def _content(message: JsonObject) -> object:
@@ -353,6 +360,15 @@ class Evidence:
     sources: Counter[str]
     faults: Counter[str]
     first: str | None
+
+    @property
+    def pictured(self) -> int:
+        """How many rows have pictures."""
+        return self.ways.total()
+
+    def to_json(self) -> JsonObject:
+        """Return plain JSON data."""
+        return {"rows": self.rows, "ways": {**self.ways}, "sources": {**self.sources}, "first": self.first}
 
     @property
     def lines(self) -> list[str]:

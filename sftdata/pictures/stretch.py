@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftdata.batches import Int64, TokenBatch, offsets_of
+from sftdata.batches import Int64, Tally, TokenBatch, offsets_of
+from sftdata.errors import Fault
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,11 +21,13 @@ class ImageRuns:
     Attributes:
         token: the image token.
         lengths: int64[K], of every run, text after text.
+        counts: int64[N], runs of each text.
         never_trained: the tokens that are written for pictures.
     """
 
     token: str
     lengths: Int64
+    counts: Int64
     never_trained: tuple[str, ...] = ()
 
 
@@ -33,6 +36,24 @@ def count_image_tokens(batch: TokenBatch, image_id: int) -> Int64:
     before = np.zeros(len(batch.input_ids) + 1, np.int64)
     np.cumsum(batch.input_ids == image_id, out=before[1:])
     return np.diff(before[batch.offsets])
+
+
+def refuse_stray(batch: TokenBatch, image_id: int, counts: Int64, token: str, tally: Tally) -> TokenBatch:
+    """Reject the examples that have other image tokens than those of their pictures; return the others.
+
+    Args:
+        image_id: of the family's image token.
+        counts: int64[N], how many of them each example's pictures have.
+        token: the same token as text, for the message.
+        tally: takes the rows.
+    """
+    found = count_image_tokens(batch, image_id)
+    wrong = np.flatnonzero(found != counts)
+    for index in wrong.tolist():
+        what = f"the text has {token!r} {found[index]} times; its pictures have it {counts[index]} times."
+        fault = Fault("images-lost", what, "take that token out of the data.")
+        tally.reject(int(batch.row[index]), fault)
+    return batch.select(found == counts)
 
 
 def stretch(batch: TokenBatch, image_id: int, runs: Int64) -> TokenBatch:

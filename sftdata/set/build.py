@@ -27,10 +27,10 @@ import msgspec
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.ledger import LISTS, Ledger, write_parts
 from sftdata.set.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     documents_folder,
+    format_version,
     is_split,
     partial_folder,
     read_manifest,
@@ -210,7 +210,7 @@ class Build:
         self, plan: dict[str, object], overwrite: bool, moving: frozenset[str]
     ) -> dict[int, ShardResult]:
         path = self.folder / PLAN
-        plan = plan | {"format_version": FORMAT_VERSION}
+        plan = plan | {"format_version": format_version("vision" in plan)}
         before = self._begun()
         changed = (
             sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
@@ -320,18 +320,19 @@ class Build:
                 parts = [self.part(record.number, name).read_bytes() for record in slices]
             write_atomic(self.folder / name, partial(write_parts, parts))
 
-    def finish(self, manifest: Manifest, tokenizer: Path) -> Manifest:
+    def finish(self, manifest: Manifest, tokenizer: Path, others: Mapping[str, Path] = {}) -> Manifest:
         """Add the lists and the tokenizer's files, the manifest last, and put the set in place.
 
         Args:
             manifest: whose files are those of the slices.
-            tokenizer: folder.
+            tokenizer, others: its folder, and more files to copy by their names in the set.
 
         Raises:
             SftError: the tokenizer was changed or is gone.
         """
         with explained(self.folder / _TOKENIZER):
-            copied = list(self._copy(tokenizer))
+            names = {f"{_TOKENIZER}/{path.relative_to(tokenizer)}": path for path in tokenizer.rglob("*")}
+            copied = [*self._copy({**names, **others})]
             if manifest.tokenizer.sha256 not in (file.sha256 for file in copied):
                 raise SftError(
                     f"{tokenizer}: emptied or changed while the set was made.", "run the same command again."
@@ -349,13 +350,12 @@ class Build:
     def _describe(self, name: str) -> SetFile:
         return SetFile(name=name, **msgspec.structs.asdict(digest_file(self.folder / name)))
 
-    def _copy(self, tokenizer: Path) -> Iterator[SetFile]:
-        for path in sorted(path for path in tokenizer.rglob("*") if path.is_file()):
-            copy = self.folder / _TOKENIZER / path.relative_to(tokenizer)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+    def _copy(self, files: Mapping[str, Path]) -> Iterator[SetFile]:
+        for name, path in sorted(item for item in files.items() if item[1].is_file()):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(path, "rb") as original:
-                write_atomic(copy, partial(shutil.copyfileobj, original))
-            yield self._describe(copy.relative_to(self.folder).as_posix())
+                write_atomic(self.folder / name, partial(shutil.copyfileobj, original))
+            yield self._describe(name)
 
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""

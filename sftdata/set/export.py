@@ -26,7 +26,7 @@ from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offset
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
 from sftdata.set.ledger import REJECTS_NAME
-from sftdata.set.manifest import MANIFEST_NAME
+from sftdata.set.manifest import MANIFEST_NAME, refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import Sink, explained, held_alone, sync_folder, write_atomic
 from sftdata.set.verify import damaged_bases, damaged_files
@@ -107,6 +107,7 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
     if to not in get_args(Target):
         raise UsageError(f"--to {to}: no such format.", f"choose one of {', '.join(get_args(Target))}.")
     opened, output = open_set(folder), behind_links(Path(output))
+    refuse_pictures(opened.folder, opened.manifest)
     if opened.manifest.weighted and to != "tinker":
         raise UsageError(
             f"{folder}: its tokens have weights, which {to} cannot carry.",

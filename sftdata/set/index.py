@@ -1,6 +1,7 @@
 """Beside each shard: the tokens that its rows do not hold, and where the tokens of each document are.
 
     rest-00000.arrow    tokens that were cut or dropped, with all their labels, and why: a row a segment
+    images-00000.arrow  pictures of the documents, see images.py; only in a set with pictures
     index-00000.arrow   a row a segment: those of the shard's rows, in order, then those of the rest
 
 A segment is a stretch of one document inside one row. Segments of one example id, in the order of their
@@ -12,13 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from sftdata.batches import (
     IGNORE_INDEX,
@@ -34,6 +33,9 @@ from sftdata.batches import (
     positions_of,
 )
 from sftdata.errors import IntegrityError
+from sftdata.pictures.loaded import PictureFolder
+from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
+from sftdata.set.images import IMAGES, SlicePictures, pictured, write_images
 from sftdata.set.shards import (
     ShardInfo,
     as_arrow,
@@ -52,11 +54,9 @@ from sftdata.set.store import SetFile
 if TYPE_CHECKING:
     import pyarrow as pa
 
-UInt64 = npt.NDArray[np.uint64]
-
 INDEX, REST = "index", "rest"
 HASH_BYTES = 16
-_SLICE_FILE = re.compile(r"(?:shard|packs|index|rest)-([0-9]{5,9})\.arrow")
+_SLICE_FILE = re.compile(r"(?:shard|packs|index|rest|images)-([0-9]{5,9})\.arrow")
 _AGAIN = "restore the file, or prepare the set again with --overwrite."
 
 
@@ -185,6 +185,8 @@ class RestRows:
         offset: int32[N], first token of the stretch, counted in the document.
         reasons: why it is in no row, one of `rows_dropped` or `tokens_cut` in the ledger.
         loss_weights: float32[T]; None without weights.
+        images: int32[K], pictures of the stretches, end to end, as numbers in the sidecar.
+        image_counts: int32[N], how many each stretch has; None, as `images`, without pictures.
     """
 
     input_ids: Int32
@@ -194,6 +196,8 @@ class RestRows:
     offset: Int32
     reasons: list[str]
     loss_weights: Float32 | None = None
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -232,6 +236,7 @@ class Placed:
         packs: the shard's rows, in terms of `documents`; `pack.gather` lays them out.
         rest: what they do not hold, a row a stretch.
         reasons: why, one for each row of `rest`.
+        pictures: of the documents; None in a set without pictures.
     """
 
     documents: TokenBatch
@@ -239,11 +244,13 @@ class Placed:
     packs: PackPlan
     rest: PackPlan
     reasons: Sequence[str]
+    pictures: SlicePictures | None = None
 
 
 def write_slice(
-    folder: Path, number: int, placed: Placed, rows: PackedRows, row_length: int | None, bos_id: int | None
-) -> tuple[tuple[ShardInfo, ...], tuple[SetFile, ...]]:
+    folder: Path, number: int, placed: Placed, rows: PackedRows, row_length: int | None, bos_id: int | None,
+    embed: PictureFolder | None = None,
+) -> tuple[tuple[ShardInfo, ...], tuple[SetFile, ...]]:  # fmt: skip
     """Write the shard of a slice and what stands beside it; return what the manifest says of these files.
 
     Args:
@@ -253,7 +260,10 @@ def write_slice(
         rows: the same, packed; without rows there is no shard.
         row_length: tokens of every row; None where rows keep their own length.
         bos_id: a document that has no more than this before its first label has no prompt.
+        embed: where pictures are whose files go into the set; None to store their paths.
     """
+    if placed.pictures is not None:
+        rows = pictured(rows, placed.pictures, placed.packs.example)
     shards = (write_shard(folder / shard_name(number), rows, row_length),) if len(rows) else ()
     weighted, files = rows.loss_weights is not None, []
     if len(placed.rest):
@@ -261,6 +271,8 @@ def write_slice(
     if len(placed.documents):
         index = index_documents(placed, weighted, bos_id)
         files.append(write_index(folder / beside_name(INDEX, number), index))
+    if placed.pictures is not None and placed.pictures.stored:
+        files.append(write_images(folder / beside_name(IMAGES, number), placed.pictures, embed))
     return shards, tuple(files)
 
 
@@ -270,6 +282,11 @@ def rest_rows(placed: Placed, weighted: bool = False) -> RestRows:
     lengths = rest.stop - rest.start
     tokens = positions_of(documents.offsets[rest.example] + rest.start, lengths)
     ids = documents.input_ids[tokens]
+    images, counts = None, None
+    if placed.pictures is not None:  # what was cut off a document has none: no cut falls before a picture
+        whole = np.flatnonzero(rest.start == 0)
+        counts = np.zeros(len(rest), np.int32)
+        images, counts[whole] = placed.pictures.select(rest.example[whole])
     return RestRows(
         input_ids=ids,
         labels=np.where(documents.trained[tokens], ids, np.int32(IGNORE_INDEX)),
@@ -278,6 +295,8 @@ def rest_rows(placed: Placed, weighted: bool = False) -> RestRows:
         offset=rest.start.astype(np.int32),
         reasons=list(placed.reasons),
         loss_weights=documents.weights()[tokens] if weighted else None,
+        images=images,
+        image_counts=counts,
     )
 
 
@@ -291,7 +310,8 @@ def index_documents(placed: Placed, weighted: bool = False, bos_id: int | None =
     places = np.flatnonzero(documents.trained)
     labelled = np.append(documents.trained, False)[first] & (length > 0)
     weights = np.append(documents.weights(), np.float32(0))[first] * labelled if weighted else None
-    hashes = hash_documents(documents, weighted)
+    pictures = None if placed.pictures is None else placed.pictures.hashes(documents)
+    hashes = hash_documents(documents, weighted, pictures)
     return Segments(
         example_ids=placed.example_ids[document],
         row=np.concatenate(rows).astype(np.int32),
@@ -302,55 +322,22 @@ def index_documents(placed: Placed, weighted: bool = False, bos_id: int | None =
         rest=np.repeat([False, True], [len(packs.example), len(rest.example)]),
         whole=length == documents.lengths[document],
         document_hash=hashes[document],
-        prompt_hash=hash_prompts(documents, bos_id)[document],
+        prompt_hash=hash_prompts(documents, bos_id, pictures)[document],
         first_weights=weights,
     )
-
-
-def hash_documents(documents: TokenBatch, weighted: bool) -> UInt64:
-    """Hash ids and labels, and weights in a set that has them: xxh3-128, uint64[N, 2].
-
-    The bytes that are hashed are, token by token, `2 * id + (1 if trained else 0)` as a little-endian uint32,
-    followed in a set with weights by the weight as a float32.
-    """
-    codes = documents.input_ids.astype("<u4") << 1
-    codes |= documents.trained
-    if weighted:
-        codes = np.stack([codes, documents.weights().astype("<f4").view("<u4")], axis=1)
-    view, size = codes.reshape(-1).view(np.uint8).data, 8 if weighted else 4
-    digest, ends = xxhash.xxh3_128_digest, (documents.offsets * size).tolist()
-    joined = b"".join([digest(view[start:stop]) for start, stop in pairwise(ends)])
-    return np.frombuffer(joined, "<u8").reshape(-1, 2).astype(np.uint64)
-
-
-def hash_prompts(documents: TokenBatch, bos_id: int | None) -> UInt64:
-    """Hash the ids before the first label of each document, little-endian int32: xxh3-64, uint64[N].
-
-    A document that begins with a label, or has no more than a BOS before it, has no prompt: 0.
-    """
-    places = np.flatnonzero(documents.trained)
-    start, end = documents.offsets[:-1], documents.offsets[1:]
-    following = np.append(places, len(documents.trained))
-    stop = np.minimum(following[np.searchsorted(places, start)], end)
-    begins = np.append(documents.input_ids, -1)[start] == (-1 if bos_id is None else bos_id)
-    none = stop - start <= begins
-    view, digest = documents.input_ids.astype("<i4").view(np.uint8).data, xxhash.xxh3_64_intdigest
-    pairs = zip((start * 4).tolist(), (stop * 4).tolist(), strict=True)
-    hashes = np.array([digest(view[first:last]) for first, last in pairs], np.uint64)
-    hashes[none] = 0
-    return hashes
 
 
 # ------------------------------------------------------------------------------------------------ the files
 
 
-def rest_schema(weighted: bool) -> pa.Schema:
+def rest_schema(weighted: bool, pictured: bool = False) -> pa.Schema:
     """Return the schema of a rest file."""
     import pyarrow as pa
 
     lists = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
     lists += [("loss_weights", pa.list_(pa.float32()))] if weighted else []
-    return pa.schema([*lists, ("example_id", pa.int64()), ("offset", pa.int32()), ("reason", pa.utf8())])
+    plain = [("example_id", pa.int64()), ("offset", pa.int32()), ("reason", pa.utf8())]
+    return pa.schema([*lists, *plain, *([("images", pa.list_(pa.int32()))] if pictured else [])])
 
 
 def index_schema(weighted: bool) -> pa.Schema:
@@ -371,7 +358,7 @@ def write_rest(path: Path, rows: RestRows) -> SetFile:
     """Write a rest file; return its description."""
     import pyarrow as pa
 
-    schema = rest_schema(rows.loss_weights is not None)
+    schema = rest_schema(rows.loss_weights is not None, rows.images is not None)
     columns: list[Int32 | Float32] = [rows.input_ids, rows.labels]
     columns += [] if rows.loss_weights is None else [rows.loss_weights]
     batches = []
@@ -379,20 +366,23 @@ def write_rest(path: Path, rows: RestRows) -> SetFile:
         tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
         lists = [list_array(column[tokens], rows.row_offsets[first : last + 1]) for column in columns]
         plain = [as_arrow(rows.example_ids[first:last]), as_arrow(rows.offset[first:last])]
-        reasons = as_strings(rows.reasons[first:last])
-        batches.append(pa.RecordBatch.from_arrays([*lists, *plain, reasons], schema=schema))
+        columns_of = [*lists, *plain, as_strings(rows.reasons[first:last])]
+        if rows.images is not None and rows.image_counts is not None:
+            edges = offsets_of(rows.image_counts)[first : last + 1]
+            columns_of.append(list_array(rows.images[edges[0] : edges[-1]], edges))
+        batches.append(pa.RecordBatch.from_arrays(columns_of, schema=schema))
     return write_file(path, schema, batches)
 
 
-def read_rest(path: Path, weighted: bool = False) -> list[RestRows]:
+def read_rest(path: Path, weighted: bool = False, pictured: bool = False) -> list[RestRows]:
     """Map a rest file and return its record batches as columns.
 
     Raises:
         IntegrityError: the file is no such file.
     """
     parts = []
-    for batch in read_file(path, rest_schema(weighted)):
-        lists = [batch.column(index) for index in range(batch.num_columns - 3)]
+    for batch in read_file(path, rest_schema(weighted, pictured)):
+        lists = [batch.column(index) for index in range(2 + weighted)]
         offsets = [list_offsets(column) for column in lists]
         if any(not np.array_equal(offsets[0], other) for other in offsets[1:]):
             raise IntegrityError(f"{path}: its lists differ in length.", _AGAIN)
@@ -406,6 +396,8 @@ def read_rest(path: Path, weighted: bool = False) -> list[RestRows]:
                 offset=as_numpy(batch["offset"]),
                 reasons=batch["reason"].to_pylist(),
                 loss_weights=weights[0] if weighted else None,
+                images=as_numpy(list_items(batch["images"])) if pictured else None,
+                image_counts=np.diff(list_offsets(batch["images"])).astype(np.int32) if pictured else None,
             )
         )
     return parts

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -31,16 +31,23 @@ from sftdata.batches import (
     offsets_of,
 )
 from sftdata.errors import IntegrityError
+from sftdata.pictures.loaded import Picture
 from sftdata.set.store import Count, RowLength, Sink
 
 REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"
 LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
 
 Counts = dict[str, Count]
-_OF_VIEWS = (
+PICTURES = (
+    "pictures_in", "pictures_kept", "pictures_in_rejected_rows", "pictures_in_dropped_rows",
+    "pictures_stored", "picture_bytes", "picture_pixels",
+)  # fmt: skip
+"""What is counted of pictures."""
+_OF_SOME = (
     "documents_left_out",
     "tokens_left_out",
     "documents_repeated",
+    *PICTURES,
 )  # not written where there are none
 _Key = TypeVar("_Key", str, int)
 
@@ -79,6 +86,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         rows_in    = rows_kept + rows_rejected + rows_filtered + rows_dropped + documents_left_out
         tokens_in  = tokens_trained + tokens_context + tokens_cut + tokens_in_dropped_rows + tokens_left_out
         rows_packed * max_length = tokens_trained + tokens_context + tokens_padding
+        pictures_in = pictures_kept + pictures_in_rejected_rows + pictures_in_dropped_rows
 
     Attributes:
         rows_rejected, rows_filtered, rows_dropped: rows by fault code, by rule, by reason.
@@ -94,6 +102,9 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         tokens_left_out: tokens of these documents.
         documents_repeated: documents taken of which another pass over their source is taken too, the first of
             them aside; `rows_in` counts them.
+        pictures_in: that rows name, in a set with pictures; of the rows of which this could be read.
+        pictures_stored: in sidecars, where each stands once for its slice.
+        picture_bytes, picture_pixels: of these.
     """
 
     rows_in: Count = 0
@@ -117,6 +128,13 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     documents_left_out: Counts = {}
     tokens_left_out: Count = 0
     documents_repeated: Count = 0
+    pictures_in: Count = 0
+    pictures_kept: Count = 0
+    pictures_in_rejected_rows: Count = 0
+    pictures_in_dropped_rows: Count = 0
+    pictures_stored: Count = 0
+    picture_bytes: Count = 0
+    picture_pixels: Count = 0
 
     @property
     def tokens(self) -> int:
@@ -140,6 +158,28 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _add(self.counters, +tally.counts)
         for name, rows in tally.rows.items():
             self.examples[name] = ids[rows[:EXAMPLES]].tolist()
+
+    def count_pictures(self, named: Mapping[int, int], documents: Set[int], kept: Set[int]) -> None:
+        """Add the pictures of a chunk.
+
+        Args:
+            named: how many a row names, by its index.
+            documents: rows that became documents; the others are rejected.
+            kept: those of which something is in a packed row.
+        """
+        self.pictures_in += sum(named.values())
+        self.pictures_kept += sum(count for row, count in named.items() if row in kept)
+        self.pictures_in_rejected_rows += sum(count for row, count in named.items() if row not in documents)
+        self.pictures_in_dropped_rows += sum(
+            count for row, count in named.items() if row in documents and row not in kept
+        )
+
+    def count_stored(self, pictures: Iterable[Picture]) -> None:
+        """Add the pictures of a sidecar."""
+        for picture in pictures:
+            self.pictures_stored += 1
+            self.picture_bytes += picture.file_bytes
+            self.picture_pixels += picture.height * picture.width
 
     def count_lengths(self, lengths: Int64) -> None:
         """Add examples, int64[N] tokens each, to the histogram of lengths."""
@@ -233,6 +273,14 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             self.tokens_in,
             self.tokens + cut + self.tokens_in_dropped_rows + self.tokens_left_out,
         )
+        lost = self.pictures_in_rejected_rows + self.pictures_in_dropped_rows
+        _equal(
+            where,
+            f"pictures_in = kept {self.pictures_kept} + in rejected rows {self.pictures_in_rejected_rows}"
+            f" + in dropped rows {self.pictures_in_dropped_rows}",
+            self.pictures_in,
+            self.pictures_kept + lost,
+        )
         if self.max_length is None:
             _equal(where, "tokens_padding = 0, as rows keep their own length", self.tokens_padding, 0)
         else:
@@ -248,7 +296,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data, every mapping in the order of its keys."""
         plain: dict[str, object] = msgspec.to_builtins(self)
-        return {name: _ordered(value) for name, value in plain.items() if value or name not in _OF_VIEWS}
+        return {name: _ordered(value) for name, value in plain.items() if value or name not in _OF_SOME}
 
     @classmethod
     def from_json(cls, data: object) -> Ledger:
@@ -258,6 +306,11 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             msgspec.ValidationError: the data is no ledger.
         """
         return msgspec.convert(data, cls, str_keys=True)
+
+
+def lacks_pictures(ledger: Ledger) -> bool:
+    """Say whether a row was rejected for a picture that may be there, or whole, another time."""
+    return any(code.startswith("image-") for code in ledger.rows_rejected)
 
 
 def length_bins(lengths: Int64) -> Int64:

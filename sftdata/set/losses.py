@@ -15,6 +15,7 @@ UNTRAINED_FIXES = {
     "nothing-trained": "switch turns on in the data (weight, train);"
     " where none is switched off, --train-on all.",
     "over-long": "--overlong truncate, or a larger --max-length.",
+    "overlong-picture": "a larger --max-length, or a smaller --max-pixels.",
     "no-trained-tokens": "a larger --max-length, or --overlong truncate-left, which keeps the ends.",
 }
 
@@ -42,9 +43,11 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     if not ledger.tokens_trained:
         dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or codes
+        cut = bool(dropped) and bool(ledger.pictures_in) and dropped[0][0] == "no-trained-tokens"
+        reason = "overlong-picture" if cut else dropped[0][0] if dropped else ""
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
-            f"{UNTRAINED_FIXES[dropped[0][0]]} All are in {build.folder / DROPPED_NAME}."
+            f"{UNTRAINED_FIXES[reason]} All are in {build.folder / DROPPED_NAME}."
             if dropped
             else f"see {build.folder / REJECTS_NAME}.",
         )

@@ -23,6 +23,7 @@ from msgspec import Meta
 from sftdata.batches import Int64
 from sftdata.choosing import SIDES
 from sftdata.errors import IntegrityError, SftError, Unit, UsageError
+from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
 from sftdata.set.shards import PACKS, ShardInfo
@@ -31,6 +32,8 @@ from sftdata.set.store import Count, SetFile, Sha256, TokenId, Xxh3, write_atomi
 
 FORMAT_VERSION = 2
 """What is written. Version 1, which is read too, has neither index nor rest, and other first labels."""
+PICTURES_VERSION = 3
+"""What is written of a set with pictures."""
 MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
@@ -170,6 +173,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bases: the sets that a view was made of; for a view by index those whose files hold its tokens, and
             these alone are part of the digest, but for their paths.
         shares: of a mixture, what was asked and what the set holds; not part of the digest.
+        vision: what pictures were read with; None in a set without pictures.
     """
 
     format_version: Annotated[int, Meta(ge=1)] = FORMAT_VERSION
@@ -187,6 +191,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blank_lines: Count | None = None
     bases: tuple[BaseInfo, ...] = ()
     shares: tuple[Share, ...] = ()
+    vision: VisionInfo | None = None
 
     @property
     def max_length(self) -> int | None:
@@ -197,6 +202,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def by_index(self) -> bool:
         """Whether the tokens lie in the files of other sets."""
         return any(shard.name.startswith(PACKS) for shard in self.shards)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether shards name the pictures of documents."""
+        return self.vision is not None
 
     @property
     def weighted(self) -> bool:
@@ -219,7 +229,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         plain: dict[str, Any] = msgspec.to_builtins(self, str_keys=True)
         if self.blank_lines is None:
             del plain["blank_lines"]
-        for name in ("bases", "shares"):
+        for name in ("bases", "shares", "vision"):
             if not plain[name]:
                 del plain[name]
         return plain | {"ledger": self.ledger.to_json()}
@@ -228,6 +238,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings that can change a byte of a set."""
     return {key: value for key, value in settings.items() if key not in _PLACES + _MANNER}
+
+
+def format_version(pictures: bool) -> int:
+    """Return the format in which a set is written."""
+    return PICTURES_VERSION if pictures else FORMAT_VERSION
+
+
+def refuse_pictures(folder: Path, manifest: Manifest) -> None:
+    """Refuse a set with pictures where its documents would go on without them.
+
+    Raises:
+        UsageError: naming the set.
+    """
+    if manifest.vision is not None:
+        what = (
+            f"{folder}: a set with pictures, which views, differences, exports and training do not carry yet."
+        )
+        raise UsageError(what, "use a set of text alone.")
 
 
 class _Version(msgspec.Struct):
@@ -295,9 +323,9 @@ def read_manifest(folder: Path) -> Manifest:
     raw = _read_bytes(folder, path)
     try:
         version = msgspec.json.decode(raw, type=_Version).format_version
-        if not 1 <= version <= FORMAT_VERSION:
+        if not 1 <= version <= PICTURES_VERSION:
             raise UsageError(
-                f"{path}: format version {version}; this sftdata reads versions 1 to {FORMAT_VERSION}.",
+                f"{path}: format version {version}; this sftdata reads versions 1 to {PICTURES_VERSION}.",
                 "use a newer sftdata.",
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
@@ -343,6 +371,8 @@ def _digest(manifest: Manifest) -> str:
         {key: value for key, value in source.items() if key != "unit"} for source in content["sources"]
     ]
     content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
+    if manifest.vision is not None:
+        del content["vision"]["images"]
     if manifest.by_index:
         content["bases"] = [[base.digest, base.rest] for base in manifest.bases]
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
@@ -414,6 +444,11 @@ def _check_beside(manifest: Manifest, where: str) -> None:
         name = max(name for name in listed if name.endswith(index.partition("-")[2]))
         raise IntegrityError(
             f"{where}: {name} is listed without {index}.", "prepare the set again with --overwrite."
+        )
+    if manifest.ledger.pictures_stored and not any(name.startswith(f"{IMAGES}-") for name in names):
+        raise IntegrityError(
+            f"{where}: {manifest.ledger.pictures_stored} pictures are stored, and no {IMAGES} file is there.",
+            "prepare the set again with --overwrite.",
         )
     missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
     if missing and not rest:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, overload
 from sftdata.batches import PackedRows
 from sftdata.errors import IntegrityError, need, place
 from sftdata.set.held import Watch
+from sftdata.set.images import StoredPictures
+from sftdata.set.index import slice_number
 from sftdata.set.manifest import Manifest, SourceInfo, read_manifest
 from sftdata.set.rows import PackedRow, SetFiles, Shard
 from sftdata.set.shards import as_batch, refuse_unlawful, shard_schema
@@ -40,6 +42,7 @@ class ShardSet(Sequence[PackedRow]):
         self._files = SetFiles(folder, manifest)
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
         self._mapped: dict[int, Shard] = {}
+        self._stored: dict[int, StoredPictures | None] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -89,6 +92,20 @@ class ShardSet(Sequence[PackedRow]):
             f" max_length {self.manifest.max_length}>"
         )
 
+    def stored_pictures(self, row: int) -> StoredPictures | None:
+        """Return the pictures of the shard that holds a row; None where it has none.
+
+        Raises:
+            IntegrityError: the sidecar is missing, or is not what the manifest says.
+        """
+        shard = self.manifest.shards[bisect_right(self._ends, row)]
+        number = slice_number(shard.name)
+        if self.manifest.vision is None or number is None:
+            return None
+        if number not in self._stored:
+            self._stored[number] = self._files.pictures(number)
+        return self._stored[number]
+
     def batches(self) -> Iterator[PackedRows]:
         """Yield the columns of the set, one record batch after the other."""
         for index in range(len(self.manifest.shards)):
@@ -98,7 +115,8 @@ class ShardSet(Sequence[PackedRow]):
         """Return the set as an Arrow table: memory-mapped, but for a view by index, which is gathered."""
         import pyarrow as pa
 
-        schema = shard_schema(self.manifest.max_length, self.manifest.weighted)
+        manifest = self.manifest
+        schema = shard_schema(manifest.max_length, manifest.weighted, manifest.pictured)
         self.hold()
         batches = [as_batch(rows, 0, len(rows), schema) for rows in self.batches()]
         return pa.Table.from_batches(batches, schema)

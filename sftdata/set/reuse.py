@@ -20,6 +20,7 @@ import numpy as np
 
 from sftdata.batches import Dropped, Int64, Reject
 from sftdata.errors import IntegrityError
+from sftdata.set.images import IMAGES, unchanged
 from sftdata.set.index import INDEX, REST, beside_name, index_schema, rest_schema
 from sftdata.set.ledger import (
     COUNTED_NAME,
@@ -30,6 +31,7 @@ from sftdata.set.ledger import (
     Ledger,
     encode_lines,
     encode_reject,
+    lacks_pictures,
 )
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import (
@@ -64,7 +66,7 @@ class OldSlice:
         files: its shard, rest and index, as the manifest describes them.
         parts: first and last byte of its part of each list, half-open.
         row_length: tokens of every row; None where rows keep their own length.
-        weighted: whether its rows have weights.
+        weighted, pictured: whether its rows have weights, and pictures.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class OldSlice:
     parts: dict[str, tuple[int, int]]
     row_length: int | None
     weighted: bool
+    pictured: bool
 
 
 def key_of(made_with: str, sources: Sequence[SliceSource]) -> Key:
@@ -101,6 +104,7 @@ def old_slices(folder: Path, manifest: Manifest) -> dict[Key, OldSlice]:
             {name: (ends[name][place], ends[name][place + 1]) for name in LISTS},
             manifest.settings.get("max_length") if manifest.settings.get("packing") != "none" else None,
             manifest.weighted,
+            manifest.pictured,
         )
         for place, record in enumerate(records)
         if all(name in described for name in record.files)
@@ -128,13 +132,18 @@ def moves(old: OldSlice, sources: Sequence[SliceSource]) -> bool:
     return _Move(old.record.sources, tuple(sources)).renumbers
 
 
-def take_over(old: OldSlice, number: int, sources: Sequence[SliceSource], folder: Path) -> Taken | None:
+def take_over(
+    old: OldSlice, number: int, sources: Sequence[SliceSource], folder: Path, images: Path | None = None
+) -> Taken | None:
     """Put an old slice into a folder, as it would be made anew; None if it is damaged or cannot be moved.
+
+    Nor is one taken over of which a picture is another by now, or of which a row was rejected for a picture.
 
     Args:
         number: of the slice in the new set.
         sources: its stretches there.
         folder: of the new set, unfinished.
+        images: the folder of pictures.
 
     Raises:
         SftError: the folder cannot be written.
@@ -144,15 +153,23 @@ def take_over(old: OldSlice, number: int, sources: Sequence[SliceSource], folder
         lists = {name: move.lines(name, _read_part(old, name)) for name in LISTS}
         for file in old.files:
             check_file(old.folder, file)
+        if images is not None and _pictures_changed(old, images):
+            return None
     except (IntegrityError, OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     shards, files = list[ShardInfo](), list[SetFile]()
-    for kind in ("shard", REST, INDEX):
+    for kind in ("shard", REST, INDEX, IMAGES):
         for file in old.files:
             if file.name.startswith(f"{kind}-"):
                 moved = _put(old, file, kind, number, move, folder)
                 shards.append(moved) if isinstance(moved, ShardInfo) else files.append(moved)
     return Taken(tuple(shards), tuple(files), move.ledger(Ledger.from_json(old.record.ledger)), lists)
+
+
+def _pictures_changed(old: OldSlice, images: Path) -> bool:
+    """Say whether a picture of the slice is not as it was; one that was rejected may have come since."""
+    sidecars = (old.folder / file.name for file in old.files if file.name.startswith(f"{IMAGES}-"))
+    return lacks_pictures(Ledger.from_json(old.record.ledger)) or not unchanged(sidecars, images)
 
 
 def _read_part(old: OldSlice, name: str) -> bytes:
@@ -174,12 +191,12 @@ def _put(old: OldSlice, file: File, kind: str, number: int, move: _Move, folder:
     """Link a file under its new name where nothing in it moves; else write it with its new ids."""
     name = shard_name(number) if kind == "shard" else beside_name(kind, number)
     path = folder / name
-    if not move.renumbers:
+    if not move.renumbers or kind == IMAGES:
         link_file(old.folder / file.name, path)
         return msgspec.structs.replace(file, name=name)
     schema = {
-        "shard": partial(shard_schema, old.row_length, old.weighted),
-        REST: partial(rest_schema, old.weighted),
+        "shard": partial(shard_schema, old.row_length, old.weighted, old.pictured),
+        REST: partial(rest_schema, old.weighted, old.pictured),
         INDEX: partial(index_schema, old.weighted),
     }[kind]()
     batches = read_file(old.folder / file.name, schema)

@@ -19,9 +19,10 @@ import numpy as np
 from sftdata.batches import Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.set.extents import read_packs, read_rest_extents
 from sftdata.set.held import TokenFiles, open_token_files
+from sftdata.set.images import IMAGES, StoredPictures, read_images
 from sftdata.set.index import REST, RestRows, beside_name, read_rest
 from sftdata.set.manifest import Manifest
-from sftdata.set.shards import ShardInfo, read_shard
+from sftdata.set.shards import PICTURES, ShardInfo, read_shard
 from sftdata.set.store import plain_file
 
 Array = TypeVar("Array", Int32, Int64, Float32)
@@ -51,6 +52,8 @@ class PackedRow:
         seq_lengths: int32[S], lengths of the documents and of padding, in order.
         examples: int64[S], input row behind each document, -1 for padding.
         loss_weights: float32[T], above 0 where trained, 0 elsewhere; None in a set without weights.
+        images: int32[K], pictures of the documents, end to end, as numbers in the sidecar of the shard.
+        image_counts: int32[S], how many each segment has; None, as `images`, in a set without pictures.
     """
 
     input_ids: Int32
@@ -58,6 +61,8 @@ class PackedRow:
     seq_lengths: Int32
     examples: Int64
     loss_weights: Float32 | None
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents in order, without the padding."""
@@ -89,6 +94,9 @@ class MappedShard:
     def __init__(self, batches: list[PackedRows]) -> None:
         self.batches = batches
         self._ends = list(accumulate(map(len, batches)))
+        self._pictures = [
+            offsets_of(batch.image_counts) for batch in batches if batch.image_counts is not None
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -102,7 +110,13 @@ class MappedShard:
         segments = slice(batch.segment_offsets[row], batch.segment_offsets[row + 1])
         weights = None if batch.loss_weights is None else batch.loss_weights[tokens]
         ids, labels = batch.input_ids[tokens], batch.labels[tokens]
-        return PackedRow(ids, labels, batch.seq_lengths[segments], batch.example_ids[segments], weights)
+        lengths, examples = batch.seq_lengths[segments], batch.example_ids[segments]
+        if batch.images is None or batch.image_counts is None:
+            return PackedRow(ids, labels, lengths, examples, weights)
+        first, last = self._pictures[index][batch.segment_offsets[row : row + 2]].tolist()
+        return PackedRow(
+            ids, labels, lengths, examples, weights, batch.images[first:last], batch.image_counts[segments]
+        )
 
 
 class FoundRow(NamedTuple):
@@ -194,15 +208,28 @@ class SetFiles:
         path = plain_file(self._folder, info)
         if self.bases is not None:
             return IndexedShard(path, self._manifest.weighted, self.bases)
-        return MappedShard(read_shard(path, self._manifest.max_length, self._manifest.weighted))
+        of = self._manifest
+        return MappedShard(read_shard(path, of.max_length, of.weighted, of.pictured))
+
+    def pictures(self, number: int) -> StoredPictures | None:
+        """Return the pictures of a slice; None where it has none.
+
+        Raises:
+            IntegrityError: the sidecar is missing, or is not what the manifest says.
+        """
+        file = self._files.get(beside_name(IMAGES, number))
+        return None if file is None else read_images(plain_file(self._folder, file))
 
     def take(self, places: Sequence[tuple[Shard, int]]) -> PackedRows:
         """Return rows, by shard and number there, as columns that are copied once."""
         rows: Sequence[PackedRow | FoundRow]
+        pictures: dict[str, Int32] = {}
         if self.bases is None:
             rows = mapped = [shard.row(row) for shard, row in places]
             ids, labels = _joined([row.input_ids for row in mapped]), _joined([row.labels for row in mapped])
             weights = _weights([row.loss_weights for row in mapped])
+            for name in PICTURES if self._manifest.pictured else ():
+                pictures[name] = _joined([getattr(row, name) for row in mapped])
         else:
             rows = found = [shard.find(row) for shard, row in places if isinstance(shard, IndexedShard)]
             runs = np.concatenate([row.runs for row in found], axis=1)
@@ -212,7 +239,14 @@ class SetFiles:
         examples = _joined([row.examples for row in rows])
         segments = offsets_of([len(row.examples) for row in rows])
         return PackedRows(
-            ids, labels, offsets_of(seq_lengths)[segments], seq_lengths, examples, segments, weights
+            ids,
+            labels,
+            offsets_of(seq_lengths)[segments],
+            seq_lengths,
+            examples,
+            segments,
+            weights,
+            **pictures,
         )
 
     def rest(self, number: int) -> list[RestRows]:
@@ -225,7 +259,12 @@ class SetFiles:
         if file is None:
             return []
         path, bases = plain_file(self._folder, file), self.bases
-        return read_rest(path, weighted) if bases is None else list(_gather_rest(path, bases, weighted))
+        pictured = self._manifest.pictured
+        return (
+            read_rest(path, weighted, pictured)
+            if bases is None
+            else list(_gather_rest(path, bases, weighted))
+        )
 
 
 def _joined(columns: Sequence[Array]) -> Array:

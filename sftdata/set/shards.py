@@ -6,6 +6,8 @@
 | `seq_lengths` | list<int32>, document lengths, padding as segments of its own |
 | `example_ids` | list<int64>, input row behind each document, -1 for padding |
 | `loss_weights` | as `labels`, of float32: only in a set prepared with weights |
+| `images` | list<int32>, pictures of the documents, in order, by number in the sidecar |
+| `image_counts` | list<int32>, how many each document has; these two only in a set with pictures |
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("input_ids", "labels", "seq_lengths", "example_ids")
 WEIGHTS = "loss_weights"
+PICTURES = ("images", "image_counts")
 PACKS = "packs"
 """Begins the names of files that stand for shards where rows lie in other sets, see `extents`."""
 _BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough to cost nothing
@@ -70,7 +73,7 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.arrow"
 
 
-def shard_schema(max_length: int | None, weighted: bool = False) -> pa.Schema:
+def shard_schema(max_length: int | None, weighted: bool = False, pictured: bool = False) -> pa.Schema:
     """Return the schema of a shard; without `max_length` rows keep their own length."""
     import pyarrow as pa
 
@@ -81,6 +84,7 @@ def shard_schema(max_length: int | None, weighted: bool = False) -> pa.Schema:
         columns.append(
             (WEIGHTS, pa.list_(pa.float32()) if max_length is None else pa.list_(pa.float32(), max_length))
         )
+    columns += [(name, pa.list_(pa.int32())) for name in PICTURES if pictured]
     return pa.schema(columns)
 
 
@@ -95,7 +99,7 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
     Raises:
         UsageError: the file cannot be written.
     """
-    schema = shard_schema(max_length, rows.loss_weights is not None)
+    schema = shard_schema(max_length, rows.loss_weights is not None, rows.images is not None)
     batches = (as_batch(rows, first, last, schema) for first, last in batch_edges(rows.row_offsets))
     file = write_file(path, schema, batches)
     is_document = rows.example_ids >= 0
@@ -108,28 +112,33 @@ def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardIn
     )
 
 
-def read_shard(path: Path, max_length: int | None, weighted: bool = False) -> list[PackedRows]:
+def read_shard(
+    path: Path, max_length: int | None, weighted: bool = False, pictured: bool = False
+) -> list[PackedRows]:
     """Map a shard and return its record batches as columns; every column is a view of the mapped file.
 
     Args:
         path: an Arrow IPC file of the schema above.
         max_length: tokens per row that the manifest promises; None where rows keep their own length.
-        weighted: whether the manifest promises weights.
+        weighted, pictured: whether the manifest promises weights, and pictures.
 
     Raises:
         IntegrityError: the file is no such shard.
     """
-    return [_columns(path, batch, max_length) for batch in read_batches(path, max_length, weighted)]
+    batches = read_batches(path, max_length, weighted, pictured)
+    return [_columns(path, batch, max_length) for batch in batches]
 
 
-def read_batches(path: Path, max_length: int | None, weighted: bool = False) -> list[pa.RecordBatch]:
+def read_batches(
+    path: Path, max_length: int | None, weighted: bool = False, pictured: bool = False
+) -> list[pa.RecordBatch]:
     """Map a shard and return its record batches.
 
     Raises:
         IntegrityError: the file is no such shard.
         SftError: the machine cannot map it.
     """
-    return read_file(path, shard_schema(max_length, weighted))
+    return read_file(path, shard_schema(max_length, weighted, pictured))
 
 
 def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
@@ -148,6 +157,10 @@ def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.R
     ]
     if rows.loss_weights is not None:
         columns.append((rows.loss_weights[tokens], row_offsets))
+    if rows.images is not None and rows.image_counts is not None:
+        edges = offsets_of(rows.image_counts)[rows.segment_offsets[first : last + 1]]
+        columns.append((rows.images[edges[0] : edges[-1]], edges))
+        columns.append((rows.image_counts[segments], segment_offsets))
     arrays = []
     for field, (values, offsets) in zip(schema, columns, strict=True):
         if pa.types.is_fixed_size_list(field.type):
@@ -158,20 +171,36 @@ def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.R
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
-    input_ids, labels, seq_lengths, example_ids, *weights = (
-        as_numpy(list_items(column)) for column in batch.columns
-    )
-    ragged = batch.schema.names if max_length is None else COLUMNS[2:]
-    offsets = {name: list_offsets(batch[name]) for name in ragged}
-    for name, twin in (("input_ids", "labels"), ("seq_lengths", "example_ids"), ("input_ids", WEIGHTS)):
+    items = {name: as_numpy(list_items(batch[name])) for name in batch.schema.names}
+    ragged = batch.schema.names if max_length is None else [*COLUMNS[2:], *PICTURES]
+    offsets = {name: list_offsets(batch[name]) for name in ragged if name in items}
+    for name, twin in _TWINS:
         if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
             raise IntegrityError(
                 f"{path}: {name} and {twin} differ in length.", "prepare the set again with --overwrite."
             )
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
-    return PackedRows(
-        input_ids, labels, row_offsets, seq_lengths, example_ids, offsets["seq_lengths"], *weights
-    )
+    if "images" in items:
+        _check_pictures(path, items["image_counts"], offsets)
+    return PackedRows(row_offsets=row_offsets, segment_offsets=offsets["seq_lengths"], **items)
+
+
+_TWINS = (
+    ("input_ids", "labels"),
+    ("seq_lengths", "example_ids"),
+    ("input_ids", WEIGHTS),
+    ("seq_lengths", "image_counts"),
+)
+
+
+def _check_pictures(path: Path, counts: Int32, offsets: dict[str, Int64]) -> None:
+    """Refuse rows whose documents do not share out their pictures."""
+    if (counts < 0).any() or not np.array_equal(
+        offsets_of(counts)[offsets["image_counts"]], offsets["images"]
+    ):
+        raise IntegrityError(
+            f"{path}: image_counts do not sum to the images.", "prepare the set again with --overwrite."
+        )
 
 
 # ------------------------------------------------------------------------------------- laws of the rows

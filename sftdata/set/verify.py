@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from sftdata.batches import Int64, TokenBatch
+from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
+from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import token_files
+from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
 from sftdata.set.held import open_token_files
+from sftdata.set.images import IMAGES, StoredPictures, read_again, read_images
 from sftdata.set.index import (
     INDEX,
+    RestRows,
     Segments,
     beside_name,
-    hash_documents,
-    hash_prompts,
     read_index,
     slice_number,
 )
@@ -36,6 +39,7 @@ _COUNTED_PER_SHARD = {
     "tokens": "tokens",
     "tokens_trained": "tokens_trained",
 }
+_PICTURE = "restore the picture, or prepare the set again; with --embed-images a set holds its pictures."
 _ANEW = "prepare the set again with --overwrite."
 _AGAIN = "restore the file, or prepare the set again with --overwrite."
 
@@ -118,6 +122,8 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
         report.problems += count.compare()
     if report.ok and not quick and manifest.format_version > 1:
         report.problems += lost_tokens(folder, manifest)
+    if report.ok:
+        report.problems += lost_pictures(folder, manifest, quick=quick)
     report.problems += foreign_shards(folder, manifest)
     if manifest.bases:
         report.problems = [
@@ -304,7 +310,8 @@ class _Conserved:
         for reason, length, whole in zip(reasons, *stretches, strict=True):
             self.rest[reason] += length
             self.dropped[reason] += whole
-        left = self._join(index, tokens)
+        pictures = self._pictures(number, rows, rest)
+        left = self._join(index, tokens, pictures)
         if len(left):
             self._left.append((index.at(left), tokens.pick(left)))
 
@@ -319,7 +326,26 @@ class _Conserved:
         if (twice := ids[1:][np.diff(ids) == 0]).size:
             yield f"example {twice[0]} is in the set twice"
 
-    def _join(self, index: Segments, tokens: TokenBatch) -> Int64:
+    def _pictures(
+        self, number: int, rows: Sequence[PackedRows], rest: Sequence[RestRows]
+    ) -> _SegmentPictures | None:
+        """Return the pictures of the segments of a slice; None in a set without pictures."""
+        if self._manifest.vision is None:
+            return None
+        stored = self._files.pictures(number)
+        packed = [(part.image_counts, part.example_ids >= 0, part.images) for part in rows]
+        others = [(part.image_counts, np.ones(len(part), np.bool_), part.images) for part in rest]
+        counts, images = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        for own, real, some in (*packed, *others):
+            assert own is not None
+            assert some is not None
+            counts.append(own[real])
+            images.append(some)
+        return _SegmentPictures(
+            stored, np.concatenate(counts), np.concatenate(images), self._manifest.vision.image_id
+        )
+
+    def _join(self, index: Segments, tokens: TokenBatch, pictures: _SegmentPictures | None = None) -> Int64:
         """Note the documents that are whole and as they were hashed; return the segments of all others."""
         order = np.lexsort((index.offset, index.example_ids))
         index, tokens = index.at(order), tokens.pick(order)
@@ -327,8 +353,9 @@ class _Conserved:
         of = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(index))))
         offsets = np.append(tokens.offsets[begins], tokens.offsets[-1])
         documents = replace(tokens, offsets=offsets, row=np.arange(len(begins)))
-        hashes = hash_documents(documents, self._manifest.weighted)[of]
-        prompts = hash_prompts(documents, self._manifest.tokenizer.bos_id)[of]
+        own = None if pictures is None else pictures.hashes(documents, order, of)
+        hashes = hash_documents(documents, self._manifest.weighted, own)[of]
+        prompts = hash_prompts(documents, self._manifest.tokenizer.bos_id, own)[of]
         right = (
             (index.offset == tokens.offsets[:-1] - offsets[of])
             & (index.whole == (index.length == documents.lengths[of]))
@@ -338,3 +365,76 @@ class _Conserved:
         wrong = np.bincount(of[~right], minlength=len(begins)) > 0
         self._whole.append(index.example_ids[begins][~wrong])
         return np.sort(order[wrong[of]])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SegmentPictures:
+    """The pictures of the segments of a slice, in the order of its index.
+
+    Attributes:
+        stored: of the slice; None where it has none.
+        counts: int32[S], pictures of each segment.
+        images: int32[K], these pictures, by number.
+        image_id: of the token that stands for pieces of pictures.
+    """
+
+    stored: StoredPictures | None
+    counts: Int32
+    images: Int32
+    image_id: int
+
+    def hashes(self, documents: TokenBatch, order: Int64, of: Int64) -> PictureHashes:
+        """Return what tells documents apart by their pictures.
+
+        Args:
+            documents: each made of its segments.
+            order: int64[S], the segments in the order of the documents.
+            of: int64[S], the document of each of these.
+
+        Raises:
+            IntegrityError: a document has other image tokens than its pictures.
+        """
+        counts = np.bincount(of, self.counts[order], len(documents)).astype(np.int64)
+        starts = offsets_of(self.counts)[:-1][order]
+        images = self.images[positions_of(starts, self.counts[order].astype(np.int64))]
+        stored = 0 if self.stored is None else len(self.stored)
+        if len(images) and not 0 <= images.min() <= images.max() < stored:
+            raise IntegrityError(f"a row names picture {images.max()}; its slice has {stored}.", _AGAIN)
+        sha256, tokens = ([], np.empty(0, np.int32)) if self.stored is None else self.stored.facts
+        named = np.bincount(np.repeat(np.arange(len(counts)), counts), tokens[images], len(counts))
+        if (named != count_image_tokens(documents, self.image_id)).any():
+            raise IntegrityError("a document has other image tokens than its pictures stand for.", _AGAIN)
+        return picture_hashes(documents, self.image_id, sha256, tokens, images, counts)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[str]:
+    """Yield what is wrong with the pictures that a set names by path, and with those whose bytes it holds.
+
+    Args:
+        quick: look only whether each is there.
+    """
+    images = folder / manifest.vision.images if manifest.vision is not None else folder
+    sidecars = [file.name for file in manifest.files if file.name.startswith(f"{IMAGES}-")]
+    for name in sidecars:
+        try:
+            stored = read_images(folder / name)
+        except IntegrityError as error:
+            yield str(error)
+            continue
+        for path, sha256, held in zip(stored.path, stored.sha256, stored.data, strict=True):
+            if len(held):
+                found = (
+                    "" if quick or hashlib.sha256(held).digest() == sha256 else "other bytes than its hash"
+                )
+                where = f"{folder / name}: a picture"
+            elif quick:
+                found, where = "" if (images / path).is_file() else "not there", f"{images / path}"
+            else:
+                data, where = read_again(path, images), f"{images / path}"
+                same = data is not None and hashlib.sha256(data).digest() == sha256
+                found = "" if same else "not there" if data is None else "another picture by now"
+            if found:
+                yield f"{where}: {found}. Fix: {_PICTURE}"

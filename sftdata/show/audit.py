@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from sftdata.render.template import ChatTemplate
 from sftdata.set.ledger import read_counted
 from sftdata.set.manifest import Manifest, in_first_pass
 from sftdata.show.documents import DocumentReader, Documents
+from sftdata.show.pictures import prompts_with_pictures
 from sftdata.show.view import ShownSet, open_shown
 from sftdata.vocabulary import generation_stops
 
@@ -282,8 +283,19 @@ def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool 
 
 
 def _checks_of(shards: ShownSet, every: bool = False) -> _Checks:
-    reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
-    return _Checks(shards, *Documents.join(map(reader.read, shards.batches())).by_example(), every)
+    reader, vision = (
+        DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id),
+        shards.manifest.vision,
+    )
+    parts, row = [], 0
+    for batch in shards.batches():
+        parts.append(reader.read(batch))
+        stored = shards.stored_pictures(row)
+        if vision is not None and stored is not None:
+            prompts = prompts_with_pictures(parts[-1].prompt, batch, stored, vision.image_id)
+            parts[-1] = replace(parts[-1], prompt=prompts)
+        row += len(batch)
+    return _Checks(shards, *Documents.join(parts).by_example(), every)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftdata.output import one_line
-from sftdata.set.ledger import SourceCounts
+from sftdata.set.ledger import PICTURES, SourceCounts
 from sftdata.set.manifest import Manifest, first_passes
 from sftdata.set.shares import MEASURES, realised
 from sftdata.set.steps import Balance
@@ -112,7 +112,8 @@ def counters_of(manifest: Manifest) -> dict[str, int]:
     ledger = manifest.ledger
     chosen = ledger.documents_left_out or ledger.documents_repeated
     known = {*ledger.examples, "rows_cut", "rows_without_ending"}
-    return {
+    pictures = {name: count for name in PICTURES if (count := getattr(ledger, name))}
+    return pictures | {
         name: count
         for name, count in sorted(ledger.counters.items())
         if count and (name in known or not chosen)

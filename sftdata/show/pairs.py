@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.set.index import hash_prompts
+from sftdata.set.hashes import hash_prompts
 from sftdata.show.sides import Side, blocks_of
 from sftdata.views.choose import found_in
 from sftdata.views.documents import UInt64

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
-from sftdata.set.index import INDEX, Segments, hash_documents, hash_prompts, read_index
+from sftdata.set.hashes import hash_documents, hash_prompts
+from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.set.store import check_file

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.manifest import read_manifest
 from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
+from sftdata.show.pictures import CONTINUED, ShownPicture, picture_runs, shown_pictures
 from sftdata.show.stats import notebook_summary
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
@@ -52,12 +53,18 @@ class Piece:
         ids: token ids.
         trained: their labels are their ids.
         special: an added token, such as `<|im_end|>`, not text that spells one.
+        picture: that begins here; its text is a box with the size.
     """
 
     text: str
     ids: tuple[int, ...]
     trained: bool
     special: bool
+    picture: ShownPicture | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON data."""
+        return {"text": self.text, "ids": list(self.ids), "trained": self.trained, "special": self.special}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ class DocumentView:
         labels = [
             token_id if piece.trained else IGNORE_INDEX for piece in self.pieces for token_id in piece.ids
         ]
-        pieces = [asdict(piece) | {"role": role} for role, turn in self.turns() for piece in turn]
+        pieces = [piece.to_json() | {"role": role} for role, turn in self.turns() for piece in turn]
         place = {"origin": self.origin, "example_id": self.example_id, "start": self.start}
         return place | {"input_ids": ids, "labels": labels, "pieces": pieces}
 
@@ -136,9 +143,18 @@ def view_page(view: View, *, ids: bool = False) -> str:
 def view_example(
     input_ids: Int32, labels: Int32, vocabulary: Vocabulary,
     origin: str = "", example_id: int = -1, start: int = 0,
+    pictures: Sequence[ShownPicture] = (), image_id: int = -1,
 ) -> DocumentView:  # fmt: skip
     """Lay the text of its tokens over an example; without a number it is one that is in no set."""
-    return DocumentView(origin, example_id, start, tuple(_pieces(input_ids, labels, vocabulary)))
+    pieces: list[Piece] = []
+    for first, stop, number, begins in picture_runs(input_ids, image_id, [one.tokens for one in pictures]):
+        if number < 0:
+            pieces += _pieces(input_ids[first:stop], labels[first:stop], vocabulary)
+        else:
+            box = pictures[number].label if begins else CONTINUED
+            ids = tuple(input_ids[first:stop].tolist())
+            pieces.append(Piece(box, ids, False, True, pictures[number] if begins else None))
+    return DocumentView(origin, example_id, start, tuple(pieces))
 
 
 def _pieces(input_ids: Int32, labels: Int32, vocabulary: Vocabulary) -> Iterator[Piece]:
@@ -245,7 +261,7 @@ def _stretches(pieces: Sequence[Piece]) -> Iterator[tuple[int, str]]:
         yield index, "answer" if pieces[index].trained else "prompt"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ShownRow(PackedRow):
     """A packed row that knows its set.
 
@@ -275,8 +291,8 @@ class ShownSet(ShardSet):
         if isinstance(index, slice):
             return super().__getitem__(index)
         row = super().__getitem__(index)
-        columns = (row.input_ids, row.labels, row.seq_lengths, row.examples, row.loss_weights)
-        return ShownRow(*columns, self, range(len(self))[index])
+        columns = {field.name: getattr(row, field.name) for field in fields(PackedRow)}
+        return ShownRow(**columns, shards=self, number=range(len(self))[index])
 
     def view(self, number: int) -> View:
         """Return row `number` with its text laid over the stored ids and labels.
@@ -291,16 +307,28 @@ class ShownSet(ShardSet):
             )
         row = self[number]
         edges = offsets_of(row.seq_lengths).tolist()
+        image_id = -1 if self.manifest.vision is None else self.manifest.vision.image_id
         documents = [
             view_example(
                 row.input_ids[start:stop], row.labels[start:stop], self.vocabulary,
-                self.place(example_id), example_id, start,
+                self.place(example_id), example_id, start, pictures, image_id,
             )
-            for example_id, (start, stop) in zip(row.examples.tolist(), pairwise(edges), strict=True)
+            for example_id, (start, stop), pictures in zip(
+                row.examples.tolist(), pairwise(edges), self._pictures(row), strict=True
+            )
             if example_id >= 0
         ]  # fmt: skip
         padding = len(row.input_ids) - sum(document.tokens for document in documents)
         return View(f"row {row.number} of {self.folder}", tuple(documents), padding)
+
+    def _pictures(self, row: ShownRow) -> Sequence[Sequence[ShownPicture]]:
+        """Return the pictures of each segment of a row."""
+        stored = self.stored_pictures(row.number)
+        if stored is None or row.image_counts is None or row.images is None or self.manifest.vision is None:
+            return [()] * len(row.seq_lengths)
+        folder, edges = self.folder / self.manifest.vision.images, offsets_of(row.image_counts).tolist()
+        found = shown_pictures(stored, row.images.tolist(), folder)
+        return [found[first:last] for first, last in pairwise(edges)]
 
     def view_example(self, example_id: int) -> View:
         """Return all stretches of one example, from any row.

@@ -32,18 +32,17 @@ from sftdata.set.extents import (
     read_rest_extents,
     token_files,
 )
+from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.held import Block, TokenFiles, open_token_files
 from sftdata.set.index import (
     INDEX,
     REST,
     Segments,
     beside_name,
-    hash_documents,
-    hash_prompts,
     read_index,
     slice_number,
 )
-from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.manifest import Manifest, read_manifest, refuse_pictures
 from sftdata.set.shards import read_shard, shard_name
 from sftdata.set.store import SetFile, check_file, plain_file
 from sftdata.views.documents import Documents, Located, join_segments
@@ -85,6 +84,8 @@ def open_bases(folders: Sequence[str | Path]) -> tuple[Base, ...]:
             raise UsageError(
                 f"{path}: named twice.", "name it once; --mix NAME=SHARE with --passes 2 repeats documents."
             )
+    for path, manifest in zip(paths, manifests, strict=True):
+        refuse_pictures(path, manifest)
     _refuse_different(paths, manifests)
     ids = accumulate((_rows(manifest) for manifest in manifests), initial=0)
     shards = accumulate((_slices(manifest) for manifest in manifests), initial=0)

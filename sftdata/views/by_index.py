@@ -22,7 +22,8 @@ from sftdata.set.extents import (
     write_packs,
     write_rest_extents,
 )
-from sftdata.set.index import INDEX, REST, Segments, beside_name, hash_documents, write_index
+from sftdata.set.hashes import hash_documents
+from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
 from sftdata.set.store import SetFile
 from sftdata.views.documents import Runs, UInt64

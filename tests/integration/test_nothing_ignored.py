@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sftdata.choosing import CHOOSING
-from sftdata.config import PrepareConfig, make_config
+from sftdata.config import OF_PICTURES, PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.limit import take_pieces
 from sftdata.pack import gather, plan_packs
@@ -130,6 +130,9 @@ APART = {"inputs", "tokenizer", "output", "split", "subset", "max_line_bytes", "
          "overwrite"}  # fmt: skip
 # These act on what the rows became, or stand for the others: tests/integration/test_prepare_chosen.py, test_like.py.
 APART |= {*CHOOSING, "like"}
+APART |= {
+    *OF_PICTURES
+}  # refused on all of these kinds, and tried on rows with pictures: tests/integration/test_pictures.py
 
 
 def as_text(row: dict[str, Any]) -> str:

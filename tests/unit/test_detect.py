@@ -83,12 +83,12 @@ EXPECTED = {
         "json",
         "if 'model_answer' is the answer: --map answer=model_answer.",
     ),
-    "vision/lf_mllm_demo.json": ("json", "pictures, sound or film in the column 'images'"),
-    "vision/lf_v1_multimodal_demo.jsonl": ("jsonl", "pictures, sound or film in the content of messages"),
-    "vision/llava_instruct_100.json": ("json", "pictures, sound or film in the column 'image'"),
-    "vision/llava_tables_252.jsonl": ("jsonl", "pictures, sound or film in the column 'image'"),
-    "vision/qwen_vl_single_images.json": ("json", "pictures, sound or film in the column 'image'"),
-    "vision/qwen_vl_video.json": ("json", "pictures, sound or film in the column 'video'"),
+    "vision/lf_mllm_demo.json": ("json", "messages: messages"),
+    "vision/lf_v1_multimodal_demo.jsonl": ("jsonl", "messages: messages"),
+    "vision/llava_instruct_100.json": ("json", "sharegpt: conversations"),
+    "vision/llava_tables_252.jsonl": ("jsonl", "sharegpt: conversations"),
+    "vision/qwen_vl_single_images.json": ("json", "sharegpt: conversations"),
+    "vision/qwen_vl_video.json": ("json", "video-row: the column 'video' holds a film"),
 }
 
 
@@ -293,8 +293,8 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "single messages": ({"role": "user", "content": "Q"}, "one message of a conversation", "messages"),
     "pictures": (
         {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]},
-        "pictures",
-        "--formatter",
+        "images-unplaced: image holds 1 picture; the messages place 0 of them",
+        "write <image> where each of them stands",
     ),
     "rows inside an object": (
         {"version": 1, "data": [{"prompt": "P", "completion": "C"}]},

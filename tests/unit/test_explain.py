@@ -13,6 +13,7 @@ from sftdata.errors import UsageError, explain, read_codes
 from sftdata.formats.calls import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
+from sftdata.set.ledger import PICTURES
 from sftdata.show.audit import COUNTED, KINDS
 
 SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
@@ -53,7 +54,7 @@ def counters() -> set[str]:
     call = r'\b(?:counts\[|tally\.count(?:_rows)?\(|counted\.append\()"(\w+)"'
     written = {name for source in sources for name in re.findall(call, source)} | {NULL_AS_EMPTY}
     written |= {name for source in sources for name in re.findall(r'f"(\w+_unused):', source)}
-    return written | set(COUNTED)
+    return written | set(COUNTED) | set(PICTURES)
 
 
 def section(title: str) -> set[str]:

@@ -472,9 +472,12 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
     ),
     "a picture": (
         "sharegpt",
-        {"image": "a.jpg", "conversations": [{"from": "gpt", "value": "A"}]},
-        "media-row",
-        "image",
+        {
+            "image": "a.jpg",
+            "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}],
+        },
+        "no-processor",
+        "the row has a picture, and no processor says what stands for one",
     ),
     "labels too short": (
         "tokens",

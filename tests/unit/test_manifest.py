@@ -119,7 +119,7 @@ def test_an_unfinished_run_is_named_with_the_way_to_go_on(tmp_path: Path) -> Non
 
 def test_a_newer_format_is_refused_before_anything_else_is_read(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"format_version": 7, "unheard": []}')
-    with pytest.raises(UsageError, match="format version 7; this sftdata reads versions 1 to 2"):
+    with pytest.raises(UsageError, match="format version 7; this sftdata reads versions 1 to 3"):
         read_manifest(tmp_path)
 
 

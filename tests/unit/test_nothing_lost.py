@@ -242,7 +242,7 @@ def test_equal_rows_have_equal_hashes(inputs: list[str], tmp_path: Path) -> None
 
 def test_a_bos_alone_is_no_prompt() -> None:
     from sftdata.batches import TokenBatch
-    from sftdata.set.index import hash_prompts
+    from sftdata.set.hashes import hash_prompts
 
     ids = np.array([1, 5, 6, 1, 5, 6, 5, 6, 1, 1], np.int32)
     trained = np.array([0, 1, 1, 0, 0, 1, 1, 1, 0, 0], np.bool_)

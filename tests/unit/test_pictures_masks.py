@@ -22,6 +22,7 @@ from sftdata.masks.texts import Renderer, render_rows
 from sftdata.masks.tokens import encode_batch
 from sftdata.masks.turns import SpanFinder
 from sftdata.pictures.families import PictureProcessor, read_processor
+from sftdata.pictures.loaded import Picture
 from sftdata.pictures.rows import PicturedConversation, read_picture_row
 from sftdata.render.template import ChatTemplate
 from tests.encoders import resolved
@@ -146,7 +147,9 @@ class Prepared:
 
 
 def row(messages: Messages, sizes: list[tuple[int, int]]) -> Conversation:
-    return PicturedConversation(messages, [None] * len(messages), pictures=tuple(sizes))
+    return PicturedConversation(
+        messages, [None] * len(messages), pictures=tuple(Picture(*size) for size in sizes)
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

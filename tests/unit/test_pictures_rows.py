@@ -62,8 +62,6 @@ SPELLINGS: dict[str, Row] = {
     "LLaMA-Factory": {"messages": [{"role": "user", "content": "<image>Who?"}, SAID], "images": ["a.png"]},
     "a lone path": {"messages": [{"role": "user", "content": "<image>Who?"}, SAID], "images": "a.png"},
     "JSON text": {"messages": json.dumps([{"role": "user", "content": "<image>Who?"}, SAID]), "images": '["a.png"]'},
-    "no marker": {"messages": [{"role": "user", "content": "Who?"}, SAID], "images": ["a.png"]},
-    "no marker in parts": {"messages": [user(text("Who?")), SAID], "images": ["a.png"]},
     "marker in parts": {"messages": [user(text("<image>Who?")), SAID], "images": ["a.png"]},
     "Qwen-VL in the text": {"messages": [{"role": "user", "content": "<img>a.png</img>Who?"}, SAID]},
 }  # fmt: skip
@@ -114,17 +112,6 @@ def test_several_pictures_keep_their_order_over_turns_prompt_and_completion() ->
     assert read.row["completion"] == [SAID]
 
 
-def test_a_column_without_places_goes_before_the_first_question_and_is_counted() -> None:
-    row = {
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}, SAID],
-        "images": ["1", "2"],
-    }
-    read = read_picture_row(row)
-    assert read is not None
-    assert read.row["messages"][1] == user(IMAGE, IMAGE, text("Who?"))  # type: ignore[index]
-    assert read.counted == ("pictures_placed_first",)
-
-
 def test_other_parts_stay_where_they_are() -> None:
     other = {"type": "tool_call", "tool_call": {"name": "f"}}
     read = read_picture_row({"messages": [user(text("a<image>b"), other), SAID], "images": ["1"]})
@@ -172,6 +159,8 @@ BAD: list[tuple[Row, str, str]] = [
     ),
     ({"messages": [user({"type": "image", "image": "1"}), SAID], "images": ["1"]}, "images-unplaced", "place 0"),
     ({"messages": [SAID], "images": ["1"]}, "images-unplaced", "place 0"),
+    ({"messages": [{"role": "user", "content": "Who?"}, SAID], "images": ["1"]}, "images-unplaced", "holds 1 picture; "),
+    ({"messages": [user(text("Who?")), SAID], "images": ["1", "2"]}, "images-unplaced", "place 0"),
     ({"question": "Who?", "answer": "A cat.", "image": "1"}, "images-not-in-messages", "'image'"),
     ({"prompt": "<image>Who?", "completion": "A cat.", "images": ["1"]}, "images-not-in-messages", "'images'"),
     ({"messages": [ASKED, {"role": "assistant", "content": [IMAGE]}], "images": ["1"]}, "image-in-answer", "messages[1]"),

@@ -37,10 +37,13 @@ MASKED = """revision: str | None = None, chat_template: str | None = None,\
  instruction_template: str | Sequence[int] | None = None,\
  mask_mode: Literal['default', 'trl-0.7.10'] = 'default', loss_weights: bool = False,\
  boundary: Literal['split', 'merge'] = 'split', eos_token: str | None = None,\
- trust_control_tokens: bool = False, max_length: int | None = None"""
+ trust_control_tokens: bool = False"""
+PICTURES = """processor: Path | None = None, max_pixels: int | None = None, min_pixels: int | None = None,\
+ images: Path | None = None, embed_images: bool = False, check_pixels: bool = False"""
+CUT = "max_length: int | None = None"
 ENGINE = """engine: Literal['auto', 'gigatoken', 'tokenizers'] = 'auto'"""
 BUILT = f"""like: str | Path | None = None,\
- split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED},\
+ split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED}, {PICTURES}, {CUT},\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] = 'truncate',\
  packing: Literal['bfd', 'wrapped', 'none'] = 'bfd', max_rejects: str | int = '1%',\
  slice_bytes: int = 8388608"""
@@ -73,7 +76,7 @@ prepare(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | 
 preview(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, number: int = 3, formatter: Formatter = None,\
  {BUILT}, {HOW}) -> Preview
 stream(rows: Iterable[Any], *, tokenizer: AnyTokenizer, formatter: Formatter = None, buffer_rows: int = 1024,\
- infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {ENGINE}, **unknown: Never) -> Stream
+ infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {CUT}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
 view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
@@ -158,6 +161,7 @@ WIDER = {
     "max_rejects": "str | int",
     "like": "str | Path | None",
     "eval": "str | float | None",
+    "pathlib.Path | None": "Path | None",
     "exclude": "Sequence[str | Path]",
     "dict[str, float]": "Mapping[str, float | str]",
     "dict[str, str]": "Mapping[str, str]",

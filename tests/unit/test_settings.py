@@ -134,7 +134,7 @@ def test_a_file_keeps_its_values_and_lines(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- values
 
 HUGE = 99999999999999999999
-NUMBERS = ["max_line_bytes", "max_length", "slice_bytes", "seed", "workers"]
+NUMBERS = ["max_line_bytes", "max_pixels", "min_pixels", "max_length", "slice_bytes", "seed", "workers"]
 
 
 def test_every_number_is_tried() -> None:

@@ -217,7 +217,7 @@ def resealed(folder: Path, manifest: Manifest, change: Callable[[PackedRows], No
     path = folder / "shard-00000.arrow"
     (view,) = read_shard(path, manifest.max_length)
     rows = PackedRows(
-        *(getattr(view, name).copy() for name in PackedRows.__slots__ if name != "loss_weights")
+        *(column.copy() for name in PackedRows.__slots__ if (column := getattr(view, name)) is not None)
     )
     change(rows)
     info = write_shard(path, rows, manifest.max_length)

@@ -1,0 +1,666 @@
+"""Sets with pictures, end to end: prepared, verified, resumed, changed, and what is refused by name."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+
+import sftdata
+from sftdata.batches import IGNORE_INDEX
+from sftdata.cli import main
+from sftdata.errors import DataError, UsageError
+from sftdata.pictures.rows import read_picture_row
+from sftdata.set.images import read_images
+from sftdata.set.index import read_index, read_rest
+from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.verify import verify
+from tests.killed import killed_at
+from tests.made_pictures import bomb, make, saved
+from tests.oracles.pictures import Own
+from tests.picture_sets import asked, mixed_rows, write_model, write_pictures, write_rows
+from tests.torture.runs import content
+from tests.unit.test_pictures_ids import loaded
+from tests.unit.test_pictures_masks import TEMPLATES
+from tests.unit.test_pictures_rows import rows_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model, rows with pictures of every kind, and a cache in which the gate remembers."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFTDATA_CACHE", str(folder / "cache"))
+        write_model(folder / "model")
+        write_rows(folder, mixed_rows(folder))
+        yield folder
+
+
+def prepare(place: Path, output: Path, rows: Path | None = None, **settings: Any) -> Manifest:
+    given = {"tokenizer": str(place / "model"), "max_length": 256, "workers": 1} | settings
+    return sftdata.prepare(str(rows or place / "rows.jsonl"), output=output, **given)
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Path:
+    prepare(place, place / "set")
+    return place / "set"
+
+
+def documents_of(folder: Path) -> dict[int, tuple[list[int], list[int], list[int]]]:
+    """Return ids, labels and pictures of each document, from the packed rows alone."""
+    found = {}
+    for row in sftdata.open(folder):
+        assert row.images is not None
+        assert row.image_counts is not None
+        starts, pictures = np.cumsum([0, *row.seq_lengths]), np.cumsum([0, *row.image_counts])
+        for number, example in enumerate(row.examples.tolist()):
+            tokens, own = (
+                slice(starts[number], starts[number + 1]),
+                slice(pictures[number], pictures[number + 1]),
+            )
+            if example >= 0:
+                found[example] = (
+                    row.input_ids[tokens].tolist(),
+                    row.labels[tokens].tolist(),
+                    row.images[own].tolist(),
+                )
+            else:
+                assert row.image_counts[number] == 0
+    return found
+
+
+def test_every_document_has_the_processor_s_ids_and_its_own_pictures(place: Path, made: Path) -> None:
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text("utf-8").splitlines()]
+    own, found, stored = (
+        Own("qwen2.5-vl", place / "model"),
+        documents_of(made),
+        read_images(made / "images-00000.arrow"),
+    )
+    image_id = read_manifest(made).vision.image_id  # type: ignore[union-attr]
+    assert found.keys() == {*range(len(rows))}
+    for number, row in enumerate(rows):
+        files = [(place / name).read_bytes() for name in row.get("images", ())]
+        texts = [
+            {"role": message["role"], "content": [part for piece in pairwise(["", *message["content"].split("<image>")])
+             for part in ([{"type": "image"}] if piece[0] != "" or piece[1] != message["content"].split("<image>")[0] else [])
+             + [{"type": "text", "text": piece[1]}]]}
+            for message in row["messages"]
+        ]  # fmt: skip
+        rendered = own.processor.tokenizer.apply_chat_template(
+            texts, chat_template=TEMPLATES["qwen2.5-vl"], tokenize=False
+        )
+        ids, labels, pictures = found[number]
+        theirs = (
+            own.ids(rendered, [loaded(data) for data in files])
+            if files
+            else own.processor.tokenizer(rendered)["input_ids"]
+        )
+        assert ids == list(theirs), row
+        assert [stored.sha256[picture] for picture in pictures] == [
+            hashlib.sha256(data).digest() for data in files
+        ]
+        for picture, data in zip(pictures, files, strict=True):
+            image = loaded(data)
+            assert (stored.height[picture], stored.width[picture]) == (image.height, image.width)
+            assert stored.path[picture] in row["images"]
+            assert len(stored.data[picture]) == 0
+        said = "".join(
+            message["content"] + "<|im_end|>" for message in row["messages"] if message["role"] == "assistant"
+        )
+        assert own.processor.tokenizer.decode([label for label in labels if label != IGNORE_INDEX]) == said
+        assert all(
+            label == IGNORE_INDEX for token, label in zip(ids, labels, strict=True) if token == image_id
+        )
+
+
+def test_the_set_verifies_counts_its_pictures_and_says_what_made_them(place: Path, made: Path) -> None:
+    assert verify(made).problems == verify(made, quick=True).problems == []
+    manifest = read_manifest(made)
+    ledger, vision = manifest.ledger, manifest.vision
+    named = [
+        name
+        for line in (place / "rows.jsonl").read_text("utf-8").splitlines()
+        for name in json.loads(line).get("images", ())
+    ]
+    files = {name: (place / name).read_bytes() for name in named}
+    assert ledger.pictures_in == ledger.pictures_kept == len(named)
+    assert ledger.pictures_stored == len(files)
+    assert ledger.picture_bytes == sum(map(len, files.values()))
+    assert ledger.picture_pixels == sum(loaded(data).width * loaded(data).height for data in files.values())
+    assert vision is not None
+    assert (manifest.format_version, vision.family, vision.images) == (3, "qwen2.5-vl", "..")
+    assert {file.name for file in manifest.files} >= {
+        "processor/preprocessor_config.json",
+        "images-00000.arrow",
+    }
+    assert str(place) not in (made / "manifest.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_makes_the_same_bytes(place: Path, workers: int, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text("utf-8").splitlines()] * 3
+    write_rows(place, rows, "many.jsonl")
+    for count in (1, workers):
+        prepare(place, place / f"w{count}", place / "many.jsonl", workers=count, slice_bytes=4096)
+    assert content(place / "w1") == content(place / f"w{workers}")
+    assert len(read_manifest(place / "w1").shards) > 3
+    assert verify(place / f"w{workers}").problems == []
+    for count in (1, workers):
+        shutil.rmtree(place / f"w{count}")
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(place: Path, no_sync: None) -> None:
+    rows = write_rows(place, mixed_rows(place)[:24], "few.jsonl")
+
+    def make_it() -> object:
+        return prepare(place, place / "killed", rows, slice_bytes=2048)
+
+    changes = -killed_at(make_it, 0)
+    whole = content(place / "killed")
+    assert changes > 8
+    for number in range(2, changes, 3):
+        shutil.rmtree(place / "killed", ignore_errors=True)
+        shutil.rmtree(place / "killed.partial", ignore_errors=True)
+        killed_at(make_it, number)
+        make_it()
+        assert content(place / "killed") == whole, number
+
+
+# --------------------------------------------------------------------------------------------- where pictures are
+
+
+def test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "a" / "pictures")
+    rows = write_rows(
+        tmp_path / "a", [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names]
+    )
+    prepare(place, tmp_path / "a/set", rows)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert verify(tmp_path / "b/set").problems == []
+    shutil.move(tmp_path / "b/set", tmp_path / "lone")
+    for quick in (False, True):
+        problem = verify(tmp_path / "lone", quick=quick).problems[0]
+        assert "0.jpg: not there" in problem
+        assert "--embed-images" in problem
+    rows = tmp_path / "b/rows.jsonl"
+    prepare(place, tmp_path / "b/whole", rows, embed_images=True)
+    shutil.move(tmp_path / "b/whole", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "b")
+    assert verify(tmp_path / "whole").problems == []
+    stored = read_images(tmp_path / "whole/images-00000.arrow")
+    assert [hashlib.sha256(data).digest() for data in stored.data] == list(stored.sha256)
+
+
+def test_parts_uris_structs_and_parquet_hold_their_pictures(place: Path, tmp_path: Path) -> None:
+    data = saved(make(61, 45), "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    part = {"type": "image_url", "image_url": {"url": uri}}
+    talk = [
+        {"role": "user", "content": [part, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "Red"},
+    ]
+    prepare(place, tmp_path / "uris", write_rows(tmp_path, [{"messages": talk}]))
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.utf8())])
+    messages = pa.array([asked("<image>?", "Red")["messages"]])
+    table = pa.table(
+        {"messages": messages, "images": pa.array([[{"bytes": data, "path": "x.png"}]], pa.list_(image))}
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    prepare(place, tmp_path / "structs", tmp_path / "rows.parquet")
+    for name in ("uris", "structs"):
+        stored = read_images(tmp_path / name / "images-00000.arrow")
+        assert list(stored.sha256) == [hashlib.sha256(data).digest()]
+        assert bytes(stored.data[0]) == data
+        assert stored.path == [""]
+        assert verify(tmp_path / name).problems == []
+    with pytest.raises(UsageError, match="--embed-images acts on pictures that rows name by their paths"):
+        prepare(place, tmp_path / "no", tmp_path / "rows.parquet", embed_images=True)
+
+
+def test_a_picture_that_changed_is_noticed_by_verify_prepare_and_reuse(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures", 24)
+    lines = [asked(f"<image>{'What? ' * 40}", "Red", images=[f"pictures/{name}"]) for name in names]
+    rows = write_rows(tmp_path, lines)
+    first = prepare(place, tmp_path / "set", rows, slice_bytes=1024, max_length=512)
+    notes: list[str] = []
+
+    def again() -> Manifest:
+        notes.clear()
+        return prepare(place, tmp_path / "set", rows, slice_bytes=1024, max_length=512, on_note=notes.append)
+
+    assert again().digest == first.digest
+    assert "up to date" in notes[-1]
+    (tmp_path / "pictures/3.jpg").write_bytes(saved(make(300, 200, seed=9), "JPEG"))
+    assert verify(tmp_path / "set", quick=True).problems == []
+    assert "3.jpg: another picture by now" in verify(tmp_path / "set").problems[0]
+    second = again()
+    assert second.digest != first.digest
+    assert verify(tmp_path / "set").problems == []
+    reused, whole = next(note for note in notes if "reused" in note), len(second.shards)
+    assert f"{whole - 1} of {whole} slices reused" in reused
+    prepare(place, tmp_path / "anew", rows, slice_bytes=1024, max_length=512)
+    assert content(tmp_path / "anew") == content(tmp_path / "set")
+
+
+def test_a_picture_that_came_later_and_a_folder_that_moved_are_noticed(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures", 3)
+    lines = [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names]
+    rows = write_rows(tmp_path, lines)
+    shutil.move(tmp_path / "pictures/1.jpg", tmp_path / "aside.jpg")
+    with pytest.raises(DataError, match="1 image-missing"):
+        prepare(place, tmp_path / "set", rows)
+    lost = prepare(place, tmp_path / "set", rows, max_rejects="1")
+    assert lost.ledger.rows_rejected == {"image-missing": 1}
+    shutil.move(tmp_path / "aside.jpg", tmp_path / "pictures/1.jpg")
+    assert prepare(place, tmp_path / "set", rows).ledger.pictures_kept == 3
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "pictures", tmp_path / "elsewhere/pictures")
+    moved = prepare(place, tmp_path / "set", rows, images=tmp_path / "elsewhere")
+    assert moved.vision is not None
+    assert moved.vision.images == "../elsewhere"
+    assert verify(tmp_path / "set").problems == []
+
+
+def test_flipped_bits_of_sidecars_are_found(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures")
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names])
+    prepare(place, tmp_path / "set", rows, embed_images=True)
+    path, draw = tmp_path / "set/images-00000.arrow", random.Random(3)
+    whole = path.read_bytes()
+    for _ in range(200):
+        at = draw.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        assert verify(tmp_path / "set").problems, at
+    path.write_bytes(whole)
+    assert verify(tmp_path / "set").problems == []
+
+
+def test_two_documents_with_equal_ids_and_other_pictures_are_not_the_same(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for seed in range(2):
+        (tmp_path / f"pictures/{seed}.png").write_bytes(saved(make(60, 60, seed=seed), "PNG"))
+    turns = [("pictures/0.png",), ("pictures/1.png",), ("pictures/0.png",)]
+    lines = [asked("<image>?", "Red", images=list(names)) for names in turns]
+    lines += [
+        asked("<image>?", "Red", "<image>?", "Red", images=["pictures/0.png", f"pictures/{seed}.png"])
+        for seed in range(2)
+    ]
+    prepare(place, tmp_path / "set", write_rows(tmp_path, lines))
+    index = read_index(tmp_path / "set/index-00000.arrow")
+    order = np.argsort(index.example_ids)
+    whole, prompt = index.document_hash[order].tolist(), index.prompt_hash[order].tolist()
+    found = documents_of(tmp_path / "set")
+    assert found[0][0] == found[1][0]
+    assert whole[0] == whole[2] != whole[1]
+    assert prompt[0] == prompt[2] != prompt[1]
+    assert whole[3] != whole[4]
+    assert prompt[3] == prompt[4] == prompt[0], "the second picture comes behind the first answer"
+
+
+# ------------------------------------------------------------------------------------------------- over-long rows
+
+
+def test_no_cut_falls_into_a_picture_or_before_it(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(saved(make(84, 84), "PNG"))  # 9 tokens
+    picture = ["pictures/a.png"]
+    lines = [
+        asked("<image>?", "Red " * 400, images=picture),
+        asked("?", "Red " * 400, "<image>?", "Red", images=picture),
+        asked("?", "Red", "<image>?", "Red", images=picture),
+    ]
+    manifest = prepare(place, tmp_path / "set", write_rows(tmp_path, lines), max_length=96)
+    assert manifest.ledger.rows_dropped == {"overlong-picture": 1}
+    assert (manifest.ledger.pictures_in, manifest.ledger.pictures_kept) == (3, 2)
+    assert manifest.ledger.pictures_in_dropped_rows == 1
+    assert verify(tmp_path / "set").problems == []
+    (rest,) = read_rest(tmp_path / "set/rest-00000.arrow", pictured=True)
+    assert rest.image_counts is not None
+    assert dict(zip(rest.example_ids.tolist(), rest.image_counts.tolist(), strict=True)) == {0: 0, 1: 1}
+    with pytest.raises(DataError, match="overlong-picture"):
+        prepare(place, tmp_path / "none", write_rows(tmp_path, lines[1:2], "one.jsonl"), max_length=96)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"overlong": "split"}, "--overlong split would cut pictures off"),
+        ({"overlong": "truncate-left"}, "--overlong truncate-left would cut pictures off"),
+        ({"packing": "wrapped"}, "--packing wrapped cuts rows anywhere"),
+        ({"dedup": "row"}, "--dedup makes a view of the set, and views do not carry pictures yet"),
+    ],
+)
+def test_what_would_cut_or_lose_pictures_is_refused_before_any_work(
+    settings: dict[str, Any], why: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        prepare(place, tmp_path / "set", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_exports_and_differences_refuse_a_set_with_pictures(made: Path, tmp_path: Path) -> None:
+    for make_it in (
+        lambda: sftdata.view([str(made)], output=tmp_path / "view"),
+        lambda: sftdata.export(made, output=tmp_path / "out", to="tinker"),
+        lambda: sftdata.diff(made, made),
+    ):
+        with pytest.raises(
+            UsageError, match="a set with pictures, which views, differences, exports and training"
+        ):
+            make_it()
+
+
+def test_parts_of_a_set_with_pictures_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(["prepare", "rows.jsonl", "-t", "model", "-o", str(tmp_path / "set"), "--part", "1/2"]) == 2
+    assert "--part 1/2: a set with pictures is made by one command" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- rejects
+
+
+def test_bad_pictures_are_rejected_by_name_and_the_others_stay(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    good = saved(make(60, 60), "JPEG")
+    png = saved(make(60, 60), "PNG")
+    at = png.index(b"IDAT") + 20
+    broken = png[:at] + bytes(16) + png[at + 16 :]
+    files = {
+        "good.jpg": good,
+        "cut.jpg": good[:-40],
+        "bomb.png": bomb(),
+        "text.jpg": b"<html>404</html>",
+        "thin.png": saved(make(1, 250), "PNG"),
+    }
+    for name, data in (files | {"broken.png": broken}).items():
+        (tmp_path / "pictures" / name).write_bytes(data)
+    cases = {
+        "image-missing": asked("<image>?", "A", images=["pictures/none.jpg"]),
+        "image-remote": asked("<image>?", "A", images=["https://example.com/a.jpg"]),
+        "image-cut": asked("<image>?", "A", images=["pictures/cut.jpg"]),
+        "image-too-large": asked("<image>?", "A", images=["pictures/bomb.png"]),
+        "image-unreadable": asked("<image>?", "A", images=["pictures/text.jpg"]),
+        "image-aspect": asked("<image>?", "A", images=["pictures/thin.png"]),
+        "image-outside": asked("<image>?", "A", images=["../../etc/passwd"]),
+        "images-unplaced": asked("?", "A", images=["pictures/good.jpg"]),
+        "images-missing": asked("<image><image>?", "A", images=["pictures/good.jpg"]),
+        "video-row": asked("?", "A", videos=["a.mp4"]),
+        "audio-part": asked("?", "A")
+        | {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]},
+    }
+    lines = [asked("<image>?", "Red", images=["pictures/good.jpg"])] * 20 + list(cases.values())
+    rows = write_rows(tmp_path, lines)
+    manifest = prepare(place, tmp_path / "set", rows, max_rejects="50%")
+    rejects = [json.loads(line) for line in (tmp_path / "set" / REJECTS_NAME).read_text("utf-8").splitlines()]
+    assert [reject["code"] for reject in rejects] == list(cases)
+    assert all(reject["fix"] for reject in rejects)
+    ledger = manifest.ledger
+    assert (ledger.pictures_in, ledger.pictures_kept, ledger.pictures_in_rejected_rows) == (26, 20, 6)
+    more = write_rows(
+        tmp_path, [*lines[:20], asked("<image>?", "A", images=["pictures/broken.png"])], "broken.jsonl"
+    )
+    assert prepare(place, tmp_path / "quick", more).ledger.rows_kept == 21
+    checked = prepare(place, tmp_path / "checked", more, check_pixels=True, max_rejects="1")
+    assert checked.ledger.rows_rejected == {"image-unreadable": 1}
+
+
+def test_ids_and_texts_with_image_tokens_of_their_own_are_rejected(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures", 1)
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{names[0]}"])] * 3)
+    texts = write_rows(tmp_path, [{"text": "a <|image_pad|> b"}, {"text": "a b"}], "texts.jsonl")
+    given = {"tokenizer": str(place / "model"), "max_length": 96, "workers": 1, "max_rejects": "1"}
+    manifest = sftdata.prepare([str(rows), str(texts)], output=tmp_path / "set", **given)
+    assert manifest.ledger.rows_rejected == {"images-lost": 1}
+    typed = [asked("<image>?", "Red", images=[f"pictures/{names[0]}"])] * 3 + [asked("<|image_pad|>?", "Red")]
+    manifest = prepare(
+        place,
+        tmp_path / "typed",
+        write_rows(tmp_path, typed, "typed.jsonl"),
+        trust_control_tokens=True,
+        max_rejects="1",
+    )
+    assert manifest.ledger.rows_rejected == {"images-lost": 1}
+    assert verify(tmp_path / "typed").problems == []
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def test_pixels_are_bounded_and_part_of_what_a_set_is(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures")
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names])
+    whole = prepare(place, tmp_path / "set", rows)
+    with pytest.raises(UsageError, match="made otherwise .vision differ"):
+        prepare(place, tmp_path / "set", rows, max_pixels=28 * 28 * 4)
+    small = prepare(place, tmp_path / "small", rows, max_pixels=28 * 28 * 4, min_pixels=28 * 28)
+    assert small.ledger.tokens_in < whole.ledger.tokens_in
+    assert max(read_images(tmp_path / "small/images-00000.arrow").tokens) <= 4
+    like = sftdata.prepare(str(rows), output=tmp_path / "like", like=tmp_path / "small", workers=1)
+    assert like.digest == small.digest
+
+
+def test_a_response_template_trains_no_picture(place: Path, tmp_path: Path) -> None:
+    """Found in the ids, it flags all that follows, a picture of the next question too."""
+    names = [f"pictures/{name}" for name in write_pictures(tmp_path / "pictures", 2)]
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", "<image>?", "Red", images=names)])
+    engine = Tokenizer.from_file(str(place / "model/tokenizer.json"))
+    start, end = ((engine.token_to_id(token),) for token in ("<|im_start|>", "<|im_end|>"))
+    manifest = prepare(place, tmp_path / "set", rows, response_template=start, instruction_template=end)
+    assert manifest.vision is not None
+    ids, labels, _ = documents_of(tmp_path / "set")[0]
+    pictures = [label for token, label in zip(ids, labels, strict=True) if token == manifest.vision.image_id]
+    assert len(pictures) > 10
+    assert {*pictures} == {IGNORE_INDEX}
+    assert sum(label != IGNORE_INDEX for label in labels) > 10
+
+
+def test_settings_on_pictures_without_any_are_refused(place: Path, tmp_path: Path) -> None:
+    texts = write_rows(tmp_path, [asked("?", "Red")])
+    for name, value in {
+        "max_pixels": 4000,
+        "images": tmp_path,
+        "check_pixels": True,
+        "processor": place / "model",
+    }.items():
+        with pytest.raises(
+            UsageError, match=f"--{name.replace('_', '-')}.* acts on .*pictures.*there are none"
+        ):
+            prepare(place, tmp_path / "set", texts, **{name: value})
+
+
+def test_a_text_set_beside_a_processor_is_what_it_is_without(place: Path, tmp_path: Path) -> None:
+    texts = write_rows(tmp_path, [asked("?", "Red", images=[]), asked("Write <image> in HTML", "Red")])
+    prepare(place, tmp_path / "with", texts)
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").unlink()
+    prepare(tmp_path, tmp_path / "without", texts)
+    one, other = (read_manifest(tmp_path / name) for name in ("with", "without"))
+    assert one.digest == other.digest
+    assert one.format_version == 2
+    assert '"vision":' not in (tmp_path / "with/manifest.json").read_text("utf-8")
+
+
+def test_without_a_processor_pictures_are_refused_and_a_few_rejected(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").unlink()
+    names = write_pictures(tmp_path / "pictures", 1)
+    pictured = asked("<image>?", "Red", images=[f"pictures/{names[0]}"])
+    rows = write_rows(tmp_path, [pictured] * 3)
+    with pytest.raises(
+        UsageError, match="3 of 3 sampled rows hold pictures, and no processor is named"
+    ) as caught:
+        prepare(tmp_path, tmp_path / "set", rows)
+    assert "--processor FOLDER" in caught.value.fix
+    assert prepare(tmp_path, tmp_path / "set", rows, processor=place / "model").ledger.rows_kept == 3
+    few = write_rows(tmp_path, [asked("?", "Red")] * 9 + [pictured], "few.jsonl")
+    assert prepare(tmp_path, tmp_path / "few", few, max_rejects="1").ledger.rows_rejected == {
+        "no-processor": 1
+    }
+
+
+def test_a_formatter_s_pictures_need_a_processor_by_name(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures", 2)
+    rows = write_rows(tmp_path, [{"q": "?", "a": "Red", "file": f"pictures/{name}"} for name in names])
+    formatter = "tests.integration.test_pictures:from_files"
+    with pytest.raises(UsageError, match="--max-pixels acts on pictures; rows of a --formatter"):
+        prepare(place, tmp_path / "set", rows, formatter=formatter, max_pixels=4000)
+    made = prepare(place, tmp_path / "set", rows, formatter=formatter, processor=place / "model")
+    assert made.ledger.pictures_kept == 2
+
+
+def from_files(row: dict[str, str]) -> dict[str, Any]:
+    return asked(f"<image>{row['q']}", row["a"], images=[row["file"]])
+
+
+@pytest.mark.parametrize("name", ["idefics3", "gemma3", "internvl", "pixtral", "llava-next"])
+def test_other_families_whose_templates_take_parts_alone(name: str, place: Path, tmp_path: Path) -> None:
+    """A content that is text becomes one part: templates of these families take nothing else."""
+    write_model(tmp_path / "model", name)
+    names = [f"pictures/{name}" for name in write_pictures(tmp_path / "pictures", 3)]
+    lines = [
+        asked("<image>?", "Red", images=names[:1]),
+        asked("<image><image>?", "Red", images=names[1:]),
+        asked("?", "Red"),
+    ]
+    manifest = prepare(
+        tmp_path, tmp_path / "set", write_rows(tmp_path, lines), max_length=8192, packing="none"
+    )
+    assert manifest.vision is not None
+    assert (manifest.ledger.rows_kept, manifest.ledger.pictures_kept) == (3, 3)
+    assert verify(tmp_path / "set").problems == []
+    own, found = Own(name, tmp_path / "model"), documents_of(tmp_path / "set")
+    for number, row in enumerate(lines):
+        parts = [
+            {**message, "content": [{"type": "image"}] * message["content"].count("<image>")
+             + [{"type": "text", "text": message["content"].replace("<image>", "")}]}
+            for message in row["messages"]
+        ]  # fmt: skip
+        text = own.processor.tokenizer.apply_chat_template(
+            parts, chat_template=TEMPLATES[name], tokenize=False
+        )
+        images = [Image.open(tmp_path / path).convert("RGB") for path in row.get("images", ())]
+        theirs = own.ids(text, images) if images else list(own.processor.tokenizer(text)["input_ids"])
+        assert found[number][0] == theirs, (name, number)
+
+
+# -------------------------------------------------------------------------------------------------------- advice
+
+
+def pictured(folder: Path, *names: str) -> Path:
+    """Write a picture and rows that name it in each of these folders; return the rows, or the folders of several."""
+    for name in names:
+        (folder / name / "pictures").mkdir(parents=True)
+        (folder / name / "pictures/a.png").write_bytes(saved(make(140, 140), "PNG"))
+        write_rows(folder / name, [asked("<image>?", "Red", images=["pictures/a.png"])] * 2, f"{name}.jsonl")
+    return folder / names[0]
+
+
+# What is refused, the flags that do as the advice says, and those that it gives: relative to the folder of the test.
+ADVICE: dict[str, tuple[list[str], str, list[str]]] = {
+    "--processor FOLDER": (["rows/rows.jsonl", "-t", "bare"], "--processor FOLDER", ["--processor", "model"]),
+    "--images DIR": (["rows/rows.jsonl", "more/more.jsonl", "-t", "model"], "--images DIR", ["--images", "rows"]),
+    "--packing bfd": (["rows/rows.jsonl", "-t", "model", "--packing", "wrapped"], "--packing bfd", ["--packing", "bfd"]),
+    "--overlong truncate": (
+        ["rows/rows.jsonl", "-t", "model", "--overlong", "split"], "--overlong truncate", ["--overlong", "truncate"],
+    ),
+    "a formatter's": (
+        ["rows/rows.jsonl", "-t", "model", "--formatter", "tests.test_advice:everything", "--max-pixels", "9000"],
+        "--processor FOLDER", ["--processor", "model"],
+    ),
+    "a smaller --max-pixels": (
+        ["rows/rows.jsonl", "-t", "model", "--max-length", "44"],
+        "a larger --max-length, or a smaller --max-pixels", ["--max-pixels", "784", "--min-pixels", "784"],
+    ),
+    "<image>": (["rows/unplaced.jsonl", "-t", "model"], "write <image> where each of them stands", []),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_on_pictures_is_followed(
+    name: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags, advice, more = ADVICE[name]
+    monkeypatch.chdir(tmp_path)
+    pictured(tmp_path, "rows", "more")
+    shutil.copytree(place / "model", "model")
+    shutil.copytree("model", "bare", ignore=lambda *_: ["preprocessor_config.json"])
+    write_rows(tmp_path / "rows", [asked("?", "Red", images=["pictures/a.png"])], "unplaced.jsonl")
+    assert main(["prepare", *flags, "-o", "set", "--workers", "1"]) in (2, 3)
+    assert advice in capsys.readouterr().err
+    if not more:
+        write_rows(tmp_path / "rows", [asked("<image>?", "Red", images=["pictures/a.png"])], "unplaced.jsonl")
+    for flag in more[::2]:
+        if flag in flags:
+            del flags[flags.index(flag) : flags.index(flag) + 2]
+    assert main(["prepare", *flags, *more, "-o", "set", "--workers", "1"]) == 0, capsys.readouterr().err
+    assert verify("set").problems == []
+    assert read_manifest(Path("set")).ledger.pictures_kept
+
+
+# ----------------------------------------------------------------------------------------------------- public rows
+
+# File: what its refusal names, and how many rows and pictures the set has once the fix is followed.
+PUBLIC: dict[str, tuple[str, int, int]] = {
+    "lf_mllm_demo.json": ("", 6, 8),
+    "lf_v1_multimodal_demo.jsonl": ("--images DIR", 24, 32),
+    "llava_instruct_100.json": ("--images DIR", 100, 100),
+    "llava_tables_252.jsonl": ("--images DIR", 252, 252),
+    "qwen_vl_single_images.json": ("--images DIR", 3, 3),
+    "qwen_vl_video.json": ("leave out rows with films.", 0, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_file_makes_a_set_or_is_refused_with_a_fix_that_works(
+    name: str, place: Path, tmp_path: Path, shared_data: Path
+) -> None:
+    """The pictures of most files are not public; those made here have their names."""
+    source, (fix, rows, pictures) = shared_data / "datasets/vision" / name, PUBLIC[name]
+    template = str(shared_data / "templates/plain/qwen2-vl.jinja")
+    given: dict[str, Any] = {
+        "tokenizer": str(shared_data / "tokenizers/qwen2.5-instruct"), "processor": place / "model", "chat_template": template,
+        "max_length": 4096, "workers": 1,
+    }  # fmt: skip
+    if fix:
+        with pytest.raises((UsageError, DataError)) as caught:
+            sftdata.prepare(str(source), output=tmp_path / "set", **given)
+        assert fix in caught.value.fix, caught.value
+        if name == "qwen_vl_video.json":
+            return
+        given["images"] = tmp_path / "pictures"
+        for row in rows_of(source):
+            read = read_picture_row(row)
+            for number, picture in enumerate(read.pictures if read else ()):
+                path = tmp_path / "pictures" / (picture.path or "")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(saved(make(56 + 28 * (number % 5), 84, seed=number), "PNG"))
+    manifest = sftdata.prepare(str(source), output=tmp_path / "set", **given)
+    assert verify(tmp_path / "set").problems == []
+    assert (manifest.ledger.rows_kept, manifest.ledger.pictures_kept) == (rows, pictures)
+    page = (Path(__file__).parents[2] / "docs/compatibility.md").read_text("utf-8")
+    assert f"| `vision/{name}` | {manifest.settings['formats'][0]} | {rows} | {pictures} |" in page
