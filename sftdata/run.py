@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -187,12 +188,13 @@ def run_tasks(
         folder = Build(job.config.output).lend(job.tokenizer.folder)
         job = replace(job, tokenizer=replace(job.tokenizer, folder=folder))
     coming = crew.map(finish_shard, job, todo, load_shared)
-    # Loaded while the workers start up: one reference tokenizer checks the samples of all tasks.
-    reference = None if plan.job.engine == "tokenizers" else load_encoder(plan.job.tokenizer, "tokenizers")
+    reference = cache(partial(load_encoder, plan.job.tokenizer, "tokenizers"))
+    if plan.job.engine != "tokenizers" and any(isinstance(task, ShardTask) for task in todo):
+        reference()  # while the workers start up: it checks the samples of all tasks
     results, exact, now = {}, True, Progress(0, len(todo), 0, 0)
     for result in chain(done.values(), coming):
-        if reference is not None and result.sample:
-            exact &= digest_ids(reference, result.sample) == result.sample_xxh3
+        if result.sample:
+            exact &= digest_ids(reference(), result.sample) == result.sample_xxh3
         results[result.index] = msgspec.structs.replace(result, sample=(), sample_xxh3="")
         if progress and result.index not in done:
             tokens, rejected = now.tokens + result.ledger.tokens, now.rejected + result.rejects

@@ -74,7 +74,9 @@ def _packed_extents(plan: ViewPlan, runs: Runs, layout: tuple[Int64, Int64, Int6
     document, lengths, _, segment_offsets = layout
     count = np.append(runs.count, 1)[document]
     which = positions_of(np.append(offsets_of(runs.count)[:-1], len(runs.block))[document], count)
-    first = np.isin(which, offsets_of(runs.count)[:-1])  # of its document in the row; these have no label
+    begins = np.zeros(len(runs.block) + 1, np.bool_)
+    begins[offsets_of(runs.count)[:-1]] = True
+    first = begins[which]  # of its document in the row; these have no label
     doubtful = np.append(runs.inside | runs.first_label, False)[which]
     extents = _extents(plan, runs, which, offsets_of(count)[segment_offsets], lengths[document < 0])
     extents.first_label[first & doubtful] = TAKEN
