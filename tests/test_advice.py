@@ -344,6 +344,7 @@ _PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_foll
 _PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
     "as --part 1/8, which is the first of eight.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
+    "leave --workers out.": "tests/integration/test_scale.py::test_ray",
     "name the part, as --part 1/8.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
     "export {}=N, the number of parts, or name the part, as --part 1/8.": (
         f"{_PARTS}::test_auto_reads_what_schedulers_say"

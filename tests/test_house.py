@@ -374,7 +374,7 @@ def test_the_tested_versions_are_the_installed_ones() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     left_out = {
         canonicalize_name(Requirement(line).name)
-        for extra in ("torchao", "fuzz", "docs", "gpu", "http", "s3", "gcs", "azure", "scale")
+        for extra in ("torchao", "fuzz", "docs", "gpu", "http", "s3", "gcs", "azure", "ray", "scale")
         for line in extras[extra]
     }  # not in dev
     installed = {canonicalize_name(found.name): found.version for found in importlib.metadata.distributions()}

@@ -19,6 +19,8 @@ from sftdata.settings import read_settings_file
 from sftdata.views.recipe import ViewConfig
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from sftdata.set.manifest import Manifest
     from sftdata.show.audit import Finding
     from sftdata.workers import Workers
@@ -164,6 +166,10 @@ def prepare(
             " The last part finishes the set.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Prepare on a Ray cluster: auto, HOST:PORT or local."),
+    ] = None,
 ) -> None:
     """Build a set of shards.
 
@@ -172,7 +178,7 @@ def prepare(
     """
     from sftdata.workers import start_workers
 
-    with start_workers(config) as workers:
+    with start_workers(config, _on_ray(config, ray)) as workers:
         with RunLog() as log:
             manifests = _prepare_sets(config, workers, log, part)
         if not manifests:
@@ -185,6 +191,16 @@ def prepare(
             return
         for folder, manifest in made.items():
             log.summary(manifest, folder)
+
+
+def _on_ray(config: PrepareConfig, address: str | None) -> Executor | None:
+    if address is None:
+        return None
+    from sftdata.on_ray import RayExecutor
+
+    if config.workers is not None:
+        raise UsageError(f"--workers {config.workers}: Ray itself says how many.", "leave --workers out.")
+    return RayExecutor(address)
 
 
 def _prepare_sets(

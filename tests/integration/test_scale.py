@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import sftdata
+from sftdata.cli import main
 from sftdata.set.manifest import partial_folder
 from tests.remote_stores import need_packages
 from tests.torture.runs import write_chats
@@ -160,6 +161,58 @@ def test_dask(folder: Path) -> None:
     assert killed
     assert made.digest == alone.digest
     assert sftdata.verify(folder / "hired").ok
+
+
+def test_ray_says_how_many_and_has_to_be_installed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    inputs = [str(folder / "examples/conversations.jsonl"), "-t", str(folder / "examples/tokenizer")]
+    command = ["prepare", *inputs, "-o", str(folder / "set"), "--ray", "auto"]
+    assert main([*command, "--workers", "2"]) == 2
+    assert "--workers 2: Ray itself says how many. Fix: leave --workers out." in capsys.readouterr().err
+    assert main(command) == 2
+    assert "pip install 'sftdata[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ray(folder: Path) -> None:
+    """Two worker nodes, of which one is taken away in the middle; in a process of its own, as Ray starts many."""
+    need_packages("ray")
+    alone = slices(folder, "alone", workers=1)
+    script = folder / "on_ray.py"
+    script.write_text(RAY)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True, text=True, timeout=HANGS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()  # among those of Ray itself
+    assert "a node is gone" in lines
+    assert f"digest {alone.digest}" in lines
+    assert sftdata.verify(folder / "hired").ok
+
+
+RAY = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from sftdata.on_ray import RayExecutor
+from tests.integration.test_scale import slices
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+cluster.wait_for_nodes()
+
+def kill(progress):
+    if nodes:
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        nodes.clear()
+        print("a node is gone")
+
+made = slices(Path(sys.argv[1]), "hired", workers=RayExecutor(cluster.address), on_progress=kill)
+print("digest", made.digest)
+"""
 
 
 def test_kubernetes(folder: Path) -> None:
