@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
@@ -664,3 +666,46 @@ def test_a_public_file_makes_a_set_or_is_refused_with_a_fix_that_works(
     assert (manifest.ledger.rows_kept, manifest.ledger.pictures_kept) == (rows, pictures)
     page = (Path(__file__).parents[2] / "docs/compatibility.md").read_text("utf-8")
     assert f"| `vision/{name}` | {manifest.settings['formats'][0]} | {rows} | {pictures} |" in page
+
+
+# ------------------------------------------------------------------------------------------------------- shown
+
+
+def test_pictures_are_boxes_on_a_terminal_and_small_pictures_on_a_page(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name from the data is escaped on both; a picture that is gone, or another by now, leaves its box alone."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.jpg", "a<b>\x1b[31m.jpg"):
+        Path(name).write_bytes(saved(make(600, 900, seed=len(name)), "JPEG"))
+    lines = [
+        asked("<image>?", "Red", images=["cat.jpg"]),
+        asked("<image>?", "Blue", images=["a<b>\x1b[31m.jpg"]),
+    ]
+    write_rows(tmp_path, lines)
+    base = ["-t", str(place / "model"), "--max-length", "2048", "--max-pixels", "20000"]
+    assert main(["preview", "rows.jsonl", *base]) == 0
+    assert "[image 900x600 cat.jpg]" in capsys.readouterr().out
+    assert main(["prepare", "rows.jsonl", *base, "-o", "set", "--workers", "1"]) == 0
+    for arguments in (
+        ["inspect", "set"],
+        ["inspect", "set", "--html", "page.html"],
+        ["audit", "set"],
+        ["stats", "set"],
+    ):
+        assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "[image 900x600 cat.jpg]" in said
+    assert "\x1b" not in said
+    page = Path("page.html").read_text("utf-8")
+    assert "a<b>" not in page
+    uris = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(uris) == 2
+    for uri in uris:
+        assert max(Image.open(io.BytesIO(base64.b64decode(uri))).size) <= 160
+        assert len(uri) < 40_000
+    Path("cat.jpg").write_bytes(saved(make(8, 8), "JPEG"))
+    assert main(["inspect", "set", "--html", "page.html"]) == 0
+    page = Path("page.html").read_text("utf-8")
+    assert page.count("data:image/jpeg") == 1
+    assert page.count("[image 900x600") == 2
