@@ -74,6 +74,8 @@ class Progress(TrainerCallback):
             self._figures = f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):,.0f} tokens/s"
             if state.global_step in (1, state.max_steps):
                 self._meter.show(state.global_step, state.max_steps, self._figures, line=True)
+            if state.global_step == 1 and self._meter.drawn:
+                self._meter.write(self._told(state))
         elif any(key.startswith("eval_") for key in logs):
             losses = [f"{_evaluation(key)}: loss {logs[key]:.4f}" for key in logs if key.endswith("_loss")]
             self._meter.write(", ".join(losses))
@@ -81,8 +83,8 @@ class Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Advance the bar, or print a line when one is due."""
-        if state.is_world_process_zero:
+        """Advance the bar, or print a line when one is due; after step 1, what is found of it comes first."""
+        if state.is_world_process_zero and state.global_step > 1:
             self._meter.show(state.global_step, state.max_steps, self._figures)
 
     def on_train_end(
@@ -91,9 +93,10 @@ class Progress(TrainerCallback):
         """Take the bar away, and leave the figures of the last step where it was."""
         if self._meter.drawn:
             self._meter.close()
-            self._meter.write(
-                ", ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", self._figures]))
-            )
+            self._meter.write(self._told(state))
+
+    def _told(self, state: TrainerState) -> str:
+        return ", ".join(filter(None, [f"step {state.global_step}/{state.max_steps}", self._figures]))
 
 
 def _evaluation(key: str) -> str:

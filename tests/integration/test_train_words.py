@@ -119,3 +119,33 @@ def test_the_least_time_counts_what_each_weight_takes_for_each_token(monkeypatch
 def test_of_experts_no_time_is_guessed() -> None:
     model: Any = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2)})
     assert "the router's choice" in describe_time(model, 10, torch.device("cpu"), torch.float32)
+
+
+def test_on_a_terminal_no_bar_is_drawn_before_the_first_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of the first step would else stand behind the bar, on its line."""
+    import io
+    import sys
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from sfttrain.progress import Progress
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    args, state, control, told = (
+        TrainingArguments("out", use_cpu=True),
+        TrainerState(max_steps=3),
+        TrainerControl(),
+        Progress(),
+    )
+    told.on_train_begin(args, state, control)
+    state.global_step = 1
+    told.on_step_end(args, state, control)
+    assert not terminal.getvalue()
+    told.on_log(args, state, control, {"loss": 2.0, "tokens_per_second": 10.0})
+    written = terminal.getvalue()
+    told.on_train_end(args, state, control)  # takes the bar away
+    assert re.search(r"\x1b\[2Kstep 1/3, loss 2\.0000, 10 tokens/s\n", written)
