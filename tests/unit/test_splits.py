@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from sftdata.errors import UsageError
@@ -69,7 +69,11 @@ def test_splits_are_those_that_datasets_finds(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     wanted = {}
-    for split, patterns in get_data_patterns(str(folder)).items():
+    try:
+        patterns_of = get_data_patterns(str(folder))
+    except ValueError:  # a numbered name in data/ before the number is no split: `datasets` stops
+        reject()
+    for split, patterns in patterns_of.items():
         found = {path for pattern in patterns for path in _matches(resolve_pattern, pattern, folder)}
         wanted[str(split)] = {str(Path(path).relative_to(folder)) for path in found}
     found_here = {split: {names[index] for index in indices} for split, indices in splits_of(names).items()}
