@@ -31,10 +31,11 @@ ROWS = {
     "Liger": "`--liger` or `kernels=liger`, on a GPU: Liger's norms, rotary factors and activations, with our loss; proven on"
     " a tiny model of the same architecture first, and put on this model only.",
     "compiled layers": "`compile=layers` or `loss`; `auto` on a GPU in runs of 50 steps and more: the repeated layer and the"
-    " loss, each compiled once for any documents, kept where loss and gradient of the first batch stay the same.",
+    " loss, each compiled once for any documents, in at most three minutes, kept where loss and gradient of the first batch"
+    " stay the same.",
     "Unsloth": "A FastLanguageModel object is trained on shards like any other model object, on a GPU.",
-    "memory": "`activation_checkpointing` (by default where a step without does not fit the GPU), offloading,"
-    " `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
+    "memory": "`activation_checkpointing` (by default where a step without does not fit the GPU; those of compiled layers keep"
+    " what attention gave where that fits), offloading, `optim=adamw_bnb_8bit`, DDP, FSDP2, ZeRO-3 by accelerate.",
     "evaluation": "Sets by name, packed or not, `compute_metrics`, `preprocess_logits_for_metrics`, loss per source.",
     "losses": "`objective=nll` or `dft`, `label_smoothing_factor`; `--loss-weights` of `prepare` keeps weights of messages: the"
     " weighted sum over the sum of the weights. On supervised positions, a chunk of logits at a time.",

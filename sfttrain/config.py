@@ -120,7 +120,7 @@ class TrainConfig(BaseModel):
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto",
         description="Norms, rotary factors, activations; auto: Liger's on a GPU, where proven,"
-        " unless layers are compiled.",
+        " in runs of 50 steps and more whose layers are not compiled.",
     )
     compile: Literal["auto", "layers", "loss", "none"] = Field(
         "auto", description="auto: the repeated layer and the loss on a GPU, in runs of 50 steps and more."
