@@ -164,10 +164,8 @@ def compile_layers(
         module: Any = layer
         if next(model.parameters()).device.type == "cuda" if in_place is None else in_place:
             gate_in_place(layer)
-        if keep:
-            keep_attention(layer)
         kind = module.__class__
-        module.__class__ = _compiled_kind(getattr(kind, "plain_kind", kind), backend)
+        module.__class__ = _compiled_kind(getattr(kind, "plain_kind", kind), backend, keep)
     return len(layers)
 
 
@@ -185,19 +183,23 @@ def restore_layers(model: nn.Module) -> None:
         module.__class__ = getattr(type(module), "plain_kind", type(module))
 
 
-def keep_attention(layer: nn.Module) -> None:
-    """Let the activation checkpoint of a layer keep what attention gave, until `restore_layers`."""
+@cache
+def _but_attention() -> Callable[[], Any]:
+    """Return the contexts of a checkpoint that keeps what attention gave."""
     names = (name.split("::") for name in ATTENTION)
     packets = [getattr(getattr(torch.ops, space), name, None) for space, name in names]
     operators = [packet.default for packet in packets if packet is not None]
-    _recompute(layer, partial(create_selective_checkpoint_contexts, operators))
+    return partial(create_selective_checkpoint_contexts, operators)
 
 
 def _recompute(layer: nn.Module, contexts: Callable[[], Any] | None) -> None:
-    """Set the contexts of a layer's checkpoint, None for those that recompute everything."""
+    """Set the contexts of a layer's checkpoint, None for those that recompute everything.
+
+    Every step: transformers turns checkpoints on anew when training begins.
+    """
     module: Any = layer
     own = getattr(layer, "_gradient_checkpointing_func", None)
-    if isinstance(own, partial) and getattr(layer, "gradient_checkpointing", False):
+    if isinstance(own, partial) and own.keywords.get("context_fn") is not contexts:
         options = {name: value for name, value in own.keywords.items() if name != "context_fn"}
         more = {} if contexts is None else {"context_fn": contexts}
         module._gradient_checkpointing_func = partial(own.func, *own.args, **options, **more)
@@ -225,7 +227,7 @@ def free_to_keep(model: nn.Module, tokens: int, accumulated: bool) -> bool:
 
 
 @cache
-def _compiled_kind(kind: Any, backend: str) -> type[nn.Module]:
+def _compiled_kind(kind: Any, backend: str, keep: bool) -> type[nn.Module]:
     """Return a subclass whose training calls are compiled, `__call__` and checkpoint included."""
 
     def plain(layer: nn.Module, hidden: Tensor, *more: Any, **inputs: Any) -> Any:
@@ -236,6 +238,7 @@ def _compiled_kind(kind: Any, backend: str) -> type[nn.Module]:
     def call(self: nn.Module, *given: Any, **inputs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return kind.__call__(self, *given, **inputs)
+        _recompute(self, _but_attention() if keep else None)
         for name in _DOCUMENT_LENGTHS:
             if isinstance(inputs.get(name), Tensor):
                 torch._dynamo.maybe_mark_dynamic(inputs[name], 0)

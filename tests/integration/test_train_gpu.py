@@ -175,9 +175,8 @@ def test_in_bfloat16_a_packed_document_has_the_loss_it_has_alone(attention: str,
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_compiled_checkpoint_computes_attention_once_where_it_keeps_it(keep: bool) -> None:
     register_attention()
-    config = AutoConfig.for_model(
-        "qwen2", num_hidden_layers=3, vocab_size=999, hidden_size=256, num_attention_heads=4
-    )
+    given = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("qwen2", num_hidden_layers=3, vocab_size=999, **given)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="varlen").cuda().train()
     model.config.use_cache = False
     fuse_loss(model)
