@@ -25,7 +25,7 @@ from sftdata.formats.unsupported import (
     is_unanswered_preference,
 )
 from sftdata.pictures.rows import COLUMNS as PICTURES
-from sftdata.pictures.rows import Evidence, gather_evidence, without_pictures
+from sftdata.pictures.rows import Evidence, gather_evidence, may_hold_media, without_pictures
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.jsonrows import JsonObject
 from sftdata.sources.source import read_chunk
@@ -80,10 +80,17 @@ class _Verdicts:
     readings: dict[tuple[Reading, ...], list[JsonObject]] = field(default_factory=dict)
     unsupported: dict[str, list[JsonObject]] = field(default_factory=dict)
     unknown: list[JsonObject] = field(default_factory=list)
+    media: bool = False
 
-    def add(self, row: JsonObject, readings: tuple[Reading, ...], *, named: bool) -> None:
-        """Judge one row by its readings, or by what it lacks; `named`: the user says which format it has."""
-        if BAD_MEDIA.fits(row):
+    def add(self, row: JsonObject, readings: tuple[Reading, ...], *, named: bool, media: bool) -> None:
+        """Judge one row by its readings, or by what it lacks.
+
+        Args:
+            named: the user says which format it has.
+            media: it may hold pictures, films or sound.
+        """
+        self.media |= media
+        if media and BAD_MEDIA.fits(row):
             self.unsupported.setdefault(BAD_MEDIA.name, []).append(row)
         elif (
             not named
@@ -150,8 +157,9 @@ def detect(
     # By the columns of a row and which of them are null; most rows have the same.
     possible: dict[tuple[tuple[str, bool], ...], list[tuple[Format, dict[str, str]]]] = {}
     for row in rows:
-        renamed = rename(row, columns)
-        original, renamed = renamed, without_pictures(renamed)
+        original = rename(row, columns)
+        media = may_hold_media(original)
+        renamed = without_pictures(original) if media else original
         shape = tuple((name, value is None) for name, value in renamed.items())
         if shape not in possible:
             possible[shape] = [
@@ -162,7 +170,7 @@ def detect(
             for entry, names in possible[shape]
             if entry.fits(Fields(renamed, names))
         ]
-        verdicts.add(original, tuple(found), named=format is not None)
+        verdicts.add(original, tuple(found), named=format is not None, media=media)
     counts = verdicts.counts()
     # One answer that is not wanted says what the column means, however few of them are in the sample.
     winner = UNWANTED.name if UNWANTED.name in counts else next(iter(counts))
@@ -210,7 +218,7 @@ def _settle(
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)
     evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
     evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
-    pictures = gather_evidence(kept)
+    pictures = gather_evidence(kept if verdicts.media else ())
     evidence += pictures.lines
     sources = tuple(
         {

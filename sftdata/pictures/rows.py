@@ -84,7 +84,7 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
         RowError: pictures without a place, places without a picture, a value that is no reference, a picture
             in an answer, or a film or sound.
     """
-    if not _may_hold_media(row):
+    if not may_hold_media(row):
         return None
     _refuse_other_media(row)
     name = next((name for name in COLUMNS if row.get(name) not in (None, [], "")), None)
@@ -107,7 +107,7 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
     return PictureRow(rest | messages, tuple(reader.pictures), way)
 
 
-def _may_hold_media(row: JsonObject) -> bool:
+def may_hold_media(row: JsonObject) -> bool:
     """Tell most rows of text by a glance: every sampled row of text passes here."""
     if not _MEDIA_COLUMNS.isdisjoint(row):
         return True
@@ -117,7 +117,9 @@ def _may_hold_media(row: JsonObject) -> bool:
             return True
         for message in talk if isinstance(talk, list) else ():
             content = _content(message) if isinstance(message, dict) else None
-            if isinstance(content, list) or (isinstance(content, str) and _BEGINS.search(content)):
+            if isinstance(content, list):
+                return True
+            if isinstance(content, str) and "<" in content and _BEGINS.search(content):
                 return True
     return False
 
