@@ -10,14 +10,15 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from sftdata.batches import Int64, Tally, TokenBatch, Tokens
+from sftdata.batches import Int64, Reject, RowBatch, Tally, TokenBatch, Tokens
 from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import DataError
@@ -33,7 +34,7 @@ from sftdata.plan import Job, ReusedTask, ShardTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
 from sftdata.set.build import Build, ShardResult
-from sftdata.set.images import SlicePictures
+from sftdata.set.images import IMAGES, SlicePictures, unchanged
 from sftdata.set.index import Placed, write_slice
 from sftdata.set.ledger import (
     COUNTED_NAME,
@@ -46,6 +47,7 @@ from sftdata.set.ledger import (
     encode_reject,
 )
 from sftdata.set.reuse import take_over
+from sftdata.set.store import SetFile
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
 
@@ -101,8 +103,8 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
     if isinstance(work, ShardTask):
         return prepare_shard(job, work)
     build = Build(job.config.output)
-    folder = None if job.vision is None else job.vision.pictures.folder
-    taken = take_over(work.old, work.task.index, work.sources, build.folder, folder)
+    changed = partial(pictures_changed, job)
+    taken = take_over(work.old, work.task.index, work.sources, build.folder, changed)
     if taken is None:
         return prepare_shard(job, work.task)
     result = ShardResult(
@@ -114,6 +116,32 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
         reused=True,
     )
     return build.keep(result, taken.lists)
+
+
+def pictures_changed(job: Job, folder: Path, files: Sequence[SetFile], rejects: Iterable[Reject]) -> bool:
+    """Say whether the pictures of files of a set are others by now: each that is named by path is read.
+
+    Args:
+        rejects: rows that were rejected; a picture of one may be there, or whole, by now.
+    """
+    if job.vision is None:
+        return False
+    sidecars = (folder / file.name for file in files if file.name.startswith(f"{IMAGES}-"))
+    if not unchanged(sidecars, job.vision.pictures.folder):
+        return True
+    formats = dict(zip(job.sources, job.formats, strict=True))
+    return not all(_rejected_again(job, formats[row.file], row) for row in rejects)
+
+
+def _rejected_again(job: Job, format_name: str, reject: Reject) -> bool:
+    """Say whether a row that was rejected, if for a picture, would be again, for the same reason."""
+    if not reject.code.startswith("image-"):
+        return True
+    none = np.zeros(1, np.int64)
+    tally = Tally(RowBatch([reject.row], none, none, none))
+    converted = convert_rows(tally.batch, format_name, job.options, tally)
+    render_rows(converted.rows, converted.row, load_stages(job).renderer, tally)
+    return [(again.code, again.reason) for again in tally.rejects] == [(reject.code, reject.reason)]
 
 
 def place_documents(

@@ -31,18 +31,19 @@ from sftdata.pipeline import (
     load_engine,
     load_shared,
     load_stages,
+    pictures_changed,
     prepare_chunk,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice, sweep_choice
-from sftdata.set.ledger import Ledger
+from sftdata.set.ledger import REJECTS_NAME, Ledger, read_rejects
 from sftdata.set.losses import refuse_losses
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_version
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import close_sources, read_chunk
 from sftdata.version import __version__
-from sftdata.vision import Vision, pictures_changed
+from sftdata.vision import Vision
 from sftdata.workers import Workers, usable_cores
 
 TOKEN_BYTES = 8  # an id and a label
@@ -115,7 +116,7 @@ def build_set(
     if (
         old is not None
         and not changed
-        and pictures_changed(plan.job.vision, config.output, old.files, old.ledger)
+        and pictures_changed(plan.job, config.output, old.files, read_rejects(config.output / REJECTS_NAME))
     ):
         changed = ["pictures"]
     if old is not None and not changed:
@@ -136,7 +137,9 @@ def build_set(
         done = {
             index: result
             for index, result in build.start(plan.begun(), overwrite=config.overwrite, moving=moving).items()
-            if not pictures_changed(plan.job.vision, build.folder, result.files, result.ledger)
+            if not pictures_changed(
+                plan.job, build.folder, result.files, read_rejects(build.part(index, REJECTS_NAME))
+            )
         }
         if done:
             note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")

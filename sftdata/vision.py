@@ -24,8 +24,7 @@ from sftdata.pictures.gate import require_parity
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.stretch import refuse_stray
 from sftdata.render.template import ChatTemplate, TemplateRefusal
-from sftdata.set.images import IMAGES, VisionInfo, unchanged
-from sftdata.set.ledger import Ledger, lacks_pictures
+from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.store import SetFile
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import SourcePlan
@@ -112,17 +111,6 @@ class Vision:
             "parts_only": self.parts_only,
             **config.model_dump(include={"max_pixels", "min_pixels", "embed_images", "check_pixels"}),
         }
-
-
-def pictures_changed(vision: Vision | None, folder: Path, files: Sequence[SetFile], ledger: Ledger) -> bool:
-    """Say whether the pictures of files of a set are others by now: each that is named by path is read.
-
-    Where a row was rejected for its picture, it may be there, or whole, by now.
-    """
-    if vision is None:
-        return False
-    sidecars = (folder / file.name for file in files if file.name.startswith(f"{IMAGES}-"))
-    return lacks_pictures(ledger) or not unchanged(sidecars, vision.pictures.folder)
 
 
 def find_processor(config: PrepareConfig) -> Path | None:

@@ -308,11 +308,6 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return msgspec.convert(data, cls, str_keys=True)
 
 
-def lacks_pictures(ledger: Ledger) -> bool:
-    """Say whether a row was rejected for a picture that may be there, or whole, another time."""
-    return any(code.startswith("image-") for code in ledger.rows_rejected)
-
-
 def length_bins(lengths: Int64) -> Int64:
     """Return the lower bound of each length's bin: exact up to 15 tokens, then eight bins for each doubling.
 
@@ -406,10 +401,14 @@ def encode_reject(reject: Reject) -> bytes:
 
 def first_reject(folder: Path, code: str) -> Reject:
     """Return the first row of a folder's rejects that was rejected for this reason."""
-    with open(folder / REJECTS_NAME, "rb") as lines:
-        return next(
-            reject for line in lines if (reject := msgspec.json.decode(line, type=Reject)).code == code
-        )
+    return next(reject for reject in read_rejects(folder / REJECTS_NAME) if reject.code == code)
+
+
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """Yield the rejects of a file."""
+    with open(path, "rb") as lines:
+        for line in lines:
+            yield msgspec.json.decode(line, type=Reject)
 
 
 def encode_lines(items: Iterable[msgspec.Struct]) -> bytes:

@@ -8,7 +8,7 @@ manifest says, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -20,7 +20,7 @@ import numpy as np
 
 from sftdata.batches import Dropped, Int64, Reject
 from sftdata.errors import IntegrityError
-from sftdata.set.images import IMAGES, unchanged
+from sftdata.set.images import IMAGES
 from sftdata.set.index import INDEX, REST, beside_name, index_schema, rest_schema
 from sftdata.set.ledger import (
     COUNTED_NAME,
@@ -31,7 +31,6 @@ from sftdata.set.ledger import (
     Ledger,
     encode_lines,
     encode_reject,
-    lacks_pictures,
 )
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import (
@@ -133,17 +132,19 @@ def moves(old: OldSlice, sources: Sequence[SliceSource]) -> bool:
 
 
 def take_over(
-    old: OldSlice, number: int, sources: Sequence[SliceSource], folder: Path, images: Path | None = None
+    old: OldSlice,
+    number: int,
+    sources: Sequence[SliceSource],
+    folder: Path,
+    changed: Callable[[Path, Sequence[SetFile], Iterable[Reject]], bool],
 ) -> Taken | None:
     """Put an old slice into a folder, as it would be made anew; None if it is damaged or cannot be moved.
-
-    Nor is one taken over of which a picture is another by now, or of which a row was rejected for a picture.
 
     Args:
         number: of the slice in the new set.
         sources: its stretches there.
         folder: of the new set, unfinished.
-        images: the folder of pictures.
+        changed: whether pictures are others by now, by a folder, its files and its rejects.
 
     Raises:
         SftError: the folder cannot be written.
@@ -153,7 +154,8 @@ def take_over(
         lists = {name: move.lines(name, _read_part(old, name)) for name in LISTS}
         for file in old.files:
             check_file(old.folder, file)
-        if images is not None and _pictures_changed(old, images):
+        rejects = (msgspec.json.decode(line, type=Reject) for line in lists[REJECTS_NAME].splitlines())
+        if changed(old.folder, old.files, rejects):
             return None
     except (IntegrityError, OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
@@ -164,12 +166,6 @@ def take_over(
                 moved = _put(old, file, kind, number, move, folder)
                 shards.append(moved) if isinstance(moved, ShardInfo) else files.append(moved)
     return Taken(tuple(shards), tuple(files), move.ledger(Ledger.from_json(old.record.ledger)), lists)
-
-
-def _pictures_changed(old: OldSlice, images: Path) -> bool:
-    """Say whether a picture of the slice is not as it was; one that was rejected may have come since."""
-    sidecars = (old.folder / file.name for file in old.files if file.name.startswith(f"{IMAGES}-"))
-    return lacks_pictures(Ledger.from_json(old.record.ledger)) or not unchanged(sidecars, images)
 
 
 def _read_part(old: OldSlice, name: str) -> bytes:

@@ -278,6 +278,42 @@ def test_a_picture_that_came_later_and_a_folder_that_moved_are_noticed(place: Pa
     assert verify(tmp_path / "set").problems == []
 
 
+def test_a_picture_that_stays_bad_keeps_nothing_from_being_up_to_date(place: Path, tmp_path: Path) -> None:
+    names = [f"pictures/{name}" for name in write_pictures(tmp_path / "pictures", 24)]
+    good = (tmp_path / names[3]).read_bytes()
+    (tmp_path / names[2]).unlink()
+    (tmp_path / names[3]).write_bytes(good[:-40])
+    (tmp_path / names[4]).write_bytes(saved(make(1, 250), "PNG"))
+    names[5] = "https://example.com/a.jpg"
+    lines = [asked(f"<image>{'What? ' * 40}", "Red", images=[name]) for name in names]
+    notes: list[str] = []
+
+    how: dict[str, Any] = {"slice_bytes": 1024, "max_rejects": "4", "max_length": 512}
+
+    def again(number: int = 23) -> Manifest:
+        notes.clear()
+        rows = write_rows(tmp_path, lines[:number])
+        return prepare(place, tmp_path / "set", rows, on_note=notes.append, **how)
+
+    missing, cut, aspect, remote = ("image-missing", "image-cut", "image-aspect", "image-remote")
+    first = again()
+    assert first.ledger.rows_rejected == dict.fromkeys((missing, cut, aspect, remote), 1)
+    assert again().digest == first.digest
+    assert "up to date" in notes[-1]
+    again(24)
+    assert "7 of 9 slices reused, 2 made anew" in notes[-1]  # those at the end
+    (tmp_path / names[2]).write_bytes(good[:-40])
+    assert again(24).ledger.rows_rejected == {cut: 2, aspect: 1, remote: 1}
+    assert "8 of 9 slices reused, 1 made anew" in notes[-1]
+    (tmp_path / names[4]).write_bytes(good)
+    assert again(24).ledger.rows_rejected == {cut: 2, remote: 1}
+    assert "8 of 9 slices reused, 1 made anew" in notes[-1]
+    again(24)
+    assert "up to date" in notes[-1]
+    prepare(place, tmp_path / "anew", tmp_path / "rows.jsonl", **how)
+    assert content(tmp_path / "anew") == content(tmp_path / "set")
+
+
 def test_flipped_bits_of_sidecars_are_found(place: Path, tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "pictures")
     rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names])
