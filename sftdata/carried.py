@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Settings = dict[str, Any]
 
 
@@ -52,6 +54,26 @@ class Carried:
 
 Rule = Callable[[Carried, str, Any], None]
 Convert = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool: how a file of it is told, its table, and what it does where a file says nothing.
+
+    Attributes:
+        lora: of adapters; without an alpha it is twice the rank.
+        adapters: the setting that turns them on: those of LoRA do nothing without it.
+        unsaid: settings that a file has without naming them.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rules: Mapping[str, Rule]
+    data: Settings
+    train: Settings
+    lora: Settings
+    adapters: str
+    unsaid: Mapping[str, str] = field(default_factory=dict)
 
 
 def to(program: str, setting: str, convert: Convert = lambda value: value) -> Rule:
@@ -107,3 +129,36 @@ def where(wanted: Any, then: Rule, otherwise: Rule) -> Rule:
 def chosen(values: Mapping[Any, Any]) -> Convert:
     """Look a value up; None where it is not there."""
     return lambda value: values.get(value)
+
+
+def share(value: Any) -> str | None:
+    """Return a share in percent; None for what is none."""
+    return f"{value * 100:.10g}%" if isinstance(value, float) and value < 1 else None
+
+
+def targets(value: Any) -> str:
+    """Return names of modules as `--lora` joins them."""
+    return "all-linear" if value in ("all", "all-linear") else "+".join(listed(value))
+
+
+def listed(value: Any) -> list[str]:
+    """Return the parts of a text with commas, or of a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(map(str, value))
+
+
+def bits(value: object) -> str | None:
+    """Return the quantization of so many bits."""
+    return {4: "nf4", 8: "int8"}.get(int(str(value))) if str(value).isdigit() else None
+
+
+def settings_text(found: Carried, program: str, head: str) -> str:
+    """Return the settings of a program, `data` or `train`, as commented YAML, with what is not in it."""
+    settings: Settings = getattr(found, program)
+    text = f"# {head}\n"
+    for name, value in settings.items():
+        origin = ", ".join(found.origins.get((program, name), ())) or f"what {found.tool} does by itself"
+        text += f"\n# {origin}\n" + yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True)
+    for title, group in (("Not carried over", found.lost), ("Nothing to set for", found.needless)):
+        text += f"\n# ---- {title}\n" if group else ""
+        text += "".join(f"# {name}: {' '.join(reason.split())}\n" for name, reason in group.items())
+    return text

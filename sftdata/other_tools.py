@@ -1,20 +1,35 @@
 """Settings of TRL, axolotl and LLaMA-Factory as settings of `sftdata prepare` and of `sfttrain run`.
 
-One table a tool. A setting that no table knows is lost; what a tool does where its file says nothing is
-carried over too, so that the file means the same.
+One table a tool, followed in its own order: what a later setting refines, an earlier one has set, however the
+file is sorted. A setting that no table knows is lost; what a tool does where its file says nothing is carried
+over too, so that the file means the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sftdata.carried import Carried, Rule, Settings, both, chosen, lost, needless, to, where
+from sftdata.carried import (
+    Carried,
+    Rule,
+    Settings,
+    Tool,
+    bits,
+    both,
+    chosen,
+    listed,
+    lost,
+    needless,
+    share,
+    targets,
+    to,
+    where,
+)
 from sftdata.errors import UsageError
 
 _SAME = """
@@ -37,29 +52,25 @@ _RESUMES = needless("the same command resumes.")
 _PACKING = to("data", "packing", chosen({True: "bfd", False: "none"}))
 
 
-def _share(value: Any) -> str | None:
-    return f"{value * 100:.10g}%" if isinstance(value, float) and value < 1 else None
-
-
-def _targets(value: Any) -> str:
-    return "all-linear" if value in ("all", "all-linear") else "+".join(_listed(value))
-
-
-def _listed(value: Any) -> list[str]:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(map(str, value))
+def _same(name: str) -> Rule:
+    """Set the field of the same name; YAML reads the `no` of a strategy as false."""
+    return to("train", name, lambda value: "no" if value is False and name.endswith("strategy") else value)
 
 
 def _off(value: object) -> bool:
     return value is None or value is False or value in ("", [], {}, "none", "no")
 
 
-def _bits(value: object) -> str | None:
-    return {4: "nf4", 8: "int8"}.get(int(str(value))) if str(value).isdigit() else None
+def _warmup_ratio(found: Carried, name: str, value: Any) -> None:
+    if found.train.get("warmup_steps"):
+        found.needless[name] = "warmup_steps outranks it."
+    else:
+        found.put("train", "warmup_steps", value, name)  # below 1 it is a share of the steps
 
 
 _COMMON: dict[str, Rule] = {
-    **{name: to("train", name) for name in _SAME.split()},
-    "warmup_ratio": to("train", "warmup_steps"),  # below 1 it is a share of the steps
+    **{name: _same(name) for name in _SAME.split()},
+    "warmup_ratio": _warmup_ratio,
     "trust_remote_code": _TRUSTED,
     "gradient_checkpointing": _CHECKPOINTING,
     "lora_dropout": to("train", "lora.dropout"),
@@ -71,6 +82,28 @@ _COMMON: dict[str, Rule] = {
 }
 
 # ------------------------------------------------------------------------------------------------- TRL
+
+
+def _trl_strategy(found: Carried, name: str, value: Any) -> None:
+    if found.data.get("packing") == "bfd":
+        where("bfd", _DEFAULT, to("data", "packing", chosen({"wrapped": "wrapped"})))(found, name, value)
+    else:
+        found.needless[name] = "nothing is packed."
+
+
+def _trl_push(found: Carried, name: str, value: Any) -> None:
+    if "hub_model_id" in found.given:
+        found.put("train", "push_to_hub", value, name)
+    else:
+        found.lost[name] = "say where to, as push_to_hub: USER/MODEL."
+
+
+def _trl_hub_id(found: Carried, name: str, value: Any) -> None:
+    if found.train.get("push_to_hub"):
+        found.put("train", "push_to_hub", value, name)
+    else:
+        found.needless[name] = "nothing is pushed without push_to_hub."
+
 
 _TRL: dict[str, Rule] = {
     "model_name_or_path": _MODEL,
@@ -91,9 +124,7 @@ _TRL: dict[str, Rule] = {
         "data", "overlong", chosen({"keep_start": "truncate", "keep_end": "truncate-left"})
     ),
     "packing": _PACKING,
-    "packing_strategy": where(
-        "bfd", needless("packing: bfd."), to("data", "packing", chosen({"wrapped": "wrapped"}))
-    ),
+    "packing_strategy": _trl_strategy,
     "eval_packing": lost("prepare the set to evaluate on with --packing."),
     "padding_free": needless("packed rows are trained without padding."),
     "pad_token": needless("padding is never trained, whatever its token is."),
@@ -111,14 +142,14 @@ _TRL: dict[str, Rule] = {
     "use_bnb_nested_quant": _DEFAULT,
     "use_peft": to("train", "lora.r", lambda _: 16),
     "lora_r": to("train", "lora.r"),
-    "lora_target_modules": to("train", "lora.target", _targets),
-    "lora_target_parameters": to("train", "lora.parameters", _targets),
-    "lora_modules_to_save": to("train", "lora.modules_to_save", _targets),
+    "lora_target_modules": to("train", "lora.target", targets),
+    "lora_target_parameters": to("train", "lora.parameters", targets),
+    "lora_modules_to_save": to("train", "lora.modules_to_save", targets),
     "lora_task_type": _DEFAULT,
     "use_rslora": to("train", "lora.rslora"),
     "use_dora": to("train", "lora.dora"),
-    "hub_model_id": to("train", "push_to_hub"),
-    "push_to_hub": needless("hub_model_id, as push_to_hub: USER/MODEL, says it."),
+    "push_to_hub": _trl_push,
+    "hub_model_id": _trl_hub_id,
 }  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- axolotl
@@ -173,7 +204,7 @@ def _ax_dataset_key(found: Carried, place: str, key: str, value: Any) -> None:
 
 
 def _ax_plugins(found: Carried, name: str, value: Any) -> None:
-    for plugin in _listed(value):
+    for plugin in listed(value):
         if plugin.endswith("LigerPlugin"):
             found.put("train", "kernels", "liger", name)
         elif plugin.endswith("CutCrossEntropyPlugin"):
@@ -215,7 +246,7 @@ _AXOLOTL: dict[str, Rule] = {
     "revision_of_model": both(to("train", "revision"), to("data", "revision")),
     **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config"), _READ_FROM_MODEL),
     "datasets": _ax_datasets,
-    "val_set_size": where(0, needless("nothing is held out by default."), to("data", "eval", _share)),
+    "val_set_size": where(0, needless("nothing is held out by default."), to("data", "eval", share)),
     "dataset_prepared_path": to("data", "output"),
     "dataset_processes": to("data", "workers"),
     "sequence_len": to("data", "max_length"),
@@ -228,12 +259,12 @@ _AXOLOTL: dict[str, Rule] = {
     "chat_template": where("tokenizer_default", _DEFAULT, to("data", "chat_template")),
     "special_tokens": _ax_special,
     "adapter": _ax_adapter,
-    "load_in_4bit": needless("adapter: qlora says it."),
+    "load_in_4bit": to("train", "quantize", lambda _: "nf4"),
     "load_in_8bit": to("train", "quantize", lambda _: "int8"),
     "lora_r": to("train", "lora.r"),
     "lora_target_linear": to("train", "lora.target", lambda _: "all-linear"),
-    "lora_target_modules": to("train", "lora.target", _targets),
-    "lora_modules_to_save": to("train", "lora.modules_to_save", _targets),
+    "lora_target_modules": to("train", "lora.target", targets),
+    "lora_modules_to_save": to("train", "lora.modules_to_save", targets),
     "lora_model_dir": to("train", "adapter"),
     "peft_use_rslora": to("train", "lora.rslora"),
     "peft_use_dora": to("train", "lora.dora"),
@@ -269,7 +300,7 @@ def _lf_datasets(found: Carried, name: str, value: Any) -> None:
     path = _lf_info_path(found)
     known: Mapping[str, Settings] = json.loads(path.read_text("utf-8")) if path else {}
     inputs = []
-    for dataset in _listed(value):
+    for dataset in listed(value):
         entry = known.get(dataset)
         if entry is None:
             found.lost[f"{name}: {dataset}"] = (
@@ -322,10 +353,10 @@ _FACTORY: dict[str, Rule] = {
     "stage": where("sft", _DEFAULT, lost("only supervised fine-tuning is carried over.")),
     "finetuning_type": where("full", _DEFAULT, to("train", "lora.r", chosen(_LF_TYPES))),
     "lora_rank": to("train", "lora.r"),
-    "lora_target": to("train", "lora.target", _targets),
+    "lora_target": to("train", "lora.target", targets),
     "use_rslora": to("train", "lora.rslora"),
     "use_dora": to("train", "lora.dora"),
-    "additional_target": to("train", "lora.modules_to_save", _targets),
+    "additional_target": to("train", "lora.modules_to_save", targets),
     "adapter_name_or_path": to("train", "adapter"),
     "dataset": _lf_datasets,
     "dataset_dir": needless("the datasets are named with their folder."),
@@ -333,7 +364,7 @@ _FACTORY: dict[str, Rule] = {
     "template": lost("the tokenizer's own chat template is used; chat_template names another."),
     "cutoff_len": to("data", "max_length"),
     "max_samples": to("data", "cap", lambda value: {"*": f"{value} rows"}),
-    "val_size": to("data", "eval", _share),
+    "val_size": to("data", "eval", share),
     "packing": _PACKING,
     "neat_packing": to("data", "packing", lambda _: "bfd"),
     "mask_history": to("data", "train_on", lambda _: "last-assistant"),
@@ -346,7 +377,7 @@ _FACTORY: dict[str, Rule] = {
     "flash_attn": _FASTEST,
     "enable_liger_kernel": _LIGER,
     "use_dft_loss": to("train", "objective", lambda _: "dft"),
-    "quantization_bit": to("train", "quantize", _bits),
+    "quantization_bit": to("train", "quantize", bits),
     "quantization_method": where("bnb", _DEFAULT, lost("quantize: nf4 or int8 are bitsandbytes'.")),
     "double_quantization": _DEFAULT,
     "disable_gradient_checkpointing": to("train", "activation_checkpointing", lambda _: False),
@@ -355,33 +386,25 @@ _FACTORY: dict[str, Rule] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A tool: how a file of it is told, its table, and what it does where a file says nothing."""
-
-    name: str
-    marks: tuple[str, ...]
-    rules: Mapping[str, Rule]
-    data: Settings
-    train: Settings
-    lora: Settings
-
-
 TOOLS = (
     Tool("axolotl", ("base_model",), _AXOLOTL, {"max_length": 512, "packing": "none"},
-         {"num_train_epochs": 1}, {"alpha": 16, "target": "q_proj+v_proj"}),
+         {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine", "num_train_epochs": 1},
+         {"alpha": 16, "target": "q_proj+v_proj"}, "adapter"),
     Tool("LLaMA-Factory", ("stage", "finetuning_type", "cutoff_len", "template"), _FACTORY,
          {"max_length": 2048, "packing": "none"},
          {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
-         {"alpha": 16, "target": "all-linear"}),
+         {"target": "all-linear"}, "finetuning_type", {"finetuning_type": "lora"}),
     Tool("TRL", ("model_name_or_path",), _TRL, {"max_length": 1024, "packing": "none"},
          {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
-         {"alpha": 32, "dropout": 0.05}),
+         {"alpha": 32, "dropout": 0.05}, "use_peft"),
 )  # fmt: skip
 
 
 _PLACE = "where it lies, in both files"
-_SAID_BY_OFF = ("packing", "sample_packing", "completion_only_loss", "assistant_only_loss", "report_to")
+_SAID_BY_OFF = {
+    "packing", "sample_packing", "completion_only_loss", "assistant_only_loss", "report_to", "bf16",
+    "eval_strategy", "save_strategy", "logging_strategy", "greater_is_better",
+}  # fmt: skip
 
 
 def carry_over(path: Path, output: str) -> Carried:
@@ -395,37 +418,27 @@ def carry_over(path: Path, output: str) -> Carried:
         UsageError: it cannot be read, or is none of a tool that is known.
     """
     try:
-        given = yaml.safe_load(path.read_text("utf-8"))
+        read = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--from {path}: cannot be read ({reason}).", "name a YAML file.") from None
-    names = given if isinstance(given, dict) else {}
+    names = read if isinstance(read, dict) else {}
     tool = next((tool for tool in TOOLS if any(mark in names for mark in tool.marks)), None)
     if tool is None:
         what = f"--from {path}: names no model by model_name_or_path or base_model."
         raise UsageError(what, "give the settings file of TRL, axolotl or LLaMA-Factory.")
     found = Carried(tool.name, path.parent, frozenset(map(str, names)))
     rules = _COMMON | dict(tool.rules)
-    for name, value in names.items():
-        if _off(value) and name not in _SAID_BY_OFF:
+    places = {name: place for place, name in enumerate(rules)}
+    given = dict(tool.unsaid) | names
+    for name in sorted(given, key=lambda name: places.get(name, len(places))):
+        value = given[name]
+        if value is None or (_off(value) and name not in _SAID_BY_OFF):
             found.needless[name] = "it is off, or empty."
         else:
             rules.get(name, lost("there is no such setting."))(found, str(name), value)
     _fill_up(found, tool, output)
     return found
-
-
-def settings_text(found: Carried, program: str, head: str) -> str:
-    """Return the settings of a program, `data` or `train`, as commented YAML, with what is not in it."""
-    settings: Settings = getattr(found, program)
-    text = f"# {head}\n"
-    for name, value in settings.items():
-        origin = ", ".join(found.origins.get((program, name), ())) or f"what {found.tool} does by itself"
-        text += f"\n# {origin}\n" + yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True)
-    for title, group in (("Not carried over", found.lost), ("Nothing to set for", found.needless)):
-        text += f"\n# ---- {title}\n" if group else ""
-        text += "".join(f"# {name}: {' '.join(reason.split())}\n" for name, reason in group.items())
-    return text
 
 
 def _fill_up(found: Carried, tool: Tool, output: str) -> None:
@@ -442,11 +455,7 @@ def _fill_up(found: Carried, tool: Tool, output: str) -> None:
         train = tool.train
     if "max_steps" in found.train:
         found.train.pop("num_train_epochs", None)
-    if "lora" in found.train:
-        if found.train.get("adapter"):
-            del found.train["lora"]
-        else:
-            found.train["lora"] = tool.lora | found.train["lora"]
+    _settle_adapters(found, tool)
     folder = str(found.data["output"])
     sets = (
         {"sets": [f"{folder}/train"], "eval": {"held": f"{folder}/eval"}}
@@ -454,3 +463,15 @@ def _fill_up(found: Carried, tool: Tool, output: str) -> None:
         else {"sets": [folder]}
     )
     found.train = sets | {"output": "out"} | train | found.train
+
+
+def _settle_adapters(found: Carried, tool: Tool) -> None:
+    """Fill up the settings of new adapters; leave them out where none are made, and say so."""
+    names = found.origins.get(("train", "lora"), [])
+    if tool.adapters in names and not found.train.get("adapter"):
+        lora = tool.lora | found.train["lora"]
+        found.train["lora"] = {"alpha": 2 * int(lora["r"])} | lora
+    elif names:
+        reason = "adapters are given." if tool.adapters in names else f"no {tool.adapters} asks for adapters."
+        found.needless |= {name: reason for name in names if name in found.given}
+        del found.train["lora"], found.origins["train", "lora"]

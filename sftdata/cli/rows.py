@@ -80,7 +80,8 @@ def init(
 
 def _init_from(source: Path, file: str, output: Path) -> None:
     """Write the settings of another tool as two files, and say what was not carried over."""
-    from sftdata.other_tools import carry_over, settings_text
+    from sftdata.carried import settings_text
+    from sftdata.other_tools import carry_over
 
     found = carry_over(source, str(output))
     data, train = Path(file), Path(file).with_name(f"{Path(file).stem}-train.yaml")

@@ -111,6 +111,47 @@ def test_settings_mean_what_they_meant(
     assert not {"max_steps", "num_train_epochs"} <= found.train.keys()
 
 
+_TRL = {"model_name_or_path": "a/b", "dataset_name": "x/y"}
+_AXOLOTL = {"base_model": "a/b", "datasets": [{"path": "x/y"}]}
+_FACTORY = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "x"}
+
+
+@pytest.mark.parametrize(
+    ("given", "program", "name", "value"),
+    [
+        # The rank holds wherever in the file it stands, and adapters are made only where they are asked for.
+        (_TRL | {"lora_r": 8, "use_peft": True}, "train", "lora", {"r": 8, "alpha": 32, "dropout": 0.05}),
+        (_TRL | {"lora_r": 8, "lora_alpha": 4, "use_peft": False}, "train", "lora", None),
+        (_AXOLOTL | {"lora_r": 32, "adapter": "lora"}, "train", "lora", {"r": 32, "alpha": 16, "target": "q_proj+v_proj"}),
+        (_AXOLOTL | {"lora_r": 32}, "train", "lora", None),
+        (_FACTORY | {"lora_rank": 64}, "train", "lora", {"r": 64, "alpha": 128, "target": "all-linear"}),
+        (_FACTORY | {"lora_rank": 64, "finetuning_type": "full"}, "train", "lora", None),
+        (_FACTORY | {"adapter_name_or_path": "c/d", "lora_rank": 64}, "train", "lora", None),
+        (_AXOLOTL | {"load_in_4bit": True, "adapter": "lora"}, "train", "quantize", "nf4"),
+        (_AXOLOTL, "train", "per_device_train_batch_size", 1),
+        (_AXOLOTL, "train", "lr_scheduler_type", "cosine"),
+        (_TRL | {"packing_strategy": "wrapped", "packing": True}, "data", "packing", "wrapped"),
+        (_TRL | {"packing_strategy": "wrapped"}, "data", "packing", "none"),
+        (_TRL | {"save_strategy": False}, "train", "save_strategy", "no"),
+        (_TRL | {"bf16": False}, "train", "bf16", False),
+        (_TRL | {"warmup_ratio": 0.1, "warmup_steps": 0}, "train", "warmup_steps", 0.1),
+        (_TRL | {"warmup_steps": 5, "warmup_ratio": 0.1}, "train", "warmup_steps", 5),
+        (_TRL | {"hub_model_id": "u/m", "push_to_hub": True}, "train", "push_to_hub", "u/m"),
+        (_TRL | {"hub_model_id": "u/m"}, "train", "push_to_hub", None),
+        (_TRL | {"push_to_hub": True}, "train", "push_to_hub", None),
+    ],
+)  # fmt: skip
+def test_no_setting_undoes_another_by_its_place(
+    given: dict[str, Any], program: str, name: str, value: object, tmp_path: Path
+) -> None:
+    for order in (given, dict(reversed(given.items()))):
+        found = carry_over(_write(tmp_path, order), "set")
+        assert getattr(found, program).get(name) == value
+        assert {
+            re.split(r"[.\[:]", part)[0] for part in (*found.needless, *found.lost)
+        } | found.carried >= set(given)
+
+
 def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     info = {
