@@ -297,6 +297,9 @@ def _tokens(rows: PackedRows, manifest: Manifest) -> Iterator[tuple[Int64, str]]
         rows.row_offsets, outside, f"a token id is outside the vocabulary of {manifest.tokenizer.vocab_size}"
     )
     yield from _rows(rows.row_offsets, other, "a label is neither -100 nor the id of its token")
+    if manifest.vision is not None:
+        drawn = rows.labels == manifest.vision.image_id
+        yield from _rows(rows.row_offsets, drawn, "a token that stands for a picture is trained")
     if rows.loss_weights is not None:
         # A weight that is no number is above nothing, and one without end is not finite.
         weighs = (rows.loss_weights > 0) & np.isfinite(rows.loss_weights)

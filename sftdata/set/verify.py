@@ -341,9 +341,8 @@ class _Conserved:
             assert some is not None
             counts.append(own[real])
             images.append(some)
-        return _SegmentPictures(
-            stored, np.concatenate(counts), np.concatenate(images), self._manifest.vision.image_id
-        )
+        where, image_id = f"{self._folder}: slice {number}", self._manifest.vision.image_id
+        return _SegmentPictures(where, stored, np.concatenate(counts), np.concatenate(images), image_id)
 
     def _join(self, index: Segments, tokens: TokenBatch, pictures: _SegmentPictures | None = None) -> Int64:
         """Note the documents that are whole and as they were hashed; return the segments of all others."""
@@ -372,12 +371,14 @@ class _SegmentPictures:
     """The pictures of the segments of a slice, in the order of its index.
 
     Attributes:
+        where: the slice, for messages.
         stored: of the slice; None where it has none.
         counts: int32[S], pictures of each segment.
         images: int32[K], these pictures, by number.
         image_id: of the token that stands for pieces of pictures.
     """
 
+    where: str
     stored: StoredPictures | None
     counts: Int32
     images: Int32
@@ -399,11 +400,13 @@ class _SegmentPictures:
         images = self.images[positions_of(starts, self.counts[order].astype(np.int64))]
         stored = 0 if self.stored is None else len(self.stored)
         if len(images) and not 0 <= images.min() <= images.max() < stored:
-            raise IntegrityError(f"a row names picture {images.max()}; its slice has {stored}.", _AGAIN)
+            what = f"{self.where}: a document names a picture that is not among its {stored}."
+            raise IntegrityError(what, _AGAIN)
         sha256, tokens = ([], np.empty(0, np.int32)) if self.stored is None else self.stored.facts
         named = np.bincount(np.repeat(np.arange(len(counts)), counts), tokens[images], len(counts))
         if (named != count_image_tokens(documents, self.image_id)).any():
-            raise IntegrityError("a document has other image tokens than its pictures stand for.", _AGAIN)
+            what = f"{self.where}: a document has other image tokens than its pictures stand for."
+            raise IntegrityError(what, _AGAIN)
         return picture_hashes(documents, self.image_id, sha256, tokens, images, counts)
 
 

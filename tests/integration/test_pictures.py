@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,8 @@ from sftdata.pictures.rows import read_picture_row
 from sftdata.set.images import read_images
 from sftdata.set.index import read_index, read_rest
 from sftdata.set.ledger import REJECTS_NAME
-from sftdata.set.manifest import Manifest, read_manifest
+from sftdata.set.manifest import Manifest, read_manifest, write_manifest
+from sftdata.set.shards import write_file
 from sftdata.set.verify import verify
 from tests.killed import killed_at
 from tests.made_pictures import bomb, make, saved
@@ -326,6 +328,65 @@ def test_flipped_bits_of_sidecars_are_found(place: Path, tmp_path: Path) -> None
         assert verify(tmp_path / "set").problems, at
     path.write_bytes(whole)
     assert verify(tmp_path / "set").problems == []
+    table, manifest = pa.ipc.open_file(whole).read_all(), read_manifest(tmp_path / "set")
+    columns = table.to_pydict()
+    columns["bytes"][0] = columns["bytes"][1]
+    other = write_file(path, table.schema, pa.table(columns, table.schema).to_batches())
+    files = tuple(other if file.name == path.name else file for file in manifest.files)
+    write_manifest(tmp_path / "set", msgspec.structs.replace(manifest, files=files))
+    assert "a picture: other bytes than its hash" in verify(tmp_path / "set").problems[0]
+
+
+Columns = dict[str, list[list[int]]]
+
+
+def train_a_picture(rows: Columns, image_id: int) -> None:
+    row = next(row for row, ids in enumerate(rows["input_ids"]) if image_id in ids)
+    rows["labels"][row][rows["input_ids"][row].index(image_id)] = image_id
+
+
+def name_another_picture(rows: Columns, image_id: int) -> None:
+    last = max(max(row, default=0) for row in rows["images"])
+    next(row for row in rows["images"] if row)[0] = last + 1
+
+
+def exchange_pictures(rows: Columns, image_id: int) -> None:
+    row = next(row for row in rows["images"] if len({*row}) > 1)
+    row.reverse()
+
+
+def count_one_more(rows: Columns, image_id: int) -> None:
+    rows["image_counts"][0][0] += 1
+
+
+def move_a_count(rows: Columns, image_id: int) -> None:
+    counts = next(counts for counts in rows["image_counts"] if sum(map(bool, counts)) > 1)
+    first, second = [place for place, count in enumerate(counts) if count][:2]
+    counts[first], counts[second] = counts[first] - 1, counts[second] + 1
+
+
+LAWS = {
+    "row 0: a token that stands for a picture is trained": train_a_picture,
+    "slice 0: a document names a picture that is not among its": name_another_picture,
+    "slice 0: a document has other image tokens than its pictures": exchange_pictures,
+    "slice 0: a document has other image tokens than": move_a_count,
+    "shard-00000.arrow: image_counts do not sum to the images": count_one_more,
+}
+
+
+@pytest.mark.parametrize("what", LAWS)
+def test_a_broken_law_is_found_although_all_digests_fit(made: Path, tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(made, tmp_path / "set")
+    path, manifest = folder / "shard-00000.arrow", read_manifest(folder)
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    rows = table.to_pydict()
+    assert manifest.vision is not None
+    LAWS[what](rows, manifest.vision.image_id)
+    file = write_file(path, table.schema, pa.table(rows, table.schema).to_batches())
+    shard = msgspec.structs.replace(manifest.shards[0], **msgspec.structs.asdict(file))
+    write_manifest(folder, msgspec.structs.replace(manifest, shards=(shard, *manifest.shards[1:])))
+    problems = verify(folder).problems
+    assert any(what in line and line.startswith(str(folder)) for line in problems), problems
 
 
 def test_two_documents_with_equal_ids_and_other_pictures_are_not_the_same(
