@@ -19,7 +19,7 @@ class Carried:
     Attributes:
         tool: that it is of.
         folder: where it lies.
-        given: names of its settings.
+        given: its settings.
         data: settings of `sftdata prepare`.
         train: of `sfttrain run`, fields of TrainingArguments among them.
         origins: program and setting -> what it was in the file.
@@ -29,7 +29,7 @@ class Carried:
 
     tool: str
     folder: Path
-    given: frozenset[str]
+    given: Settings
     data: Settings = field(default_factory=dict)
     train: Settings = field(default_factory=dict)
     origins: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def where(wanted: Any, then: Rule, otherwise: Rule) -> Rule:
 
 def chosen(values: Mapping[Any, Any]) -> Convert:
     """Look a value up; None where it is not there."""
-    return lambda value: values.get(value)
+    return lambda value: next((made for given, made in values.items() if given == value), None)
 
 
 def share(value: Any) -> str | None:

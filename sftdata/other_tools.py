@@ -155,8 +155,11 @@ _TRL: dict[str, Rule] = {
 # --------------------------------------------------------------------------------------------- axolotl
 
 _AX_KINDS = {"chat_template": "conversation", "alpaca": "completion", "completion": "text"}
-_AX_FIELDS = {"field_messages": "messages", "field": "text"}
-_SHAREGPT = {"role": "from", "content": "value"}
+_AX_SETTINGS = {"split": "split", "name": "subset", "field_messages": "map.messages", "field": "map.text"}
+_AX_DEFAULTS = [
+    ("message_property_mappings", {"role": "from", "content": "value"}), ("roles_to_train", ["assistant"]),
+    ("field_messages", "messages"), ("field_messages", "conversations"), ("field", "text"),
+]  # fmt: skip
 
 
 def _ax_datasets(found: Carried, name: str, value: Any) -> None:
@@ -177,30 +180,24 @@ def _ax_datasets(found: Carried, name: str, value: Any) -> None:
 
 
 def _ax_dataset_key(found: Carried, place: str, key: str, value: Any) -> None:
-    wanted: tuple[str, object] | None = None
-    if key in ("split", "name"):
-        wanted = ("split" if key == "split" else "subset"), value
-    elif key == "type" and value in _AX_KINDS:
-        wanted = "kind", _AX_KINDS[value]
-    elif key in _AX_FIELDS:
-        if value in (_AX_FIELDS[key], "conversations"):  # found without being named
-            found.needless[place] = "the column is found."
-            return
-        wanted = f"map.{_AX_FIELDS[key]}", value
-    elif (key == "message_property_mappings" and value == _SHAREGPT) or (
-        key == "roles_to_train" and value == ["assistant"]
-    ):
+    if (key, value) in _AX_DEFAULTS:
         found.needless[place] = "it is found, or what happens by default."
-        return
-    if wanted is None:
+    elif key in _AX_SETTINGS:
+        _put_of_dataset(found, _AX_SETTINGS[key], value, place)
+    elif key == "type" and str(value) in _AX_KINDS:
+        _put_of_dataset(found, "kind", _AX_KINDS[str(value)], place)
+    else:
         found.lost[place] = f"{value!r}: no dataset has such a setting of its own; see --format and --map."
-        return
-    name = wanted[0].partition(".")[0]
-    before = found.data.get(name, wanted[1])
-    if name != "map" and before != wanted[1]:
-        found.lost[place] = f"one set has one {name}: prepare this dataset by itself, and mix the sets."
-        return
-    found.put("data", wanted[0], wanted[1], place)
+
+
+def _put_of_dataset(found: Carried, setting: str, value: object, place: str) -> None:
+    """Carry over what is said of one dataset, and is here said of all: where two differ, the first counts."""
+    name, _, part = setting.partition(".")
+    before = found.data.get(name, {}).get(part, value) if part else found.data.get(name, value)
+    if before == value:
+        found.put("data", setting, value, place)
+    else:
+        found.lost[place] = f"one set has one {setting}: prepare this dataset by itself, and mix the sets."
 
 
 def _ax_plugins(found: Carried, name: str, value: Any) -> None:
@@ -297,31 +294,37 @@ _AXOLOTL: dict[str, Rule] = {
 
 def _lf_datasets(found: Carried, name: str, value: Any) -> None:
     """Find each name in dataset_info.json; one set has one mapping, so that of the first counts."""
-    path = _lf_info_path(found)
-    known: Mapping[str, Settings] = json.loads(path.read_text("utf-8")) if path else {}
+    folder = str(found.given.get("dataset_dir") or "data")
+    path, known = _lf_info(found.folder / folder, found.folder)
     inputs = []
     for dataset in listed(value):
         entry = known.get(dataset)
         if entry is None:
-            found.lost[f"{name}: {dataset}"] = (
-                "no dataset_info.json beside the file, or in its data/, knows it."
-            )
+            reason = f"no dataset_info.json beside the file, or in its {folder}/, knows it."
+            found.lost[f"{name}: {dataset}"] = reason
             continue
-        local = found.folder / str(found.data.get("dataset_dir", "data")) / str(entry.get("file_name", ""))
-        inputs.append(
-            str(entry.get("hf_hub_url") or (local if "file_name" in entry else entry.get("script_url")))
-        )
+        local = path.parent / entry["file_name"] if "file_name" in entry else entry.get("script_url")
+        inputs.append(str(entry.get("hf_hub_url") or local))
         for key, setting in entry.items():
             _lf_entry(found, f"{name}: {dataset}.{key}", key, setting)
     if inputs:
         found.put("data", "inputs", inputs, name)
 
 
-def _lf_info_path(found: Carried) -> Path | None:
-    paths = (found.folder / "data/dataset_info.json", found.folder / "dataset_info.json")
-    return next((path for path in paths if path.is_file()), None)
+def _lf_info(*folders: Path) -> tuple[Path, Mapping[str, Settings]]:
+    """Return the dataset_info.json that is there, and what it holds; nothing where none is."""
+    paths = [folder / "dataset_info.json" for folder in folders]
+    path = next(filter(Path.is_file, paths), paths[0])
+    try:
+        return path, json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}).", "correct it; it is JSON.") from None
 
 
+_LF_NEEDLESS = {
+    **dict.fromkeys(("ms_hub_url", "om_hub_url"), "the Hub has it."),
+    **dict.fromkeys(("formatting", "tags"), "the format is found from the rows; sftdata detect shows it."),
+}
 _LF_COLUMNS = {
     "messages": "messages", "prompt": "instruction", "query": "input", "response": "output",
     "tools": "tools", "system": "system", "history": "history",
@@ -329,21 +332,18 @@ _LF_COLUMNS = {
 
 
 def _lf_entry(found: Carried, place: str, key: str, value: Any) -> None:
-    if key in ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "tags"):
-        if key in ("ms_hub_url", "om_hub_url"):
-            found.needless[place] = "the Hub has it."
-        elif key in ("formatting", "tags"):
-            found.needless[place] = "the format is found from the rows; sftdata detect shows it."
+    if key in _LF_NEEDLESS:
+        found.needless[place] = _LF_NEEDLESS[key]
     elif key in ("subset", "split"):
-        found.put("data", key, value, place)
+        _put_of_dataset(found, key, value, place)
     elif key == "columns" and set(value) <= set(_LF_COLUMNS):
         named = {_LF_COLUMNS[name]: column for name, column in value.items()}
         others = {name: column for name, column in named.items() if column not in (name, "conversations")}
         for name, column in others.items():
-            found.put("data", f"map.{name}", column, place)
+            _put_of_dataset(found, f"map.{name}", column, place)
         if not others:
             found.needless[place] = "the columns are found."
-    else:
+    elif key not in ("file_name", "hf_hub_url"):
         found.lost[place] = "no dataset has such a setting of its own."
 
 
@@ -396,7 +396,7 @@ TOOLS = (
          {"target": "all-linear"}, "finetuning_type", {"finetuning_type": "lora"}),
     Tool("TRL", ("model_name_or_path",), _TRL, {"max_length": 1024, "packing": "none"},
          {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
-         {"alpha": 32, "dropout": 0.05}, "use_peft"),
+         {"alpha": 32, "dropout": 0.05, "target": "q_proj+v_proj"}, "use_peft"),
 )  # fmt: skip
 
 
@@ -427,7 +427,7 @@ def carry_over(path: Path, output: str) -> Carried:
     if tool is None:
         what = f"--from {path}: names no model by model_name_or_path or base_model."
         raise UsageError(what, "give the settings file of TRL, axolotl or LLaMA-Factory.")
-    found = Carried(tool.name, path.parent, frozenset(map(str, names)))
+    found = Carried(tool.name, path.parent, {str(name): value for name, value in names.items()})
     rules = _COMMON | dict(tool.rules)
     places = {name: place for place, name in enumerate(rules)}
     given = dict(tool.unsaid) | names

@@ -96,7 +96,8 @@ EXPECTED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"model_name_or_path": "a/b", "dataset_name": "x/y", "use_peft": True, "packing": True, "assistant_only_loss": True,
          "truncation_mode": "keep_end", "max_steps": 5, "warmup_ratio": 0.1},
         {"inputs": ["x/y"], "packing": "bfd", "train_on": "assistant", "overlong": "truncate-left", "max_length": 1024},
-        {"lora": {"r": 16, "alpha": 32, "dropout": 0.05}, "max_steps": 5, "warmup_steps": 0.1, "learning_rate": 2e-5},
+        {"lora": {"r": 16, "alpha": 32, "dropout": 0.05, "target": "q_proj+v_proj"},
+         "max_steps": 5, "warmup_steps": 0.1, "learning_rate": 2e-5},
     ),
 ]  # fmt: skip
 
@@ -120,7 +121,8 @@ _FACTORY = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "x"}
     ("given", "program", "name", "value"),
     [
         # The rank holds wherever in the file it stands, and adapters are made only where they are asked for.
-        (_TRL | {"lora_r": 8, "use_peft": True}, "train", "lora", {"r": 8, "alpha": 32, "dropout": 0.05}),
+        (_TRL | {"lora_r": 8, "use_peft": True}, "train", "lora",
+         {"r": 8, "alpha": 32, "dropout": 0.05, "target": "q_proj+v_proj"}),
         (_TRL | {"lora_r": 8, "lora_alpha": 4, "use_peft": False}, "train", "lora", None),
         (_AXOLOTL | {"lora_r": 32, "adapter": "lora"}, "train", "lora", {"r": 32, "alpha": 16, "target": "q_proj+v_proj"}),
         (_AXOLOTL | {"lora_r": 32}, "train", "lora", None),
@@ -164,6 +166,30 @@ def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     assert found.data["inputs"] == [str(tmp_path / "data/here.json"), "x/y"]
     assert found.data["map"] == {"instruction": "q", "output": "a"}
     assert {"dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+
+
+def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    info = {
+        "one": {"file_name": "one.json", "split": "train", "columns": {"prompt": "q"}},
+        "two": {"file_name": "two.json", "split": "test", "columns": {"prompt": "ask"}},
+    }
+    (tmp_path / "mine/dataset_info.json").write_text(json.dumps(info))
+    given = {"model_name_or_path": "a/b", "stage": "sft", "dataset_dir": "mine", "dataset": "one,two"}
+    found = carry_over(_write(tmp_path, given), "set")
+    assert found.data["inputs"] == [str(tmp_path / "mine/one.json"), str(tmp_path / "mine/two.json")]
+    assert (found.data["split"], found.data["map"]) == ("train", {"instruction": "q"})
+    assert {"dataset: two.split", "dataset: two.columns"} <= found.lost.keys()
+    datasets = [
+        {"path": "x/y", "field_messages": "chat"},
+        {"path": "x/z", "field_messages": "talk", "type": {"field": "q"}},
+    ]
+    found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": datasets}), "set")
+    assert found.data["map"] == {"messages": "chat"}
+    assert {"datasets[2].field_messages", "datasets[2].type"} <= found.lost.keys()
+    (tmp_path / "mine/dataset_info.json").write_text("{")
+    with pytest.raises(UsageError, match="dataset_info.json: cannot be read .*correct it"):
+        carry_over(_write(tmp_path, given), "set")
 
 
 @pytest.mark.parametrize(
