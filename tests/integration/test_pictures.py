@@ -210,6 +210,27 @@ def test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them(place: Pat
     assert [hashlib.sha256(data).digest() for data in stored.data] == list(stored.sha256)
 
 
+def test_files_of_many_record_batches_hold_the_same(
+    place: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftdata.set.shards._BATCH_TOKENS", 512)
+    monkeypatch.setattr("sftdata.set.images._BATCH_BYTES", 5000)
+    prepare(place, tmp_path / "set", embed_images=True)
+    for name in ("shard-00000.arrow", "images-00000.arrow"):
+        assert pa.ipc.open_file((tmp_path / "set" / name).read_bytes()).num_record_batches > 4
+    assert documents_of(tmp_path / "set") == documents_of(made)
+    assert verify(tmp_path / "set").problems == []
+    one, many = (read_images(folder / "images-00000.arrow") for folder in (made, tmp_path / "set"))
+    assert (many.sha256, many.path, many.format) == (one.sha256, one.path, one.format)
+    assert many.tokens.tolist() == one.tokens.tolist()
+    assert [hashlib.sha256(data).digest() for data in many.data] == one.sha256
+    opened = sftdata.open(tmp_path / "set")
+    order = [*range(len(opened))][::-1]
+    for name in ("images", "image_counts"):
+        rows = [getattr(opened[row], name) for row in order]
+        assert getattr(opened.take(order), name).tolist() == np.concatenate(rows).tolist()
+
+
 def test_parts_uris_structs_and_parquet_hold_their_pictures(place: Path, tmp_path: Path) -> None:
     data = saved(make(61, 45), "PNG")
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
