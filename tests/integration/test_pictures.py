@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 import sftdata
 from sftdata.batches import IGNORE_INDEX
 from sftdata.cli import main
-from sftdata.errors import DataError, UsageError
+from sftdata.errors import DataError, InputChangedError, UsageError
 from sftdata.pictures.rows import read_picture_row
 from sftdata.set.images import read_images
 from sftdata.set.index import read_index, read_rest
@@ -280,6 +280,18 @@ def test_a_picture_that_changed_is_noticed_by_verify_prepare_and_reuse(place: Pa
     assert f"{whole - 1} of {whole} slices reused" in reused
     prepare(place, tmp_path / "anew", rows, slice_bytes=1024, max_length=512)
     assert content(tmp_path / "anew") == content(tmp_path / "set")
+
+
+@pytest.mark.parametrize("now", [b"another", None])
+def test_a_picture_that_changes_before_it_is_embedded_stops_the_run(
+    place: Path, tmp_path: Path, now: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_pictures(tmp_path / "pictures", 1)
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{names[0]}"])])
+    monkeypatch.setattr("sftdata.set.images.read_again", lambda path, folder: now)
+    with pytest.raises(InputChangedError, match="pictures/0.jpg: changed while"):
+        prepare(place, tmp_path / "set", rows, embed_images=True)
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_picture_that_came_later_and_a_folder_that_moved_are_noticed(place: Path, tmp_path: Path) -> None:
