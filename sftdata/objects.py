@@ -38,6 +38,7 @@ ROWS = "rows"  # name of the input in notes and in the manifest
 _BATCH_ROWS = 1000
 _SPLIT = re.compile(r"\s*([^\s\[+]+)")
 _WITHOUT_EFFECT = {"replace_schema_metadata"}  # of what `datasets` did to a table after it mapped the file
+_BYTES_OF_A_PICTURE = {"image", "images", "image_url", "url", "source", "data", "bytes", "base64"}
 _BESIDE_A_TOKENIZER = ("generation_config.json", "config.json")  # hold stop tokens
 
 
@@ -263,6 +264,11 @@ def _write_lines(rows: Iterable[object], path: Path) -> None:
                     f"inputs: row {number} is a {type(row).__name__}; expected a dict.",
                     'give rows as {"messages": [...]} or {"text": ...}, or one dataset or table.',
                 )
+            if name := _name_of_bytes(row):
+                raise UsageError(
+                    f"inputs: row {number} holds bytes under {name!r}; expected text.",
+                    f"decode them, as .decode() does, or leave {name!r} out.",
+                )
             try:
                 file.write(encode(dict(row)) + b"\n")
             except (TypeError, ValueError) as error:
@@ -270,6 +276,19 @@ def _write_lines(rows: Iterable[object], path: Path) -> None:
                     f"inputs: row {number} is no JSON data ({error}).",
                     "make it of dicts, lists, texts and numbers.",
                 ) from None
+
+
+def _name_of_bytes(value: object, name: str = "") -> str | None:
+    """Return the name under which bytes lie that are no picture's: JSON would write them as base64."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return None if name in _BYTES_OF_A_PICTURE else name
+    if isinstance(value, Mapping):
+        parts = ((part, str(key)) for key, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        parts = ((part, name) for part in value)
+    else:
+        return None
+    return next((found for part, key in parts if (found := _name_of_bytes(part, key))), None)
 
 
 def _plain(value: Any) -> object:

@@ -363,6 +363,8 @@ def as_text(value: object, name: str) -> str:
         else:
             key = "text" if "text" in value else next(iter(value))
             found, value = f"{found}[{_quoted(key)}]", value[key]
+    if isinstance(value, bytes):
+        return f"{found}.decode()"
     return found if isinstance(value, str) else f"str({found})"
 
 
