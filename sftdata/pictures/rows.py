@@ -87,7 +87,11 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
     if not may_hold_media(row):
         return None
     _refuse_other_media(row)
-    name = next((name for name in COLUMNS if row.get(name) not in (None, [], "")), None)
+    filled = [name for name in COLUMNS if row.get(name) not in (None, [], "")]
+    if len(filled) > 1:
+        what = "the columns 'images' and 'image' both hold pictures; expected one of them."
+        raise RowError("images-unplaced", what, "put all into 'images', in the order of their places.")
+    name = filled[0] if filled else None
     column = _Column(name, [] if name is None else _several(from_json(row[name])))
     talks = {key: from_json(row[key]) for key in CONVERSATIONS if row.get(key) is not None}
     talks = {key: talk for key, talk in talks.items() if _is_talk(talk)}

@@ -161,6 +161,7 @@ BAD: list[tuple[Row, str, str]] = [
     ({"messages": [SAID], "images": ["1"]}, "images-unplaced", "place 0"),
     ({"messages": [{"role": "user", "content": "Who?"}, SAID], "images": ["1"]}, "images-unplaced", "holds 1 picture; "),
     ({"messages": [user(text("Who?")), SAID], "images": ["1", "2"]}, "images-unplaced", "place 0"),
+    ({"messages": [ASKED, SAID], "images": ["1"], "image": "2"}, "images-unplaced", "'images' and 'image' both hold"),
     ({"question": "Who?", "answer": "A cat.", "image": "1"}, "images-not-in-messages", "'image'"),
     ({"prompt": "<image>Who?", "completion": "A cat.", "images": ["1"]}, "images-not-in-messages", "'images'"),
     ({"messages": [ASKED, {"role": "assistant", "content": [IMAGE]}], "images": ["1"]}, "image-in-answer", "messages[1]"),
