@@ -98,7 +98,7 @@ def read_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """
     if text == "auto":
         return _scheduled(environment)
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"(\d+)/([1-9]\d*)", text)
     if not found:
         raise UsageError(
             f"--part {text}: expected i/n or auto.", "as --part 1/8, which is the first of eight."

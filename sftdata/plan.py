@@ -334,9 +334,16 @@ def _choose_vision(
 
 
 def plan_inputs(config: PrepareConfig, note: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
-    """Open and read through every input; return their plans, and notes on what was left out."""
+    """Open and read through every input; return their plans, and notes on what was left out.
+
+    Raises:
+        UsageError: an input cannot be read, or the chosen part of a split holds no row.
+    """
     sizes = min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes
-    return planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note)
+    sources, notes = planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note)
+    if not sources:
+        raise UsageError(f"--split {config.split}: no row is in it.", "take a larger part.")
+    return sources, notes
 
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:

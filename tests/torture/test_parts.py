@@ -257,7 +257,7 @@ def test_auto_reads_what_schedulers_say(environment: dict[str, str], part: str) 
 @pytest.mark.parametrize(("text", "environment", "said"), [
     ("0/8", {}, "parts are numbered 1/8 to 8/8"),
     ("9/8", {}, "parts are numbered 1/8 to 8/8"),
-    ("1/0", {}, "parts are numbered"),
+    ("1/0", {}, "expected i/n or auto"),
     ("half", {}, "expected i/n or auto"),
     ("auto", {}, "none of SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX, .* is set"),
     ("auto", {"JOB_COMPLETION_INDEX": "0"}, rf"{COUNT} is ''.*export {COUNT}=N"),

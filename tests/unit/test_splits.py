@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+import sftdata
 from sftdata.errors import UsageError
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import expand_inputs
@@ -18,6 +19,7 @@ from sftdata.sources.planning import numbered, plan_inputs, splits_of
 from sftdata.sources.source import read_chunk
 
 SIZES = (1 << 20, 1 << 20)
+TOKENIZER = Path(__file__).parents[2] / "examples/tokenizer"
 
 
 def rows_of(plans: list[SourcePlan]) -> list[Any]:
@@ -230,6 +232,14 @@ def test_a_split_that_cannot_be_cut_is_one_line(spec: str, tmp_path: Path) -> No
     write(tmp_path / "rows.jsonl", list("abc"))
     with pytest.raises(UsageError, match=r"rows\.jsonl: --split .*found train"):
         plan_inputs([str(tmp_path / "rows.jsonl")], spec, None, SIZES)
+
+
+def test_a_part_of_a_split_without_a_row_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ["a"])
+    with pytest.raises(UsageError, match=r"--split train\[:40%\]: no row is in it.*larger part"):
+        sftdata.prepare(
+            tmp_path / "rows.jsonl", tokenizer=TOKENIZER, output=tmp_path / "set", split="train[:40%]"
+        )
 
 
 def test_the_advice_on_splits_gives_the_right_rows(tmp_path: Path) -> None:
