@@ -253,6 +253,7 @@ def test_parts_uris_structs_and_parquet_hold_their_pictures(place: Path, tmp_pat
         assert bytes(stored.data[0]) == data
         assert stored.path == [""]
         assert verify(tmp_path / name).problems == []
+        assert read_manifest(tmp_path / name).vision.images == "."  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="--embed-images acts on pictures that rows name by their paths"):
         prepare(place, tmp_path / "no", tmp_path / "rows.parquet", embed_images=True)
 
