@@ -28,7 +28,7 @@ Spans(ranges=[(4, 5)], closed=True, weights=None)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class Mask:
     """
 
     train_on: TrainOn = "auto"
-    never: tuple[int, ...] = ()
+    never: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def overrules(self) -> str:
@@ -241,7 +241,7 @@ def choose_mask(config: PrepareConfig, tokenizer: ResolvedTokenizer, never: tupl
     """
     response, instruction = config.response_template, config.instruction_template
     if response is None:
-        return Mask(config.train_on, never)
+        return Mask(config.train_on, never=never)
     if config.mask_mode == "trl-0.7.10":
         first, second = (_ids_of(template, tokenizer) for template in (response, instruction))
         return TRL0710(never=never, response=first or (), instruction=second, pad_id=tokenizer.filler_id)
