@@ -142,7 +142,14 @@ def prepare(
     note: OnNote = lambda _: None,
     part: Part | None = None,
 ) -> Manifest | None:
-    """Build a set as `run.prepare`, or one part of it; without a part, finish what parts have begun.
+    """Build a set: plan, prepare every unfinished slice, write the manifest, move the set to its place.
+
+    Args:
+        config: the settings.
+        workers: of `start_workers`.
+        progress: called after each slice.
+        note: called with each decision made for the user, in one sentence.
+        part: make its slices alone; without one, finish what parts have begun, or make all.
 
     Returns:
         The manifest, or None where other parts have slices to make.

@@ -35,7 +35,7 @@ from sftdata.pipeline import (
     prepare_chunk,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
-from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice, sweep_choice
+from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice
 from sftdata.set.ledger import REJECTS_NAME, Ledger, read_rejects
 from sftdata.set.losses import refuse_losses
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_version
@@ -55,29 +55,6 @@ OnProgress = Callable[[Progress], object]
 OnNote = Callable[[str], object]
 
 # ----------------------------------------------------------------------------------------- prepare
-
-
-def prepare(
-    config: PrepareConfig,
-    workers: Workers,
-    progress: OnProgress | None = None,
-    note: OnNote = lambda _: None,
-) -> Manifest:
-    """Build a set: plan, prepare every unfinished task, write the manifest, move the set to its place.
-
-    Args:
-        config: the settings.
-        workers: of `launch.start_workers`.
-        progress: called after each task.
-        note: called with each decision made for the user, in one sentence.
-
-    Raises:
-        SftError: whatever stops the run; finished tasks are kept, and the same command continues.
-    """
-    config, old, plan = planned(config, workers, note)
-    made = build_set(config, plan, old, workers, progress, note)
-    sweep_choice(config.output, discard=config.overwrite)
-    return made
 
 
 def planned(

@@ -183,7 +183,8 @@ def prepare(
         with RunLog() as log:
             manifests = _prepare_sets(config, workers, log, part)
         if not manifests:
-            print_json({"part": part, "finished": False}) if as_json else None
+            if as_json:
+                print_json({"part": part, "finished": False})
             return
         made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:

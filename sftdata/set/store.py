@@ -184,9 +184,7 @@ def link_file(old: Path, new: Path) -> None:
         if error.errno not in _NO_LINK:
             raise
         with open(old, "rb") as file:
-            write_atomic(
-                new, lambda sink: [sink.write(part) for part in iter(partial(file.read, 1 << 20), b"")]
-            )
+            write_atomic(new, partial(shutil.copyfileobj, file))
 
 
 def remove_temporary(folder: Path) -> None:

@@ -283,10 +283,8 @@ def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool 
 
 
 def _checks_of(shards: ShownSet, every: bool = False) -> _Checks:
-    reader, vision = (
-        DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id),
-        shards.manifest.vision,
-    )
+    reader = DocumentReader(shards.vocabulary, shards.manifest.tokenizer.bos_id)
+    vision = shards.manifest.vision
     parts, row = [], 0
     for batch in shards.batches():
         parts.append(reader.read(batch))

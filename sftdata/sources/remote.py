@@ -230,12 +230,12 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self.name = url
-        self._size = state_of(url).size
-        self._at = 0
-        if self._size is None:
+        size = state_of(url).size
+        if size is None:
             raise UsageError(
                 f"{url}: the server does not say its size.", "set TMPDIR to a folder with room for it."
             )
+        self._size, self._at = size, 0
 
     def readable(self) -> bool:
         """Return True."""
@@ -251,13 +251,11 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position and return it."""
-        assert self._size is not None
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill a buffer, as far as the object reaches; return how many bytes that took."""
-        assert self._size is not None
         view = memoryview(buffer).cast("B")
         stop = min(self._at + min(len(view), RANGE_BYTES), self._size)
         if stop <= self._at:

@@ -200,10 +200,8 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
         choice.keep(f"dedup-{config.dedup}", first)
     if config.exclude:
-        others, by = (
-            read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256),
-            config.exclude_by,
-        )
+        others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256)
+        by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
 
 

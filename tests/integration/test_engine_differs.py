@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftdata import pipeline, run
+from sftdata import parts, pipeline, run
 from sftdata.config import PrepareConfig
 from sftdata.encode import engine
 from sftdata.output import Progress
@@ -73,7 +73,7 @@ def prepare(
     config: PrepareConfig, progress: run.OnProgress | None = None, say: Callable[[str], None] = print
 ) -> None:
     with start_workers(config) as workers:
-        run.prepare(config, workers, progress, say)
+        parts.prepare(config, workers, progress, say)
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,6 @@ from sftdata.config import make_config
 from sftdata.errors import UsageError
 from sftdata.parts import COUNT, Part, prepare, read_part
 from sftdata.plan import make_plan
-from sftdata.run import prepare as prepare_whole
 from sftdata.set.manifest import partial_folder, parts_folder, read_manifest
 from sftdata.set.verify import verify
 from sftdata.workers import Workers
@@ -37,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Every file of the set made at once."""
     output = tmp_path_factory.mktemp("whole") / "set"
-    prepare_whole(make_config(**settings(data, output)), Workers(1))
+    prepare(make_config(**settings(data, output)), Workers(1))
     return content(output)
 
 
@@ -179,7 +178,7 @@ def test_grown_inputs_replace_the_set_and_other_settings_do_not(tmp_path: Path) 
     assert not run(data, output, "1/2")
     assert read_manifest(output).digest == first
     assert run(data, output, "2/2")
-    prepare_whole(make_config(**settings(data, tmp_path / "whole")), Workers(1))
+    prepare(make_config(**settings(data, tmp_path / "whole")), Workers(1))
     assert is_whole(output, content(tmp_path / "whole"))
 
 

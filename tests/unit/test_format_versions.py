@@ -11,7 +11,7 @@ import pytest
 
 from sftdata.config import make_config
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.run import prepare
+from sftdata.parts import prepare
 from sftdata.set.manifest import FORMAT_VERSION, Manifest, read_manifest, seal, write_manifest
 from sftdata.set.opened import open_set
 from sftdata.set.verify import verify

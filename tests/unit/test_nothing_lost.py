@@ -22,9 +22,9 @@ from sftdata.batches import Tally
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import IntegrityError
 from sftdata.formats.convert import convert_rows
+from sftdata.parts import prepare
 from sftdata.pipeline import load_stages, tokenize
 from sftdata.plan import make_plan
-from sftdata.run import prepare
 from sftdata.set.index import Segments, read_index, read_rest, write_index, write_rest
 from sftdata.set.manifest import Manifest, read_manifest, write_manifest
 from sftdata.set.opened import open_set

@@ -16,8 +16,9 @@ from sftdata.errors import DataError
 from sftdata.masks import Mask, TextMarkers, TrainOn
 from sftdata.masks.texts import Renderer
 from sftdata.masks.turns import SpanFinder
+from sftdata.parts import prepare
 from sftdata.render.template import ChatTemplate
-from sftdata.run import prepare, preview
+from sftdata.run import preview
 from sftdata.workers import Workers
 from tests.made_tokenizers import CHATML
 from tests.one_stage import render_rows
