@@ -38,7 +38,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     import torch
     from transformers import TrainingArguments
 
-    from sfttrain.device import check_device, computes_in_bf16, measurable
+    from sfttrain.device import check_device, computes_in_bf16, leave_gpus_idle, measurable
 
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refuse_missing_launch(settings)
@@ -69,6 +69,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
+    leave_gpus_idle(args, say)  # before anything counts the rows of a batch
     if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
         for old, name in RENAMED.items():
             setattr(args, name, getattr(args, old))

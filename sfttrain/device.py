@@ -61,6 +61,16 @@ def check_device(settings: Mapping[str, object], dtype: str, say: Say) -> None:
             )
 
 
+def leave_gpus_idle(args: TrainingArguments, say: Say) -> None:
+    """Keep transformers from DataParallel, which would split packed rows; log which GPUs stay idle."""
+    count = args.n_gpu
+    if count > 1:
+        args._n_gpu = 1
+        say(
+            f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all"
+        )
+
+
 def _refuse_old_gpu() -> None:
     known = [
         name.removeprefix("sm_").rstrip("af") for name in torch.cuda.get_arch_list() if name.startswith("sm_")

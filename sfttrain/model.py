@@ -297,13 +297,3 @@ def whole_weights(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = known
-
-
-def leave_gpus_idle(args: TrainingArguments, say: Say) -> None:
-    """Keep transformers from DataParallel, which would split packed rows; log which GPUs stay idle."""
-    count = args.n_gpu
-    if count > 1:
-        args._n_gpu = 1
-        say(
-            f"devices: 1 of {count} GPUs; torchrun --nproc-per-node {count} -m sfttrain run ... uses them all"
-        )

@@ -33,7 +33,7 @@ from sfttrain.device import by_memory, out_of_memory, refuse_too_large
 from sfttrain.documents import DocumentLog
 from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
-from sfttrain.model import leave_gpus_idle, load_config, make_model, outline, whole_weights
+from sfttrain.model import load_config, make_model, outline, whole_weights
 from sfttrain.path import Plan, choose_path
 from sfttrain.process import Say, StopRequest, rank, say, share_of_rows
 from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
@@ -189,7 +189,6 @@ def load(
     model_config = load_config(config) if model is None else model.config
     refusals.refuse_architecture(config, model_config, model)
     refusals.refuse_too_long(everything, model_config, say)
-    leave_gpus_idle(args, say)
     with whole_weights(args):
         where = _surroundings(args, everything, data)
         plan, _ = _choose_path(config, model_config, model, where, say)

@@ -13,7 +13,7 @@ from sftdata.errors import UsageError
 from sfttrain import cli
 from sfttrain import model as modelling
 from sfttrain.adapters import merge
-from sfttrain.model import leave_gpus_idle
+from sfttrain.device import leave_gpus_idle
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_set
 

@@ -191,3 +191,10 @@ def test_fields_of_models_that_hold_settings_take_them(tmp_path: Path) -> None:
     config = read_settings(None, ["lr_scheduler_kwargs.num_cycles=2", "lora.r=4"], flags)
     assert training_arguments(config).lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.lora is not None
+
+
+def test_gpus_that_stay_idle_add_no_rows_to_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers counts a batch for each GPU that one process sees: the run would be recorded with them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: args._n_gpu or 4))
+    args = _run(tmp_path, {"per_device_train_batch_size": 2}).args
+    assert (args.train_batch_size, args.eval_batch_size) == (2, args.per_device_eval_batch_size)
