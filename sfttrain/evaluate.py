@@ -22,7 +22,7 @@ from sfttrain.config import read_settings
 from sfttrain.data import Collator, TrainingRows
 from sfttrain.device import out_of_memory
 from sfttrain.documents import DocumentLog
-from sfttrain.refusals import open_sets
+from sfttrain.refusals import Reading, open_sets
 from sfttrain.trainer import SftTrainer
 from sfttrain.training import load
 
@@ -125,7 +125,8 @@ def evaluate(model: str, data: Path, base: str | None, batch_size: int, worst: i
         config = read_settings(
             None, [], {"sets": (data,), "output": Path(folder), "training": training, **named}
         )
-        sets, _, reading = open_sets(config)
+        sets, _ = open_sets(config)
+        reading = Reading(sets)
         setting = Run(config, training_arguments(config), {}, evaluated=True)
         reading.check()
         if setting.args.world_size > 1:

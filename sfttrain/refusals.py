@@ -305,8 +305,8 @@ def require_tracker(name: str) -> None:
         require_package(name, f"report_to={name}")
 
 
-def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet], Reading]:
-    """Open the sets to train and to evaluate on; the main process begins to read every byte of them once.
+def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]:
+    """Open the sets to train and to evaluate on.
 
     Raises:
         SftError: a set is missing or empty, or does not fit the others or the model.
@@ -323,18 +323,18 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet],
             raise DataError(
                 f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
             )
-    return sets, evaluation, Reading(everything if rank() == 0 else [])
+    return sets, evaluation
 
 
 class Reading:
     """The verification of sets, in a thread beside the import of torch and the loading of the model.
 
     Args:
-        sets: to be read.
+        sets: to be read, by the main process.
     """
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
-        self._sets, self._error = sets, list[Exception]()
+        self._sets, self._error = sets if rank() == 0 else (), list[Exception]()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

@@ -18,7 +18,7 @@ from sfttrain.arguments import checked_training
 from sfttrain.checkpoint import refuse_places, take
 from sfttrain.config import TrainConfig
 from sfttrain.process import listening
-from sfttrain.refusals import open_sets, require_trainer
+from sfttrain.refusals import Reading, open_sets, require_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,8 @@ def train(
     checked_training(config.training)
     refuse_places(config, given=model is not None)
     with listening() as request, take(config.output):
-        sets, evaluation, reading = open_sets(config)
+        sets, evaluation = open_sets(config)
+        reading = Reading([*sets, *evaluation.values()])
         start_ahead(config)
         from sfttrain.training import train_on  # imports torch and transformers, which takes seconds
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
-from sftdata.set.opened import ShardSet, open_set
+from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import Choice, choose_attention, register_attention
@@ -69,9 +69,7 @@ def train_on(
     setting = Run(
         config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None
     )
-    refusals.refuse_useless(config, args, model, data, objects, say)
-    refuse_unshared(config, args, objects)
-    refuse_inert(setting)
+    _refuse_settings(setting, model, data)
     identity = identity_of(setting, sets, evaluation)
     done = finished(config, identity)
     if done is not None:
@@ -103,19 +101,18 @@ def plan_run(config: TrainConfig) -> list[str]:
     Raises:
         SftError: a set cannot be opened, or the run would be refused for its settings or its model.
     """
-    if not config.sets:
-        raise UsageError("There is nothing to train on.", "name a folder that `sftdata prepare` wrote.")
-    sets = [open_set(folder) for folder in config.sets]
-    refusals.refuse_mixed_tokenizers(sets)
-    args, model_config = training_arguments(config), load_config(config)
-    refuse_unshared(config, args, {})
-    where = _surroundings(args, sets, None)
-    plan, choice = _choose_path(config, model_config, None, where, say)
+    args = training_arguments(config)
+    setting = Run(config, args, {}, evaluated=bool(config.eval))
+    _refuse_settings(setting, None, None)
+    sets, evaluation = refusals.open_sets(config)
+    _samples(config, sets, args)
+    with whole_weights(args):
+        model_config, where, plan, choice = _choose(setting, [*sets, *evaluation.values()], None, None)
+        model = outline(config, model_config, plan, sets, args)
     contents = [read_contents(opened, plan.unpack) for opened in sets]
     order = make_order(config, sets, [part.rows for part in contents], contents, args)
     account = account_of(config, sets, contents, order)
     steps = total_steps(args, order)
-    model = outline(config, model_config, plan, sets, args)
     tokens = sum(part.tokens for part in account.leg(steps).sets)
     whole = ", the base not yet quantized" if config.quantize else ""
     return [
@@ -186,13 +183,28 @@ def load(
 ) -> tuple[PreTrainedModel, Plan, Surroundings]:  # fmt: skip
     """Choose and prove how a model reads these sets, and load it where it is not given."""
     config, args, everything = setting.config, setting.args, [*sets, *evaluation.values()]
+    with whole_weights(args):
+        model_config, where, plan, _ = _choose(setting, everything, model, data)
+        return *make_model(config, model_config, model, plan, sets, args, say), where
+
+
+def _refuse_settings(setting: Run, model: PreTrainedModel | None, data: object) -> None:
+    config, args, objects = setting.config, setting.args, setting.objects
+    refusals.refuse_useless(config, args, model, data, objects, say)
+    refuse_unshared(config, args, objects)
+    refuse_inert(setting)
+
+
+def _choose(
+    setting: Run, sets: list[ShardSet], model: PreTrainedModel | None, data: object
+) -> tuple[PreTrainedConfig, Surroundings, Plan, Choice | None]:
+    """Refuse a model that cannot be trained on these sets; choose and prove how it reads them."""
+    config, args = setting.config, setting.args
     model_config = load_config(config) if model is None else model.config
     refusals.refuse_architecture(config, model_config, model)
-    refusals.refuse_too_long(everything, model_config, say)
-    with whole_weights(args):
-        where = _surroundings(args, everything, data)
-        plan, _ = _choose_path(config, model_config, model, where, say)
-        return *make_model(config, model_config, model, plan, sets, args, say), where
+    refusals.refuse_too_long(sets, model_config, say)
+    where = _surroundings(args, sets, data)
+    return model_config, where, *_choose_path(config, model_config, model, where, say)
 
 
 def _samples(config: TrainConfig, sets: list[ShardSet], args: TrainingArguments) -> list[TrainerCallback]:

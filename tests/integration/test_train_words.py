@@ -103,6 +103,23 @@ def test_a_dry_run_is_the_plan(
     assert "`sfttrain plan` says what a run would take, and trains nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--sample none.jsonl", "--eval held=none", "--set eval_strategy=steps", "--set objective=dft --set loss=plain",
+     "--liger", "--set eval_steps=2", "--push-to-hub me/model"],
+)  # fmt: skip
+def test_a_plan_is_refused_for_what_its_run_is_refused_for(
+    flags: str, shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = []
+    for command in ("run", "plan"):
+        assert main([command, *_command(shards, model, tmp_path / "out", *flags.split())]) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+
+
 def _estimate(trained: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("sfttrain.preflight._matrix_speed", lambda *_: 1e9)
     layer = torch.nn.Linear(1000, 500, bias=True)
