@@ -168,9 +168,12 @@ def plan(settings: TrainConfig) -> None:
 
     It is the plan of a fresh run on so many processes as `plan` itself is started on; no weights are loaded.
     """
+    from sfttrain.process import rank
     from sfttrain.training import plan_run
 
-    print("\n".join(plan_run(settings)))
+    lines = plan_run(settings)
+    if rank() == 0:
+        print("\n".join(lines))
 
 
 @app.command()

@@ -257,7 +257,7 @@ def describe_memory(model: nn.Module) -> str:
     return f"{text}weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
 
 
-_TRIED = 2048  # rows and columns of the matrices whose products are timed
+_TRIED = {"cuda": 8192}  # rows and columns of the matrices whose products are timed; elsewhere 2048
 _SECONDS = 0.2
 
 
@@ -265,9 +265,14 @@ def describe_time(model: nn.Module, tokens: int, device: torch.device, compute: 
     """Say how long steps on so many tokens take at least: the products of matrices alone, at their best.
 
     A forward takes two operations for each weight and token, the gradients of the activations and of what is
-    trained as many each. Attention, norms, the optimizer and the reading of data come on top.
+    trained as many each. Embeddings take none, and the head as many as there are trained tokens, so neither
+    counts. Attention, norms, the optimizer and the reading of data come on top.
     """
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters() if weight.ndim > 1]
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    apart = set() if head is None else set(head.modules())
+    layers = [part for part in model.modules() if part not in apart and not isinstance(part, nn.Embedding)]
+    weights = [weight for part in layers for weight in part.parameters(recurse=False) if weight.ndim > 1]
+    sizes = [(weight.numel(), weight.requires_grad) for weight in weights]
     experts = any("expert" in name for name, _ in model.named_modules())
     if experts:
         return "time: the first step tells; how many experts a token takes is the router's choice"
@@ -283,11 +288,12 @@ def describe_time(model: nn.Module, tokens: int, device: torch.device, compute: 
 
 def _matrix_speed(device: torch.device, compute: torch.dtype) -> float:
     """Return operations a second."""
-    left = torch.ones((_TRIED, _TRIED), dtype=compute, device=device)
+    size = _TRIED.get(device.type, 2048)
+    left = torch.ones((size, size), dtype=compute, device=device)
     began, count = 0.0, -1  # the first product warms up
     while count < 1 or time.perf_counter() - began < _SECONDS:
         torch.mm(left, left)
         if device.type == "cuda":
             torch.cuda.synchronize()
         began, count = began if count >= 0 else time.perf_counter(), count + 1
-    return 2 * count * _TRIED**3 / (time.perf_counter() - began)
+    return 2 * count * size**3 / (time.perf_counter() - began)

@@ -113,7 +113,7 @@ def plan_run(config: TrainConfig) -> list[str]:
     order = make_order(config, sets, [part.rows for part in contents], contents, args)
     account = account_of(config, sets, contents, order)
     steps = total_steps(args, order)
-    tokens = sum(part.tokens for part in account.leg(steps).sets)
+    tokens = sum(part.tokens for part in account.leg(steps).sets) // args.world_size
     whole = ", the base not yet quantized" if config.quantize else ""
     return [
         *planned(config, account, order, steps),

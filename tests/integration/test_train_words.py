@@ -12,7 +12,7 @@ import torch
 
 from sfttrain.cli import main
 from sfttrain.preflight import describe_time
-from tests.train_runs import OUR_WARNINGS, tiny_llama
+from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama
 from tests.train_sets import make_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(OUR_WARNINGS)]
@@ -131,6 +131,38 @@ def test_the_least_time_counts_what_each_weight_takes_for_each_token(monkeypatch
     """500,000 weights, 2 million tokens, 1e9 operations a second: six operations each, four where frozen."""
     assert _estimate(True, monkeypatch).startswith("time: at least 1:40:00, 6.0e+12 operations")
     assert _estimate(False, monkeypatch).startswith("time: at least 1:06:40, 4.0e+12 operations")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_do_not_count(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are looked up, this one sees trained tokens alone: with them the least time was more than was taken."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("sfttrain.preflight._matrix_speed", lambda *_: 1e9)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model", tied=tied))
+    products = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if name.startswith("model.layers") and weight.ndim > 1
+    )
+    said = describe_time(model, 1_000_000, torch.device("cpu"), torch.float32)
+    assert f", {6e6 * products:.1e} operations" in said
+
+
+def test_each_of_two_processes_has_half_of_the_work_and_one_says_so(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for ranks in (1, 2):
+        batch = ["--set", f"gradient_accumulation_steps={3 - ranks}"]
+        log = tmp_path / f"log {ranks}"
+        codes = Fleet().finish(["plan", *_command(shards, model, tmp_path / "out", *batch)], ranks, log)
+        assert codes == [0] * ranks, log.read_text()
+        found += re.findall(r"time: at least .*, (\S+) operations", log.read_text())
+    one, half = map(float, found)
+    assert half == pytest.approx(one / 2, rel=0.05)
 
 
 def test_of_experts_no_time_is_guessed() -> None:
