@@ -110,7 +110,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

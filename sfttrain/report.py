@@ -111,7 +111,7 @@ def _documents(folder: Path) -> dict[str, object]:
 def read_log(path: Path) -> list[Line]:
     """Return the lines of a training log, if there is one; a line cut short by a kill is left out."""
     lines = []
-    for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -172,12 +172,15 @@ def _evaluation(log: Sequence[Line]) -> Iterator[dict[str, str | float]]:
 
 def _samples(log: Sequence[Line]) -> list[Line]:
     """Return each held row with its first and its last answer, and the steps that they are of."""
-    answered = [line for line in log if isinstance(line.get("samples"), list)]
-    if not answered:
+    lines = [(line["step"], cast(list[Line], line["samples"])) for line in log if "samples" in line]
+    if not lines:
         return []
-    first, last = (cast(list[Line], line["samples"]) for line in (answered[0], answered[-1]))
-    steps = {"first_step": answered[0]["step"], "last_step": answered[-1]["step"]}
-    return [now | steps | {"before": then["answer"]} for then, now in zip(first, last, strict=False)]
+    last_step, last = lines[-1]
+    asked = [sample["prompt"] for sample in last]
+    # A run may go on with other rows.
+    first_step, first = next(line for line in lines if [sample["prompt"] for sample in line[1]] == asked)
+    steps = {"first_step": first_step, "last_step": last_step}
+    return [now | steps | {"before": then["answer"]} for then, now in zip(first, last, strict=True)]
 
 
 def _label(name: str) -> str:

@@ -6,6 +6,7 @@ They are greedy, short, and take nothing from the run: neither its random number
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,13 +55,15 @@ def read_samples(path: Path, talks: bool) -> list[Sample]:
         UsageError: it holds none or too many, or a row that cannot be asked.
     """
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--sample {path}: cannot be read ({error}).", "name a file of JSON lines."
         ) from None
     if not 1 <= len(lines) <= MOST:
-        fix = f"head -n {MOST} {path.name} > few.jsonl" if lines else f"write rows as {_EXPECTED}."
+        fix = (
+            f"head -n {MOST} {shlex.quote(str(path))} > few.jsonl" if lines else f"write rows as {_EXPECTED}."
+        )
         raise UsageError(f"--sample {path}: {len(lines):,} rows; expected 1 to {MOST}.", fix)
     return [_parse(f"--sample {path}: line {number}", line, talks) for number, line in enumerate(lines, 1)]
 

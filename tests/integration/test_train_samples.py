@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import sftdata
 from sftdata.errors import UsageError
 from sfttrain.chat import open_chat
+from sfttrain.progress import TrainLog
 from sfttrain.report import make_report
 from sfttrain.samples import read_samples
 from tests.train_runs import OUR_WARNINGS, train_in_process
@@ -102,7 +104,7 @@ def test_adapters_answer_too_and_without_evaluation_the_end_is_answered(
     ("text", "said"),
     [
         ("", r"0 rows; expected 1 to 20\. Fix: write rows as"),
-        ('{"prompt": "a"}\n' * 21, r"21 rows; expected 1 to 20\. Fix: head -n 20 held\.jsonl > few\.jsonl"),
+        ('{"prompt": "a"}\n' * 21, r"21 rows; expected 1 to 20\. Fix: head -n 20 '/.*/held out\.jsonl' > few\.jsonl"),
         ('{"prompt": "a"}\n{', r"line 2: is no JSON"),
         ('{"text": "a"}', r"line 1: holds no question.*write rows as"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', r"line 1: holds no question"),
@@ -111,9 +113,32 @@ def test_adapters_answer_too_and_without_evaluation_the_end_is_answered(
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_asked_are_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "held.jsonl").write_text(text, "utf-8")
+    (tmp_path / "held out.jsonl").write_text(text, "utf-8")
     with pytest.raises(UsageError, match=said):
-        read_samples(tmp_path / "held.jsonl", talks="no chat template" not in said)
+        read_samples(tmp_path / "held out.jsonl", talks="no chat template" not in said)
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"prompt": "a\u2028b\x85c"}\n', "utf-8")
+    (sample,) = read_samples(tmp_path / "held.jsonl", talks=False)
+    assert sample.prompt == "a\u2028b\x85c"
+
+
+def test_the_report_puts_answers_to_the_same_question_side_by_side(tmp_path: Path) -> None:
+    """A run may go on with other rows, and answers hold what some take for the end of a line."""
+    said = [("old", "first\u2028old"), ("new", "first\u2028new"), ("new", "last\x85new")]
+    with (tmp_path / "train_log.jsonl").open("w", encoding="utf-8") as file:
+        for step, (prompt, answer) in enumerate(said, 1):
+            rows = [{"prompt": prompt, "reference": None, "answer": answer}]
+            file.write(json.dumps({"step": step, "samples": rows}, ensure_ascii=False) + "\n")
+    TrainLog(tmp_path / "train_log.jsonl").on_train_begin(
+        SimpleNamespace(), SimpleNamespace(is_world_process_zero=True, global_step=3), SimpleNamespace()
+    )
+    page = make_report(tmp_path)
+    assert "step 2</th>" in page
+    assert r"first\u2028new" in page
+    assert r"last\x85new" in page
+    assert r"first\u2028old" not in page
 
 
 def test_a_file_that_is_not_there_and_a_set_without_a_tokenizer_are_refused_before_the_model_is_loaded(
