@@ -6,6 +6,7 @@ Arrow and dicts as JSON lines, and read as any file is: nothing behind this modu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -39,6 +40,8 @@ _BATCH_ROWS = 1000
 _SPLIT = re.compile(r"\s*([^\s\[+]+)")
 _WITHOUT_EFFECT = {"replace_schema_metadata"}  # of what `datasets` did to a table after it mapped the file
 _BYTES_OF_A_PICTURE = {"image", "images", "image_url", "url", "source", "data", "bytes", "base64"}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _BESIDE_A_TOKENIZER = ("generation_config.json", "config.json")  # hold stop tokens
 
 
@@ -209,6 +212,10 @@ def _write(rows: Any, folder: Path, name: str) -> None:
             f"inputs: the {type(rows).__name__} has no Arrow form ({' '.join(str(error).split())}).",
             "give each column values of one type.",
         ) from None
+    except OSError as error:
+        if error.errno not in _FULL:  # of whatever the rows are read from
+            raise
+        raise _unwritten(cache_folder(ROWS), error) from None
 
 
 def _write_dataset(dataset: Dataset, folder: Path, name: str) -> None:
@@ -307,10 +314,15 @@ def _cache(name: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-    except PermissionError as error:
-        raise UsageError(
-            f"Cache folder {folder} cannot be written ({error.strerror}).", "set SFTDATA_CACHE."
-        ) from None
+    except OSError as error:
+        if error.errno not in _FULL | _CLOSED:
+            raise
+        raise _unwritten(folder, error) from None
+
+
+def _unwritten(folder: Path, error: OSError) -> UsageError:
+    reason = os.strerror(error.errno or 0)
+    return UsageError(f"Cache folder {folder} cannot be written ({reason}).", "set SFTDATA_CACHE.")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -317,3 +318,36 @@ def test_a_generator_takes_no_more_memory_for_more_rows() -> None:
         return int(subprocess.run(run, capture_output=True, text=True, timeout=HANGS, check=True).stdout)
 
     assert memory(1_000_000) - memory(1_000) < 30_000  # KB; the rows are 140 MB
+
+
+@pytest.mark.parametrize("given", [list, pd.DataFrame], ids=["dicts", "frame"])
+def test_a_full_disk_is_told_of_in_one_line(
+    given: Callable[[list[Row]], Any], cache: Path, tmp_path: Path
+) -> None:
+    rows = given([{"text": "a" * 1000}] * 3000)
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, most))
+    try:
+        with pytest.raises(
+            UsageError, match=f"Cache folder {cache}/rows cannot be written .* set SFTDATA_CACHE"
+        ):
+            sftdata.prepare(rows, tokenizer=TOKENIZER, output=tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert not any((cache / "rows").iterdir())
+
+
+def test_a_fault_of_what_the_rows_are_read_from_stays_what_it_is(cache: Path, tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        yield {"text": "a"}
+        raise PermissionError(13, "Permission denied", "mine.jsonl")
+
+    with pytest.raises(PermissionError, match="mine.jsonl"):
+        sftdata.prepare(rows(), tokenizer=TOKENIZER, output=tmp_path / "set")
+
+
+def test_a_cache_that_is_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="cannot be written .Not a directory.* set SFTDATA_CACHE"):
+        sftdata.prepare([{"text": "a"}], tokenizer=TOKENIZER, output=tmp_path / "set")
