@@ -172,7 +172,8 @@ def _evaluation(log: Sequence[Line]) -> Iterator[dict[str, str | float]]:
 
 def _samples(log: Sequence[Line]) -> list[Line]:
     """Return each held row with its first and its last answer, and the steps that they are of."""
-    lines = [(line["step"], cast(list[Line], line["samples"])) for line in log if "samples" in line]
+    found = ((line["step"], line.get("samples")) for line in log)
+    lines = [(step, cast(list[Line], samples)) for step, samples in found if isinstance(samples, list)]
     if not lines:
         return []
     last_step, last = lines[-1]

@@ -131,6 +131,7 @@ def test_the_report_puts_answers_to_the_same_question_side_by_side(tmp_path: Pat
         for step, (prompt, answer) in enumerate(said, 1):
             rows = [{"prompt": prompt, "reference": None, "answer": answer}]
             file.write(json.dumps({"step": step, "samples": rows}, ensure_ascii=False) + "\n")
+        file.write(json.dumps({"step": 3, "samples": 24}) + "\n")  # a figure of a callback's own
     TrainLog(tmp_path / "train_log.jsonl").on_train_begin(
         SimpleNamespace(), SimpleNamespace(is_world_process_zero=True, global_step=3), SimpleNamespace()
     )
