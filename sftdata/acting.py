@@ -362,6 +362,7 @@ def _option(config: PrepareConfig, name: str) -> str:
     flag = flag_of(name).removesuffix("=VALUE")
     if isinstance(value, dict):
         return f"{flag} {' '.join(f'{key}={item}' for key, item in value.items())}"
+    value = str(value) if isinstance(value, Path) else value
     return flag if isinstance(value, bool | tuple) else f"{flag} {value!r}"
 
 

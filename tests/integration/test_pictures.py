@@ -256,6 +256,8 @@ def test_parts_uris_structs_and_parquet_hold_their_pictures(place: Path, tmp_pat
         assert read_manifest(tmp_path / name).vision.images == "."  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="--embed-images acts on pictures that rows name by their paths"):
         prepare(place, tmp_path / "no", tmp_path / "rows.parquet", embed_images=True)
+    with pytest.raises(UsageError, match="--images '.*' acts on pictures that rows name by their paths"):
+        prepare(place, tmp_path / "no", tmp_path / "rows.parquet", images=tmp_path)
 
 
 def test_a_picture_that_changed_is_noticed_by_verify_prepare_and_reuse(place: Path, tmp_path: Path) -> None:
