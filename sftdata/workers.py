@@ -149,7 +149,16 @@ class Hired(Workers):
         load: Callable[[Shared], object],
     ) -> Iterator[Result]:
         """As that of `Workers`; what tasks share is loaded by the first one in each process."""
-        return iter(self._executor.map(partial(function, job), tasks))
+        return iter(self._executor.map(partial(_in_turn, job, function), tasks))
+
+
+_TURN = threading.Lock()
+
+
+def _in_turn(job: Shared, function: Callable[[Shared, Task], Result], task: Task) -> Result:
+    """Do a task once no other thread of this process does one: they share what is loaded and open."""
+    with _TURN:
+        return function(job, task)
 
 
 def _lead(channel: Connection, number: int, warm: str | None) -> None:

@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 import sftdata
 from sftdata.cli import main
 from sftdata.set.manifest import partial_folder
+from sftdata.workers import Hired
 from tests.remote_stores import need_packages
 from tests.torture.runs import write_chats
 from tests.waiting import HANGS
@@ -104,6 +106,21 @@ def test_an_executor_makes_the_same_set(folder: Path) -> None:
         assert slices(folder, "hired", workers=pool).digest == alone.digest
     assert sftdata.verify(folder / "hired").ok
     assert not (folder / "hired" / "slices").exists()
+
+
+def test_threads_of_one_process_take_turns() -> None:
+    """They share an open input and what is loaded."""
+    inside: list[int] = []
+
+    def most(job: None, task: int) -> int:
+        inside.append(task)
+        time.sleep(0.01)
+        count = len(inside)
+        inside.remove(task)
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*Hired(pool).map(most, None, range(8), load=lambda job: None)] == [1] * 8
 
 
 def test_the_tokenizer_travels_with_the_build(folder: Path) -> None:
