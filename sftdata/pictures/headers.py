@@ -7,6 +7,7 @@ PNG may carry its EXIF behind the pixels, and a file that was cut short has a pe
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,8 +80,7 @@ def read_header(data: bytes, where: str = "the picture") -> Header:
     except pillow.DecompressionBombError:
         header = None
     except Exception as error:  # Pillow raises what it likes on a broken file
-        found = one_line(f"{type(error).__name__}: {error}")[:160]
-        what = f"{where} is a {name.upper()} file with a broken header ({found})."
+        what = f"{where} is a {name.upper()} file with a broken header ({_in_words(error)})."
         raise RowError("image-unreadable", what, "save it again, or leave the row out.") from None
     if header is None or header.pixels > MAX_PIXELS:
         what = f"{where} has more than {MAX_PIXELS:,} pixels, the most that Pillow decodes."
@@ -102,8 +102,13 @@ def require_pixels(data: bytes, where: str) -> None:
             warnings.simplefilter("ignore")
             _open(data).load()
     except Exception as error:  # Pillow raises what it likes on a broken file
-        what = f"{where} cannot be decoded ({one_line(f'{type(error).__name__}: {error}')[:160]})."
+        what = f"{where} cannot be decoded ({_in_words(error)})."
         raise RowError("image-unreadable", what, "save it again, or leave the row out.") from None
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error of Pillow without the address of the buffer, which is another in each run."""
+    return one_line(re.sub(r" <\S+ object at 0x\w+>", "", f"{type(error).__name__}: {error}"))[:160]
 
 
 def _read(data: bytes, name: PictureFormat) -> Header:
