@@ -347,11 +347,10 @@ def _lf_entry(found: Carried, place: str, key: str, value: Any) -> None:
         found.lost[place] = "no dataset has such a setting of its own."
 
 
-_LF_TYPES = {"lora": 8}
 _FACTORY: dict[str, Rule] = {
     "model_name_or_path": _MODEL,
     "stage": where("sft", _DEFAULT, lost("only supervised fine-tuning is carried over.")),
-    "finetuning_type": where("full", _DEFAULT, to("train", "lora.r", chosen(_LF_TYPES))),
+    "finetuning_type": where("full", _DEFAULT, to("train", "lora.r", chosen({"lora": 8}))),
     "lora_rank": to("train", "lora.r"),
     "lora_target": to("train", "lora.target", targets),
     "use_rslora": to("train", "lora.rslora"),
@@ -363,7 +362,10 @@ _FACTORY: dict[str, Rule] = {
     "eval_dataset": lost("prepare it as a set of its own, which --eval NAME=FOLDER names."),
     "template": lost("the tokenizer's own chat template is used; chat_template names another."),
     "cutoff_len": to("data", "max_length"),
-    "max_samples": to("data", "cap", lambda value: {"*": f"{value} rows"}),
+    "max_samples": lambda found, name, value: (
+        lost("it is of each dataset: sftdata prepare --cap NAME='N rows', once for each of them.")
+        if len(found.data.get("inputs", ())) > 1
+        else to("data", "cap", lambda value: {"*": f"{value} rows"}))(found, name, value),
     "val_size": to("data", "eval", share),
     "packing": _PACKING,
     "neat_packing": to("data", "packing", lambda _: "bfd"),

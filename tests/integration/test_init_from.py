@@ -166,6 +166,9 @@ def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     assert found.data["inputs"] == [str(tmp_path / "data/here.json"), "x/y"]
     assert found.data["map"] == {"instruction": "q", "output": "a"}
     assert {"dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+    found = carry_over(_write(tmp_path, given | {"max_samples": 7}), "set")
+    assert "cap" not in found.data  # which would be of both together
+    assert "of each dataset" in found.lost["max_samples"]
 
 
 def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_said(tmp_path: Path) -> None:
