@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 Settings = dict[str, Any]
+Said = dict[str, tuple[object, str]]  # of one dataset: setting of `prepare` -> value, its place in the file
 
 
 @dataclass(slots=True)
@@ -50,6 +51,18 @@ class Carried:
             settings[name] = value
         names = self.origins.setdefault((program, name), [])
         names += [] if origin in names else [origin]
+
+    def put_agreed(self, datasets: Sequence[Said]) -> None:
+        """Carry over what all datasets say alike, since one set has one value; the rest is lost."""
+        for said in datasets:
+            for setting, (value, place) in said.items():
+                if all(setting in other and other[setting][0] == value for other in datasets):
+                    self.put("data", setting, value, place)
+                else:
+                    self.lost[place] = (
+                        f"not all datasets have this {setting}, and one set has one:"
+                        " prepare this dataset by itself, and mix the sets."
+                    )
 
 
 Rule = Callable[[Carried, str, Any], None]

@@ -17,6 +17,7 @@ import yaml
 from sftdata.carried import (
     Carried,
     Rule,
+    Said,
     Settings,
     Tool,
     bits,
@@ -166,38 +167,31 @@ def _ax_datasets(found: Carried, name: str, value: Any) -> None:
     """Carry the list of datasets over, each of its keys by itself."""
     entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
     inputs: list[str] = []
+    said: list[Said] = []
     for number, entry in enumerate(entries, start=1):
         files, path = entry.get("data_files"), str(entry.get("path"))
         files = [files] if isinstance(files, str) else files or []
         inputs += [f"hf://datasets/{path}/{file}" for file in files] or [path]
+        said.append({})
         for key, setting in entry.items():
             if key not in ("path", "data_files"):
-                _ax_dataset_key(found, f"{name}[{number}].{key}", key, setting)
+                _ax_dataset_key(found, said[-1], f"{name}[{number}].{key}", key, setting)
+    found.put_agreed(said)
     if inputs:
         found.put("data", "inputs", inputs, name)
     else:
         found.lost[name] = "it names no path."
 
 
-def _ax_dataset_key(found: Carried, place: str, key: str, value: Any) -> None:
+def _ax_dataset_key(found: Carried, said: Said, place: str, key: str, value: Any) -> None:
     if (key, value) in _AX_DEFAULTS:
         found.needless[place] = "it is found, or what happens by default."
     elif key in _AX_SETTINGS:
-        _put_of_dataset(found, _AX_SETTINGS[key], value, place)
+        said[_AX_SETTINGS[key]] = value, place
     elif key == "type" and str(value) in _AX_KINDS:
-        _put_of_dataset(found, "kind", _AX_KINDS[str(value)], place)
+        said["kind"] = _AX_KINDS[str(value)], place
     else:
         found.lost[place] = f"{value!r}: no dataset has such a setting of its own; see --format and --map."
-
-
-def _put_of_dataset(found: Carried, setting: str, value: object, place: str) -> None:
-    """Carry over what is said of one dataset, and is here said of all: where two differ, the first counts."""
-    name, _, part = setting.partition(".")
-    before = found.data.get(name, {}).get(part, value) if part else found.data.get(name, value)
-    if before == value:
-        found.put("data", setting, value, place)
-    else:
-        found.lost[place] = f"one set has one {setting}: prepare this dataset by itself, and mix the sets."
 
 
 def _ax_plugins(found: Carried, name: str, value: Any) -> None:
@@ -293,10 +287,11 @@ _AXOLOTL: dict[str, Rule] = {
 
 
 def _lf_datasets(found: Carried, name: str, value: Any) -> None:
-    """Find each name in dataset_info.json; one set has one mapping, so that of the first counts."""
+    """Find each name in dataset_info.json."""
     folder = str(found.given.get("dataset_dir") or "data")
     path, known = _lf_info(found.folder / folder, found.folder)
     inputs = []
+    said: list[Said] = []
     for dataset in listed(value):
         entry = known.get(dataset)
         if entry is None:
@@ -305,8 +300,10 @@ def _lf_datasets(found: Carried, name: str, value: Any) -> None:
             continue
         local = path.parent / entry["file_name"] if "file_name" in entry else entry.get("script_url")
         inputs.append(str(entry.get("hf_hub_url") or local))
+        said.append({})
         for key, setting in entry.items():
-            _lf_entry(found, f"{name}: {dataset}.{key}", key, setting)
+            _lf_entry(found, said[-1], f"{name}: {dataset}.{key}", key, setting)
+    found.put_agreed(said)
     if inputs:
         found.put("data", "inputs", inputs, name)
 
@@ -331,16 +328,15 @@ _LF_COLUMNS = {
 }  # fmt: skip
 
 
-def _lf_entry(found: Carried, place: str, key: str, value: Any) -> None:
+def _lf_entry(found: Carried, said: Said, place: str, key: str, value: Any) -> None:
     if key in _LF_NEEDLESS:
         found.needless[place] = _LF_NEEDLESS[key]
     elif key in ("subset", "split"):
-        _put_of_dataset(found, key, value, place)
+        said[key] = value, place
     elif key == "columns" and set(value) <= set(_LF_COLUMNS):
         named = {_LF_COLUMNS[name]: column for name, column in value.items()}
         others = {name: column for name, column in named.items() if column not in (name, "conversations")}
-        for name, column in others.items():
-            _put_of_dataset(found, f"map.{name}", column, place)
+        said |= {f"map.{name}": (column, place) for name, column in others.items()}
         if not others:
             found.needless[place] = "the columns are found."
     elif key not in ("file_name", "hf_hub_url"):

@@ -164,8 +164,9 @@ def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "here, there, nowhere"}
     found = carry_over(_write(tmp_path, given), "set")
     assert found.data["inputs"] == [str(tmp_path / "data/here.json"), "x/y"]
-    assert found.data["map"] == {"instruction": "q", "output": "a"}
-    assert {"dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+    assert {"dataset: here.columns", "dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+    alone = carry_over(_write(tmp_path, given | {"dataset": "here"}), "set")
+    assert alone.data["map"] == {"instruction": "q", "output": "a"}
     found = carry_over(_write(tmp_path, given | {"max_samples": 7}), "set")
     assert "cap" not in found.data  # which would be of both together
     assert "of each dataset" in found.lost["max_samples"]
@@ -181,15 +182,24 @@ def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset_dir": "mine", "dataset": "one,two"}
     found = carry_over(_write(tmp_path, given), "set")
     assert found.data["inputs"] == [str(tmp_path / "mine/one.json"), str(tmp_path / "mine/two.json")]
-    assert (found.data["split"], found.data["map"]) == ("train", {"instruction": "q"})
-    assert {"dataset: two.split", "dataset: two.columns"} <= found.lost.keys()
+    assert not {"split", "map"} & found.data.keys()
+    assert {f"dataset: {name}.{key}" for name in info for key in ("split", "columns")} <= found.lost.keys()
     datasets = [
         {"path": "x/y", "field_messages": "chat"},
-        {"path": "x/z", "field_messages": "talk", "type": {"field": "q"}},
+        {"path": "x/z", "field_messages": "talk", "type": {"field": "q"}, "split": "train[:5%]"},
     ]
     found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": datasets}), "set")
-    assert found.data["map"] == {"messages": "chat"}
-    assert {"datasets[2].field_messages", "datasets[2].type"} <= found.lost.keys()
+    assert not {"split", "map"} & found.data.keys()  # what one dataset says would cut or rename the other
+    lost = {
+        "datasets[1].field_messages",
+        "datasets[2].field_messages",
+        "datasets[2].type",
+        "datasets[2].split",
+    }
+    assert lost <= found.lost.keys()
+    alike = [{"path": name, "field_messages": "chat", "split": "train"} for name in ("x/y", "x/z")]
+    found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": alike}), "set")
+    assert (found.data["split"], found.data["map"]) == ("train", {"messages": "chat"})
     (tmp_path / "mine/dataset_info.json").write_text("{")
     with pytest.raises(UsageError, match="dataset_info.json: cannot be read .*correct it"):
         carry_over(_write(tmp_path, given), "set")
