@@ -137,7 +137,7 @@ def test_a_view_of_a_view_has_settings_of_its_own(base: Path, tmp_path: Path) ->
 def _like(folder: Path) -> Settings:
     from sftdata.like import settings_like
 
-    return settings_like(folder, ViewConfig.model_fields, ())
+    return settings_like(folder, ViewConfig.model_fields, {})
 
 
 def test_an_order_that_is_not_kept_is_said(base: Path, tmp_path: Path) -> None:
