@@ -243,7 +243,7 @@ def test_a_compiler_that_takes_too_long_is_stopped_and_left_out(
 def test_what_the_compiler_cannot_do_is_left_out_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*_: Any) -> int:
+    def broken(*_: Any, keep: bool = False) -> int:
         raise RuntimeError("no such instruction\nmore")
 
     shards, model = make_set(tmp_path / "set", rows=8), tiny_llama(tmp_path / "model")
