@@ -27,7 +27,7 @@ install: $(STAMP) ## Make the virtual environment with everything in it
 demo: $(STAMP) ## Prepare four small files, look at the mask, train a tiny model and talk to it (under two minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh demo
 
-test: $(STAMP) ## Run the quick tests: units, properties, rules of the house, a thin line from end to end (two minutes)
+test: $(STAMP) ## Run the quick tests: units, properties, rules of the house, a thin line from end to end (under four minutes)
 	$(PYTEST)
 
 test-all: $(STAMP) ## Run every test that needs neither a GPU nor the network, and the notebooks

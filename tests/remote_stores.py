@@ -176,6 +176,9 @@ def s3_server(log: Path) -> Iterator[int]:
 
 
 def need_packages(*names: str) -> None:
-    """Skip aloud where a package is missing that `pip install 'sftdata[scale]'` brings."""
+    """Skip aloud where a package is missing: of the extra `scale`, or Ray, of its own."""
     for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'sftdata[scale]'")
+        pytest.importorskip(
+            name,
+            reason=f"{name} is not installed: pip install 'sftdata[{'ray' if name == 'ray' else 'scale'}]'",
+        )
