@@ -2,7 +2,7 @@
 
     make_plan:      inputs -> sources -> formats, tokenizer, mask, engine, shard tasks by input size (plan.py)
     prepare_shard:  chunks -> rows -> canonical -> texts, spans -> tokens, trained -> packs, rest -> files
-    prepare:        plan, map prepare_shard over the tasks on any engine, then the manifest, last (run.py)
+    build_set:      plan, map prepare_shard over the tasks on any engine, then the manifest, last (run.py)
 
 A shard is a pure function of the plan and its task, so workers, engines, kills and resumes cannot change a
 byte.
