@@ -310,7 +310,7 @@ class Meter:
         elif line or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             left = self.seconds / max(done - self._before, 1) * (total - done)
-            self.write(f"{text}, {_clock(left)} left")
+            self.write(f"{text}, {as_clock(left)} left")
 
     def write(self, sentence: str) -> None:
         """Print one sentence, above the bar if there is one, as `one_line`."""
@@ -340,10 +340,10 @@ class Meter:
         self._bar.start()  # does nothing when it runs already
 
 
-def _clock(seconds: float) -> str:
+def as_clock(seconds: float) -> str:
     """Return a duration as h:mm:ss.
 
-    >>> _clock(3725)
+    >>> as_clock(3725)
     '1:02:05'
     """
     minutes, rest = divmod(round(seconds), 60)

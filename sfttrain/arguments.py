@@ -29,8 +29,11 @@ _READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2
 _WHOLE = ("model", "optimizer_dict")  # arguments of optimizers that take more than parameters
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: TrainConfig, *, evaluated: bool = False) -> TrainingArguments:
     """Return transformers' TrainingArguments for a configuration.
+
+    Args:
+        evaluated: whether there is anything to evaluate on; then each epoch does, unless told otherwise.
 
     Raises:
         UsageError: transformers refuses a value.
@@ -43,6 +46,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     settings = {"output_dir": str(config.output), "disable_tqdm": True, **checked_training(config.training)}
     refuse_missing_launch(settings)
     settings.setdefault("learning_rate", config.learning_rate)
+    if evaluated:
+        settings.setdefault("eval_strategy", "epoch")
     check_device(settings, config.dtype, say)
     # Otherwise ranks without a GPU find no backend.
     settings.setdefault("use_cpu", not torch.accelerator.is_available())

@@ -156,7 +156,8 @@ def config(settings: TrainConfig) -> None:
 
     from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments
 
-    run = Run(settings, training_arguments(settings), {}, evaluated=bool(settings.eval))
+    evaluated = bool(settings.eval)
+    run = Run(settings, training_arguments(settings, evaluated=evaluated), {}, evaluated=evaluated)
     refuse_inert(run)
     print(yaml.safe_dump(effective_settings(run), sort_keys=False), end="")
 

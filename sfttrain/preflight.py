@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
+from sftdata.output import as_clock
 from sfttrain import checkpoint, device
 from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
@@ -123,9 +124,7 @@ class FirstStep(TrainerCallback):
             peaked, whole = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.mem_get_info()[1] / 1e9
             peak = f"; memory peaked at {peaked:.2f} of {whole:.0f} GB"
         seconds = time.perf_counter() - self._began
-        about = (
-            f"about {seconds * state.max_steps / 60:.1f} minutes at {seconds:.2f} s a step, from a cold one"
-        )
+        about = f"about {as_clock(seconds * state.max_steps)} at {seconds:.2f} s a step, judged by a cold one"
         self._say(f"plan: {counted(state.max_steps, 'step')} of {counted(self._rows, 'row')}; {about}{peak}")
 
 

@@ -21,6 +21,7 @@ import yaml
 from sftdata.blame.log import log_files
 from sftdata.blame.named import LoggedRun
 from sftdata.errors import SftError, UsageError
+from sftdata.output import as_clock
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
 from sfttrain.process import counted
@@ -202,7 +203,7 @@ def _figures(steps: Sequence[Line], log: Sequence[Line]) -> list[tuple[str, str]
         figures.append((short(losses[-1]), f"loss, from {short(losses[0])}"))
         figures += [(f"{last['tokens']:,}", "tokens")] if "tokens" in last else []
         figures += [(f"{median(speeds):,.0f}", "tokens a second")] if speeds else []
-        figures.append((_duration(sum(seconds)), "of training"))
+        figures.append((as_clock(sum(seconds)), "of training"))
     return figures
 
 
@@ -250,12 +251,6 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={part}" for name, part in value.items() if part is not None)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,10 @@ def train_on(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    args = training_arguments(config)
+    evaluated = bool(evaluation) or objects.get("eval_dataset") is not None
+    args = training_arguments(config, evaluated=evaluated)
     reading.check()
-    setting = Run(
-        config, args, objects, evaluated=bool(evaluation) or objects.get("eval_dataset") is not None
-    )
+    setting = Run(config, args, objects, evaluated=evaluated)
     _refuse_settings(setting, model, data)
     identity = identity_of(setting, sets, evaluation)
     done = finished(config, identity)
@@ -101,7 +100,7 @@ def plan_run(config: TrainConfig) -> list[str]:
     Raises:
         SftError: a set cannot be opened, or the run would be refused for its settings or its model.
     """
-    args = training_arguments(config)
+    args = training_arguments(config, evaluated=bool(config.eval))
     setting = Run(config, args, {}, evaluated=bool(config.eval))
     _refuse_settings(setting, None, None)
     sets, evaluation = refusals.open_sets(config)

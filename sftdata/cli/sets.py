@@ -64,9 +64,7 @@ def audit(
         print_line(f"{folder}: nothing found.")
     if strict and defects:
         names = ", ".join(finding.code for finding in defects)
-        raise DataError(
-            f"{folder}: {len(defects)} kinds of defects ({names}).", "see above, or audit without --strict."
-        )
+        raise DataError(f"{folder}: there are defects ({names}).", "see above, or audit without --strict.")
 
 
 def inspect(

@@ -233,11 +233,16 @@ def test_a_metric_that_evaluation_does_not_give_is_refused_before_the_run(
 
 
 @pytest.mark.feature("evaluation")
-def test_a_set_that_is_never_evaluated_is_said(
+def test_a_set_is_evaluated_each_epoch_and_one_that_never_is_is_said(
     shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_in_process(shards, model, tmp_path / "out", QUICK, eval={"held": shards})
-    assert "evaluation: held is not evaluated while training" in capsys.readouterr().err
+    unheard = "evaluation: held is not evaluated while training"
+    trainer = train_in_process(shards, model, tmp_path / "out", QUICK, eval={"held": shards})
+    assert trainer is not None
+    assert "eval_held_loss" in {name for entry in trainer.state.log_history for name in entry}
+    assert unheard not in capsys.readouterr().err
+    train_in_process(shards, model, tmp_path / "no", QUICK | {"eval_strategy": "no"}, eval={"held": shards})
+    assert unheard in capsys.readouterr().err
 
 
 @pytest.mark.feature("several GPUs")

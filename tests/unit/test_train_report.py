@@ -73,7 +73,7 @@ def test_the_page_tells_the_figures_of_the_log(tmp_path: Path) -> None:
         "0.5",
         "loss, from 4",
         "800",
-        "0:16 min",
+        "0:00:16",
         "held_out loss",
         "2.5 at step 4",
         "3.5",
