@@ -33,6 +33,15 @@ _STOPS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters, and one slash: Path makes one of two
 _FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
 
+# What matters in messages, and its colour (SGR) on a terminal.
+_MATTERS = re.compile(
+    r"(?P<fix>\bFix: .*)|(?P<command>`sft(?:data|train) [^`\n]+`|(?<=  )sft(?:data|train) .+)"
+    r"|(?P<lost>^  rejects\b)|(?P<figure>\bloss \d[\d.]*)"
+    r"|(?P<label>^[a-z]+(?=: |  +\S)|^  [a-z]+(?= +\S))",
+    re.MULTILINE,
+)
+_COLOURS = {"fix": "32", "command": "36", "lost": "33", "figure": "1", "label": "90"}
+
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 # ---------------------------------------------------------------------------------- text on a terminal
@@ -65,6 +74,21 @@ def json_visible(text: str) -> str:
     return _SUSPECT.sub(_spelled_in_json, text)
 
 
+def coloured(text: str) -> str:
+    r"""Return the lines of a message with what matters in colour: the fix, commands, the loss, labels.
+
+    >>> coloured("a.jsonl:3: no answer. Fix: add it.")
+    'a.jsonl:3: no answer. \x1b[32mFix: add it.\x1b[0m'
+    """
+    return _MATTERS.sub(lambda match: f"\x1b[{_COLOURS[str(match.lastgroup)]}m{match[0]}\x1b[0m", text)
+
+
+def _takes_colour(stream: TextIO) -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
 def _spelled(match: re.Match[str]) -> str:
     character = match[0]
     code = ord(character)
@@ -92,10 +116,11 @@ class Guarded:
 
     Args:
         stream: `sys.stdout` or `sys.stderr`.
+        in_colour: whether the texts are messages for a terminal that shows colours.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.unguarded = stream
+    def __init__(self, stream: TextIO, *, in_colour: bool = False) -> None:
+        self.unguarded, self._in_colour = stream, in_colour
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.unguarded, name)
@@ -104,6 +129,7 @@ class Guarded:
         """Write text; return how many characters were taken, which is all."""
         start = "\r" * text.startswith("\r")
         shown = start + visible(text[len(start) :])
+        shown = coloured(shown) if self._in_colour else shown
         try:
             self.unguarded.write(shown)
         except UnicodeEncodeError:
@@ -127,9 +153,8 @@ def guarded() -> Iterator[None]:
     """Guard stdout and stderr; text written to a closed one is dropped."""
     _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (
-        Guarded(io.StringIO() if stream is None else unguarded(stream)) for stream in before
-    )
+    out, messages = (io.StringIO() if stream is None else unguarded(stream) for stream in before)
+    sys.stdout, sys.stderr = Guarded(out), Guarded(messages, in_colour=_takes_colour(messages))
     try:
         yield
     finally:

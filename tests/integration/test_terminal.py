@@ -71,6 +71,36 @@ READING = {
 }
 
 
+SGR = re.compile(r"\x1b\[\d*m")
+
+
+def test_messages_are_coloured_for_a_terminal_and_results_and_pipes_are_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chats(tmp_path / "chats.jsonl", 3)
+    arguments = ["prepare", tmp_path / "chats.jsonl", "-t", TOKENIZER, "--max-rejects", "50%"]
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for variable, colours in (("TERM", False), ("NO_COLOR", False), ("FORCE_COLOR", True)):
+        monkeypatch.setenv(variable, "1")
+        assert bool(SGR.search(said([*arguments, "-o", tmp_path / variable], capfd))) == colours
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    wrong = said([*arguments, "-o", tmp_path / "wrong", "--set", "max_lenght=3"], capfd)
+    assert re.search(r"\x1b\[32mFix: .*max_length.*\x1b\[0m", wrong)
+    main(["stats", str(tmp_path / "TERM"), "--json"])
+    assert json.loads(capfd.readouterr().out)
+
+
+def test_colour_lets_no_escape_of_the_data_through(
+    evil: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name in ("prepare", "prepare-strict"):
+        text = said([*READING[name], evil, "-o", tmp_path / name], capfd)
+        harmless(re.sub(r"\x1b\[(?:0|1|32|33|36|90|1;31|1;34)m", "", text))
+
+
 @pytest.mark.parametrize("name", READING)
 def test_no_command_that_reads_rows_lets_escapes_of_the_data_through(
     evil: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
