@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from sftdata.errors import UsageError
+
 Settings = dict[str, Any]
 Said = dict[str, tuple[object, str]]  # of one dataset: setting of `prepare` -> value, its place in the file
 
@@ -21,6 +23,7 @@ class Carried:
         tool: that it is of.
         folder: where it lies.
         given: its settings.
+        places: where each of them stands, as `axolotl.yml:5`.
         data: settings of `sftdata prepare`.
         train: of `sfttrain run`, fields of TrainingArguments among them.
         origins: program and setting -> what it was in the file.
@@ -31,6 +34,7 @@ class Carried:
     tool: str
     folder: Path
     given: Settings
+    places: Mapping[str, str] = field(default_factory=dict)
     data: Settings = field(default_factory=dict)
     train: Settings = field(default_factory=dict)
     origins: dict[tuple[str, str], list[str]] = field(default_factory=dict)
@@ -41,6 +45,10 @@ class Carried:
     def carried(self) -> set[str]:
         """Settings of the file that became settings of ours."""
         return {name for names in self.origins.values() for name in names if name in self.given}
+
+    def place(self, name: str) -> str:
+        """Return where a setting stands, with its name."""
+        return f"{self.places[name]}: {name}" if name in self.places else name
 
     def put(self, program: str, setting: str, value: object, origin: str) -> None:
         """Set one of ours; of `lora` and other mappings a part."""
@@ -87,6 +95,15 @@ class Tool:
     lora: Settings
     adapters: str
     unsaid: Mapping[str, str] = field(default_factory=dict)
+
+
+class OfAnotherKind(ValueError):
+    """A value is not of the kind that its setting has; the message names that kind."""
+
+
+def refuse_kind(found: Carried, name: str, value: object, error: OfAnotherKind) -> UsageError:
+    """Return the refusal of a value."""
+    return UsageError(f"{found.place(name)}: found {value!r:.200}; expected {error}.", "correct the file.")
 
 
 def to(program: str, setting: str, convert: Convert = lambda value: value) -> Rule:
@@ -139,6 +156,48 @@ def where(wanted: Any, then: Rule, otherwise: Rule) -> Rule:
     return rule
 
 
+def number(value: Any) -> Any:
+    """Return a number; YAML takes `2e-5` for a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise OfAnotherKind("a number")
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise OfAnotherKind("a number") from None
+
+
+def whole(value: Any) -> int:
+    """Return a whole number above 0."""
+    try:
+        made = number(value)
+    except OfAnotherKind:
+        made = 0
+    if made != made or made < 1 or made == float("inf") or made != int(made):
+        raise OfAnotherKind("a whole number above 0")
+    return int(made)
+
+
+def switch(value: Any) -> Any:
+    """Return what a switch says; some know `auto`, too."""
+    if not isinstance(value, bool) and value != "auto":
+        raise OfAnotherKind("true or false")
+    return value
+
+
+def text(value: Any) -> str:
+    """Return a text."""
+    if not isinstance(value, str):
+        raise OfAnotherKind("a text")
+    return value
+
+
+def mapping(value: Any) -> Settings:
+    """Return a mapping; by texts."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise OfAnotherKind("a mapping")
+    return value
+
+
 def chosen(values: Mapping[Any, Any]) -> Convert:
     """Look a value up; None where it is not there."""
     return lambda value: next((made for given, made in values.items() if given == value), None)
@@ -146,7 +205,8 @@ def chosen(values: Mapping[Any, Any]) -> Convert:
 
 def share(value: Any) -> str | None:
     """Return a share in percent; None for what is none."""
-    return f"{value * 100:.10g}%" if isinstance(value, float) and value < 1 else None
+    part = number(value)
+    return f"{part * 100:.10g}%" if isinstance(part, float) and 0 < part < 1 else None
 
 
 def targets(value: Any) -> str:
@@ -156,6 +216,8 @@ def targets(value: Any) -> str:
 
 def listed(value: Any) -> list[str]:
     """Return the parts of a text with commas, or of a list."""
+    if not isinstance(value, str | list):
+        raise OfAnotherKind("names, as a list or with commas between them")
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(map(str, value))
 
 

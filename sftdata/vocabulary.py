@@ -192,7 +192,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     if file is None:
         raise UsageError(
             f"{folder}: no tokenizer.json, so ids cannot be turned into text.",
-            "prepare the set again with --overwrite.",
+            "repeat the command that made the set, with --overwrite.",
         )
     vocab = file.model.vocab
     pieces = (
@@ -269,7 +269,8 @@ def _read(path: Path, kind: type[File]) -> File | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "restore the file, or prepare the set again with --overwrite."
+            f"{path}: damaged: {error}.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         ) from None
 
 

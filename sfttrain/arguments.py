@@ -245,12 +245,14 @@ class Run:
         args: transformers' TrainingArguments.
         objects: what transformers' Trainer takes as objects.
         evaluated: whether there is anything to evaluate on.
+        trains: whether weights are trained, and not evaluated alone.
     """
 
     config: TrainConfig
     args: TrainingArguments
     objects: Mapping[str, object]
     evaluated: bool
+    trains: bool = True
 
     @property
     def picks_best(self) -> bool:

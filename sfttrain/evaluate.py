@@ -127,7 +127,7 @@ def evaluate(model: str, data: Path, base: str | None, batch_size: int, worst: i
         )
         sets, _ = open_sets(config)
         reading = Reading(sets)
-        setting = Run(config, training_arguments(config), {}, evaluated=True)
+        setting = Run(config, training_arguments(config), {}, evaluated=True, trains=False)
         reading.check()
         if setting.args.world_size > 1:
             raise UsageError("sfttrain eval: runs in one process.", "start it without a launcher.")
@@ -144,6 +144,9 @@ def _evaluated(setting: Run, sets: list[ShardSet]) -> dict[str, float]:
 
     disable_progress_bar()
     model, plan, _ = load(setting, sets, {}, None, None)
+    model._hf_peft_config_loaded = (
+        True  # else transformers refuses quantized weights, as if they were trained
+    )
     rows = TrainingRows(sets, plan.unpack, by_source=True, places=True)
     documents = DocumentLog(setting.config.output, sets, 0)
     trainer = SftTrainer(

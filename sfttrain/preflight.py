@@ -21,7 +21,7 @@ from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory
 from sfttrain.loss import items_of
-from sfttrain.process import Say, counted, time_limit
+from sfttrain.process import Say, counted, share_of_rows, time_limit
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -55,9 +55,24 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Compilation, sa
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")
     by_memory = device.by_memory(trainer)
+    if by_memory and _together(trainer):
+        say(
+            "activation checkpoints: on, since ranks hold rows together; "
+            "activation_checkpointing=false trains without them"
+        )
+        by_memory = False
     if choice.what != "none" or by_memory:
         trainer.checkpoint_activations()
         _try_first_batch(trainer, compute, choice, by_memory, say)
+
+
+def _together(trainer: SftTrainer) -> bool:
+    """Say whether ranks hold rows together.
+
+    One that runs out of memory in the middle of an exchange cannot go on with the others: what may not fit is
+    not tried.
+    """
+    return bool(share_of_rows(trainer.args)[1] < trainer.args.world_size)
 
 
 def _try_first_batch(
@@ -97,6 +112,8 @@ def _try_first_batch(
     try:
         compiled()
     except UsageError:
+        if _together(trainer):
+            raise
         say("compile: nothing (it takes more memory than there is)")
 
 

@@ -11,18 +11,24 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from sftdata.output import StoppedError
+from sftdata.errors import SftError
+from sftdata.output import StoppedError, one_line
 
 if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
     from transformers import TrainingArguments
 
 Say = Callable[[str], object]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_FAILED = "sfttrain/failed"  # what the first rank that fails says, in the store that all share
+_EVERY, _GRACE = 0.5, 10.0  # seconds between looks at it; in which a rank may end by itself
 
 _listener: Say | None = None
 
@@ -99,6 +105,60 @@ def listening() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def failing_together(ranks: int) -> Iterator[None]:
+    """End all ranks when one fails: those that wait for its part of an exchange would wait for good.
+
+    Args:
+        ranks: processes; their process group is initialized where there are several.
+
+    Raises:
+        SftError: another rank failed, and the exchange with it broke.
+    """
+    if ranks == 1:
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: Store = _get_default_store()
+    over = threading.Event()
+    threading.Thread(target=_follow, args=(store, over), daemon=True).start()
+    try:
+        yield
+    except StoppedError:  # a signal, of which all ranks learn by themselves
+        raise
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and (told := _told(store)):
+            other = SftError(told[1])
+            other.exit_code = told[0]
+            raise other from error
+        with suppress(RuntimeError):
+            code = getattr(error, "exit_code", 1)
+            store.compare_set(_FAILED, "", f"{code} rank {rank()} failed: {one_line(str(error))}")
+            time.sleep(2 * _EVERY)  # this process may be the one that holds the store
+        raise
+    finally:
+        over.set()
+
+
+def _told(store: Store) -> tuple[int, str] | None:
+    """Return the exit code and the words of a rank that failed, if one did."""
+    with suppress(RuntimeError):  # whoever held the store has ended
+        if store.check([_FAILED]):
+            code, _, words = store.get(_FAILED).decode().partition(" ")
+            return int(code), words
+    return None
+
+
+def _follow(store: Store, over: threading.Event) -> None:
+    while not (told := _told(store)):
+        if over.wait(_EVERY):
+            return
+    if not over.wait(_GRACE):
+        print(told[1], file=sys.stderr, flush=True)
+        os._exit(told[0])  # the main thread waits where nothing can wake it
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class TrainLog(TrainerCallback):
     ) -> None:
         """Drop what an interrupted run logged after the checkpoint that this one resumes from."""
         if state.is_world_process_zero:
-            _forget_after(self._path, state.global_step)
+            forget_after(self._path, state.global_step)
 
     def on_log(
         self,
@@ -105,7 +105,7 @@ def _evaluation(key: str) -> str:
     return f"evaluation {name}" if name else "evaluation"
 
 
-def _forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that are about to be taken again, and a line cut short by a kill."""
     if not path.is_file():
         return

@@ -266,11 +266,15 @@ class _Trial:
         return model
 
     def _causal(self) -> bool:
-        """Say whether the logits of a document stay the same when tokens are appended."""
-        document = self._rows[0][0].to(self._device)
+        """Say whether the logits of a document stay the same when its last token is another.
+
+        It keeps its length, which rotary factors may follow.
+        """
+        document = self._rows[0][0].to(self._device, copy=True)
+        document[-1] = 3 + (document[-1] - 2) % (VOCABULARY - 3)
         with torch.no_grad():
-            shorter = self._plain(input_ids=document[None, :-1]).logits[0].float()
-        return float((shorter - self._alone[0][:-1]).abs().max()) <= DIFFERENCE * self._spread
+            other = self._plain(input_ids=document[None]).logits[0].float()
+        return float((other - self._alone[0])[:-1].abs().max()) <= DIFFERENCE * self._spread
 
     def _singles(self) -> Rows:
         return [[document] for row in self._rows for document in row]

@@ -115,10 +115,13 @@ def refuse_missing_launch(settings: Mapping[str, object]) -> None:
         raise UsageError("fsdp: one process has nothing to shard over.", fix)
 
 
-def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, model: object = None) -> None:
+def refuse_architecture(
+    config: TrainConfig, model_config: PreTrainedConfig, trains: bool = True, model: object = None
+) -> None:
     """Refuse a model that a run cannot train, by its config.
 
     Args:
+        trains: whether weights are trained, and not evaluated alone.
         model: the object, where one was given.
 
     Raises:
@@ -137,7 +140,7 @@ def refuse_architecture(config: TrainConfig, model_config: PreTrainedConfig, mod
             f"{name}: is quantized already; quantize={config.quantize} would do so twice.",
             "leave quantize out.",
         )
-    if quantized and not config.adapted and not hasattr(model, "peft_config"):
+    if quantized and trains and not config.adapted and not hasattr(model, "peft_config"):
         raise UsageError(
             f"{name}: its weights are quantized and cannot be trained.",
             "train adapters on them, as --lora r=16.",

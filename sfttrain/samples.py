@@ -124,7 +124,7 @@ class Samples(TrainerCallback):
             raise UsageError(what, "leave --sample out; `sfttrain chat` asks the finished model.")
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self._samples = read_samples(path, bool(self._tokenizer.chat_template))
-        self._log, self._last = run / LOG_NAME, -1
+        self._log = run / LOG_NAME
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -142,9 +142,8 @@ class Samples(TrainerCallback):
             self._write(state, cast("PreTrainedModel", model))
 
     def _write(self, state: TrainerState, model: PreTrainedModel) -> None:
-        if not state.is_world_process_zero or state.global_step == self._last:
+        if not state.is_world_process_zero or self._answered(state.global_step):
             return
-        self._last = state.global_step
         with _generating(model):
             chat = Chat(model, self._tokenizer, max_new_tokens=TOKENS)
             said = [_answer(chat, sample) for sample in self._samples]
@@ -154,6 +153,13 @@ class Samples(TrainerCallback):
         ]
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "samples": rows}, ensure_ascii=False) + "\n")
+
+    def _answered(self, step: int) -> bool:
+        """Say whether the log has answers at a step; those of other sets, or of a run that was killed."""
+        if not self._log.is_file():
+            return False
+        lines = map(json.loads, filter(None, self._log.read_text("utf-8").split("\n")))
+        return any(line.get("step") == step and isinstance(line.get("samples"), list) for line in lines)
 
 
 def _answer(chat: Chat, sample: Sample) -> str:

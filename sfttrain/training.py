@@ -35,8 +35,16 @@ from sfttrain.export import conclude, conclude_again, export, tokenizer_folder
 from sfttrain.kernels import add_kernels
 from sfttrain.model import load_config, make_model, outline, whole_weights
 from sfttrain.path import Plan, choose_path
-from sfttrain.process import Say, StopRequest, rank, say, share_of_rows
-from sfttrain.progress import LOG_NAME, FollowSettings, LogEnds, Progress, StopAtStepEnd, TrainLog
+from sfttrain.process import Say, StopRequest, failing_together, rank, say, share_of_rows
+from sfttrain.progress import (
+    LOG_NAME,
+    FollowSettings,
+    LogEnds,
+    Progress,
+    StopAtStepEnd,
+    TrainLog,
+    forget_after,
+)
 from sfttrain.proofs import Surroundings
 from sfttrain.resume import Point, finished, identity_of, resume_point
 from sfttrain.samples import Samples
@@ -75,11 +83,12 @@ def train_on(
         reading.finish()
         conclude_again(config, args, done)
         return None
-    with reading.first():
-        trainer, resumed, steps = _assemble(setting, sets, evaluation, reading, model, data, identity)
     stop = StopAtStepEnd(request, args.world_size)
-    trainer.add_callback(stop)
-    _take_steps(trainer, resumed, steps)
+    with failing_together(args.world_size):
+        with reading.first():
+            trainer, resumed, steps = _assemble(setting, sets, evaluation, reading, model, data, identity)
+        trainer.add_callback(stop)
+        _take_steps(trainer, resumed, steps)
     if stop.number:
         say(
             f"stopped after step {trainer.state.global_step:,}: "
@@ -200,7 +209,7 @@ def _choose(
     """Refuse a model that cannot be trained on these sets; choose and prove how it reads them."""
     config, args = setting.config, setting.args
     model_config = load_config(config) if model is None else model.config
-    refusals.refuse_architecture(config, model_config, model)
+    refusals.refuse_architecture(config, model_config, setting.trains, model)
     refusals.refuse_too_long(sets, model_config, say)
     where = _surroundings(args, sets, data)
     return model_config, where, *_choose_path(config, model_config, model, where, say)
@@ -295,6 +304,13 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
     try:
         if resumed is not None and resumed.step == steps:
             _restore(trainer, resumed.folder, say)
+            if trainer.state.is_world_process_zero:
+                forget_after(Path(str(trainer.args.output_dir), LOG_NAME), steps)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, Samples):  # what the run ended without
+                    callback.on_train_end(
+                        trainer.args, trainer.state, trainer.control, cast("PreTrainedModel", trainer.model)
+                    )
         else:
             trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
     except RuntimeError as error:

@@ -364,7 +364,7 @@ ELSEWHERE: dict[str, str] = {
     "--packing bfd": _PICTURES,
     "--overlong truncate": _PICTURES,
     "a larger --max-length, or a smaller --max-pixels.": _PICTURES,
-    "restore the picture, or prepare the set again; with --embed-images a set holds its pictures.": (
+    "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures.": (
         "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
     ),
     "--to tinker, or prepare it without --loss-weights.": (
@@ -443,7 +443,7 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_views_epochs.py::test_what_cannot_be_had_anew_is_refused"
     ),
     "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",
-    "make the view again with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",
+    "repeat the command that made the set, with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",
     "run the same `sftdata view` with the path it has now.": (
         f"{_BY_INDEX}test_a_base_that_is_gone_is_refused_and_found_again"
     ),

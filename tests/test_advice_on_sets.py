@@ -337,7 +337,7 @@ SHOWN: dict[str, tuple[str, str, int]] = {
     "see `{} {}--help`.": ("stats a b", "stats --help", 0),
     "`sftdata explain` lists them all.": ("explain zzz", "explain", 0),
     "`sftdata stats` counts the rows that were left out.": ("inspect short --example 1", "stats short", 0),
-    "run `sftdata verify`, or prepare the set again with --overwrite.": ("audit hurt --json", "verify hurt", 4),
+    "run `sftdata verify`, or repeat the command that made the set, with --overwrite.": ("audit hurt --json", "verify hurt", 4),
 }  # fmt: skip
 
 
@@ -374,8 +374,8 @@ def test_who_follows_advice_on_what_is_shown_sees_it(
 
 # What `verify` advises of a set of which this file is damaged.
 DAMAGED = {
-    "restore the file, or prepare the set again with --overwrite.": "shard-00000.arrow",
-    "prepare the set again with --overwrite.": "manifest.json",
+    "restore the file, or repeat the command that made the set, with --overwrite.": "shard-00000.arrow",
+    "repeat the command that made the set, with --overwrite.": "manifest.json",
 }
 
 

@@ -54,7 +54,7 @@ UInt8 = npt.NDArray[np.uint8]
 PADDING_FILE = -1
 AS_STORED, GIVEN, TAKEN = 0, 1, 2
 """The label of an extent's first token: that of its file, one that the file may lack, or none."""
-ANEW = "make the view again with --overwrite."
+ANEW = "repeat the command that made the set, with --overwrite."
 
 
 def packs_name(number: int) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 IMAGES = "images"
 """Begins the names of sidecars."""
 _BATCH_BYTES = 32 << 20
-_AGAIN = "restore the file, or prepare the set again with --overwrite."
+_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 class VisionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 INDEX, REST = "index", "rest"
 HASH_BYTES = 16
 _SLICE_FILE = re.compile(r"(?:shard|packs|index|rest|images)-([0-9]{5,9})\.arrow")
-_AGAIN = "restore the file, or prepare the set again with --overwrite."
+_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 def slice_number(name: str) -> int | None:

@@ -461,6 +461,7 @@ def read_counted(folder: Path) -> dict[str, Int64]:
             )
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again with --overwrite."
+            f"{path}: damaged: {error}.",
+            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
         ) from None
     return {name: np.concatenate(parts) for name, parts in found.items()}

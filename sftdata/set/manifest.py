@@ -331,7 +331,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: not a manifest: {error}.", "prepare the set again with --overwrite."
+            f"{path}: not a manifest: {error}.", "repeat the command that made the set, with --overwrite."
         ) from None
     _check_seal(manifest, path)
     _check_sums(manifest, str(path))
@@ -391,7 +391,7 @@ def _check_seal(manifest: Manifest, path: Path) -> None:
             said = f"{name} is {written!r}, the content gives {found}"
             raise IntegrityError(
                 f"{path}: changed after it was written: {said}.",
-                "restore the file, or prepare the set again with --overwrite.",
+                "restore the file, or repeat the command that made the set, with --overwrite.",
             )
 
 
@@ -414,7 +414,7 @@ def _check_sums(manifest: Manifest, where: str) -> None:
     ):
         raise IntegrityError(
             f"{where}: rows by index beside shards, or without a base.",
-            "make the view again with --overwrite.",
+            "repeat the command that made the set, with --overwrite.",
         )
     if manifest.format_version > 1:
         _check_beside(manifest, where)
@@ -443,18 +443,19 @@ def _check_beside(manifest: Manifest, where: str) -> None:
         index = min(lacking)
         name = max(name for name in listed if name.endswith(index.partition("-")[2]))
         raise IntegrityError(
-            f"{where}: {name} is listed without {index}.", "prepare the set again with --overwrite."
+            f"{where}: {name} is listed without {index}.",
+            "repeat the command that made the set, with --overwrite.",
         )
     if manifest.ledger.pictures_stored and not any(name.startswith(f"{IMAGES}-") for name in names):
         raise IntegrityError(
             f"{where}: {manifest.ledger.pictures_stored} pictures are stored, and no {IMAGES} file is there.",
-            "prepare the set again with --overwrite.",
+            "repeat the command that made the set, with --overwrite.",
         )
     missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
     if missing and not rest:
         raise IntegrityError(
             f"{where}: {missing} tokens were cut or dropped, and no {REST} file is listed that holds them.",
-            "prepare the set again with --overwrite.",
+            "repeat the command that made the set, with --overwrite.",
         )
 
 
@@ -466,11 +467,13 @@ def _check_sources(manifest: Manifest, where: str) -> None:
             found = (
                 f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
             )
-            raise IntegrityError(f"{where}: {found}.", "prepare the set again with --overwrite.")
+            raise IntegrityError(
+                f"{where}: {found}.", "repeat the command that made the set, with --overwrite."
+            )
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
         counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
         raise IntegrityError(
             f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.",
-            "prepare the set again with --overwrite.",
+            "repeat the command that made the set, with --overwrite.",
         )

@@ -177,7 +177,8 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
     for name, twin in _TWINS:
         if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
             raise IntegrityError(
-                f"{path}: {name} and {twin} differ in length.", "prepare the set again with --overwrite."
+                f"{path}: {name} and {twin} differ in length.",
+                "repeat the command that made the set, with --overwrite.",
             )
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
     if "images" in items:
@@ -199,7 +200,8 @@ def _check_pictures(path: Path, counts: Int32, offsets: dict[str, Int64]) -> Non
         offsets_of(counts)[offsets["image_counts"]], offsets["images"]
     ):
         raise IntegrityError(
-            f"{path}: image_counts do not sum to the images.", "prepare the set again with --overwrite."
+            f"{path}: image_counts do not sum to the images.",
+            "repeat the command that made the set, with --overwrite.",
         )
 
 
@@ -245,7 +247,8 @@ def refuse_unlawful(path: Path, batches: Iterable[PackedRows], manifest: Manifes
     for batch in batches:
         for rows, what in broken_laws(batch, manifest):
             raise IntegrityError(
-                f"{path}: row {first + int(rows[0])}: {what}.", "prepare the set again with --overwrite."
+                f"{path}: row {first + int(rows[0])}: {what}.",
+                "repeat the command that made the set, with --overwrite.",
             )
         first += len(batch)
 
@@ -374,7 +377,8 @@ def read_file(path: Path, expected: pa.Schema) -> list[pa.RecordBatch]:
                 what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
             ) from error
         raise IntegrityError(
-            f"{path}: not a readable Arrow IPC file: {error}.", "prepare the set again with --overwrite."
+            f"{path}: not a readable Arrow IPC file: {error}.",
+            "repeat the command that made the set, with --overwrite.",
         ) from error
     return batches
 

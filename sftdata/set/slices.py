@@ -78,5 +78,6 @@ def read_slices(folder: Path) -> list[SliceRecord]:
         return [msgspec.json.decode(line, type=SliceRecord) for line in lines]
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path}: damaged: {error}.", "run `sftdata verify`, or prepare the set again with --overwrite."
+            f"{path}: damaged: {error}.",
+            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
         ) from None

@@ -115,7 +115,7 @@ def stored_steps(manifest: Manifest) -> Steps | None:
     except msgspec.ValidationError as error:
         raise IntegrityError(
             f"view.steps of the manifest: {error}.",
-            "restore the file, or prepare the set again with --overwrite.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         ) from None
 
 
@@ -143,7 +143,7 @@ def stored_epochs(manifest: Manifest) -> int:
     if manifest.ledger.rows_packed % epochs:
         raise IntegrityError(
             f"view.epochs of the manifest: {epochs} epochs of {manifest.ledger.rows_packed} rows together.",
-            "restore the file, or prepare the set again with --overwrite.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         )
     return epochs
 

@@ -84,7 +84,8 @@ def plain_file(folder: Path, info: SetFile) -> Path:
     path = folder / info.name
     if not path.is_file():
         raise IntegrityError(
-            f"{path}: missing.", "restore the file, or prepare the set again with --overwrite."
+            f"{path}: missing.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         )
     if path.resolve() != folder.resolve() / info.name:
         raise IntegrityError(
@@ -93,7 +94,8 @@ def plain_file(folder: Path, info: SetFile) -> Path:
     if path.stat().st_size != info.bytes:
         found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
         raise IntegrityError(
-            f"{path}: {found}.", "restore the file, or prepare the set again with --overwrite."
+            f"{path}: {found}.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         )
     return path
 
@@ -277,7 +279,7 @@ def check_file(folder: Path, file: SetFile) -> Path:
     if found != file.xxh3:
         raise IntegrityError(
             f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.",
-            "restore the file, or prepare the set again with --overwrite.",
+            "restore the file, or repeat the command that made the set, with --overwrite.",
         )
     return path
 

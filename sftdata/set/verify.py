@@ -39,9 +39,9 @@ _COUNTED_PER_SHARD = {
     "tokens": "tokens",
     "tokens_trained": "tokens_trained",
 }
-_PICTURE = "restore the picture, or prepare the set again; with --embed-images a set holds its pictures."
-_ANEW = "prepare the set again with --overwrite."
-_AGAIN = "restore the file, or prepare the set again with --overwrite."
+_PICTURE = "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures."
+_ANEW = "repeat the command that made the set, with --overwrite."
+_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 @dataclass(slots=True)
@@ -110,10 +110,8 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
         report.add(info, problem)
         if isinstance(info, ShardInfo) and not (problem or quick or manifest.by_index):
             report.problems += count.add(info)
-    theirs = set()
     for file, problem in damaged_bases(folder, manifest, sha256=sha256, quick=quick):
         report.add(file, problem)
-        theirs.add(problem)
     if manifest.by_index and report.ok and not quick:
         for info in manifest.shards:
             report.problems += count.add(info)
@@ -125,11 +123,6 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     if report.ok:
         report.problems += lost_pictures(folder, manifest, quick=quick)
     report.problems += foreign_shards(folder, manifest)
-    if manifest.bases:
-        report.problems = [
-            line if line in theirs else line.replace("prepare the set again", "make the view again")
-            for line in report.problems
-        ]
     return report
 
 

@@ -25,7 +25,7 @@ from sftdata.views.documents import Documents, UInt64
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
 _BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
-_AGAIN = "restore the file, or prepare the set again with --overwrite."
+_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _PLACE_BITS = 40  # of a place, for the row; the source is above them
 _WHITE = (9, 10, 11, 12, 13, 32)
 

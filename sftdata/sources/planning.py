@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -97,6 +97,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
     ['a/train.jsonl', 'b/train.jsonl']
     >>> short_names(["/data/a.jsonl", "/data/a.jsonl"])
     ['a.jsonl', 'a.jsonl#2']
+    >>> short_names(["/data/a.jsonl", "/data/a.jsonl", "/data/a.jsonl#2"])
+    ['a.jsonl', 'a.jsonl#3', 'a.jsonl#2']
     """
     if len(set(paths)) == 1 or any(
         Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths
@@ -105,10 +107,14 @@ def short_names(paths: Sequence[str]) -> list[str]:
     else:
         common = os.path.commonpath(paths)  # once: it reads all paths
         names = [os.path.relpath(path, common) for path in paths]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(map(written, names)):
-        seen[name] += 1
-        names[index] = f"{name}#{seen[name]}" if seen[name] > 1 else name
+    names = list(map(written, names))
+    taken, seen = set(names), set[str]()
+    places = {name: itertools.count(2) for name in taken}
+    for index, name in enumerate(names):
+        if name in seen:
+            numbered = (f"{name}#{place}" for place in places[name])
+            names[index] = next(free for free in numbered if free not in taken)
+        seen.add(name)
     return names
 
 

@@ -236,7 +236,7 @@ def _located(
     if len(row) and row.max() >= sum(counts):
         raise IntegrityError(
             f"{base.folder}: the index of slice {number} names rows that are not there.",
-            "run `sftdata verify`, or prepare the set again with --overwrite.",
+            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
         )
     begin = np.concatenate([np.empty(0, np.int64), *(part.row_offsets[:-1] for part in parts)])[row]
     return Located(

@@ -229,7 +229,7 @@ def join_segments(segments: Located, blocks: Sequence[Block], where: str) -> Doc
     if len(wrong):
         raise IntegrityError(
             f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap.",
-            "run `sftdata verify`, or prepare the set again with --overwrite.",
+            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
         )
     return Documents(
         ids=ids[first],

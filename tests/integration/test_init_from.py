@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 import sftdata
+from sftdata import other_tools
 from sftdata.cli import main
 from sftdata.errors import UsageError
 from sftdata.other_tools import carry_over
@@ -208,7 +211,8 @@ def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--from", "none.yaml"], "--from none.yaml: cannot be read"),
+        (["--from", "none.yaml"], "none.yaml: No such file"),
+        (["--from", "twice.yaml"], "twice.yaml:2: 'base_model' is there twice"),
         (["--from", "odd.yaml"], "names no model.*give the settings file of TRL, axolotl or LLaMA-Factory"),
         (["--from", "trl.yaml", "--max-length", "5"], "--from takes all settings from the file.*leave the others out"),
         (["--from", "trl.yaml", "chats.jsonl"], "--from takes all settings from the file"),
@@ -224,11 +228,68 @@ def test_what_cannot_be_carried_over_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("odd.yaml").write_text("a: 1\n")
+    Path("twice.yaml").write_text("base_model: a\nbase_model: b\n")
     Path("trl.yaml").write_text("model_name_or_path: a/b\ndataset_name: x/y\n")
     Path("there-train.yaml").touch()
     assert main(["init", *arguments]) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not Path("sft.yaml").exists()
+
+
+ODD = ["x", 3, -1.5, True, [1], {"a": 1}, [{"a": 1}], [[1]], {1: 2}, float("nan"), float("inf"), "", 0, None]
+ODD_ONES: list[tuple[dict[str, Any], str]] = [
+    (_TRL | {"use_peft": True, "lora_r": "x"}, r"theirs.yaml:\d: lora_r: found 'x'; expected a whole number above 0\."),
+    (_TRL | {"learning_rate": "fast"}, r"theirs.yaml:\d: learning_rate: found 'fast'; expected a number\."),
+    (_TRL | {"bf16": "yes please"}, r"theirs.yaml:\d: bf16: found 'yes please'; expected true or false\."),
+    (_TRL | {"model_name_or_path": 7}, r"theirs.yaml:\d: model_name_or_path: found 7; expected a text\."),
+    (_AXOLOTL | {"datasets": ["x"]}, r"theirs.yaml:\d: datasets: found \['x'\]; expected a list of mappings"),
+    (_AXOLOTL | {"datasets": [{"path": 1}]}, r"theirs.yaml:\d: datasets: found .*; expected a text\."),
+    (_AXOLOTL | {"special_tokens": "x"}, r"theirs.yaml:\d: special_tokens: found 'x'; expected a mapping\."),
+    (_AXOLOTL | {"sequence_len": 1 << 40}, r"theirs.yaml:\d: sequence_len: setting 'max_length': found 1099511627776"),
+    (_FACTORY | {"cutoff_len": -1}, r"theirs.yaml:\d: cutoff_len: found -1; expected a whole number above 0\."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "said"), ODD_ONES)
+def test_a_value_of_another_kind_is_named_with_its_place(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        carry_over(_write(tmp_path, given), "set")
+
+
+@pytest.mark.parametrize("base", [_TRL, _AXOLOTL | {"adapter": "lora"}, _FACTORY])
+def test_no_value_is_an_internal_error(base: dict[str, Any], tmp_path: Path) -> None:
+    rules = {name for tool in other_tools.TOOLS for name in tool.rules} | other_tools._COMMON.keys()
+    refused = 0
+    for name, value in itertools.product(sorted(rules), ODD):
+        with contextlib.suppress(UsageError):
+            carry_over(_write(tmp_path, base | {name: value}), "set")
+            refused -= 1
+        refused += 1
+    assert refused > 100
+
+
+def test_llama_factory_computes_in_float32_where_its_file_says_nothing(tmp_path: Path) -> None:
+    """It casts what is trained to float32, and has no autocast without bf16 or fp16."""
+    full = _FACTORY | {"finetuning_type": "full"}
+    assert carry_over(_write(tmp_path, full), "set").train["bf16"] is False
+    assert carry_over(_write(tmp_path, full | {"bf16": True}), "set").train["bf16"] is True
+    found = carry_over(_write(tmp_path, full | {"pure_bf16": True}), "set")
+    assert (found.train["bf16"], found.train["dtype"]) == (False, "bfloat16")
+    assert "(dtype)" not in found.lost
+    found = carry_over(_write(tmp_path, _FACTORY), "set")
+    assert found.train["bf16"] is False
+    assert "the frozen base" in found.lost["(dtype)"]
+
+
+def test_a_dataset_that_only_modelscope_has_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"x": {"ms_hub_url": "a/b", "formatting": "sharegpt"}})
+    )
+    found = carry_over(_write(tmp_path, _FACTORY), "set")
+    assert found.data["inputs"] == ["INPUT"]
+    assert "only ModelScope has it" in found.lost["dataset: x"]
 
 
 @pytest.mark.slow

@@ -164,3 +164,19 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert cli.main(["eval", *(part.format(**places) for part in arguments)]) != 0
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(said, error)
+
+
+def test_a_quantized_model_is_measured_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    make_set(tmp_path / "set", rows=6)
+    whole = tiny_llama(tmp_path / "whole", hidden_size=64, intermediate_size=64)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        whole, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    quantized.save_pretrained(tmp_path / "nf4")
+    found = evaluate(str(tmp_path / "nf4"), tmp_path / "set", None, 2, 0)
+    (wanted,) = _alone(tmp_path / "nf4", tmp_path / "set").values()
+    assert found.whole.loss == pytest.approx(_mean(wanted), abs=1e-4)
+    assert found.whole.loss != pytest.approx(_mean(*_alone(whole, tmp_path / "set").values()), abs=1e-4)

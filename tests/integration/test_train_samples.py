@@ -16,7 +16,7 @@ from sftdata.errors import UsageError
 from sfttrain.chat import open_chat
 from sfttrain.progress import TrainLog
 from sfttrain.report import make_report
-from sfttrain.samples import read_samples
+from sfttrain.samples import Samples, read_samples
 from tests.train_runs import OUR_WARNINGS, train_in_process
 from tests.train_sets import make_set
 
@@ -98,6 +98,35 @@ def test_adapters_answer_too_and_without_evaluation_the_end_is_answered(
     chat = open_chat(tmp_path / "out", None, lambda _: None, max_new_tokens=256)
     assert list(answers) == [10]
     assert answers[10][0]["answer"] == chat.answer(ASKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_run_that_is_killed_behind_its_last_step_is_answered_once(
+    evaluated: bool, shards: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfttrain import training
+
+    steps = {"max_steps": 2, "save_steps": 2, "eval_strategy": "steps" if evaluated else "no"}
+    steps |= {"eval_steps": 2} if evaluated else {}
+    more: dict[str, Any] = {"init_from_config": CONFIG, "sample": held}
+    more |= {"eval": {"held": shards}} if evaluated else {}
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Samples, "on_train_end", killed)
+        patch.setattr(training, "export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_in_process(shards, None, tmp_path / "out", steps, **more)
+    with (tmp_path / "out/train_log.jsonl").open("a") as file:
+        file.write('{"step": 2, "sam')
+    train_in_process(shards, None, tmp_path / "out", steps, **more)
+    lines = (tmp_path / "out/train_log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"samples"' in line] == [2]
+    chat = open_chat(tmp_path / "out", None, lambda _: None, max_new_tokens=256)
+    assert _answers(tmp_path / "out")[2][0]["answer"] == chat.answer(ASKED)
 
 
 @pytest.mark.parametrize(

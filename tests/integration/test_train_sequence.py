@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,35 @@ def test_what_cannot_be_is_refused_on_all_ranks(place: Path, flags: tuple[str, .
     log = place / f"log refused {found[18:30]}"
     assert Fleet().finish(arguments, 2, log) == [2, 2]
     assert found in log.read_text()
+
+
+def _out_of_memory(rank: int, log: str) -> None:
+    """Let the second rank run out of memory in the middle of a forward."""
+    from sfttrain import sequence
+
+    def attend(*inputs: Any, **options: Any) -> Any:
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return own(*inputs, **options)
+
+    own, sequence.attend = sequence.attend, attend
+
+
+def test_a_rank_that_runs_out_of_memory_ends_the_others_too(place: Path) -> None:
+    arguments = ["run", str(place / "set"), "--model", str(place / "model"), "-o", str(place / "full")]
+    assert Fleet().finish([*arguments, *HALVES], 2, place / "log full", _out_of_memory) == [2, 2]
+    said = (place / "log full").read_text()
+    assert "rank 1: Step 1 does not fit: CUDA out of memory. Fix: set activation_checkpointing=true" in said
+    assert "\nrank 1 failed: Step 1 does not fit" in said
+
+
+def test_a_rank_that_waits_in_an_exchange_is_ended(tmp_path: Path) -> None:
+    """As NCCL waits: no error wakes it."""
+    script = (
+        "import threading, time; from torch.distributed import HashStore; from sfttrain import process\n"
+        "process._GRACE, store = 0.1, HashStore()\n"
+        "threading.Thread(target=process._follow, args=(store, threading.Event())).start()\n"
+        "store.compare_set(process._FAILED, '', '2 rank 1 failed: no room'); time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "rank 1 failed: no room\n")

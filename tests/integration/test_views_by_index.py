@@ -297,7 +297,9 @@ def test_a_base_that_is_another_set_is_refused(moved: tuple[Path, Path], sets: P
     shutil.copytree(sets / "two", base)
     said = refused(folder)
     assert f"where a set with digest {read_manifest(base).digest[:12]} is now" in said
-    assert said.endswith("Fix: put the old set back, or make the view again with --overwrite.")
+    assert said.endswith(
+        "Fix: put the old set back, or repeat the command that made the set, with --overwrite."
+    )
     with pytest.raises(UsageError, match=r"made otherwise \(.*\bsets\b.* differ\)"):
         view(folder, base, max_length=64, write=False)
     view(folder, base, max_length=64, write=False, overwrite=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from sftdata.cli import main
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.manifest import read_manifest
+from sftdata.set.opened import open_set
 from sftdata.set.verify import verify
 from sftdata.settings import check_settings
 from sftdata.views.recipe import ViewConfig
@@ -91,13 +93,18 @@ def test_a_damaged_view_is_made_again(tmp_path: Path, write: bool) -> None:
     prepare(tmp_path / "base", [write_lines(tmp_path / "a.jsonl", chats(30, 1))])
     made = view(tmp_path / "view", tmp_path / "base", max_length=64, write=write)
     (tmp_path / "view" / "index-00000.arrow").unlink()
+    anew = "Fix: restore the file, or repeat the command that made the set, with --overwrite."
     (problem,) = verify(tmp_path / "view").problems
-    assert problem.endswith("missing. Fix: restore the file, or make the view again with --overwrite.")
+    assert problem.endswith(f"missing. {anew}")
+    shard = next((tmp_path / "view").glob("shard-*.arrow" if write else "packs-*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=re.escape(anew)):
+        open_set(tmp_path / "view")[0]
     again = view(tmp_path / "view", tmp_path / "base", max_length=64, write=write, overwrite=True)
     assert again.digest == made.digest
     next((tmp_path / "base").glob("rest-*.arrow")).unlink()
     problems = verify(tmp_path / "view").problems
-    assert ["or prepare the set again with" in problem for problem in problems] == [True] * (not write)
+    assert [str(tmp_path / "base") in problem for problem in problems] == [True] * (not write)
 
 
 def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:

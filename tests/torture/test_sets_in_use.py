@@ -184,7 +184,8 @@ def test_a_forged_set_is_one_line_for_whoever_opens_it(
     ]
     for read in readers:
         with pytest.raises(
-            IntegrityError, match=r"shard-00000.arrow: row 0: .* Fix: prepare the set again with --overwrite."
+            IntegrityError,
+            match=r"shard-00000.arrow: row 0: .* Fix: repeat the command that made the set, with --overwrite.",
         ):
             read(open_set(place / "set"))
     for command in (

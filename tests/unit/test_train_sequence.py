@@ -28,6 +28,7 @@ LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0, "rope_theta": 1e4,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 PLAIN = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -95,6 +96,8 @@ def _shared(config: Any, **settings: object) -> Any:
         ("MixtralConfig", {"output_router_logits": True, "num_local_experts": 4},
          "its loss has terms that are means over whole rows"),
         ("LlamaConfig", {"rope_parameters": LONGROPE, "max_position_embeddings": 32},
+         "its rotary factors follow the length of each document"),
+        ("LlamaConfig", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32},
          "its rotary factors follow the length of each document"),
     ],
 )  # fmt: skip

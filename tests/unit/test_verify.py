@@ -92,9 +92,10 @@ def test_swapped_shards_are_named_with_what_they_hold(build_set: Build, tmp_path
     a.rename(tmp_path / "kept")
     b.rename(a)
     (tmp_path / "kept").rename(b)
+    again = "restore the file, or repeat the command that made the set, with --overwrite."
     assert verify(tmp_path / "set").problems == [
-        f"{a}: holds the bytes of shard-00002.arrow. Fix: restore the file, or prepare the set again with --overwrite.",
-        f"{b}: holds the bytes of shard-00000.arrow. Fix: restore the file, or prepare the set again with --overwrite.",
+        f"{a}: holds the bytes of shard-00002.arrow. Fix: {again}",
+        f"{b}: holds the bytes of shard-00000.arrow. Fix: {again}",
     ]
 
 
