@@ -20,7 +20,7 @@ from sftdata.batches import (
     offsets_of,
     positions_of,
 )
-from sftdata.errors import DataError
+from sftdata.errors import DataError, UsageError
 
 Policy = Literal["truncate", "truncate-left", "drop", "split", "error"]
 
@@ -38,13 +38,27 @@ class OverlongError(DataError):
         found: what is wrong, without the row.
     """
 
-    def __init__(self, row: int, length: int, max_length: int) -> None:
+    def __init__(self, row: int, length: int, max_length: int, *, pictures: bool = False) -> None:
         self.found = f"{length:,} tokens; max_length is {max_length:,}."
-        super().__init__(
-            f"row {row} has {self.found}",
-            "--overlong truncate (or truncate-left, split, drop), or a larger --max-length.",
-        )
+        fix = "--overlong truncate (or truncate-left, split, drop), or a larger --max-length."
+        if pictures:
+            fix = "--overlong truncate (or drop), or a larger --max-length."
+        super().__init__(f"row {row} has {self.found}", fix)
         self.row = row
+
+
+def refuse_cutting(packing: str | None, overlong: str | None) -> None:
+    """Refuse what would cut pictures.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    if packing == "wrapped":
+        what = "--packing wrapped cuts rows anywhere, and a picture cannot be cut."
+        raise UsageError(what, "--packing bfd")
+    if overlong in ("split", "truncate-left"):
+        what = f"--overlong {overlong} would cut pictures off the questions about them."
+        raise UsageError(what, "--overlong truncate")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +150,8 @@ def choose_pieces(
     overlong = batch.lengths > limit
     if policy == "error" and overlong.any():
         first = int(np.argmax(overlong))
-        raise OverlongError(int(batch.row[first]), int(batch.lengths[first]), limit)
+        row, length = int(batch.row[first]), int(batch.lengths[first])
+        raise OverlongError(row, length, limit, pictures=pictured is not None)
     example, start, stop = _cut(batch.lengths, limit, policy)
     places = np.flatnonzero(batch.trained)
     whole = count_between(places, batch.offsets[:-1] + 1, batch.offsets[1:])

@@ -28,9 +28,9 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import SftError, UsageError
 from sftdata.output import Progress
 from sftdata.plan import Plan, ShardTask, software
-from sftdata.run import build_set, conclude, planned, run_tasks
+from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
 from sftdata.set.build import Build, finished_set, made_otherwise, sweep_choice, unfinished
-from sftdata.set.manifest import FORMAT_VERSION, Manifest, parts_folder
+from sftdata.set.manifest import Manifest, format_version, parts_folder
 from sftdata.set.shared import SharedBuild
 from sftdata.workers import Workers
 
@@ -161,10 +161,6 @@ def prepare(
         what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
         raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
     config, old, plan = planned(config, workers, note)
-    if part is not None and plan.job.vision is not None:
-        flag = "--part"
-        what = f"{flag} {part}: a set with pictures is made by one command, which reads them all, as yet."
-        raise UsageError(what, f"leave {flag} out.")
     if part is None and not _begun(config.output, plan, note):
         made: Manifest | None = build_set(config, plan, old, workers, progress, note)
     else:
@@ -188,7 +184,7 @@ def _begun(output: Path, plan: Plan, note: OnNote) -> bool:
 def _shared(output: Path, plan: Plan) -> SharedBuild:
     """Return where the slices of a plan are made in parts: its name is all that decides their bytes."""
     content = plan.begun() | {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(plan.job.vision is not None),
         "software": software(),
         "engine": plan.job.engine,
     }
@@ -204,7 +200,7 @@ def _build(
     part: Part | None,
 ) -> Manifest | None:
     """Make the slices of a part, and the set where no other slice is missing, unless it exists."""
-    changed = plan.difference(old) if old is not None else []
+    changed = differences(plan, config.output, old)
     if changed and not config.overwrite and old is not None and not plan.continues(old):
         raise made_otherwise(config.output, changed)
     if Build(config.output).kept() and not config.overwrite:
@@ -226,6 +222,7 @@ def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Ma
     here, done = plan.at(shared.output), shared.finished()
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {task.index: done[task.index] for task in mine if task.index in done}
+    before = unchanged(plan, shared, before)
     who = "All parts" if part is None else f"Part {part}"
     run.note(f"{who}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete.")
     _, exact = run_tasks(replace(here, tasks=mine), before, None, run.workers, run.progress)
@@ -244,8 +241,9 @@ def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Ma
         return _make(config, plan.by_reference(), run, None)
     if (made := _standing(config.output, plan)) is not None:
         return made
-    own = shared.gather(config.output, results)
-    return own.finish(conclude(plan, results, own), plan.job.tokenizer.folder)
+    own, vision = shared.gather(config.output, results), plan.job.vision
+    processor = {} if vision is None else vision.files()
+    return own.finish(conclude(plan, results, own), plan.job.tokenizer.folder, processor)
 
 
 def _standing(output: Path, plan: Plan) -> Manifest | None:

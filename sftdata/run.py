@@ -89,13 +89,7 @@ def build_set(
     note: OnNote,
 ) -> Manifest:
     """Build the set of a plan, unless it exists already or only has to be moved to its place."""
-    changed = plan.difference(old) if old is not None else []
-    if (
-        old is not None
-        and not changed
-        and pictures_changed(plan.job, config.output, old.files, read_rejects(config.output / REJECTS_NAME))
-    ):
-        changed = ["pictures"]
+    changed = differences(plan, config.output, old)
     if old is not None and not changed:
         Build(config.output).sweep()
         note(f"{config.output} is up to date: same data, same settings.")
@@ -105,19 +99,13 @@ def build_set(
         raise made_otherwise(config.output, changed)
     with Build(config.output).locked() as build:
         sealed = build.sealed()
-        if sealed is not None and not plan.difference(sealed):
+        if sealed is not None and not differences(plan, build.folder, sealed):
             build.put_in_place()
             note(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
             return sealed
         note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         moving = MOVING if grown else frozenset[str]()
-        done = {
-            index: result
-            for index, result in build.start(plan.begun(), overwrite=config.overwrite, moving=moving).items()
-            if not pictures_changed(
-                plan.job, build.folder, result.files, read_rejects(build.part(index, REJECTS_NAME))
-            )
-        }
+        done = unchanged(plan, build, build.start(plan.begun(), overwrite=config.overwrite, moving=moving))
         if done:
             note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
@@ -136,6 +124,30 @@ def build_set(
                 note(tell_reuse(config.output, results))
             processor = {} if plan.job.vision is None else plan.job.vision.files()
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder, processor)
+
+
+def differences(plan: Plan, folder: Path, manifest: Manifest | None) -> list[str]:
+    """Return what a finished set was made with otherwise, or whose pictures are others by now."""
+    changed = plan.difference(manifest) if manifest is not None else []
+    if manifest is None or changed or not other_pictures(plan, folder, manifest):
+        return changed
+    return ["pictures"]
+
+
+def other_pictures(plan: Plan, folder: Path, manifest: Manifest) -> bool:
+    """Say whether the pictures of a finished set are others by now."""
+    return pictures_changed(plan.job, folder, manifest.files, read_rejects(folder / REJECTS_NAME))
+
+
+def unchanged(plan: Plan, build: Build, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
+    """Return the finished tasks, by number, whose pictures are those they were made with."""
+    return {
+        number: result
+        for number, result in done.items()
+        if not pictures_changed(
+            plan.job, build.folder, result.files, read_rejects(build.part(number, REJECTS_NAME))
+        )
+    }
 
 
 def tell_reuse(output: Path, results: list[ShardResult]) -> str:

@@ -21,7 +21,7 @@ from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
-from sftdata.run import build_set, note_padding
+from sftdata.run import build_set, note_padding, other_pictures
 from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, read_manifest
 from sftdata.settings import check_settings
@@ -147,7 +147,9 @@ def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
     if view.mix:
         shared_out(list(view.mix), names)
     if view.exclude:
-        read_excluded(view, plan.job.tokenizer.sha256, plan.job.tokenizer.chat_template_sha256)
+        tokenizer, vision = plan.job.tokenizer, plan.job.vision
+        processor = None if vision is None else vision.processor.sha256
+        read_excluded(view, tokenizer.sha256, tokenizer.chat_template_sha256, processor)
 
 
 # --------------------------------------------------------------------------------------- what is there
@@ -177,6 +179,9 @@ def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
         found.pop("bases", None)
         changed |= {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
         changed |= {*plan.difference(manifest)} - {"view"}
+    folders = folders_of(view.output, view.eval)
+    if not changed and any(other_pictures(plan, *one) for one in zip(folders, old, strict=True)):
+        return ["pictures"]
     return sorted(changed)
 
 

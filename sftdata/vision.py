@@ -13,25 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from sftdata.batches import Int64, Tally, TokenBatch
 from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
+from sftdata.limit import refuse_cutting
 from sftdata.pictures.families import PROCESSOR_FILES, PictureProcessor, read_processor
 from sftdata.pictures.gate import require_parity
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.stretch import refuse_stray
 from sftdata.render.template import ChatTemplate, TemplateRefusal
-from sftdata.set.images import IMAGES, VisionInfo
+from sftdata.set.images import PROCESSOR, VisionInfo, hash_sidecars, picture_ends
 from sftdata.set.store import SetFile
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.remote import is_url
-
-PROCESSOR = "processor"
-"""The folder of a set that holds the processor's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,7 @@ class Vision:
         embed: store the files of pictures, not their paths.
         image_id: id of the token that stands for pieces of pictures.
         never: ids of all tokens that are written for pictures; never trained.
+        closing: ids of tokens that, behind a picture, belong to it.
         parts_only: the chat template takes contents as lists of parts alone.
         by_path: whether rows name pictures by path.
     """
@@ -55,6 +53,7 @@ class Vision:
     embed: bool
     image_id: int
     never: tuple[int, ...]
+    closing: tuple[int, ...]
     parts_only: bool
     by_path: bool
 
@@ -69,10 +68,7 @@ class Vision:
 
     def ends(self, tokens: TokenBatch) -> Int64:
         """int64[N]: tokens of each example up to the end of its last picture; 0 where it has none."""
-        places = np.flatnonzero(tokens.input_ids == self.image_id)
-        last = np.append(-1, places)[np.searchsorted(places, tokens.offsets[1:])]
-        ends: Int64 = np.maximum(last + 1 - tokens.offsets[:-1], 0)
-        return ends
+        return picture_ends(tokens, self.image_id, self.closing)
 
     def files(self) -> dict[str, Path]:
         """Return the files that the processor is read from, by their names in the set."""
@@ -92,16 +88,16 @@ class Vision:
             output: the folder of the set.
             files: of its slices.
         """
-        sidecars = "".join(file.xxh3 for file in files if file.name.startswith(f"{IMAGES}-"))
         processor = self.processor
         return VisionInfo(
             family=processor.family,
             image_id=self.image_id,
+            closing=self.closing,
             processor_sha256=processor.sha256,
             image_settings=json.loads(processor.image_settings),
             processor_settings=json.loads(processor.processor_settings),
             images=self.images_from(output),
-            sidecars=xxhash.xxh3_128_hexdigest(sidecars.encode()),
+            sidecars=hash_sidecars(files),
         )
 
     def identity(self, config: PrepareConfig) -> dict[str, object]:
@@ -149,7 +145,7 @@ def choose_vision(
     Raises:
         UsageError: no processor that is known and equal here, or a setting that would cut or lose a picture.
     """
-    _refuse_settings(config)
+    refuse_cutting(config.packing, config.overlong)
     if by_path and config.images is None and folders > 1:
         what = f"The rows name pictures by path, and the inputs lie in {folders} folders"
         raise UsageError(f"{what}: it is not clear where these paths start.", "--images DIR")
@@ -168,6 +164,7 @@ def choose_vision(
         embed=config.embed_images,
         image_id=ids[processor.image_token],
         never=tuple(sorted(ids[token] for _, token in processor.tokens if token in ids)),
+        closing=tuple(sorted({ids[token] for token in processor.closing if token in ids})),
         parts_only=not _takes_strings(config, tokenizer),
         by_path=by_path,
     )
@@ -185,19 +182,6 @@ def refuse_unseen(config: PrepareConfig) -> None:
                 f"{flag_of(name)} acts on pictures; rows of a --formatter may hold some where one is named."
             )
             raise UsageError(what, "--processor FOLDER")
-
-
-def _refuse_settings(config: PrepareConfig) -> None:
-    if config.packing == "wrapped":
-        what = "--packing wrapped cuts rows anywhere, and a picture cannot be cut."
-        raise UsageError(what, "--packing bfd")
-    if config.overlong in ("split", "truncate-left"):
-        what = f"--overlong {config.overlong} would cut pictures off the questions about them."
-        raise UsageError(what, "--overlong truncate")
-    if config.chooses:
-        name = next(iter(config.chosen()))
-        what = f"{flag_of(name)} makes a view of the set, and views do not carry pictures yet."
-        raise UsageError(what, f"leave {flag_of(name)} out.")
 
 
 _PROBE = "Xyzzy"

@@ -355,6 +355,12 @@ ELSEWHERE: dict[str, str] = {
     "the last part, or the command without --part, finishes the set": (
         f"{_PARTS}::test_the_plain_command_finishes_what_parts_began"
     ),
+    "--overlong truncate (or drop), or a larger --max-length.": (
+        "tests/integration/test_pictures_views.py::test_what_cuts_pictures_is_refused_and_what_cannot_go_together"
+    ),
+    "--drop FILE, with the line {} in it.": (
+        "tests/integration/test_pictures_views.py::test_a_text_that_holds_the_image_token_does_not_join_pictures"
+    ),
     "--processor FOLDER": _PICTURES,
     "--processor FOLDER, of the model's processor; or leave out rows with pictures.": _PICTURES,
     "--images DIR": _PICTURES,

@@ -46,6 +46,7 @@ class Family:
         rule: from the settings to the rule.
         marker: name of the token that a chat template writes for a picture.
         image: name of the token that stands once for each piece of it.
+        after: what else stands behind a picture that belongs to it, as the chat template writes it.
         backend: what the family's image processor needs, and so the gate.
         by_area: whether its settings bound the pixels of a resized picture.
     """
@@ -57,6 +58,7 @@ class Family:
     rule: Callable[[Settings], Rule]
     marker: str = "image_token"
     image: str = "image_token"
+    after: tuple[str, ...] = ()
     backend: Literal["pil", "torchvision"] = "pil"
     by_area: bool = False
 
@@ -131,7 +133,7 @@ def _llama4(given: Settings) -> Rule:
 
 # ------------------------------------------------------------------------------------------------- the table
 
-_QWEN = {"image_token": "<|image_pad|>"}
+_QWEN, _SEEN = {"image_token": "<|image_pad|>"}, ("<|vision_end|>",)
 _LLAVA = {"image_token": "<image>"}
 _SPLIT = {
     "image_token": "<image>",
@@ -151,9 +153,9 @@ _QWEN_IMAGES = ("Qwen2VLImageProcessor",)
 _CLIP_IMAGES = ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor")
 
 FAMILIES: tuple[Family, ...] = (
-    Family("qwen2-vl", "Qwen2VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, by_area=True),
-    Family("qwen2.5-vl", "Qwen2_5_VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, by_area=True),
-    Family("qwen3-vl", "Qwen3VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, by_area=True),
+    Family("qwen2-vl", "Qwen2VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, after=_SEEN, by_area=True),
+    Family("qwen2.5-vl", "Qwen2_5_VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, after=_SEEN, by_area=True),
+    Family("qwen3-vl", "Qwen3VLProcessor", _QWEN_IMAGES, _QWEN, _qwen, after=_SEEN, by_area=True),
     Family("llava", "LlavaProcessor", _CLIP_IMAGES, _LLAVA, _llava),
     Family("llava-next", "LlavaNextProcessor", ("LlavaNextImageProcessor",), _LLAVA, _llava_next),
     Family("idefics3", "Idefics3Processor", ("Idefics3ImageProcessor",), _SPLIT, _idefics),
@@ -177,6 +179,7 @@ FAMILIES: tuple[Family, ...] = (
         _PATCHES,
         _llama4,
         image="patch_token",
+        after=("<|image_end|>",),
         backend="torchvision",
     ),
 )
@@ -221,6 +224,12 @@ class PictureProcessor:
     def image_token(self) -> str:
         """The token that repeats."""
         return dict(self.tokens)[_BY_NAME[self.family].image]
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """The tokens that, behind a picture, belong to it."""
+        texts = (text for _, text in self.tokens if text != self.image_token)
+        return (*texts, *_BY_NAME[self.family].after)
 
     @property
     def processor_class(self) -> str:

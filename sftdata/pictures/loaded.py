@@ -32,7 +32,7 @@ class Picture:
     sha256: bytes = b""
     file_bytes: int = 0
     path: str = ""
-    data: bytes = b""
+    data: bytes | memoryview = b""
 
     @property
     def size(self) -> Size:

@@ -7,11 +7,13 @@ An extent is a run of tokens inside one row of one file. Laid end to end, the ex
 
 | column | type | |
 |---|---|---|
-| `file` | list<int32> | number of the file, see `token_files`; -1 for padding |
+| `file` | list<int32> | number of the file, see `held_files`; -1 for padding |
 | `start` | list<int64> | its first token, counted from the beginning of the file |
 | `length` | list<int32> | tokens |
 | `first_label` | list<uint8> | of its first token: `AS_STORED`, `GIVEN` or `TAKEN` |
 | `first_weight` | list<float32> | what that token weighs if its label is given; only in a set with weights |
+
+With pictures packs have `images` and `image_counts`, and a rest has `images`, as shard and rest of a set do.
 """
 
 from __future__ import annotations
@@ -29,16 +31,20 @@ import xxhash
 
 from sftdata.batches import Float32, Int32, Int64, offsets_of
 from sftdata.errors import IntegrityError
-from sftdata.set.index import REST, as_strings, slice_number
+from sftdata.set.images import IMAGES
+from sftdata.set.index import REST, as_strings, rest_pictures, slice_number
 from sftdata.set.shards import (
     PACKS,
+    PICTURES,
     ShardInfo,
     as_arrow,
     as_numpy,
     batch_edges,
+    check_pictures,
     list_array,
     list_items,
     list_offsets,
+    own_images,
     read_file,
     write_file,
 )
@@ -66,16 +72,19 @@ def packs_name(number: int) -> str:
     return f"{PACKS}-{number:05d}.arrow"
 
 
-def token_files(manifest: Manifest) -> list[SetFile]:
-    """Return the files of a set that hold tokens: its shards in order, then its rest files in order."""
-    rest = [file for file in manifest.files if file.name.startswith(f"{REST}-")]
-    return [*manifest.shards, *sorted(rest, key=lambda file: slice_number(file.name) or 0)]
+def held_files(manifest: Manifest) -> list[SetFile]:
+    """Return the files of a set that hold tokens and pictures: shards, rests and sidecars, each in order."""
+    found: list[SetFile] = [*manifest.shards]
+    for kind in (REST, IMAGES):
+        own = [file for file in manifest.files if file.name.startswith(f"{kind}-")]
+        found += sorted(own, key=lambda file: slice_number(file.name) or 0)
+    return found
 
 
 def rest_digest(manifest: Manifest) -> str:
-    """Return a hash over the rest files of a set, which the digest of the set does not cover."""
-    rest = token_files(manifest)[len(manifest.shards) :]
-    return xxhash.xxh3_128_hexdigest("".join(file.xxh3 for file in rest).encode())
+    """Return a hash over the files of a set that hold what its rows do not."""
+    beside = held_files(manifest)[len(manifest.shards) :]
+    return xxhash.xxh3_128_hexdigest("".join(file.xxh3 for file in beside).encode())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,12 +118,14 @@ class Extents:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packs:
-    """Packed rows by index; `seq_lengths`, `example_ids` and `segment_offsets` as in `PackedRows`."""
+    """Packed rows by index; their segments, and the pictures of these, as in `PackedRows`."""
 
     seq_lengths: Int32
     example_ids: Int64
     segment_offsets: Int64
     extents: Extents
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.segment_offsets) - 1
@@ -122,12 +133,14 @@ class Packs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RestExtents:
-    """The rest of a slice by index; `example_ids`, `offset` and `reasons` as in `RestRows`."""
+    """The rest of a slice by index; its stretches, and the pictures of these, as in `RestRows`."""
 
     example_ids: Int64
     offset: Int32
     reasons: Sequence[str]
     extents: Extents
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -144,12 +157,15 @@ def write_packs(path: Path, packs: Packs, tokens_trained: int) -> ShardInfo:
         packs: the rows.
         tokens_trained: labels in these rows, for the manifest.
     """
-    schema = _packs_schema(packs.extents.first_weights is not None)
+    schema = _packs_schema(packs.extents.first_weights is not None, packs.images is not None)
     batches = []
     for first, last in batch_edges(packs.extents.token_offsets()):
         segments = slice(packs.segment_offsets[first], packs.segment_offsets[last])
         offsets = packs.segment_offsets[first : last + 1]
         columns = [list_array(column[segments], offsets) for column in (packs.seq_lengths, packs.example_ids)]
+        if packs.images is not None and packs.image_counts is not None:
+            counts = list_array(packs.image_counts[segments], offsets)
+            columns += [list_array(*own_images(packs.images, packs.image_counts, offsets)), counts]
         batches.append(_record_batch(columns, packs.extents, first, last, schema))
     file = write_file(path, schema, batches)
     is_document = packs.example_ids >= 0
@@ -164,11 +180,14 @@ def write_packs(path: Path, packs: Packs, tokens_trained: int) -> ShardInfo:
 
 def write_rest_extents(path: Path, rest: RestExtents) -> SetFile:
     """Write a rest by index; return its description."""
-    schema = _rest_schema(rest.extents.first_weights is not None)
+    schema = _rest_schema(rest.extents.first_weights is not None, rest.images is not None)
     batches = []
     for first, last in batch_edges(rest.extents.token_offsets()):
         plain = [as_arrow(rest.example_ids[first:last]), as_arrow(rest.offset[first:last])]
         columns = [*plain, as_strings(rest.reasons[first:last])]
+        if rest.images is not None and rest.image_counts is not None:
+            edges = np.arange(first, last + 1)
+            columns.append(list_array(*own_images(rest.images, rest.image_counts, edges)))
         batches.append(_record_batch(columns, rest.extents, first, last, schema))
     return write_file(path, schema, batches)
 
@@ -191,18 +210,20 @@ def _record_batch(
     return pa.RecordBatch.from_arrays([*columns, *lists], schema=schema)
 
 
-def _packs_schema(weighted: bool) -> pa.Schema:
+def _packs_schema(weighted: bool, pictured: bool) -> pa.Schema:
     import pyarrow as pa
 
     columns = [("seq_lengths", pa.list_(pa.int32())), ("example_ids", pa.list_(pa.int64()))]
+    columns += [(name, pa.list_(pa.int32())) for name in PICTURES if pictured]
     return pa.schema([*columns, *_extent_columns(weighted)])
 
 
-def _rest_schema(weighted: bool) -> pa.Schema:
+def _rest_schema(weighted: bool, pictured: bool) -> pa.Schema:
     import pyarrow as pa
 
     columns = [("example_id", pa.int64()), ("offset", pa.int32()), ("reason", pa.utf8())]
-    return pa.schema([*columns, *_extent_columns(weighted)])
+    images = [("images", pa.list_(pa.int32()))] if pictured else []
+    return pa.schema([*columns, *images, *_extent_columns(weighted)])
 
 
 def _extent_columns(weighted: bool) -> list[tuple[str, pa.DataType]]:
@@ -216,23 +237,29 @@ def _extent_columns(weighted: bool) -> list[tuple[str, pa.DataType]]:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read_packs(path: Path, weighted: bool = False) -> list[Packs]:
+def read_packs(path: Path, weighted: bool = False, pictured: bool = False) -> list[Packs]:
     """Map a file of rows by index and return its record batches.
 
     Raises:
         IntegrityError: the file is no such file, or its extents do not make up its documents.
     """
     found = []
-    for batch in read_file(path, _packs_schema(weighted)):
-        offsets = _shared_offsets(path, [batch["seq_lengths"], batch["example_ids"]])
-        lengths, ids = as_numpy(list_items(batch["seq_lengths"])), as_numpy(list_items(batch["example_ids"]))
-        packs = Packs(lengths, ids, offsets, _extents(path, batch, weighted))
+    segments = ("seq_lengths", "example_ids", *(PICTURES[1:] if pictured else ()))
+    for batch in read_file(path, _packs_schema(weighted, pictured)):
+        offsets = _shared_offsets(path, [batch[name] for name in segments])
+        lengths, ids, *counts = (as_numpy(list_items(batch[name])) for name in segments)
+        images = [as_numpy(list_items(batch["images"]))] if pictured else []
+        if pictured:
+            check_pictures(
+                path, counts[0], {"images": list_offsets(batch["images"]), "image_counts": offsets}
+            )
+        packs = Packs(lengths, ids, offsets, _extents(path, batch, weighted), *images, *counts)
         _refuse_gaps(path, packs)
         found.append(packs)
     return found
 
 
-def read_rest_extents(path: Path, weighted: bool = False) -> list[RestExtents]:
+def read_rest_extents(path: Path, weighted: bool = False, pictured: bool = False) -> list[RestExtents]:
     """Map a rest by index and return its record batches.
 
     Raises:
@@ -244,8 +271,9 @@ def read_rest_extents(path: Path, weighted: bool = False) -> list[RestExtents]:
             as_numpy(batch["offset"]),
             batch["reason"].to_pylist(),
             _extents(path, batch, weighted),
+            **rest_pictures(batch, pictured),
         )
-        for batch in read_file(path, _rest_schema(weighted))
+        for batch in read_file(path, _rest_schema(weighted, pictured))
     ]
 
 

@@ -1,4 +1,4 @@
-"""The files of other sets that hold the tokens of a view by index: opened, watched, and gathered from."""
+"""The files of other sets that hold what a view by index is made of: opened, watched, and gathered from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.errors import IntegrityError, SftError
-from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, rest_digest, token_files
+from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, held_files, rest_digest
+from sftdata.set.images import HasPictures, StoredPictures, read_images
 from sftdata.set.index import read_rest
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard
@@ -60,7 +61,7 @@ class Watch:
 # ------------------------------------------------------------------------------------- the files of bases
 
 
-class Block(Protocol):
+class Block(HasPictures, Protocol):
     """Tokens that lie end to end in one record batch of a file; every array is a view of it."""
 
     @property
@@ -81,9 +82,9 @@ class Block(Protocol):
 
 
 class TokenFiles:
-    """The files of sets that hold tokens, numbered through all of them; each is mapped when first needed.
+    """The files of sets that hold tokens and pictures, numbered through; each is mapped when first needed.
 
-    A block is a record batch of such a file. Block 0 is padding.
+    A block is a record batch of a file with tokens. Block 0 is padding.
 
     Args:
         sets: folder and manifest of each.
@@ -102,10 +103,11 @@ class TokenFiles:
         self.sets = list(sets)
         self._check = check
         self._files = [
-            (folder, manifest, file) for folder, manifest in self.sets for file in token_files(manifest)
+            (folder, manifest, file) for folder, manifest in self.sets for file in held_files(manifest)
         ]
         self._watches = {folder: Watch(folder, manifest.digest) for folder, manifest in self.sets}
         self._edges: dict[int, tuple[int, Int64]] = {}  # file -> its first block, and tokens before each
+        self._pictures: dict[int, StoredPictures] = {}
         length, pad_id = padding
         none = np.zeros(2, np.int64)
         pad = PackedRows(
@@ -128,13 +130,25 @@ class TokenFiles:
             path = self._check(folder, file)
             blocks: Sequence[Block]
             if isinstance(file, ShardInfo):
-                blocks = read_shard(path, manifest.max_length, manifest.weighted)
+                blocks = read_shard(path, manifest.max_length, manifest.weighted, manifest.pictured)
             else:
-                blocks = read_rest(path, manifest.weighted)
+                blocks = read_rest(path, manifest.weighted, manifest.pictured)
             self._watches[folder].refuse_replaced()
             self._edges[number] = len(self.blocks), offsets_of([len(block.input_ids) for block in blocks])
             self._add(blocks)
         return self._edges[number]
+
+    def pictures(self, number: int) -> StoredPictures:
+        """Map a sidecar.
+
+        Raises:
+            IntegrityError: it is missing, is not what its manifest says, or its set was replaced.
+        """
+        if number not in self._pictures:
+            folder, _, file = self._files[number]
+            self._pictures[number] = read_images(self._check(folder, file))
+            self._watches[folder].refuse_replaced()
+        return self._pictures[number]
 
     def _add(self, blocks: Sequence[Block]) -> None:
         self.blocks += blocks

@@ -8,22 +8,28 @@
 | `height`, `width` | int32 | in pixels, after the turn that EXIF asks for |
 | `format` | utf8 | jpeg, png, webp or gif |
 | `tokens` | int32 | image tokens that stand for it |
+| `file_bytes` | int64 | size of its file |
 | `path` | utf8 | from the folder of pictures; "" for one whose bytes are in the row |
 | `bytes` | binary | of the file, where the row has them or the set embeds pictures; else empty |
+
+A view by index has `file` and `row` (int32) in place of `bytes`: the sidecar of its bases that holds the
+picture, numbered as in `extents.held_files`, and where.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import msgspec
 import numpy as np
+import xxhash
 
-from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
+from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError, RowError, changed
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.references import Reference, load_picture
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
 
 IMAGES = "images"
 """Begins the names of sidecars."""
+PROCESSOR = "processor"
+"""The folder of a set that holds the processor's files."""
 _BATCH_BYTES = 32 << 20
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
@@ -46,6 +54,7 @@ class VisionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
         family: of the processor, by its name in `pictures.families`.
         image_id: of the token that stands for pieces of pictures.
+        closing: ids of tokens that, behind a picture, belong to it.
         processor_sha256: over everything that decides a layout.
         image_settings, processor_settings: of the processor, with sizes resolved.
         images: the folder that paths of pictures start from, from the folder of the set; not part of the
@@ -55,11 +64,45 @@ class VisionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     family: str
     image_id: TokenId
+    closing: tuple[TokenId, ...]
     processor_sha256: Sha256
     image_settings: dict[str, Any]
     processor_settings: dict[str, Any]
     images: str
     sidecars: Xxh3
+
+
+def hash_sidecars(files: Iterable[SetFile]) -> Xxh3:
+    """Return the hash over the sidecars among these files."""
+    sidecars = "".join(file.xxh3 for file in files if file.name.startswith(f"{IMAGES}-"))
+    return xxhash.xxh3_128_hexdigest(sidecars.encode())
+
+
+def picture_ends(tokens: TokenBatch, image_id: int, closing: Sequence[int]) -> Int64:
+    """int64[N]: tokens of each example up to the end of its last picture; 0 where it has none.
+
+    Args:
+        tokens: examples.
+        image_id: of the token that stands for pieces of pictures.
+        closing: tokens that, behind a picture, belong to it.
+    """
+    places = np.flatnonzero(tokens.input_ids == image_id)
+    begins, stops = tokens.offsets[:-1], tokens.offsets[1:]
+    ends = np.maximum(np.append(-1, places)[np.searchsorted(places, stops)] + 1, begins)
+    opened = np.flatnonzero(ends > begins)
+    while len(opened):
+        opened = opened[ends[opened] < stops[opened]]
+        opened = opened[np.isin(tokens.input_ids[ends[opened]], closing)]
+        ends[opened] += 1
+    found: Int64 = ends - begins
+    return found
+
+
+class PictureColumns(TypedDict, total=False):
+    """Columns of segments that name their pictures; see `PackedRows`. Without pictures there are none."""
+
+    images: Int32
+    image_counts: Int32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,19 +160,32 @@ class SlicePictures:
         starts = offsets_of(self.counts)[:-1][documents]
         return self.images[positions_of(starts, counts.astype(np.int64))], counts
 
+    def columns(self, real: Bool, documents: Int64) -> PictureColumns:
+        """Return `images` and `image_counts` of segments.
+
+        Args:
+            real: bool[S], those whose first token is that of their document: no cut falls before a picture,
+                so that others, and padding, have none.
+            documents: int64[D], the document behind each of these.
+        """
+        counts = np.zeros(len(real), np.int32)
+        images, counts[real] = self.select(documents)
+        return {"images": images, "image_counts": counts}
+
     def hashes(self, documents: TokenBatch) -> PictureHashes:
         """Return what tells the documents apart by their pictures."""
         sha256, counts = [picture.sha256 for picture in self.stored], self.counts.astype(np.int64)
         return picture_hashes(documents, self.image_id, sha256, self.tokens, self.images, counts)
 
 
-def images_schema() -> pa.Schema:
+def images_schema(by_index: bool = False) -> pa.Schema:
     """Return the schema of a sidecar."""
     import pyarrow as pa
 
+    held = [("file", pa.int32()), ("row", pa.int32())] if by_index else [("bytes", pa.binary())]
     return pa.schema([
         ("sha256", pa.binary(32)), ("height", pa.int32()), ("width", pa.int32()), ("format", pa.utf8()),
-        ("tokens", pa.int32()), ("path", pa.utf8()), ("bytes", pa.binary()),
+        ("tokens", pa.int32()), ("file_bytes", pa.int64()), ("path", pa.utf8()), *held,
     ])  # fmt: skip
 
 
@@ -163,20 +219,43 @@ def _batch(pictures: SlicePictures, first: int, last: int, embed: PictureFolder 
     import pyarrow as pa
 
     some = pictures.stored[first:last]
+    data = _values(pa.binary(), (_bytes_of(picture, embed) for picture in some))
+    columns = [*_facts(some, pictures.tokens[first:last]), data]
+    return pa.RecordBatch.from_arrays(columns, schema=images_schema())
+
+
+def write_images_by_index(path: Path, pictures: SlicePictures, file: Int32, row: Int32) -> SetFile:
+    """Write the sidecar of a view by index; return its description.
+
+    Args:
+        path: of the sidecar.
+        pictures: of the slice.
+        file, row: int32[P], where each is held, see above.
+    """
+    import pyarrow as pa
+
+    schema = images_schema(by_index=True)
+    columns = [*_facts(pictures.stored, pictures.tokens), as_arrow(file), as_arrow(row)]
+    return write_file(path, schema, [pa.RecordBatch.from_arrays(columns, schema=schema)])
+
+
+def _facts(some: Sequence[Picture], tokens: Int32) -> list[pa.Array]:
+    """Return the columns of pictures that do not say where they are held."""
+    import pyarrow as pa
+
     sha256 = pa.py_buffer(b"".join(picture.sha256 for picture in some))
-    columns = [
+    return [
         pa.Array.from_buffers(pa.binary(32), len(some), [None, sha256]),
         as_arrow(np.array([picture.height for picture in some], np.int32)),
         as_arrow(np.array([picture.width for picture in some], np.int32)),
         _values(pa.utf8(), (picture.format.encode() for picture in some)),
-        as_arrow(pictures.tokens[first:last]),
+        as_arrow(tokens),
+        as_arrow(np.array([picture.file_bytes for picture in some], np.int64)),
         _values(pa.utf8(), (picture.path.encode() for picture in some)),
-        _values(pa.binary(), (_bytes_of(picture, embed) for picture in some)),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=images_schema())
 
 
-def _bytes_of(picture: Picture, embed: PictureFolder | None) -> bytes:
+def _bytes_of(picture: Picture, embed: PictureFolder | None) -> bytes | memoryview:
     if picture.data or embed is None:
         return picture.data
     data = read_again(picture.path, embed.folder)
@@ -193,7 +272,7 @@ def read_again(path: str, folder: Path) -> bytes | None:
         return None
 
 
-def _values(kind: pa.DataType, values: Iterable[bytes]) -> pa.Array:
+def _values(kind: pa.DataType, values: Iterable[bytes | memoryview]) -> pa.Array:
     """Return bytes as an array; pyarrow's own way imports pandas."""
     import pyarrow as pa
 
@@ -202,29 +281,59 @@ def _values(kind: pa.DataType, values: Iterable[bytes]) -> pa.Array:
     return pa.Array.from_buffers(kind, len(given), [None, offsets, pa.py_buffer(b"".join(given))])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class StoredPictures:
     """The pictures of a sidecar, mapped.
 
+    Args:
+        batches: of the sidecar; one or more.
+        held: for one of a view by index, returns the sidecar of its bases that has a number.
+
     Attributes:
-        sha256: of each file.
         height, width: int32[P], as turned.
-        format: of each file.
         tokens: int32[P], image tokens that stand for each.
-        path: of each from the folder of pictures; "" where the row had the bytes.
-        data: the bytes of each that the set holds; empty where it has the path alone.
+        file_bytes: int64[P], of each file.
+        places: int32[P] twice, of a view by index: the sidecar of the bases that holds each, and its row.
     """
 
-    sha256: Sequence[bytes]
-    height: Int32
-    width: Int32
-    format: Sequence[str]
-    tokens: Int32
-    path: Sequence[str]
-    data: Sequence[pa.Buffer]
+    def __init__(
+        self, batches: Sequence[pa.RecordBatch], held: Callable[[int], StoredPictures] | None = None
+    ) -> None:
+        self._batches, self._held = batches, held
+        self.height, self.width, self.tokens = map(self._numbers, ("height", "width", "tokens"))
+        self.file_bytes: Int64 = self._numbers("file_bytes")
+        self.places = None if held is None else (self._numbers("file"), self._numbers("row"))
 
     def __len__(self) -> int:
-        return len(self.sha256)
+        return len(self.tokens)
+
+    def _numbers(self, name: str) -> Any:
+        return np.concatenate([as_numpy(batch[name]) for batch in self._batches])
+
+    def _values(self, name: str) -> list[Any]:
+        return [value for batch in self._batches for value in batch[name].to_pylist()]
+
+    @cached_property
+    def sha256(self) -> Sequence[bytes]:
+        """Of each file."""
+        return self._values("sha256")
+
+    @cached_property
+    def format(self) -> Sequence[str]:
+        """Of each file."""
+        return self._values("format")
+
+    @cached_property
+    def path(self) -> Sequence[str]:
+        """Of each from the folder of pictures; "" where the row had the bytes."""
+        return self._values("path")
+
+    @cached_property
+    def data(self) -> Sequence[pa.Buffer]:
+        """The bytes of each that the set holds; empty where it has the path alone."""
+        if self._held is not None and self.places is not None:
+            places = zip(*(column.tolist() for column in self.places), strict=True)
+            return [self._held(file).data[row] for file, row in places]
+        return [batch["bytes"][row].as_buffer() for batch in self._batches for row in range(len(batch))]
 
     @property
     def facts(self) -> tuple[Sequence[bytes], Int32]:
@@ -232,42 +341,43 @@ class StoredPictures:
         return self.sha256, self.tokens
 
 
-def read_images(path: Path) -> StoredPictures:
-    """Map a sidecar.
+def read_images(path: Path, held: Callable[[int], StoredPictures] | None = None) -> StoredPictures:
+    """Map a sidecar; `held` as for `StoredPictures`.
 
     Raises:
         IntegrityError: the file is no such file.
     """
-    batches = read_file(path, images_schema())
+    batches = read_file(path, images_schema(by_index=held is not None))
     if not batches:
         raise IntegrityError(f"{path}: holds no record batch.", _AGAIN)
-
-    def numbers(name: str) -> Int32:
-        joined: Int32 = np.concatenate([as_numpy(batch[name]) for batch in batches])
-        return joined
-
-    def values(name: str) -> Iterator[object]:
-        for batch in batches:
-            yield from batch[name].to_pylist()
-
-    data = [batch["bytes"][row].as_buffer() for batch in batches for row in range(len(batch))]
-    sha256, formats, paths = (list(values(name)) for name in ("sha256", "format", "path"))
-    sizes = numbers("height"), numbers("width")
-    return StoredPictures(sha256, *sizes, formats, numbers("tokens"), paths, data)  # type: ignore[arg-type]
+    return StoredPictures(batches, held)
 
 
-def pictured(rows: PackedRows, pictures: SlicePictures, documents: Int64) -> PackedRows:
-    """Return packed rows with the pictures of their segments.
+class HasPictures(Protocol):
+    """Segments or stretches of documents, with their pictures."""
 
-    Args:
-        rows: of a slice, in which no document is in two pieces.
-        pictures: of the slice.
-        documents: int64[D], the document behind each segment that is not padding.
-    """
-    images, own = pictures.select(documents)
-    counts = np.zeros(len(rows.example_ids), np.int32)
-    counts[rows.example_ids >= 0] = own
-    return replace(rows, images=images, image_counts=counts)
+    @property
+    def example_ids(self) -> Int64:
+        """int64[S], input row behind each; -1 for padding."""
+
+    @property
+    def images(self) -> Int32 | None:
+        """int32[K], end to end, by number."""
+
+    @property
+    def image_counts(self) -> Int32 | None:
+        """int32[S], how many each has; None, as `images`, without pictures."""
+
+
+def join_pictures(parts: Iterable[HasPictures]) -> tuple[Int32, Int32]:
+    """Return the pictures of segments, padding aside: int32[S], how many each has, and int32[K], these."""
+    counts, images = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for part in parts:
+        assert part.image_counts is not None
+        assert part.images is not None
+        counts.append(part.image_counts[part.example_ids >= 0])
+        images.append(part.images)
+    return np.concatenate(counts), np.concatenate(images)
 
 
 def unchanged(sidecars: Iterable[Path], folder: Path) -> bool:

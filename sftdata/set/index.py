@@ -35,7 +35,7 @@ from sftdata.batches import (
 from sftdata.errors import IntegrityError
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
-from sftdata.set.images import IMAGES, SlicePictures, pictured, write_images
+from sftdata.set.images import IMAGES, PictureColumns, SlicePictures, write_images
 from sftdata.set.shards import (
     ShardInfo,
     as_arrow,
@@ -44,6 +44,7 @@ from sftdata.set.shards import (
     list_array,
     list_items,
     list_offsets,
+    own_images,
     read_file,
     shard_name,
     write_file,
@@ -263,7 +264,7 @@ def write_slice(
         embed: where pictures are whose files go into the set; None to store their paths.
     """
     if placed.pictures is not None:
-        rows = pictured(rows, placed.pictures, placed.packs.example)
+        rows = replace(rows, **placed.pictures.columns(rows.example_ids >= 0, placed.packs.example))
     shards = (write_shard(folder / shard_name(number), rows, row_length),) if len(rows) else ()
     weighted, files = rows.loss_weights is not None, []
     if len(placed.rest):
@@ -282,11 +283,7 @@ def rest_rows(placed: Placed, weighted: bool = False) -> RestRows:
     lengths = rest.stop - rest.start
     tokens = positions_of(documents.offsets[rest.example] + rest.start, lengths)
     ids = documents.input_ids[tokens]
-    images, counts = None, None
-    if placed.pictures is not None:  # what was cut off a document has none: no cut falls before a picture
-        whole = np.flatnonzero(rest.start == 0)
-        counts = np.zeros(len(rest), np.int32)
-        images, counts[whole] = placed.pictures.select(rest.example[whole])
+    pictures, whole = placed.pictures, rest.start == 0
     return RestRows(
         input_ids=ids,
         labels=np.where(documents.trained[tokens], ids, np.int32(IGNORE_INDEX)),
@@ -295,8 +292,7 @@ def rest_rows(placed: Placed, weighted: bool = False) -> RestRows:
         offset=rest.start.astype(np.int32),
         reasons=list(placed.reasons),
         loss_weights=documents.weights()[tokens] if weighted else None,
-        images=images,
-        image_counts=counts,
+        **({} if pictures is None else pictures.columns(whole, rest.example[whole])),
     )
 
 
@@ -368,8 +364,8 @@ def write_rest(path: Path, rows: RestRows) -> SetFile:
         plain = [as_arrow(rows.example_ids[first:last]), as_arrow(rows.offset[first:last])]
         columns_of = [*lists, *plain, as_strings(rows.reasons[first:last])]
         if rows.images is not None and rows.image_counts is not None:
-            edges = offsets_of(rows.image_counts)[first : last + 1]
-            columns_of.append(list_array(rows.images[edges[0] : edges[-1]], edges))
+            edges = np.arange(first, last + 1)
+            columns_of.append(list_array(*own_images(rows.images, rows.image_counts, edges)))
         batches.append(pa.RecordBatch.from_arrays(columns_of, schema=schema))
     return write_file(path, schema, batches)
 
@@ -396,11 +392,18 @@ def read_rest(path: Path, weighted: bool = False, pictured: bool = False) -> lis
                 offset=as_numpy(batch["offset"]),
                 reasons=batch["reason"].to_pylist(),
                 loss_weights=weights[0] if weighted else None,
-                images=as_numpy(list_items(batch["images"])) if pictured else None,
-                image_counts=np.diff(list_offsets(batch["images"])).astype(np.int32) if pictured else None,
+                **rest_pictures(batch, pictured),
             )
         )
     return parts
+
+
+def rest_pictures(batch: pa.RecordBatch, pictured: bool) -> PictureColumns:
+    """Return `images` and `image_counts` of a record batch of a rest; nothing without pictures."""
+    if not pictured:
+        return {}
+    counts = np.diff(list_offsets(batch["images"])).astype(np.int32)
+    return {"images": as_numpy(list_items(batch["images"])), "image_counts": counts}
 
 
 def write_index(path: Path, index: Segments) -> SetFile:

@@ -40,7 +40,7 @@ LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
 Counts = dict[str, Count]
 PICTURES = (
     "pictures_in", "pictures_kept", "pictures_in_rejected_rows", "pictures_in_dropped_rows",
-    "pictures_stored", "picture_bytes", "picture_pixels",
+    "pictures_left_out", "pictures_stored", "picture_bytes", "picture_pixels",
 )  # fmt: skip
 """What is counted of pictures."""
 _OF_SOME = (
@@ -86,7 +86,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         rows_in    = rows_kept + rows_rejected + rows_filtered + rows_dropped + documents_left_out
         tokens_in  = tokens_trained + tokens_context + tokens_cut + tokens_in_dropped_rows + tokens_left_out
         rows_packed * max_length = tokens_trained + tokens_context + tokens_padding
-        pictures_in = pictures_kept + pictures_in_rejected_rows + pictures_in_dropped_rows
+        pictures_in = pictures_kept + pictures_in_rejected_rows + pictures_in_dropped_rows + pictures_left_out
 
     Attributes:
         rows_rejected, rows_filtered, rows_dropped: rows by fault code, by rule, by reason.
@@ -103,6 +103,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         documents_repeated: documents taken of which another pass over their source is taken too, the first of
             them aside; `rows_in` counts them.
         pictures_in: that rows name, in a set with pictures; of the rows of which this could be read.
+        pictures_left_out: of `documents_left_out`.
         pictures_stored: in sidecars, where each stands once for its slice.
         picture_bytes, picture_pixels: of these.
     """
@@ -132,6 +133,7 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pictures_kept: Count = 0
     pictures_in_rejected_rows: Count = 0
     pictures_in_dropped_rows: Count = 0
+    pictures_left_out: Count = 0
     pictures_stored: Count = 0
     picture_bytes: Count = 0
     picture_pixels: Count = 0
@@ -273,11 +275,11 @@ class Ledger(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             self.tokens_in,
             self.tokens + cut + self.tokens_in_dropped_rows + self.tokens_left_out,
         )
-        lost = self.pictures_in_rejected_rows + self.pictures_in_dropped_rows
+        lost = self.pictures_in_rejected_rows + self.pictures_in_dropped_rows + self.pictures_left_out
         _equal(
             where,
             f"pictures_in = kept {self.pictures_kept} + in rejected rows {self.pictures_in_rejected_rows}"
-            f" + in dropped rows {self.pictures_in_dropped_rows}",
+            f" + in dropped rows {self.pictures_in_dropped_rows} + left out {self.pictures_left_out}",
             self.pictures_in,
             self.pictures_kept + lost,
         )

@@ -19,7 +19,7 @@ import numpy as np
 from sftdata.batches import Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.set.extents import read_packs, read_rest_extents
 from sftdata.set.held import TokenFiles, open_token_files
-from sftdata.set.images import IMAGES, StoredPictures, read_images
+from sftdata.set.images import IMAGES, HasPictures, StoredPictures, read_images
 from sftdata.set.index import REST, RestRows, beside_name, read_rest
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import PICTURES, ShardInfo, read_shard
@@ -94,9 +94,7 @@ class MappedShard:
     def __init__(self, batches: list[PackedRows]) -> None:
         self.batches = batches
         self._ends = list(accumulate(map(len, batches)))
-        self._pictures = [
-            offsets_of(batch.image_counts) for batch in batches if batch.image_counts is not None
-        ]
+        self._pictures = _picture_edges(batches)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -111,21 +109,34 @@ class MappedShard:
         weights = None if batch.loss_weights is None else batch.loss_weights[tokens]
         ids, labels = batch.input_ids[tokens], batch.labels[tokens]
         lengths, examples = batch.seq_lengths[segments], batch.example_ids[segments]
-        if batch.images is None or batch.image_counts is None:
-            return PackedRow(ids, labels, lengths, examples, weights)
-        first, last = self._pictures[index][batch.segment_offsets[row : row + 2]].tolist()
-        return PackedRow(
-            ids, labels, lengths, examples, weights, batch.images[first:last], batch.image_counts[segments]
-        )
+        pictures = _pictures_of(batch, self._pictures, index, segments)
+        return PackedRow(ids, labels, lengths, examples, weights, *pictures)
+
+
+def _picture_edges(batches: Sequence[HasPictures]) -> list[Int64]:
+    """Return where the pictures of each segment begin, int64[S + 1] for each record batch; none without."""
+    return [offsets_of(batch.image_counts) for batch in batches if batch.image_counts is not None]
+
+
+def _pictures_of(
+    batch: HasPictures, edges: Sequence[Int64], index: int, segments: slice
+) -> tuple[Int32, Int32] | tuple[()]:
+    """Return the pictures of a row, and how many each of its segments has; nothing without pictures."""
+    if batch.images is None or batch.image_counts is None:
+        return ()
+    first, last = edges[index][[segments.start, segments.stop]].tolist()
+    return batch.images[first:last], batch.image_counts[segments]
 
 
 class FoundRow(NamedTuple):
-    """A row by index: where its tokens lie, as for `TokenFiles.gather`, and its documents."""
+    """A row by index: where its tokens lie, as for `TokenFiles.gather`, its documents and their pictures."""
 
     runs: Int32
     first_weights: Float32 | None
     seq_lengths: Int32
     examples: Int64
+    images: Int32 | None = None
+    image_counts: Int32 | None = None
 
 
 class IndexedShard:
@@ -133,15 +144,16 @@ class IndexedShard:
 
     Args:
         path: of the file.
-        weighted: whether its set has weights.
+        manifest: of its set.
         files: of the bases.
     """
 
-    def __init__(self, path: Path, weighted: bool, files: TokenFiles) -> None:
-        self._packs = read_packs(path, weighted)
+    def __init__(self, path: Path, manifest: Manifest, files: TokenFiles) -> None:
+        self._packs = read_packs(path, manifest.weighted, manifest.pictured)
         self._runs = [files.find(path, packs.extents) for packs in self._packs]
         self._files = files
         self._ends = list(accumulate(map(len, self._packs)))
+        self._pictures = _picture_edges(self._packs)
 
     @property
     def batches(self) -> Iterator[PackedRows]:
@@ -151,6 +163,7 @@ class IndexedShard:
             yield PackedRows(
                 ids, labels, packs.extents.token_offsets(),
                 packs.seq_lengths, packs.example_ids, packs.segment_offsets, weights,
+                packs.images, packs.image_counts,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -158,9 +171,11 @@ class IndexedShard:
 
     def row(self, row: int) -> PackedRow:
         """Return a row, gathered."""
-        runs, first_weights, seq_lengths, examples = self.find(row)
-        ids, labels, weights = self._files.gather(runs, first_weights)
-        return PackedRow(ids, labels, seq_lengths, examples, weights)
+        found = self.find(row)
+        ids, labels, weights = self._files.gather(found.runs, found.first_weights)
+        return PackedRow(
+            ids, labels, found.seq_lengths, found.examples, weights, found.images, found.image_counts
+        )
 
     def find(self, row: int) -> FoundRow:
         """Return where a row lies."""
@@ -175,6 +190,7 @@ class IndexedShard:
             None if weights is None else weights[first:last],
             packs.seq_lengths[start:stop],
             packs.example_ids[start:stop],
+            *_pictures_of(packs, self._pictures, index, slice(start, stop)),
         )
 
 
@@ -207,7 +223,7 @@ class SetFiles:
         """
         path = plain_file(self._folder, info)
         if self.bases is not None:
-            return IndexedShard(path, self._manifest.weighted, self.bases)
+            return IndexedShard(path, self._manifest, self.bases)
         of = self._manifest
         return MappedShard(read_shard(path, of.max_length, of.weighted, of.pictured))
 
@@ -217,8 +233,10 @@ class SetFiles:
         Raises:
             IntegrityError: the sidecar is missing, or is not what the manifest says.
         """
-        file = self._files.get(beside_name(IMAGES, number))
-        return None if file is None else read_images(plain_file(self._folder, file))
+        file, bases = self._files.get(beside_name(IMAGES, number)), self.bases
+        if file is None:
+            return None
+        return read_images(plain_file(self._folder, file), None if bases is None else bases.pictures)
 
     def take(self, places: Sequence[tuple[Shard, int]]) -> PackedRows:
         """Return rows, by shard and number there, as columns that are copied once."""
@@ -228,13 +246,13 @@ class SetFiles:
             rows = mapped = [shard.row(row) for shard, row in places]
             ids, labels = _joined([row.input_ids for row in mapped]), _joined([row.labels for row in mapped])
             weights = _weights([row.loss_weights for row in mapped])
-            for name in PICTURES if self._manifest.pictured else ():
-                pictures[name] = _joined([getattr(row, name) for row in mapped])
         else:
             rows = found = [shard.find(row) for shard, row in places if isinstance(shard, IndexedShard)]
             runs = np.concatenate([row.runs for row in found], axis=1)
             weights = _weights([row.first_weights for row in found])
             ids, labels, weights = self.bases.gather(runs, weights)
+        for name in PICTURES if self._manifest.pictured else ():
+            pictures[name] = _joined([getattr(row, name) for row in rows])
         seq_lengths = _joined([row.seq_lengths for row in rows])
         examples = _joined([row.examples for row in rows])
         segments = offsets_of([len(row.examples) for row in rows])
@@ -263,7 +281,7 @@ class SetFiles:
         return (
             read_rest(path, weighted, pictured)
             if bases is None
-            else list(_gather_rest(path, bases, weighted))
+            else list(_gather_rest(path, bases, weighted, pictured))
         )
 
 
@@ -278,10 +296,13 @@ def _weights(columns: Sequence[Float32 | None]) -> Float32 | None:
     return _joined(weights) if weights else None
 
 
-def _gather_rest(path: Path, files: TokenFiles, weighted: bool) -> Iterator[RestRows]:
+def _gather_rest(path: Path, files: TokenFiles, weighted: bool, pictured: bool) -> Iterator[RestRows]:
     """Gather the stretches of a rest by index, with all their labels."""
-    for part in read_rest_extents(path, weighted):
+    for part in read_rest_extents(path, weighted, pictured):
         runs = files.find(path, part.extents)
         ids, labels, weights = files.gather(runs, part.extents.first_weights)
         offsets, reasons = part.extents.token_offsets(), list(part.reasons)
-        yield RestRows(ids, labels, offsets, part.example_ids, part.offset, reasons, weights)
+        yield RestRows(
+            ids, labels, offsets, part.example_ids, part.offset, reasons, weights,
+            part.images, part.image_counts,
+        )  # fmt: skip

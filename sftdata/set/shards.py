@@ -158,8 +158,7 @@ def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.R
     if rows.loss_weights is not None:
         columns.append((rows.loss_weights[tokens], row_offsets))
     if rows.images is not None and rows.image_counts is not None:
-        edges = offsets_of(rows.image_counts)[rows.segment_offsets[first : last + 1]]
-        columns.append((rows.images[edges[0] : edges[-1]], edges))
+        columns.append(own_images(rows.images, rows.image_counts, segment_offsets))
         columns.append((rows.image_counts[segments], segment_offsets))
     arrays = []
     for field, (values, offsets) in zip(schema, columns, strict=True):
@@ -168,6 +167,18 @@ def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.R
         else:
             arrays.append(list_array(values, offsets))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def own_images(images: Int32, counts: Int32, offsets: Int64) -> tuple[Int32, Int64]:
+    """Return the pictures of rows, and int64[P + 1], where those of each begin, for `list_array`.
+
+    Args:
+        images: int32[K], of all segments, end to end.
+        counts: int32[S], how many each segment has.
+        offsets: int64[P + 1], segments of the rows.
+    """
+    edges = offsets_of(counts)[offsets]
+    return images[edges[0] : edges[-1]], edges
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
@@ -182,7 +193,7 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
             )
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
     if "images" in items:
-        _check_pictures(path, items["image_counts"], offsets)
+        check_pictures(path, items["image_counts"], offsets)
     return PackedRows(row_offsets=row_offsets, segment_offsets=offsets["seq_lengths"], **items)
 
 
@@ -194,8 +205,12 @@ _TWINS = (
 )
 
 
-def _check_pictures(path: Path, counts: Int32, offsets: dict[str, Int64]) -> None:
-    """Refuse rows whose documents do not share out their pictures."""
+def check_pictures(path: Path, counts: Int32, offsets: dict[str, Int64]) -> None:
+    """Refuse rows whose documents do not share out their pictures.
+
+    Raises:
+        IntegrityError: naming the file.
+    """
     if (counts < 0).any() or not np.array_equal(
         offsets_of(counts)[offsets["image_counts"]], offsets["images"]
     ):

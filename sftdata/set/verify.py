@@ -13,10 +13,10 @@ import numpy as np
 from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
 from sftdata.pictures.stretch import count_image_tokens
-from sftdata.set.extents import token_files
+from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
 from sftdata.set.held import open_token_files
-from sftdata.set.images import IMAGES, StoredPictures, read_again, read_images
+from sftdata.set.images import IMAGES, StoredPictures, join_pictures, read_again
 from sftdata.set.index import (
     INDEX,
     RestRows,
@@ -130,7 +130,7 @@ def damaged_files(
     folder: Path, manifest: Manifest, *, sha256: bool = False, quick: bool = False
 ) -> Iterator[tuple[SetFile, str]]:
     """Read every file of a set; yield it with what is wrong with its bytes, one line, empty if nothing is."""
-    held = () if manifest.by_index else token_files(manifest)
+    held = () if manifest.by_index else held_files(manifest)
     files = [*manifest.shards, *manifest.files]
     names = {info.xxh3: info.name for info in files}
     for info in files:
@@ -147,8 +147,8 @@ def damaged_bases(
         yield None, str(error)
         return
     for base, of in sets:
-        names = {info.xxh3: info.name for info in token_files(of)}
-        for info in token_files(of):
+        names = {info.xxh3: info.name for info in held_files(of)}
+        for info in held_files(of):
             yield info, _damage(base, info, names, sha256, quick)
 
 
@@ -326,16 +326,8 @@ class _Conserved:
         if self._manifest.vision is None:
             return None
         stored = self._files.pictures(number)
-        packed = [(part.image_counts, part.example_ids >= 0, part.images) for part in rows]
-        others = [(part.image_counts, np.ones(len(part), np.bool_), part.images) for part in rest]
-        counts, images = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        for own, real, some in (*packed, *others):
-            assert own is not None
-            assert some is not None
-            counts.append(own[real])
-            images.append(some)
         where, image_id = f"{self._folder}: slice {number}", self._manifest.vision.image_id
-        return _SegmentPictures(where, stored, np.concatenate(counts), np.concatenate(images), image_id)
+        return _SegmentPictures(where, stored, *join_pictures([*rows, *rest]), image_id)
 
     def _join(self, index: Segments, tokens: TokenBatch, pictures: _SegmentPictures | None = None) -> Int64:
         """Note the documents that are whole and as they were hashed; return the segments of all others."""
@@ -413,14 +405,17 @@ def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[
         quick: look only whether each is there.
     """
     images = folder / manifest.vision.images if manifest.vision is not None else folder
-    sidecars = [file.name for file in manifest.files if file.name.startswith(f"{IMAGES}-")]
+    sidecars, files = [file.name for file in manifest.files if file.name.startswith(f"{IMAGES}-")], None
     for name in sidecars:
         try:
-            stored = read_images(folder / name)
+            files = files or SetFiles(folder, manifest)
+            stored = files.pictures(slice_number(name) or 0)
+            assert stored is not None
+            pictures = [*zip(stored.path, stored.sha256, stored.data, strict=True)]
         except IntegrityError as error:
             yield str(error)
             continue
-        for path, sha256, held in zip(stored.path, stored.sha256, stored.data, strict=True):
+        for path, sha256, held in pictures:
             if len(held):
                 found = (
                     "" if quick or hashlib.sha256(held).digest() == sha256 else "other bytes than its hash"

@@ -47,7 +47,9 @@ class ShownPicture:
     def of(cls, picture: Picture, vision: Vision) -> ShownPicture:
         """Return a picture that is in no set yet."""
         tokens, folder = vision.tokens_of(picture), vision.pictures.folder
-        return cls(picture.height, picture.width, tokens, picture.path, picture.sha256, folder, picture.data)
+        return cls(
+            picture.height, picture.width, tokens, picture.path, picture.sha256, folder, bytes(picture.data)
+        )
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from sftdata.errors import IntegrityError
 from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
-from sftdata.set.manifest import Manifest, SourceInfo
+from sftdata.set.manifest import Manifest, SourceInfo, refuse_pictures
 from sftdata.set.store import check_file
 from sftdata.views.bases import Base, open_bases, read_documents
 from sftdata.views.documents import Documents, UInt64
@@ -247,6 +247,7 @@ def _open_side(folder: str | Path, numbers: dict[tuple[str, int], int]) -> Side:
         numbers: of the places' sources, by name and how often that name came before; grows.
     """
     (base,) = open_bases([folder])
+    refuse_pictures(base.folder, base.manifest)
     if base.manifest.format_version == 1:
         return _without_index(base, numbers)
     files = [file for file in base.manifest.files if file.name.startswith(f"{INDEX}-")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,13 +27,16 @@ from sftdata.set.extents import (
     GIVEN,
     PADDING_FILE,
     Extents,
+    Packs,
+    RestExtents,
+    held_files,
     packs_name,
     read_packs,
     read_rest_extents,
-    token_files,
 )
 from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.held import Block, TokenFiles, open_token_files
+from sftdata.set.images import IMAGES, VisionInfo, read_images
 from sftdata.set.index import (
     INDEX,
     REST,
@@ -42,10 +45,11 @@ from sftdata.set.index import (
     read_index,
     slice_number,
 )
-from sftdata.set.manifest import Manifest, read_manifest, refuse_pictures
+from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.shards import read_shard, shard_name
 from sftdata.set.store import SetFile, check_file, plain_file
 from sftdata.views.documents import Documents, Located, join_segments
+from sftdata.views.pictures import Collected, paths_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,14 @@ class Base:
         manifest: what it is.
         first_id: example id in the view of its example 0.
         first_shard: number in the view of its slice 0.
+        before: comes in the view before the paths of its pictures.
     """
 
     folder: Path
     manifest: Manifest
     first_id: int
     first_shard: int
+    before: str
 
     @property
     def rows(self) -> int:
@@ -84,33 +90,47 @@ def open_bases(folders: Sequence[str | Path]) -> tuple[Base, ...]:
             raise UsageError(
                 f"{path}: named twice.", "name it once; --mix NAME=SHARE with --passes 2 repeats documents."
             )
-    for path, manifest in zip(paths, manifests, strict=True):
-        refuse_pictures(path, manifest)
     _refuse_different(paths, manifests)
     ids = accumulate((_rows(manifest) for manifest in manifests), initial=0)
     shards = accumulate((_slices(manifest) for manifest in manifests), initial=0)
-    return tuple(map(Base, paths, manifests, ids, shards))
+    before = paths_from(list(zip(paths, manifests, strict=True)))[1]
+    return tuple(map(Base, paths, manifests, ids, shards, before))
 
 
 def _refuse_different(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """Refuse sets of two tokenizers, or of two chat templates of one."""
-    first = manifests[0]
+    """Refuse sets of two tokenizers, of two chat templates of one, or of two processors."""
+    first, vision = manifests[0], vision_of(manifests)
+    processor = None if vision is None else vision.processor_sha256
     for path, manifest in zip(paths, manifests, strict=True):
-        if said := unlike(manifest, first.tokenizer.sha256, first.chat_template_sha256):
+        if said := unlike(manifest, first.tokenizer.sha256, first.chat_template_sha256, processor):
             what, found, expected = said
             raise UsageError(
                 f"{path}: {what} {found}; {paths[0]} has {expected}.",
-                "make a view of sets of one tokenizer, or prepare one of them again.",
+                f"make a view of sets of one {what}, or prepare one of them again.",
             )
 
 
-def unlike(manifest: Manifest, tokenizer: str, chat_template: str | None) -> tuple[str, str, str] | None:
-    """Return what of a set is not that of this hash, and the beginnings of both hashes; None if nothing."""
+def vision_of(manifests: Sequence[Manifest]) -> VisionInfo | None:
+    """Return what pictures of sets were read with; None where they have none."""
+    return next((manifest.vision for manifest in manifests if manifest.vision is not None), None)
+
+
+def unlike(
+    manifest: Manifest, tokenizer: str, chat_template: str | None, processor: str | None
+) -> tuple[str, str, str] | None:
+    """Return what of a set is not that of this hash, and the beginnings of both hashes; None if nothing.
+
+    Args:
+        manifest: of the set.
+        tokenizer, chat_template, processor: hashes; a set without pictures goes with any processor.
+    """
+    own = manifest.vision
     for what, found, expected in (
         ("tokenizer", manifest.tokenizer.sha256, tokenizer),
         ("chat template", manifest.chat_template_sha256, chat_template),
+        ("processor", None if own is None or processor is None else own.processor_sha256, processor),
     ):
-        if found != expected:
+        if found != expected and (what, found) != ("processor", None):
             return what, str(found)[:12], str(expected)[:12]
     return None
 
@@ -159,7 +179,7 @@ def open_store(bases: Sequence[Base], *, whole: bool) -> Store:
             own = open_token_files(base.folder, base.manifest).sets
         sets |= {folder: manifest for folder, manifest in own if folder not in sets}
         parts.append([folder for folder, _ in own])
-    counts = [len(token_files(manifest)) for manifest in sets.values()]
+    counts = [len(held_files(manifest)) for manifest in sets.values()]
     ranges = {
         folder: np.arange(first, first + count)
         for folder, first, count in zip(sets, accumulate(counts, initial=0), counts, strict=False)
@@ -181,15 +201,20 @@ def read_documents(bases: Sequence[Base], store: Store | None = None, only: Int6
         IntegrityError: a file is missing or is not what its manifest says.
     """
     store = store or open_store(bases, whole=True)
+    vision = vision_of([base.manifest for base in bases])
+    pictures = None if vision is None else Collected.none()
     parts: list[Located] = []
     for base, numbers in zip(bases, store.numbers, strict=True):
         for file in base.manifest.files:
             if slice_number(file.name) is None:  # lists and tokenizer; those of slices are checked when read
                 check_file(base.folder, file)
-        found = _find(base, store.files, numbers)
+        found = _find(base, store.files, numbers, pictures if base.manifest.pictured else None)
         parts += found if only is None else (part.take(_which(part.example_id, only)) for part in found)
     where = ", ".join(str(base.folder) for base in bases)
-    return join_segments(Located.join(parts), store.files.blocks, where)
+    documents = join_segments(Located.join(parts), store.files.blocks, where)
+    if vision is None or pictures is None:
+        return documents
+    return replace(documents, pictures=pictures.join(documents.ids, vision))
 
 
 def _which(ids: Int64, few: Int64) -> Int64:
@@ -197,12 +222,12 @@ def _which(ids: Int64, few: Int64) -> Int64:
     return np.flatnonzero(np.append(few, -1)[np.searchsorted(few, ids)] == ids)
 
 
-def _find(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
-    """Yield the segments of a base, slice by slice."""
+def _find(base: Base, files: TokenFiles, numbers: Int64, pictures: Collected | None) -> Iterator[Located]:
+    """Yield the segments of a base, slice by slice; note their pictures, in a base that has any."""
     if base.manifest.by_index:
-        yield from _compose(base, files, numbers)
+        yield from _compose(base, files, numbers, pictures)
     elif base.manifest.format_version > 1:
-        yield from _look_up(base, files, numbers)
+        yield from _look_up(base, files, numbers, pictures)
     else:
         refuse_inexact(base)
         yield from _derive(base, files, numbers)
@@ -215,14 +240,20 @@ def _indexes(base: Base) -> Iterator[tuple[int, Segments]]:
             yield _number(file), read_index(check_file(base.folder, file), base.manifest.weighted)
 
 
-def _look_up(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
+def _look_up(base: Base, files: TokenFiles, numbers: Int64, pictures: Collected | None) -> Iterator[Located]:
     """Look the segments of a set up in the index of each slice."""
-    places = {file.name: number for number, file in zip(numbers, token_files(base.manifest), strict=True)}
+    names = (file.name for file in held_files(base.manifest))
+    places = dict(zip(names, numbers.tolist(), strict=True))
     for number, index in _indexes(base):
         held = [
-            [] if place is None else files.open_blocks(int(place))
+            [] if place is None else files.open_blocks(place)
             for place in (places.get(name) for name in (shard_name(number), beside_name(REST, number)))
         ]
+        if pictures is not None:
+            sidecar = places.get(beside_name(IMAGES, number))
+            stored = None if sidecar is None else files.pictures(sidecar)
+            parts = [files.blocks[block] for block in held[0] + held[1]]
+            pictures.add(base, index.example_ids, parts, stored, np.array([sidecar]))
         yield _located(index, held, files.blocks, base, number)
 
 
@@ -261,19 +292,25 @@ def _first_weights(index: Segments) -> Float32:
 # --------------------------------------------------------------------------------------- views by index
 
 
-def _compose(base: Base, files: TokenFiles, numbers: Int64) -> Iterator[Located]:
+def _compose(base: Base, files: TokenFiles, numbers: Int64, pictures: Collected | None) -> Iterator[Located]:
     """Find the segments of a view by index in the files of its own bases."""
     manifest = base.manifest
     kept = {file.name: file for file in (*manifest.shards, *manifest.files)}
     for number, index in _indexes(base):
-        parts: list[tuple[Path, Extents]] = []
+        parts: list[tuple[Path, Packs | RestExtents]] = []
         for name, read in (
             (packs_name(number), read_packs), (beside_name(REST, number), read_rest_extents)
         ):  # fmt: skip
             if name in kept:
                 path = check_file(base.folder, kept[name])
-                parts += [(path, part.extents) for part in read(path, manifest.weighted)]
-        found = [_renumbered(path, extents, files, numbers) for path, extents in parts]
+                parts += [(path, part) for part in read(path, manifest.weighted, manifest.pictured)]
+        if pictures is not None:
+            stored, file = None, kept.get(beside_name(IMAGES, number))
+            if file is not None:
+                sidecar = check_file(base.folder, file)
+                stored = read_images(sidecar, lambda held: files.pictures(int(numbers[held])))
+            pictures.add(base, index.example_ids, [part for _, part in parts], stored, numbers)
+        found = [_renumbered(path, part.extents, files, numbers) for path, part in parts]
         yield _composed(index, found, base, number)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from sftdata.set.extents import (
     write_rest_extents,
 )
 from sftdata.set.hashes import hash_documents
+from sftdata.set.images import IMAGES, SlicePictures, write_images_by_index
 from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
 from sftdata.set.store import SetFile
@@ -49,21 +50,57 @@ def index_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
     layout = lay_out(packed, kept.id, plan.row_length, plan.config.pad_to_multiple_of)
     document, lengths, ids, segment_offsets = layout
     packs = Packs(lengths.astype(np.int32), ids, segment_offsets, _packed_extents(plan, runs, layout))
+    pictures = _pictures(plan, placed)
+    if pictures is not None:
+        packs = replace(packs, **pictures.stored.columns(ids >= 0, pictures.number[document[ids >= 0]]))
     trained = np.append(index.trained[: len(kept)], 0)[document]
     ledger = Ledger()
     if part is plan.slices[0]:
         ledger.merge(plan.ledger)
     sources = {source.name: source.first_id for source in plan.sources}
     ledger.count_segments(packs, trained, int(lengths.sum()), plan.row_length, sources)
+    ledger.count_stored(() if pictures is None else pictures.stored.stored)
     shards = (write_packs(folder / packs_name(part.index), packs, int(trained.sum())),) if len(packs) else ()
     files: list[SetFile] = []
     if len(rest):
         extents = _rest_extents(plan, runs, len(kept))
         stretches = RestExtents(rest.id, rest.start.astype(np.int32), rest.reason.tolist(), extents)
+        if pictures is not None:
+            whole = rest.start == 0
+            own = pictures.stored.columns(whole, pictures.number[len(kept) :][whole])
+            stretches = replace(stretches, **own)
         files.append(write_rest_extents(folder / beside_name(REST, part.index), stretches))
     if len(placed):
         files.append(write_index(folder / beside_name(INDEX, part.index), index))
+    if pictures is not None and pictures.stored.stored:
+        sidecar = folder / beside_name(IMAGES, part.index)
+        files.append(write_images_by_index(sidecar, pictures.stored, *pictures.places))
     return ShardResult(index=part.index, shards=shards, files=tuple(files), ledger=ledger)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pictures:
+    """The pictures of a slice.
+
+    Attributes:
+        stored: as a written slice has them.
+        places: int32[P] twice: the sidecar of the bases that holds each, and its row there.
+        number: int64[K], the document there of each stretch.
+    """
+
+    stored: SlicePictures
+    places: tuple[Int32, Int32]
+    number: Int64
+
+
+def _pictures(plan: ViewPlan, placed: Stretches) -> _Pictures | None:
+    own = plan.choice.documents.pictures
+    if own is None:
+        return None
+    ids, first, number = np.unique(placed.id, return_index=True, return_inverse=True)
+    stored, numbers = own.of_slice(placed.document[first], ids)
+    file, row = own.gallery.places
+    return _Pictures(stored, (file[numbers], row[numbers]), number)
 
 
 # -------------------------------------------------------------------------------------------- extents
@@ -171,5 +208,7 @@ def _hashes(plan: ViewPlan, document: Int64) -> UInt64:
         ids = documents.ids[document]
         here = np.flatnonzero((ids >= base.first_id) & (ids < base.first_id + base.rows))
         if len(here):
-            hashes[here] = hash_documents(documents.whole(document[here]), weighted=True)
+            tokens, own = documents.whole(document[here]), documents.pictures
+            pictures = None if own is None else own.hashes(document[here], tokens)
+            hashes[here] = hash_documents(tokens, weighted=True, pictures=pictures)
     return hashes

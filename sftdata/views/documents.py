@@ -18,6 +18,7 @@ import numpy.typing as npt
 from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
 from sftdata.set.held import Block
+from sftdata.views.pictures import DocumentPictures
 
 UInt64 = npt.NDArray[np.uint64]
 _STRETCH_TOKENS = 1 << 17  # copied at a time: their index arrays stay in the cache
@@ -101,6 +102,7 @@ class Documents:
         starts: int64[S + 1], place of each segment on the axis of tokens.
         block, start, first_label, first_weight: of each segment, as in `Located`.
         blocks: where the tokens lie.
+        pictures: of each document; None where no base has any.
     """
 
     ids: Int64
@@ -115,6 +117,7 @@ class Documents:
     first_label: Bool
     first_weight: Float32
     blocks: Sequence[Block]
+    pictures: DocumentPictures | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -14,11 +14,11 @@ import numpy as np
 from sftdata.batches import EXAMPLES, Bool, Int64
 from sftdata.choosing import SIDES, refuse_idle
 from sftdata.errors import DataError, UsageError
-from sftdata.limit import KEPT, REASONS, Policy, left_over
+from sftdata.limit import KEPT, REASONS, Policy, left_over, refuse_cutting
 from sftdata.set.ledger import Ledger, distinct, read_counted
 from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest, tell_apart
 from sftdata.settings import flag_of
-from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents
+from sftdata.views.bases import Base, Store, open_bases, open_store, read_documents, vision_of
 from sftdata.views.order import (
     Dealt,
     Names,
@@ -29,6 +29,7 @@ from sftdata.views.order import (
     read_steps,
     refuse_unlike,
 )
+from sftdata.views.pictures import refuse_stray
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import (
     Choice,
@@ -91,10 +92,11 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
         IntegrityError: a base is damaged.
     """
     bases = open_bases(config.sets)
-    config = _filled(config, bases[0])
+    config = _filled(config, bases)
     store = open_store(bases, whole=config.write)
     choice = Choice.of(read_documents(bases, store), sources_of(bases))
     filter_documents(choice, config, bases[0].manifest)
+    refuse_stray(choice, bases)
     limited = limit_documents(choice, _limit(config), config.overlong or "truncate")
     cap_sources(choice, config, limited)
     sides = split_off(choice, config) if config.eval is not None else {"": choice}
@@ -108,9 +110,10 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     )
 
 
-def _filled(config: ViewConfig, base: Base) -> ViewConfig:
-    """Return the settings with those of a base where none are given."""
+def _filled(config: ViewConfig, bases: Sequence[Base]) -> ViewConfig:
+    """Return the settings with those of the first base where none are given."""
     refuse_idle(config, shuffled=config.reorders or config.epochs > 1)
+    base = bases[0]
     settings = base.manifest.settings
     given = {
         name: getattr(config, name) or settings.get(name) for name in ("max_length", "overlong", "packing")
@@ -126,6 +129,8 @@ def _filled(config: ViewConfig, base: Base) -> ViewConfig:
             )
         given["overlong"] = "truncate"
     filled = config.model_copy(update=given)
+    if vision_of([base.manifest for base in bases]) is not None:
+        refuse_cutting(filled.packing, filled.overlong)
     refuse_unlike(filled)
     return filled
 
@@ -296,7 +301,15 @@ def _settings(
         "max_length": config.max_length, "overlong": config.overlong, "packing": config.packing,
         "loss_weights": any(base.manifest.weighted for base in bases),
     }  # fmt: skip
+    if visions := [base.manifest.settings["vision"] for base in bases if base.manifest.pictured]:
+        settings["vision"] = {
+            key: value
+            for key, value in visions[0].items()
+            if all(other.get(key, _ABSENT) == value for other in visions)
+        }
     view = named_selection(config, side, by_slice=by_slice)
+    if any(base.before for base in bases):
+        view["pictures"] = [base.before for base in bases]
     if dealt is not None:
         view["steps"] = msgspec.to_builtins(dealt[0])
     chosen_before = settings.pop("view", None) is not None
@@ -365,7 +378,18 @@ def _ledger(
     ledger.counters |= {name: count for name, count in zip(_LIMITING, counts, strict=True) if count}
     if config.selects:
         ledger.count_lengths(np.repeat(lengths, choice.times))
+    if choice.documents.pictures is not None:
+        _count_pictures(ledger, choice, choice.documents.pictures.counts, kept)
     return ledger
+
+
+def _count_pictures(ledger: Ledger, choice: Choice, counts: Int64, kept: Stretches) -> None:
+    """Add what became of the pictures of documents, int64[N] each: no document is in two pieces."""
+    stays, in_rows = int((counts * choice.times).sum()), int(counts[kept.document].sum())
+    ledger.pictures_in += int((counts * np.maximum(choice.times - 1, 0)).sum())
+    ledger.pictures_left_out += int(counts[~choice.stays].sum())
+    ledger.pictures_kept = in_rows
+    ledger.pictures_in_dropped_rows = stays - in_rows
 
 
 def _count_again(bases: Sequence[Base], choice: Choice) -> int:
@@ -411,6 +435,9 @@ def _carry(ledger: Ledger, base: Base, choice: Choice, *, everything: bool) -> N
             tokens_in=old.tokens_in,
             documents_left_out=dict(old.documents_left_out),
             tokens_left_out=old.tokens_left_out,
+            pictures_in=old.pictures_in,
+            pictures_in_rejected_rows=old.pictures_in_rejected_rows,
+            pictures_left_out=old.pictures_left_out,
             counters={name: count for name, count in counters.items() if count and name not in _LIMITING},
             examples=examples,
             lengths=dict(old.lengths) if everything else {},

@@ -200,16 +200,20 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         first[left[first_of_each(_hashes(documents, config.dedup)[left])]] = True
         choice.keep(f"dedup-{config.dedup}", first)
     if config.exclude:
-        others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256)
+        own = documents.pictures
+        processor = None if own is None else own.vision.processor_sha256
+        others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256, processor)
         by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
 
 
-def read_excluded(config: ViewConfig, tokenizer: str, chat_template: str | None) -> Documents:
+def read_excluded(
+    config: ViewConfig, tokenizer: str, chat_template: str | None, processor: str | None
+) -> Documents:
     """Find the documents of the sets to exclude.
 
     Args:
-        tokenizer, chat_template: hashes of those of the documents that these are taken out of.
+        tokenizer, chat_template, processor: hashes of those of the documents that these are taken out of.
 
     Raises:
         UsageError: one is among the sets that the view is made of, is named twice or of another tokenizer.
@@ -224,7 +228,7 @@ def read_excluded(config: ViewConfig, tokenizer: str, chat_template: str | None)
             )
         if Path(folder).resolve() in [Path(other).resolve() for other in config.exclude[:index]]:
             raise UsageError(f"--exclude {folder}: named twice.", "name it once.")
-        if said := unlike(read_manifest(Path(folder)), tokenizer, chat_template):
+        if said := unlike(read_manifest(Path(folder)), tokenizer, chat_template, processor):
             what, found, expected = said
             raise UsageError(
                 f"--exclude {folder}: {what} {found}; here it is {expected}.",
@@ -295,8 +299,9 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
     edges = np.searchsorted(total, np.arange(_BLOCK_TOKENS, total[-1], _BLOCK_TOKENS))
     for block in np.split(overlong, edges):
         batch = documents.whole(block)
+        pictured = None if documents.pictures is None else documents.pictures.ends(batch)
         try:
-            found = choose_pieces(batch, limit, policy)
+            found = choose_pieces(batch, limit, policy, pictured)
         except OverlongError as error:
             where = choice.place(int(block[error.row]))
             raise DataError(f"{where}: {error.found}", error.fix) from None

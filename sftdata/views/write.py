@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, unfinished
 from sftdata.set.extents import rest_digest
+from sftdata.set.images import PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
 from sftdata.set.ledger import (
@@ -39,14 +40,17 @@ from sftdata.set.manifest import (
     Manifest,
     SourceInfo,
     deciding,
+    format_version,
     read_manifest,
     write_manifest,
 )
 from sftdata.set.slices import SliceRecord
+from sftdata.set.store import SetFile
 from sftdata.version import __version__
-from sftdata.views.bases import Base
+from sftdata.views.bases import Base, vision_of
 from sftdata.views.by_index import index_slice
 from sftdata.views.order import ViewSlice
+from sftdata.views.pictures import IN_THE_SET, paths_from
 from sftdata.views.plan import ViewPlan, plan_views
 from sftdata.views.recipe import ViewConfig
 
@@ -161,7 +165,8 @@ def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, sa
         with build.refusable():
             results = _write_slices(plan, build, done, progress)
             _refuse_changed(plan)
-            return build.finish(_conclude(plan, results, build), plan.bases[0].folder / "tokenizer")
+            tokenizer = plan.bases[0].folder / "tokenizer"
+            return build.finish(_conclude(plan, results, build), tokenizer, _processor(plan))
 
 
 def _identity(plan: ViewPlan) -> dict[str, object]:
@@ -203,11 +208,14 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _repointed(plan: ViewPlan, manifest: Manifest) -> Manifest:
-    """Let a view by index name its bases where they are now."""
-    bases = _bases(plan)
-    if not manifest.by_index or manifest.bases == bases:
+    """Let a view by index name its bases, and any view its pictures, where they are now."""
+    bases = _bases(plan) if manifest.by_index else manifest.bases
+    vision = manifest.vision
+    if vision is not None:
+        vision = msgspec.structs.replace(vision, images=_images_from(plan))
+    if (manifest.bases, manifest.vision) == (bases, vision):
         return manifest
-    return write_manifest(plan.output, msgspec.structs.replace(manifest, bases=bases))
+    return write_manifest(plan.output, msgspec.structs.replace(manifest, bases=bases, vision=vision))
 
 
 def _refuse_changed(plan: ViewPlan) -> None:
@@ -259,7 +267,10 @@ def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
         part.packs.offsets, number[: len(kept)], kept.start + part.packs.start, kept.start + part.packs.stop
     )
     others = PackPlan(np.arange(len(rest) + 1), number[len(kept) :], rest.start, rest.stop)
-    placed = Placed(documents, ids, packs, others, rest.reason.tolist())
+    own, pictures = plan.choice.documents.pictures, None
+    if own is not None:
+        pictures, _ = own.of_slice(np.concatenate([kept.document, rest.document])[first], ids)
+    placed = Placed(documents, ids, packs, others, rest.reason.tolist(), pictures)
     tokenizer, weighted = plan.bases[0].manifest.tokenizer, bool(plan.settings["loss_weights"])
     rows = gather(
         documents, ids, packs, plan.row_length, tokenizer.pad_id or 0, weighted=weighted,
@@ -269,6 +280,7 @@ def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
     if part is plan.slices[0]:
         ledger.merge(plan.ledger)
     ledger.count_packed(rows, plan.row_length, {source.name: source.first_id for source in plan.sources})
+    ledger.count_stored(() if pictures is None else pictures.stored)
     shards, files = write_files(folder, part.index, placed, rows, plan.row_length, tokenizer.bos_id)
     return ShardResult(index=part.index, shards=shards, files=files, ledger=ledger)
 
@@ -294,20 +306,45 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
     blank = [base.manifest.blank_lines for base in plan.bases]
     whole = ledger.documents_repeated == 0 and None not in blank
     notes = dict.fromkeys(note for base in plan.bases for note in base.manifest.notes)
+    files = tuple(file for result in results for file in result.files)
+    vision = _vision(plan, files)
     return Manifest(
+        format_version=format_version(vision is not None),
         settings=plan.settings,
         tokenizer=first.tokenizer,
         chat_template_sha256=first.chat_template_sha256,
         sources=plan.sources,
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),
-        files=tuple(file for result in results for file in result.files),
+        files=files,
+        vision=vision,
         notes=tuple(notes),
         shares=plan.choice.shares,
         blank_lines=sum(count or 0 for count in blank) if whole else None,
         software={"sftdata": __version__, "pyarrow": version("pyarrow")},
         bases=_bases(plan),
     )
+
+
+def _vision(plan: ViewPlan, files: Sequence[SetFile]) -> VisionInfo | None:
+    """Return what the manifest says of pictures; None where no base has any."""
+    vision = vision_of([base.manifest for base in plan.bases])
+    if vision is None:
+        return None
+    return msgspec.structs.replace(vision, images=_images_from(plan), sidecars=hash_sidecars(files))
+
+
+def _images_from(plan: ViewPlan) -> str:
+    """Return the folder of pictures from that of the view; "." where none is named by path."""
+    folder, _ = paths_from([(base.folder, base.manifest) for base in plan.bases])
+    return IN_THE_SET if folder is None else os.path.relpath(folder, plan.output.resolve())
+
+
+def _processor(plan: ViewPlan) -> dict[str, Path]:
+    """Return the files of the processor, by their names in the set."""
+    base = next((base for base in plan.bases if base.manifest.pictured), None)
+    files = [] if base is None else [file.name for file in base.manifest.files]
+    return {name: base.folder / name for name in files if base and name.startswith(f"{PROCESSOR}/")}
 
 
 def _bases(plan: ViewPlan) -> tuple[BaseInfo, ...]:

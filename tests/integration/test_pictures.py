@@ -6,10 +6,12 @@ import base64
 import hashlib
 import io
 import json
+import multiprocessing
 import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from tokenizers import Tokenizer
 import sftdata
 from sftdata.batches import IGNORE_INDEX
 from sftdata.cli import main
+from sftdata.config import make_config
 from sftdata.errors import DataError, InputChangedError, UsageError
+from sftdata.parts import prepare as prepare_part
+from sftdata.parts import read_part
 from sftdata.pictures.rows import read_picture_row
 from sftdata.set.images import read_images
 from sftdata.set.index import read_index, read_rest
@@ -33,6 +38,7 @@ from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.manifest import Manifest, read_manifest, write_manifest
 from sftdata.set.shards import write_file
 from sftdata.set.verify import verify
+from sftdata.workers import Workers
 from tests.killed import killed_at
 from tests.made_pictures import bomb, make, saved
 from tests.oracles.pictures import Own
@@ -479,7 +485,6 @@ def test_no_cut_falls_into_a_picture_or_before_it(place: Path, tmp_path: Path) -
         ({"overlong": "split"}, "--overlong split would cut pictures off"),
         ({"overlong": "truncate-left"}, "--overlong truncate-left would cut pictures off"),
         ({"packing": "wrapped"}, "--packing wrapped cuts rows anywhere"),
-        ({"dedup": "row"}, "--dedup makes a view of the set, and views do not carry pictures yet"),
     ],
 )
 def test_what_would_cut_or_lose_pictures_is_refused_before_any_work(
@@ -490,24 +495,52 @@ def test_what_would_cut_or_lose_pictures_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_views_exports_and_differences_refuse_a_set_with_pictures(made: Path, tmp_path: Path) -> None:
+def test_exports_and_differences_refuse_a_set_with_pictures(made: Path, tmp_path: Path) -> None:
     for make_it in (
-        lambda: sftdata.view([str(made)], output=tmp_path / "view"),
         lambda: sftdata.export(made, output=tmp_path / "out", to="tinker"),
         lambda: sftdata.diff(made, made),
     ):
-        with pytest.raises(
-            UsageError, match="a set with pictures, which views, differences, exports and training"
-        ):
+        with pytest.raises(UsageError, match="a set with pictures, which differences, exports and training"):
             make_it()
 
 
-def test_parts_of_a_set_with_pictures_are_refused(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", ["parts in any order", "a killed part", "an executor"])
+def test_parts_and_a_cluster_make_the_same_bytes(
+    place: Path, tmp_path: Path, how: str, no_sync: None
 ) -> None:
-    monkeypatch.chdir(place)
-    assert main(["prepare", "rows.jsonl", "-t", "model", "-o", str(tmp_path / "set"), "--part", "1/2"]) == 2
-    assert "--part 1/2: a set with pictures is made by one command" in capsys.readouterr().err
+    names = [f"pictures/{name}" for name in write_pictures(tmp_path / "pictures", 9)]
+    lines = [asked(f"<image>{'What? ' * number}", "Red", images=[names[number % 9]]) for number in range(40)]
+    rows = write_rows(tmp_path, [*lines, asked("<image>?", "Red", images=["pictures/none.jpg"])])
+    given: dict[str, Any] = {
+        "tokenizer": str(place / "model"),
+        "max_length": 128,
+        "slice_bytes": 1024,
+        "max_rejects": "1",
+    }
+    whole = sftdata.prepare(str(rows), output=tmp_path / "whole", workers=1, **given)
+
+    def run(part: str | None) -> Manifest | None:
+        config = make_config(inputs=[str(rows)], output=tmp_path / "set", **given)
+        return prepare_part(config, Workers(1), part=None if part is None else read_part(part))
+
+    if how == "an executor":
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            made: Manifest | None = sftdata.prepare(str(rows), output=tmp_path / "set", workers=pool, **given)
+    elif how == "a killed part":
+        killed_at(lambda: run("2/3"), 12)
+        assert run("3/3") is None
+        (tmp_path / names[0]).write_bytes(saved(make(50, 400), "JPEG"))
+        assert run("1/3") is None
+        made = run(None)  # looks at the pictures of what was there
+        shutil.rmtree(tmp_path / "whole")
+        whole = sftdata.prepare(str(rows), output=tmp_path / "whole", workers=1, **given)
+    else:
+        *others, made = [run(part) for part in ("3/3", "1/3", "2/3")]
+        assert others == [None, None]
+    assert made is not None
+    assert (made.digest, made.vision) == (whole.digest, whole.vision)
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+    assert verify(tmp_path / "set").problems == []
 
 
 # ------------------------------------------------------------------------------------------------------- rejects
