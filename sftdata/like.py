@@ -13,9 +13,10 @@ from sftdata.choosing import NEEDS, OF_ORDERS
 from sftdata.config import OF_PICTURES
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
+from sftdata.set.local import check_file, local_folder
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.steps import stored_steps
-from sftdata.set.store import SetFile, check_file
+from sftdata.set.store import SetFile
 
 _LAID_OUT = ("max_length", "overlong", "packing")
 _OF_THE_INPUT = ("inputs", "tokenizer")
@@ -39,6 +40,7 @@ def settings_like(folder: Path, names: Collection[str], given: Mapping[str, obje
         UsageError: there is no set, or one of its settings cannot be repeated.
         IntegrityError: its manifest or its tokenizer is damaged.
     """
+    folder = local_folder(folder)
     manifest = read_manifest(folder)
     prepares = "inputs" in names
     found = _prepared(folder, manifest, names, given) if prepares else _laid_out(manifest)

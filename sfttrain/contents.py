@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Int64, PackedRows, count_between, offsets_of
 from sftdata.choosing import Measure
 from sftdata.set.index import INDEX, beside_name, read_index, slice_number
+from sftdata.set.local import fetch, plain_file
 from sftdata.set.opened import ShardSet
 
 
@@ -56,10 +58,13 @@ def read_contents(opened: ShardSet, unpack: bool = False) -> Contents:
 
 def _from_index(opened: ShardSet) -> list[tuple[Int64, ...]]:
     parts, first = [], 0
-    for shard in opened.manifest.shards:
-        number = slice_number(shard.name)
-        assert number is not None
-        index = read_index(opened.folder / beside_name(INDEX, number), opened.manifest.weighted)
+    files = {file.name: file for file in opened.manifest.files}
+    indexes = [
+        files[beside_name(INDEX, cast(int, slice_number(shard.name)))] for shard in opened.manifest.shards
+    ]
+    fetch(opened.folder, indexes)
+    for shard, file in zip(opened.manifest.shards, indexes, strict=True):
+        index = read_index(plain_file(opened.folder, file), opened.manifest.weighted)
         here = ~index.rest
         columns = (index.example_ids, index.length, index.trained)
         parts.append(

@@ -19,6 +19,7 @@ import numpy as np
 
 from sftdata.errors import DataError, IntegrityError, UsageError, did_you_mean
 from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.local import origin, url_of
 from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.verify import damaged_bases, damaged_files, foreign_shards
@@ -382,13 +383,16 @@ class Reading:
 def verify_sets(sets: Sequence[ShardSet]) -> None:
     """Read every file that training uses, hold it against its manifest and the laws, and keep it mapped.
 
-    rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run.
+    rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run. Of sets
+    behind URLs each file is held against its hash when it is fetched.
 
     Raises:
         IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that
             is none of the set's.
     """
     for opened in sets:
+        if origin(opened.folder) is not None or any(url_of(base.path) for base in opened.manifest.bases):
+            continue
         checked = damaged_files(opened.folder, opened.manifest)
         damage = (problem for info, problem in checked if problem and info.name != REJECTS_NAME)
         beneath = (problem for _, problem in damaged_bases(opened.folder, opened.manifest) if problem)

@@ -343,6 +343,9 @@ _ORDERED = (
 _PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_followed"
 _PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
+    "raise {}, in gigabytes, or make the view with --write where the sets lie.": (
+        "tests/integration/test_remote_sets.py::test_a_view_of_more_than_the_cache_holds_is_refused"
+    ),
     "as --part 1/8, which is the first of eight.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
     "leave --workers out.": "tests/integration/test_scale.py::test_ray",
     "name the part, as --part 1/8.": f"{_PARTS}::test_parts_in_any_order_make_the_set",

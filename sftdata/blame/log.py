@@ -10,7 +10,6 @@ process of an earlier leg still writes reaches no file that counts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ import pyarrow as pa
 
 from sftdata.batches import Float32, Int32, Int64
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.set.local import named, path_from
 from sftdata.set.store import Sink, write_atomic
 
 LOG_FOLDER = "documents"
@@ -58,7 +58,7 @@ class TrainedSet(msgspec.Struct, frozen=True):
 
 def trained_set(run: Path, folder: Path, digest: str) -> TrainedSet:
     """Describe a set so that it is found again where run and set are moved together, or the run alone."""
-    return TrainedSet(digest, str(folder.resolve()), os.path.relpath(folder.resolve(), run.resolve()))
+    return TrainedSet(digest, named(folder.resolve()), path_from(run.resolve(), folder.resolve()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

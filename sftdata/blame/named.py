@@ -15,6 +15,7 @@ from sftdata.batches import IGNORE_INDEX
 from sftdata.blame.log import DocumentLosses, TrainedSet, read_legs, read_log
 from sftdata.blame.worst import Excess, Ranking, Steps, find_excess, find_steps, rank_documents, rank_step
 from sftdata.errors import SftError, UsageError, place
+from sftdata.set.local import beside
 from sftdata.set.manifest import SourceInfo, in_first_pass, tell_apart
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.vocabulary import Vocabulary, read_vocabulary
@@ -288,7 +289,7 @@ class LoggedRun:
         if trained.digest in self._given:
             return self._given[trained.digest]
         reasons = []
-        for folder in dict.fromkeys((Path(trained.path), (self.folder / trained.beside).resolve())):
+        for folder in dict.fromkeys((trained.path, beside(self.folder, trained.beside))):
             try:
                 opened = open_set(folder)
                 if opened.manifest.digest == trained.digest:

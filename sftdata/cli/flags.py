@@ -21,7 +21,7 @@ from sftdata.settings import Layer, Model, load_settings, named_by_data, read_se
 
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished set.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A finished set, or its URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Sets = Annotated[
     list[str] | None,

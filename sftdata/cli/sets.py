@@ -39,7 +39,7 @@ VARIABLES = (
 def audit(
     folder: Folder,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--against", metavar="DIR", help="Evaluation set; report the prompts it shares."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is a defect.")] = False,
@@ -135,8 +135,8 @@ def stats(
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A finished set.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A finished set, or its URL.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     limit: Annotated[int, typer.Option("--limit", min=0, help="Documents to show of each kind.")] = 3,
     as_json: Json = False,
 ) -> None:

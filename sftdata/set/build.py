@@ -26,6 +26,7 @@ import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.set.ledger import LISTS, Ledger, write_parts
+from sftdata.set.local import check_file, plain_file
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -40,11 +41,9 @@ from sftdata.set.shards import ShardInfo
 from sftdata.set.slices import SLICES_NAME, SliceRecord, encode_slice
 from sftdata.set.store import (
     SetFile,
-    check_file,
     digest_file,
     explained,
     held_alone,
-    plain_file,
     remove,
     remove_temporary,
     stands,

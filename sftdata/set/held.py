@@ -9,13 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
-from sftdata.errors import IntegrityError, SftError
+from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, held_files, rest_digest
 from sftdata.set.images import HasPictures, StoredPictures, read_images
 from sftdata.set.index import read_rest
+from sftdata.set.local import BOUND, beside, cache_bound, local_folder, origin, plain_file
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard
-from sftdata.set.store import SetFile, plain_file
+from sftdata.set.store import SetFile
 
 Tokens = tuple[Int32, Int32, Float32 | None]
 """Ids, labels, and weights in a set that has them."""
@@ -259,18 +260,31 @@ def open_token_files(folder: Path, manifest: Manifest) -> TokenFiles:
     Raises:
         IntegrityError: a base is gone, or is not the set that the view was made of.
     """
-    sets = [((folder / base.path).resolve(), base) for base in manifest.bases]
     made_of = manifest.settings.get("view", {}).get("bases", ())
     nested = not {base.digest for base in manifest.bases}.issuperset(made_of)
-    opened = [(path, _read_base(folder, path, base, nested)) for path, base in sets]
+    opened = [_read_base(folder, base, nested) for base in manifest.bases]
+    _refuse_larger_than_cache(folder, opened)
     return TokenFiles(opened, (manifest.max_length or 0, manifest.tokenizer.pad_id or 0))
 
 
-def _read_base(folder: Path, path: Path, base: BaseInfo, nested: bool) -> Manifest:
-    """Read the manifest of a base; `nested` if the view was made of a view, so that this comes first."""
-    what = f"{folder}: a view by index of {path} (digest {base.digest[:12]})"
+def _refuse_larger_than_cache(folder: Path, sets: Sequence[tuple[Path, Manifest]]) -> None:
+    """Refuse bases behind URLs that the cache cannot hold: all of their files may be needed at once."""
+    far = [file.bytes for path, base in sets if origin(path) is not None for file in held_files(base)]
+    if far and sum(far) > (bound := cache_bound()):
+        raise UsageError(
+            f"{folder}: a view by index reads {sum(far):,} bytes of sets behind URLs;"
+            f" the cache is bound to {bound:,}.",
+            f"raise {BOUND}, in gigabytes, or make the view with --write where the sets lie.",
+        )
+
+
+def _read_base(folder: Path, base: BaseInfo, nested: bool) -> tuple[Path, Manifest]:
+    """Find a base and read its manifest; `nested` if the view was made of a view, which comes first."""
+    where = beside(folder, base.path)
+    what = f"{folder}: a view by index of {where} (digest {base.digest[:12]})"
     again = "make the views between again, the lowest first, and this one last: for each, "
     try:
+        path = local_folder(where)
         found = read_manifest(path)
     except SftError as error:
         fix = "run the same `sftdata view` with the path it has now."
@@ -282,4 +296,4 @@ def _read_base(folder: Path, path: Path, base: BaseInfo, nested: bool) -> Manife
         other = f"digest {found.digest[:12]}" if found.digest != base.digest else "other rest files"
         fix = f"{again}the same `sftdata view` with --overwrite." if nested else ANEW
         raise IntegrityError(f"{what}, where a set with {other} is now.", f"put the old set back, or {fix}")
-    return found
+    return path, found

@@ -32,6 +32,7 @@ from sftdata.batches import (
 )
 from sftdata.errors import IntegrityError
 from sftdata.pictures.loaded import Picture
+from sftdata.set.local import file_of
 from sftdata.set.store import Count, RowLength, Sink
 
 REJECTS_NAME, DROPPED_NAME, COUNTED_NAME = "rejects.jsonl", "dropped.jsonl", "counted.jsonl"
@@ -453,7 +454,7 @@ def read_counted(folder: Path) -> dict[str, Int64]:
     Raises:
         IntegrityError: the list is damaged.
     """
-    path = folder / COUNTED_NAME
+    path = file_of(folder, COUNTED_NAME)
     found: dict[str, list[Int64]] = {}
     try:
         for line in path.read_bytes().splitlines() if path.is_file() else ():

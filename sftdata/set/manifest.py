@@ -26,6 +26,8 @@ from sftdata.errors import IntegrityError, SftError, Unit, UsageError
 from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
+from sftdata.set.local import MANIFEST_NAME as MANIFEST_NAME
+from sftdata.set.local import local_folder
 from sftdata.set.shards import PACKS, ShardInfo
 from sftdata.set.shares import Share
 from sftdata.set.store import Count, SetFile, Sha256, TokenId, Xxh3, write_atomic
@@ -34,7 +36,6 @@ FORMAT_VERSION = 2
 """What is written. Version 1, which is read too, has neither index nor rest, and other first labels."""
 PICTURES_VERSION = 3
 """What is written of a set with pictures."""
-MANIFEST_NAME = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
 _MAX_BYTES = 256 << 20  # half a million shards; a larger file is no manifest of ours
 
@@ -310,13 +311,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return sealed
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a set and check that it is whole and agrees with itself.
 
     Raises:
         UsageError: the folder is missing, is not a finished set, or was written in a newer format.
         IntegrityError: the manifest is damaged, was changed, or says impossible things.
     """
+    folder = local_folder(folder)
     path = folder / MANIFEST_NAME
     raw = _read_bytes(folder, path)
     try:

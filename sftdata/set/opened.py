@@ -14,6 +14,7 @@ from sftdata.errors import IntegrityError, need, place
 from sftdata.set.held import Watch
 from sftdata.set.images import StoredPictures
 from sftdata.set.index import slice_number
+from sftdata.set.local import local_folder, named, origin, still_there
 from sftdata.set.manifest import Manifest, SourceInfo, read_manifest
 from sftdata.set.rows import PackedRow, SetFiles, Shard
 from sftdata.set.shards import as_batch, refuse_unlawful, shard_schema
@@ -38,6 +39,7 @@ class ShardSet(Sequence[PackedRow]):
         self.folder = folder
         self.manifest = manifest
         self._lawful = lawful
+        self._mirrors = origin(folder) is not None
         self._watch = Watch(folder, manifest.digest)
         self._files = SetFiles(folder, manifest)
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
@@ -87,7 +89,7 @@ class ShardSet(Sequence[PackedRow]):
     def __repr__(self) -> str:
         ledger = self.manifest.ledger
         return (
-            f"<ShardSet {str(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents,"
+            f"<ShardSet {named(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents,"
             f" {ledger.tokens:,} tokens, {ledger.tokens_trained:,} of them trained,"
             f" max_length {self.manifest.max_length}>"
         )
@@ -149,7 +151,7 @@ class ShardSet(Sequence[PackedRow]):
         while index >= 0 and not sources[index].rows:  # an empty file shares its first id with the next one
             index -= 1
         if index < 0 or example_id >= sources[index].first_id + sources[index].rows:
-            raise KeyError(f"no source of {self.folder} holds example {example_id}")
+            raise KeyError(f"no source of {named(self.folder)} holds example {example_id}")
         return sources[index]
 
     def hold(self) -> None:
@@ -171,20 +173,28 @@ class ShardSet(Sequence[PackedRow]):
         self._watch.refuse_replaced()
 
     def _shard(self, index: int) -> Shard:
-        if index not in self._mapped:
-            self.refuse_replaced()  # first, or what is missing for that reason would be called damaged
-            info = self.manifest.shards[index]
-            mapped = self._files.rows(info)
-            if len(mapped) != info.rows:
-                raise IntegrityError(
-                    f"{self.folder / info.name}: {len(mapped)} rows; the manifest says {info.rows}.",
-                    "run `sftdata verify`.",
-                )
-            if not self._lawful:
-                refuse_unlawful(self.folder / info.name, mapped.batches, self.manifest)
-            self.refuse_replaced()
-            self._mapped[index] = mapped
+        if index not in self._mapped or (self._mirrors and not still_there(self._path(index))):
+            self._mapped[index] = self._map(index)
         return self._mapped[index]
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.manifest.shards[index].name
+
+    def _map(self, index: int) -> Shard:
+        """Map a shard; of a mirror, let go of those that had to make room for it."""
+        self.refuse_replaced()  # first, or what is missing for that reason would be called damaged
+        info, path = self.manifest.shards[index], self._path(index)
+        mapped = self._files.rows(info)
+        if self._mirrors:
+            self._mapped = {other: held for other, held in self._mapped.items() if self._path(other).exists()}
+        if len(mapped) != info.rows:
+            raise IntegrityError(
+                f"{path}: {len(mapped)} rows; the manifest says {info.rows}.", "run `sftdata verify`."
+            )
+        if not self._lawful:
+            refuse_unlawful(path, mapped.batches, self.manifest)
+        self.refuse_replaced()
+        return mapped
 
 
 def open_set(folder: str | Path) -> ShardSet:
@@ -194,5 +204,5 @@ def open_set(folder: str | Path) -> ShardSet:
         UsageError: the folder is not a finished set.
         IntegrityError: its manifest is damaged.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     return ShardSet(folder, read_manifest(folder))

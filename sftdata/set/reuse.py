@@ -32,6 +32,7 @@ from sftdata.set.ledger import (
     encode_lines,
     encode_reject,
 )
+from sftdata.set.local import check_file
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import (
     ShardInfo,
@@ -46,7 +47,7 @@ from sftdata.set.shards import (
     write_file,
 )
 from sftdata.set.slices import SliceRecord, SliceSource, read_slices
-from sftdata.set.store import SetFile, check_file, link_file
+from sftdata.set.store import SetFile, link_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

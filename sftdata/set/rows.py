@@ -21,9 +21,9 @@ from sftdata.set.extents import read_packs, read_rest_extents
 from sftdata.set.held import TokenFiles, open_token_files
 from sftdata.set.images import IMAGES, HasPictures, StoredPictures, read_images
 from sftdata.set.index import REST, RestRows, beside_name, read_rest
+from sftdata.set.local import plain_file
 from sftdata.set.manifest import Manifest
 from sftdata.set.shards import PICTURES, ShardInfo, read_shard
-from sftdata.set.store import plain_file
 
 Array = TypeVar("Array", Int32, Int64, Float32)
 

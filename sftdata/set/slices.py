@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from sftdata.errors import IntegrityError
+from sftdata.set.local import file_of
 from sftdata.set.store import Count, PlainPath, Sha256
 
 SLICES_NAME = "slices.jsonl"
@@ -72,7 +73,7 @@ def read_slices(folder: Path) -> list[SliceRecord]:
     Raises:
         IntegrityError: the file is damaged.
     """
-    path = folder / SLICES_NAME
+    path = file_of(folder, SLICES_NAME)
     try:
         lines = path.read_bytes().splitlines() if path.is_file() else ()
         return [msgspec.json.decode(line, type=SliceRecord) for line in lines]

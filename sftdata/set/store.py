@@ -19,7 +19,7 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import SftError, UsageError
 
 TEMPORARY_SUFFIX = ".tmp"
 _READ_BYTES = 1 << 20
@@ -73,31 +73,6 @@ class SetFile(FileDigest, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """A file of a set, by its name in the folder."""
 
     name: PlainPath
-
-
-def plain_file(folder: Path, info: SetFile) -> Path:
-    """Return the path of a file of the set after a look at what can be seen without reading it.
-
-    Raises:
-        IntegrityError: the file is missing, is reached through a link, or has another size.
-    """
-    path = folder / info.name
-    if not path.is_file():
-        raise IntegrityError(
-            f"{path}: missing.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        )
-    if path.resolve() != folder.resolve() / info.name:
-        raise IntegrityError(
-            f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
-        )
-    if path.stat().st_size != info.bytes:
-        found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
-        raise IntegrityError(
-            f"{path}: {found}.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        )
-    return path
 
 
 def stands(folder: Path, file: SetFile) -> bool:
@@ -266,22 +241,6 @@ def _write_synced(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
     finally:
         os.close(descriptor)
     return file.digest()
-
-
-def check_file(folder: Path, file: SetFile) -> Path:
-    """Return the path of a file of a set that holds the bytes its manifest names.
-
-    Raises:
-        IntegrityError: it is missing or holds others.
-    """
-    path = plain_file(folder, file)
-    found = digest_file(path, sha256=False).xxh3
-    if found != file.xxh3:
-        raise IntegrityError(
-            f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        )
-    return path
 
 
 @contextmanager

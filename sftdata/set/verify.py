@@ -26,11 +26,12 @@ from sftdata.set.index import (
     slice_number,
 )
 from sftdata.set.ledger import Ledger, distinct
+from sftdata.set.local import file_of, named, origin, plain_file, read_anew, seen_file, stored_sizes
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.rows import SetFiles
 from sftdata.set.shards import ShardInfo, broken_laws
 from sftdata.set.slices import SLICES_NAME, read_slices
-from sftdata.set.store import SetFile, digest_file, plain_file
+from sftdata.set.store import SetFile, digest_file
 
 _COUNTED = ("rows_packed", "documents", "tokens_trained", "tokens_context", "tokens_padding")
 _COUNTED_PER_SHARD = {
@@ -94,7 +95,7 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     Of a view by index, the files of its bases are read as well, and its rows through the index.
 
     Args:
-        folder: a finished set.
+        folder: a finished set, or its URL: of that every object is read, whatever the cache holds.
         sha256: compare sha256 as well as xxh3-128; proof against forgery, several times slower.
         quick: read no tokens: of the files that hold them, only the size is looked at.
 
@@ -102,7 +103,14 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
         UsageError: the folder is not a finished set.
         IntegrityError: the manifest itself is damaged, so that there is nothing to compare with.
     """
-    folder = Path(folder)
+    with read_anew(folder) as place:
+        report = _verify(place, sha256=sha256, quick=quick)
+        report.problems = [line.replace(str(place), named(place)) for line in report.problems]
+    return report
+
+
+def _verify(folder: Path, *, sha256: bool, quick: bool) -> VerifyReport:
+    """Check a set in a folder."""
     manifest = read_manifest(folder)
     report = VerifyReport(folder, digest=manifest.digest)
     count = _Recount(folder, manifest)
@@ -155,9 +163,10 @@ def damaged_bases(
 def _damage(folder: Path, info: SetFile, names: dict[str, str], sha256: bool, quick: bool) -> str:
     """Return what is wrong with the bytes of a file; empty when nothing is."""
     try:
-        path = plain_file(folder, info)
         if quick:
+            seen_file(folder, info)
             return ""
+        path = plain_file(folder, info)
         found = digest_file(path, sha256=sha256)
     except IntegrityError as error:
         return str(error)
@@ -223,6 +232,11 @@ def _differs(path: Path, name: str, said: int, found: int) -> str:
 def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Name shards that are not in the manifest: other readers read every `.arrow` file of the folder."""
     listed = {info.name for info in (*manifest.shards, *manifest.files)}
+    if origin(folder) is not None:
+        for name in stored_sizes(folder):
+            if name.endswith(".arrow") and "/" not in name and name not in listed:
+                yield f"{origin(folder)}/{name}: not part of the set. Fix: remove the object."
+        return
     sizes = {info.bytes for info in manifest.shards}
     by_digest = {info.xxh3: info.name for info in manifest.shards}
     for path in sorted(folder.iterdir()):
@@ -291,7 +305,7 @@ class _Conserved:
         Raises:
             IntegrityError: a file is not readable, or the index names other segments than rows and rest hold.
         """
-        path = self._folder / beside_name(INDEX, number)
+        path = file_of(self._folder, beside_name(INDEX, number))
         index = read_index(path, self._manifest.weighted)
         shard = self._shards.get(number)
         rows = [] if shard is None else list(self._files.rows(shard).batches)

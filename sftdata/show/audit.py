@@ -17,6 +17,7 @@ from sftdata.output import visible
 from sftdata.render.control_tokens import find_stops
 from sftdata.render.template import ChatTemplate
 from sftdata.set.ledger import read_counted
+from sftdata.set.local import named
 from sftdata.set.manifest import Manifest, in_first_pass
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.pictures import prompts_with_pictures
@@ -395,13 +396,13 @@ class _Checks:
         """
         if self.shards.manifest.tokenizer.sha256 != other.shards.manifest.tokenizer.sha256:
             raise UsageError(
-                f"{other.shards.folder}: made with another tokenizer than {self.shards.folder};"
+                f"{named(other.shards.folder)}: made with another tokenizer than {named(self.shards.folder)};"
                 " ids cannot be compared.",
                 "prepare both with the same tokenizer.",
             )
         prompts = other.documents.prompt[other._has_prompt()]
         shared = self._has_prompt() & np.isin(self.documents.prompt, prompts)
-        yield from self._find("prompt-in-other-set", shared, other=visible(str(other.shards.folder)))
+        yield from self._find("prompt-in-other-set", shared, other=visible(named(other.shards.folder)))
 
     def _has_prompt(self) -> Bool:
         """bool[E]: examples that are in one piece and have a prompt of more than a BOS."""

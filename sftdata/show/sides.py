@@ -18,8 +18,8 @@ from sftdata.errors import IntegrityError
 from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
+from sftdata.set.local import check_file, file_of
 from sftdata.set.manifest import Manifest, SourceInfo, refuse_pictures
-from sftdata.set.store import check_file
 from sftdata.views.bases import Base, open_bases, read_documents
 from sftdata.views.documents import Documents, UInt64
 from sftdata.vocabulary import Vocabulary, read_vocabulary
@@ -111,7 +111,7 @@ class Side:
         """
         found = {}
         for name in (DROPPED_NAME, REJECTS_NAME):
-            path = self.folder / name
+            path = file_of(self.folder, name)
             try:
                 for line in path.read_bytes().splitlines() if path.is_file() else ():
                     row = msgspec.json.decode(line, type=_Lost)

@@ -12,6 +12,7 @@ import msgspec
 
 from sftdata.pages import macro, render
 from sftdata.set.ledger import Ledger
+from sftdata.set.local import named
 from sftdata.set.manifest import Manifest
 from sftdata.set.opened import ShardSet
 from sftdata.set.steps import Balance, measure_balance
@@ -315,7 +316,7 @@ def histogram_of(bins: Sequence[LengthBin], max_length: int | None) -> Histogram
 
 def notebook_summary(shards: ShardSet) -> str:
     """Return the figures of a set and their flow, as HTML for the output cell of a notebook."""
-    folder, manifest = str(shards.folder), shards.manifest
+    folder, manifest = named(shards.folder), shards.manifest
     stats = measure(manifest, measure_balance(shards))
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
     shape = f"{stats.rows_packed:,} packed rows {length}, {stats.fill:.1%} full"

@@ -21,6 +21,7 @@ from sftdata.batches import IGNORE_INDEX, Int32, Reject, offsets_of
 from sftdata.errors import UsageError
 from sftdata.pages import macro, render
 from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.local import file_of, local_folder, named
 from sftdata.set.manifest import read_manifest
 from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
@@ -302,7 +303,7 @@ class ShownSet(ShardSet):
         """
         if not -len(self) <= number < len(self):
             raise UsageError(
-                f"{self.folder}: row {number}; the set has rows 0 to {len(self) - 1}.",
+                f"{named(self.folder)}: row {number}; the set has rows 0 to {len(self) - 1}.",
                 "--row with one of these.",
             )
         row = self[number]
@@ -319,7 +320,7 @@ class ShownSet(ShardSet):
             if example_id >= 0
         ]  # fmt: skip
         padding = len(row.input_ids) - sum(document.tokens for document in documents)
-        return View(f"row {row.number} of {self.folder}", tuple(documents), padding)
+        return View(f"row {row.number} of {named(self.folder)}", tuple(documents), padding)
 
     def _pictures(self, row: ShownRow) -> Sequence[Sequence[ShownPicture]]:
         """Return the pictures of each segment of a row."""
@@ -346,7 +347,7 @@ class ShownSet(ShardSet):
             if document.example_id == example_id
         ]
         numbers = f"{', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}"
-        return View(f"example {example_id} in row {numbers} of {self.folder}", tuple(documents))
+        return View(f"example {example_id} in row {numbers} of {named(self.folder)}", tuple(documents))
 
     def sample(self) -> View:
         """Return a document from each of a few sources, from rows spread over the set."""
@@ -381,10 +382,10 @@ class ShownSet(ShardSet):
         except KeyError:
             last = max((source.first_id + source.rows for source in self.manifest.sources), default=0) - 1
             return (
-                f"{self.folder}: example {example_id}; its sources hold examples 0 to {last}.",
+                f"{named(self.folder)}: example {example_id}; its sources hold examples 0 to {last}.",
                 "--example with one of these.",
             )
-        path = self.folder / REJECTS_NAME
+        path = file_of(self.folder, REJECTS_NAME)
         for line in path.read_bytes().splitlines() if path.is_file() else []:
             reject = msgspec.json.decode(line, type=Reject)
             if (reject.file, reject.record) == origin:
@@ -405,5 +406,5 @@ def open_shown(folder: str | Path) -> ShownSet:
         UsageError: the folder is not a finished set.
         IntegrityError: its manifest is damaged.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     return ShownSet(folder, read_manifest(folder))

@@ -98,6 +98,59 @@ def objects_below(url: str) -> list[str] | None:
     return _ask(url, ask)
 
 
+def read_object(url: str) -> bytes | None:
+    """Return an object; None where there is none.
+
+    Raises:
+        SftError: it cannot be read.
+    """
+
+    def ask(store: AbstractFileSystem, path: str) -> bytes | None:
+        try:
+            return bytes(store.cat_file(path))
+        except FileNotFoundError as error:
+            if _is_final(error) and _status(error) in (None, 404):
+                return None
+            raise
+
+    return _ask(url, ask)
+
+
+def size_of(url: str) -> int | None:
+    """Return the size of an object; None where there is none, or the server says none.
+
+    Raises:
+        SftError: it cannot be asked for.
+    """
+
+    def ask(store: AbstractFileSystem, path: str) -> int | None:
+        try:
+            size: int | None = store.info(path)["size"]
+        except FileNotFoundError as error:
+            if _is_final(error) and _status(error) in (None, 404):
+                return None
+            raise
+        return size
+
+    return _ask(url, ask)
+
+
+def sizes_below(url: str) -> dict[str, int]:
+    """Return the objects below a URL, relative to it, with their sizes; none where the server lists none.
+
+    Raises:
+        SftError: the store cannot be listed.
+    """
+    if url.startswith(("http://", "https://")):
+        return {}
+
+    def ask(store: AbstractFileSystem, path: str) -> dict[str, int]:
+        found = store.find(path, detail=True).items()
+        return {name[len(path) :].lstrip("/"): info["size"] for name, info in found}
+
+    return _ask(url, ask)
+
+
 def objects_like(pattern: str) -> list[str]:
     """Return the URLs of the objects that a pattern matches, in order.
 

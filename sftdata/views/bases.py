@@ -45,9 +45,10 @@ from sftdata.set.index import (
     read_index,
     slice_number,
 )
+from sftdata.set.local import check_file, local_folder, plain_file
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.shards import read_shard, shard_name
-from sftdata.set.store import SetFile, check_file, plain_file
+from sftdata.set.store import SetFile
 from sftdata.views.documents import Documents, Located, join_segments
 from sftdata.views.pictures import Collected, paths_from
 
@@ -83,7 +84,7 @@ def open_bases(folders: Sequence[str | Path]) -> tuple[Base, ...]:
         UsageError: a folder is no finished set, is there twice, or the sets have different tokenizers.
         IntegrityError: a manifest is damaged.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [local_folder(folder) for folder in folders]
     manifests = [read_manifest(path) for path in paths]
     for index, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:index]]:

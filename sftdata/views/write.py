@@ -34,6 +34,7 @@ from sftdata.set.ledger import (
     encode_lines,
     read_counted,
 )
+from sftdata.set.local import file_of, path_from
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     BaseInfo,
@@ -353,12 +354,12 @@ def _bases(plan: ViewPlan) -> tuple[BaseInfo, ...]:
         return ()
     if plan.config.write:
         return tuple(
-            BaseInfo(path=os.path.relpath(base.folder, plan.output), digest=base.manifest.digest)
+            BaseInfo(path=path_from(plan.output, base.folder), digest=base.manifest.digest)
             for base in plan.bases
         )
     return tuple(
         BaseInfo(
-            path=os.path.relpath(folder, plan.output.resolve()),
+            path=path_from(plan.output.resolve(), folder),
             digest=manifest.digest,
             rest=rest_digest(manifest),
         )
@@ -399,9 +400,9 @@ def _renamed(plan: ViewPlan) -> Iterator[tuple[Base, dict[str, SourceInfo]]]:
 def _rejects(base: Base, here: Mapping[str, SourceInfo]) -> bytes:
     """Return the rejects of a base, each with the name that its source has in the view."""
     if all(name == source.name for name, source in here.items()):
-        return (base.folder / REJECTS_NAME).read_bytes()
+        return file_of(base.folder, REJECTS_NAME).read_bytes()
     lines = []
-    for line in map(bytes.decode, (base.folder / REJECTS_NAME).read_bytes().splitlines(keepends=True)):
+    for line in map(bytes.decode, file_of(base.folder, REJECTS_NAME).read_bytes().splitlines(keepends=True)):
         file, end = _DECODER.raw_decode(line, len(_FILE))
         name = here[file].name if file in here else file
         lines.append(f"{_FILE}{msgspec.json.encode(name).decode()}{line[end:]}".encode())
@@ -415,7 +416,7 @@ def _carried(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
     """Yield the rows that the bases dropped before they were tokenized, with their ids in the view."""
     known = plan.choice.documents.ids
     for base, here in _renamed(plan):
-        for line in (base.folder / DROPPED_NAME).read_bytes().splitlines():
+        for line in file_of(base.folder, DROPPED_NAME).read_bytes().splitlines():
             row = msgspec.json.decode(line, type=Dropped)
             source = here[row.file]
             number = source.first_id + row.record - 1
@@ -439,7 +440,7 @@ def _dropped(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
 def _counted(plan: ViewPlan) -> bytes:
     """Return the rows behind each counter that are still there."""
     if len(plan.bases) == 1 and not plan.config.selects:
-        path = plan.bases[0].folder / COUNTED_NAME
+        path = file_of(plan.bases[0].folder, COUNTED_NAME)
         return path.read_bytes() if path.is_file() else b""
     taken = plan.choice.documents.ids[plan.choice.times > 0]
     lines = b""

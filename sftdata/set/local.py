@@ -1,0 +1,447 @@
+"""The files of a set as this machine has them: its own, or copies of those that lie behind a URL.
+
+A set behind a URL is read through its mirror, a folder like that of any set. Its manifest and its tokenizer
+are copied when it is opened, every other file when it is first needed; all are held against their hashes.
+
+    SFTDATA_CACHE/sets/<xxh3 of the manifest>/s3/bucket/chats/manifest.json
+
+So the path of a mirror says where the set lies and which one it is; another set at the same URL has another
+mirror. All processes of a machine share them: whoever needs a file first fetches it, the others wait. What
+was used longest ago makes room, within a bound; who still has it mapped goes on reading.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import posixpath
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import xxhash
+
+from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.output import cache_folder
+from sftdata.set.shards import ShardInfo
+from sftdata.set.store import SetFile, digest_file, write_atomic
+from sftdata.set.web import Web
+
+MANIFEST_NAME = "manifest.json"
+BOUND = "SFTDATA_CACHE_GB"
+_PART = ".part"
+_AT_ONCE = 8
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
+_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf")
+_AS_NEEDED = (".arrow", ".jsonl")
+_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
+_sound: dict[Path, int] = {}  # files that this process has held against their hashes, and their inodes
+
+
+class _Listed(msgspec.Struct):
+    """What a manifest says of files."""
+
+    shards: tuple[ShardInfo, ...] = ()
+    files: tuple[SetFile, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def url_of(place: str | Path) -> str | None:
+    """Return the URL that names a set; None for a folder of this machine.
+
+    Raises:
+        UsageError: the scheme is unknown, or the URL holds a login.
+
+    >>> url_of(Path("s3://bucket/chats/")), url_of("chats")
+    ('s3://bucket/chats', None)
+    """
+    if (found := _URL.fullmatch(os.fspath(place))) is None or found[1] == "file":
+        return None
+    scheme, rest = found[1].lower(), found[2].rstrip("/")
+    if scheme not in _SCHEMES:
+        raise UsageError(
+            f"{scheme}://{rest}: sets are not read from there.", f"use one of {', '.join(_SCHEMES)}."
+        )
+    parts = rest.split("/")
+    if "?" in rest or (scheme != "hf" and "@" in parts[0]):
+        raise UsageError(
+            f"{scheme}://{rest}: a login or a query; a set is many files.",
+            "give the login by the environment.",
+        )
+    if {"", ".", ".."}.intersection(parts):
+        raise UsageError(f"{scheme}://{rest}: names no folder.", "leave out what is empty, `.` and `..`.")
+    return f"{scheme}://{rest}"
+
+
+def local_folder(place: str | Path) -> Path:
+    """Return the folder through which a set is read: its own, or the mirror of what lies behind a URL.
+
+    Raises:
+        SftError: there is no set behind the URL, or it cannot be reached.
+    """
+    if (url := url_of(place)) is None:
+        found = _URL.fullmatch(os.fspath(place))
+        return Path(place) if found is None else Path(f"/{found[2]}")
+    return _mirrored(url, None)
+
+
+def origin(folder: Path) -> str | None:
+    """Return the URL of the set behind a mirror; None for any other folder."""
+    try:
+        _, scheme, *rest = folder.relative_to(_root()).parts
+    except ValueError:
+        return None
+    return f"{scheme}://{'/'.join(rest)}"
+
+
+def named(folder: Path) -> str:
+    """Return how a set is called in messages: by its URL, or by its folder."""
+    return origin(folder) or str(folder)
+
+
+def beside(folder: Path, path: str) -> str:
+    """Return where a set lies that another names: by its URL, or by the path from its own folder."""
+    if url_of(path) is not None:
+        return path
+    if (url := origin(folder)) is None:
+        return str((folder / path).resolve())
+    scheme, rest = url.split("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, path))}"
+
+
+def path_from(start: Path, folder: Path) -> str:
+    """Return how a set in `start` names another."""
+    return origin(folder) or os.path.relpath(folder, start)
+
+
+@contextmanager
+def read_anew(place: str | Path) -> Iterator[Path]:
+    """Give the folder of a set; of one behind a URL, through a mirror of its own that holds nothing yet."""
+    if (url := url_of(place)) is None:
+        yield local_folder(place)
+        return
+    key = f"anew-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        yield _mirrored(url, key)
+    finally:
+        shutil.rmtree(_root() / key, ignore_errors=True)
+
+
+def _root() -> Path:
+    return _resolved(str(cache_folder("sets")))
+
+
+@lru_cache
+def _resolved(path: str) -> Path:
+    return Path(path).resolve()
+
+
+def _mirrored(url: str, key: str | None) -> Path:
+    """Return the mirror of the set behind a URL as it is now, with its small files in it."""
+    store = Web(url)
+    found = store.find(MANIFEST_NAME)
+    if found is None:
+        raise _not_a_set(store)
+    folder = _root() / (key or xxhash.xxh3_128_hexdigest(found.data)) / url.replace("://", "/", 1)
+    if not (folder / MANIFEST_NAME).is_file():
+        try:
+            listed = msgspec.json.decode(found.data, type=_Listed).files
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", _AGAIN) from None
+        with _cache_explained():
+            folder.mkdir(parents=True, exist_ok=True)
+        fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
+        write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(found.data))
+    return folder
+
+
+def _not_a_set(store: Web) -> UsageError:
+    if store.sizes():
+        found = f"not a finished set, as it has no {MANIFEST_NAME}: still being built, or stopped"
+        return UsageError(f"{store}: {found}.", "wait, or run the command again that makes it.")
+    found = f"no such set: there is no {MANIFEST_NAME}"
+    return UsageError(f"{store}: {found}.", "name the URL of a finished set.")
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def plain_file(folder: Path, info: SetFile) -> Path:
+    """Return the path of a file of the set after a look at what can be seen without reading it.
+
+    Raises:
+        IntegrityError: the file is missing, is reached through a link, or has another size; or it is not what
+            the manifest says behind the URL that it is fetched from.
+    """
+    path = folder / info.name
+    if origin(folder) is not None:
+        _fetch(folder, info)
+    if not path.is_file():
+        raise IntegrityError(f"{path}: missing.", _AGAIN)
+    if path.resolve() != folder.resolve() / info.name:
+        raise IntegrityError(
+            f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
+        )
+    if path.stat().st_size != info.bytes:
+        found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
+        raise IntegrityError(f"{path}: {found}.", _AGAIN)
+    return path
+
+
+def seen_file(folder: Path, info: SetFile) -> None:
+    """Look at the size of a file, where it lies: nothing is fetched.
+
+    Raises:
+        IntegrityError: it is missing, or has another size.
+    """
+    if (url := origin(folder)) is None:
+        plain_file(folder, info)
+        return
+    found = stored_sizes(folder).get(info.name)
+    if found is None:
+        raise IntegrityError(f"{url}/{info.name}: missing.", "push the set again, or restore the object.")
+    if found != info.bytes:
+        raise IntegrityError(
+            f"{url}/{info.name}: {found} bytes; the manifest says {info.bytes}.",
+            "push the set again, or restore the object.",
+        )
+
+
+@lru_cache(maxsize=4)
+def stored_sizes(folder: Path) -> dict[str, int]:
+    """Return the objects behind a mirror, with their sizes."""
+    store = Web(str(origin(folder)))
+    return store.sizes() or store.sizes_of(_listed(folder))
+
+
+def check_file(folder: Path, file: SetFile) -> Path:
+    """Return the path of a file of a set that holds the bytes its manifest names.
+
+    Raises:
+        IntegrityError: it is missing or holds others.
+    """
+    path = plain_file(folder, file)
+    found = digest_file(path, sha256=False).xxh3
+    if found != file.xxh3:
+        raise IntegrityError(f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.", _AGAIN)
+    return path
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Return the path of a file that a set may have, by its name."""
+    if origin(folder) is not None and (info := _listed(folder).get(name)) is not None:
+        _fetch(folder, info)
+    return folder / name
+
+
+@lru_cache(maxsize=4)
+def _listed(folder: Path) -> dict[str, SetFile]:
+    """Return the files that the manifest of a mirror lists, by name."""
+    listed = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_Listed)
+    return {file.name: file for file in (*listed.shards, *listed.files)}
+
+
+def fetch(folder: Path, files: Iterable[SetFile]) -> None:
+    """Have files of a set on this machine, several at a time; does nothing for a set that lies here.
+
+    Raises:
+        SftError: one cannot be had.
+    """
+    if origin(folder) is None:
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(partial(_fetch, folder), files))
+
+
+def still_there(path: Path) -> bool:
+    """Mark a file of a mirror as used; False where it has made room for others."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _fetch(folder: Path, info: SetFile) -> None:
+    """Have a file of a mirror on this machine, whole.
+
+    Raises:
+        IntegrityError: the object is missing, or twice not what the manifest says.
+        SftError: the store cannot be reached, or there is no room.
+    """
+    path = folder / info.name
+    if _is_sound(path, info):
+        return
+    with _cache_explained(), _held(path) as part:
+        if _is_sound(path, info):  # by another process
+            Path(part.name).unlink()
+            return
+        try:
+            _download(folder, info, part)
+            os.replace(part.name, path)
+        except BaseException as error:
+            Path(part.name).unlink()
+            if isinstance(error, IntegrityError):
+                _refuse_replaced(folder)
+            raise
+        _sound[path] = os.fstat(part.fileno()).st_ino
+
+
+def _download(folder: Path, info: SetFile, part: BinaryIO) -> None:
+    """Copy an object, and once more if its bytes are others."""
+    store = Web(str(origin(folder)))
+    for last in (False, True):
+        _make_room(info, part)
+        store.copy(info.name, part)
+        part.flush()
+        found = digest_file(Path(part.name), sha256=False)
+        if (found.bytes, found.xxh3) == (info.bytes, info.xxh3):
+            return
+        said = f"{store}/{info.name}: xxh3-128 is {found.xxh3}; the manifest says {info.xxh3}"
+        if last:
+            raise IntegrityError(f"{said}, twice.", "push the set again, or restore the object.")
+        _say(f"{said}; fetched again.")
+
+
+def _refuse_replaced(folder: Path) -> None:
+    """Say so if it is for that reason that an object is not as the manifest of a mirror says."""
+    store = Web(str(origin(folder)))
+    found = store.find(MANIFEST_NAME)
+    if found is None or found.data != (folder / MANIFEST_NAME).read_bytes():
+        what = f"{store}: replaced while it was in use."
+        raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
+
+
+def _is_sound(path: Path, info: SetFile) -> bool:
+    """Say whether a file is here, and mark it as used; the first time it is read, to be sure of its bytes."""
+    try:
+        os.utime(path)
+        found = path.stat()
+        if found.st_ino == _sound.get(path):
+            return True
+        sound = found.st_size == info.bytes and digest_file(path, sha256=False).xxh3 == info.xxh3
+    except FileNotFoundError:
+        return False
+    if sound:
+        _sound[path] = found.st_ino
+    else:
+        _say(f"{path}: damaged in the cache; fetched again.")
+    return sound
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO]:
+    """Open the file that becomes `path`, for one process; what a killed one left is written over."""
+    part = path.with_name(f".{path.name}{_PART}")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(part, "r+b", opener=_make)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                    break
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # it has its name by now, or is gone
+    with file:
+        yield file
+
+
+def _make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _say(line: str) -> None:
+    logging.getLogger("sftdata").warning(line)
+
+
+# -------------------------------------------------------------------------------------------------- bound
+
+
+def cache_bound() -> int:
+    """Return how many bytes all mirrors may take: `SFTDATA_CACHE_GB`, or half of what is free and theirs.
+
+    Raises:
+        UsageError: the setting is no size.
+    """
+    text = os.environ.get(BOUND, "")
+    if not text:
+        root = _root()
+        root.mkdir(parents=True, exist_ok=True)
+        return (shutil.disk_usage(root).free + sum(size for _, size, _ in _cached(root))) // 2
+    try:
+        bound = float(text) * 1e9
+    except ValueError:
+        bound = -1
+    if not 0 < bound < 2**63:
+        raise UsageError(f"{BOUND}={text}: expected gigabytes, as 200.", f"set {BOUND} to a number above 0.")
+    return int(bound)
+
+
+def _make_room(info: SetFile, part: BinaryIO) -> None:
+    """Take room for a file inside the bound; what was used longest ago goes first.
+
+    Raises:
+        UsageError: the bound is smaller than the file.
+    """
+    root = _root()
+    lock = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        part.seek(0)
+        part.truncate(0)
+        bound, cached = cache_bound(), sorted(_cached(root))
+        excess = sum(size for _, size, _ in cached) + info.bytes - bound
+        for _, size, path in cached:
+            if (excess > 0 and path.name.endswith(_AS_NEEDED)) or (
+                path.name.endswith(_PART) and _abandoned(path)
+            ):
+                path.unlink(missing_ok=True)
+                excess -= size
+        if excess > 0:
+            raise UsageError(
+                f"{info.name}: {info.bytes:,} bytes; the cache {root} is bound to {bound:,}.",
+                f"raise {BOUND}, in gigabytes, or set SFTDATA_CACHE to a folder on a larger disk.",
+            )
+        part.truncate(info.bytes)  # counts from now on
+    finally:
+        os.close(lock)
+
+
+def _cached(root: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield when each file of the cache was last used, its size and its path."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield found.st_mtime, found.st_size, path
+
+
+def _abandoned(path: Path) -> bool:
+    """Say whether nobody writes a file any more."""
+    with suppress(OSError), open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+@contextmanager
+def _cache_explained() -> Iterator[None]:
+    """Turn what the system says against the cache into one line."""
+    try:
+        yield
+    except OSError as error:
+        fix = f"free some space, set {BOUND} to less, or SFTDATA_CACHE to a folder on another disk."
+        raise SftError(f"{_root()}: the cache cannot be written: {error.strerror or error}.", fix) from None
