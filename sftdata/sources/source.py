@@ -20,6 +20,7 @@ import numpy as np
 from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError
+from sftdata.sources.arrays import plan_array, read_array
 from sftdata.sources.borders import Boundaries
 from sftdata.sources.chunks import (
     Chunk,
@@ -32,7 +33,6 @@ from sftdata.sources.chunks import (
     cut_source,
 )
 from sftdata.sources.inputs import is_hub_id, is_saved_dataset, plain_name
-from sftdata.sources.jsonrows import plan_array, read_array
 from sftdata.sources.lines import Record, plan_delimited, plan_lines, read_delimited, read_lines, records_of
 from sftdata.sources.remote import fetch, is_url
 from sftdata.sources.streams import RawCount, close_streams, compression_of, read_all
@@ -377,10 +377,16 @@ def _header_at(data: bytes, start: int, delimiter: str) -> Header | None:
 def _score(data: bytes, header: Header) -> tuple[bool, int]:
     """Rank a reading of a table: one that its records fit first, then the one of more columns."""
     texts = [record.text.decode("utf-8", "replace") for record in _records(data, header)]
-    fitting = sum(
-        len(next(csv.reader([text], delimiter=header.delimiter))) == len(header.columns) for text in texts
-    )
+    fitting = sum(_fields(text, header.delimiter) == len(header.columns) for text in texts)
     return fitting * 2 >= len(texts), len(header.columns)
+
+
+def _fields(text: str, delimiter: str) -> int:
+    """Return how many fields a record has; 0 for what is none, such as one with a CR in the middle."""
+    try:
+        return len(next(csv.reader([text], delimiter=delimiter)))
+    except csv.Error:
+        return 0
 
 
 def _records(data: bytes, header: Header) -> Iterator[Record]:

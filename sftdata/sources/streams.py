@@ -33,6 +33,7 @@ from sftdata.sources.remote import RANGE_BYTES, RemoteFile, is_url, read_range_o
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
+CACHED_BYTES = 512 << 10
 
 MAGIC: tuple[tuple[bytes, Compression], ...] = (
     (rb"\x1f\x8b", "gzip"),
@@ -247,6 +248,11 @@ def read_all(source: Source, count: RawCount | None = None) -> Iterator[bytes]:
         for block in _checked(source, count.watch(raw)):
             count.blocks.update(block)
             yield block
+
+
+def in_cache(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut blocks into pieces that stay in the cache of a core while they are looked at."""
+    return (block[at : at + CACHED_BYTES] for block in blocks for at in range(0, len(block), CACHED_BYTES))
 
 
 def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from sftdata.render.template import ChatTemplate, choose_template, control_token
 from sftdata.set.manifest import read_manifest
 from sftdata.set.opened import open_set
 from sftdata.set.verify import verify
-from sftdata.sources import jsonrows, lines, streams
+from sftdata.sources import arrays, lines, streams
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.one_stage import convert_rows
@@ -139,7 +139,7 @@ def rows(data: bytes) -> None:
         try:
             with patch.object(lines, "RECORD_LIMIT", limit):
                 whole, bad, records = _read(path, 1 << 20, limit)
-                with patch.object(jsonrows, "BLOCK_BYTES", size), patch.object(streams, "BLOCK_BYTES", size):
+                with patch.object(arrays, "CACHED_BYTES", size), patch.object(streams, "BLOCK_BYTES", size):
                     small, small_bad, _ = _read(path, size, limit)
             assert (whole, bad) == (small, small_bad)
             assert len({place for place, _ in whole + bad}) == len(whole) + len(bad) <= records

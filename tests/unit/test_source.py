@@ -589,8 +589,9 @@ def test_elements_do_not_depend_on_how_the_stream_comes(
             return None
 
     whole = read()
-    for module in ("streams", "jsonrows"):
-        monkeypatch.setattr(f"sftdata.sources.{module}.BLOCK_BYTES", block)
+    monkeypatch.setattr("sftdata.sources.streams.BLOCK_BYTES", block)
+    for module in ("streams", "arrays"):
+        monkeypatch.setattr(f"sftdata.sources.{module}.CACHED_BYTES", block)
     assert read() == whole
 
 
@@ -598,7 +599,7 @@ def test_elements_do_not_depend_on_how_the_stream_comes(
     "text", ['{"a": [-1.5e+10, true, null, "\\ud83d\\ude00 \\" é"], "b": {}}', "[[], {}]", "[false]"]
 )
 def test_an_element_that_a_block_cuts_is_never_taken_for_damage(text: str) -> None:
-    from sftdata.sources.jsonrows import Elements
+    from sftdata.sources.arrays import Elements
 
     for cut in range(1, len(text.encode())):
         parts = iter([b"[ " + text.encode()[:cut], text.encode()[cut:] + b" , 1]"])
