@@ -1,19 +1,25 @@
-"""Take the pictures of docs/images: the terminal, both reports and a notebook. Needs Chromium, and the notebooks extra."""
+"""Take the pictures of docs/images: terminals, reports, pages and a notebook. Needs Chromium, and the notebooks extra.
+
+A block of commands in docs/course that is followed by an SVG is what that picture shows: its page is run from the top.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import html
 import io
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import nbclient
 import nbformat
 from rich.console import Console
+from rich.text import Text
 
 import sftdata
 from sftdata.pages import write_page
@@ -24,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs/images"
 EXAMPLE = 3
 COLUMNS = 108
+BLOCK = re.compile(
+    r"^```(?:console|bash)\n(?P<body>.*?)^```\n(?:\n!\[[^\]]*\]\(\.\./images/(?P<picture>[\w-]+\.svg)\))?",
+    re.M | re.S,
+)
+COMMAND = re.compile(r"^\$ ((?:[^\n]*\\\n)*[^\n]*)", re.M)
 
 
 def prepare(folder: Path) -> Path:
@@ -42,9 +53,50 @@ def terminal_svg(folder: Path) -> str:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), **style)
     view = shards.view_example(EXAMPLE)
     print_view(type(view)("", view.documents), console)
-    svg = console.export_svg(title=f"sftdata inspect chats --example {EXAMPLE}", unique_id="inspect")
+    return as_svg(console, f"sftdata inspect chats --example {EXAMPLE}", "inspect")
+
+
+def as_svg(console: Console, title: str, name: str) -> str:
+    """Return what a console recorded, with fonts of the reader's machine."""
+    svg = console.export_svg(title=title, unique_id=name)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code", "ui-monospace, DejaVu Sans Mono, Menlo")
+
+
+def course_pictures(page: Path, folder: Path) -> None:
+    """Run the commands of a page of the course, and draw the terminal of each block that has a picture."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        commands = COMMAND.findall(block["body"]) or [block["body"].strip()]
+        style = {"force_terminal": True, "color_system": "truecolor", "highlight": False, "markup": False}
+        console = Console(record=True, width=COLUMNS, file=io.StringIO(), **style)
+        for command in commands:
+            console.print(Text.assemble(("$ ", "green"), (command, "bold")))
+            console.print(Text.from_ansi(terminal_of(command, folder)))
+        if block["picture"]:
+            name = Path(block["picture"]).stem
+            (IMAGES / block["picture"]).write_text(
+                as_svg(console, " ".join(commands[-1].split()[:2]), name), encoding="utf-8"
+            )
+
+
+def terminal_of(command: str, folder: Path) -> str:
+    """Return what a command prints on a terminal with colours."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    settings = {
+        **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
+        "PATH": path,
+        "COLUMNS": str(COLUMNS),
+        "FORCE_COLOR": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SFTDATA_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    made = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+    )  # fmt: skip
+    return made.stdout.rstrip("\n").replace(f"{folder}/", "")
 
 
 def notebook_page(path: Path) -> str:
@@ -130,6 +182,9 @@ def main() -> None:
             notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8"
         )
         photograph(notebook, IMAGES / "notebook.png", 920, 1960)
+        for page in sorted((ROOT / "docs/course").glob("*.md")):
+            course_pictures(page, folder / page.stem)
+        photograph(folder / "09-pictures/shapes.html", IMAGES / "course-pictures.png", 1000, 620)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import sftdata
 from sftdata.pages import write_page
 from sftdata.show.audit import audit_set
 from sftdata.show.stats import make_report
@@ -28,6 +30,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).resolve().parents[2]
 PHONE, DESK = 360, 1200
 # The pages run no script, so a frame around them measures. Luminance and contrast: WCAG 2.2, 1.4.3.
 MEASURE = """<!doctype html><meta name="color-scheme" content="light dark"><script>
@@ -52,7 +55,8 @@ window.onload = () => {
       if (contrast < worst.contrast) Object.assign(worst, {contrast, text: node.textContent.slice(0, 40)});
     }
     const size = page.documentElement;
-    return {width: frame.width, scroll: size.scrollWidth, height: size.scrollHeight, worst,
+    const unseen = [...page.images].filter(image => !image.naturalWidth).length;
+    return {pictures: page.images.length, unseen, width: frame.width, scroll: size.scrollWidth, height: size.scrollHeight, worst,
             dark: light(getComputedStyle(page.body).backgroundColor) < .2};
   });
   document.body.textContent = JSON.stringify(found);
@@ -86,7 +90,15 @@ def pages(folder: Path) -> dict[str, str]:
     ]
     lines += [{"step": i, "eval_a_set_with_a_long_name_loss": 3.25} for i in (100, 200)]
     (run / "train_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    subprocess.run(
+        [sys.executable, "examples/build_pictures.py", str(folder / "vision")], cwd=ROOT, check=True
+    )
+    model = folder / "vision/processor"
+    sftdata.prepare(
+        folder / "vision/shapes.jsonl", tokenizer=model, output=folder / "shapes", max_length=512, workers=1
+    )
     return {
+        "pictures": view_page(open_shown(folder / "shapes").view(0)),
         "report": make_report(shards, audit_set(shards)),
         "mixture": make_report(mixture, audit_set(mixture)),
         "view": view_page(shards.view(0), ids=True),
@@ -118,5 +130,7 @@ def test_pages_fit_a_phone_are_readable_and_say_nothing_on_the_console(tmp_path:
         for frame in frames_found:
             assert frame["scroll"] <= int(frame["width"]), (name, frame)
             assert frame["height"] > 300, name
+            assert (frame["pictures"] > 0) == (name == "pictures")
+            assert not frame["unseen"], name
             assert frame["dark"] == (scheme == "dark"), name
             assert frame["worst"]["contrast"] >= 4.5, (name, frame["worst"])
