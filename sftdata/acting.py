@@ -29,6 +29,9 @@ from sftdata.masks.markers import check_markers, shell_quote
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.pictures.rows import Evidence
 from sftdata.render.template import variables_of
+from sftdata.set.images import PROCESSOR
+from sftdata.set.local import local_folder
+from sftdata.set.manifest import read_manifest
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import Chunk, SourcePlan
 from sftdata.sources.jsonrows import from_json
@@ -342,14 +345,29 @@ def refuse_without_effect(
     rules = {name: rule for name, rule in _RULES.items() if getattr(config, name) != _default(name)}
     if config.train_on != "auto":
         rules["train_on"] = _TRAIN_ON[config.train_on]
-    for name, rule in rules.items():
-        if not any(rule.acts(config, look) for look in looks):
+    idle = [name for name, rule in rules.items() if not any(rule.acts(config, look) for look in looks)]
+    liked, notes = _pictures_of_like(config), list[str]()
+    if {*idle} & liked.keys():
+        notes.append(
+            f"--like {config.like}: a set with pictures; here there are none, and its processor rests."
+        )
+    for name in idle:
+        if name not in liked or getattr(config, name) != liked[name]:
+            rule = rules[name]
             raise UsageError(
                 f"{_option(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.",
                 "leave it out.",
             )
     _refuse_unread_arguments(config, tokenizer)
-    return _missing_roles(config, looks)
+    return notes + _missing_roles(config, looks)
+
+
+def _pictures_of_like(config: PrepareConfig) -> dict[str, object]:
+    """Return the settings on pictures that are those of the set that `--like` names, and were not given."""
+    folder = None if config.like is None else local_folder(config.like)
+    if folder is None or not (manifest := read_manifest(folder)).pictured:
+        return {}
+    return {"processor": folder / PROCESSOR, **manifest.settings["vision"]}
 
 
 def _default(name: str) -> object:

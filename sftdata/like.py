@@ -13,10 +13,12 @@ from sftdata.choosing import NEEDS, OF_ORDERS
 from sftdata.config import OF_PICTURES
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
+from sftdata.set.images import PROCESSOR
 from sftdata.set.local import check_file, local_folder
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.steps import stored_steps
 from sftdata.set.store import SetFile
+from sftdata.settings import flag_of
 
 _LAID_OUT = ("max_length", "overlong", "packing")
 _OF_THE_INPUT = ("inputs", "tokenizer")
@@ -77,17 +79,17 @@ def _prepared(
         _refuse_other_code(folder, spec, settings.get("formatter_sha256"))
     if manifest.vision is not None:
         found |= {name: settings["vision"][name] for name in OF_PICTURES if name in settings["vision"]}
-        found["processor"] = str(folder / "processor")
-    if "tokenizer" not in given:
-        for file in manifest.files:
-            if file.name.startswith(("tokenizer/", "processor/")):
-                _check_tokenizer(folder, file)
-        found["tokenizer"] = str(folder / "tokenizer")
+        found["processor"] = str(folder / PROCESSOR)
+    found["tokenizer"] = str(folder / "tokenizer")
+    for file in manifest.files:
+        kind = file.name.partition("/")[0]
+        if kind in ("tokenizer", PROCESSOR) and kind not in given:
+            _check_file(folder, file, f"the {kind} with {flag_of(kind)}")
     return found
 
 
-def _check_tokenizer(folder: Path, file: SetFile) -> None:
-    """Refuse a tokenizer that is not what it was.
+def _check_file(folder: Path, file: SetFile, other: str) -> None:
+    """Refuse a tokenizer or a processor that is not what it was; `other` names another.
 
     Raises:
         IntegrityError: a file of it is missing or damaged.
@@ -95,9 +97,7 @@ def _check_tokenizer(folder: Path, file: SetFile) -> None:
     try:
         check_file(folder, file)
     except IntegrityError as error:
-        raise IntegrityError(
-            f"--like {error.message}", "restore the file, or name the tokenizer with -t."
-        ) from None
+        raise IntegrityError(f"--like {error.message}", f"restore the file, or name {other}.") from None
 
 
 def _refuse_other_code(folder: Path, spec: str, sha256: str | None) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import msgspec
 
 from sftdata.errors import SftError, UsageError
-from sftdata.output import cache_folder
+from sftdata.output import SPOOLED, cache_folder
 from sftdata.sources.inputs import several_splits, wrong_split
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from sftdata.run import Preview
 
-ROWS = "rows"  # name of the input in notes and in the manifest
+ROWS = SPOOLED  # name of the input in notes and in the manifest
 _BATCH_ROWS = 1000
 _SPLIT = re.compile(r"\s*([^\s\[+]+)")
 _WITHOUT_EFFECT = {"replace_schema_metadata"}  # of what `datasets` did to a table after it mapped the file

@@ -233,6 +233,10 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
     return Path(path)
 
 
+SPOOLED = "rows"
+"""Where rows lie in the cache that were given as objects."""
+
+
 def cache_folder(name: str) -> Path:
     """Return the folder, which may not be there yet, of what is remembered from run to run under a name."""
     override = os.environ.get("SFTDATA_CACHE")

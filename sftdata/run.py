@@ -99,7 +99,9 @@ def build_set(
         raise made_otherwise(config.output, changed)
     with Build(config.output).locked() as build:
         sealed = build.sealed()
-        if sealed is not None and not differences(plan, build.folder, sealed):
+        if sealed is not None and differences(plan, build.folder, sealed) == ["pictures"]:
+            build.clear()  # its manifest says what is so no more
+        elif sealed is not None and not plan.difference(sealed):
             build.put_in_place()
             note(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
             return sealed

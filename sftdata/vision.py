@@ -19,6 +19,7 @@ from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
 from sftdata.limit import refuse_cutting
+from sftdata.output import SPOOLED, cache_folder
 from sftdata.pictures.families import PROCESSOR_FILES, PictureProcessor, read_processor
 from sftdata.pictures.gate import require_parity
 from sftdata.pictures.loaded import Picture, PictureFolder
@@ -127,7 +128,9 @@ def find_pictures(config: PrepareConfig, sources: Sequence[SourcePlan]) -> Pictu
         return None
     if config.images is not None and not config.images.is_dir():
         raise UsageError(f"--images {config.images}: no such folder.", "name the folder of the pictures.")
+    spool = cache_folder(SPOOLED)  # objects have no folder: paths in them start from the current one
     own = {Path(source.source.path).parent for source in sources if not is_url(source.source.path)}
+    own = {Path() if folder.is_relative_to(spool) else folder for folder in own}
     folder = config.images or (own.pop() if len(own) == 1 else Path())
     return PictureFolder(folder.absolute(), config.check_pixels)
 

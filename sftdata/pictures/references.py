@@ -104,8 +104,8 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
     """Return the bytes of a picture's file.
 
     Args:
-        folder: what relative paths start from; no path leads out of it, so that a row cannot have any file
-            of this machine read. Links below it are followed.
+        folder: what relative paths start from; no path or link leads out of it, so that neither a row nor a
+            folder of pictures from elsewhere can have any file of this machine read.
 
     Raises:
         RowError: no such file, one outside of the folder, no plain file, or too large a one.
@@ -120,7 +120,11 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
         what = f"{said} is outside of {folder}, the folder of pictures."
         raise RowError("image-outside", what, FOLDER_FIX)
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        real = os.path.realpath(path)
+        if os.path.commonpath([os.path.realpath(base), real]) != os.path.realpath(base):
+            what = f"{said} is a link to {real}, outside of {folder}, the folder of pictures."
+            raise RowError("image-outside", what, "put the file there, not a link to it.")
+        with open(real, "rb", opener=_without_waiting) as file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise RowError("image-unreadable", f"{said} is no plain file.", "give the path of a picture.")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from sftdata.batches import Int64
+from sftdata.batches import Int64, offsets_of
 from sftdata.config import WINDOW
 from sftdata.errors import IntegrityError
 
@@ -38,12 +38,14 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         square: of attention in all layers that see the whole document, for each squared token.
         windowed: the same, of all layers that see no further back than a window.
         window: tokens of that window.
+        picture: what a picture costs besides, in the vision tower, by the tokens that stand for it.
     """
 
     token: _Positive
     square: _Natural
     windowed: _Natural = 0
     window: _Natural = 0
+    picture: Cost | None = None
 
     def of(self, lengths: Int64 | npt.NDArray[np.int32]) -> Float64:
         """Return what documents of these lengths cost, float64[N].
@@ -189,11 +191,16 @@ def measure_balance(opened: ShardSet) -> Balance | None:
     steps = stored_steps(opened.manifest)
     if steps is None:
         return None
-    costs = (
-        row_costs(steps.cost, batch.seq_lengths.astype(np.int64), batch.segment_offsets)
-        for batch in opened.batches()
-    )
-    return balance_of(steps, np.concatenate([np.zeros(0), *costs]))
+    costs, row = [np.zeros(0)], 0
+    for batch in opened.batches():
+        pictures, stored = None, opened.stored_pictures(row)
+        if stored is not None and batch.images is not None and batch.image_counts is not None:
+            edges = offsets_of(batch.image_counts)[batch.segment_offsets]
+            pictures = stored.tokens[batch.images].astype(np.int64), edges
+        lengths = batch.seq_lengths.astype(np.int64)
+        costs.append(row_costs(steps.cost, lengths, batch.segment_offsets, pictures))
+        row += len(batch)
+    return balance_of(steps, np.concatenate(costs))
 
 
 def balance_of(steps: Steps, costs: Float64) -> Balance:
@@ -219,14 +226,19 @@ def _ratios(costs: Float64, steps: Steps) -> Float64:
     return ratios
 
 
-def row_costs(cost: Cost, lengths: Int64, offsets: Int64) -> Float64:
+def row_costs(
+    cost: Cost, lengths: Int64, offsets: Int64, pictures: tuple[Int64, Int64] | None = None
+) -> Float64:
     """Return what rows cost, float64[P], padding as a document of its own.
 
     Args:
         cost: of documents.
         lengths: int64[S], of the segments of the rows.
         offsets: int64[P + 1], into these.
+        pictures: int64[K], the tokens that stand for each picture of the rows, and int64[P + 1], into these.
     """
     ends = np.append(0.0, np.cumsum(cost.of(lengths)))[offsets]
     costs: Float64 = np.diff(ends)
+    if pictures is not None and cost.picture is not None:
+        costs += row_costs(cost.picture, *pictures)
     return costs

@@ -129,7 +129,7 @@ def _pack_ordered(config: ViewConfig, choice: Choice, kept: Stretches, dealt: De
     """Pack documents, and put the rows in order; arguments as for `pack_whole`."""
     packs, edges = _pack_bands(config, choice, kept)
     if dealt is not None:
-        return _reordered(packs, _deal(config, packs, edges, dealt))
+        return _reordered(packs, _deal(config, packs, edges, dealt, _pictures(choice, kept, packs)))
     return packs if config.order == "as-is" else _reordered(packs, _shuffle(edges, config.seed))
 
 
@@ -217,15 +217,31 @@ def _shuffle(edges: Int64, seed: int) -> Int64:
     return np.lexsort((keys, np.repeat(np.arange(len(edges) - 1), np.diff(edges))))
 
 
-def _deal(config: ViewConfig, packs: PackPlan, edges: Int64, dealt: Dealt) -> Int64:
+Pictures = tuple[Int64, Int64]
+"""Of packed rows: the tokens that stand for each picture, and offsets of the rows, as for `row_costs`."""
+
+
+def _pictures(choice: Choice, kept: Stretches, packs: PackPlan) -> Pictures | None:
+    pictures = choice.documents.pictures
+    if pictures is None:
+        return None
+    numbers, counts = pictures.of(kept.document[packs.example])
+    return pictures.gallery.tokens[numbers], offsets_of(counts)[packs.offsets]
+
+
+def _deal(
+    config: ViewConfig, packs: PackPlan, edges: Int64, dealt: Dealt, pictures: Pictures | None
+) -> Int64:
     """Return an order, int64[P], that makes steps of equal work, each in one band where it has the rows."""
     (steps, said), count = dealt, len(packs)
+    if pictures is not None and steps.cost.picture is None:
+        said.append("The work of a vision tower is not in it: --model names none.")
     if count < steps.step_rows:
         raise UsageError(
             f"--steps-for {config.steps_for}: a step takes {steps.step_rows:,} rows; the view has {count:,}.",
             "fewer ranks or rows in --steps-for, or a smaller --max-length.",
         )
-    costs = _costs(config, packs, steps)
+    costs = _costs(config, packs, steps, pictures)
     borders = np.minimum(np.rint(edges / steps.step_rows), count // steps.step_rows) * steps.step_rows
     borders = np.unique(np.append(borders[:-1].astype(np.int64), count))
     parts = [
@@ -236,11 +252,11 @@ def _deal(config: ViewConfig, packs: PackPlan, edges: Int64, dealt: Dealt) -> In
     return order
 
 
-def _costs(config: ViewConfig, packs: PackPlan, steps: Steps) -> Float64:
+def _costs(config: ViewConfig, packs: PackPlan, steps: Steps, pictures: Pictures | None) -> Float64:
     """Return what each row costs, float64[P]."""
     row_length = None if config.packing == "none" else config.max_length
     _, lengths, _, offsets = lay_out(packs, packs.example, row_length, config.pad_to_multiple_of)
-    return row_costs(steps.cost, lengths, offsets)
+    return row_costs(steps.cost, lengths, offsets, pictures)
 
 
 def _said(balance: Balance) -> str:

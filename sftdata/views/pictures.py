@@ -217,7 +217,9 @@ class Collected:
         count = 0 if stored is None else len(stored)
         if len(counts) != len(example_ids) or (len(images) and not 0 <= images.min() <= images.max() < count):
             what = f"{base.folder}: documents name pictures that are not in its sidecars."
-            raise IntegrityError(what, "run `sftdata verify`, or prepare the set again with --overwrite.")
+            raise IntegrityError(
+                what, "run `sftdata verify`, or repeat the command that made the set, with --overwrite."
+            )
         first = 0 if stored is None else self.gallery.add(stored, base.before, files)
         self.ids.append(example_ids[counts > 0] + base.first_id)
         self.counts.append(counts[counts > 0].astype(np.int64))

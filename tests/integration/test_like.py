@@ -180,7 +180,8 @@ def test_a_set_that_cannot_be_repeated_is_refused_by_name(source: Path, tmp_path
     assert read_manifest(tmp_path / "y").digest == read_manifest(tmp_path / "view").digest
     shutil.rmtree(base / "tokenizer")
     with pytest.raises(
-        IntegrityError, match=r"--like .*/tokenizer/.*: missing\. Fix: .* name the tokenizer with -t\.$"
+        IntegrityError,
+        match=r"--like .*/tokenizer/.*: missing\. Fix: .* name the tokenizer with --tokenizer\.$",
     ):
         sftdata.prepare(source, like=base, output=tmp_path / "z")
     kept = sftdata.prepare(source, like=base, tokenizer=TOKENIZER, output=tmp_path / "z", workers=1)

@@ -28,7 +28,7 @@ import sftdata
 from sftdata.batches import IGNORE_INDEX
 from sftdata.cli import main
 from sftdata.config import make_config
-from sftdata.errors import DataError, InputChangedError, UsageError
+from sftdata.errors import DataError, InputChangedError, IntegrityError, UsageError
 from sftdata.parts import prepare as prepare_part
 from sftdata.parts import read_part
 from sftdata.pictures.rows import read_picture_row
@@ -728,6 +728,104 @@ def test_other_families_whose_templates_take_parts_alone(name: str, place: Path,
         images = [Image.open(tmp_path / path).convert("RGB") for path in row.get("images", ())]
         theirs = own.ids(text, images) if images else list(own.processor.tokenizer(text)["input_ids"])
         assert found[number][0] == theirs, (name, number)
+
+
+# ------------------------------------------------------------------------------------------- what was once wrong
+
+
+def test_no_cut_falls_between_a_picture_and_the_mark_that_closes_it(place: Path, tmp_path: Path) -> None:
+    """At the length that ends with the last image token the row goes whole; with the mark and one more it stays."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(saved(make(84, 84), "PNG"))
+    line = asked("?", "Red", "<image>?", "Red " * 50, images=["pictures/a.png"])
+    rows = write_rows(tmp_path, [line, asked("?", "Red")])
+    whole = prepare(place, tmp_path / "whole", rows, max_length=512)
+    assert whole.vision is not None
+    ids = documents_of(tmp_path / "whole")[0][0]
+    end = len(ids) - ids[::-1].index(whole.vision.image_id)
+    engine = Tokenizer.from_file(str(place / "model/tokenizer.json"))
+    assert whole.vision.closing == (engine.token_to_id("<|vision_end|>"),) == (ids[end],)
+    for length, dropped in ((end - 1, 1), (end, 1), (end + 1, 0)):
+        manifest = prepare(place, tmp_path / f"cut-{length}", rows, max_length=length)
+        assert manifest.ledger.rows_dropped == ({"overlong-picture": 1} if dropped else {}), length
+
+
+def test_an_error_on_long_rows_advises_what_pictures_allow(place: Path, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures", 1)
+    rows = write_rows(tmp_path, [asked("<image>?", "Red " * 100, images=[f"pictures/{names[0]}"])])
+    with pytest.raises(DataError) as caught:
+        prepare(place, tmp_path / "set", rows, max_length=64, overlong="error")
+    assert caught.value.fix == "--overlong truncate (or drop), or a larger --max-length."
+    assert (
+        prepare(place, tmp_path / "set", rows, max_length=64, overlong="truncate").ledger.pictures_kept == 1
+    )
+
+
+def test_text_may_be_prepared_like_a_set_with_pictures(place: Path, made: Path, tmp_path: Path) -> None:
+    texts, notes = write_rows(tmp_path, [asked("?", "Red")]), list[str]()
+    given: dict[str, Any] = {"output": tmp_path / "set", "like": made, "workers": 1}
+    manifest = sftdata.prepare(str(texts), on_note=notes.append, **given)
+    assert manifest.vision is None
+    assert f"--like {made}: a set with pictures; here there are none, and its processor rests." in notes
+    with pytest.raises(UsageError, match="--processor .* acts on rows with pictures, and there are none"):
+        sftdata.prepare(str(texts), processor=place / "model", **given | {"output": tmp_path / "other"})
+
+
+def test_a_damaged_processor_is_refused_beside_another_tokenizer(
+    place: Path, made: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(made, tmp_path / "made")
+    path = folder / "processor/preprocessor_config.json"
+    path.write_text(path.read_text("utf-8").replace("3136", "6272"), "utf-8")
+    rows = write_rows(tmp_path, [asked("?", "Red")])
+    with pytest.raises(IntegrityError, match="preprocessor_config.json") as caught:
+        sftdata.prepare(
+            str(rows), output=tmp_path / "set", like=folder, tokenizer=str(place / "model"), workers=1
+        )
+    assert caught.value.fix == "restore the file, or name the processor with --processor."
+
+
+def test_paths_in_objects_start_from_the_current_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_pictures(tmp_path / "pictures", 2)
+    lines = [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names]
+    settings: dict[str, Any] = {"tokenizer": str(place / "model"), "max_length": 128, "workers": 1}
+    with pytest.raises(DataError, match="image-missing"):
+        sftdata.prepare(lines, output=tmp_path / "set", **settings)
+    there = sftdata.prepare(lines, output=tmp_path / "there", images=tmp_path, **settings)
+    monkeypatch.chdir(tmp_path)
+    here = sftdata.prepare(lines, output=tmp_path / "set", **settings)
+    assert here.vision == there.vision
+    assert here.ledger.pictures_kept == 2
+    assert verify(tmp_path / "set").problems == []
+
+
+def test_a_set_that_waits_to_be_placed_is_made_anew_where_a_picture_changed(
+    place: Path, tmp_path: Path, no_sync: None
+) -> None:
+    """Of the same size, so that only its bytes tell."""
+    names = write_pictures(tmp_path / "pictures", 4)
+    rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names])
+
+    def make_it() -> object:
+        return prepare(place, tmp_path / "set", rows)
+
+    changes = -killed_at(make_it, 0)
+    for number in range(1, changes):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        shutil.rmtree(tmp_path / "set.partial", ignore_errors=True)
+        killed_at(make_it, changes - number)
+        if (tmp_path / "set.partial/manifest.json").exists():
+            break
+    assert (tmp_path / "set.partial/manifest.json").exists()
+    assert not (tmp_path / "set").exists()
+    picture = tmp_path / "pictures/0.jpg"
+    data = picture.read_bytes()
+    other = saved(make(60, 90, seed=77), "JPEG")
+    picture.write_bytes(other + b"\0" * (len(data) - len(other)))
+    make_it()
+    assert verify(tmp_path / "set").problems == []
 
 
 # -------------------------------------------------------------------------------------------------------- advice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import random
 import re
 import shutil
@@ -18,7 +19,10 @@ from sftdata.errors import DataError, UsageError
 from sftdata.set.images import read_images
 from sftdata.set.manifest import Manifest
 from sftdata.set.rows import SetFiles
+from sftdata.set.steps import Cost, measure_balance, stored_steps
 from sftdata.set.verify import verify
+from sftdata.views.recipe import ViewConfig
+from sftdata.views.write import make_view
 from tests.integration.test_views_by_index import assert_reads_as_written
 from tests.made_pictures import make, saved
 from tests.picture_sets import asked, write_model, write_rows
@@ -341,3 +345,50 @@ def test_flipped_bits_of_views_by_index_and_of_their_bases_are_found(
                 assert verify(tmp_path / "view").problems, (path, at)
             path.write_bytes(data)
     assert not verify(tmp_path / "view").problems
+
+
+def test_steps_of_equal_work_count_what_pictures_cost_the_vision_tower(sets: Path, tmp_path: Path) -> None:
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    tower = {"depth": 8, "hidden_size": 256, "intermediate_size": 512, "spatial_merge_size": 2}
+    says: list[str] = []
+    for name, config in (("blind", text), ("seeing", {"text_config": text, "vision_config": tower})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        settings = {
+            "steps_for": "2x2",
+            "model": tmp_path / f"{name}.json",
+            "max_length": 512,
+            "pack_over": "view",
+        }
+        config_of = ViewConfig(
+            sets=(str(sets / "texts"), str(sets / "more")), output=tmp_path / name, **settings
+        )
+        make_view(config_of, say=says.append)
+    assert "The work of a vision tower is not in it: --model names none." in says
+    cost = stored_steps(sftdata.open(tmp_path / "seeing").manifest).cost  # type: ignore[union-attr]
+    assert cost.picture is not None
+    weights = 8 * (4 * 256**2 + 2 * 256 * 512)
+    assert cost.picture.token == 4 * 2 * weights // 3
+    assert cost.picture.square == 4**2 * 4 * 256 * 8 // 3
+    measured = measure_balance(sftdata.open(tmp_path / "seeing"))
+    assert measured is not None
+    ratios = {name: ratio_of(tmp_path / name, cost) for name in ("blind", "seeing")}
+    assert measured.mean == pytest.approx(ratios["seeing"])
+    assert ratios["seeing"] < ratios["blind"]
+
+
+def ratio_of(folder: Path, cost: Cost) -> float:
+    """Return the mean over whole steps of 2 x 2 rows of the busiest rank's cost over that of all, counted one by one."""
+    opened, costs = sftdata.open(folder), []
+    for number, row in enumerate(opened):
+        stored = opened.stored_pictures(number)
+        assert row.images is not None
+        assert cost.picture is not None
+        spent = sum(cost.token * length + cost.square * length**2 for length in row.seq_lengths.tolist())
+        for picture in row.images.tolist():
+            assert stored is not None
+            tokens = int(stored.tokens[picture])
+            spent += cost.picture.token * tokens + cost.picture.square * tokens**2
+        costs.append(spent)
+    steps = [costs[at : at + 4] for at in range(0, len(costs) - 3, 4)]
+    busiest = [max(sum(step[:2]), sum(step[2:])) / (sum(step) / 2) for step in steps]
+    return sum(busiest) / len(busiest)

@@ -221,12 +221,21 @@ def test_bytes_in_a_row_are_the_file(value: object, tmp_path: Path) -> None:
     assert load_picture(reference, tmp_path) == PNG
 
 
-def test_paths_start_from_the_folder_of_pictures_and_follow_links_below_it(tmp_path: Path) -> None:
+def test_paths_start_from_the_folder_of_pictures_and_links_stay_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "a b.png").write_bytes(PNG)
+    (folder / "link").symlink_to(folder / "own")
+    (tmp_path / "behind").symlink_to(folder)
+    assert load_picture(read_reference("link/a b.png", "image"), tmp_path / "behind") == PNG
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a b.png").write_bytes(PNG)
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "link").symlink_to(tmp_path / "elsewhere")
-    folder = tmp_path / "pictures"
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    (folder / "file.png").symlink_to("../elsewhere/a b.png")
+    for path in ("out/a b.png", "file.png", "link/../out/a b.png"):
+        with pytest.raises(RowError, match=r"is a link to .*elsewhere/a b.png, outside of") as caught:
+            load_picture(read_reference(path, "image"), folder)
+        assert caught.value.fault.code == "image-outside"
     for path in (
         "link/a b.png",
         "./link/../link/a b.png",

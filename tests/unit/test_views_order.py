@@ -94,6 +94,40 @@ def test_the_weights_of_a_dense_config_are_those_of_the_model() -> None:
     assert read_cost(folder)[0].token == 2 * weights
 
 
+TOWERS = {
+    "Qwen2_5_VLConfig": 4, "Qwen3VLConfig": 4, "LlavaConfig": 1, "Idefics3Config": 4, "InternVLConfig": 4, "Mistral3Config": 4,
+}  # fmt: skip
+
+
+def test_the_tower_of_qwen2_vl_has_a_width_of_its_own(tmp_path: Path) -> None:
+    tower = {"depth": 2, "embed_dim": 8, "hidden_size": 64, "mlp_ratio": 4, "spatial_merge_size": 2}
+    cost, _ = read_cost(_config(tmp_path, **DENSE, vision_config=tower))
+    weights = 2 * (4 * 8 * 8 + 2 * 8 * 32)
+    assert cost.picture == Cost(token=4 * 2 * weights // 3, square=4 * 4 * 4 * 8 * 2 // 3)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_weights_of_a_vision_tower_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    config = getattr(transformers, name)()
+    with torch.device("meta"):
+        tower = transformers.AutoModel.from_config(config.vision_config)
+    weights = sum(
+        weight.numel()
+        for key, weight in tower.named_parameters()
+        if weight.ndim == 2 and ("layer" in key or "block" in key) and "merger" not in key
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"text_config": DENSE}))
+    cost, said = read_cost(tmp_path)
+    assert cost.picture is not None
+    attention = cost.picture.token * 3 / TOWERS[name] / 2 - weights  # within tiles or windows
+    assert -3 <= attention <= 0.2 * weights
+    assert cost.picture.square == 0 or attention <= 0.05 * weights
+    assert "a token of a picture costs" in said
+
+
 @pytest.mark.parametrize(
     ("text", "found"), [("[1]", "no config"), ("{", "cannot be read"), ("{}", "has no num_hidden_layers")]
 )
