@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from sfttrain.chat import Chat
     from sfttrain.iterative import IterativeTrainer
     from sfttrain.trainer import SftTrainer
 
-__all__ = ["IterativeTrainer", "__version__", "train"]
+__all__ = ["Chat", "IterativeTrainer", "__version__", "open_chat", "train"]
+
+_LOADED_LATER = {"Chat": "sfttrain.chat", "IterativeTrainer": "sfttrain.iterative"}  # they need torch
 
 # What transformers' Trainer takes as objects; everything else is a setting.
 _OBJECTS = (
@@ -93,6 +97,33 @@ def train(
     return _train(**locals())
 
 
+def open_chat(
+    folder: str | Path, *, base: str | None = None, system: str | None = None, max_new_tokens: int = 512,
+    temperature: float = 0.0, on_note: Callable[[str], object] | None = None,
+) -> Chat:  # fmt: skip
+    """Open a conversation, as `sfttrain chat` does: `open_chat("out").ask("Why?")` returns the answer.
+
+    Args:
+        folder: of a model, as `sfttrain run` and `merge` write it, or of adapters.
+        base: of adapters, where it is not the one that they name.
+        system: first message of every conversation.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        on_note: called with each decision that was made for you, in one sentence. Default: a line on standard
+            error.
+
+    Raises:
+        sftdata.UsageError: the folder holds no model or no tokenizer, or a setting cannot be used.
+    """
+    from sfttrain.chat import open_chat as opened
+    from sfttrain.process import notes_to, say
+
+    with notes_to(on_note):
+        return opened(
+            Path(folder), base, say, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+
+
 def _train(
     data: object,
     model: object,
@@ -133,8 +164,6 @@ def _name_of(model: object) -> str:
 if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
     def __getattr__(name: str) -> object:
-        if name == "IterativeTrainer":
-            from sfttrain.iterative import IterativeTrainer
-
-            return IterativeTrainer
+        if name in _LOADED_LATER:
+            return getattr(import_module(_LOADED_LATER[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

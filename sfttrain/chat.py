@@ -131,7 +131,9 @@ def open_chat(
         UsageError: the folder holds no model or no tokenizer, or a setting cannot be used.
     """
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if max_new_tokens < 1 or temperature < 0:
         raise UsageError(
             f"--max-new-tokens {max_new_tokens} --temperature {temperature}: nothing can be generated.",

@@ -78,6 +78,8 @@ def train(model: torch.nn.Module, notes: list[str]) -> float:
     )
     stepwise = sfttrain.IterativeTrainer(model, tokenizer="tok", max_length=512)
     figures = stepwise.step(texts=[made[0].prompt])
+    chat: sfttrain.Chat = sfttrain.open_chat("out", system="Be brief.", on_note=notes.append)
+    notes.append(chat.ask("Red?"))
     return figures["loss"] + (0.0 if trainer is None else trainer.state.global_step)
 
 

@@ -29,7 +29,7 @@ def code(path: Path) -> ast.Module:
 
 
 def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) == 5
+    assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,7 +59,7 @@ def test_a_notebook_carries_no_output(path: Path) -> None:
 
 def test_pictures_are_small_and_used() -> None:
     pages = "".join(
-        page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     )
     pictures = sorted((ROOT / "docs/images").iterdir())
     assert [picture.name for picture in pictures if picture.stat().st_size > 300_000] == []

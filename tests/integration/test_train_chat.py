@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sftdata
+import sfttrain
 from sftdata.errors import DataError
 from sfttrain import cli
 from sfttrain.adapters import merge
@@ -58,6 +59,20 @@ def opened(fitted: Path) -> Chat:
 
 def _begin(chat: Chat, messages: list[dict[str, str]]) -> None:
     chat.messages = [message for message in messages[:1] if message["role"] == "system"]
+
+
+@pytest.mark.feature("chat")
+def test_python_opens_the_same_conversation_and_is_told_what_was_decided(
+    fitted: Path, opened: Chat, conversations: list[list[dict[str, str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    system, question, answer = (message["content"] for message in conversations[0])
+    notes = list[str]()
+    chat = sfttrain.open_chat(fitted, system=system, on_note=notes.append)
+    assert chat.ask(question) == answer
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    chat.restart()
+    assert len(chat.messages) == 1
+    assert capfd.readouterr() == ("", ""), "no bar of the library either"
 
 
 @pytest.mark.feature("chat")

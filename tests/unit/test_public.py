@@ -91,9 +91,13 @@ view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
  overwrite: bool = False, **unknown: Never) -> Manifest | tuple[Manifest, Manifest]
 """,
     "sfttrain": """
+Chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None,\
+ max_new_tokens: int = 512, temperature: float = 0.0) -> None
 IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
  scheduler: LRScheduler | None = None, max_length: int | None = None,\
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
+open_chat(folder: str | Path, *, base: str | None = None, system: str | None = None,\
+ max_new_tokens: int = 512, temperature: float = 0.0, on_note: Callable[[str], object] | None = None) -> Chat
 train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *, output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
  weights: Sequence[float] = (), mix: Mapping[str, float | str] = {},\
