@@ -131,6 +131,17 @@ def test_the_index_names_every_page() -> None:
     assert linked >= {page for page in PAGES if page.name != "index.md"}
 
 
+TASK = re.compile(r"^\| [^|]+ \| `(?P<command>[^|]+)` \| \[[^]]+\]\((?P<page>[^)#]+)", re.MULTILINE)
+
+
+def test_each_task_is_run_on_the_page_behind_it() -> None:
+    tasks = list(TASK.finditer((ROOT / "docs/tasks.md").read_text(encoding="utf-8")))
+    assert len(tasks) > 20
+    for task in tasks:
+        page = (ROOT / "docs" / task["page"]).read_text(encoding="utf-8")
+        assert any(task["command"] in snippet.code for snippet in snippets(page)), task[0]
+
+
 def test_pages_told_by_the_code_are_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs/make_reference.py")
     assert spec is not None
