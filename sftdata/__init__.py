@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from sftdata.set.export import Exported, Target
     from sftdata.set.manifest import Manifest
     from sftdata.set.verify import VerifyReport
-    from sftdata.show.audit import Finding
     from sftdata.show.diff import Diff
+    from sftdata.show.findings import Finding
     from sftdata.show.view import ShownSet
     from sftdata.streaming import Stream
 
@@ -256,10 +256,8 @@ def view(
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
 @telling
 def view(
-    sets: str | Path | Sequence[str | Path], *,
-    output: str | Path,
-    on_note: Callable[[str], object] | None = None,
-    on_progress: Callable[[Progress], object] | None = None,
+    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     like: str | Path | None = None,
     # ---- which documents
     sources: Sequence[str] = (), without: Sequence[str] = (),
@@ -280,8 +278,7 @@ def view(
     order: Literal["as-is", "shuffled", "length", "trained", "sources", "windows"] = "as-is",
     bands: int = 8, window: int = 64,
     steps_for: str | None = None, model: Path | None = None, epochs: int = 1,
-    pad_to_multiple_of: int = 1,
-    write: bool = False, overwrite: bool = False, **unknown: Never,
+    pad_to_multiple_of: int = 1, write: bool = False, overwrite: bool = False, **unknown: Never,
 ) -> Manifest | tuple[Manifest, Manifest]:  # fmt: skip
     """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
 
@@ -366,13 +363,12 @@ def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
 
     Args:
         folder: a finished set, or a view.
-        to: "datasets" for `datasets.load_from_disk` (axolotl, LLaMA-Factory, TRL), "token-rows" for Parquet
-            of `input_ids` and `loss_mask` (SkyRL, Akka), "tinker" for JSON lines of what a Datum is made of,
-            or "megatron-bridge" for its packed Parquet.
+        to: who reads it: "datasets" (axolotl, LLaMA-Factory, TRL), "token-rows" (SkyRL, Akka), "verl",
+            "nemo-rl", "tinker" (NeMo Automodel, too) or "megatron-bridge".
         output: folder to be made.
 
     Returns:
-        What was written, and what the format or its reader leaves out; export.json says the same.
+        What was written, and what the format or its reader leaves out; sftdata-export.json says the same.
 
     Raises:
         SftError: there is no set, it holds what the format cannot carry, or the output exists.
@@ -383,13 +379,17 @@ def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
     return run(folder, local_output(output), to)
 
 
-def audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]:
+def audit(
+    folder: str | Path, *, against: str | Path | None = None, every: bool = False,
+    tokenizer: str | None = None, split: str | None = None, map: Mapping[str, str] = {},
+) -> list[Finding]:  # fmt: skip
     """Look for unintended supervision in a set; the same as `sftdata audit`.
 
     Args:
-        folder: a finished set.
+        folder: a finished set; with `tokenizer`, the one that made them, token rows of another tool.
         against: an evaluation set that should share no prompts with it.
         every: name every place of a finding instead of the first three.
+        split, map: of token rows, as for `prepare`.
 
     Returns:
         Findings, defects first, each with its `code`, `severity`, count, places and fix.
@@ -399,7 +399,7 @@ def audit(folder: str | Path, *, against: str | Path | None = None, every: bool 
     """
     from sftdata.show.audit import audit as run
 
-    return run(folder, against, every=every)
+    return run(folder, against, every=every, tokenizer=tokenizer, split=split, columns=map)
 
 
 def by_columns(formatter: _Function) -> _Function:

@@ -119,8 +119,9 @@ def _size(chunks: Sequence[Chunk]) -> int:
 
 
 def format_options(
-    config: PrepareConfig, *, chat: bool, pictures: PictureFolder | None = None, parts_only: bool = False
-) -> FormatOptions:
+    config: PrepareConfig, *, chat: bool, pictures: PictureFolder | None = None, parts_only: bool = False,
+    packed: bool = False,
+) -> FormatOptions:  # fmt: skip
     """Return how rows are read; `chat` if a chat template is in use, `pictures` if a processor is."""
     return FormatOptions(
         columns=config.map,
@@ -135,6 +136,7 @@ def format_options(
         labels_judge=config.format is None,
         pictures=pictures,
         parts_only=parts_only,
+        packed=packed,
     )
 
 

@@ -326,6 +326,11 @@ SHOWN: dict[str, tuple[str, str, int]] = {
     "--example with one of these.": ("inspect set --example 9", "inspect set --example 0", 0),
     "name another file with --html.": ("inspect set --html set/manifest.json/page.html", "inspect set --html page.html", 0),
     "name the folder that `sftdata prepare -o` wrote.": ("stats sat", "stats set", 0),
+    "leave -t out.": ("audit set -t {}", "audit set", 0),
+    "name the tokenizer that made its ids: -t TOKENIZER.": (
+        "audit ids.jsonl", "audit ids.jsonl -t {}", 0
+    ),
+    "name their tokenizer: -t TOKENIZER.": ("audit ids.jsonl --split train", "audit ids.jsonl --split train -t {}", 0),
     "see above, or audit without --strict.": ("audit raw --strict", "audit raw", 0),
     "--response-template '### Assistant:'": (
         "resolve talk.jsonl -t {}", "resolve talk.jsonl -t {} --response-template '### Assistant:'", 0
@@ -355,6 +360,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert prepare([*CHATS, LONG], "--overlong drop --max-length 32", "short") == 0
         Path("refusing.jinja").write_text("{{ raise_exception('never') }}", encoding="utf-8")
         shutil.copytree("set", "hurt")
+        Path("ids.jsonl").write_text(json.dumps({"input_ids": [5, 6, 2]}) + "\n", encoding="utf-8")
         Path("hurt/counted.jsonl").write_text("{", encoding="utf-8")
     return folder
 

@@ -8,7 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 import msgspec
 import typer
@@ -19,10 +19,26 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.settings import Layer, Model, load_settings, named_by_data, read_settings_file
 
+if TYPE_CHECKING:
+    from sftdata.show.foreign import Rows
+
 _SHORT = {"tokenizer": "-t", "output": "-o"}
 _YAML = (".yaml", ".yml")
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A finished set, or its URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SetOrRows = Annotated[
+    str,
+    typer.Argument(metavar="PATH", help="A finished set, or its URL; with -t, token rows of another tool."),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", "-t", help="Folder or Hub id of the tokenizer that made the rows of ids."),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Split of these rows.")]
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="NAME=VALUE", help="Their columns: canonical column = column in the data."),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting; a.b=c sets a nested one."),
@@ -183,6 +199,14 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
         if kind in kinds:
             return kind, None
     return str, "TEXT"
+
+
+def rows_of(tokenizer: str | None, split: str | None, columns: list[str] | None) -> Rows | None:
+    """Return how token rows are read that another tool prepared; None for a finished set."""
+    from sftdata.show.foreign import choose_rows
+
+    named = _value("map", columns or [], PrepareConfig.model_fields["map"])
+    return choose_rows(tokenizer, split, cast("dict[str, str]", named))
 
 
 def _value(name: str, value: object, field: FieldInfo) -> object:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from sftdata.set.manifest import Manifest
-    from sftdata.show.audit import Finding
+    from sftdata.show.findings import Finding
     from sftdata.workers import Workers
 
 SETTINGS = (

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from sftdata.choosing import folders_of
-from sftdata.cli.flags import Folder, Json, with_settings
+from sftdata.cli.flags import Folder, Json, Map, SetOrRows, Split, Tokenizer, rows_of, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
 from sftdata.output import local_output, print_json, print_line
 from sftdata.views.recipe import ViewConfig
 
 if TYPE_CHECKING:
     from sftdata.set.export import Target
+    from sftdata.show.foreign import Rows
+    from sftdata.show.view import ShownSet
 
 VIEW_GROUPS = {
     "sets": "what it is made of",
@@ -37,21 +39,29 @@ VARIABLES = (
 
 
 def audit(
-    folder: Folder,
+    folder: SetOrRows,
+    tokenizer: Tokenizer = None,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="DIR", help="Evaluation set; report the prompts it shares."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if there is a defect.")] = False,
+    split: Split = None,
+    map: Map = None,
     as_json: Json = False,
 ) -> None:
     """Look for unintended supervision: answers without an end, cut answers, double BOS, typed control tokens.
 
     Example: sftdata audit shards --strict
+    Example: sftdata audit prepared -t Qwen/Qwen2.5-0.5B-Instruct
     """
-    from sftdata.show.audit import audit as run
+    from sftdata.show.audit import audit_set
+    from sftdata.show.foreign import open_against
 
-    findings = run(folder, against, every=as_json)
+    rows = rows_of(tokenizer, split, map)
+    shards = _opened(folder, rows)
+    other = None if against is None else open_against(against, rows)
+    findings = audit_set(shards, other, every=as_json)
     defects = [finding for finding in findings if finding.severity == "defect"]
     if as_json:
         results = [finding.to_json() for finding in findings]
@@ -67,8 +77,20 @@ def audit(
         raise DataError(f"{folder}: there are defects ({names}).", "see above, or audit without --strict.")
 
 
+def _opened(path: str | Path, rows: Rows | None) -> ShownSet:
+    """Open a set, or rows of another tool, and say on stderr what these were taken for."""
+    from sftdata.show.foreign import ForeignSet, open_either
+
+    shards = open_either(path, rows)
+    if isinstance(shards, ForeignSet):
+        for line in shards.evidence:
+            print_line(f"{path}: {line}", err=True)
+    return shards
+
+
 def inspect(
-    folder: Folder,
+    folder: SetOrRows,
+    tokenizer: Tokenizer = None,
     row: Annotated[int, typer.Option("--row", help="Packed row to show; -1 is the last.")] = 0,
     example: Annotated[
         int | None,
@@ -79,14 +101,14 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML page instead.")
     ] = None,
+    split: Split = None,
+    map: Map = None,
 ) -> None:
     """Show what is trained: trained tokens in green and underlined, with file and line of each document.
 
     Example: sftdata inspect shards --row 3
     """
-    from sftdata.show.view import open_shown
-
-    shards = open_shown(folder)
+    shards = _opened(folder, rows_of(tokenizer, split, map))
     view = shards.view(row) if example is None else shards.view_example(example)
     if html is not None:
         from sftdata.pages import write_page
@@ -103,12 +125,15 @@ def inspect(
 
 
 def stats(
-    folder: Folder,
+    folder: SetOrRows,
+    tokenizer: Tokenizer = None,
     as_json: Json = False,
     html: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write an HTML report instead, audit included."),
     ] = None,
+    split: Split = None,
+    map: Map = None,
 ) -> None:
     """Show what became of every row and token: ledger, lengths, fill, and each source's contribution.
 
@@ -116,9 +141,8 @@ def stats(
     """
     from sftdata.set.steps import measure_balance
     from sftdata.show.stats import measure, stats_json
-    from sftdata.show.view import open_shown
 
-    shards = open_shown(folder)
+    shards = _opened(folder, rows_of(tokenizer, split, map))
     if html is not None:
         from sftdata.pages import write_page
         from sftdata.show.audit import audit_set

@@ -155,6 +155,7 @@ class FormatOptions:
         labels_judge: a label that is false says that the answer is not wanted.
         pictures: where the pictures of rows are; None where no processor says what stands for one.
         parts_only: the chat template takes contents as lists of parts alone.
+        packed: rows of ids are taken as they are, with padding and several documents.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +170,7 @@ class FormatOptions:
     labels_judge: bool = True
     pictures: PictureFolder | None = None
     parts_only: bool = False
+    packed: bool = False
 
     @property
     def as_conversation(self) -> bool:

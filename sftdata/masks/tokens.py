@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -231,7 +231,7 @@ def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, 
     ids, trained, kept = [], [], []
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
-            row_ids, row_trained = _checked(item, resolved)
+            row_ids, row_trained = check_tokens(item, resolved)
         except RowError as error:
             tally.reject(index, error.fault)
             continue
@@ -246,7 +246,12 @@ def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, 
     )
 
 
-def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
+def check_tokens(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
+    """Return the ids of a pre-tokenized row, int32[T], and which are trained, bool[T].
+
+    Raises:
+        RowError: ids that the tokenizer does not have, or labels that are not those of the ids.
+    """
     if len(item.input_ids) != len(item.labels):
         found = f"{len(item.input_ids)} input_ids but {len(item.labels)} labels"
         raise RowError("lengths-differ", found, "give one label per token, -100 where it is not trained")
@@ -256,13 +261,24 @@ def _checked(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool]:
         known = f"0..{resolved.vocab_size - 1} of tokenizer {resolved.name!r}"
         found = f"token id {ids[outside[0]]} is outside {known}"
         raise RowError("id-outside-vocabulary", found, "use the tokenizer that made the ids (-t)")
-    other = np.flatnonzero((labels != IGNORE_INDEX) & (labels != ids))
+    trained = labels != IGNORE_INDEX
+    other = np.flatnonzero(trained & (labels != ids))
     if len(other):
-        found = f"labels[{other[0]}] is {labels[other[0]]}, input_ids[{other[0]}] is {ids[other[0]]}"
-        raise RowError(
-            "label-not-the-id", found, "give unshifted labels: the id itself where trained, -100 elsewhere"
-        )
-    return ids.astype(np.int32), labels != IGNORE_INDEX
+        _refuse_labels(ids, labels, other)
+    return ids.astype(np.int32), trained
+
+
+def _refuse_labels(ids: Int64, labels: Int64, other: Int64) -> NoReturn:
+    """Refuse labels that are not the ids at their places, int64[K]."""
+    first = int(other[0])
+    found = f"labels[{first}] is {labels[first]}, input_ids[{first}] is {ids[first]}"
+    fix = "give unshifted labels: the id itself where trained, -100 elsewhere"
+    for step in (1, -1):
+        there = other[(other + step >= 0) & (other + step < len(ids))]
+        if len(there) > 1 and (labels[there] == ids[there + step]).all():
+            found += f"; labels are the ids of the tokens {'after' if step > 0 else 'before'} them"
+            raise RowError("labels-shifted", found, fix)
+    raise RowError("label-not-the-id", found, fix)
 
 
 def _integers(name: str, values: list[int]) -> Int64:

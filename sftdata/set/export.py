@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Target = Literal["datasets", "token-rows", "verl", "nemo-rl", "tinker", "megatron-bridge"]
-EXPORT_NAME = "export.json"
+EXPORT_NAME = "sftdata-export.json"
 FILE_TOKENS = 1 << 23  # of a file
 _ROW_GROUP = {"token-rows": 10_000, "megatron-bridge": 500}  # its reader keeps one group in memory
 _SUFFIX = ".partial.export"  # of its own: DIR.partial may be a set that is not finished
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """What an export holds; export.json beside it.
+    """What an export holds; sftdata-export.json beside it.
 
     Attributes:
         to: the format.

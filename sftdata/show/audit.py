@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,219 +19,26 @@ from sftdata.set.ledger import read_counted
 from sftdata.set.local import named
 from sftdata.set.manifest import Manifest, in_first_pass
 from sftdata.show.documents import DocumentReader, Documents
+from sftdata.show.findings import COUNTED, IN_CHATS, IN_TEXTS, KINDS, Finding, make_finding
+from sftdata.show.foreign import ForeignSet, choose_rows, open_against, open_either
 from sftdata.show.pictures import prompts_with_pictures
-from sftdata.show.view import ShownSet, open_shown
+from sftdata.show.view import ShownSet
 from sftdata.vocabulary import generation_stops
 
 GLANCE = 2 << 20  # tokens: a twentieth of a second
 
-Severity = Literal["defect", "note"]
 
-
-class Kind(NamedTuple):
-    """A kind of finding. `message` and `fix` may hold {slots}.
-
-    Attributes:
-        severity: a defect teaches the model something unintended; a note is harmless here, but worth knowing.
-        of: what is counted, in the singular.
-    """
-
-    severity: Severity
-    of: str
-    message: str
-    fix: str
-
-
-KINDS: dict[str, Kind] = {
-    # ---- seen in labels and ids
-    "nothing-trained": Kind(
-        "defect", "example", "no token of the example is trained",
-        "another --train-on, or leave the rows out",
-    ),
-    "answer-cut": Kind(
-        "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
-        "a larger --max-length, or --overlong drop or split",
-    ),
-    "answer-split": Kind(
-        "defect", "example",
-        "the example is spread over several rows, and its stop token begins one, where it is not trained",
-        "--packing bfd with a --max-length that holds the example",
-    ),
-    "turn-end-not-a-stop": Kind(
-        "defect", "example", "an answer ends in {token}, and generation stops at {stops}", "{fix}",
-    ),
-    "no-trained-end": Kind(
-        "defect", "example",
-        "an answer never ends in a stop token, so that the model does not learn to stop", "{fix}",
-    ),
-    "double-bos": Kind(
-        "defect", "example", "the example begins with {token} twice",
-        "take it out of the data, or of the chat template",
-    ),
-    "missing-bos": Kind(
-        "defect", "example", "the example does not begin with {token}, as the others or the chat template do",
-        "begin their text or ids with {token}; chats, with a --chat-template that does so",
-    ),
-    "empty-answer": Kind(
-        "defect", "example", "an answer holds nothing but its end",
-        'leave the rows out, or switch the turn off: "train": false',
-    ),
-    "control-token-in-answer": Kind(
-        "defect", "example", "{what} holds a stop token or BOS before its end{origin}", "{fix}",
-    ),
-    "duplicate-prompt": Kind(
-        "note", "example", "an earlier example has the same prompt",
-        "deduplicate the input, unless the repetition is intended",
-    ),
-    "prompt-in-other-set": Kind(
-        "defect", "example",
-        "the prompt is also in {other}, so neither is a fair test of a model trained on the other",
-        "take it out of one of the two before preparing",
-    ),
-    # ---- what tokenizer, chat template and generation config disagree on
-    "eos-not-in-generation-config": Kind(
-        "note", "tokenizer", "the tokenizer ends with {token}, generation_config stops at {stops}", "{fix}",
-    ),
-    "pad-is-eos": Kind(
-        "note", "tokenizer",
-        "{token} is both pad and end token; harmless here, as labels never derive from the pad id",
-        "nothing, unless another trainer masks by pad id",
-    ),
-    "tokens-added": Kind(
-        "note", "token",
-        "added to the tokenizer ({names}); adapters alone leave their embeddings as they were drawn",
-        "train without --lora, add embed_tokens and lm_head to its target,"
-        " or choose a --chat-template of known tokens",
-    ),
-    "raw-prompts": Kind(
-        "note", "source",
-        "prompts and completions are joined as raw text, and the tokenizer has a chat template",
-        "--kind conversation, where the model is to be asked in chats",
-    ),
-    # ---- counted by `prepare`, and not visible in the shards
-    "message-swallowed": Kind(
-        "defect", "message",
-        "the chat template leaves the text of a message out (a system message, most often)",
-        "another --chat-template, --map-role developer=system where it is a developer's,"
-        " or put the text into the first user message",
-    ),
-    "reasoning-swallowed": Kind(
-        "defect", "message",
-        "the chat template leaves the reasoning of an answer out (of an earlier turn, most often),"
-        " so that the answer is trained without it",
-        "--train-on last-assistant, one example a turn, or a --chat-template that writes reasoning",
-    ),
-    "outside-generation": Kind(
-        "defect", "message",
-        "the chat template marks with `generation` blocks what is trained, and none holds anything"
-        " of an assistant message, so that it is not trained",
-        "--chat-template with a copy whose `generation` and `endgeneration` tags are taken out:"
-        " then the spans are derived",
-    ),
-    "tools-left-out": Kind(
-        "defect", "row", "the chat template does not tell the model which tools it may call",
-        "--chat-template of a model that calls tools",
-    ),
-    "prompt-parted": Kind(
-        "note", "row",
-        "the generation prompt continues differently from the rendered turn (it opens <think>, say);"
-        " the answer is trained from where they diverge",
-        "a --chat-template whose turns begin as its generation prompt does",
-    ),
-    "control-token-in-data": Kind(
-        "note", "row", "a message spells a control token; it is encoded as text",
-        "nothing; --trust-control-tokens lets it count",
-    ),
-    "repeated-marker": Kind(
-        "note", "row",
-        "response markers follow each other with no instruction marker between them;"
-        " without an instruction template only the last answer is trained",
-        "--instruction-template",
-    ),
-    "masked-as-trl": Kind(
-        "defect", "row", "trl 0.7.10 masks the row in an unintended way, without a warning",
-        "--mask-mode default",
-    ),
-}  # fmt: skip
-
-# The slots of `control-token-in-answer`: for answers of a chat template, and for running text.
-IN_CHATS = {
-    "what": "an answer",
-    "origin": ", which came with the data",
-    "fix": "clean the rows, and leave out --trust-control-tokens",
-}
-IN_TEXTS = {
-    "what": "a text",
-    "origin": ", and it is trained there",
-    "fix": "clean the rows; give chats that a template has rendered as messages,"
-    " so that only answers are trained",
-}
-
-COUNTED = {
-    "messages_swallowed": "message-swallowed",
-    "reasoning_swallowed": "reasoning-swallowed",
-    "messages_outside_generation": "outside-generation",
-    "rows_without_their_tools": "tools-left-out",
-    "rows_parted": "prompt-parted",
-    "rows_with_control_tokens": "control-token-in-data",
-    "rows_with_repeated_markers": "repeated-marker",
-    "rows_masked_without_warning": "masked-as-trl",
-}
-"""Counters of the ledger that are findings."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One result of the audit.
-
-    Attributes:
-        code: key of `KINDS`.
-        severity: defect or note.
-        message: one sentence.
-        fix: how to fix it.
-        count: number of occurrences.
-        of: what is counted, in the singular.
-        share: `count` over all of these in the set; None where there is no total.
-        examples: up to three, as file:line.
-    """
-
-    code: str
-    severity: Severity
-    message: str
-    fix: str
-    count: int
-    of: str
-    share: float | None = None
-    examples: tuple[str, ...] = ()
-
-    @property
-    def amount(self) -> str:
-        """How many, in words."""
-        share = f" ({self.share:.1%})" if self.share is not None else ""
-        return f"{self.count:,} {self.of}{'' if self.count == 1 else 's'}{share}"
-
-    def to_json(self) -> dict[str, object]:
-        """Return plain JSON data."""
-        return asdict(self) | {"examples": list(self.examples)}
-
-
-def make_finding(
-    code: str, count: int, total: int | None = None, examples: tuple[str, ...] = (), **slots: str
-) -> Finding:
-    """Fill in the sentences of a kind; `count` is a share of `total`."""
-    kind = KINDS[code]
-    message, fix = kind.message.format(**slots), kind.fix.format(**slots)
-    share = count / total if total else None
-    return Finding(code, kind.severity, message, fix, count, kind.of, share, examples)
-
-
-def audit(folder: str | Path, against: str | Path | None = None, *, every: bool = False) -> list[Finding]:
+def audit(
+    folder: str | Path, against: str | Path | None = None, *, every: bool = False,
+    tokenizer: str | None = None, split: str | None = None, columns: Mapping[str, str] = {},
+) -> list[Finding]:  # fmt: skip
     """Look for unintended supervision in the labels, ids and tokenizer of a set, and in its ledger.
 
     Args:
-        folder: a finished set.
+        folder: a finished set; with `tokenizer`, token rows that another tool prepared.
         against: an evaluation set, which should share no prompts with the first.
         every: name every place of a finding, instead of the first three.
+        tokenizer, split, columns: as for `choose_rows`.
 
     Returns:
         Findings, defects first; the same set always gives the same ones.
@@ -241,7 +47,9 @@ def audit(folder: str | Path, against: str | Path | None = None, *, every: bool 
         UsageError: a folder is not a finished set, has no tokenizer, or the two have different ones.
         IntegrityError: a set is damaged.
     """
-    return audit_set(open_shown(folder), None if against is None else open_shown(against), every=every)
+    rows = choose_rows(tokenizer, split, columns)
+    other = None if against is None else open_against(against, rows)
+    return audit_set(open_either(folder, rows), other, every=every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +83,11 @@ def glance(folder: Path, manifest: Manifest, tokens: int = GLANCE) -> Glance:
 def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool = False) -> list[Finding]:
     """Audit a set that is open already."""
     findings = [*_disagreements(shards), *_counted(shards, every)]
+    if isinstance(shards, ForeignSet):
+        findings += _unusable(shards, every)
     if len(shards):
         checks = _checks_of(shards, every)
-        findings = [*checks.endings(), *checks.starts(), *checks.contents(), *findings]
+        findings = [*checks.endings(), *checks.starts(), *checks.contents(), *checks.marked(), *findings]
         if against is not None and len(against):
             findings += checks.leaks(_checks_of(against))
     return sorted(findings, key=lambda finding: finding.severity)
@@ -294,7 +104,35 @@ def _checks_of(shards: ShownSet, every: bool = False) -> _Checks:
             prompts = prompts_with_pictures(parts[-1].prompt, batch, stored, vision.image_id)
             parts[-1] = replace(parts[-1], prompt=prompts)
         row += len(batch)
-    return _Checks(shards, *Documents.join(parts).by_example(), every)
+    documents, stretches = Documents.join(parts).by_example()
+    if isinstance(shards, ForeignSet):
+        documents = _settled(shards, documents)
+    return _Checks(shards, documents, stretches, every)
+
+
+def _settled(shards: ForeignSet, documents: Documents) -> Documents:
+    """Leave out of the checks what has a finding of its own: a mask that is shifted, a prompt in it."""
+    shifted, prompt = (
+        np.isin(documents.example_id, list(shards.marks.get(code, ())))
+        for code in ("mask-shifted", "prompt-trained")
+    )
+    return replace(
+        documents,
+        ends=documents.ends | shifted,
+        unended=documents.unended & ~shifted,
+        wrong_end=np.where(shifted, np.int32(-1), documents.wrong_end),
+        control=documents.control & ~prompt,
+    )
+
+
+def _unusable(shards: ForeignSet, every: bool) -> Iterator[Finding]:
+    """Yield the rows that cannot be read, by the codes under which `prepare` rejects them."""
+    rows = shards.manifest.ledger.rows_in
+    for code in sorted({reject.code for reject in shards.rejects}):
+        found = [reject for reject in shards.rejects if reject.code == code]
+        places = tuple(reject.place for reject in found[: None if every else EXAMPLES])
+        message, fix, share = found[0].reason.rstrip("."), found[0].fix.rstrip("."), len(found) / rows
+        yield Finding(code, "defect", message, fix, len(found), "row", share, places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -312,6 +150,11 @@ class _Checks:
     stretches: Int64
     every: bool
 
+    @property
+    def foreign(self) -> ForeignSet | None:
+        """The set, where another tool prepared it."""
+        return self.shards if isinstance(self.shards, ForeignSet) else None
+
     def endings(self) -> Iterator[Finding]:
         """Yield answers that do not teach the model to stop; each example is in one finding at most."""
         documents = self.documents
@@ -327,8 +170,7 @@ class _Checks:
         whole = trained & ~cut & (self.stretches == 1)
         wrong = (rest | whole) & (documents.wrong_end >= 0)
         yield from self._find("turn-end-not-a-stop", wrong, **self._wrong_ends(documents.wrong_end[wrong]))
-        counted = bool(self.shards.manifest.ledger.counters.get("turns_without_stop"))
-        unended = (rest & ~wrong) | (whole & documents.unended & counted)
+        unended = (rest & ~wrong) | (whole & documents.unended & self._every_turn())
         yield from self._find("no-trained-end", unended, fix=self._end_to_write() if unended.any() else "")
 
     def _wrong_ends(self, token_ids: Int32) -> dict[str, str]:
@@ -338,15 +180,19 @@ class _Checks:
         # With --eos-token, answers that end in the present EOS would lose their stop,
         # and answers without any end would get this one where another belongs.
         documents = self.documents
-        unended = documents.unended.any() and self.shards.manifest.ledger.counters.get("turns_without_stop")
+        unended = documents.unended.any() and self._every_turn()
         several = len(np.unique(token_ids)) > 1 or bool(documents.ends.any() or unended)
         fix = f"list {tokens} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
+        several |= self.foreign is not None
         return {"token": tokens, "stops": stops, "fix": fix if several else f"--eos-token '{tokens}'"}
 
     def _end_to_write(self) -> str:
         """Return the fix for answers without an end; it names the token, where the chat template shows it."""
         eos = self.shards.vocabulary.named.get("eos_token", "TOKEN")
-        if not self._in_turns():  # an end is written after texts, so these are rows of ids
+        if self.foreign is not None and self.foreign.ends_left_out:
+            masked = "train the end token, which stands there and is masked"
+            return f"{masked}: mask padding by attention_mask, not by the id of the pad token"
+        if self.foreign is not None or not self._in_turns():  # after texts an end is written: these are ids
             return f"let the ids of these rows, and their labels, end in that of {visible(eos)}"
         return f"--eos-token '{visible((_turn_ends(self.shards) or (eos,))[0])}'"
 
@@ -371,6 +217,11 @@ class _Checks:
             slots = IN_CHATS if in_turns else IN_TEXTS
             yield from self._find("control-token-in-answer", self.documents.control, **slots)
         yield from self._find("duplicate-prompt", self._repeated())
+
+    def _every_turn(self) -> bool:
+        """Whether turns before the last may lack an end; where masks are proven, `prepare` counts them."""
+        counted = self.shards.manifest.ledger.counters.get("turns_without_stop")
+        return bool(counted) or (self.foreign is not None and self._in_turns())
 
     def _in_turns(self) -> bool:
         """Whether the set holds conversations."""
@@ -420,12 +271,23 @@ class _Checks:
         repeated[examples[first]] = False
         return repeated
 
+    def marked(self) -> Iterator[Finding]:
+        """Yield what was found in the masks of another tool while they were read."""
+        if self.foreign is None:
+            return
+        for code, documents in self.foreign.marks.items():
+            yield from self._find(code, np.isin(self.documents.example_id, list(documents)))
+        if self.shards.manifest.settings["train_on"] == "all":
+            yield make_finding("everything-trained", 1)
+
     def _find(self, code: str, examples: Bool, **slots: str) -> Iterator[Finding]:
         """Yield a finding if any of the examples, bool[E], has it."""
         ids = self.documents.example_id[examples]
         if len(ids):
-            places = tuple(map(self.shards.place, ids[: None if self.every else EXAMPLES].tolist()))
-            yield make_finding(code, len(ids), len(self.documents), places, **slots)
+            shown = ids[: None if self.every else EXAMPLES].tolist()
+            places = tuple(self.shards.found_at(code, example_id) for example_id in shown)
+            elsewhere = self.foreign is not None
+            yield make_finding(code, len(ids), len(self.documents), places, elsewhere=elsewhere, **slots)
 
     def _name(self, token_id: int) -> str:
         return visible(self.shards.vocabulary.text_of([token_id]))
@@ -433,17 +295,18 @@ class _Checks:
 
 def _disagreements(shards: ShownSet) -> Iterator[Finding]:
     """Yield disagreements of tokenizer and generation config, and decisions that `prepare` noted."""
-    tokenizer = shards.manifest.tokenizer
+    tokenizer, foreign = shards.manifest.tokenizer, isinstance(shards, ForeignSet)
     eos = "" if tokenizer.eos_id is None else visible(shards.vocabulary.text_of([tokenizer.eos_id]))
-    stops = generation_stops(shards.folder / "tokenizer")
+    stops = generation_stops(shards.tokenizer_folder)
     if stops and eos and tokenizer.eos_id not in stops:
         names = [visible(shards.vocabulary.text_of([stop])) for stop in stops]
         fix = f"list {eos} in eos_token_id of the tokenizer's generation_config.json, beside what is there"
-        if shards.vocabulary.named.get("eos_token") not in _turn_ends(shards):  # else it must stay the EOS
+        ends = _turn_ends(shards)
+        if shards.vocabulary.named.get("eos_token") not in ends and not foreign:  # else it must stay the EOS
             fix = f"--eos-token '{names[0]}', or {fix}"
         yield make_finding("eos-not-in-generation-config", 1, token=eos, stops=", ".join(names), fix=fix)
     if eos and tokenizer.pad_id == tokenizer.eos_id:
-        yield make_finding("pad-is-eos", 1, token=eos)
+        yield make_finding("pad-is-eos", 1, token=eos, elsewhere=foreign)
     if tokenizer.tokens_added:
         names = [visible(token) for token in tokenizer.tokens_added]
         more = ", …" if len(names) > EXAMPLES else ""

@@ -19,7 +19,7 @@ from sftdata.set.steps import Balance, measure_balance
 from sftdata.show.choice import ShareOf, choices_of, counters_of, shares_of, tell_shares
 
 if TYPE_CHECKING:
-    from sftdata.show.audit import Finding
+    from sftdata.show.findings import Finding
     from sftdata.show.view import ShownSet
 
 MOST_SOURCES = 40  # in the table of the page

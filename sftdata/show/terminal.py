@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from sftdata.show.audit import Finding
     from sftdata.show.diff import Both, Change, Diff, SourceChange, Version
+    from sftdata.show.findings import Finding
 
 TRAINED, CONTEXT, CONTROL, QUIET = "green underline", "", "cyan", "bright_black"
 TRAINED_CONTROL = "bold green underline"
@@ -152,7 +152,8 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
     """Print the numbers of a set to a console of `make_console`."""
     length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
     shards = "1 shard" if stats.shards == 1 else f"{stats.shards:,} shards"
-    console.print(Text.assemble((visible(title), "bold"), (f"   digest {stats.digest[:12]}", "bright_black")))
+    digest = f"   digest {stats.digest[:12]}" if stats.digest else ""
+    console.print(Text.assemble((visible(title), "bold"), (digest, "bright_black")))
     console.print(
         f"{stats.rows_packed:,} packed rows {length}, {stats.documents:,} documents, {shards};"
         f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",

@@ -359,10 +359,19 @@ class ShownSet(ShardSet):
                 rest.append(document) if source in chosen else chosen.setdefault(source, document)
         return View("", (*chosen.values(), *rest)[:SAMPLED])
 
+    def found_at(self, code: str, example_id: int) -> str:
+        """Return the place of an example that a finding is about."""
+        return self.place(example_id)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the files of the tokenizer are."""
+        return self.folder / "tokenizer"
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of the set's tokenizer; its EOS counts as a stop token."""
-        vocabulary = read_vocabulary(self.folder / "tokenizer")
+        vocabulary = read_vocabulary(self.tokenizer_folder)
         self.refuse_replaced()
         eos = self.manifest.tokenizer.eos_id
         return vocabulary if eos is None else replace(vocabulary, stop_ids=vocabulary.stop_ids | {eos})

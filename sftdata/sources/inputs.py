@@ -28,7 +28,13 @@ METADATA = frozenset(
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "config.json"),
         *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
-        *("adapter_config.json", "trainer_state.json", "package.json", "package-lock.json"),
+        *(
+            "sftdata-export.json",
+            "adapter_config.json",
+            "trainer_state.json",
+            "package.json",
+            "package-lock.json",
+        ),
         *("readme.txt", "license.txt", "licence.txt", "notice.txt", "requirements.txt"),
     }
 )

@@ -51,7 +51,7 @@ def trained_documents(folder: Path) -> list[Document]:
 
 
 def json_of(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads((folder / "sftdata-export.json").read_text(encoding="utf-8"))
     return loaded
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.show.audit import Finding, audit
+from sftdata.show.audit import audit
+from sftdata.show.findings import Finding
 from sftdata.vocabulary import read_vocabulary
 from tests.shown_sets import TOKENIZER
 

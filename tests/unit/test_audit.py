@@ -16,9 +16,11 @@ import sftdata
 from sftdata.batches import PackedRows
 from sftdata.errors import UsageError
 from sftdata.set.manifest import read_manifest
-from sftdata.show.audit import COUNTED, KINDS, Finding, audit, glance
+from sftdata.show.audit import audit, glance
 from sftdata.show.documents import DocumentReader, Documents
+from sftdata.show.findings import COUNTED, KINDS, Finding
 from sftdata.vocabulary import Vocabulary, read_vocabulary
+from tests.other_sets import DEFECTS
 from tests.shown_sets import CHAT, TOKENIZER, encode_marked, write_set
 from tests.view_sets import chats, prepare, write_lines
 
@@ -368,6 +370,8 @@ def test_every_kind_of_finding_can_be_found_by_these_tests() -> None:
         "pad-is-eos",
         "tokens-added",
         "eos-not-in-generation-config",
+        *{code for _, code in DEFECTS.values() if code in KINDS},
+        "everything-trained",
     }
     assert SEEDED.keys() | elsewhere | set(COUNTED.values()) == KINDS.keys()
 

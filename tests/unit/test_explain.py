@@ -14,7 +14,7 @@ from sftdata.formats.calls import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.set.ledger import PICTURES
-from sftdata.show.audit import COUNTED, KINDS
+from sftdata.show.findings import COUNTED, KINDS
 
 SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
 COMPUTED = {

@@ -65,7 +65,8 @@ SftError(message: str, fix: str = '') -> None
 Text(text)
 Tokens(input_ids, labels)
 UsageError(message: str, fix: str = '') -> None
-audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False) -> list[Finding]
+audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False, tokenizer: str | None = None,\
+ split: str | None = None, map: Mapping[str, str] = {{}}) -> list[Finding]
 by_columns(formatter: _Function) -> _Function
 diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
 export(folder: str | Path, *, to: Target, output: str | Path) -> Exported

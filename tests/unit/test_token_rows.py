@@ -10,7 +10,8 @@ import pytest
 from sftdata.batches import Tokens
 from sftdata.errors import RowError
 from sftdata.formats.fields import Fields, FormatOptions
-from sftdata.formats.registry import FORMATS, TRAINED
+from sftdata.formats.registry import FORMATS
+from sftdata.formats.tokenrows import TRAINED
 
 TOKENS = FORMATS["tokens"]
 IDS = [10, 11, 12, 13, 14, 15]
