@@ -166,7 +166,7 @@ sftdata inspect rows -t examples/tokenizer --row 1
 | beside `input_ids` | who stores it | how it is read |
 |---|---|---|
 | `labels` | TRL, axolotl, LLaMA-Factory | trained where the label is the id; not shifted |
-| `loss_mask`, `completion_mask`, `assistant_masks`, `response_mask` | SkyRL, Akka, TRL | trained where it is 1, as `labels` beside it say |
+| `loss_mask`, `completion_mask`, `assistant_masks`, `response_mask` | SkyRL, Akka, TRL | trained where it is 1, and labelled |
 | `attention_mask` | most | 0 is padding; numbers above 1 count the documents of a packed row (LLaMA-Factory) |
 | `seq_lengths`, `position_ids` | TRL, axolotl | where the documents of a packed row begin |
 | `seq_start_id` | Megatron-Bridge | the same; masks beside it lie one token early |
