@@ -343,6 +343,15 @@ _ORDERED = (
 _PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_followed"
 _PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
+    "# A view of what was selected. Make it: sftdata view THIS_FILE -o {}\\n{}": (
+        "tests/unit/test_browse.py::test_a_query_selects_the_documents_that_the_view_of_its_recipe_holds"
+    ),
+    "another one, or leave --port out.": (
+        "tests/unit/test_browse_server.py::test_a_port_in_use_is_refused_with_another_way"
+    ),
+    "save the documents as a list for --drop, or take the filter away.": (
+        "tests/unit/test_browse.py::test_a_list_of_a_selection_is_what_drop_takes_out"
+    ),
     "raise {}, in gigabytes, or make the view with --write where the sets lie.": (
         "tests/integration/test_remote_sets.py::test_a_view_of_more_than_the_cache_holds_is_refused"
     ),

@@ -124,6 +124,31 @@ def inspect(
         print_view(view, ids=ids)
 
 
+def browse(
+    a: Folder,
+    b: Annotated[
+        str | None, typer.Argument(metavar="OTHER", help="Another one, to look at both and at what differs.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port on this machine; 0: any that is free.")
+    ] = 0,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+) -> None:
+    """Look through a set in the browser: filter, search, read documents with their masks, follow findings.
+
+    The page is for this machine only, and for who has its address. Ctrl-C ends it.
+
+    Example: sftdata browse shards
+    Example: sftdata browse monday tuesday --port 8000 --no-open
+    """
+    from sftdata.browse.server import serve
+    from sftdata.browse.site import Site
+    from sftdata.show.view import open_shown
+
+    site = Site([open_shown(folder) for folder in (a, b) if folder is not None])
+    serve(site, port, show=show, tell=lambda line: print_line(line, err=True))
+
+
 def stats(
     folder: SetOrRows,
     tokenizer: Tokenizer = None,

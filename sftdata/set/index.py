@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,6 +337,7 @@ def rest_schema(weighted: bool, pictured: bool = False) -> pa.Schema:
     return pa.schema([*lists, *plain, *([("images", pa.list_(pa.int32()))] if pictured else [])])
 
 
+@cache
 def index_schema(weighted: bool) -> pa.Schema:
     """Return the schema of an index file."""
     import pyarrow as pa
@@ -423,13 +425,13 @@ def write_index(path: Path, index: Segments) -> SetFile:
     return write_file(path, schema, [pa.RecordBatch.from_arrays(columns, schema=schema)])
 
 
-def read_index(path: Path, weighted: bool = False) -> Segments:
-    """Map an index file.
+def read_index(path: Path, weighted: bool = False, *, mapped: bool = True) -> Segments:
+    """Map an index file, or read it; `mapped` as for `read_file`.
 
     Raises:
         IntegrityError: the file is no such file.
     """
-    batches = read_file(path, index_schema(weighted))
+    batches = read_file(path, index_schema(weighted), mapped=mapped)
     if len(batches) != 1:
         raise IntegrityError(f"{path}: {len(batches)} record batches; an index has one.", _AGAIN)
     batch = batches[0]

@@ -361,8 +361,11 @@ def write_file(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
     return SetFile(name=path.name, **msgspec.structs.asdict(write_atomic(path, write)))
 
 
-def read_file(path: Path, expected: pa.Schema) -> list[pa.RecordBatch]:
+def read_file(path: Path, expected: pa.Schema, *, mapped: bool = True) -> list[pa.RecordBatch]:
     """Map an Arrow IPC file and return its record batches, with their schema and their offsets checked.
+
+    Args:
+        mapped: else it is read, which is faster for a small file that is let go at once.
 
     Raises:
         IntegrityError: the file has other columns, holds nulls, or is damaged.
@@ -372,9 +375,10 @@ def read_file(path: Path, expected: pa.Schema) -> list[pa.RecordBatch]:
 
     try:
         # The views keep the mapping alive; closing gives back the descriptor: 10,000 shards can be open.
-        with pa.memory_map(str(path)) as file:
+        with (pa.memory_map if mapped else pa.OSFile)(str(path)) as file:
             # Nothing is decoded, so that threads would have nothing to do.
-            reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(use_threads=False))
+            whole = file if mapped else file.read_buffer()
+            reader = pa.ipc.open_file(whole, options=pa.ipc.IpcReadOptions(use_threads=False))
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
                 wanted = ", ".join(f"{f.name}: {f.type}" for f in expected)

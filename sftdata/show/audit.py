@@ -287,7 +287,8 @@ class _Checks:
             shown = ids[: None if self.every else EXAMPLES].tolist()
             places = tuple(self.shards.found_at(code, example_id) for example_id in shown)
             elsewhere = self.foreign is not None
-            yield make_finding(code, len(ids), len(self.documents), places, elsewhere=elsewhere, **slots)
+            found = make_finding(code, len(ids), len(self.documents), places, elsewhere=elsewhere, **slots)
+            yield replace(found, ids=ids)
 
     def _name(self, token_id: int) -> str:
         return visible(self.shards.vocabulary.text_of([token_id]))
@@ -335,4 +336,5 @@ def _counted(shards: ShownSet, every: bool) -> Iterator[Finding]:
             examples = listed[counter].tolist() if counter in listed else ledger.examples.get(counter, ())
             known = [example for example in examples if example < rows]
             places = tuple(map(shards.place, known))
-            yield make_finding(code, count, ledger.rows_in if KINDS[code].of == "row" else None, places)
+            total = ledger.rows_in if KINDS[code].of == "row" else None
+            yield replace(make_finding(code, count, total, places), ids=np.array(known, np.int64))

@@ -14,6 +14,7 @@ from sftdata.output import one_line
 from sftdata.set.store import write_atomic
 from sftdata.views.bases import open_bases
 from sftdata.views.plan import sources_of
+from sftdata.views.recipe import drop_line
 
 _SHOWN = 72  # characters of an excerpt on a terminal
 
@@ -106,9 +107,7 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
         index = bisect_right(sources, example, key=lambda source: source.first_id) - 1
         while not sources[index].rows:  # an empty file shares its first id with the next one
             index -= 1
-        named = f"{sources[index].name}:{example - sources[index].first_id + 1}"
-        plain = named == named.strip() and len(named.splitlines()) == 1 and not named.startswith("#")
-        lines.append(named if plain else str(example))  # as no line could hold such a name
+        lines.append(drop_line(sources[index].name, example - sources[index].first_id + 1, example))
     text = "".join(f"{line}\n" for line in dict.fromkeys(lines))
     write_atomic(path, lambda sink: sink.write(text.encode()))
     command = ["sftdata", "view", *folders.values(), "-o", "NEW", "--drop", str(path)]

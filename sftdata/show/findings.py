@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
+
+import numpy as np
+
+from sftdata.batches import Int64
 
 Severity = Literal["defect", "note"]
 
@@ -213,6 +217,7 @@ class Finding:
         of: what is counted, in the singular.
         share: `count` over all of these in the set; None where there is no total.
         examples: up to three, as file:line.
+        ids: int64[N], example ids of all; of what `prepare` counted only those of `examples`.
     """
 
     code: str
@@ -223,6 +228,7 @@ class Finding:
     of: str
     share: float | None = None
     examples: tuple[str, ...] = ()
+    ids: Int64 = field(default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False)
 
     @property
     def amount(self) -> str:
@@ -232,7 +238,8 @@ class Finding:
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data."""
-        return asdict(self) | {"examples": list(self.examples)}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "ids"}
+        return plain | {"examples": list(self.examples)}
 
 
 def make_finding(

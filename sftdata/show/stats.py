@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -236,11 +237,18 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar of a histogram: its height is a share of the highest."""
+    """One bar of a histogram: its height is a share of the highest.
+
+    Attributes:
+        link: where a click leads; "" for nowhere.
+        off: drawn faint, as what is filtered away.
+    """
 
     kind: str
     height: float
     title: str
+    link: str = ""
+    off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +258,7 @@ class Histogram:
     Attributes:
         ticks: place of a number below the bars, as a share of the width, and the number.
         limit: place of the line where rows are cut, as a share of the width; None without one.
+        unit: of these numbers.
     """
 
     bars: list[Bar]
@@ -257,6 +266,7 @@ class Histogram:
     ticks: list[tuple[float, int]]
     limit: float | None
     max_length: int | None
+    unit: str = ""
 
 
 def spread(parts: Sequence[Part]) -> list[Stretch]:
@@ -353,11 +363,17 @@ def _range(span: LengthBin) -> str:
     return f"{span.start:,}" if span.stop == span.start + 1 else f"{span.start:,}–{span.stop - 1:,}"
 
 
-def make_report(shards: ShownSet, findings: Sequence[Finding]) -> str:
-    """Return the report on a set as one self-contained page: no network, no script."""
+def make_report(
+    shards: ShownSet, findings: Sequence[Finding], template: str | Path = "report.html.jinja", **more: object
+) -> str:
+    """Return the report on a set as one self-contained page: no network, no script.
+
+    Args:
+        template: that extends the report, with what it needs beside.
+    """
     stats, manifest = measure(shards.manifest, measure_balance(shards)), shards.manifest
     return render(
-        "report.html.jinja",
+        template,
         name=shards.folder.resolve().name,
         stats=stats,
         manifest=manifest,
@@ -372,6 +388,7 @@ def make_report(shards: ShownSet, findings: Sequence[Finding]) -> str:
         findings=findings,
         view=shards.sample(),
         settings=json.dumps(manifest.settings, indent=2, ensure_ascii=False, sort_keys=True),
+        **more,
     )
 
 

@@ -165,3 +165,14 @@ def read_drops(path: Path) -> tuple[list[tuple[str, int]], list[int]]:
             )
         places.append((name, int(place))) if colon else ids.append(int(place))
     return places, ids
+
+
+def drop_line(name: str, row: int, example_id: int) -> str:
+    """Return a line of such a list: a place, or the id of a document whose source no line could name.
+
+    >>> drop_line("chats.jsonl", 17, 16), drop_line("# a", 17, 16)
+    ('chats.jsonl:17', '16')
+    """
+    named = f"{name}:{row}"
+    plain = named == named.strip() and len(named.splitlines()) == 1 and not named.startswith("#")
+    return named if plain else str(example_id)

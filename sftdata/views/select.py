@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import compress
@@ -28,7 +28,7 @@ from sftdata.views.choose import (
     within_cap,
 )
 from sftdata.views.documents import Documents, UInt64
-from sftdata.views.recipe import ViewConfig, read_drops
+from sftdata.views.recipe import FilterConfig, ViewConfig, read_drops
 
 _BLOCK_TOKENS = 1 << 22  # over-long documents are read in blocks of about so many tokens
 _STAYS = -1
@@ -183,15 +183,8 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         choice.keep("source", np.logical_or.reduce(named))
     for pattern in config.without:
         choice.keep("without", ~choice.named(pattern, setting="without"))
-    lengths = documents.lengths
-    if config.min_tokens is not None:
-        choice.keep("min-tokens", lengths >= config.min_tokens)
-    if config.max_tokens is not None:
-        choice.keep("max-tokens", lengths <= config.max_tokens)
-    if config.min_trained is not None:
-        choice.keep("min-trained", documents.trained >= read_share(config.min_trained) * lengths)
-    if config.max_trained is not None:
-        choice.keep("max-trained", documents.trained <= read_share(config.max_trained) * lengths)
+    for step, kept in within_bounds(config, documents.lengths, documents.trained):
+        choice.keep(step, kept)
     if config.drop is not None:
         choice.keep("drop", ~_dropped(choice, config))
     if config.dedup is not None:
@@ -205,6 +198,22 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256, processor)
         by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
+
+
+def within_bounds(config: FilterConfig, lengths: Int64 | Int32, trained: Int32) -> Iterator[tuple[str, Bool]]:
+    """Yield the name of each bound that a recipe sets, and the documents within it, bool[N].
+
+    Args:
+        lengths, trained: tokens and trained tokens of each document.
+    """
+    if config.min_tokens is not None:
+        yield "min-tokens", lengths >= config.min_tokens
+    if config.max_tokens is not None:
+        yield "max-tokens", lengths <= config.max_tokens
+    if config.min_trained is not None:
+        yield "min-trained", trained >= read_share(config.min_trained) * lengths
+    if config.max_trained is not None:
+        yield "max-trained", trained <= read_share(config.max_trained) * lengths
 
 
 def read_excluded(

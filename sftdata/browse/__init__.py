@@ -1,0 +1,1 @@
+"""A local page on which to look through finished sets: `sftdata browse`."""

@@ -1,0 +1,303 @@
+"""The pages of `sftdata browse`: what they select, count, find and link to, beside slow walks over rows and rest."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin
+
+import numpy as np
+import pytest
+import yaml
+
+import sftdata
+from sftdata.browse import reading
+from sftdata.browse import site as pages
+from sftdata.browse.catalog import BESIDE, IN_ROWS, SHARES, Catalog
+from sftdata.browse.query import Query
+from sftdata.browse.selection import select
+from sftdata.browse.site import Answer, Site
+from sftdata.errors import UsageError
+from sftdata.set.index import slice_number
+from sftdata.set.rows import SetFiles
+from sftdata.show.view import ShownSet, open_shown
+from sftdata.views.recipe import ViewConfig
+from tests.view_sets import chats, prepare, view, write_inputs, write_lines
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sets of every kind: cut, split and dropped documents, weights, several sources, views of both forms."""
+    folder = tmp_path_factory.mktemp("browse")
+    inputs = write_inputs(folder)
+    made = {}
+    layouts = {
+        "chats": {"overlong": "truncate", "max_length": 128},
+        "weighted": {"overlong": "split", "max_length": 96},
+        "texts": {"packing": "wrapped", "max_length": 128},
+        "rejects": {"overlong": "drop", "max_length": 128},
+        "filtered": {"packing": "none", "max_length": 256},
+        "tokens": {"overlong": "truncate-left", "max_length": 96},
+    }
+    for kind, layout in layouts.items():
+        files, options = inputs[kind]
+        made[kind] = folder / f"set-{kind}"
+        prepare(made[kind], files, **{**options, **layout})
+    made["view"] = folder / "view"
+    view(made["view"], made["chats"], mix={"a.jsonl": 1, "b.jsonl": 2}, passes=3, order="shuffled", max_length=64,
+         overlong="split", write=False)  # fmt: skip
+    return made
+
+
+def walked(shards: ShownSet) -> dict[int, dict[str, Any]]:
+    """Return what rows and rest hold of each document, token by token."""
+    found: dict[int, dict[str, Any]] = defaultdict(lambda: {"rows": set(), "rest": 0, "ids": {}})
+    starts = {}
+    files = SetFiles(shards.folder, shards.manifest)
+    for number in {slice_number(file.name) for file in shards.manifest.files} - {None}:
+        for part in files.rest(number):
+            for row, example in enumerate(part.example_ids.tolist()):
+                first, last = part.row_offsets[row : row + 2]
+                ids = part.input_ids[first:last].tolist()
+                starts.setdefault(example, []).append((int(part.offset[row]), ids))
+                found[example]["rest"] += 1
+    kept = defaultdict(list)
+    for number, row in enumerate(shards):
+        for document in row.documents():
+            kept[document.example_id].append(document.input_ids.tolist())
+            found[document.example_id]["rows"].add(number)
+    for example in found:
+        found[example]["tokens"] = sum(map(len, kept[example])) + sum(
+            len(ids) for _, ids in starts.get(example, ())
+        )
+        found[example]["pieces"] = kept[example] + [ids for _, ids in starts.get(example, ())]
+    return dict(found)
+
+
+KINDS = ("chats", "weighted", "texts", "rejects", "filtered", "tokens", "view")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_catalogue_knows_what_rows_and_rest_hold(sets: dict[str, Path], kind: str) -> None:
+    shards = open_shown(sets[kind])
+    catalog, known = Catalog(shards), walked(shards)
+    assert np.flatnonzero(catalog.state).tolist() == sorted(known)
+    for example, said in known.items():
+        assert catalog.length[example] == said["tokens"]
+        assert catalog.state[example] == IN_ROWS * bool(said["rows"]) + BESIDE * bool(said["rest"])
+    reader = reading.Reader(catalog)
+    for example in list(known)[::7]:
+        shown, rows = reader.document(example)
+        assert set(rows) == known[example]["rows"]
+        read = [[token for piece in part.pieces for token in piece.ids] for part in shown.documents]
+        assert sorted(read) == sorted(known[example]["pieces"])
+
+
+QUERIES = (
+    "", "min_tokens=40", "max_tokens=64", "min_tokens=20&max_tokens=90", "min_trained=30%25", "max_trained=0.5",
+    "min_trained=10%25&max_trained=60%25&min_tokens=30", "sources=a.jsonl", "sources=a.jsonl&sources=c*&min_tokens=50",
+    "without=b.jsonl&max_trained=40%25",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", QUERIES)
+def test_a_query_selects_the_documents_that_the_view_of_its_recipe_holds(
+    sets: dict[str, Path], asked: str, tmp_path: Path
+) -> None:
+    folder = sets["chats"]
+    catalog, query = Catalog(open_shown(folder)), Query.read(folder, asked)
+    chosen = select(catalog, query)
+    recipe = yaml.safe_load(query.as_yaml())
+    made = ViewConfig(output=tmp_path / "made", max_length=1 << 20, packing="none", **recipe)
+    sftdata.view(**{name: getattr(made, name) for name in made.model_fields_set})
+    held = {one.example_id for row in sftdata.open(tmp_path / "made") for one in row.documents()}
+    listed = set(chosen.ids(0, len(catalog)))
+    untrained = {one for one in listed if not catalog.trained[one]}  # a view drops them when it packs
+    assert listed - untrained == held
+    assert len(chosen) == len(listed)
+    assert chosen.tokens == catalog.length[sorted(listed)].sum()
+
+
+@pytest.mark.parametrize("kind", ["chats", "texts", "view"])
+@pytest.mark.parametrize("asked", ["", "min_tokens=20&max_trained=75%25", "state=cut"])
+def test_a_bar_counts_what_a_click_on_it_selects(sets: dict[str, Path], kind: str, asked: str) -> None:
+    site = Site([open_shown(sets[kind])])
+    text = got(site, f"1/?{asked}")
+    bars = re.findall(r'<a class="trained[^>]*href="([^"]+)"[^>]*title="[^"]*?: ([\d,]+) examples"', text)
+    assert bars or (kind, asked) == ("texts", "state=cut")
+    for link, count in bars:
+        listed = got(site, address_of(link))
+        assert re.search(r"<h2>([\d,]+)", listed)[1] == count, link
+
+
+def got(site: Site, address: str, status: int = 200) -> str:
+    """Return a page as text."""
+    found = answered(site, address)
+    assert found.status == status, found.body[-300:]
+    return found.body.decode()
+
+
+def address_of(link: str) -> str:
+    """Return where a link of the list leads, as a browser reads it."""
+    return urljoin("/TOP/1/", html.unescape(link)).removeprefix("/TOP/")
+
+
+def answered(site: Site, address: str) -> Answer:
+    path, _, asked = address.partition("?")
+    return site.answer("/TOP", unquote(path), asked)
+
+
+def test_all_documents_are_on_the_pages_once_and_every_link_leads_somewhere(
+    sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "A_PAGE", 20)
+    for kind in ("rejects", "view"):
+        site = Site([open_shown(sets[kind])])
+        seen: list[str] = []
+        todo, done = ["1/"], set()
+        while todo:
+            address = todo.pop()
+            done.add(address)
+            text = got(site, address)
+            if re.match(r"1/(\?page=\d+)?$", address):
+                seen += re.findall(r"/TOP/1/document/(\d+)\?", text)
+            links = {address_of(link) for link in re.findall(r'href="([^"]+)"', text)}
+            links = {
+                one
+                for one in links
+                if not re.search(r"tokens=|trained=|yaml|txt|sources=|document/\d*[1-9]\b", one)
+            }
+            todo += sorted(links - done - set(todo))
+        assert sorted(map(int, seen)) == sorted(walked(open_shown(sets[kind])))
+        assert {"1/findings", "1/left-out", "1/report", "1/row/0"} <= done
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("chats", 500), ("weighted", 1), ("view", 10_000)])
+def test_a_search_finds_every_document_that_holds_the_text_however_little_a_page_looks_through(
+    sets: dict[str, Path], kind: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SEARCHED", budget)
+    monkeypatch.setattr(reading, "_TOGETHER", 8)
+    shards = open_shown(sets[kind])
+    catalog = Catalog(shards)
+    reader, chosen = reading.Reader(catalog), select(catalog, Query.read(sets[kind], "min_tokens=70"))
+    texts = {
+        example: "".join(map(shards.vocabulary.text_of, walked_in_order(reader, example))).casefold()
+        for example in chosen.ids(0, len(catalog))
+    }
+    for text in ("lazy DOG", "stars", "<|im_start|>", "nothing of the kind"):
+        found, after = [], -1
+        while after is not None:
+            page = reader.search(chosen, text, after, most=7)
+            found += [line.example_id for line in page.lines]
+            assert page.after is None or page.after > after
+            after = page.after
+        assert found == [example for example, whole in texts.items() if text.casefold() in whole]
+        assert page.looked == len(chosen)
+
+
+def walked_in_order(reader: reading.Reader, example: int) -> Iterator[list[int]]:
+    for part in reader.document(example)[0].documents:
+        yield [token for piece in part.pieces for token in piece.ids]
+
+
+def test_a_list_of_a_selection_is_what_drop_takes_out(sets: dict[str, Path], tmp_path: Path) -> None:
+    site = Site([open_shown(sets["chats"])])
+    asked = "min_tokens=60&sources=b.jsonl"
+    listed = got(site, f"1/list.txt?{asked}")
+    (tmp_path / "drop.txt").write_text(listed)
+    options = {"max_length": 1 << 20, "packing": "none"}
+    sftdata.view(sets["chats"], output=tmp_path / "rest", drop=tmp_path / "drop.txt", **options)
+    held = {one.example_id for row in sftdata.open(tmp_path / "rest") for one in row.documents()}
+    catalog = Catalog(open_shown(sets["chats"]))
+    dropped = set(select(catalog, Query.read(sets["chats"], asked)).ids(0, len(catalog)))
+    assert dropped
+    assert held == {one for one in np.flatnonzero(catalog.state).tolist() if catalog.trained[one]} - dropped
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("1/?min_token=3", "min_tokens"),
+        ("1/?min_tokens=3&min_tokens=4", "given 2 times"),
+        ("1/?min_tokens=three", "'three'"),
+        ("1/?max_trained=120%25", "100%"),
+        ("1/?sources=z.jsonl", "no source of that name"),
+        ("1/?state=lost", "rows, cut, dropped"),
+        ("1/?finding=double-bos", "no double-bos was found"),
+        ("1/?page=-1", "expected a number"),
+        ("1/recipe.yaml?state=cut&text=a", "state, text: no recipe"),
+        ("1/list.txt?text=a", "lists nothing"),
+        ("1/document/99999", "no document 99999"),
+        ("1/row/99999", "the set has rows 0 to"),
+        ("1/left-out?why=bad-luck", "nothing was left out for bad-luck"),
+        ("1/../../etc/passwd", "no such page"),
+        ("2/", "no such page"),
+        ("diff", "no such page"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_in_a_line_that_says_why(
+    sets: dict[str, Path], address: str, said: str
+) -> None:
+    text = got(Site([open_shown(sets["chats"])]), address, 404)
+    assert said in html.unescape(text)
+    assert "Traceback" not in text
+
+
+def test_a_set_of_the_first_format_is_refused_by_name(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "sets"
+    old = next((path for path in sorted(folder.iterdir()) if "1" in path.name and path.is_dir()), None)
+    assert old is not None
+    with pytest.raises(UsageError, match="format version 1, without an index"):
+        Catalog(open_shown(old))
+
+
+def test_rows_left_out_are_listed_with_their_reasons(sets: dict[str, Path]) -> None:
+    shards = open_shown(sets["rejects"])
+    ledger, site = shards.manifest.ledger, Site([shards])
+    for why, count in (ledger.rows_rejected | ledger.rows_dropped).items():
+        text = got(site, f"1/left-out?why={why}")
+        assert len(re.findall(rf'<em class="(?:rejected|dropped)">{why}</em>', text)) == count
+    linked = re.findall(r"/TOP/1/document/(\d+)\"", got(site, "1/left-out?why=over-long"))
+    assert len(linked) == ledger.rows_dropped["over-long"]
+    assert "in no row: over-long" in got(site, f"1/document/{linked[0]}")
+
+
+def test_each_finding_leads_to_all_its_examples(tmp_path: Path) -> None:
+    rows = [
+        *chats(40, 5),
+        *(
+            {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b " * 300}]}
+            for _ in range(5)
+        ),
+    ]
+    prepare(tmp_path / "set", [write_lines(tmp_path / "rows.jsonl", rows)], max_length=128)
+    shards = open_shown(tmp_path / "set")
+    site, found = Site([shards]), sftdata.audit(tmp_path / "set", every=True)
+    text = got(site, "1/findings")
+    counted = [one for one in found if one.examples]
+    assert len(counted) > 1
+    for finding in counted:
+        assert f"/TOP/1/?finding={finding.code}" in text
+        listed = got(site, f"1/?finding={finding.code}")
+        places = re.findall(r'<span class="about"><b>([^<]+)</b>', listed)
+        assert places == sorted(finding.examples, key=lambda one: int(one.rpartition(":")[2]))[:50]
+
+
+def test_two_sets_are_shown_beside_each_other(sets: dict[str, Path]) -> None:
+    site = Site([open_shown(sets["chats"]), open_shown(sets["view"])])
+    text = got(site, "diff")
+    assert "What differs" in text
+    assert got(site, "2/") != got(site, "1/")
+    for link in re.findall(r'href="(/TOP/[12]/document/\d+)"', text):
+        got(site, link.removeprefix("/TOP/"))
+
+
+def test_shares_are_sixteenths_whose_edges_a_recipe_can_say_exactly() -> None:
+    for number in range(SHARES):
+        share = float(f"{100 * number / SHARES:.6g}") / 100
+        assert share == number / SHARES
