@@ -25,6 +25,7 @@ from sftdata.errors import UsageError, did_you_mean
 from sftdata.output import local_output
 from sftdata.settings import Layer, answer, load_settings, read_settings_file
 
+WINDOW = 64  # shards, of sets behind URLs
 # Our defaults where they differ from transformers'; each can be set back.
 TRAINING_DEFAULTS: dict[str, object] = {
     "per_device_train_batch_size": 1,  # a packed row is a batch of its own
@@ -83,6 +84,12 @@ class TrainConfig(BaseModel):
     )
     mix_by: MixBy = "trained"
     passes: float | None = Field(None, gt=0, description="How often a run may go through a set, at most.")
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="Shuffle rows in a window of so many shards that moves through each set; default:"
+        f" {WINDOW} for sets behind URLs, else over the whole set.",
+    )
     new_leg: bool = Field(
         False, description="Let a run go on with other sets, weights or shares than it had so far."
     )

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet
+from sfttrain.ahead import windows_of
 from sfttrain.config import TrainConfig
 from sfttrain.contents import Contents
 from sfttrain.process import counted, share_of_rows
-from sfttrain.schedule import Mixture, Order, Passes, Schedule
+from sfttrain.schedule import Mixture, Order, Passes, Schedule, Window
 from sfttrain.seen import Account
 from sfttrain.stored import stored_schedule
 
@@ -40,21 +41,29 @@ def make_order(
     """
     seed = args.seed if args.data_seed is None else args.data_seed
     shuffle = args.train_sampling_strategy != "sequential"
+    stored, note = stored_schedule(config, [opened.manifest for opened in sets], sizes, args)
+    windows = windows_of(config, sets, sizes) if shuffle and sets and stored is None else ()
     if shares := config.set_shares():
         amounts = [part.amounts(config.mix_by) for part in contents]
-        schedule: Schedule = Mixture(amounts, shares, seed=seed, shuffle=shuffle)
+        schedule: Schedule = Mixture(amounts, shares, seed=seed, shuffle=shuffle, windows=windows)
     else:
-        schedule = Passes(sizes, config.set_weights or (1.0,), seed=seed, shuffle=shuffle)
-    stored, note = stored_schedule(config, [opened.manifest for opened in sets], sizes, args)
+        weights = config.set_weights or (1.0,)
+        schedule = stored or Passes(sizes, weights, seed=seed, shuffle=shuffle, windows=windows)
     rank, ranks = share_of_rows(args)
     return Order(
-        stored or schedule,
+        schedule,
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         rank=rank,
         ranks=ranks,
-        note=note,
+        note=note or _windows_note(windows),
     )
+
+
+def _windows_note(windows: Sequence[Window | None]) -> str:
+    """Say that rows are not shuffled over the whole."""
+    shown = [window.shards for window in windows if window is not None and window.shards < len(window.edges)]
+    return f"order: shuffled in a window of {max(shown):,} shards that moves through the set" if shown else ""
 
 
 def total_steps(args: TrainingArguments, order: Order) -> int:

@@ -95,6 +95,10 @@ def _refuse_data(config: TrainConfig, args: TrainingArguments, data: object) -> 
         raise UsageError(
             "log_documents: rows of a dataset have no file and line.", "train on sets, or leave it out."
         )
+    sequential = args.train_sampling_strategy == "sequential"
+    if config.window is not None and (data is not None or sequential):
+        why = "rows are not shuffled, by train_sampling_strategy" if sequential else "a dataset has no shards"
+        raise UsageError(f"window={config.window}: {why}.", "leave it out.")
     if data is not None and config.passes is not None:
         raise UsageError(
             "passes: bounds how often a set is gone through; this is a dataset of rows.",

@@ -59,7 +59,7 @@ MAY_CHANGE = frozenset({
     "per_device_train_batch_size", "gradient_accumulation_steps",
 })  # fmt: skip
 # What a new leg may have of its own.
-LEG = frozenset({"sets", "weights", "mix", "mix_by", "rows", "chat_template"})
+LEG = frozenset({"sets", "weights", "mix", "mix_by", "rows", "window", "chat_template"})
 _TOLD = ("sets", "weights", "mix", "mix_by")  # of these; the others follow from them
 _OF_EACH_SET = ("tokenizer", "chat_template")  # compared whatever the number of sets is
 _DIGEST = 12
@@ -67,7 +67,7 @@ _DIGEST = 12
 _NOT_COMPARED = frozenset({
     "sets", "weights", "mix", "mix_by", "new_leg", "model", "init_from_config", "lora", "adapter", "eval",
     "training", "output", "sample", "overwrite", "prove_again", "push_to_hub", "trust_remote_code", "use_cpu",
-    "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
+    "window", "dataloader_pin_memory", "disable_tqdm", "output_dir", "local_rank", "bf16", "fp16",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # older names; the new ones are compared,
 })  # fmt: skip
 _LABELS = {

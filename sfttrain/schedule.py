@@ -12,7 +12,7 @@ same global batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,33 @@ FILLER = -1
 _PASSES_KEPT = 4
 
 
+class Window(NamedTuple):
+    """Shards among which rows are shuffled: a window that moves through a set.
+
+    It begins with one shard and grows by one at a time, until it is as wide as it may be: the first rows of a
+    run wait for a single shard.
+
+    Attributes:
+        edges: int64[S + 1], rows where shards begin.
+        shards: how wide it may be.
+
+    >>> Window(np.array([0, 3, 6, 9]), 2).order(np.arange(9), np.random.default_rng(0)).tolist()
+    [4, 5, 3, 1, 0, 6, 8, 7, 2]
+    """
+
+    edges: Int64
+    shards: int
+
+    def order(self, rows: Int64, generator: np.random.Generator) -> Int64:
+        """Return rows in an order that is drawn."""
+        place = generator.permutation(len(self.edges) - 1)[
+            np.searchsorted(self.edges, rows, side="right") - 1
+        ]
+        keys = place + generator.random(len(rows)) * np.minimum(place + 1, self.shards)
+        drawn: Int64 = rows[np.argsort(keys, kind="stable")]
+        return drawn
+
+
 class Schedule(Protocol):
     """Rows are numbered through all sets, in their order; a step takes `batch` of them.
 
@@ -32,6 +59,7 @@ class Schedule(Protocol):
         seed: of every draw.
         shuffle: False keeps the order at rest.
         leg: first step of the leg of the run, which draws rows in other orders than the legs before.
+        windows: in which the rows of each set are shuffled; None for over the whole.
         by_rank: whether the rows of a step come rank after rank; else micro-batch after micro-batch.
     """
 
@@ -39,6 +67,7 @@ class Schedule(Protocol):
     seed: int
     shuffle: bool
     leg: int
+    windows: tuple[Window | None, ...]
     by_rank: bool
 
     def steps_per_epoch(self, batch: int) -> int:
@@ -58,15 +87,18 @@ class Passes:
         sizes: rows of each set.
         weights: passes over each in one epoch; 1 shows every row exactly once, 0.5 another half each epoch.
         seed, shuffle: see `Schedule`.
+        windows: in which the rows of each set are shuffled; None, or nothing at all, for over the whole.
 
     >>> Passes([3, 2], [1, 1], seed=0, shuffle=False).rows(0, 3, 2).tolist()
     [0, 1, 2, 3, 4, -1]
     """
 
     def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, shuffle: bool = True
-    ) -> None:
+        self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, shuffle: bool = True,
+        windows: Sequence[Window | None] = (),
+    ) -> None:  # fmt: skip
         self.sizes, self.weights, self.seed, self.shuffle = list(sizes), list(weights), seed, shuffle
+        self.windows = tuple(windows) or (None,) * len(self.sizes)
         self.leg, self.by_rank = 0, False
 
     @property
@@ -96,7 +128,13 @@ class Passes:
             [start + rows for start, rows in zip(_starts(self.sizes), chosen, strict=True)]
         )
         if self.shuffle and len(self.sizes) > 1:
-            self._generator(epoch, len(self.sizes)).shuffle(order)
+            generator = self._generator(epoch, len(self.sizes))
+            if not any(self.windows):
+                generator.shuffle(order)
+                return order
+            which = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+            generator.shuffle(which)
+            order[np.argsort(which, kind="stable")] = order.copy()  # each set's rows stay in their order
         return order
 
     def seen(self, steps: int, batch: int) -> list[Int64]:
@@ -120,8 +158,11 @@ class Passes:
         passes = [np.empty(0, np.int64), *[np.arange(size, dtype=np.int64)] * whole]
         if part:
             passes.append(self._ring(index)[(epoch * part + np.arange(part)) % size])
+        generator, window = self._generator(epoch, index), self.windows[index]
+        if self.shuffle and window is not None:
+            return np.concatenate([window.order(rows, generator) for rows in passes])
         rows = np.concatenate(passes)
-        return self._generator(epoch, index).permutation(rows) if self.shuffle else rows
+        return generator.permutation(rows) if self.shuffle else rows
 
     def _ring(self, index: int) -> Int64:
         size = self.sizes[index]
@@ -144,16 +185,19 @@ class Mixture:
             1, so that it has a place too.
         shares: of the sets, in any unit.
         seed, shuffle: see `Schedule`.
+        windows: as for `Passes`.
 
     >>> Mixture([np.ones(4), np.ones(4)], [3, 1], seed=0, shuffle=False).rows(0, 4, 2).tolist()
     [0, 1, 4, 2, 3, 0, 5, 1]
     """
 
     def __init__(
-        self, amounts: Sequence[Int64], shares: Sequence[float], *, seed: int, shuffle: bool = True
-    ) -> None:
+        self, amounts: Sequence[Int64], shares: Sequence[float], *, seed: int, shuffle: bool = True,
+        windows: Sequence[Window | None] = (),
+    ) -> None:  # fmt: skip
         self.sizes, self.seed, self.shuffle, self.leg = [len(part) for part in amounts], seed, shuffle, 0
         self.by_rank = False
+        self.windows = tuple(windows) or (None,) * len(self.sizes)
         self._amounts = [np.maximum(part, 1).astype(np.int64) for part in amounts]
         self._wholes = [int(part.sum()) for part in self._amounts]
         self._shares = [share / sum(shares) for share in shares]
@@ -217,7 +261,9 @@ class Mixture:
         if key not in self._kept:
             size, whole = self.sizes[index], self._wholes[index]
             generator = _generator(self.seed, number, index, self.leg)
-            order = (generator.permutation(size) if self.shuffle else np.arange(size)).astype(np.int64)
+            order, window = np.arange(size, dtype=np.int64), self.windows[index]
+            if self.shuffle:
+                order = generator.permutation(order) if window is None else window.order(order, generator)
             amounts = self._amounts[index][order]
             due = (number * whole + np.cumsum(amounts) - amounts / 2) / self._shares[index]
             for old in [old for old in self._kept if old[0] == index][: 1 - _PASSES_KEPT]:
@@ -247,6 +293,11 @@ class Order:
     ) -> None:  # fmt: skip
         self.schedule, self.epoch, self.note = schedule, 0, note
         self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
+
+    @property
+    def window(self) -> int | None:
+        """Shards of the widest window in which rows are shuffled; None without."""
+        return max((window.shards for window in self.schedule.windows if window is not None), default=None)
 
     def begin_at(self, step: int) -> None:
         """Let the schedule begin at a step of the run: what came before was trained on other data."""

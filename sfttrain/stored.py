@@ -160,6 +160,8 @@ def _misfit(steps: Steps, args: TrainingArguments) -> str:
 
 def _not_alone(config: TrainConfig, manifests: Sequence[Manifest], sizes: Sequence[int]) -> str:
     """Return why the order of a set cannot be that of the run; empty where it can."""
+    if config.window is not None:
+        return f"window={config.window}"
     if len(manifests) > 1 or config.mix:
         return "it is trained by shares" if config.mix else "it is trained with other sets"
     if config.set_weights not in ((), (1.0,)):

@@ -14,6 +14,7 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
+from sfttrain.ahead import FetchAhead
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import Choice, choose_attention, register_attention
 from sfttrain.compiling import (
@@ -176,6 +177,7 @@ def _assemble(
             TrainLog(config.output / LOG_NAME),
             Progress(),
             *samples,
+            *([FetchAhead(sets, order)] if order is not None and order.window else []),
             *cast("Sequence[TrainerCallback]", objects.pop("callbacks", ())),
         ],
         **objects,
@@ -405,6 +407,7 @@ def _planned(order: Order | None, plan: Plan) -> checkpoint.Identity:
     return {
         "data_seed": order.schedule.seed if order else None,
         "shuffle": order.schedule.shuffle if order else False,
+        "window": order.window if order else None,
         "rows": order.schedule.sizes if order else None,
         "unpack": plan.unpack,
     }

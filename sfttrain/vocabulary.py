@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
+from sftdata.set.local import origin
 from sftdata.set.opened import ShardSet
 from sftdata.set.rows import PackedRow
 from sftdata.vocabulary import read_added_tokens
@@ -148,8 +149,9 @@ def _control_tokens(opened: ShardSet) -> set[int]:
 
 
 def _sample(opened: ShardSet) -> Iterator[PackedRow]:
-    """Rows spread over a set."""
-    for index in np.unique(np.linspace(0, len(opened) - 1, min(len(opened), _SAMPLE_ROWS)).astype(np.int64)):
+    """Rows spread over a set; of one behind a URL over its first shard, which is soon there."""
+    count = len(opened) if origin(opened.folder) is None else opened.manifest.shards[0].rows
+    for index in np.unique(np.linspace(0, count - 1, min(count, _SAMPLE_ROWS)).astype(np.int64)):
         yield opened[int(index)]
 
 

@@ -117,6 +117,21 @@ def served() -> Iterator[Web]:
         server.server_close()
 
 
+def serve(web: Web, folder: Path, at: str = "set") -> str:
+    """Put a set on the server; return its URL."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            web.files[f"{at}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    return f"{web.url}/{at}"
+
+
+def arrows(web: Web) -> dict[str, int]:
+    """How often each shard was asked for."""
+    return {
+        name.rpartition("/")[2]: times for name, times in web.asked.items() if "/shard-" in name and times
+    }
+
+
 class Counter:
     """Passes connections on to a server, and counts what that sends."""
 

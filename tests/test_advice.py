@@ -352,6 +352,9 @@ ELSEWHERE: dict[str, str] = {
     "save the documents as a list for --drop, or take the filter away.": (
         "tests/unit/test_browse.py::test_a_list_of_a_selection_is_what_drop_takes_out"
     ),
+    "raise {}, in gigabytes, or --set window=N for N shards.": (
+        "tests/integration/test_train_remote.py::test_a_window_larger_than_the_cache_is_refused"
+    ),
     "raise {}, in gigabytes, or make the view with --write where the sets lie.": (
         "tests/integration/test_remote_sets.py::test_a_view_of_more_than_the_cache_holds_is_refused"
     ),

@@ -18,7 +18,8 @@ import os
 import posixpath
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -96,10 +97,9 @@ def local_folder(place: str | Path) -> Path:
 
 def origin(folder: Path) -> str | None:
     """Return the URL of the set behind a mirror; None for any other folder."""
-    try:
-        _, scheme, *rest = folder.relative_to(_root()).parts
-    except ValueError:
+    if "/sets/" not in str(folder) or not folder.is_relative_to(_root()):
         return None
+    _, scheme, *rest = folder.relative_to(_root()).parts
     return f"{scheme}://{'/'.join(rest)}"
 
 
@@ -260,6 +260,18 @@ def fetch(folder: Path, files: Iterable[SetFile]) -> None:
         return
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(partial(_fetch, folder), files))
+
+
+def fetch_beside(folder: Path, files: Sequence[SetFile]) -> None:
+    """Begin to fetch files of a mirror, in the background; what fails here fails again where it is needed."""
+
+    def work() -> None:
+        with suppress(SftError):
+            for file in files:
+                _fetch(folder, file)
+
+    if files:
+        threading.Thread(target=work, daemon=True).start()
 
 
 def still_there(path: Path) -> bool:

@@ -14,7 +14,7 @@ from sftdata.errors import IntegrityError, need, place
 from sftdata.set.held import Watch
 from sftdata.set.images import StoredPictures
 from sftdata.set.index import slice_number
-from sftdata.set.local import local_folder, named, origin, still_there
+from sftdata.set.local import fetch_beside, local_folder, named, origin, still_there
 from sftdata.set.manifest import Manifest, SourceInfo, read_manifest
 from sftdata.set.rows import PackedRow, SetFiles, Shard
 from sftdata.set.shards import as_batch, refuse_unlawful, shard_schema
@@ -40,6 +40,7 @@ class ShardSet(Sequence[PackedRow]):
         self.manifest = manifest
         self._lawful = lawful
         self._mirrors = origin(folder) is not None
+        self._after: dict[int, Sequence[int]] = {}
         self._watch = Watch(folder, manifest.digest)
         self._files = SetFiles(folder, manifest)
         self._ends = list(accumulate(shard.rows for shard in manifest.shards))
@@ -108,8 +109,19 @@ class ShardSet(Sequence[PackedRow]):
             self._stored[number] = self._files.pictures(number)
         return self._stored[number]
 
+    def expect(self, shards: Sequence[int], ahead: int = 1) -> None:
+        """Say in what order shards are needed; of a set behind a URL they are fetched before.
+
+        Args:
+            shards: by number, each once.
+            ahead: how many before the one that is read.
+        """
+        if self._mirrors:
+            self._after = {one: shards[at + 1 : at + 1 + ahead] for at, one in enumerate(shards)}
+
     def batches(self) -> Iterator[PackedRows]:
         """Yield the columns of the set, one record batch after the other."""
+        self.expect(range(len(self.manifest.shards)))
         for index in range(len(self.manifest.shards)):
             yield from self._shard(index).batches
 
@@ -185,6 +197,7 @@ class ShardSet(Sequence[PackedRow]):
         self.refuse_replaced()  # first, or what is missing for that reason would be called damaged
         info, path = self.manifest.shards[index], self._path(index)
         mapped = self._files.rows(info)
+        fetch_beside(self.folder, [self.manifest.shards[one] for one in self._after.get(index, ())])
         if self._mirrors:
             self._mapped = {other: held for other, held in self._mapped.items() if self._path(other).exists()}
         if len(mapped) != info.rows:

@@ -17,7 +17,7 @@ from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.set import local
 from sftdata.set.opened import open_set
 from sftdata.sources import remote
-from tests.remote_stores import Web, need_packages, served
+from tests.remote_stores import Web, arrows, need_packages, serve, served
 from tests.torture.runs import TOKENIZER, write_chats
 from tests.train_sets import make_set
 from tests.waiting import HANGS
@@ -55,21 +55,6 @@ def web(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0))
     with served() as web:
         yield web
-
-
-def serve(web: Web, folder: Path, at: str = "set") -> str:
-    """Put a set on the server; return its URL."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            web.files[f"{at}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
-    return f"{web.url}/{at}"
-
-
-def arrows(web: Web) -> dict[str, int]:
-    """How often each shard was asked for."""
-    return {
-        name.rpartition("/")[2]: times for name, times in web.asked.items() if "/shard-" in name and times
-    }
 
 
 def rows_of(place: str | Path) -> list[list[int]]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sfttrain.schedule import FILLER, Mixture, Order, Passes, Schedule
+from sfttrain.schedule import FILLER, Mixture, Order, Passes, Schedule, Window
 
 SHAPES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
 
@@ -206,3 +206,75 @@ def test_a_leg_draws_its_own_order() -> None:
         before = schedule.rows(0, 20, 2).tolist()
         schedule.leg = 20
         assert schedule.rows(0, 20, 2).tolist() != before
+
+
+# --------------------------------------------------------------------------------------------------- windows
+
+
+def shards_of(rows: np.ndarray, window: Window) -> np.ndarray:
+    return np.searchsorted(window.edges, rows, side="right") - 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 64])
+@pytest.mark.parametrize("each", [1, 7, 100])
+def test_a_window_moves_through_all_shards_and_is_never_wider_than_it_may_be(width: int, each: int) -> None:
+    window, shards = Window(np.arange(0, 40 * each + 1, each), width), 40
+    rows = window.order(np.arange(shards * each), np.random.default_rng(3))
+    assert sorted(rows.tolist()) == [*range(shards * each)]
+    shard = shards_of(rows, window)
+    first = {one: int(np.flatnonzero(shard == one)[0]) for one in range(shards)}
+    last = {one: int(np.flatnonzero(shard == one)[-1]) for one in range(shards)}
+    for place in range(len(rows)):
+        assert sum(first[one] <= place <= last[one] for one in range(shards)) <= width + 1
+    assert len(set(shard[:each].tolist())) == 1, "the first rows wait for one shard"
+    assert width == 1 or each == 1 or len(set(shard[-3 * each :].tolist())) > 3, "nothing is shuffled"
+
+
+def test_the_first_batch_of_a_thousand_shards_takes_one_of_them() -> None:
+    window = Window(np.arange(0, 1001 * 64, 64), 64)
+    order = Order(Passes([64_000], [1.0], seed=1, windows=[window]), batch_size=8)
+    assert len({*shards_of(np.array(next(iter(order))), window).tolist()}) == 1
+
+
+def test_windows_change_with_the_epoch_and_the_seed_alone() -> None:
+    window = Window(np.array([0, 3, 10, 11, 20]), 2)
+    draws = [
+        Passes([20], [1.0], seed=seed, windows=[window]).epoch(epoch).tolist()
+        for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+    ]
+    assert draws[0] == draws[1]
+    assert len({*map(tuple, draws)}) == 3
+    assert {*map(tuple, map(sorted, draws))} == {tuple(range(20))}
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_sets_in_windows_are_mixed_and_each_keeps_its_own_order(shares: bool) -> None:
+    windows, sizes = [Window(np.arange(0, 101, 10), 2), None], [100, 100]
+    schedule: Schedule
+    if shares:
+        schedule = Mixture([np.ones(100, np.int64)] * 2, [1, 1], seed=4, windows=windows)
+    else:
+        schedule = Passes(sizes, [1.0, 1.0], seed=4, windows=windows)
+    rows = schedule.rows(0, 25, 8)
+    assert sorted(rows.tolist()) == [*range(200)]
+    shard = shards_of(rows[rows < 100], windows[0])
+    edges = [np.flatnonzero(shard == one)[[0, -1]] for one in range(10)]
+    open_at_once = [sum(first <= place <= last for first, last in edges) for place in range(100)]
+    assert max(open_at_once) <= 3
+    assert 20 <= int((rows[:100] < 100).sum()) <= 80, "one set comes after the other"
+
+
+def test_a_set_without_windows_is_drawn_as_ever() -> None:
+    """The orders of earlier versions, by which runs resume."""
+    assert Passes([6, 3], [1.0, 1.0], seed=9).epoch(1).tolist() == [3, 2, 5, 4, 7, 1, 8, 0, 6]
+    assert Mixture([np.ones(6), np.ones(3)], [2, 1], seed=9).rows(0, 3, 3).tolist() == [
+        3,
+        8,
+        5,
+        2,
+        7,
+        4,
+        0,
+        6,
+        1,
+    ]

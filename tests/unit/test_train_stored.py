@@ -132,6 +132,7 @@ def _chosen(
             {
                 "set_weights": (1.0,) * sets,
                 "mix": {},
+                "window": None,
                 "training": {"train_sampling_strategy": strategy} if strategy else {},
             }
             | config
@@ -158,6 +159,7 @@ def test_a_set_without_an_order_is_shuffled_and_nothing_said(view: dict[str, Any
         (STORED, {"set_weights": (0.5,)}, "steps for 4 ranks x 2 rows (an epoch is 0.5 passes over it)"),
         (STORED, {"size": 90}, "steps for 4 ranks x 2 rows (its documents are trained alone)"),
         (STORED, {"mix": {"a": 1}}, "steps for 4 ranks x 2 rows (it is trained by shares)"),
+        ({"order": "length"}, {"window": 3}, "bands by length (window=3)"),
         ({"order": "length"}, {"strategy": "random"}, "bands by length (train_sampling_strategy=random)"),
         (STORED | {"order": "windows"}, {"sets": 3},
          "steps for 4 ranks x 2 rows in windows of shards (it is trained with other sets)"),
