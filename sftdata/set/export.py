@@ -1,6 +1,7 @@
 """Write a finished set as other trainers take tokenized rows, without a token or a label gained or lost.
 
-    datasets         folder for datasets.load_from_disk: axolotl, LLaMA-Factory's tokenized_path, TRL
+    datasets         folder for datasets.load_from_disk: axolotl, LLaMA-Factory's tokenized_path, TRL;
+                     of a set with pictures with these as Image features, in `images`
     token-rows       Parquet, input_ids and loss_mask: SkyRL, Akka
     verl, nemo-rl    the same, and rows.py, which gives these rows to verl's trainer or NeMo-RL's
     tinker           JSON lines: input_tokens, target_tokens and weights of a Datum: NeMo Automodel, too
@@ -16,17 +17,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of, positions_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
+from sftdata.set.images import StoredPictures, picture_bytes
 from sftdata.set.ledger import REJECTS_NAME
-from sftdata.set.manifest import MANIFEST_NAME, refuse_pictures
+from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import Sink, explained, held_alone, sync_folder, write_atomic
 from sftdata.set.verify import damaged_bases, damaged_files
@@ -82,6 +84,7 @@ class _Part:
         offsets: int64[N + 1], of the rows.
         starts: int64[D], first token of each document within its row.
         documents: int64[N], how many each row has.
+        pictures: of the rows; None without.
     """
 
     input_ids: Int32
@@ -90,6 +93,16 @@ class _Part:
     offsets: Int64
     starts: Int64
     documents: Int64
+    pictures: _Pictures | None = None
+
+
+class _Pictures(NamedTuple):
+    """Pictures of rows: sidecar, numbers there, int64[N + 1], where those of each row begin, their folder."""
+
+    stored: StoredPictures | None
+    numbers: Int32
+    offsets: Int64
+    folder: Path
 
 
 def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
@@ -107,7 +120,9 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
     if to not in get_args(Target):
         raise UsageError(f"--to {to}: no such format.", f"choose one of {', '.join(get_args(Target))}.")
     opened, output = open_set(folder), behind_links(Path(output))
-    refuse_pictures(opened.folder, opened.manifest)
+    if opened.manifest.pictured and to != "datasets":
+        what = f"{folder}: a set with pictures, which the rows of {to} have no place for: they are ids alone."
+        raise UsageError(what, "--to datasets")
     if opened.manifest.weighted and to != "tinker":
         raise UsageError(
             f"{folder}: its tokens have weights, which {to} cannot carry.",
@@ -152,10 +167,12 @@ def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
     files: list[str] = []
     for batches in _gathered(opened):
         parts = []
-        for batch in batches:
+        for batch, stored in batches:
             batch, lost = _without_firsts(batch)
             firsts += lost
             part, untrained = _packed(batch) if to == "megatron-bridge" else _documents(batch)
+            if (vision := opened.manifest.vision) is not None:
+                part = replace(part, pictures=_pictures(batch, stored, opened.folder / vision.images))
             parts.append(part)
             rows, tokens, left_out = (
                 rows + len(part.offsets) - 1, tokens + len(part.labels), left_out + untrained
@@ -181,17 +198,17 @@ def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
         reader = Path(__file__).with_name(_READERS[to]).read_bytes()
         write_atomic(folder / "rows.py", lambda sink: sink.write(reader))
     if to == "datasets":
-        _describe_dataset(folder, exported)
+        _describe_dataset(folder, exported, opened.manifest.pictured)
     _write_json(folder / EXPORT_NAME, exported)
     return exported
 
 
-def _gathered(opened: ShardSet) -> Iterator[list[PackedRows]]:
-    """Yield the record batches of each file."""
-    batches, tokens = list[PackedRows](), 0
+def _gathered(opened: ShardSet) -> Iterator[list[tuple[PackedRows, StoredPictures | None]]]:
+    """Yield the record batches of each file, with the pictures of their shards."""
+    batches, tokens, row = list[tuple[PackedRows, StoredPictures | None]](), 0, 0
     for batch in opened.batches():
-        batches.append(batch)
-        tokens += len(batch.labels)
+        batches.append((batch, opened.stored_pictures(row)))
+        tokens, row = tokens + len(batch.labels), row + len(batch)
         if tokens >= FILE_TOKENS:
             yield batches
             batches, tokens = [], 0
@@ -215,16 +232,28 @@ def _without_firsts(batch: PackedRows) -> tuple[PackedRows, int]:
 
 def _documents(batch: PackedRows) -> tuple[_Part, int]:
     """Return each document as a row of its own, and how many had no trained token."""
-    starts = offsets_of(batch.seq_lengths.astype(np.int64))
-    counted = offsets_of((batch.labels != IGNORE_INDEX).astype(np.int64))
-    trained = counted[starts[1:]] > counted[starts[:-1]]
-    real = batch.example_ids >= 0
-    keep = real & trained
+    keep = _kept(batch)
     lengths = batch.seq_lengths[keep].astype(np.int64)
     part = _taken(
         batch, keep, offsets_of(lengths), np.zeros(len(lengths), np.int64), np.ones(len(lengths), np.int64)
     )
-    return part, int((real & ~trained).sum())
+    return part, int(((batch.example_ids >= 0) & ~keep).sum())
+
+
+def _kept(batch: PackedRows) -> Bool:
+    """bool[S]: documents with a trained token."""
+    starts = offsets_of(batch.seq_lengths.astype(np.int64))
+    counted = offsets_of((batch.labels != IGNORE_INDEX).astype(np.int64))
+    return (batch.example_ids >= 0) & (counted[starts[1:]] > counted[starts[:-1]])
+
+
+def _pictures(batch: PackedRows, stored: StoredPictures | None, folder: Path) -> _Pictures:
+    """Return the pictures of documents that are rows of their own."""
+    assert batch.images is not None
+    assert batch.image_counts is not None
+    keep, edges = _kept(batch), offsets_of(batch.image_counts)
+    counts = batch.image_counts[keep].astype(np.int64)
+    return _Pictures(stored, batch.images[positions_of(edges[:-1][keep], counts)], offsets_of(counts), folder)
 
 
 def _packed(batch: PackedRows) -> tuple[_Part, int]:
@@ -270,32 +299,49 @@ def _list(values: np.ndarray[tuple[int], np.dtype[np.generic]], offsets: Int64) 
 def _write_dataset(path: Path, parts: list[_Part]) -> None:
     import pyarrow as pa
 
-    batches = [
-        pa.record_batch(
-            {
-                "input_ids": _list(part.input_ids, part.offsets),
-                "attention_mask": _list(np.ones(len(part.labels), np.int8), part.offsets),
-                "labels": _list(part.labels, part.offsets),
-            }
-        )
-        for part in parts
-    ]
+    def batch_of(part: _Part) -> pa.RecordBatch:
+        columns = {
+            "input_ids": _list(part.input_ids, part.offsets),
+            "attention_mask": _list(np.ones(len(part.labels), np.int8), part.offsets),
+            "labels": _list(part.labels, part.offsets),
+        }
+        if part.pictures is not None:
+            columns["images"] = _image_features(part.pictures)
+        return pa.record_batch(columns)
 
     def write(sink: Sink) -> None:
-        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batches[0].schema) as stream:
-            for batch in batches:
+        batches = map(batch_of, parts)  # pictures of one at a time
+        first = next(batches)
+        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), first.schema) as stream:
+            for batch in chain([first], batches):
                 stream.write_batch(batch)
 
     write_atomic(path, write)
 
 
-def _describe_dataset(folder: Path, exported: Exported) -> None:
+def _image_features(pictures: _Pictures) -> pa.ListArray:
+    """Return pictures as datasets keeps Image features: the bytes of the file, and its name."""
+    import pyarrow as pa
+
+    stored, numbers, offsets, folder = pictures
+    data, names = list[bytes](), list[str]()
+    for number in numbers.tolist():
+        assert stored is not None
+        data.append(picture_bytes(stored, number, folder))
+        names.append(PurePosixPath(stored.path[number]).name)
+    files = [pa.array(data, pa.binary()), pa.array(names, pa.utf8())]
+    images = pa.StructArray.from_arrays(files, ["bytes", "path"])
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), images)
+
+
+def _describe_dataset(folder: Path, exported: Exported, pictured: bool) -> None:
     """Write the two files by which datasets knows a folder."""
     types = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
-    features = {
-        name: {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "Sequence"}
-        for name, dtype in types.items()
+    items: dict[str, dict[str, str]] = {
+        name: {"dtype": dtype, "_type": "Value"} for name, dtype in types.items()
     }
+    items |= {"images": {"_type": "Image"}} if pictured else {}
+    features = {name: {"feature": item, "_type": "Sequence"} for name, item in items.items()}
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
     state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in exported.files],

@@ -45,6 +45,9 @@ IMAGES = "images"
 PROCESSOR = "processor"
 """The folder of a set that holds the processor's files."""
 _BATCH_BYTES = 32 << 20
+RESTORE_PICTURE = (
+    "restore the picture, or prepare the set again; with --embed-images a set holds its pictures."
+)
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
@@ -351,6 +354,20 @@ def read_images(path: Path, held: Callable[[int], StoredPictures] | None = None)
     if not batches:
         raise IntegrityError(f"{path}: holds no record batch.", _AGAIN)
     return StoredPictures(batches, held)
+
+
+def picture_bytes(stored: StoredPictures, number: int, folder: Path) -> bytes:
+    """Return the file of a picture, from the set or from the folder of pictures, held against its hash.
+
+    Raises:
+        IntegrityError: it is gone, or another by now.
+    """
+    path = stored.path[number]
+    data = bytes(stored.data[number]) or read_again(path, folder)
+    if data is None or hashlib.sha256(data).digest() != stored.sha256[number]:
+        what = f"{folder / path}: {'not there' if data is None else 'another picture by now'}."
+        raise IntegrityError(what, RESTORE_PICTURE)
+    return data
 
 
 class HasPictures(Protocol):

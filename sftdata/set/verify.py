@@ -16,7 +16,7 @@ from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
 from sftdata.set.held import open_token_files
-from sftdata.set.images import IMAGES, StoredPictures, join_pictures, read_again
+from sftdata.set.images import IMAGES, RESTORE_PICTURE, StoredPictures, join_pictures, read_again
 from sftdata.set.index import (
     INDEX,
     RestRows,
@@ -40,7 +40,6 @@ _COUNTED_PER_SHARD = {
     "tokens": "tokens",
     "tokens_trained": "tokens_trained",
 }
-_PICTURE = "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures."
 _ANEW = "repeat the command that made the set, with --overwrite."
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
@@ -442,4 +441,4 @@ def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[
                 same = data is not None and hashlib.sha256(data).digest() == sha256
                 found = "" if same else "not there" if data is None else "another picture by now"
             if found:
-                yield f"{where}: {found}. Fix: {_PICTURE}"
+                yield f"{where}: {found}. Fix: {RESTORE_PICTURE}"

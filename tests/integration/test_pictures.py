@@ -495,15 +495,6 @@ def test_what_would_cut_or_lose_pictures_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_exports_and_differences_refuse_a_set_with_pictures(made: Path, tmp_path: Path) -> None:
-    for make_it in (
-        lambda: sftdata.export(made, output=tmp_path / "out", to="tinker"),
-        lambda: sftdata.diff(made, made),
-    ):
-        with pytest.raises(UsageError, match="a set with pictures, which differences, exports and training"):
-            make_it()
-
-
 @pytest.mark.parametrize("how", ["parts in any order", "a killed part", "an executor"])
 def test_parts_and_a_cluster_make_the_same_bytes(
     place: Path, tmp_path: Path, how: str, no_sync: None

@@ -1,0 +1,149 @@
+"""Sets with pictures as others have them: datasets with Image features in and out, and what differs between two sets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import sftdata
+from sftdata.errors import DataError, IntegrityError, UsageError
+from sftdata.set.manifest import Manifest
+from sftdata.set.verify import verify
+from tests.integration.test_pictures_views import content_of
+from tests.made_pictures import make, saved
+from tests.picture_sets import asked, write_model, write_rows
+from tests.view_sets import view
+
+pytestmark = pytest.mark.usefixtures("no_sync")
+FILES = [
+    saved(make(30 + 20 * seed, 60, seed=seed), kind)
+    for seed, kind in enumerate(("PNG", "JPEG", "WEBP", "PNG"))
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model, four pictures, and rows with none to three of them."""
+    folder = tmp_path_factory.mktemp("pictures-out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFTDATA_CACHE", str(folder / "cache"))
+        write_model(folder / "model")
+        (folder / "pictures").mkdir()
+        for number, data in enumerate(FILES):
+            (folder / f"pictures/{number}.bin").write_bytes(data)
+        write_rows(folder, lines())
+        yield folder
+
+
+def lines(number: int = 12) -> list[dict[str, Any]]:
+    found = []
+    for index in range(number):
+        names = [f"pictures/{(index + more) % 4}.bin" for more in range(index % 4)]
+        found.append(asked(f"{'<image> ' * len(names)}What {index}?", f"Red {index}", images=names))
+    return found
+
+
+def prepare(place: Path, inputs: Any, output: Path, **settings: Any) -> Manifest:
+    given = {"tokenizer": str(place / "model"), "max_length": 200, "workers": 1} | settings
+    return sftdata.prepare(inputs, output=output, **given)
+
+
+# --------------------------------------------------------------------------------------------------- datasets
+
+
+def as_dataset(place: Path) -> datasets.Dataset:
+    """Return the rows with their pictures as Image features."""
+    rows = [row | {"images": [str(place / name) for name in row["images"]]} for row in lines()]
+    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+
+
+@pytest.mark.parametrize("how", ["saved", "embedded", "parquet", "object", "one picture a row"])
+def test_image_features_of_datasets_come_through(place: Path, tmp_path: Path, how: str) -> None:
+    """Saved by path or with the bytes in it, as Parquet, and as an object: each picture's file is the one it was."""
+    dataset, settings = as_dataset(place), dict[str, Any]()
+    inputs: Any = str(tmp_path / "data")
+    expected = {
+        number: tuple(FILES[int(name[9])] for name in row["images"]) for number, row in enumerate(lines())
+    }
+    if how == "saved":
+        dataset.save_to_disk(tmp_path / "data")
+    elif how == "embedded":
+        dataset = (
+            dataset.with_format("arrow")
+            .map(datasets.table.embed_table_storage, batched=True)
+            .with_format(None)
+        )
+        dataset.save_to_disk(tmp_path / "data")
+    elif how == "parquet":
+        inputs = str(tmp_path / "data.parquet")
+        dataset.to_parquet(inputs)
+        with pytest.raises(DataError, match="image-outside") as caught:
+            prepare(place, inputs, tmp_path / "set")
+        assert "--images DIR" in caught.value.fix
+        settings = {"images": place}
+    elif how == "object":
+        inputs, settings = dataset, {"images": place}
+    else:
+        rows = [
+            asked(f"<image>{number}?", "Red", image={"bytes": data, "path": None})
+            for number, data in enumerate(FILES)
+        ]
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).save_to_disk(
+            tmp_path / "data"
+        )
+        expected = {number: (data,) for number, data in enumerate(FILES)}
+    manifest = prepare(place, inputs, tmp_path / "set", **settings)
+    assert manifest.ledger.rows_rejected == {}
+    assert content_of(tmp_path / "set") == {number: files for number, files in expected.items() if files}
+    assert not verify(tmp_path / "set").problems
+
+
+@pytest.mark.parametrize("kind", ["by path", "embedded", "by index"])
+def test_a_set_goes_to_a_dataset_with_its_pictures(place: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "set"
+    prepare(place, str(place / "rows.jsonl"), folder, embed_images=kind == "embedded")
+    if kind == "by index":
+        view(tmp_path / "view", folder, write=False, max_length=150)
+        folder = tmp_path / "view"
+    exported = sftdata.export(folder, output=tmp_path / "out", to="datasets")
+    found = datasets.load_from_disk(tmp_path / "out")
+    assert isinstance(found.features["images"].feature, datasets.Image)
+    expected = [
+        (document.example_id, document.input_ids.tolist(), document.labels.tolist())
+        for row in sftdata.open(folder)
+        for document in row.documents()
+        if (document.labels != -100).any()
+    ]
+    assert exported.rows == len(found) == len(expected) == 12
+    files = content_of(folder)
+    plain = found.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    for (example, ids, labels), row, shown in zip(expected, plain, found, strict=True):
+        assert (row["input_ids"], row["labels"]) == (ids, labels)
+        assert tuple(image["bytes"] for image in row["images"]) == files.get(example, ())
+        for image, data in zip(shown["images"], files.get(example, ()), strict=True):
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_other_targets_have_no_place_for_pictures_and_a_lost_one_is_named(
+    place: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path, lines(3))
+    (tmp_path / "pictures").mkdir()
+    for number, data in enumerate(FILES):
+        (tmp_path / f"pictures/{number}.bin").write_bytes(data)
+    prepare(place, str(rows), tmp_path / "set")
+    for to in ("token-rows", "verl", "nemo-rl", "tinker", "megatron-bridge"):
+        with pytest.raises(UsageError, match=f"the rows of {to} have no place for") as caught:
+            sftdata.export(tmp_path / "set", output=tmp_path / "out", to=to)  # type: ignore[arg-type]
+        assert caught.value.fix == "--to datasets"
+    (tmp_path / "pictures/2.bin").write_bytes(FILES[1])
+    with pytest.raises(IntegrityError, match="pictures/2.bin: another picture by now"):
+        sftdata.export(tmp_path / "set", output=tmp_path / "out", to="datasets")
+    assert not (tmp_path / "out").exists()
