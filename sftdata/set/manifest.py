@@ -253,7 +253,7 @@ def refuse_pictures(folder: Path, manifest: Manifest) -> None:
         UsageError: naming the set.
     """
     if manifest.vision is not None:
-        what = f"{folder}: a set with pictures, which differences, exports and training do not carry yet."
+        what = f"{folder}: a set with pictures, which training does not carry yet."
         raise UsageError(what, "use a set of text alone.")
 
 

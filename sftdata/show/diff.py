@@ -6,20 +6,21 @@ tokens and trained tokens, to the difference of the two ledgers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int64, TokenBatch
+from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, TokenBatch
 from sftdata.errors import place
 from sftdata.pages import macro
 from sftdata.set.manifest import Manifest
 from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
+from sftdata.show.pictures import ShownPicture
 from sftdata.show.sides import Side, open_sides, source_keys
 from sftdata.show.stats import Part
 from sftdata.show.view import Piece, view_example
@@ -344,20 +345,39 @@ def _example(found: Compared, number: int) -> Example:
 
 
 def _version(side: Side, index: int, batch: TokenBatch, differs: int) -> Version:
-    start = max(differs - _BEFORE, 0)
-    shown = slice(start, start + _SHOWN)
+    shown = _window(batch.input_ids, differs, side.image_id)
     ids, trained = batch.input_ids[shown], batch.trained[shown]
     labels = np.where(trained, ids, np.int32(IGNORE_INDEX))
+    pictures = _from(side.shown_pictures(index), int((batch.input_ids[: shown.start] == side.image_id).sum()))
     return Version(
         place=place(*side.origin(index), side.sources[int(side.source[index])].unit),
         example_id=int(side.ids[index]),
         length=int(side.lengths[index]),
         tokens=int(side.tokens[index]),
         trained=int(side.trained[index]),
-        skipped=start,
-        pieces=view_example(ids, labels, side.vocabulary).pieces,
-        cut=start + _SHOWN < len(batch.input_ids),
+        skipped=shown.start,
+        pieces=view_example(ids, labels, side.vocabulary, pictures=pictures, image_id=side.image_id).pieces,
+        cut=shown.stop < len(batch.input_ids),
     )
+
+
+def _window(input_ids: Int32, differs: int, image_id: int) -> slice:
+    """Return which tokens are shown, around the first that differs; each run of a picture counts as one."""
+    image = input_ids == image_id
+    begins = np.append(np.flatnonzero(~(image & np.append(False, image[:-1]))), len(image))
+    first = max(int(np.searchsorted(begins, differs, side="right")) - 1 - _BEFORE, 0)
+    start, stop = (int(begins[min(at, len(begins) - 1)]) for at in (first, first + _SHOWN))
+    return slice(start, stop)
+
+
+def _from(pictures: Sequence[ShownPicture], skipped: int) -> list[ShownPicture]:
+    """Return what is left of pictures behind so many image tokens."""
+    left = []
+    for picture in pictures:
+        if skipped < picture.tokens:
+            left.append(replace(picture, tokens=picture.tokens - skipped))
+        skipped = max(skipped - picture.tokens, 0)
+    return left
 
 
 def _shown_from(which: list[tuple[Side, int]], batches: list[TokenBatch]) -> Iterable[int]:
@@ -372,9 +392,21 @@ def _shown_from(which: list[tuple[Side, int]], batches: list[TokenBatch]) -> Ite
     size = min(len(one.input_ids), len(other.input_ids))
     differs = one.input_ids[:size] != other.input_ids[:size]
     differs |= (one.trained[:size] != other.trained[:size]) | (one.weights()[:size] != other.weights()[:size])
+    differs |= _other_pictures(which, one.input_ids[:size])
     longer = len(one.input_ids) != len(other.input_ids)
     first = int(np.argmax(differs)) if differs.any() else size * longer
     return [
         first if own is None else own.token_at(batch.input_ids, first)
         for own, batch in zip(letters, batches, strict=True)
     ]
+
+
+def _other_pictures(which: list[tuple[Side, int]], input_ids: Int32) -> Bool:
+    """bool[T]: tokens of a document that stand for another picture on each side."""
+    (a, first), (b, second) = which
+    mine, theirs = a.shown_pictures(first), b.shown_pictures(second)
+    names = [np.repeat([one.sha256 for one in own], [one.tokens for one in own]) for own in (mine, theirs)]
+    places, size = np.flatnonzero(input_ids == a.image_id), min(map(len, names))
+    found = np.zeros(len(input_ids), np.bool_)
+    found[places[:size]] = (names[0][:size] != names[1][:size])[: len(places)]
+    return found

@@ -19,7 +19,7 @@ from sftdata.show.sides import Side, blocks_of
 from sftdata.views.choose import found_in
 from sftdata.views.documents import UInt64
 
-Kind = Literal["came", "went", "cut", "labels", "answer", "prompt", "text"]
+Kind = Literal["came", "went", "cut", "labels", "answer", "prompt", "text", "picture"]
 MEANING: dict[Kind, str] = {
     "came": "came",
     "went": "went",
@@ -28,9 +28,10 @@ MEANING: dict[Kind, str] = {
     "answer": "same prompt, another answer",
     "prompt": "same place and answer, another prompt",
     "text": "same place, another text",
+    "picture": "same ids, another picture",
 }
 KINDS = tuple(MEANING)
-_CAME, _WENT, _CUT, _LABELS, _ANSWER, _PROMPT, _TEXT = range(len(KINDS))
+_CAME, _WENT, _CUT, _LABELS, _ANSWER, _PROMPT, _TEXT, _PICTURE = range(len(KINDS))
 SAME, MOVED = -1, -2
 
 
@@ -286,8 +287,10 @@ def _compare(left: Side, right: Side, a: Int64, b: Int64) -> Int64:
         same_prompt = (prompt == right.prompt[b[part]]) & (prompt != 0)
         answers = _answers(one)
         same_answer = equal_stretches(*answers, *_answers(other)) & (np.diff(answers[1]) > 0)
-        ways = [same_ids, same_prompt, same_answer]
-        kinds[part] = np.select(ways, [_LABELS, _ANSWER, _PROMPT], _TEXT)
+        pictures = zip(left.pictures_of(a[part]), right.pictures_of(b[part]), strict=True)
+        same_pictures = np.array([mine == theirs for mine, theirs in pictures], np.bool_)
+        ways = [same_ids & same_pictures, same_ids, same_prompt, same_answer]
+        kinds[part] = np.select(ways, [_LABELS, _PICTURE, _ANSWER, _PROMPT], _TEXT)
     return kinds
 
 

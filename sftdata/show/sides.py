@@ -19,9 +19,11 @@ from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
 from sftdata.set.local import check_file, file_of
-from sftdata.set.manifest import Manifest, SourceInfo, refuse_pictures
+from sftdata.set.manifest import Manifest, SourceInfo
+from sftdata.show.pictures import ShownPicture
 from sftdata.views.bases import Base, open_bases, read_documents
 from sftdata.views.documents import Documents, UInt64
+from sftdata.views.pictures import DocumentPictures
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
 _BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
@@ -138,6 +140,36 @@ class Side:
         assert self._found is not None
         return self._found.whole(np.searchsorted(self._found.ids, self.ids[which]))
 
+    def _pictured(self, which: Int64) -> tuple[DocumentPictures, Int64] | None:
+        """Return the pictures of all that was found, and the indices there of some; None without pictures."""
+        self.find(which)
+        assert self._found is not None
+        own = self._found.pictures
+        return None if own is None else (own, np.searchsorted(self._found.ids, self.ids[which]))
+
+    def pictures_of(self, which: Int64) -> list[bytes]:
+        """Return the hashes of the pictures of documents, int64[K], by their indices."""
+        found = self._pictured(which)
+        if found is None:
+            return [b""] * len(which)
+        return [b"".join(picture.sha256 for picture, _ in some) for some in found[0].each(found[1])]
+
+    def shown_pictures(self, index: int) -> list[ShownPicture]:
+        """Return the pictures of a document."""
+        found = self._pictured(np.array([index]))
+        if found is None:
+            return []
+        folder = self.folder / found[0].vision.images
+        return [
+            ShownPicture(one.height, one.width, tokens, one.path, one.sha256, folder, bytes(one.data))
+            for one, tokens in found[0].each(found[1])[0]
+        ]
+
+    @property
+    def image_id(self) -> int:
+        """Id of the token that stands for pieces of pictures; -1 in a set without."""
+        return -1 if self.manifest.vision is None else self.manifest.vision.image_id
+
     def read_compared(self, which: Int64) -> TokenBatch:
         """Return them as they are compared: as tokens, or as the bytes of their text, one `input_id` each."""
         batch = self.read(which)
@@ -152,10 +184,12 @@ class Side:
         """
         self.find(np.arange(len(self)))
         for part in self.blocks(np.arange(len(self))):
-            batch = self.read_compared(part)
+            batch, found = self.read(part), self._pictured(part)
+            pictures = None if found is None else found[0].hashes(found[1], batch)
+            batch = batch if self.letters is None else self.letters.spell(batch)
             batch = batch if first_labels else _without_first_labels(batch)
-            self.document[part] = hash_documents(batch, weighted)
-            self.prompt[part] = hash_prompts(batch, self.manifest.tokenizer.bos_id)
+            self.document[part] = hash_documents(batch, weighted, pictures)
+            self.prompt[part] = hash_prompts(batch, self.manifest.tokenizer.bos_id, pictures)
 
     def blocks(self, which: Int64) -> Iterator[Int64]:
         """Yield documents by their indices, int64[K], in blocks that fit into memory."""
@@ -247,7 +281,6 @@ def _open_side(folder: str | Path, numbers: dict[tuple[str, int], int]) -> Side:
         numbers: of the places' sources, by name and how often that name came before; grows.
     """
     (base,) = open_bases([folder])
-    refuse_pictures(base.folder, base.manifest)
     if base.manifest.format_version == 1:
         return _without_index(base, numbers)
     files = [file for file in base.manifest.files if file.name.startswith(f"{INDEX}-")]

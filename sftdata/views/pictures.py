@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,13 @@ class DocumentPictures:
         """Return the pictures of documents, end to end, and how many each has."""
         counts = self.counts[documents]
         return self.numbers[positions_of(self.offsets[documents], counts)], counts
+
+    def each(self, documents: Int64) -> list[list[tuple[Picture, int]]]:
+        """Return the pictures of each of some documents, with the image tokens that stand for it."""
+        numbers, counts = self.of(documents)
+        tokens = self.gallery.tokens[numbers].tolist()
+        found = [*zip(map(self.gallery.picture, numbers.tolist()), tokens, strict=True)]
+        return [found[first:last] for first, last in pairwise(offsets_of(counts).tolist())]
 
     def ends(self, tokens: TokenBatch) -> Int64:
         """int64[K]: tokens of documents up to the end of the last picture of each; 0 where there is none."""

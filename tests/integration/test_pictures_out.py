@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 
 import sftdata
+from sftdata.cli import main
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.set.manifest import Manifest
 from sftdata.set.verify import verify
@@ -147,3 +149,78 @@ def test_other_targets_have_no_place_for_pictures_and_a_lost_one_is_named(
     with pytest.raises(IntegrityError, match="pictures/2.bin: another picture by now"):
         sftdata.export(tmp_path / "set", output=tmp_path / "out", to="datasets")
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- diff
+
+
+def test_a_difference_says_which_pictures_came_went_or_changed(
+    place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A file that changed under its name, a picture of another size, an answer, and rows that are the same under other names."""
+    for side in ("a", "b"):
+        (tmp_path / side / "pictures").mkdir(parents=True)
+        for number, data in enumerate(FILES):
+            (tmp_path / side / f"pictures/{number}{side}.bin").write_bytes(data)
+    (tmp_path / "b/pictures/1b.bin").write_bytes(
+        saved(make(50, 60, seed=40), "PNG")
+    )  # of the size of the one before
+    (tmp_path / "b/pictures/2b.bin").write_bytes(saved(make(300, 60, seed=41), "PNG"))
+    rows = {
+        side: [
+            asked("<image>?", "Red", images=[f"pictures/0{side}.bin"]),
+            asked("<image><image>?", "Red " * 3, images=[f"pictures/0{side}.bin", f"pictures/1{side}.bin"]),
+            asked("<image>?", "Green", images=[f"pictures/2{side}.bin"]),
+            asked("<image> and", "Blue" if side == "a" else "Red", images=[f"pictures/3{side}.bin"]),
+            asked("?", "Red"),
+        ]
+        for side in ("a", "b")
+    }
+    rows["b"].append(asked("<image> new?", "Red", images=["pictures/0b.bin"]))
+    for side in ("a", "b"):
+        prepare(place, str(write_rows(tmp_path / side, rows[side])), tmp_path / side / "set")
+    found = sftdata.diff(tmp_path / "a/set", tmp_path / "b/set")
+    kinds = {change.kind: change.documents for change in found.changes if change.documents}
+    assert (found.same, kinds) == (2, {"came": 1, "picture": 1, "answer": 1, "prompt": 1})
+    (change,) = (change for change in found.changes if change.kind == "picture")
+    (example,) = change.examples
+    boxes = [[piece.text for piece in one.pieces if piece.picture] for one in (example.a, example.b) if one]
+    assert boxes == [
+        ["[image 60x30 0a.bin]", "[image 60x50 1a.bin]"],
+        ["[image 60x30 0b.bin]", "[image 60x50 1b.bin]"],
+    ]
+    assert main(["diff", str(tmp_path / "a/set"), str(tmp_path / "b/set")]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "same ids, another picture" in said
+    assert "[image 60x50 1b.bin]" in said
+    assert "image_pad" not in said
+    assert sftdata.diff(tmp_path / "a/set", tmp_path / "a/set").equal
+    view(tmp_path / "a/view", tmp_path / "a/set", write=False, max_length=100)
+    assert sftdata.diff(tmp_path / "a/set", tmp_path / "a/view").same == 5
+
+
+def test_sets_of_two_tokenizers_are_compared_with_their_pictures(place: Path, tmp_path: Path) -> None:
+    """Byte by byte the texts are the same, and so are the pictures but for one."""
+    engine = Tokenizer.from_file(str(write_model(tmp_path / "model") / "tokenizer.json"))
+    engine.add_special_tokens([AddedToken("<another>", special=True)])
+    engine.save(str(tmp_path / "model/tokenizer.json"))
+    rows = [asked("<image>?", f"Red {number}", images=[f"pictures/{number}.bin"]) for number in range(4)]
+    for side in ("a", "b"):
+        (tmp_path / side / "pictures").mkdir(parents=True)
+        for number, data in enumerate(FILES):
+            (tmp_path / side / f"pictures/{number}.bin").write_bytes(data)
+    (tmp_path / "b/pictures/1.bin").write_bytes(saved(make(50, 60, seed=40), "PNG"))
+    settings: dict[str, Any] = {"max_length": 4096}
+    prepare(place, str(write_rows(tmp_path / "a", rows)), tmp_path / "a/set", **settings)
+    prepare(
+        place,
+        str(write_rows(tmp_path / "b", rows)),
+        tmp_path / "b/set",
+        **settings | {"tokenizer": str(tmp_path / "model")},
+    )
+    found = sftdata.diff(tmp_path / "a/set", tmp_path / "b/set")
+    assert (found.same, {one.kind: one.documents for one in found.changes if one.documents}) == (
+        3,
+        {"picture": 1},
+    )
+    assert "two tokenizers" in found.notes[0]
