@@ -370,6 +370,9 @@ ELSEWHERE: dict[str, str] = {
     "the last part, or the command without --part, finishes the set": (
         f"{_PARTS}::test_the_plain_command_finishes_what_parts_began"
     ),
+    "--to datasets": (
+        "tests/integration/test_pictures_out.py::test_a_set_goes_to_a_dataset_with_its_pictures"
+    ),
     "--overlong truncate (or drop), or a larger --max-length.": (
         "tests/integration/test_pictures_views.py::test_what_cuts_pictures_is_refused_and_what_cannot_go_together"
     ),

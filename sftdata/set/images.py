@@ -46,7 +46,7 @@ PROCESSOR = "processor"
 """The folder of a set that holds the processor's files."""
 _BATCH_BYTES = 32 << 20
 RESTORE_PICTURE = (
-    "restore the picture, or prepare the set again; with --embed-images a set holds its pictures."
+    "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures."
 )
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
