@@ -33,7 +33,7 @@ from sftdata.set.images import PROCESSOR
 from sftdata.set.local import local_folder
 from sftdata.set.manifest import read_manifest
 from sftdata.settings import flag_of
-from sftdata.sources.chunks import Chunk, SourcePlan
+from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.jsonrows import from_json
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
@@ -97,7 +97,7 @@ def _look(
         asks=detection.format in INSTRUCTIONS
         or any(not is_messages(from_messages(prompt)) for prompt in prompts),
         roles=frozenset(_roles(detection)) if config.map_role else frozenset(),
-        whole=_size(source.samples) == _size(source.chunks),
+        whole=source.samples.sizes.sum() == source.chunks.sizes.sum(),
         pictured=pictures is not None,
         by_path=pictures is not None and "path" in pictures.sources,
     )
@@ -112,10 +112,6 @@ def _roles(detection: Detection) -> Iterator[str]:
                     for message in value
                     if isinstance(message, dict)
                 )
-
-
-def _size(chunks: Sequence[Chunk]) -> int:
-    return sum(chunk.stop - chunk.start for chunk in chunks)
 
 
 def format_options(

@@ -27,11 +27,12 @@ import numpy as np
 from sftdata.config import PrepareConfig
 from sftdata.errors import SftError, UsageError
 from sftdata.output import Progress
-from sftdata.plan import Plan, ShardTask, software
+from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
 from sftdata.set.build import Build, finished_set, made_otherwise, sweep_choice, unfinished
 from sftdata.set.manifest import Manifest, format_version, parts_folder
 from sftdata.set.shared import SharedBuild
+from sftdata.tasks import Tasks
 from sftdata.workers import Workers
 
 OnProgress = Callable[[Progress], object]
@@ -55,12 +56,12 @@ class Part(NamedTuple):
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
-    def tasks(self, plan: Plan) -> tuple[ShardTask, ...]:
+    def tasks(self, plan: Plan) -> Tasks:
         """Return its tasks, an equal share in bytes: neighbours, as a compressed file is read forward."""
-        sizes = plan.sizes()
+        sizes = plan.tasks.sizes
         parts = (np.cumsum(sizes) - sizes) * self.of // max(int(sizes.sum()), 1)
         mine = np.flatnonzero(np.minimum(parts, self.of - 1) == self.number - 1)
-        return tuple(plan.tasks[index] for index in mine.tolist())
+        return plan.tasks.pick(mine)
 
 
 class _Array(NamedTuple):
@@ -221,7 +222,7 @@ def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Ma
     shared.join(plan.begun())
     here, done = plan.at(shared.output), shared.finished()
     mine = plan.tasks if part is None else part.tasks(plan)
-    before = {task.index: done[task.index] for task in mine if task.index in done}
+    before = {number: done[number] for number in mine.numbers.tolist() if number in done}
     before = unchanged(plan, shared, before)
     who = "All parts" if part is None else f"Part {part}"
     run.note(f"{who}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete.")

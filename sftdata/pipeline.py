@@ -30,7 +30,7 @@ from sftdata.masks.turns import SpanFinder
 from sftdata.pack import gather, plan_packs
 from sftdata.pictures.loaded import Picture
 from sftdata.pictures.rows import PicturedConversation
-from sftdata.plan import Job, ReusedTask, ShardTask
+from sftdata.plan import Job, ReusedTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
 from sftdata.set.build import Build, ShardResult
@@ -50,6 +50,7 @@ from sftdata.set.reuse import take_over
 from sftdata.set.store import SetFile
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import read_chunk
+from sftdata.tasks import ShardTask
 
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:

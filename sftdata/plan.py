@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import xxhash
 
 from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refuse_without_effect
-from sftdata.batches import Int64
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
@@ -36,16 +33,15 @@ from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_m
 from sftdata.set.reuse import OldSlice, key_of, moves, old_slices
 from sftdata.set.slices import SliceSource
 from sftdata.sources import planning
-from sftdata.sources.borders import content_borders
 from sftdata.sources.chunks import Chunk, SourcePlan
-from sftdata.sources.planning import Say, grouped, short_names, with_progress
+from sftdata.sources.planning import Say, Scanned, grouped, in_turn, short_names, with_progress
+from sftdata.sources.ranges import Sizes, plain_hash
+from sftdata.tasks import ShardTask, Tasks, by_source, cut_tasks
 from sftdata.version import __version__
 from sftdata.vision import Vision, choose_vision, find_pictures, refuse_unseen
 
 CHUNK_BYTES = 1 << 20
 MOVED_FASTER = 16  # times as fast as preparing a slice is writing it again with other ids
-EARLY = ((4 << 20, 1 << 20), (8 << 20, 2 << 20), (16 << 20, 4 << 20))
-"""(place in the input, bytes of a slice before it): a small input gives work to several processes too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +81,6 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTask:
-    """What becomes one shard: consecutive chunks of the input, one batch each."""
-
-    index: int
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ReusedTask:
     """A task whose shard an old set has.
 
@@ -116,7 +104,7 @@ class Plan:
     """
 
     job: Job
-    tasks: tuple[ShardTask, ...]
+    tasks: Tasks
     sources: tuple[SourcePlan, ...]
     engine_reason: str
     notes: tuple[str, ...]
@@ -124,23 +112,13 @@ class Plan:
     @property
     def size(self) -> int:
         """Bytes of the input, decompressed."""
-        return _sum_sizes(self.sources, self.tasks)
-
-    def sizes(self) -> Int64:
-        """Return the bytes of the input of each task, int64[K]."""
-        return np.array([_sum_sizes(self.sources, [task]) for task in self.tasks], np.int64)
+        return int(self.tasks.sizes.sum())
 
     def at(self, output: Path) -> Plan:
         """Return the plan with another output."""
         return replace(
             self, job=replace(self.job, config=self.job.config.model_copy(update={"output": output}))
         )
-
-    def longest_first(self, tasks: Sequence[ShardTask]) -> list[ShardTask]:
-        """Order tasks so that no process has a long one at the end; compressed input is read forward."""
-        if any(chunk.source.compression != "none" for task in tasks for chunk in task.chunks):
-            return list(tasks)
-        return sorted(tasks, key=lambda task: -_sum_sizes(self.sources, [task]))
 
     def by_reference(self) -> Plan:
         """Return the plan with the reference engine, for input on which the fast one differs."""
@@ -202,6 +180,8 @@ class Plan:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
         mine = msgspec.to_builtins(self.identity())
         changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
+        if "sources" in changed and self._reads(manifest.settings["sources"]):
+            changed.remove("sources")
         names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind
         changed += ["names"] if names != list(self.job.sources) else []
         if self.job.vision is not None and manifest.vision is not None:
@@ -209,6 +189,13 @@ class Plan:
             changed += ["pictures"] if manifest.vision.images != here else []
         changed += ["view"] if "view" in manifest.settings else []  # it holds some of the documents
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])
+
+    def _reads(self, sources: Sequence[tuple[int, str]]) -> bool:
+        """Say whether these are the sources; sets made before ranges have one hash of a large file."""
+        return [size for size, _ in sources] == [source.raw_bytes for source in self.sources] and all(
+            known in (source.xxh3_128, plain_hash(source.source) if "-" in source.xxh3_128 else "")
+            for (_, known), source in zip(sources, self.sources, strict=True)
+        )
 
     def continues(self, manifest: Manifest) -> bool:
         """Say whether a finished set was made by this command, and at most its inputs have changed since."""
@@ -227,11 +214,13 @@ class Plan:
 
     def effort(self, tasks: Sequence[ShardTask | ReusedTask]) -> int:
         """Return how many bytes of input take as long to prepare as these tasks to finish, about."""
-        anew = [task for task in tasks if isinstance(task, ShardTask)]
-        moved = [
-            task.task for task in tasks if isinstance(task, ReusedTask) and moves(task.old, task.sources)
-        ]
-        return _sum_sizes(self.sources, anew) + _sum_sizes(self.sources, moved) // MOVED_FASTER
+        moved = sum(
+            self.tasks.size_of(task.task.index)
+            for task in tasks
+            if isinstance(task, ReusedTask) and moves(task.old, task.sources)
+        )
+        anew = sum(self.tasks.size_of(task.index) for task in tasks if isinstance(task, ShardTask))
+        return anew + moved // MOVED_FASTER
 
 
 # Names of things that are compared by their content.
@@ -246,11 +235,6 @@ def inputs_of(config: PrepareConfig) -> list[str]:
     return list(map(without_folders, config.inputs))
 
 
-def by_source(task: ShardTask) -> list[list[Chunk]]:
-    """Return the chunks of a task, source by source."""
-    return [list(chunks) for _, chunks in groupby(task.chunks, key=lambda chunk: chunk.number)]
-
-
 @lru_cache
 def software() -> dict[str, str]:
     """Return the versions of what turns rows into tokens and files."""
@@ -261,12 +245,14 @@ def make_plan(
     config: PrepareConfig,
     on_tokenizer: Callable[[ResolvedTokenizer], object] = lambda _: None,
     note: Say = lambda _: None,
+    scanned: Scanned = in_turn,
 ) -> Plan:
     """Read the inputs through once and decide everything.
 
     Args:
         on_tokenizer: called with the tokenizer before the inputs are read, to load its engine meanwhile.
         note: called with the progress, if there are very many files.
+        scanned: scans the inputs.
 
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
@@ -274,7 +260,7 @@ def make_plan(
     refuse_conflicts(config)
     tokenizer, notes = choose_tokenizer(config)
     on_tokenizer(tokenizer)
-    sources, left_out = plan_inputs(config, note)
+    sources, left_out = plan_inputs(config, note, scanned)
     formats: list[str] = []
     notes_of: list[tuple[str, list[str]]] = []
     looks: list[Look] = []
@@ -296,8 +282,8 @@ def make_plan(
         for number, (name, source) in enumerate(zip(names, sources, strict=True))
     ]
     tasks = cut_tasks(sources, config.slice_bytes)
-    large = _sum_sizes(sources, tasks) >= FAST_ENGINE_MIN_BYTES
-    engine, engine_reason = choose_engine(tokenizer, config.engine, worth_it=large)
+    large = tasks.sizes.sum() >= FAST_ENGINE_MIN_BYTES
+    engine, engine_reason = choose_engine(tokenizer, config.engine, worth_it=bool(large))
     job = Job(
         config=config,
         tokenizer=tokenizer,
@@ -333,14 +319,16 @@ def _choose_vision(
     return choose_vision(config, tokenizer, pictures, by_path, len(folders))
 
 
-def plan_inputs(config: PrepareConfig, note: Say = lambda _: None) -> tuple[list[SourcePlan], list[str]]:
+def plan_inputs(
+    config: PrepareConfig, note: Say = lambda _: None, scanned: Scanned = in_turn
+) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans, and notes on what was left out.
 
     Raises:
         UsageError: an input cannot be read, or the chosen part of a split holds no row.
     """
-    sizes = min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes
-    sources, notes = planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note)
+    sizes = Sizes(min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes)
+    sources, notes = planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note, scanned)
     if not sources:
         raise UsageError(f"--split {config.split}: no row is in it.", "take a larger part.")
     return sources, notes
@@ -403,21 +391,6 @@ def _clone(name: str) -> tuple[str | None, Sequence[str], str | None]:
     return other.chat_template, [token.content for token in other.added_tokens], other.eos_token
 
 
-def cut_tasks(sources: Sequence[SourcePlan], slice_bytes: int) -> tuple[ShardTask, ...]:
-    """Group chunks into tasks of about `slice_bytes`, the first ones smaller, at borders that content sets.
-
-    Where they lie depends on what is around and on how much comes before it, never on what comes behind.
-    """
-    chunks = [chunk for source in sources for chunk in source.chunks]
-    ends = np.cumsum([_size(sources[chunk.number], chunk) for chunk in chunks], dtype=np.int64)
-    starts = np.append(0, ends)[:-1]
-    early = np.select([starts < place for place, _ in EARLY], [size for _, size in EARLY], slice_bytes)
-    ranks = np.array([chunk.rank for chunk in chunks], np.uint64)
-    first = content_borders(starts, ranks, int(ends.max(initial=0)), np.minimum(early, slice_bytes))
-    parts = zip(first.tolist(), [*first[1:].tolist(), len(chunks)], strict=False)
-    return tuple(ShardTask(index, tuple(chunks[begin:end])) for index, (begin, end) in enumerate(parts))
-
-
 def _stretch(source: SourcePlan, chunks: Sequence[Chunk]) -> SliceSource:
     """Return the stretch of a source that chunks are which follow each other."""
     first, last = chunks[0], chunks[-1]
@@ -438,14 +411,3 @@ def _stretch(source: SourcePlan, chunks: Sequence[Chunk]) -> SliceSource:
         content=xxhash.xxh3_128_hexdigest(b"".join(chunk.content for chunk in chunks)),
         xxh3=blocks.hexdigest() if first.seal is not None else source.xxh3_128,
     )
-
-
-def _sum_sizes(sources: Sequence[SourcePlan], tasks: Sequence[ShardTask]) -> int:
-    return sum(_size(sources[chunk.number], chunk) for task in tasks for chunk in task.chunks)
-
-
-def _size(source: SourcePlan, chunk: Chunk) -> int:
-    """Return the size of a chunk in bytes; rows of a columnar source count by their share of the file."""
-    if source.source.container in ("parquet", "arrow", "saved", "hub"):
-        return (chunk.stop - chunk.start) * max(source.raw_bytes, source.records) // max(source.records, 1)
-    return chunk.stop - chunk.start  # bytes of the decompressed stream

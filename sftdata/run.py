@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from sftdata.pipeline import (
     pictures_changed,
     prepare_chunk,
 )
-from sftdata.plan import MOVING, Plan, ReusedTask, ShardTask, inputs_of, make_plan
+from sftdata.plan import MOVING, Plan, ReusedTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice
 from sftdata.set.ledger import REJECTS_NAME, Ledger, read_rejects
 from sftdata.set.losses import refuse_losses
@@ -42,9 +42,10 @@ from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_ver
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import close_sources, read_chunk
+from sftdata.tasks import ShardTask
 from sftdata.version import __version__
 from sftdata.vision import Vision
-from sftdata.workers import Workers, usable_cores
+from sftdata.workers import Workers, scanned, usable_cores
 
 TOKEN_BYTES = 8  # an id and a label
 SEGMENT_BYTES = 48  # of the index, for each document that is whole
@@ -65,7 +66,12 @@ def planned(
     old = finished_set(config.output, overwrite=config.overwrite)
     if old is None and not config.overwrite:
         refuse_choice(config.output)
-    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), note)
+    plan = make_plan(
+        config,
+        lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)),
+        note,
+        partial(scanned, workers),
+    )
     for sentence in plan.notes:
         note(sentence)
     note_padding(plan, note)
@@ -174,8 +180,9 @@ def run_tasks(
         old: of the set that is replaced, whose slices are reused.
     """
     reused = plan.reuse(plan.job.config.output, old) if old is not None else {}
-    tasks = [task for task in plan.tasks if task.index not in done]
-    todo: list[ShardTask | ReusedTask] = [reused.get(task.index, task) for task in plan.longest_first(tasks)]
+    tasks = plan.tasks.without(done).longest_first()
+    todo: Sequence[ShardTask | ReusedTask]
+    todo = [reused.get(task.index, task) for task in tasks] if reused else tasks
     crew = workers if old is None or plan.effort(todo) >= WORTH_WORKERS else Workers(1)
     job = plan.job
     if crew.elsewhere and todo:
@@ -195,7 +202,7 @@ def run_tasks(
             now = Progress(now.done + 1, now.total, tokens, rejected)
             progress(now)
     close_sources()
-    return [results[task.index] for task in plan.tasks], exact
+    return [results[number] for number in plan.tasks.numbers.tolist()], exact
 
 
 def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
@@ -451,11 +458,8 @@ def _beginning(chunk: Chunk, max_line_bytes: int) -> Chunk:
 
 
 def _share(plan: Plan, sample: list[Chunk]) -> float:
-    def size(chunks: Iterable[Chunk]) -> int:
-        return sum(chunk.stop - chunk.start for chunk in chunks)
-
-    whole = sum(size(source.chunks) for source in plan.sources)
-    return min(1.0, size(sample) / whole) if whole else 1.0
+    whole = sum(int(source.chunks.sizes.sum()) for source in plan.sources)
+    return min(1.0, sum(chunk.stop - chunk.start for chunk in sample) / whole) if whole else 1.0
 
 
 def _examples(plan: Plan, chunk: PreparedChunk) -> Iterator[Example]:

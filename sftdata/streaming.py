@@ -41,6 +41,7 @@ from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import Stages, tokenize
 from sftdata.plan import Job, choose_tokenizer
 from sftdata.sources.planning import plan_sources
+from sftdata.sources.ranges import Sizes
 from sftdata.sources.source import open_source
 
 BUFFER_ROWS = 1024
@@ -139,7 +140,9 @@ class Stream(Iterable[StreamedRow]):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "stream.jsonl"
                 path.write_bytes(b"\n".join(map(_as_line, sample)) + b"\n")
-                name, look, _ = look_at(config, plan_sources([open_source(str(path))], 1 << 30)[0], tokenizer)
+                name, look, _ = look_at(
+                    config, plan_sources([open_source(str(path))], Sizes(1 << 30))[0], tokenizer
+                )
                 refuse_without_effect(config, [look] if look else [], tokenizer)
         options = format_options(config, chat=tokenizer.chat_template is not None)
         engine, _ = choose_engine(tokenizer, config.engine, worth_it=False)

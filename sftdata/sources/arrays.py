@@ -17,17 +17,15 @@ import numpy as np
 
 from sftdata.batches import Int64, Reject, RowBatch
 from sftdata.errors import DataError, Fault
-from sftdata.sources.borders import Boundaries, Bytes, grain_of
+from sftdata.sources.borders import Boundaries, Bytes
 from sftdata.sources.chunks import (
     SHOWN_BYTES,
     Chunk,
-    RowBoundaries,
     RowCollector,
-    Source,
     too_long,
 )
 from sftdata.sources.jsonrows import POSITION, parse_row
-from sftdata.sources.streams import CACHED_BYTES, RawCount, in_cache, read_all, read_range, skip_bytes
+from sftdata.sources.streams import CACHED_BYTES, read_range
 
 _split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _one_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -63,27 +61,33 @@ class Batch(NamedTuple):
     texts: Sequence[Bytes]
 
 
-def plan_array(source: Source, slice_bytes: int, max_line_bytes: int) -> RowBoundaries:
-    """Find the elements of an array and note where some of them start.
+def scan_array(elements: Elements, found: Boundaries) -> Iterator[None]:
+    """Note where some of the elements start; yield now and then.
 
     Memory: one element, or `max_line_bytes` of it.
 
     Raises:
         DataError: an element is damaged, and where it ends is unclear.
     """
-    count = RawCount()
-    blocks = in_cache(skip_bytes(read_all(source, count), source.body))
-    found = Elements(source.path, blocks, source.body, max_line_bytes, whole=True)
-    borders = Boundaries(grain_of(slice_bytes))
-    end, total = source.body, 0
-    for part in found.batches():
-        borders.rows(part.texts, part.starts, part.lengths, np.zeros_like(part.starts), record=total)
-        end = int(part.starts[-1] + part.lengths[-1])
-        total += len(part.texts)
-    for _ in blocks:  # the hash is that of the whole file
-        pass
-    cut = f"{source.path}: the array is never closed by ']'; the file may have been cut short."
-    return count.boundaries(borders, end, total, slice_bytes, notes=() if found.closed else (cut,))
+    for part in elements.batches():
+        found.rows(part.texts, part.starts, part.lengths, np.zeros_like(part.starts))
+        yield
+
+
+def guess_element(data: bytes, head: bytes) -> int:
+    """Return where an element most likely begins in a text from the middle of an array; -1 if none does.
+
+    Args:
+        head: how the first element of the array begins: what begins likewise is most likely one, too.
+    """
+    begun = re.match(rb"\s*\[?\s*([{\[][^:]{0,32}:?)", head)
+    found = re.search(rb"[}\]]\s*,\s*(" + re.escape(begun[1]) + rb")", data) if begun else None
+    return found.start(1) if found else -1
+
+
+def opens_array(head: bytes) -> bool:
+    """Say whether a source that begins so is an array, or its elements follow each other without brackets."""
+    return head.lstrip().startswith(b"[")
 
 
 def read_array(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
@@ -156,6 +160,7 @@ class Elements:
         blocks: the stream from `offset` on, in blocks of any size; the elements do not depend on it.
         limit: a longer element is not held, bytes.
         whole: this is all of the source, the array's own brackets included.
+        inside: what begins here is inside of the array's brackets.
 
     Attributes:
         closed: once all is read: what was opened is closed.
@@ -165,9 +170,10 @@ class Elements:
     """
 
     def __init__(
-        self, path: str, blocks: Iterator[bytes], offset: int, limit: int, *, whole: bool = False
-    ) -> None:
-        self.closed = True
+        self, path: str, blocks: Iterator[bytes], offset: int, limit: int, *,
+        whole: bool = False, inside: bool = False,
+    ) -> None:  # fmt: skip
+        self.closed = not inside
         self._path, self._blocks, self._limit = path, iter(blocks), limit
         # window[at:] is what is held; window[0] is byte `base` of the source.
         self._window, self._base, self._at = b"", offset, 0

@@ -61,18 +61,28 @@ def content_borders(starts: Int64, ranks: UInt64, end: int, sizes: Int64) -> Int
     """
     if not len(starts):
         return np.zeros(0, np.int64)
-    here, reach = np.arange(len(starts)), sizes * 5 // 8
-    first = np.searchsorted(starts, starts - reach)
-    last = np.searchsorted(starts, starts + reach, side="right")
-    before, behind = _largest(ranks, first, here), _largest(ranks, here, last)
-    largest = (ranks > before) & (ranks >= behind) & (first > 0)
-    natural = np.flatnonzero(largest | (here == 0))
+    natural = natural_borders(starts, ranks, sizes)
     lengths = np.diff(starts[natural], append=end)
     chosen: list[Int64] = [natural]
     for index in np.flatnonzero(lengths > 2 * sizes[natural]).tolist():
         stop = int(natural[index + 1]) if index + 1 < len(natural) else len(starts)
         chosen.append(_cut_again(starts, ranks, sizes, int(natural[index]), stop, end))
     return np.sort(np.concatenate(chosen))
+
+
+def reach_of(size: int | Int64) -> int | Int64:
+    """Return how far around a border nothing outranks it, for parts of about this size."""
+    return size * 5 // 8
+
+
+def natural_borders(starts: Int64, ranks: UInt64, sizes: Int64) -> Int64:
+    """Return the first piece, and those that nothing within reach outranks: int64[B], indices."""
+    here, reach = np.arange(len(starts)), reach_of(sizes)
+    first = np.searchsorted(starts, starts - reach)
+    last = np.searchsorted(starts, starts + reach, side="right")
+    before, behind = _largest(ranks, first, here), _largest(ranks, here, last)
+    largest = (ranks > before) & (ranks >= behind) & (first > 0)
+    return np.flatnonzero(largest | (here == 0))
 
 
 def _largest(ranks: UInt64, first: Int64, stop: Int64) -> UInt64:
@@ -123,17 +133,25 @@ class Boundaries:
 
     Args:
         grain: bytes from one boundary to the next, on average.
+        start: byte where the first row begins.
+        line: of that row, where it matters.
 
     Attributes:
         positions: byte of each boundary.
         records: number of the record that begins there, from 0.
         lines: 1-based line there, where the caller has it.
+        sure: the first boundary that is one wherever rows begin before it; None while there is none.
+        end: where the rows so far end.
+        total: rows so far.
+        line: where the next one begins.
     """
 
-    def __init__(self, grain: int) -> None:
+    def __init__(self, grain: int, start: int = 0, line: int = 0) -> None:
         self.positions: list[int] = []
         self.records: list[int] = []
         self.lines: list[int] = []
+        self.sure: int | None = None
+        self.end, self.total, self.line = start, 0, line
         self._grain = grain
         self.farthest = _FARTHEST * grain
         self._content = xxhash.xxh3_128()
@@ -158,22 +176,23 @@ class Boundaries:
         """Add what comes next to the hash of the grain."""
         self._content.update(data)
 
-    def rows(
-        self, texts: Sequence[Bytes], starts: Int64, lengths: Int64, lines: Int64, *, record: int
-    ) -> None:
+    def rows(self, texts: Sequence[Bytes], starts: Int64, lengths: Int64, breaks: Int64) -> None:
         """Add rows that were read apart: `texts` and `lengths` decide all that becomes of them.
 
         Args:
             texts: of the rows, or what is shown of them.
             starts, lengths: int64[N], of the rows in the source, bytes.
-            lines: int64[N], where each begins.
-            record: number of the first.
+            breaks: int64[N], lines that each takes.
         """
+        lines = np.cumsum(breaks) - breaks + self.line
         hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(texts))
         due = (hashes >> _TOP) * np.uint64(self._grain) < lengths.astype(np.uint64) << np.uint64(24)
         begins = ([0] if self._due else []) + (np.flatnonzero(due[:-1]) + 1).tolist()
-        self._due = bool(due[-1])
         cuts = self._with_forced(begins, starts)
+        sure = begins[1:] if not self.positions else begins
+        if self.sure is None and sure:
+            self.sure = len(self.positions) + cuts.index(sure[0])
+        self._due = bool(due[-1])
         grain = np.zeros(len(texts), np.int64)
         grain[cuts] = 1
         grain = grain.cumsum()
@@ -183,11 +202,12 @@ class Boundaries:
             begun[0], line[0] = self.positions[-1], self.lines[-1]
         parts: list[Bytes] = [b";"] * (3 * len(texts))
         parts[::3], parts[1::3] = texts, _written(starts - begun[grain], lengths, lines - line[grain])
-        edges = [0, *cuts, len(texts)]
-        for number, (at, stop) in enumerate(pairwise(edges)):
+        for number, (at, stop) in enumerate(pairwise([0, *cuts, len(texts)])):
             if number:
-                self.set(int(begun[number]), record + at, int(line[number]))
+                self.set(int(begun[number]), self.total + at, int(line[number]))
             self.hash(b"".join(parts[3 * at : 3 * stop]))
+        self.end, self.total = int(starts[-1] + lengths[-1]), self.total + len(texts)
+        self.line = int(lines[-1] + breaks[-1])
 
     def _with_forced(self, begins: list[int], starts: Int64) -> list[int]:
         """Return the rows that a boundary comes before: set by content, and else far from any."""
@@ -200,6 +220,11 @@ class Boundaries:
                 found.append(stop)
                 forced = int(starts[stop]) + self.farthest
         return found
+
+    def forget(self, count: int) -> None:
+        """Forget the first boundaries."""
+        for noted in (self.positions, self.records, self.lines, self._digests):
+            del noted[:count]
 
     def end_at(self, end: int) -> None:
         """Take back a boundary where the source ends, since no row begins there."""
@@ -231,45 +256,36 @@ class LineBoundaries(Boundaries):
     A line is picked by its length, its last bytes and some from its middle, the more often the longer it is.
     """
 
-    def __init__(self, start: int, grain: int) -> None:
-        super().__init__(grain)
-        self._offset = self._lines = 0
+    def __init__(self, grain: int, start: int = 0, line: int = 0) -> None:
+        super().__init__(grain, start, line)
         self._begun = start  # where the line begins that is not yet whole
         self._held = b""  # its last bytes
         self.set(start, 0)
 
-    @property
-    def end(self) -> int:
-        """Bytes so far."""
-        return self._offset
-
-    @property
-    def total(self) -> int:
-        """Lines so far, with one at the end that has no newline."""
-        return self._lines + (self._offset > self._begun)
-
     def add(self, block: bytes) -> None:
-        """Add what comes next of the stream, from its very beginning on."""
+        """Add what comes next of the stream."""
         newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-        at = max(self.positions[0] - self._offset, 0)  # what lies before the rows is not hashed
-        for index in self._chosen(block, newlines):
+        picked = np.flatnonzero(self._picked(block, newlines)).tolist()
+        at, lines = 0, self.total - (self.end > self._begun)
+        for index in self._chosen(picked, newlines):
             stop = int(newlines[index]) + 1
             self.hash(memoryview(block)[at:stop])
-            self.set(self._offset + stop, self._lines + index + 1)
+            if self.sure is None and index in picked[:1]:
+                self.sure = len(self.positions)
+            self.set(self.end + stop, lines + index + 1)
             at = stop
         self.hash(memoryview(block)[at:])
         if len(newlines):
-            self._begun, self._held = self._offset + int(newlines[-1]) + 1, b""
-        rest = block[max(self._begun - self._offset, 0) :]
+            self._begun, self._held = self.end + int(newlines[-1]) + 1, b""
+        rest = block[max(self._begun - self.end, 0) :]
         self._held = (self._held + rest[-_REACH:])[-_REACH:]
-        self._lines += len(newlines)
-        self._offset += len(block)
+        self.end += len(block)
+        self.total = lines + len(newlines) + (self.end > self._begun)  # one at the end may have no newline
 
-    def _chosen(self, block: bytes, newlines: Int64) -> Iterator[int]:
+    def _chosen(self, picked: list[int], newlines: Int64) -> Iterator[int]:
         """Yield the index of each newline that a boundary follows; the last one is set before the next."""
-        picked = np.flatnonzero(self._picked(block, newlines)).tolist()
         for stop in [*picked, len(newlines)]:
-            while (forced := int(np.searchsorted(newlines, self.forced - 1 - self._offset))) < stop:
+            while (forced := int(np.searchsorted(newlines, self.forced - 1 - self.end))) < stop:
                 yield forced
             if stop < len(newlines):
                 yield stop
@@ -280,7 +296,7 @@ class LineBoundaries(Boundaries):
             return np.zeros(0, np.bool_)
         first = int(newlines[0]) + 1
         joined = self._held + block[max(first - _REACH, 0) : first]
-        begun = np.array([self._offset + first - self._begun])
+        begun = np.array([self.end + first - self._begun])
         one = self._picks(joined[-_REACH:], np.array([min(len(joined), _REACH) - 1]), begun)
         return np.append(one, self._picks(block, newlines[1:], np.diff(newlines)))
 

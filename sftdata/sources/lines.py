@@ -14,17 +14,16 @@ import numpy as np
 
 from sftdata.batches import Int64, Reject, RowBatch
 from sftdata.errors import Fault
-from sftdata.sources.borders import Boundaries, LineBoundaries, grain_of
+from sftdata.sources.borders import Boundaries, LineBoundaries
 from sftdata.sources.chunks import (
     SHOWN_BYTES,
     Chunk,
-    RowBoundaries,
     RowCollector,
     Source,
     too_long,
 )
 from sftdata.sources.jsonrows import parse_row
-from sftdata.sources.streams import RawCount, in_cache, read_all, read_range, skip_bytes
+from sftdata.sources.streams import in_cache, read_range
 
 _QUOTE, _NEWLINE = b'"\n'
 RECORD_LIMIT = 16 << 20  # a longer record of a CSV is not held, bytes
@@ -34,17 +33,11 @@ csv.field_size_limit(2**31 - 1)
 # -------------------------------------------------------------------------------- JSON lines and plain text
 
 
-def plan_lines(source: Source, slice_bytes: int) -> RowBoundaries:
-    """Count the lines of a source and note line starts, about one per grain. Memory: one block.
-
-    Raises:
-        IntegrityError: a damaged compressed stream.
-    """
-    count = RawCount()
-    found = LineBoundaries(source.body, grain_of(slice_bytes))
-    for block in read_all(source, count):
+def scan_lines(blocks: Iterator[bytes], found: LineBoundaries) -> Iterator[None]:
+    """Note line starts, about one per grain; yield now and then. Memory: one block."""
+    for block in blocks:
         found.add(block)
-    return count.boundaries(found, found.end, found.total, slice_bytes)
+        yield
 
 
 def split_lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
@@ -146,18 +139,36 @@ class Records(NamedTuple):
             yield Record(start, text, length, self.closed, lines)
 
 
-def plan_delimited(source: Source, slice_bytes: int) -> RowBoundaries:
-    """Count the records of a CSV and note where some of them start."""
-    count = RawCount()
-    found = Boundaries(grain_of(slice_bytes))
-    total, line, end = 0, source.body_line, source.body
-    blocks = skip_bytes(read_all(source, count), source.body)
-    for part in batches_of(blocks, source.body, source.delimiter, RECORD_LIMIT, partial(_reopen, source)):
-        ends = line + np.cumsum(part.lines)
-        found.rows(part.texts, part.starts, part.lengths, ends - part.lines, record=total)
-        total += len(part.texts)
-        line, end = int(ends[-1]), int(part.starts[-1] + part.lengths[-1])
-    return count.boundaries(found, end, total, slice_bytes, by_line=True)
+def scan_delimited(
+    source: Source,
+    blocks: Iterator[bytes],
+    found: Boundaries,
+    reopen: Callable[[int], Iterator[bytes]] | None,
+) -> Iterator[None]:
+    """Note where some records of a CSV start; yield now and then.
+
+    Args:
+        blocks: of the stream, from the end of what was found on.
+        reopen: as of `batches_of`.
+    """
+    for part in batches_of(blocks, found.end, source.delimiter, RECORD_LIMIT, reopen):
+        found.rows(part.texts, part.starts, part.lengths, part.lines)
+        yield
+
+
+def guess_record(data: bytes, delimiter: str) -> int:
+    """Return where a record most likely begins in a text from the middle of a CSV; -1 if none does.
+
+    Most quotes that open a field stand behind a delimiter or a line break, or double the one before. Others
+    are few where it is guessed rightly whether the text begins inside of a field.
+    """
+    codes = np.frombuffer(data, np.uint8)
+    quotes, newlines = np.flatnonzero(codes == _QUOTE), np.flatnonzero(codes == _NEWLINE)
+    before = codes[quotes - 1]
+    opens = (before == ord(delimiter[-1])) | (before == _NEWLINE) | (np.diff(quotes, prepend=-1) == 1)
+    inside = int((~opens[1::2]).sum() < (~opens[0::2]).sum())
+    starts = newlines[np.searchsorted(quotes, newlines) % 2 == inside] + 1
+    return int(starts[0]) if len(starts) else -1
 
 
 def read_delimited(chunk: Chunk, max_line_bytes: int) -> tuple[RowBatch, list[Reject]]:
@@ -212,12 +223,13 @@ def batches_of(
     offset: int,
     delimiter: str,
     limit: int,
-    reopen: Callable[[int], Iterator[bytes]],
+    reopen: Callable[[int], Iterator[bytes]] | None,
 ) -> Iterator[Records]:
     """Yield the records that `records_of` does, many at a time, at the speed of arrays.
 
     Args:
-        reopen: opens the stream anew at an offset.
+        reopen: opens the stream anew at an offset; without it, this is a part of the stream, and only records
+            that end in it are yielded.
     """
     held, wanted, ended = b"", 0, False
     blocks = in_cache(blocks)
@@ -236,11 +248,14 @@ def batches_of(
             offset, held = offset + int(ends[-1]), held[int(ends[-1]) :]
         wanted = 2 * len(held)  # so that what is looked at again and again stays linear
         if len(held) > limit:  # a record that is too long, or a field that is never closed
+            if reopen is None:
+                return
             one = next(records_of(reopen(offset), offset, delimiter, limit, reopen))
             yield _alone(one)
             offset += one.length
             blocks, held, wanted, ended = in_cache(reopen(offset)), b"", 0, False
-    yield from map(_alone, records_of(iter([held]), offset, delimiter, limit, reopen))
+    if reopen is not None:
+        yield from map(_alone, records_of(iter([held]), offset, delimiter, limit, reopen))
 
 
 def _alone(record: Record) -> Records:
@@ -342,10 +357,6 @@ def records_of(
         whole = b"\n".join([text, *(more for more, _ in followers)])
         yield Record(offset, whole, length, not open_, lines_taken)
         offset += length
-
-
-def _reopen(source: Source, offset: int) -> Iterator[bytes]:
-    return skip_bytes(read_all(source), offset)
 
 
 def _leaves_open(line: bytes, opening: re.Pattern[bytes], *, inside: bool) -> bool:

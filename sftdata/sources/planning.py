@@ -8,39 +8,50 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
 
 from sftdata.batches import Int64
-from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError, need
 from sftdata.output import written
-from sftdata.sources.chunks import Chunk, Source, SourcePlan
+from sftdata.sources.chunks import Chunks, Source, SourcePlan
 from sftdata.sources.inputs import Input, find_inputs, is_hub_id, joined, several_splits, wrong_split
-from sftdata.sources.source import open_source, plan_source, read_chunk
+from sftdata.sources.marks import Marks
+from sftdata.sources.ranges import Sizes, Stretch, join, scan, stretches_of
+from sftdata.sources.source import open_source, read_chunk
 
 Item = TypeVar("Item")
 Say = Callable[[str], object]
+Scanned = Callable[[Sizes, Sequence[Stretch]], Iterator[Marks]]
+"""Returns the marks of stretches, in their order."""
 MANY = 20  # files that are still named one by one
 SECONDS = 10.0  # between two lines on the progress
+
+
+def in_turn(sizes: Sizes, stretches: Sequence[Stretch]) -> Iterator[Marks]:
+    """Scan stretches one after another, each when it is asked for."""
+    return map(partial(scan, sizes), stretches)
 
 
 def plan_inputs(
     inputs: Sequence[str],
     split: str | None,
     subset: str | None,
-    sizes: tuple[int, int],
+    sizes: Sizes,
     say: Say = lambda _: None,
+    scanned: Scanned = in_turn,
 ) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input.
 
     Args:
         split: as `--split` has it; None asks for one where there are several.
         subset: of a Hub dataset.
-        sizes: slice_bytes and max_line_bytes, as for `plan_source`.
         say: takes a line on the progress, every few seconds.
+        scanned: scans what is to be read.
 
     Returns:
         plans, with ids that run on from one to the next, and what was left out.
@@ -59,25 +70,33 @@ def plan_inputs(
     if split is None:
         paths = [path for one in found for path in one.paths]
         sources = [open_source(path, subset=subset) for path in with_progress(paths, say, "Opened")]
-        return plan_sources(with_progress(sources, say, "Read"), *sizes), notes
+        return plan_sources(sources, sizes, say, scanned), notes
     plans: list[SourcePlan] = []
     for one, files in zip(groups, chosen, strict=True):
         if files is None:
-            plans.append(plan_source(open_source(one.paths[0], split=split, subset=subset), 0, *sizes))
+            plans += plan_sources([open_source(one.paths[0], split=split, subset=subset)], sizes)
             continue
         indices = sorted({index for some in files.splits.values() for index in some})
         opened = plan_sources(
-            [open_source(one.paths[index]) for index in with_progress(indices, say, "Opened")], *sizes
+            [open_source(one.paths[index]) for index in with_progress(indices, say, "Opened")],
+            sizes,
+            say,
+            scanned,
         )
         plans += select_rows(one.name, files, dict(zip(indices, opened, strict=True)))
     return numbered(plans), notes
 
 
 def plan_sources(
-    sources: Iterable[Source], slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
+    sources: Sequence[Source], sizes: Sizes, say: Say = lambda _: None, scanned: Scanned = in_turn
 ) -> list[SourcePlan]:
     """Plan several sources, with numbers and example ids that run on from one to the next."""
-    return numbered(plan_source(source, 0, slice_bytes, max_line_bytes) for source in sources)
+    stretches = [stretches_of(source, sizes) for source in sources]
+    marks = scanned(sizes, list(chain.from_iterable(stretches)))
+    return numbered(
+        join(source, islice(marks, len(stretches[number])), sizes)
+        for number, source in enumerate(with_progress(sources, say, "Read"))
+    )
 
 
 def numbered(plans: Iterable[SourcePlan]) -> list[SourcePlan]:
@@ -308,13 +327,9 @@ def _records_with_rows(plan: SourcePlan) -> Int64:
 def _cut(plan: SourcePlan, first: int, stop: int) -> SourcePlan:
     """Return the plan with its records `first:stop` alone."""
 
-    def inside(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
-        ends = [*(chunk.first_record for chunk in chunks[1:]), plan.records]
-        kept = (
-            chunk
-            for chunk, end in zip(chunks, ends, strict=True)
-            if chunk.first_record < stop and end > first
-        )
-        return tuple(replace(chunk, only=(first, stop)) for chunk in kept)
+    def inside(chunks: Chunks) -> Chunks:
+        ends = np.append(chunks.records[1:], plan.records)
+        kept = np.flatnonzero((chunks.records < stop) & (ends > first))
+        return replace(chunks.select(kept), only=(first, stop))
 
     return replace(plan, chunks=inside(plan.chunks), samples=inside(plan.samples))

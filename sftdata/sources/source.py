@@ -20,23 +20,15 @@ import numpy as np
 from sftdata.batches import Reject, RowBatch
 from sftdata.config import DEFAULT_LINE_BYTES
 from sftdata.errors import UsageError
-from sftdata.sources.arrays import plan_array, read_array
-from sftdata.sources.borders import Boundaries
-from sftdata.sources.chunks import (
-    Chunk,
-    Compression,
-    Container,
-    RowBoundaries,
-    Source,
-    SourcePlan,
-    block_hashes,
-    cut_source,
-)
+from sftdata.sources.arrays import read_array
+from sftdata.sources.chunks import Chunk, Compression, Container, Source, SourcePlan
 from sftdata.sources.inputs import is_hub_id, is_saved_dataset, plain_name
-from sftdata.sources.lines import Record, plan_delimited, plan_lines, read_delimited, read_lines, records_of
+from sftdata.sources.lines import Record, read_delimited, read_lines, records_of
+from sftdata.sources.ranges import RANGE_BYTES, Sizes, join, scan, stretches_of
 from sftdata.sources.remote import fetch, is_url
-from sftdata.sources.streams import RawCount, close_streams, compression_of, read_all
-from sftdata.sources.tables import close_table, plan_table, read_table
+from sftdata.sources.seals import block_hashes
+from sftdata.sources.streams import close_streams, compression_of, read_all
+from sftdata.sources.tables import close_table, read_table
 
 
 def open_source(path: str, *, split: str | None = None, subset: str | None = None) -> Source:
@@ -57,7 +49,11 @@ def open_source(path: str, *, split: str | None = None, subset: str | None = Non
 
 
 def plan_source(
-    source: Source, base_id: int, slice_bytes: int, max_line_bytes: int = DEFAULT_LINE_BYTES
+    source: Source,
+    base_id: int,
+    slice_bytes: int,
+    max_line_bytes: int = DEFAULT_LINE_BYTES,
+    range_bytes: int = RANGE_BYTES,
 ) -> SourcePlan:
     """Read a source once: hash it, count its records, and cut it into chunks at borders set by content.
 
@@ -65,22 +61,14 @@ def plan_source(
         base_id: example id of its first record.
         slice_bytes: bytes of the decompressed stream (or of the file, for columnar sources) per chunk.
         max_line_bytes: a longer row is not held; the same as for `read_chunk`.
+        range_bytes: as of `Sizes`.
 
     Raises:
         IntegrityError: a damaged compressed stream.
     """
-    match source.container:
-        case "jsonl" | "text":
-            boundaries = plan_lines(source, slice_bytes)
-        case "json":
-            boundaries = plan_array(source, slice_bytes, max_line_bytes)
-        case "csv":
-            boundaries = plan_delimited(source, slice_bytes)
-        case "empty":
-            boundaries = _plan_empty(source, slice_bytes)
-        case _:
-            boundaries = plan_table(source, slice_bytes)
-    return cut_source(source, base_id, boundaries, max_line_bytes)
+    sizes = Sizes(slice_bytes, max_line_bytes, range_bytes)
+    marks = (scan(sizes, stretch) for stretch in stretches_of(source, sizes))
+    return join(source, marks, sizes).placed(0, base_id)
 
 
 def read_chunk(chunk: Chunk, max_line_bytes: int = DEFAULT_LINE_BYTES) -> tuple[RowBatch, list[Reject]]:
@@ -120,13 +108,6 @@ def _only(chunk: Chunk, batch: RowBatch, unreadable: list[Reject]) -> tuple[RowB
     columns = {name: getattr(batch, name)[keep] for name in ("example_ids", "lines", "byte_offsets")}
     kept = replace(batch, rows=rows, **columns)
     return kept, [row for row in unreadable if chunk.only[0] < row.record <= chunk.only[1]]
-
-
-def _plan_empty(source: Source, slice_bytes: int) -> RowBoundaries:
-    count = RawCount()
-    for _block in read_all(source, count):
-        pass
-    return count.boundaries(Boundaries(1), 0, 0, slice_bytes, notes=(f"{source.path}: the file is empty.",))
 
 
 # ------------------------------------------------------------------------------ recognising a file

@@ -15,21 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, cast
 
-import numpy as np
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError, changed
-from sftdata.sources.borders import Boundaries
-from sftdata.sources.chunks import (
-    HASHED_BYTES,
-    BlockHashes,
-    Chunk,
-    Compression,
-    RowBoundaries,
-    Source,
-    unchanged,
-)
+from sftdata.sources.chunks import Chunk, Compression, Source
 from sftdata.sources.remote import RANGE_BYTES, RemoteFile, is_url, read_range_of
+from sftdata.sources.seals import HASHED_BYTES, BlockHashes, unchanged
 
 BLOCK_BYTES = 1 << 20
 COMPRESSED_BLOCK_BYTES = 32 << 10
@@ -188,32 +179,6 @@ class RawCount:
             self.hasher.update(block)
             yield block
 
-    def boundaries(
-        self,
-        found: Boundaries,
-        end: int,
-        total: int,
-        step: int,
-        *,
-        by_line: bool = False,
-        notes: tuple[str, ...] = (),
-    ) -> RowBoundaries:
-        """Return the row boundaries of the stream that passed through; to be called once."""
-        found.end_at(end)
-        return RowBoundaries(
-            np.array(found.positions, np.int64),
-            np.array(found.records, np.int64),
-            found.digests(),
-            end,
-            total,
-            step,
-            self.size,
-            self.hasher.hexdigest(),
-            notes,
-            np.array(found.lines, np.int64) if by_line else None,
-            self.blocks.seal(),
-        )
-
 
 def _checked(source: Source, blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Turn whatever a damaged stream raises into one line."""
@@ -261,6 +226,16 @@ def skip_bytes(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
         if len(block) > size:
             yield block[size:]
         size = max(size - len(block), 0)
+
+
+def read_from(source: Source, start: int) -> Iterator[bytes]:
+    """Yield the decompressed stream from a byte on; what lies before is read where it is compressed only."""
+    if source.compression != "none":
+        yield from skip_bytes(read_all(source), start)
+        return
+    with open_raw(source.file) as stream:
+        stream.seek(start)
+        yield from raw_blocks(stream, RANGE_BYTES if is_url(source.file) else BLOCK_BYTES)
 
 
 class _Forward:

@@ -17,17 +17,11 @@ from sftdata.batches import Reject, RowBatch
 from sftdata.errors import Fault, UsageError, changed, need
 from sftdata.output import written
 from sftdata.sources.borders import DIGEST_BYTES, grain_of
-from sftdata.sources.chunks import (
-    SHOWN_BYTES,
-    Chunk,
-    RowBoundaries,
-    RowCollector,
-    Source,
-    Stamp,
-    states_of,
-)
+from sftdata.sources.chunks import SHOWN_BYTES, Chunk, RowCollector, Source
 from sftdata.sources.inputs import several_splits, wrong_split
+from sftdata.sources.marks import Marks
 from sftdata.sources.remote import RANGE_BYTES, LocalCopy, RemoteFile, is_url
+from sftdata.sources.seals import Stamp, states_of
 from sftdata.sources.streams import BLOCK_BYTES, RawCount, open_raw, raw_blocks
 
 if TYPE_CHECKING:
@@ -56,27 +50,38 @@ class _Table(NamedTuple):
     converters: dict[str, Convert]
 
 
-def plan_table(source: Source, slice_bytes: int) -> RowBoundaries:
-    """Count rows and cut them in ranges that hold about `slice_bytes` of the raw bytes each."""
+def mark_table(source: Source, slice_bytes: int) -> Marks:
+    """Count rows and hash the raw bytes; boundaries lie where rows of a grain would end, were all alike."""
     files = _raw_files(source)
     copy = source.copy
     states = ((source.path, copy.state),) if isinstance(copy, LocalCopy) else states_of(files)
     total = _open(source).rows
     count = _hashed([copy] if copy else files)
-    stamp = Stamp(states, count.hasher.hexdigest())
+    digest = count.hasher.hexdigest()
+    stamp = Stamp(states, digest)
     if not copy and not stamp.holds():
         raise changed(source.path)
     # All rows are taken to be of the same size: Parquet knows no more of them without reading.
     rows_per_byte = total / max(count.size, 1)
-    step = max(1, int(slice_bytes * rows_per_byte))
     grain = max(1, int(grain_of(slice_bytes) * rows_per_byte))
     positions = np.arange(0, total, grain, dtype=np.int64)
-    digest = count.hasher.hexdigest()
     parts = [
         xxhash.xxh3_128_digest(f"{digest} {position} {grain}".encode()) for position in positions.tolist()
     ]
-    contents = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, DIGEST_BYTES)
-    return RowBoundaries(positions, positions, contents, total, total, step, count.size, digest, stamp=stamp)
+    return Marks(
+        0,
+        total,
+        positions,
+        positions,
+        np.zeros_like(positions),
+        np.frombuffer(b"".join(parts), np.uint8).reshape(-1, DIGEST_BYTES),
+        count.hasher.digest(),
+        end=total,
+        total=total,
+        raw_bytes=count.size,
+        step=max(1, int(slice_bytes * rows_per_byte)),
+        stamp=stamp,
+    )
 
 
 def _hashed(files: Sequence[str]) -> RawCount:

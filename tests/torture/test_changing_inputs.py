@@ -136,7 +136,7 @@ def test_the_state_of_a_file_is_seen_to_change(place: Path) -> None:
     path = place / "file"
     path.write_bytes(b"a" * 100)
     for _ in range(5):
-        from sftdata.sources.chunks import states_of
+        from sftdata.sources.seals import states_of
 
         before = states_of([str(path)])
         overwrite(path, os.urandom(100))

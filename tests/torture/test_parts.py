@@ -223,7 +223,7 @@ def test_shares_are_equal_and_all_of_the_set(data: Path, tmp_path: Path) -> None
     for of in (1, 2, 3, 7, 64):
         shares = [Part(number, of).tasks(plan) for number in range(1, of + 1)]
         assert [task for share in shares for task in share] == list(plan.tasks)
-        sizes = dict(zip((task.index for task in plan.tasks), plan.sizes().tolist(), strict=True))
+        sizes = dict(zip((task.index for task in plan.tasks), plan.tasks.sizes.tolist(), strict=True))
         largest = max(sum(sizes[task.index] for task in share) for share in shares)
         assert largest <= plan.size / of + max(sizes.values())
 

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftdata.plan import cut_tasks
 from sftdata.sources.borders import LineBoundaries, content_borders
-from sftdata.sources.chunks import Chunk, SourcePlan
+from sftdata.sources.chunks import Chunks, SourcePlan
 from sftdata.sources.planning import numbered
 from sftdata.sources.source import open_source, plan_source
+from sftdata.sources.streams import skip_bytes
+from sftdata.tasks import cut_tasks
 
 CHUNK, SLICE = 2_000, 8_000
 
@@ -83,8 +84,8 @@ def contents(sources: list[SourcePlan]) -> list[tuple[bytes, ...]]:
 
 
 def noted(blocks: Iterator[bytes], start: int, grain: int) -> tuple[list[int], list[int], bytes, int]:
-    found = LineBoundaries(start, grain)
-    for block in blocks:
+    found = LineBoundaries(grain, start)
+    for block in skip_bytes(blocks, start):
         found.add(block)
     found.end_at(found.end)
     return found.positions, found.records, found.digests().tobytes(), found.total
@@ -229,10 +230,10 @@ def test_the_same_rows_at_another_place_or_line_break_are_told_apart(tmp_path: P
 
 def test_slices_are_small_at_first_and_of_the_size_asked_for_then(tmp_path: Path) -> None:
     source = plans(tmp_path, as_lines(rows(3)))[0]
-    rng = random.Random(0)
-    chunks = tuple(
-        Chunk(source.source, n << 20, (n + 1) << 20, n, n, rank=rng.getrandbits(64)) for n in range(1024)
-    )
+    places = np.arange(1024)
+    ranks = np.random.default_rng(0).integers(0, 1 << 63, 1024, np.uint64)
+    edges = places << 20
+    chunks = Chunks(source.source, edges, edges + (1 << 20), places, places * 0 + 1, ranks=ranks)
     tasks = cut_tasks([replace(source, chunks=chunks)], 8 << 20)
     sizes = [len(task.chunks) for task in tasks]
     assert sum(sizes) == 1024

@@ -10,6 +10,7 @@ from typing import Any
 
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.planning import grouped, plan_inputs, short_names, with_progress
+from sftdata.sources.ranges import Sizes
 
 
 def planned(folder: Path, files: int) -> tuple[int, list[SourcePlan]]:
@@ -25,7 +26,7 @@ def planned(folder: Path, files: int) -> tuple[int, list[SourcePlan]]:
 
     sys.setprofile(count)
     try:
-        plans, _ = plan_inputs([str(folder)], None, None, (1 << 20, 1 << 20))
+        plans, _ = plan_inputs([str(folder)], None, None, Sizes(1 << 20, 1 << 20))
         short_names([plan.source.path for plan in plans])
     finally:
         sys.setprofile(None)

@@ -26,6 +26,7 @@ from sftdata.sources import streams
 from sftdata.sources.chunks import Source
 from sftdata.sources.inputs import expand_inputs
 from sftdata.sources.planning import plan_sources
+from sftdata.sources.ranges import Sizes
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.compressed import zstd
 
@@ -232,7 +233,9 @@ def test_plan_records_size_hash_and_where_every_example_came_from(tmp_path: Path
     data = gzip.compress(as_lines(ROWS))
     (tmp_path / "a.gz").write_bytes(data)
     (tmp_path / "b.txt").write_bytes(b"x\n\ny\n")
-    first, second = plan_sources([open_source(str(tmp_path / name)) for name in ("a.gz", "b.txt")], 100)
+    first, second = plan_sources(
+        [open_source(str(tmp_path / name)) for name in ("a.gz", "b.txt")], Sizes(100)
+    )
     assert [{chunk.number for chunk in plan.chunks} for plan in (first, second)] == [{0}, {1}]
     assert (first.raw_bytes, first.xxh3_128, first.records) == (
         len(data),

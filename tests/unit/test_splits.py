@@ -16,9 +16,10 @@ from sftdata.errors import UsageError
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import expand_inputs
 from sftdata.sources.planning import numbered, plan_inputs, splits_of
+from sftdata.sources.ranges import Sizes
 from sftdata.sources.source import read_chunk
 
-SIZES = (1 << 20, 1 << 20)
+SIZES = Sizes(1 << 20, 1 << 20)
 TOKENIZER = Path(__file__).parents[2] / "examples/tokenizer"
 
 
@@ -189,7 +190,7 @@ def test_parts_of_a_split_are_the_rows_that_datasets_would_take(
     for start, stop in spec:
         wanted += texts[bound(start, len(texts), 0) : bound(stop, len(texts), len(texts))]
     said = "+".join(f"train[{start}:{stop}]" for start, stop in spec)
-    plans, _ = plan_inputs([str(folder)], said, None, (slice_bytes, 1 << 20))
+    plans, _ = plan_inputs([str(folder)], said, None, Sizes(slice_bytes, 1 << 20))
     found = [
         row if isinstance(row, str) else row["text"]
         for plan in plans

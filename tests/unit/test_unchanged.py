@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftdata.errors import InputChangedError, IntegrityError, UsageError
-from sftdata.sources.chunks import HASHED_BYTES, RowBoundaries, SourcePlan
+from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.seals import HASHED_BYTES
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.compressed import zstd
@@ -201,11 +202,3 @@ def test_reading_other_records_than_planning_counted_is_an_error(tmp_path: Path)
     read_chunk(piece)
     with pytest.raises(IntegrityError, match="planning counted 21 records, and reading 22"):
         read_chunk(replace(piece, records=21))
-
-
-def test_marks_without_borders_have_no_slices() -> None:
-    import numpy as np
-
-    none, contents = np.zeros(0, np.int64), np.zeros((0, 16), np.uint8)
-    empty = RowBoundaries(none, none, contents, 0, 0, 1, 0, "")
-    assert (empty.chunks(), empty.sampled()) == ([], [])
