@@ -10,7 +10,7 @@ byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,8 +49,36 @@ from sftdata.set.ledger import (
 from sftdata.set.reuse import take_over
 from sftdata.set.store import SetFile
 from sftdata.sources.chunks import Chunk
+from sftdata.sources.marks import Marks
+from sftdata.sources.planning import in_turn
+from sftdata.sources.ranges import Sizes, Stretch, scan
 from sftdata.sources.source import read_chunk
 from sftdata.tasks import ShardTask
+from sftdata.workers import Workers
+
+WORTH_RANGES = 512 << 20  # bytes to read; for less, other processes take longer to start than they save
+
+
+def scanned(workers: Workers, sizes: Sizes, stretches: Sequence[Stretch]) -> Iterator[Marks]:
+    """Return the marks of what is to be read, in order: scanned by the workers, where there is much of it."""
+    here = workers.elsewhere and any(stretch.source.copy for stretch in stretches)
+    if here or sum(stretch.stop - stretch.start for stretch in stretches) < WORTH_RANGES:
+        yield from in_turn(sizes, stretches)
+        return
+    waiting = dict[int, Marks]()
+    found = workers.map(_scan, sizes, list(enumerate(stretches)), _load_nothing)
+    for number in range(len(stretches)):
+        while number not in waiting:
+            waiting.update([next(found)])
+        yield waiting.pop(number)
+
+
+def _load_nothing(_: Sizes) -> None:
+    pass
+
+
+def _scan(sizes: Sizes, stretch: tuple[int, Stretch]) -> tuple[int, Marks]:
+    return stretch[0], scan(sizes, stretch[1])
 
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:

@@ -33,6 +33,7 @@ from sftdata.pipeline import (
     load_stages,
     pictures_changed,
     prepare_chunk,
+    scanned,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, inputs_of, make_plan
 from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice
@@ -45,7 +46,7 @@ from sftdata.sources.source import close_sources, read_chunk
 from sftdata.tasks import ShardTask
 from sftdata.version import __version__
 from sftdata.vision import Vision
-from sftdata.workers import Workers, scanned, usable_cores
+from sftdata.workers import Workers, usable_cores
 
 TOKEN_BYTES = 8  # an id and a label
 SEGMENT_BYTES = 48  # of the index, for each document that is whole

@@ -33,9 +33,6 @@ from typing import Any, TypeVar
 from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.errors import SftError
 from sftdata.sources.inputs import expand_inputs
-from sftdata.sources.marks import Marks
-from sftdata.sources.planning import in_turn
-from sftdata.sources.ranges import Sizes, Stretch, scan
 from sftdata.sources.remote import is_url, state_of
 
 Shared = TypeVar("Shared")
@@ -235,31 +232,6 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-WORTH_RANGES = 512 << 20  # bytes to read; for less, other processes take longer to start than they save
-
-
-def scanned(workers: Workers, sizes: Sizes, stretches: Sequence[Stretch]) -> Iterator[Marks]:
-    """Return the marks of what is to be read, in order: scanned by the workers, where there is much of it."""
-    here = workers.elsewhere and any(stretch.source.copy for stretch in stretches)
-    if here or sum(stretch.stop - stretch.start for stretch in stretches) < WORTH_RANGES:
-        yield from in_turn(sizes, stretches)
-        return
-    waiting = dict[int, Marks]()
-    found = workers.map(_scan, sizes, list(enumerate(stretches)), _load_nothing)
-    for number in range(len(stretches)):
-        while number not in waiting:
-            waiting.update([next(found)])
-        yield waiting.pop(number)
-
-
-def _load_nothing(_: Sizes) -> None:
-    pass
-
-
-def _scan(sizes: Sizes, stretch: tuple[int, Stretch]) -> tuple[int, Marks]:
-    return stretch[0], scan(sizes, stretch[1])
 
 
 _PIPELINE = "sftdata.pipeline"

@@ -16,13 +16,14 @@ import xxhash
 
 import sftdata
 from sftdata.errors import InputChangedError, SftError
+from sftdata.pipeline import scanned
 from sftdata.sources import ranges
 from sftdata.sources.borders import grain_of
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.marks import Marks
 from sftdata.sources.ranges import Sizes, join, scan, stretches_of
 from sftdata.sources.source import open_source, plan_source
-from sftdata.workers import Workers, scanned
+from sftdata.workers import Workers
 from tests import odd_files
 
 BLOCK = 512
@@ -171,7 +172,7 @@ def test_boundaries_are_those_of_rows_found_one_by_one(suffix: str, tmp_path: Pa
 
 
 def test_workers_scan_what_one_process_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sftdata.workers.WORTH_RANGES", 0)
+    monkeypatch.setattr("sftdata.pipeline.WORTH_RANGES", 0)
     (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "row %d"}\n' % n for n in range(40_000)))
     (tmp_path / "b.csv").write_bytes(b"prompt,completion\nx,y\n")
     sources = [open_source(str(tmp_path / name)) for name in ("a.jsonl", "b.csv")]
