@@ -44,6 +44,7 @@ def train(
     # ---- settings of ours
     weights: Sequence[float] = (), mix: Mapping[str, float | str] = {},
     mix_by: Literal["rows", "tokens", "trained"] = "trained", passes: float | None = None,
+    window: int | None = None,
     new_leg: bool = False, eval: Mapping[str, str | Path] = {},
     init_from_config: str | Path | None = None,
     revision: str | None = None,

@@ -102,7 +102,8 @@ open_chat(folder: str | Path, *, base: str | None = None, system: str | None = N
 train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *, output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
  weights: Sequence[float] = (), mix: Mapping[str, float | str] = {},\
- mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float | None = None, new_leg: bool = False,\
+ mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float | None = None, window: int | None = None,\
+ new_leg: bool = False,\
  eval: Mapping[str, str | Path] = {},\
  init_from_config: str | Path | None = None, revision: str | None = None,\
  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto',\
