@@ -9,11 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
 
 from sftdata.choosing import CHOOSING, Choosing, Like
 from sftdata.errors import UsageError
-from sftdata.output import local_output
+from sftdata.output import StoreUrl, local_output, output_at
 from sftdata.settings import NamesOfData, check_settings
 
 DEFAULT_DATE = "2025-01-01"
@@ -28,6 +28,12 @@ MOST_WORKERS = 4096
 
 OF_PICTURES = ("processor", "max_pixels", "min_pixels", "images", "embed_images", "check_pixels")
 """Settings that act on rows with pictures alone."""
+
+
+def _output(value: object) -> Path | StoreUrl:
+    if not isinstance(value, (str, Path)):
+        raise ValueError("not a path")
+    return output_at(value)
 
 
 class RowsConfig(BaseModel):
@@ -132,7 +138,9 @@ class RowsConfig(BaseModel):
     check_pixels: bool = Field(False, description="Decode every picture, to reject broken ones.")
 
     # ---- how it is cut, packed and stored
-    output: Path = Field(description="Folder of the set.")
+    output: Annotated[Path | StoreUrl, PlainValidator(_output, json_schema_input_type=Path)] = Field(
+        description="Folder of the set, here or in an object store: s3://, gs://, az://."
+    )
     max_length: int | None = Field(
         None, gt=0, le=MOST_TOKENS, description="Tokens per packed row; default min(model_max_length, 1024)."
     )
@@ -215,10 +223,14 @@ class PrepareConfig(Choosing, RowsConfig):
         date.fromisoformat(value)
         return value
 
-    @field_validator("output")
-    @classmethod
-    def _output_is_local(cls, value: Path) -> Path:
-        return local_output(value)
+    @property
+    def folder(self) -> Path:
+        """The output, where only a folder of this machine will do.
+
+        Raises:
+            UsageError: it is a URL.
+        """
+        return self.output if isinstance(self.output, Path) else local_output(self.output)
 
     def content(self) -> dict[str, object]:
         """Return the settings that decide the bytes of the set; a resume refuses if one of them differs.

@@ -31,6 +31,7 @@ _ACTING = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SUSPECT = re.compile(r"[^\x20-\x7e\n\u00c0-\u024f\u4e00-\u9fff]")
 _STOPS = ("SIGTERM", "SIGHUP", "SIGQUIT")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters, and one slash: Path makes one of two
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 _FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/:]+/)+")
 
 # What matters in messages, and its colour (SGR) on a terminal.
@@ -205,6 +206,35 @@ def _stop(number: int, _: object) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- paths
+
+
+class StoreUrl(str):
+    """The URL of a folder in an object store, as `s3://bucket/set`."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> StoreUrl:
+        return StoreUrl(f"{self}/{name}")
+
+
+def output_at(path: str | Path, flag: str = "-o") -> Path | StoreUrl:
+    """Return an output as a local path, or the URL of a store that sets can be built in.
+
+    Raises:
+        UsageError: it is another URL, or not UTF-8.
+
+    >>> output_at(Path("s3://bucket/sets/")), output_at("gs://bucket/set").__class__.__name__
+    ('s3://bucket/sets', 'StoreUrl')
+    """
+    scheme, colon, rest = os.fspath(path).partition(":")
+    if not colon or scheme not in STORES or not f"{rest}/".startswith("/"):
+        return local_output(path, flag)
+    bucket, _, folder = rest.strip("/").partition("/")
+    url = StoreUrl(f"{scheme}://{bucket or 'BUCKET'}/{folder or 'set'}")
+    if not folder:
+        found = "a bucket" if bucket else "no bucket"
+        raise UsageError(f"{flag} {scheme}://{bucket}: {found}; expected a folder in one.", f"{flag} {url}")
+    return url
 
 
 def local_output(path: str | Path, flag: str = "-o") -> Path:

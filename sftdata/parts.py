@@ -26,12 +26,12 @@ import numpy as np
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import SftError, UsageError
-from sftdata.output import Progress
+from sftdata.output import Progress, StoreUrl
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
-from sftdata.set.build import Build, finished_set, made_otherwise, sweep_choice, unfinished
+from sftdata.set.build import Build, made_otherwise, sweep_choice, unfinished
 from sftdata.set.manifest import Manifest, format_version, parts_folder
-from sftdata.set.shared import SharedBuild
+from sftdata.set.shared import SharedBuild, StoredBuild, finished_at, shared_build
 from sftdata.tasks import Tasks
 from sftdata.workers import Workers
 
@@ -162,27 +162,32 @@ def prepare(
         what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
         raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
     config, old, plan = planned(config, workers, note)
-    if part is None and not _begun(config.output, plan, note):
+    output = config.output
+    if plan.job.vision is not None and not isinstance(output, Path):
+        what = f"{output}: a set with pictures is made in a folder, as yet."
+        raise UsageError(what, "name a local folder with -o.")
+    if part is None and isinstance(output, Path) and not _begun(output, plan, note):
         made: Manifest | None = build_set(config, plan, old, workers, progress, note)
     else:
         made = _build(config, plan, old, _Run(workers, progress, note), part)
     if made is not None:
-        sweep_choice(config.output, discard=config.overwrite)
+        if isinstance(output, Path):
+            sweep_choice(output, discard=config.overwrite)
         for one in (plan, plan.by_reference()):
-            _shared(config.output, one).end()
+            _shared(output, one).end()
     return made
 
 
 def _begun(output: Path, plan: Plan, note: OnNote) -> bool:
     """Say whether parts of this plan were made; note where there are others."""
-    if _shared(output, plan).folder.is_dir():
+    if _shared(output, plan).begun():
         return True
     if (folder := parts_folder(output)).is_dir():
         note(f"{folder}: parts made with other data, settings or versions; nothing of them is used.")
     return False
 
 
-def _shared(output: Path, plan: Plan) -> SharedBuild:
+def _shared(output: Path | StoreUrl, plan: Plan) -> SharedBuild | StoredBuild:
     """Return where the slices of a plan are made in parts: its name is all that decides their bytes."""
     content = plan.begun() | {
         "format_version": format_version(plan.job.vision is not None),
@@ -190,7 +195,7 @@ def _shared(output: Path, plan: Plan) -> SharedBuild:
         "engine": plan.job.engine,
     }
     digest = hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
-    return SharedBuild(parts_folder(output), digest[:16])
+    return shared_build(output, digest[:16])
 
 
 def _build(
@@ -201,26 +206,27 @@ def _build(
     part: Part | None,
 ) -> Manifest | None:
     """Make the slices of a part, and the set where no other slice is missing, unless it exists."""
-    changed = differences(plan, config.output, old)
+    output = config.output
+    changed = differences(plan, output, old)
     if changed and not config.overwrite and old is not None and not plan.continues(old):
-        raise made_otherwise(config.output, changed)
-    if Build(config.output).kept() and not config.overwrite:
-        raise unfinished(Build(config.output).folder, "an unfinished set that is not made in parts")
+        raise made_otherwise(output, changed)
+    if isinstance(output, Path) and Build(output).kept() and not config.overwrite:
+        raise unfinished(Build(output).folder, "an unfinished set that is not made in parts")
     if old is not None and not changed:
-        run.note(f"{config.output} is up to date: same data, same settings.")
+        run.note(f"{output} is up to date: same data, same settings.")
         return old
     try:
-        return _make(config, plan, run, part)
+        return _make(output, plan, run, part)
     except (SftError, OSError):  # what it was writing may be gone, as the set is finished
-        if (made := _standing(config.output, plan)) is None:
+        if (made := _standing(output, plan)) is None:
             raise
         return made
 
 
-def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
-    shared = _shared(config.output, plan)
+def _make(output: Path | StoreUrl, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
+    shared = _shared(output, plan)
     shared.join(plan.begun())
-    here, done = plan.at(shared.output), shared.finished()
+    here, done = plan.at(shared.place), shared.finished()
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {number: done[number] for number in mine.numbers.tolist() if number in done}
     before = unchanged(plan, shared, before)
@@ -232,24 +238,24 @@ def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Ma
     if exact and missing:
         more = "the last part, or the command without --part, finishes the set"
         run.note(f"{who}: complete; {missing} slices of other parts are missing: {more}.")
-        return _standing(config.output, plan)
+        return _standing(output, plan)
     if exact:  # of this part; the others' samples are in their records
         results, exact = run_tasks(here, done, None, run.workers, None)
     if not exact:
         run.note(
             f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
         )
-        return _make(config, plan.by_reference(), run, None)
-    if (made := _standing(config.output, plan)) is not None:
+        return _make(output, plan.by_reference(), run, None)
+    if (made := _standing(output, plan)) is not None:
         return made
-    own, vision = shared.gather(config.output, results), plan.job.vision
+    own, vision = shared.gather(results), plan.job.vision
     processor = {} if vision is None else vision.files()
     return own.finish(conclude(plan, results, own), plan.job.tokenizer.folder, processor)
 
 
-def _standing(output: Path, plan: Plan) -> Manifest | None:
+def _standing(output: Path | StoreUrl, plan: Plan) -> Manifest | None:
     """Return the manifest of the set that another has finished meanwhile."""
     with suppress(SftError):
-        found = finished_set(output, overwrite=False)
+        found = finished_at(output)
         return found if found is not None and not plan.difference(found) else None
     return None

@@ -11,7 +11,7 @@ byte.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -33,7 +33,7 @@ from sftdata.pictures.rows import PicturedConversation
 from sftdata.plan import Job, ReusedTask
 from sftdata.render.control_tokens import describe_tokens
 from sftdata.render.template import ChatTemplate
-from sftdata.set.build import Build, ShardResult
+from sftdata.set.build import Build, making_at
 from sftdata.set.images import IMAGES, SlicePictures, unchanged
 from sftdata.set.index import Placed, write_slice
 from sftdata.set.ledger import (
@@ -46,6 +46,7 @@ from sftdata.set.ledger import (
     encode_lines,
     encode_reject,
 )
+from sftdata.set.making import ShardResult
 from sftdata.set.reuse import take_over
 from sftdata.set.store import SetFile
 from sftdata.sources.chunks import Chunk
@@ -83,8 +84,9 @@ def _scan(sizes: Sizes, stretch: tuple[int, Stretch]) -> tuple[int, Marks]:
 
 def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
     """Turn the chunks of one task into one shard, and commit it."""
+    build = making_at(job.config.output)
+    job = replace(job, tokenizer=replace(job.tokenizer, folder=build.borrow(job.tokenizer.folder)))
     stages = load_stages(job)
-    build = Build(job.config.output)
     ledger, documents, ids, pieces = Ledger(), [], [], []
     texts: list[str] = []
     pictures: dict[int, Sequence[Picture]] = {}
@@ -113,7 +115,7 @@ def prepare_shard(job: Job, task: ShardTask) -> ShardResult:
     ledger.count_stored(() if placed.pictures is None else placed.pictures.stored)
     bos_id = job.tokenizer.bos_id
     embed = job.vision.pictures if job.vision is not None and job.vision.embed else None
-    shards, files = write_slice(build.folder, task.index, placed, rows, job.row_length, bos_id, embed)
+    shards, files = write_slice(build.store, task.index, placed, rows, job.row_length, bos_id, embed)
     sample, digest = stages.sample(texts)
     result = ShardResult(
         index=task.index,
@@ -131,7 +133,7 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
     """Take the shard of a task over from the old set, where that has it, or prepare and commit it."""
     if isinstance(work, ShardTask):
         return prepare_shard(job, work)
-    build = Build(job.config.output)
+    build = Build(job.config.folder)
     changed = partial(pictures_changed, job)
     taken = take_over(work.old, work.task.index, work.sources, build.folder, changed)
     if taken is None:

@@ -25,7 +25,7 @@ from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import Unit, UsageError, without_secrets
 from sftdata.formats.fields import FormatOptions
 from sftdata.masks import Mask, choose_mask
-from sftdata.output import without_folders, written
+from sftdata.output import StoreUrl, without_folders, written
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
@@ -114,7 +114,7 @@ class Plan:
         """Bytes of the input, decompressed."""
         return int(self.tasks.sizes.sum())
 
-    def at(self, output: Path) -> Plan:
+    def at(self, output: Path | StoreUrl) -> Plan:
         """Return the plan with another output."""
         return replace(
             self, job=replace(self.job, config=self.job.config.model_copy(update={"output": output}))
@@ -185,7 +185,7 @@ class Plan:
         names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind
         changed += ["names"] if names != list(self.job.sources) else []
         if self.job.vision is not None and manifest.vision is not None:
-            here = self.job.vision.images_from(self.job.config.output)
+            here = self.job.vision.images_from(self.job.config.folder)
             changed += ["pictures"] if manifest.vision.images != here else []
         changed += ["view"] if "view" in manifest.settings else []  # it holds some of the documents
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])

@@ -22,7 +22,7 @@ from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
 from sftdata.errors import DataError, Unit, place
-from sftdata.output import Progress, behind_links, without_folders
+from sftdata.output import Progress, StoreUrl, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
 from sftdata.pipeline import (
@@ -36,10 +36,12 @@ from sftdata.pipeline import (
     scanned,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, inputs_of, make_plan
-from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, refuse_choice
+from sftdata.set.build import Build, made_otherwise, making_at, refuse_choice
 from sftdata.set.ledger import REJECTS_NAME, Ledger, read_rejects
 from sftdata.set.losses import refuse_losses
+from sftdata.set.making import Making, ShardResult
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_version
+from sftdata.set.shared import finished_at
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.source import close_sources, read_chunk
@@ -63,9 +65,10 @@ def planned(
     config: PrepareConfig, workers: Workers, note: OnNote
 ) -> tuple[PrepareConfig, Manifest | None, Plan]:
     """Return the settings with the folder behind the output, the manifest of what is there, and the plan."""
-    config = config.model_copy(update={"output": behind_links(config.output)})
-    old = finished_set(config.output, overwrite=config.overwrite)
-    if old is None and not config.overwrite:
+    if isinstance(config.output, Path):
+        config = config.model_copy(update={"output": behind_links(config.output)})
+    old = finished_at(config.output, overwrite=config.overwrite)
+    if old is None and not config.overwrite and isinstance(config.output, Path):
         refuse_choice(config.output)
     plan = make_plan(
         config,
@@ -98,13 +101,13 @@ def build_set(
     """Build the set of a plan, unless it exists already or only has to be moved to its place."""
     changed = differences(plan, config.output, old)
     if old is not None and not changed:
-        Build(config.output).sweep()
+        Build(config.folder).sweep()
         note(f"{config.output} is up to date: same data, same settings.")
         return old
     grown = old is not None and plan.continues(old)
     if changed and not grown and not config.overwrite:
         raise made_otherwise(config.output, changed)
-    with Build(config.output).locked() as build:
+    with Build(config.folder).locked() as build:
         sealed = build.sealed()
         if sealed is not None and differences(plan, build.folder, sealed) == ["pictures"]:
             build.clear()  # its manifest says what is so no more
@@ -130,15 +133,17 @@ def build_set(
                 build.start(plan.begun(), overwrite=True)
                 results, _ = run_tasks(plan, {}, old, workers, progress)
             if old is not None:
-                note(tell_reuse(config.output, results))
+                note(tell_reuse(config.folder, results))
             processor = {} if plan.job.vision is None else plan.job.vision.files()
             return build.finish(conclude(plan, results, build), plan.job.tokenizer.folder, processor)
 
 
-def differences(plan: Plan, folder: Path, manifest: Manifest | None) -> list[str]:
+def differences(plan: Plan, output: Path | StoreUrl, manifest: Manifest | None) -> list[str]:
     """Return what a finished set was made with otherwise, or whose pictures are others by now."""
     changed = plan.difference(manifest) if manifest is not None else []
-    if manifest is None or changed or not other_pictures(plan, folder, manifest):
+    if manifest is None or changed or not isinstance(output, Path):
+        return changed
+    if not other_pictures(plan, output, manifest):
         return changed
     return ["pictures"]
 
@@ -148,14 +153,13 @@ def other_pictures(plan: Plan, folder: Path, manifest: Manifest) -> bool:
     return pictures_changed(plan.job, folder, manifest.files, read_rejects(folder / REJECTS_NAME))
 
 
-def unchanged(plan: Plan, build: Build, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
+def unchanged(plan: Plan, build: Making, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
     """Return the finished tasks, by number, whose pictures are those they were made with."""
     return {
         number: result
         for number, result in done.items()
-        if not pictures_changed(
-            plan.job, build.folder, result.files, read_rejects(build.part(number, REJECTS_NAME))
-        )
+        if not isinstance(build, Build)
+        or not pictures_changed(plan.job, build.folder, result.files, build.rejects_of(result))
     }
 
 
@@ -180,14 +184,14 @@ def run_tasks(
     Args:
         old: of the set that is replaced, whose slices are reused.
     """
-    reused = plan.reuse(plan.job.config.output, old) if old is not None else {}
+    reused = plan.reuse(plan.job.config.folder, old) if old is not None else {}
     tasks = plan.tasks.without(done).longest_first()
     todo: Sequence[ShardTask | ReusedTask]
     todo = [reused.get(task.index, task) for task in tasks] if reused else tasks
     crew = workers if old is None or plan.effort(todo) >= WORTH_WORKERS else Workers(1)
     job = plan.job
     if crew.elsewhere and todo:
-        folder = Build(job.config.output).lend(job.tokenizer.folder)
+        folder = making_at(job.config.output).lend(job.tokenizer.folder)
         job = replace(job, tokenizer=replace(job.tokenizer, folder=folder))
     coming = crew.map(finish_shard, job, todo, load_shared)
     reference = cache(partial(load_encoder, plan.job.tokenizer, "tokenizers"))
@@ -206,7 +210,7 @@ def run_tasks(
     return [results[number] for number in plan.tasks.numbers.tolist()], exact
 
 
-def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
+def conclude(plan: Plan, results: list[ShardResult], build: Making) -> Manifest:
     """Merge the ledgers of the tasks, check them against the limits, and return the manifest.
 
     Raises:
@@ -218,13 +222,13 @@ def conclude(plan: Plan, results: list[ShardResult], build: Build) -> Manifest:
         ledger.merge(result.ledger)
     ledger.check("prepare")
     blank = sum(source.records for source in plan.sources) - ledger.rows_in
-    build.write_lists(records_of(plan, results))
+    build.write_lists(records_of(plan, results), results)
     refuse_losses(plan.job.config, ledger, build)
     tokenizer = plan.job.tokenizer
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     inputs, name = inputs_of(plan.job.config), without_folders(tokenizer.name)
     files = tuple(file for result in results for file in result.files)
-    vision = None if plan.job.vision is None else plan.job.vision.info(plan.job.config.output, files)
+    vision = None if plan.job.vision is None else plan.job.vision.info(plan.job.config.folder, files)
     return Manifest(
         format_version=format_version(vision is not None),
         settings=msgspec.to_builtins(plan.identity()) | {"inputs": inputs, "tokenizer": name},

@@ -52,7 +52,7 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
-    config = config.model_copy(update={"output": behind_links(config.output)})
+    config = config.model_copy(update={"output": behind_links(config.folder)})
     view = _recipe(config)
     refuse_nested(view)
     old = _finished(config)
@@ -62,22 +62,22 @@ def prepare(
         note(sentence)
     changed = _difference(plan, view, old) if old else []
     if old and not changed:
-        _sweep(plan, config.output)
-        note(f"{config.output} is up to date: same data, same settings.")
+        _sweep(plan, config.folder)
+        note(f"{config.folder} is up to date: same data, same settings.")
         return tuple(old)
     if old and not config.overwrite:
         named = {name for manifest in old for name in manifest.settings.get("inputs", ())}
         if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
-            raise made_otherwise(config.output, changed)
+            raise made_otherwise(config.folder, changed)
         view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
         note(
-            f"{config.output}: the inputs changed; all documents are prepared anew, as it holds those chosen"
+            f"{config.folder}: the inputs changed; all documents are prepared anew, as it holds those chosen"
             " alone. A set of all documents reuses what is the same; make views of it."
         )
     _refuse_begun(config)
     note_padding(plan, note)
     made = _choose(config, plan, view, workers, progress, note)
-    _sweep(plan, config.output)
+    _sweep(plan, config.folder)
     return made
 
 
@@ -90,8 +90,8 @@ def _choose(
     note: OnNote,
 ) -> tuple[Manifest, ...]:
     """Prepare all documents, then make the view of them."""
-    documents = config.model_copy(update={"output": documents_folder(config.output)})
-    old = finished_set(documents.output, overwrite=config.overwrite)
+    documents = config.model_copy(update={"output": documents_folder(config.folder)})
+    old = finished_set(documents.folder, overwrite=config.overwrite)
     tokens = Progress(0, 0, 0, 0)
 
     def prepared(now: Progress) -> None:
@@ -104,18 +104,18 @@ def _choose(
         if progress:
             progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
 
-    build_set(documents, plan.at(documents.output), old, workers, prepared, note)
+    build_set(documents, plan.at(documents.folder), old, workers, prepared, note)
     try:
         return make_view(view, written, note, passing=True)
     except (DataError, IntegrityError, UsageError):
-        _put_back(config.output)
+        _put_back(config.folder)
         raise
 
 
 def _recipe(config: PrepareConfig) -> ViewConfig:
     """Return the view of the set of all documents that holds what was chosen."""
-    documents = str(documents_folder(config.output))
-    where = {"sets": (documents,), "output": config.output, "overwrite": config.overwrite}
+    documents = str(documents_folder(config.folder))
+    where = {"sets": (documents,), "output": config.folder, "overwrite": config.overwrite}
     return check_settings(ViewConfig, "sftdata", where | {"write": True} | config.chosen())
 
 
@@ -125,7 +125,7 @@ def _refuse_begun(config: PrepareConfig) -> None:
     Raises:
         UsageError: naming it.
     """
-    build = Build(config.output)
+    build = Build(config.folder)
     if config.overwrite or not (begun := build.kept()):
         return
     if "view" not in begun:
@@ -157,9 +157,9 @@ def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
 
 def _finished(config: PrepareConfig) -> list[Manifest]:
     """Return what stands at the output: a set, both sides of a split, or nothing."""
-    folders = folders_of(config.output, config.eval)
+    folders = folders_of(config.folder, config.eval)
     if not all((folder / MANIFEST_NAME).exists() for folder in folders):
-        folders = (config.output,)
+        folders = (config.folder,)
     found = [finished_set(folder, overwrite=config.overwrite) for folder in folders]
     return [manifest for manifest in found if manifest is not None]
 

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.errors import SftError
+from sftdata.output import StoreUrl
 from sftdata.sources.inputs import expand_inputs
 from sftdata.sources.remote import is_url, state_of
 
@@ -248,10 +249,15 @@ def start_workers(config: PrepareConfig, hired: Executor | int | None = None) ->
     """
     if isinstance(hired, Executor):
         return Hired(hired)
-    worth_it = (config.overwrite or not config.output.exists()) and _input_bytes(
+    worth_it = (config.overwrite or not _exists(config.output)) and _input_bytes(
         config
     ) >= FAST_ENGINE_MIN_BYTES
     return Workers(config.workers or usable_cores(), warm=_PIPELINE if worth_it else None)
+
+
+def _exists(output: Path | StoreUrl) -> bool:
+    """Say whether there may be a set; a store is asked later."""
+    return isinstance(output, Path) and output.exists()
 
 
 def _input_bytes(config: PrepareConfig) -> int:

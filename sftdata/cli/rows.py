@@ -14,7 +14,7 @@ from sftdata.choosing import CHOOSING, folders_of
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.errors import UsageError
-from sftdata.output import Meter, Progress, local_output, print_json, print_line
+from sftdata.output import Meter, Progress, StoreUrl, local_output, output_at, print_json, print_line
 from sftdata.settings import read_settings_file
 from sftdata.views.recipe import ViewConfig
 
@@ -63,14 +63,14 @@ def init(
     Example: sftdata init --from axolotl.yml -f sft.yaml
     """
     local_output(file, "-f")
-    local_output(output)
+    place = output_at(output)
     if file != "-" and Path(file).exists():
         raise UsageError(f"{file}: exists already.", "name another file with -f, or - to print.")
     if config is None:
         assert source is not None
-        _init_from(source, file, output)
+        _init_from(source, file, place)
         return
-    text = _settings_yaml(config.model_copy(update={"output": output}))
+    text = _settings_yaml(config.model_copy(update={"output": place}))
     if file == "-":
         typer.echo(text, nl=False)
     else:
@@ -78,7 +78,7 @@ def init(
         print_line(f"Wrote {file}. Look at it, then: sftdata prepare {file}", err=True)
 
 
-def _init_from(source: Path, file: str, output: Path) -> None:
+def _init_from(source: Path, file: str, output: Path | StoreUrl) -> None:
     """Write the settings of another tool as two files, and say what was not carried over."""
     from sftdata.carried import settings_text
     from sftdata.other_tools import carry_over
@@ -185,6 +185,9 @@ def prepare(
         if not manifests:
             if as_json:
                 print_json({"part": part, "finished": False})
+            return
+        if not isinstance(config.output, Path):
+            print_json(manifests[0].to_json()) if as_json else log.stored(manifests[0], config.output)
             return
         made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:
@@ -376,6 +379,11 @@ class RunLog:
         figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
         self._meter.show(now.done, now.total, figures)
 
+    def stored(self, manifest: Manifest, url: StoreUrl) -> None:
+        """Print the ledger of a set in an object store."""
+        for line in summary_lines(manifest, url):
+            self.note(line)
+
     def summary(self, manifest: Manifest, folder: Path) -> None:
         """Print the ledger in words and, for a set that has just been made, the findings of a quick audit."""
         for line in summary_lines(manifest, folder):
@@ -410,7 +418,7 @@ def _where(manifest: Manifest) -> str:
     return f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
 
 
-def summary_lines(manifest: Manifest, folder: Path) -> list[str]:
+def summary_lines(manifest: Manifest, folder: Path | StoreUrl) -> list[str]:
     """Return the ledger of a set in words, and the shares of its sources."""
     from sftdata.show.choice import counters_of, tell_shares
 

@@ -4,7 +4,7 @@
       plan.json             what is being built: another plan refuses to go on here
       shard-00000.arrow     written by its task, final from then on
       rest-00000.arrow, index-00000.arrow    beside it, the same
-      slices/00000.json     written after the task's files and lists (00000.rejects.jsonl, ...): it is done
+      slices/00000.json     written after the task's files and its lines of lists (00000.lists): it is done
       manifest.json         written last; from then on the folder only waits to be renamed to DIR
 
 A reader looks at DIR alone: it sees the old set, none, or the new one. Where a set is replaced, the folders
@@ -19,14 +19,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.set.ledger import LISTS, Ledger, write_parts
+from sftdata.output import StoreUrl
 from sftdata.set.local import check_file, plain_file
+from sftdata.set.making import PLAN, SLICES, Making, ShardResult
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -35,79 +35,19 @@ from sftdata.set.manifest import (
     is_split,
     partial_folder,
     read_manifest,
-    write_manifest,
 )
-from sftdata.set.shards import ShardInfo
-from sftdata.set.slices import SLICES_NAME, SliceRecord, encode_slice
 from sftdata.set.store import (
-    SetFile,
-    digest_file,
     explained,
     held_alone,
     remove,
     remove_temporary,
-    stands,
     swap_folders,
     sync_folder,
     write_atomic,
 )
+from sftdata.set.stores import Folder, Objects
 
-PLAN, SLICES, _TOKENIZER = "plan.json", "slices", "tokenizer"
 _NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
-
-CARD_NAME = "README.md"
-CARD = b"""\
----
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: shard-*.arrow
----
-
-A set of tokenized, masked and packed rows for supervised fine-tuning, made by `sftdata COMMAND`.
-`manifest.json` says what it was made from; `sftdata verify` checks every byte of it against that.
-
-`load_dataset` reads its rows: `input_ids` and `labels` (-100 where not trained), `seq_lengths` of the
-documents in a row, and `example_ids`, the input rows they come from. `tokenizer/` holds the tokenizer, chat
-template included. `rest-*.arrow` hold the tokens that were cut or dropped, and `index-*.arrow` say where each
-document is.
-"""
-INDEX_CARD = (
-    CARD.partition(b"\n\n")[0]
-    + b"""
-
-A view by index: rows for supervised fine-tuning that lie in other sets, the `bases` of `manifest.json`.
-`sftdata` and `sfttrain` read it like any set. It has no `shard-*.arrow`, so `load_dataset` and other trainers
-cannot read it: the same `sftdata view` with `--write` makes a set that stands alone.
-"""
-)
-
-
-class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a finished task gave.
-
-    Attributes:
-        index: its number in the plan.
-        shards: its shards, none when it kept no row.
-        files: what stands beside them, index and rest.
-        ledger: what became of its rows and tokens.
-        rejects: rows it rejected, also counted in the ledger.
-        lists: bytes of its part of each list, by name; filled in when it is committed.
-        reused: it was made for a set that this one replaces.
-        sample, sample_xxh3: some of its texts, and `digest_ids` of what a fast engine made of them; empty for
-            the reference engine.
-    """
-
-    index: int
-    shards: tuple[ShardInfo, ...]
-    files: tuple[SetFile, ...]
-    ledger: Ledger
-    rejects: int = 0
-    lists: dict[str, int] = {}
-    reused: bool = False
-    sample: tuple[str, ...] = ()
-    sample_xxh3: str = ""
 
 
 def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
@@ -148,7 +88,7 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
     return None
 
 
-class Build:
+class Build(Making):
     """The unfinished set beside `output`, locked for this process.
 
     Attributes:
@@ -160,6 +100,7 @@ class Build:
     def __init__(self, output: Path, folder: Path | None = None) -> None:
         self.output = output
         self.folder = folder or partial_folder(output)
+        super().__init__(Folder(self.folder))
         self.replaced = self.folder.with_name(f"{self.folder.name}.replaced")
         self._refused = self.folder / SLICES / "refused"
 
@@ -232,16 +173,6 @@ class Build:
             remove_temporary(self.folder)
         return self.finished()
 
-    def finished(self) -> dict[int, ShardResult]:
-        """Return the tasks that are done, by number."""
-        done = [_read_result(found) for found in sorted((self.folder / SLICES).glob("[0-9]*[0-9].json"))]
-        listed = [result for result in done if all(self.part(result.index, name).is_file() for name in LISTS)]
-        return {
-            result.index: result
-            for result in listed
-            if all(stands(self.folder, file) for file in (*result.shards, *result.files))
-        }
-
     def _begun(self) -> dict[str, object]:
         """Return the plan this folder was begun with; empty when nothing in it is worth keeping."""
         if (self.folder / PLAN).exists():
@@ -281,13 +212,6 @@ class Build:
                 shutil.rmtree(self.folder)
             remove(self.replaced)
 
-    def lend(self, tokenizer: Path) -> Path:
-        """Copy a tokenizer, with what is known of it, to where workers on any machine find it."""
-        copy = self.folder / SLICES / _TOKENIZER
-        with explained(copy):
-            shutil.copytree(tokenizer.parent, copy, dirs_exist_ok=True)
-        return copy / tokenizer.name
-
     def clear(self) -> None:
         """Remove everything built so far, the plan first: what is left after a kill is worth nothing."""
         with explained(self.folder):
@@ -295,66 +219,11 @@ class Build:
             for entry in self.folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
-    def commit(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
-        """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
-        result = _measured(result, lists)
-        for name in LISTS:
-            write_atomic(self.part(result.index, name), partial(write_parts, [lists[name]]))
-        record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
-        write_atomic(self.folder / SLICES / f"{result.index:05d}.json", lambda sink: sink.write(record))
-        return result
-
-    def keep(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
-        """Put the lists of a reused task aside; no record, as taking it over again costs less than a sync."""
-        for name in LISTS:
-            with explained(self.part(result.index, name)):
-                self.part(result.index, name).write_bytes(lists[name])
-        return _measured(result, lists)
-
-    def write_lists(self, slices: Sequence[SliceRecord]) -> None:
-        """Write the records of the slices, and join the tasks' parts of the lists of rows, in order."""
-        write_atomic(self.folder / SLICES_NAME, partial(write_parts, map(encode_slice, slices)))
-        for name in LISTS:
-            with explained(self.folder / name):
-                parts = [self.part(record.number, name).read_bytes() for record in slices]
-            write_atomic(self.folder / name, partial(write_parts, parts))
-
     def finish(self, manifest: Manifest, tokenizer: Path, others: Mapping[str, Path] = {}) -> Manifest:
-        """Add the lists and the tokenizer's files, the manifest last, and put the set in place.
-
-        Args:
-            manifest: whose files are those of the slices.
-            tokenizer, others: its folder, and more files to copy by their names in the set.
-
-        Raises:
-            SftError: the tokenizer was changed or is gone.
-        """
-        with explained(self.folder / _TOKENIZER):
-            names = {f"{_TOKENIZER}/{path.relative_to(tokenizer)}": path for path in tokenizer.rglob("*")}
-            copied = [*self._copy({**names, **others})]
-            if manifest.tokenizer.sha256 not in (file.sha256 for file in copied):
-                raise SftError(
-                    f"{tokenizer}: emptied or changed while the set was made.", "run the same command again."
-                )
-            for folder in sorted({(self.folder / file.name).parent.parent for file in copied}):
-                sync_folder(folder)
-        card = INDEX_CARD if manifest.by_index else CARD
-        card = card.replace(b"COMMAND", b"view" if manifest.bases else b"prepare")
-        write_atomic(self.folder / CARD_NAME, partial(write_parts, [card]))
-        files = [*manifest.files, *map(self._describe, (*LISTS, SLICES_NAME, CARD_NAME)), *copied]
-        sealed = write_manifest(self.folder, msgspec.structs.replace(manifest, files=tuple(files)))
+        """Write what the slices add up to, as `complete` does, and put the set in place."""
+        sealed = self.complete(manifest, tokenizer, others)
         self.put_in_place()
         return sealed
-
-    def _describe(self, name: str) -> SetFile:
-        return SetFile(name=name, **msgspec.structs.asdict(digest_file(self.folder / name)))
-
-    def _copy(self, files: Mapping[str, Path]) -> Iterator[SetFile]:
-        for name, path in sorted(item for item in files.items() if item[1].is_file()):
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "rb") as original:
-                write_atomic(self.folder / name, partial(shutil.copyfileobj, original))
-            yield self._describe(name)
 
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""
@@ -397,9 +266,10 @@ class Build:
             sync_folder(self.output.parent)  # the old set must not be lost before its successor is safe
             os.rename(self.folder, self.replaced)
 
-    def part(self, index: int, name: str) -> Path:
-        """Return where the lines of a task for a list are kept until the lists are joined."""
-        return self.folder / SLICES / f"{index:05d}.{name}"
+
+def making_at(output: Path | StoreUrl) -> Making:
+    """Return the files of a set that is made: beside its folder, or at a place in an object store."""
+    return Build(output) if isinstance(output, Path) else Making(Objects(output))
 
 
 def unfinished(folder: Path, what: str) -> UsageError:
@@ -409,7 +279,7 @@ def unfinished(folder: Path, what: str) -> UsageError:
     )
 
 
-def made_otherwise(output: Path, changed: Sequence[str]) -> UsageError:
+def made_otherwise(output: Path | StoreUrl, changed: Sequence[str]) -> UsageError:
     """Return the refusal to replace a finished set that differs in these settings."""
     return UsageError(
         f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ).",
@@ -439,21 +309,10 @@ def sweep_choice(output: Path, *, discard: bool) -> None:
     documents.sweep()
 
 
-def _measured(result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
-    return msgspec.structs.replace(result, lists={name: len(lists[name]) for name in LISTS})
-
-
 def _read_json(path: Path) -> dict[str, object]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
     except msgspec.MsgspecError as error:
-        raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
-
-
-def _read_result(path: Path) -> ShardResult:
-    try:
-        return msgspec.convert(_read_json(path), ShardResult, str_keys=True)
-    except msgspec.ValidationError as error:
         raise IntegrityError(f"{path}: damaged: {error}.", "start anew with --overwrite.") from None
 
 

@@ -36,6 +36,7 @@ from sftdata.pictures.references import Reference, load_picture
 from sftdata.set.hashes import PictureHashes, picture_hashes
 from sftdata.set.shards import as_arrow, as_numpy, read_file, write_file
 from sftdata.set.store import SetFile, Sha256, TokenId, Xxh3
+from sftdata.set.stores import Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -192,7 +193,7 @@ def images_schema(by_index: bool = False) -> pa.Schema:
     ])  # fmt: skip
 
 
-def write_images(path: Path, pictures: SlicePictures, embed: PictureFolder | None) -> SetFile:
+def write_images(path: Path | Target, pictures: SlicePictures, embed: PictureFolder | None) -> SetFile:
     """Write a sidecar; return its description.
 
     Args:

@@ -52,6 +52,7 @@ from sftdata.set.shards import (
     write_shard,
 )
 from sftdata.set.store import SetFile
+from sftdata.set.stores import Store, Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -250,8 +251,8 @@ class Placed:
 
 
 def write_slice(
-    folder: Path, number: int, placed: Placed, rows: PackedRows, row_length: int | None, bos_id: int | None,
-    embed: PictureFolder | None = None,
+    folder: Path | Store, number: int, placed: Placed, rows: PackedRows, row_length: int | None,
+    bos_id: int | None, embed: PictureFolder | None = None,
 ) -> tuple[tuple[ShardInfo, ...], tuple[SetFile, ...]]:  # fmt: skip
     """Write the shard of a slice and what stands beside it; return what the manifest says of these files.
 
@@ -352,7 +353,7 @@ def index_schema(weighted: bool) -> pa.Schema:
     return pa.schema([*columns, ("first_weight", pa.float32())] if weighted else columns)
 
 
-def write_rest(path: Path, rows: RestRows) -> SetFile:
+def write_rest(path: Path | Target, rows: RestRows) -> SetFile:
     """Write a rest file; return its description."""
     import pyarrow as pa
 
@@ -408,7 +409,7 @@ def rest_pictures(batch: pa.RecordBatch, pictured: bool) -> PictureColumns:
     return {"images": as_numpy(list_items(batch["images"])), "image_counts": counts}
 
 
-def write_index(path: Path, index: Segments) -> SetFile:
+def write_index(path: Path | Target, index: Segments) -> SetFile:
     """Write an index file; return its description."""
     import pyarrow as pa
 

@@ -402,16 +402,20 @@ def encode_reject(reject: Reject) -> bytes:
     return line + b"\n"
 
 
-def first_reject(folder: Path, code: str) -> Reject:
-    """Return the first row of a folder's rejects that was rejected for this reason."""
-    return next(reject for reject in read_rejects(folder / REJECTS_NAME) if reject.code == code)
+def first_reject(rejects: Iterable[Reject], code: str) -> Reject:
+    """Return the first row that was rejected for this reason."""
+    return next(reject for reject in rejects if reject.code == code)
 
 
 def read_rejects(path: Path) -> Iterator[Reject]:
     """Yield the rejects of a file."""
     with open(path, "rb") as lines:
-        for line in lines:
-            yield msgspec.json.decode(line, type=Reject)
+        yield from decode_rejects(lines)
+
+
+def decode_rejects(lines: Iterable[bytes]) -> Iterator[Reject]:
+    """Yield the rejects in lines of JSON."""
+    return (msgspec.json.decode(line, type=Reject) for line in lines)
 
 
 def encode_lines(items: Iterable[msgspec.Struct]) -> bytes:

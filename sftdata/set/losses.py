@@ -6,8 +6,8 @@ from collections import Counter
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import DataError
-from sftdata.set.build import Build
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, first_reject
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, decode_rejects, first_reject
+from sftdata.set.making import Making
 
 # The fix for a set that lost all rows for one reason.
 UNTRAINED_FIXES = {
@@ -20,7 +20,7 @@ UNTRAINED_FIXES = {
 }
 
 
-def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
+def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Making) -> None:
     """Fail a run that lost too much; finished tasks stay for a resume.
 
     Raises:
@@ -31,12 +31,12 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
     allowed = float(share) / 100 * ledger.rows_in if share != config.max_rejects else float(share)
     codes = ", ".join(f"{count} {code}" for code, count in worst)
     if rejected > allowed:
-        example = first_reject(build.folder, worst[0][0])
+        example = first_reject(decode_rejects(build.read(REJECTS_NAME).splitlines()), worst[0][0])
         without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
             f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
             f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
-            f"{example.fix.rstrip('.')}{without}. All are in {build.folder / REJECTS_NAME}.",
+            f"{example.fix.rstrip('.')}{without}. All are in {build.store}/{REJECTS_NAME}.",
         )
     if not ledger.rows_in:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
@@ -47,7 +47,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Build) -> None:
         reason = "overlong-picture" if cut else dropped[0][0] if dropped else ""
         raise DataError(
             f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
-            f"{UNTRAINED_FIXES[reason]} All are in {build.folder / DROPPED_NAME}."
+            f"{UNTRAINED_FIXES[reason]} All are in {build.store}/{DROPPED_NAME}."
             if dropped
-            else f"see {build.folder / REJECTS_NAME}.",
+            else f"see {build.store}/{REJECTS_NAME}.",
         )

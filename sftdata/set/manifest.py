@@ -306,9 +306,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         UsageError: the file cannot be written.
     """
     sealed = seal(manifest)
-    text = msgspec.json.format(msgspec.json.encode(sealed.to_json(), order="sorted"), indent=2) + b"\n"
-    write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(text))
+    write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(encode_manifest(sealed)))
     return sealed
+
+
+def encode_manifest(sealed: Manifest) -> bytes:
+    """Return the content of the file."""
+    return msgspec.json.format(msgspec.json.encode(sealed.to_json(), order="sorted"), indent=2) + b"\n"
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -320,7 +324,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = local_folder(folder)
     path = folder / MANIFEST_NAME
-    raw = _read_bytes(folder, path)
+    return decode_manifest(_read_bytes(folder, path), str(path))
+
+
+def decode_manifest(raw: bytes, path: str) -> Manifest:
+    """Return the manifest in the bytes of a file, as `read_manifest` does; `path` is for messages."""
     try:
         version = msgspec.json.decode(raw, type=_Version).format_version
         if not 1 <= version <= PICTURES_VERSION:
@@ -330,11 +338,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: not a manifest: {error}.", "repeat the command that made the set, with --overwrite."
-        ) from None
+        found = f"{path}: not a manifest: {error}."
+        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.") from None
     _check_seal(manifest, path)
-    _check_sums(manifest, str(path))
+    _check_sums(manifest, path)
     return manifest
 
 
@@ -354,8 +361,8 @@ def _not_a_set(folder: Path) -> UsageError:
     begun = [partial_folder(folder), parts_folder(folder), documents, partial_folder(documents)]
     partial = next(filter(Path.is_dir, [folder] if folder.name.endswith(PARTIAL_SUFFIX) else begun), None)
     if partial is not None:
-        goes_on = "run the same command again; it goes on where it stopped."
-        return UsageError(f"{folder}: not a finished set; {partial} holds an unfinished run.", goes_on)
+        found = f"not a finished set; {partial} holds an unfinished run"
+        return UsageError(f"{folder}: {found}.", "run the same command again; it goes on where it stopped.")
     inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if inside:
         names = ", ".join(path.name for path in inside[:4]) + ", ..." * (len(inside) > 4)
@@ -384,7 +391,7 @@ def _checksum(manifest: Manifest) -> str:
     )
 
 
-def _check_seal(manifest: Manifest, path: Path) -> None:
+def _check_seal(manifest: Manifest, path: str) -> None:
     for name, found in (("checksum", _checksum(manifest)), ("digest", _digest(manifest))):
         written = getattr(manifest, name)
         if written != found:
@@ -442,21 +449,15 @@ def _check_beside(manifest: Manifest, where: str) -> None:
     if lacking:
         index = min(lacking)
         name = max(name for name in listed if name.endswith(index.partition("-")[2]))
-        raise IntegrityError(
-            f"{where}: {name} is listed without {index}.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        found = f"{where}: {name} is listed without {index}."
+        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.")
     if manifest.ledger.pictures_stored and not any(name.startswith(f"{IMAGES}-") for name in names):
-        raise IntegrityError(
-            f"{where}: {manifest.ledger.pictures_stored} pictures are stored, and no {IMAGES} file is there.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        found = f"{manifest.ledger.pictures_stored} pictures are stored, and no {IMAGES} file is there."
+        raise IntegrityError(f"{where}: {found}", "repeat the command that made the set, with --overwrite.")
     missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
     if missing and not rest:
-        raise IntegrityError(
-            f"{where}: {missing} tokens were cut or dropped, and no {REST} file is listed that holds them.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        found = f"{missing} tokens were cut or dropped, and no {REST} file is listed that holds them."
+        raise IntegrityError(f"{where}: {found}", "repeat the command that made the set, with --overwrite.")
 
 
 def _check_sources(manifest: Manifest, where: str) -> None:
@@ -473,7 +474,5 @@ def _check_sources(manifest: Manifest, where: str) -> None:
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
         counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
-        raise IntegrityError(
-            f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        found = f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}."
+        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.")

@@ -32,6 +32,7 @@ from sftdata.batches import (
 )
 from sftdata.errors import IntegrityError, SftError
 from sftdata.set.store import Count, SetFile, ShardName, Sink, write_atomic
+from sftdata.set.stores import Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +89,7 @@ def shard_schema(max_length: int | None, weighted: bool = False, pictured: bool 
     return pa.schema(columns)
 
 
-def write_shard(path: Path, rows: PackedRows, max_length: int | None) -> ShardInfo:
+def write_shard(path: Path | Target, rows: PackedRows, max_length: int | None) -> ShardInfo:
     """Write packed rows as one Arrow IPC file, atomically; the same rows always give the same bytes.
 
     Args:
@@ -345,7 +346,7 @@ def _finding(where: Int64, what: str) -> Iterator[tuple[Int64, str]]:
 # ------------------------------------------------------------------------------------------ Arrow IPC files
 
 
-def write_file(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> SetFile:
+def write_file(path: Path | Target, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> SetFile:
     """Write record batches as an Arrow IPC file, atomically, and describe it.
 
     Raises:
@@ -358,7 +359,8 @@ def write_file(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
             for batch in batches:
                 writer.write_batch(batch)
 
-    return SetFile(name=path.name, **msgspec.structs.asdict(write_atomic(path, write)))
+    digest = write_atomic(path, write) if isinstance(path, Path) else path.put(write)
+    return SetFile(name=path.name, **msgspec.structs.asdict(digest))
 
 
 def read_file(path: Path, expected: pa.Schema, *, mapped: bool = True) -> list[pa.RecordBatch]:

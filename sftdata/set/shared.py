@@ -1,30 +1,53 @@
-"""A set that several processes build at once, on any machines, in a folder that none of them owns."""
+"""A set that several processes build at once, on any machines, where none of them owns the place.
+
+In an object store:
+
+    SET/manifest.json           says which build is the set; written last, create-only or compare-and-swap
+    SET/builds/PLAN/            the files of a set as in a folder, its own manifest.json among them
+    SET/builds/PLAN/plan.json, slices/    while it is built, as in `DIR.partial`
+
+A build without `plan.json` that is not the set has been replaced, and is removed.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
-from sftdata.set.build import PLAN, SLICES, Build, ShardResult
-from sftdata.set.ledger import LISTS, write_parts
-from sftdata.set.store import explained, link_file, remove, write_atomic
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.output import StoreUrl
+from sftdata.set.build import Build, finished_set, made_otherwise
+from sftdata.set.making import PLAN, SLICES, Making, ShardResult, names_of
+from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts_folder
+from sftdata.set.store import HashingSink, PlainPath, Sha256, explained, link_file, remove
+from sftdata.set.stores import Found, Objects, put_bytes
+
+BUILDS = "builds"
 
 
 class SharedBuild(Build):
     """The slices of one plan, which names the folder: it is never cleared, and nothing in it is locked.
 
     Args:
-        folder: of all such builds of one set.
+        target: the set.
         name: of the plan.
+
+    Attributes:
+        place: what tasks take for the output.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        super().__init__(folder / name)
+    def __init__(self, target: Path, name: str) -> None:
+        super().__init__(parts_folder(target) / name)
+        self.target, self.place = target, self.output
+
+    def begun(self) -> bool:
+        """Say whether others have begun."""
+        return self.folder.is_dir()
 
     def join(self, plan: Mapping[str, object]) -> None:
         """Begin, or go on with others.
@@ -32,21 +55,15 @@ class SharedBuild(Build):
         Args:
             plan: all that decides the bytes of the set, for whoever looks.
         """
-        with explained(self.folder):
-            (self.folder / SLICES).mkdir(parents=True, exist_ok=True)
-        text = msgspec.json.encode(plan, order="sorted")
-        write_atomic(self.folder / PLAN, partial(write_parts, [text]))
+        put_bytes(self.store, PLAN, msgspec.json.encode(plan, order="sorted"))
 
-    def gather(self, output: Path, results: Sequence[ShardResult]) -> Build:
-        """Return a build of `output` in a folder of its own, with links to what these tasks made."""
-        own = Build(output, self.output.with_name(f"{self.output.name}.{os.urandom(4).hex()}"))
+    def gather(self, results: Sequence[ShardResult]) -> Build:
+        """Return a build in a folder of its own, with links to what these tasks made."""
+        own = Build(self.target, self.output.with_name(f"{self.output.name}.{os.urandom(4).hex()}"))
         with explained(own.folder):
             (own.folder / SLICES).mkdir(parents=True)
-            for result in results:
-                for file in (*result.shards, *result.files):
-                    link_file(self.folder / file.name, own.folder / file.name)
-                for name in LISTS:
-                    link_file(self.part(result.index, name), own.part(result.index, name))
+            for name in chain.from_iterable(map(names_of, results)):
+                link_file(self.folder / name, own.folder / name)
         return own
 
     def end(self) -> None:
@@ -61,3 +78,150 @@ class SharedBuild(Build):
                 remove(gone)
         with suppress(OSError):  # parts of another plan
             self.output.parent.rmdir()
+
+
+class StoredBuild(Making):
+    """The same in an object store: whoever finishes writes into it too, as all write the same bytes.
+
+    Args:
+        target: the set.
+        name: of the plan.
+
+    Attributes:
+        place: what tasks take for the output.
+    """
+
+    def __init__(self, target: StoreUrl, name: str) -> None:
+        self.target, self.place = target, target / BUILDS / name
+        self._root, self._objects = Objects(target), Objects(self.place)
+        self._before: Found | None = None
+        super().__init__(self._objects)
+
+    def begun(self) -> bool:
+        """Return True: each run begins as if others had."""
+        return True
+
+    def join(self, plan: Mapping[str, object]) -> None:
+        """Begin, or go on with others.
+
+        Args:
+            plan: all that decides the bytes of the set, for whoever looks.
+
+        Raises:
+            UsageError: the store would let two writers put the set in place.
+        """
+        text = msgspec.json.encode(plan, order="sorted")
+        alike = self._objects.create(PLAN, text) and self._objects.create(PLAN, text)
+        self._before = self._root.find(MANIFEST_NAME)
+        if alike or (self._before and self._objects.swap(PLAN, text, {"e_tag": '"none"', "version": "0"})):
+            what = f"{self.target}: the store replaces an object where it was asked not to"
+            fix = "choose a store with conditional puts (If-None-Match, If-Match), or a local folder."
+            raise UsageError(f"{what}; a set in it could be half of two.", fix)
+
+    def gather(self, results: Sequence[ShardResult]) -> StoredBuild:
+        """Return this build: what it lacks are files that are the same, whoever writes them."""
+        return self
+
+    def finish(self, manifest: Manifest, tokenizer: Path, others: Mapping[str, Path] = {}) -> Manifest:
+        """Write what the slices add up to, as `complete` does, and make this build the set.
+
+        Raises:
+            UsageError: another set was put there meanwhile.
+        """
+        sealed = self.complete(manifest, tokenizer, others)
+        pointer = _Pointer(digest=sealed.digest, folder=self.place.removeprefix(f"{self.target}/"))
+        text, before = msgspec.json.encode(pointer, order="sorted"), self._before
+        if before is None:
+            made = self._root.create(MANIFEST_NAME, text)
+        else:
+            made = self._root.swap(MANIFEST_NAME, text, before.version)
+        if not made and ((now := self._root.find(MANIFEST_NAME)) is None or now.data != text):
+            raise made_otherwise(self.target, ["made meanwhile: its settings"])
+        return sealed
+
+    def end(self) -> None:
+        """Remove what the set needs no more, and builds that it replaced."""
+        sizes, now = self._root.sizes(BUILDS), set_at(self._root)
+        builds = {name.split("/")[1] for name in sizes}
+        left = {f"{BUILDS}/{name}" for name in builds if f"{BUILDS}/{name}/{PLAN}" not in sizes}
+        left -= {"" if now is None else now.url.removeprefix(f"{self.target}/")}
+        here = self.place.removeprefix(f"{self.target}/")
+        left |= {f"{here}/{SLICES}", f"{here}/{PLAN}"}
+        self._root.remove(name for name in sizes if any(f"{name}/".startswith(f"{one}/") for one in left))
+
+
+def shared_build(target: Path | StoreUrl, name: str) -> SharedBuild | StoredBuild:
+    """Return where the slices of a plan are made by several processes."""
+    return SharedBuild(target, name) if isinstance(target, Path) else StoredBuild(target, name)
+
+
+# -------------------------------------------------------------------------------- a set in an object store
+
+
+class _Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which build is the set.
+
+    Attributes:
+        digest: of the set.
+        folder: where its files are, from the folder of the set.
+    """
+
+    digest: Sha256
+    folder: PlainPath
+
+
+def set_at(root: Objects) -> Objects | None:
+    """Return where the files of a finished set are: below the root, or there, where one was copied to.
+
+    Returns:
+        None where there is no set.
+    """
+    found = root.find(MANIFEST_NAME)
+    if found is None:
+        return None
+    try:
+        return Objects(f"{root.url}/{msgspec.json.decode(found.data, type=_Pointer).folder}")
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return root  # a manifest, or what cannot be read as one
+
+
+def finished_at(target: Path | StoreUrl, *, overwrite: bool = False) -> Manifest | None:
+    """Return the manifest of a finished set; None where there is none, or none that must be kept.
+
+    Its files are looked at, and read with `overwrite`: a damaged set is not taken for the one asked for.
+
+    Raises:
+        UsageError, IntegrityError: the place holds other things or a damaged set.
+    """
+    if isinstance(target, Path):
+        return finished_set(target, overwrite=overwrite)
+    root = Objects(target)
+    if (home := set_at(root)) is None:
+        if root.entries() - {BUILDS}:
+            what = f"{target}: holds objects, but is no set; nothing was touched."
+            raise UsageError(what, "choose an empty or new place for -o.")
+        return None
+    try:
+        (raw,) = home.get([MANIFEST_NAME])
+        manifest = decode_manifest(raw, f"{home}/{MANIFEST_NAME}")
+        _check_files(home, manifest, read=overwrite)
+    except IntegrityError as error:
+        if overwrite and home.url != root.url:
+            return None
+        raise IntegrityError(
+            error.message, "replace the set with --overwrite, or choose another -o."
+        ) from None
+    return manifest
+
+
+def _check_files(home: Objects, manifest: Manifest, *, read: bool) -> None:
+    sizes = home.sizes()
+    for file in (*manifest.shards, *manifest.files):
+        if sizes.get(file.name) != file.bytes:
+            found = f"{sizes[file.name]} bytes" if file.name in sizes else "missing"
+            raise IntegrityError(f"{home}/{file.name}: {found}; the manifest says {file.bytes} bytes.")
+        sink = HashingSink(len)
+        if read:
+            home.copy(file.name, sink)
+            if sink.digest().xxh3 != file.xxh3:
+                raise IntegrityError(f"{home}/{file.name}: other bytes than the manifest says.")

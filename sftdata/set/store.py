@@ -91,37 +91,43 @@ class Sink(Protocol):
         """Append bytes; return how many."""
 
 
-class _HashingFile:
-    """Pass bytes on to an unbuffered file and to both hashes; enough of a file object for pyarrow."""
+class HashingSink:
+    """Pass bytes on, and through both hashes; enough of a file object for pyarrow.
+
+    Args:
+        pass_on: takes all it is given.
+    """
 
     closed = False
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, pass_on: Callable[[memoryview], object]) -> None:
+        self._pass_on = pass_on
         self._size = 0
         self._xxh3 = xxhash.xxh3_128()
         self._sha256 = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
+        """Take bytes; return how many."""
         view = memoryview(data).cast("B")
         self._xxh3.update(view)
         self._sha256.update(view)
         self._size += len(view)
-        rest = view
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        self._pass_on(view)
         return len(view)
 
     def tell(self) -> int:
+        """Return how many bytes were taken."""
         return self._size
 
     def writable(self) -> bool:
+        """Return True."""
         return True
 
     def flush(self) -> None:
         """Do nothing: bytes are passed on at once, and fsync comes with the commit."""
 
     def digest(self) -> FileDigest:
+        """Return size and digests of what was taken."""
         return FileDigest(bytes=self._size, xxh3=self._xxh3.hexdigest(), sha256=self._sha256.hexdigest())
 
 
@@ -235,12 +241,17 @@ def digest_file(path: Path, *, sha256: bool = True) -> FileDigest:
 def _write_synced(path: Path, writer: Callable[[Sink], object]) -> FileDigest:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        file = _HashingFile(descriptor)
-        writer(file)
+        sink = HashingSink(partial(_write_all, descriptor))
+        writer(sink)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return file.digest()
+    return sink.digest()
+
+
+def _write_all(descriptor: int, rest: memoryview) -> None:
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 @contextmanager

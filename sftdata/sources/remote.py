@@ -35,7 +35,7 @@ _AT_ONCE = 4  # requests for a copy
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each repetition of a request that may yet succeed
 _FOLDER = "sftdata-inputs-"
 _TAGS = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified", "last_modified", "created")
-_EXTRAS = {
+EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
@@ -43,7 +43,7 @@ _EXTRAS = {
     "hf": "hub",
 }
 _IDENTITY = {"headers": {"Accept-Encoding": "identity"}}  # the bytes that were stored, whose size is known
-_KEYS = {
+KEYS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (public: FSSPEC_S3_ANON=true)",
     "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
     "azure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
@@ -376,8 +376,8 @@ def _is_final(error: BaseException) -> bool:
 def _explained(url: str) -> Iterator[None]:
     """Turn what a store raises into one line; each has its own exceptions."""
     scheme = url.partition("://")[0]
-    extra = _EXTRAS.get(scheme, "")
-    keys = _KEYS.get(extra, "the credentials of the store")
+    extra = EXTRAS.get(scheme, "")
+    keys = KEYS.get(extra, "the credentials of the store")
     try:
         yield
     except SftError:

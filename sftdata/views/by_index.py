@@ -9,7 +9,6 @@ import numpy as np
 
 from sftdata.batches import Bool, Float32, Int32, Int64, PackPlan, count_between, offsets_of, positions_of
 from sftdata.pack import lay_out
-from sftdata.set.build import ShardResult
 from sftdata.set.extents import (
     AS_STORED,
     GIVEN,
@@ -26,6 +25,7 @@ from sftdata.set.hashes import hash_documents
 from sftdata.set.images import IMAGES, SlicePictures, write_images_by_index
 from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
+from sftdata.set.making import ShardResult
 from sftdata.set.store import SetFile
 from sftdata.views.documents import Runs, UInt64
 from sftdata.views.order import Stretches, ViewSlice

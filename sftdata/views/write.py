@@ -20,7 +20,7 @@ from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
-from sftdata.set.build import Build, ShardResult, finished_set, made_otherwise, unfinished
+from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
 from sftdata.set.extents import rest_digest
 from sftdata.set.images import PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
@@ -35,6 +35,7 @@ from sftdata.set.ledger import (
     read_counted,
 )
 from sftdata.set.local import file_of, path_from
+from sftdata.set.making import ShardResult
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     BaseInfo,
@@ -250,8 +251,7 @@ def _write_slices(
     for number, part in enumerate(todo, start=1):
         lists = _lists(plan) if part is plan.slices[0] else dict.fromkeys(_LISTS, b"")
         result = (write_slice if plan.config.write else index_slice)(plan, part, build.folder)
-        build.commit(result, lists)
-        results[part.index] = result
+        results[part.index] = build.commit(result, lists)
         tokens += result.ledger.tokens
         if progress:
             progress(Progress(number, len(todo), tokens, 0))
@@ -302,7 +302,7 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manif
             f"{plan.output}: no token of its rows is trained; max_length is {plan.config.max_length}.",
             "a larger --max-length.",
         )
-    build.write_lists([_record(plan, result) for result in results])
+    build.write_lists([_record(plan, result) for result in results], results)
     first = plan.bases[0].manifest
     blank = [base.manifest.blank_lines for base in plan.bases]
     whole = ledger.documents_repeated == 0 and None not in blank

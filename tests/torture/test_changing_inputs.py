@@ -48,7 +48,7 @@ def test_an_input_that_changes_stops_the_run_and_the_next_one_is_right(
     assert caught.value.exit_code == 3
     now = data.read_bytes()
     overwrite(data, old)
-    done = len(list((place / "set.partial" / "slices").glob("*.rejects.jsonl")))
+    done = len(list((place / "set.partial" / "slices").glob("*.json")))
     assert done
     assert prepare(data, place / "set", **SLICES).digest == wanted
     overwrite(data, now)

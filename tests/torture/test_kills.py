@@ -33,7 +33,7 @@ FAILPOINTS = [
     ("write", "*/.shard-00001.arrow.*.tmp"),
     ("fsync", "*/.shard-00001.arrow.*.tmp"),
     ("replace", "*/shard-00001.arrow"),
-    ("replace", "*/00001.rejects.jsonl"),
+    ("replace", "*/00001.lists"),
     ("replace", "*/slices/00001.json"),
     ("fsync", "*/slices"),
     ("replace", "*/set.partial/rejects.jsonl"),

@@ -87,7 +87,7 @@ def test_a_slice_without_its_lists_is_made_again(
     data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stop_after_two(data, tmp_path / "set", monkeypatch)
-    (folder / "slices" / "00000.rejects.jsonl").unlink()
+    (folder / "slices" / "00000.lists").unlink()
     prepare(data, tmp_path / "set")
     assert content(tmp_path / "set") == whole
 

@@ -1,7 +1,8 @@
-"""Outputs are local paths, whichever flag or setting names them."""
+"""Outputs are local paths, whichever flag or setting names them; sets may lie in object stores too."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from sftdata.errors import UsageError
 from sftdata.output import behind_links, local_output, written
 from tests.torture.runs import TOKENIZER, prepare, write_chats
 
-URLS = ("s3://bucket/x", "gs://bucket/x", "az://bucket/x", "hf://datasets/me/x", "https://host/x", "http://host/x",
-        "file:///tmp/x", "abfs://box@account/x")  # fmt: skip
+STORES = ("s3://bucket/x", "gs://bucket/x", "az://bucket/x", "abfs://box@account/x")
+URLS = ("hf://datasets/me/x", "https://host/x", "http://host/x", "file:///tmp/x")
 
 
 @pytest.fixture
@@ -22,6 +23,34 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     return write_chats(tmp_path / "rows.jsonl", 9)
+
+
+@pytest.mark.parametrize("url", STORES)
+def test_a_set_in_a_store_takes_its_client(
+    rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    config = rows.parent / "run.yaml"
+    config.write_text(f"inputs: {rows}\ntokenizer: {TOKENIZER}\noutput: {url}\n")
+    assert main(["init", str(rows), "-t", TOKENIZER, "-o", url, "-f", "-"]) == 0
+    assert f"\noutput: {url}\n" in capsys.readouterr().out
+    extra = {"s3": "s3", "gs": "gcs"}.get(url.partition(":")[0], "azure")
+    for command in (["prepare", str(rows), "-t", TOKENIZER, "-o", url], ["prepare", str(config)]):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"is not installed. Fix: pip install 'sftdata[{extra}]'" in line
+    assert not list(Path.cwd().iterdir()), "something was written"
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("s3://bucket", "a bucket; expected a folder in one. Fix: -o s3://bucket/set"),
+    ("s3://", "no bucket; expected a folder in one. Fix: -o s3://BUCKET/set"),
+])  # fmt: skip
+def test_a_set_needs_a_place_in_its_bucket(
+    rows: Path, capsys: pytest.CaptureFixture[str], url: str, said: str
+) -> None:
+    assert main(["prepare", str(rows), "-t", TOKENIZER, "-o", url]) == 2
+    assert said in capsys.readouterr().err
 
 
 def refused(rows: Path, url: str, said: str) -> None:
@@ -45,7 +74,6 @@ def test_a_set_is_not_written_to_a_url(rows: Path, capsys: pytest.CaptureFixture
 
 COMMANDS: dict[str, Callable[[Path, Path, str], list[str]]] = {
     "init": lambda rows, folder, url: ["init", str(rows), "-t", TOKENIZER, "-f", url],
-    "init -o": lambda rows, folder, url: ["init", str(rows), "-t", TOKENIZER, "-o", url],
     "stats --html": lambda rows, folder, url: ["stats", str(folder), "--html", url],
     "inspect --html": lambda rows, folder, url: ["inspect", str(folder), "--html", url],
 }
@@ -57,18 +85,18 @@ def test_no_other_output_is_written_to_a_url(
 ) -> None:
     prepare(rows, rows.parent / "set")
     capsys.readouterr()
-    assert main(COMMANDS[name](rows, rows.parent / "set", URLS[0])) == 2
-    refused(rows, URLS[0], capsys.readouterr().err)
+    assert main(COMMANDS[name](rows, rows.parent / "set", STORES[0])) == 2
+    refused(rows, STORES[0], capsys.readouterr().err)
 
 
 def test_the_trainer_writes_to_no_url_either(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sfttrain.cli import main as trainer
 
     for command in (
-        ["run", "set", "--model", "m", "-o", URLS[0]],
-        ["config", "set", "--model", "m", "-o", URLS[0]],
-        ["merge", "adapter", "-o", URLS[0]],
-        ["export", "model", "-o", URLS[0], "--set", "set"],
+        ["run", "set", "--model", "m", "-o", STORES[0]],
+        ["config", "set", "--model", "m", "-o", STORES[0]],
+        ["merge", "adapter", "-o", STORES[0]],
+        ["export", "model", "-o", STORES[0], "--set", "set"],
     ):
         assert trainer(command) == 2
         assert (

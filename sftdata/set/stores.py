@@ -1,0 +1,350 @@
+"""Where the files of a set are put: a folder, or a place in an object store. Each is whole or not there.
+
+A folder writes under a name of its own, syncs and renames. An object store has no rename and needs none: a
+put is one request, which names the sha256 of its bytes, so that the store refuses any others. What only one
+of several writers may do is create-only, or compare-and-swap; there is no lock, lease or clock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from sftdata.errors import IntegrityError, SftError, UsageError, need, without_secrets
+from sftdata.output import StoreUrl
+from sftdata.set.store import FileDigest, HashingSink, Sink, explained, sync_folder, write_atomic
+from sftdata.sources.remote import EXTRAS, KEYS
+
+_AT_ONCE = 16  # requests for small objects
+_ONE_PUT = 4 << 30  # bytes; what is larger goes in parts
+_CLIENT = {"timeout": "15m", "connect_timeout": "20s"}  # of one request
+_RETRIES = {
+    "max_retries": 6,
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
+    "retry_timeout": timedelta(minutes=3),
+}
+_ALSO = {"gcs": "gs"}  # what the client does not know
+_AGAIN = "run the same command again; what is finished is kept."
+
+
+class Target(Protocol):
+    """A file that is not written yet."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its name."""
+
+    def put(self, writer: Callable[[Sink], object]) -> FileDigest:
+        """Write it."""
+
+
+class Store(Protocol):
+    """Files by names with slashes, below one place."""
+
+    def __truediv__(self, name: str, /) -> Path | Target:
+        """Return where a file goes."""
+
+    def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
+        """Write a file, whole or not at all, in place of any that is there; return size and digests."""
+
+    def get(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Yield the content of files, in order; one that is missing is an IntegrityError."""
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of each file below a folder, by its name from the store on."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; those that are not there are no error."""
+
+
+def store_at(place: Path | StoreUrl) -> Folder | Objects:
+    """Return the files of a place."""
+    return Objects(place) if isinstance(place, StoreUrl) else Folder(place)
+
+
+def put_bytes(store: Store, name: str, data: bytes) -> FileDigest:
+    """Write bytes as a file."""
+    return store.put(name, lambda sink: sink.write(data))
+
+
+def _missing(where: object) -> IntegrityError:
+    return IntegrityError(f"{where}: missing.", "run the same command again.")
+
+
+# --------------------------------------------------------------------------------------------- a folder
+
+
+class Folder(NamedTuple):
+    """Files in a folder of a file system."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
+        """Write a file; its folder is made."""
+        path = self.path / name
+        with explained(path):
+            _make_folder(path.parent)
+        return write_atomic(path, writer)
+
+    def get(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Yield the content of files."""
+        for name in names:
+            try:
+                yield (self.path / name).read_bytes()
+            except FileNotFoundError:
+                raise _missing(self.path / name) from None
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of each file."""
+        sizes = {}
+        for path in (self.path / folder).rglob("[!.]*"):  # what is being written is hidden
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG((found := path.stat()).st_mode):
+                    sizes[path.relative_to(self.path).as_posix()] = found.st_size
+        return sizes
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that survives a loss of power, and those above it."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+# --------------------------------------------------------------------------------------- an object store
+
+
+class Found(NamedTuple):
+    """An object, and what tells this version of it from others.
+
+    Attributes:
+        version: as `swap` takes it.
+    """
+
+    data: bytes
+    version: dict[str, str]
+
+
+class _Object(NamedTuple):
+    """An object that is not there yet."""
+
+    store: Objects
+    name: str
+
+    def put(self, writer: Callable[[Sink], object]) -> FileDigest:
+        return self.store.put(self.name, writer)
+
+
+class Objects:
+    """Objects below a URL; one may be sent to other processes, each of which connects by itself.
+
+    Args:
+        url: as `s3://bucket/set`.
+
+    Raises:
+        SftError: by each method: the store cannot be reached, or refuses; several attempts were made where
+            that may pass.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __str__(self) -> str:
+        return without_secrets(self.url)
+
+    def __truediv__(self, name: str) -> _Object:
+        return _Object(self, name)
+
+    def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
+        """Write an object, in one request unless it is huge."""
+        data = bytearray()
+        sink = HashingSink(data.extend)
+        writer(sink)
+        with _explained(f"{self}/{name}"):
+            library(self.url).put(self._connected, name, data, use_multipart=len(data) > _ONE_PUT)
+        return sink.digest()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one; say whether it was written."""
+        return self._put_if(name, data, "create")
+
+    def swap(self, name: str, data: bytes, version: dict[str, str]) -> bool:
+        """Replace an object unless it has changed since; say whether it was replaced."""
+        return self._put_if(name, data, version)
+
+    def _put_if(self, name: str, data: bytes, mode: object) -> bool:
+        client = library(self.url)
+        passed = (client.exceptions.AlreadyExistsError, client.exceptions.PreconditionError)
+        with _explained(f"{self}/{name}"):
+            try:
+                client.put(self._connected, name, data, mode=mode, use_multipart=False)
+            except (*passed, FileNotFoundError) as error:
+                if isinstance(error, FileNotFoundError) and mode == "create":
+                    raise  # no bucket
+                return False
+        return True
+
+    def find(self, name: str) -> Found | None:
+        """Return an object; None where there is none."""
+        with _explained(f"{self}/{name}"):
+            try:
+                found = library(self.url).get(self._connected, name)
+                data = bytes(found.bytes())
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None
+        version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        return Found(data, {key: value for key, value in version.items() if value is not None})
+
+    def get(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Yield the content of objects, of which several are asked for at a time."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for name, found in zip(names, pool.map(self.find, names), strict=True):
+                if found is None:
+                    raise _missing(f"{self}/{name}")
+                yield found.data
+
+    def copy(self, name: str, sink: Sink) -> None:
+        """Write an object's content to a sink, piece by piece."""
+        with _explained(f"{self}/{name}"):
+            for piece in library(self.url).get(self._connected, name):
+                sink.write(memoryview(piece))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of each object."""
+        with _explained(f"{self}/{folder}"):
+            pages = library(self.url).list(self._connected, folder or None)
+            return {entry["path"]: entry["size"] for page in pages for entry in page}
+
+    def entries(self) -> set[str]:
+        """Return the first part of the names of all objects."""
+        with _explained(str(self)):
+            found = library(self.url).list_with_delimiter(self._connected)
+        names = (*found["common_prefixes"], *(entry["path"] for entry in found["objects"]))
+        return {name.rstrip("/").rpartition("/")[2] for name in names}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects."""
+        with _explained(str(self)):
+            if names := [*names]:
+                library(self.url).delete(self._connected, names)
+
+    @property
+    def _connected(self) -> object:
+        return connect(self.url)
+
+
+def library(url: str) -> Any:
+    """Return the package that talks to a store.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    scheme = url.partition("://")[0]
+    return need("obstore", EXTRAS[scheme], f"{scheme}:// takes a client")
+
+
+@cache
+def connect(url: str) -> object:
+    """Return the client of a store, one in each process.
+
+    Raises:
+        UsageError: it cannot be, as the environment names no credentials or account.
+    """
+    scheme, _, rest = url.partition("://")
+    extra = EXTRAS[scheme]
+    options: dict[str, object] = {**_CLIENT}
+    more: dict[str, Any] = {}
+    if extra == "s3":
+        more = _of_aws(url)
+        more["config"] = {"checksum_algorithm": "SHA256"} | more.get("config", {})
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        options["allow_http"] = endpoint.startswith("http://")
+    with _explained(url):
+        return library(url).store.from_url(
+            f"{_ALSO.get(scheme, scheme)}://{rest}", client_options=options, retry_config=_RETRIES, **more
+        )
+
+
+def _of_aws(url: str) -> dict[str, Any]:
+    """Return credentials and region as the tools of AWS find them, where variables do not name them."""
+    if os.environ.get("FSSPEC_S3_ANON", "").lower() in ("1", "true"):  # as for inputs
+        return {"config": {"skip_signature": True}}
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        return {}
+    session = need("botocore.session", "s3", f"{url} takes credentials of AWS").get_session()
+    found = session.get_credentials()
+    if found is None:
+        raise UsageError(f"{without_secrets(url)}: no credentials.", f"set {KEYS['s3']}.")
+    region = session.get_config_variable("region")
+    return {"credential_provider": partial(_frozen, found), "config": {"region": region} if region else {}}
+
+
+def _frozen(credentials: Any) -> dict[str, object]:
+    """Return credentials as the client takes them, which asks again before they expire."""
+    now = credentials.get_frozen_credentials()
+    keys = {"access_key_id": now.access_key, "secret_access_key": now.secret_key, "token": now.token}
+    return keys | {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+_REFUSALS = {  # what a store, or its client, says: what is wrong, and the fix; {keys} are variables
+    "RequestTimeTooSkewed": ("the clock of this machine is wrong", "set the clock, then {again}"),
+    "NoSuchBucket|ContainerNotFound|bucket does not exist": (
+        "there is no such bucket",
+        "create it, or check the URL.",
+    ),
+    "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|Moved Permanently": (
+        "the bucket is in another region",
+        "set AWS_REGION to the region of the bucket.",
+    ),
+    "MissingAccount": ("no account", "set {keys}."),
+    "169.254.169.254|metadata.google|No credentials": ("no credentials", "set {keys}."),
+    "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken": (
+        "the credentials are refused",
+        "check {keys}.",
+    ),
+    "401 Unauthorized|403 Forbidden": ("access is denied", "check that {keys} may read and write there."),
+    "405 Method|501 Not Impl": ("the store cannot do what a set needs", "choose another store for -o."),
+    "404 Not Found": ("not there", "check the URL: the bucket, and the endpoint."),
+}
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turn what the client of a store raises into one line."""
+    try:
+        yield
+    except SftError:
+        raise
+    except Exception as error:
+        keys = KEYS[EXTRAS[where.partition("://")[0]]]
+        text = str(error)
+        said = f"{type(error).__name__}: {' '.join(text.partition('Debug source')[0].split())[:300]}"
+        for pattern, (what, fix) in _REFUSALS.items():
+            if re.search(pattern, text):
+                raise UsageError(f"{where}: {what} ({said}).", fix.format(keys=keys, again=_AGAIN)) from None
+        what = f"{where}: failed, several times where that may help ({said})."
+        raise SftError(what, f"check the endpoint, or {_AGAIN}") from None
