@@ -230,6 +230,9 @@ def output_at(path: str | Path, flag: str = "-o") -> Path | StoreUrl:
     if not colon or scheme not in STORES or not f"{rest}/".startswith("/"):
         return local_output(path, flag)
     bucket, _, folder = rest.strip("/").partition("/")
+    if ("@" in bucket and not scheme.startswith("abfs")) or "?" in rest:
+        what = f"{flag} {without_secrets(f'{scheme}://{bucket}/{folder}')}: came with a login or a query."
+        raise UsageError(what, "leave it out, and give the login by the environment.")
     url = StoreUrl(f"{scheme}://{bucket or 'BUCKET'}/{folder or 'set'}")
     if not folder:
         found = "a bucket" if bucket else "no bucket"

@@ -230,13 +230,19 @@ def _make(output: Path | StoreUrl, plan: Plan, run: _Run, part: Part | None) -> 
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {number: done[number] for number in mine.numbers.tolist() if number in done}
     before = unchanged(plan, shared, before)
-    who = "All parts" if part is None else f"Part {part}"
-    run.note(f"{who}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete.")
+    run.note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
+    if part is not None:
+        run.note(
+            f"Part {part}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete."
+        )
+    elif before:
+        run.note(f"Resuming: {len(before)}/{len(mine)} slices complete; settings match.")
     _, exact = run_tasks(replace(here, tasks=mine), before, None, run.workers, run.progress)
     done = shared.finished()
     missing = len(plan.tasks) - len(done)
     if exact and missing:
         more = "the last part, or the command without --part, finishes the set"
+        who = "All slices" if part is None else f"Part {part}"
         run.note(f"{who}: complete; {missing} slices of other parts are missing: {more}.")
         return _standing(output, plan)
     if exact:  # of this part; the others' samples are in their records

@@ -119,10 +119,10 @@ class Bucket:
             return dict(self.objects)
 
     def _change(self, operation: str, key: str, change: Callable[[], object]) -> object:
+        self.answer(operation, key)
         with self._turn:
             if self.dead:
                 raise Killed
-            self.answer(operation, key)
             self.changes.append((operation, key))
             self.dead = len(self.changes) == self.kill_at
             if self.dead and not self.after:

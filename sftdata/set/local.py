@@ -33,9 +33,9 @@ from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.output import cache_folder
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
+from sftdata.set.stores import MANIFEST_NAME
 from sftdata.set.web import Web
 
-MANIFEST_NAME = "manifest.json"
 BOUND = "SFTDATA_CACHE_GB"
 _PART = ".part"
 _AT_ONCE = 8

@@ -26,11 +26,11 @@ from sftdata.errors import IntegrityError, SftError, Unit, UsageError
 from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
-from sftdata.set.local import MANIFEST_NAME as MANIFEST_NAME
 from sftdata.set.local import local_folder
 from sftdata.set.shards import PACKS, ShardInfo
 from sftdata.set.shares import Share
 from sftdata.set.store import Count, SetFile, Sha256, TokenId, Xxh3, write_atomic
+from sftdata.set.stores import MANIFEST_NAME as MANIFEST_NAME
 
 FORMAT_VERSION = 2
 """What is written. Version 1, which is read too, has neither index nor rest, and other first labels."""

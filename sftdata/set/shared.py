@@ -24,8 +24,8 @@ from sftdata.output import StoreUrl
 from sftdata.set.build import Build, finished_set, made_otherwise
 from sftdata.set.making import PLAN, SLICES, Making, ShardResult, names_of
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts_folder
-from sftdata.set.store import HashingSink, PlainPath, Sha256, explained, link_file, remove
-from sftdata.set.stores import Found, Objects, put_bytes
+from sftdata.set.store import HashingSink, explained, link_file, remove
+from sftdata.set.stores import Found, Objects, Pointer, put_bytes, set_at
 
 BUILDS = "builds"
 
@@ -129,7 +129,7 @@ class StoredBuild(Making):
             UsageError: another set was put there meanwhile.
         """
         sealed = self.complete(manifest, tokenizer, others)
-        pointer = _Pointer(digest=sealed.digest, folder=self.place.removeprefix(f"{self.target}/"))
+        pointer = Pointer(digest=sealed.digest, folder=self.place.removeprefix(f"{self.target}/"))
         text, before = msgspec.json.encode(pointer, order="sorted"), self._before
         if before is None:
             made = self._root.create(MANIFEST_NAME, text)
@@ -156,33 +156,6 @@ def shared_build(target: Path | StoreUrl, name: str) -> SharedBuild | StoredBuil
 
 
 # -------------------------------------------------------------------------------- a set in an object store
-
-
-class _Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which build is the set.
-
-    Attributes:
-        digest: of the set.
-        folder: where its files are, from the folder of the set.
-    """
-
-    digest: Sha256
-    folder: PlainPath
-
-
-def set_at(root: Objects) -> Objects | None:
-    """Return where the files of a finished set are: below the root, or there, where one was copied to.
-
-    Returns:
-        None where there is no set.
-    """
-    found = root.find(MANIFEST_NAME)
-    if found is None:
-        return None
-    try:
-        return Objects(f"{root.url}/{msgspec.json.decode(found.data, type=_Pointer).folder}")
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return root  # a manifest, or what cannot be read as one
 
 
 def finished_at(target: Path | StoreUrl, *, overwrite: bool = False) -> Manifest | None:

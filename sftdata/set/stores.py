@@ -18,11 +18,23 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from sftdata.errors import IntegrityError, SftError, UsageError, need, without_secrets
 from sftdata.output import StoreUrl
-from sftdata.set.store import FileDigest, HashingSink, Sink, explained, sync_folder, write_atomic
+from sftdata.set.store import (
+    FileDigest,
+    HashingSink,
+    PlainPath,
+    Sha256,
+    Sink,
+    explained,
+    sync_folder,
+    write_atomic,
+)
 from sftdata.sources.remote import EXTRAS, KEYS
 
+MANIFEST_NAME = "manifest.json"
 _AT_ONCE = 16  # requests for small objects
 _ONE_PUT = 4 << 30  # bytes; what is larger goes in parts
 _CLIENT = {"timeout": "15m", "connect_timeout": "20s"}  # of one request
@@ -253,6 +265,33 @@ class Objects:
     @property
     def _connected(self) -> object:
         return connect(self.url)
+
+
+class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which build is the set.
+
+    Attributes:
+        digest: of the set.
+        folder: where its files are, from the folder of the set.
+    """
+
+    digest: Sha256
+    folder: PlainPath
+
+
+def set_at(root: Objects) -> Objects | None:
+    """Return where the files of a finished set are: below the root, or there, where one was copied to.
+
+    Returns:
+        None where there is no set.
+    """
+    found = root.find(MANIFEST_NAME)
+    if found is None:
+        return None
+    try:
+        return Objects(f"{root.url}/{msgspec.json.decode(found.data, type=Pointer).folder}")
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return root  # a manifest, or what cannot be read as one
 
 
 def library(url: str) -> Any:

@@ -44,13 +44,17 @@ def test_a_set_in_a_store_takes_its_client(
 
 @pytest.mark.parametrize(("url", "said"), [
     ("s3://bucket", "a bucket; expected a folder in one. Fix: -o s3://bucket/set"),
+    ("s3://me:secret@bucket/set", "-o s3://bucket/set: came with a login or a query. Fix: leave it out"),
+    ("s3://bucket/set?sig=secret", "-o s3://bucket/set: came with a login or a query. Fix: leave it out"),
     ("s3://", "no bucket; expected a folder in one. Fix: -o s3://BUCKET/set"),
 ])  # fmt: skip
 def test_a_set_needs_a_place_in_its_bucket(
     rows: Path, capsys: pytest.CaptureFixture[str], url: str, said: str
 ) -> None:
     assert main(["prepare", str(rows), "-t", TOKENIZER, "-o", url]) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert "secret" not in told
 
 
 def refused(rows: Path, url: str, said: str) -> None:

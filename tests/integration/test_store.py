@@ -1,0 +1,312 @@
+"""Sets built on a real S3 server: the bytes of a folder, whatever is killed, refused or throttled on the way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sftdata
+from sftdata.errors import SftError
+from sftdata.set import stores
+from sftdata.set.manifest import MANIFEST_NAME
+from tests.remote_stores import KEYS, need_packages, s3_server, served
+from tests.torture.runs import content, settings, write_chats
+from tests.waiting import HANGS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("no_sync"),
+    # The clients of fsspec keep their connections for the life of the process.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+FORKS = multiprocessing.get_context("forkserver")  # this process has threads of the client
+FORKS.set_forkserver_preload(["tests.torture.runs", "sftdata.pipeline", "tokenizers", "pyarrow"])
+ENDPOINT = "AWS_ENDPOINT_URL"
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    need_packages("obstore", "moto")
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as port:
+        url = f"http://127.0.0.1:{port}"
+        urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=HANGS).close()
+        yield url
+
+
+@pytest.fixture
+def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the server is; the environment names it."""
+    for key, value in (KEYS | {ENDPOINT: endpoint}).items():
+        monkeypatch.setenv(key, value)
+    stores.connect.cache_clear()
+    return endpoint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "in.jsonl", 20)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole") / "set"
+    sftdata.prepare(**settings(data, output))
+    return content(output)
+
+
+def objects(s3: str, name: str) -> dict[str, bytes]:
+    """Return the objects below a name, by another client than the one that wrote them."""
+    from botocore.session import get_session
+
+    client = get_session().create_client("s3", endpoint_url=s3)
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=f"{name}/")
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    found = {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+    return {key.removeprefix(f"{name}/"): data for key, data in found.items()}
+
+
+def files(s3: str, name: str) -> dict[str, bytes]:
+    """Return the files of the set at a name; nothing where there is none."""
+    found = objects(s3, name)
+    if MANIFEST_NAME not in found:
+        return {}
+    folder = found[MANIFEST_NAME].decode().partition('"folder":"')[2].partition('"')[0]
+    return {key.removeprefix(f"{folder}/"): data for key, data in found.items() if key.startswith(folder)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_inputs_from_anywhere_make_the_same_set_in_a_store(
+    s3: str, data: Path, whole: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
+    need_packages("aiohttp", "s3fs")
+    stores.put_bytes(stores.Objects("s3://bucket/inputs"), data.name, data.read_bytes())
+    with served() as web:
+        web.files[data.name] = data.read_bytes()
+        for kind, path in (
+            ("disk", data),
+            ("http", f"{web.url}/{data.name}"),
+            ("s3", f"s3://bucket/inputs/{data.name}"),
+        ):
+            name = f"same-{workers}-{kind}"
+            notes: list[str] = []
+            sftdata.prepare(**settings(path, f"s3://bucket/{name}", workers=workers), on_note=notes.append)
+            found = files(s3, name)
+            assert (
+                sftdata.open(tmp_of(found, tmp_path / name)).manifest.digest in whole[MANIFEST_NAME].decode()
+            )
+            assert {key: text for key, text in found.items() if key != MANIFEST_NAME} == {
+                key: text for key, text in whole.items() if key != MANIFEST_NAME
+            }
+
+
+def tmp_of(found: dict[str, bytes], folder: Path) -> Path:
+    """Write files as a folder."""
+    for name, text in found.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    return folder
+
+
+def elsewhere(folder: str) -> None:
+    os.environ["SFTDATA_CACHE"] = folder
+
+
+def test_workers_of_other_machines_fetch_the_tokenizer(
+    s3: str, data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their cache is empty, and the planner's is out of their reach."""
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "mine"))
+    (tmp_path / "mine").mkdir()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawn, initializer=elsewhere, initargs=(str(tmp_path / "theirs"),)) as pool:
+
+        class Away(ProcessPoolExecutor):
+            def __init__(self) -> None:
+                pass
+
+            def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+                (tmp_path / "mine").rename(tmp_path / "out of reach")
+                yield from pool.map(function, *tasks)
+                (tmp_path / "out of reach").rename(tmp_path / "mine")
+
+        sftdata.prepare(**settings(data, "s3://bucket/hired") | {"workers": Away()})
+    assert files(s3, "hired") == whole
+    assert any((tmp_path / "theirs" / "tokenizers").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- kills
+
+
+class Gate:
+    """Passes connections on to the server; kills a process at its n-th put.
+
+    Attributes:
+        moment: of the kill: "before" the server hears of it, in the "middle" of what it hears, or "after" its answer.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._to, self._turn = port, threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.number, self.moment, self.puts = 0, "", 0
+        self.kill: Callable[[], None] = lambda: None
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def arm(self, number: int, moment: str) -> None:
+        self.number, self.moment, self.puts = number, moment, 0
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                last = threading.Event()
+                threading.Thread(target=self._ask, args=(client, server, last), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client, last), daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket, last: threading.Event) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 20):
+                with self._turn:
+                    self.puts += data.startswith(b"PUT ")
+                    here = data.startswith(b"PUT ") and self.puts == self.number
+                if here and self.moment == "after":
+                    last.set()
+                elif here:
+                    if self.moment == "middle":
+                        server.sendall(data[: len(data) // 2])
+                    self.kill()
+                    break
+                server.sendall(data)
+        for end in (client, server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, server: socket.socket, client: socket.socket, last: threading.Event) -> None:
+        with suppress(OSError):
+            while data := server.recv(1 << 20):
+                if last.is_set():
+                    self.kill()
+                    return
+                client.sendall(data)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _make(given: dict[str, Any], endpoint: str) -> None:
+    os.environ |= KEYS | {ENDPOINT: endpoint}
+    sftdata.prepare(**given)
+
+
+def made(given: dict[str, Any], endpoint: str, gate: Gate | None = None) -> int:
+    """Make a set in a process of its own; return its exit code."""
+    process = FORKS.Process(target=_make, args=(given, endpoint))
+    if gate is not None:
+        gate.kill = lambda: os.kill(process.pid or 0, signal.SIGKILL)
+    process.start()
+    process.join(HANGS)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def killed_and_resumed(s3: str, data: Path, whole: dict[str, bytes], numbers: list[int]) -> int:
+    gate, kills = Gate(int(s3.rpartition(":")[2])), 0
+    for number in numbers:
+        for moment in ("before", "middle", "after"):
+            name = f"killed-{number}-{moment}"
+            gate.arm(number, moment)
+            code = made(settings(data, f"s3://bucket/{name}"), f"http://127.0.0.1:{gate.port}", gate)
+            kills += code == -signal.SIGKILL
+            found = {
+                key: text
+                for key, text in files(s3, name).items()
+                if not key.startswith(("slices/", "plan.json"))
+            }
+            assert found in ({}, whole), name
+            assert made(settings(data, f"s3://bucket/{name}"), s3) == 0
+            assert files(s3, name) == whole, name
+            assert len(objects(s3, name)) == len(whole) + 1, name
+    gate.close()
+    return kills
+
+
+def test_a_run_killed_at_a_put_resumes_to_the_same_bytes(
+    s3: str, data: Path, whole: dict[str, bytes]
+) -> None:
+    assert killed_and_resumed(s3, data, whole, [9, 20]) == 6
+
+
+@pytest.mark.torture
+def test_a_run_killed_at_sixty_points_resumes_to_the_same_bytes(
+    s3: str, data: Path, whole: dict[str, bytes]
+) -> None:
+    assert killed_and_resumed(s3, data, whole, list(range(1, 21))) == 60
+
+
+def test_parts_that_are_processes_make_the_same_set(s3: str, data: Path, whole: dict[str, bytes]) -> None:
+    command = [sys.executable, "-m", "sftdata", "prepare", str(data), "-o", "s3://bucket/parts"]
+    for key, value in settings(data, Path()).items():
+        if key not in ("inputs", "output"):
+            command += (
+                ["--set", f"{key}={value}"]
+                if key == "slice_bytes"
+                else [f"--{key.replace('_', '-')}", str(value)]
+            )
+    crew = [
+        subprocess.Popen([*command, "--part", f"{number}/2"], stderr=subprocess.PIPE, text=True)
+        for number in (2, 1)
+    ]
+    for one in crew:
+        assert one.wait(HANGS) == 0, one.stderr and one.stderr.read()
+        assert one.stderr
+        one.stderr.close()
+    assert files(s3, "parts") == whole
+
+
+# ---------------------------------------------------------------------------------------- what is refused
+
+
+def refusal(data: Path, url: str = "s3://bucket/refused") -> str:
+    stores.connect.cache_clear()
+    with pytest.raises(SftError) as caught:
+        sftdata.prepare(**settings(data, url))
+    said = str(caught.value)
+    assert "\n" not in said
+    assert KEYS["AWS_SECRET_ACCESS_KEY"] not in said
+    return said
+
+
+def test_what_is_wrong_with_a_store_is_said(
+    s3: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "there is no such bucket" in refusal(data, "s3://other/set")
+    quick = stores._RETRIES | {"max_retries": 1, "backoff": {}}
+    monkeypatch.setattr(stores, "_RETRIES", quick)
+    with served() as web:
+        monkeypatch.setenv(ENDPOINT, web.url)
+        web.wrong_region = True
+        assert "the bucket is in another region" in refusal(data)
+        assert "Fix: set AWS_REGION" in refusal(data)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{port}")
+    assert "Fix: check the endpoint, or run the same command again" in refusal(data)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "no credentials. Fix: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refusal(data)
