@@ -55,6 +55,8 @@ class SharedBuild(Build):
         Args:
             plan: all that decides the bytes of the set, for whoever looks.
         """
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         put_bytes(self.store, PLAN, msgspec.json.encode(plan, order="sorted"))
 
     def gather(self, results: Sequence[ShardResult]) -> Build:

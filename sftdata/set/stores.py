@@ -106,10 +106,13 @@ class Folder(NamedTuple):
         return self.path / name
 
     def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
-        """Write a file; its folder is made."""
+        """Write a file; folders below the path are made, never the path: one that was removed stays so."""
         path = self.path / name
         with explained(path):
-            _make_folder(path.parent)
+            for folder in reversed(path.relative_to(self.path).parents[:-1]):
+                if not (self.path / folder).is_dir():
+                    (self.path / folder).mkdir(exist_ok=True)
+                    sync_folder((self.path / folder).parent)
         return write_atomic(path, writer)
 
     def get(self, names: Sequence[str]) -> Iterator[bytes]:
@@ -133,14 +136,6 @@ class Folder(NamedTuple):
         """Remove files."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder that survives a loss of power, and those above it."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
 
 
 # --------------------------------------------------------------------------------------- an object store

@@ -7,15 +7,18 @@ import random
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sftdata
+from sftdata import parts
 from sftdata.cli import main
 from sftdata.config import make_config
 from sftdata.errors import UsageError
 from sftdata.parts import COUNT, Part, prepare, read_part
 from sftdata.plan import make_plan
+from sftdata.run import conclude
 from sftdata.set.manifest import partial_folder, parts_folder, read_manifest
 from sftdata.set.verify import verify
 from sftdata.workers import Workers
@@ -201,6 +204,26 @@ def test_a_choice_is_made_from_a_set_made_in_parts(data: Path, tmp_path: Path) -
     assert (tmp_path / "chosen" / "shard-00000.arrow").read_bytes() == (
         tmp_path / "direct" / "shard-00000.arrow"
     ).read_bytes()
+
+
+def test_one_that_loses_its_folder_as_it_finishes_puts_no_half_set_in_place(
+    data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another has finished, and removes all folders of the parts, between the lists and the tokenizer of this one."""
+    assert not run(data, tmp_path / "set", "1/2")
+    others: list[bool] = []
+
+    def meanwhile(*given: Any) -> Any:
+        made = conclude(*given)
+        if not others:
+            others.append(False)
+            others[0] = run(data, tmp_path / "set", None)
+        return made
+
+    monkeypatch.setattr(parts, "conclude", meanwhile)
+    assert run(data, tmp_path / "set", "2/2")
+    assert others == [True]
+    assert is_whole(tmp_path / "set", whole)
 
 
 def test_too_many_rejects_are_told_by_whoever_finishes(
