@@ -145,7 +145,7 @@ def open_foreign(path: str, rows: Rows) -> ForeignSet:
     if not len(read.records):
         first = read.rejects[0]
         raise UsageError(f"{path}: no row can be used; {first.place}: {first.reason.rstrip('.')}.", first.fix)
-    masked = any(name in detection.columns for name in (*TRAINED, PROMPT))
+    masked = any(name in detection.columns for name in (*TRAINED, PROMPT) if name != "loss_mask")
     everything = read.judge_all() and (masked or read.turns > 0)
     infos = tuple(
         SourceInfo(

@@ -6,7 +6,7 @@ Only headers with a control token count (`<|im_start|>user`), since a text may s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,7 +50,7 @@ class Headers:
     Attributes:
         roles: of each header, by its ids, without outer whitespace.
         ends: tokens that end a turn, or generation.
-        written: the control tokens that the chat template writes.
+        written: the control tokens that the chat template writes behind the first message.
     """
 
     roles: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -74,29 +74,30 @@ class Headers:
 
 def find_headers(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Headers:
     """Return the headers of a tokenizer's chat template; none where it has none, or they are plain text."""
-    if vocabulary.chat_template is None:
+    if vocabulary.chat_template is None or not vocabulary.added:
         return Headers(ends=vocabulary.stop_ids)
     template = ChatTemplate(vocabulary.chat_template, vocabulary.named)
     by_text = {text: index for index, text in vocabulary.added.items()}
     known = [vocabulary.text_of([index]) for index in sorted(vocabulary.stop_ids)]
     ends = {by_text[stop] for stop in find_stops(template, known, by_text) if stop in by_text}
-    roles, written = dict[tuple[int, ...], str](), set[int]()
-    for role, text, start, stop in _headers(template, by_text):
+    pattern = re.compile(f"({'|'.join(map(re.escape, sorted(by_text, key=len, reverse=True)))})")
+    inside = [gap.text for messages in _CONVERSATIONS for gap in gaps(template, messages) if gap.before >= 0]
+    written = frozenset(by_text[token] for text in inside for token in pattern.findall(text))
+    roles = dict[tuple[int, ...], str]()
+    for role, text, start, stop in _headers(template, pattern):
         encoding = tokenizer.encode(text, add_special_tokens=False)
         placed = zip(encoding.ids, encoding.offsets, strict=True)
         ids = tuple(index for index, (first, last) in placed if start <= first < min(stop, last))
-        written.update(vocabulary.added.keys() & {*encoding.ids})
         if vocabulary.added.keys() & {*ids}:
             roles.setdefault(ids, role)
         elif role == "assistant":  # else an answer would count to the turn before it
-            return Headers(ends=vocabulary.stop_ids)
-    return Headers(roles, vocabulary.stop_ids | ends, frozenset(written))
+            return Headers(ends=vocabulary.stop_ids, written=written)
+    return Headers(roles, vocabulary.stop_ids | ends, written)
 
 
-def _headers(template: ChatTemplate, tokens: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+def _headers(template: ChatTemplate, pattern: re.Pattern[str]) -> Iterator[tuple[str, str, int, int]]:
     """Yield the role of each turn that follows another, a text, and where in it the header of the turn is."""
     bos = template.special_tokens.get("bos_token", "")
-    pattern = re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
     for messages in _CONVERSATIONS:
         text = ""
         for gap in gaps(template, messages):

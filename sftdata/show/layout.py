@@ -193,7 +193,7 @@ class ForeignRows:
         """Return how many pairs of neighbours come back, and of how many.
 
         Texts are cut at control tokens and where training begins or ends. The first token behind a cut does
-        not count: what it is depends on the tokenizer's prefix.
+        not count, and where a tokenizer writes a prefix, the first word.
         """
         control = np.isin(ids, sorted(self.judge.vocabulary.added))
         cut = control | np.append(False, control[:-1]) | (np.diff(trained, prepend=trained[:1]) != 0)
@@ -201,11 +201,15 @@ class ForeignRows:
         stretches = [ids[start:stop].tolist() for start, stop in pairwise(edges) if stop - start > 2]
         texts = list(map(self.judge.vocabulary.text_of, stretches))
         again = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        same = sum(
-            (Counter(pairwise(own[1:])) & Counter(pairwise(other.ids))).total()
-            for own, other in zip(stretches, again, strict=True)
-        )
-        return same, sum(len(stretch) - 2 for stretch in stretches)
+        own = [Counter(pairwise(self._behind_prefix(stretch))) for stretch in stretches]
+        same = sum((one & Counter(pairwise(two.ids))).total() for one, two in zip(own, again, strict=True))
+        return same, sum(one.total() for one in own)
+
+    def _behind_prefix(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return the ids from the second on, or from the second word on."""
+        vocabulary = self.judge.vocabulary
+        words = (at for at in range(1, len(ids)) if vocabulary.bytes_of(ids[at])[:1].isspace())
+        return ids[next(words, len(ids)) :] if vocabulary.layout.prefix != "none" else ids[1:]
 
     def around(self, code: str, document: int) -> str:
         """Return the token at the place of a finding, in the text around it."""

@@ -64,7 +64,8 @@ class Judge:
             behind = np.flatnonzero(ids == self.eos_id) + 1
             behind = behind[inside[behind]]
             if self.eos_id in self.headers.written:  # where there are turns, it ends them
-                behind = behind[~np.isin(_stretch(behind, edges), _stretch(turns.start, edges))]
+                known = np.isin(_stretch(behind, edges), _stretch(turns.start, edges))
+                behind = behind[~known & bool(self.headers.roles)]
             found.append(behind[(ids[behind] != self.eos_id) & ~self._blank(ids[behind])])
         return np.unique(np.concatenate(found))
 
@@ -123,7 +124,7 @@ class Judge:
     def _shifted(self, ids: Int32, trained: Bool, turns: Turns) -> Int64:
         """Return the answers whose marks lie one token early, or one late, by their first token."""
         body, stop = turns.body[turns.answer], turns.stop[turns.answer]
-        marks = np.append(trained, [False, False])
+        marks = np.append(trained, [False] * 3)
         ends = np.flatnonzero(np.isin(ids, sorted(self.headers.ends)))
         ends = np.append(ends, len(ids))
         text = np.append(np.flatnonzero(~self._blank(ids)), len(ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import sftdata
 from sftdata import cli
+from sftdata.errors import DataError, UsageError
 from sftdata.set.export import Target
 from sftdata.show.audit import audit_set
 from sftdata.show.findings import Finding
@@ -107,7 +109,9 @@ def test_text_that_is_trained_whole_is_no_mistake(tmp_path: Path, tokenizers: di
     opened = open_foreign(str(tmp_path / "rows.jsonl"), Rows(str(tokenizers["plain"])))
     assert not audit_set(opened)
     assert "prompts cannot be told from answers" in opened.evidence[-1]
-    write_lines(tmp_path / "rows.jsonl", [{"input_ids": ids, "loss_mask": [1] * len(ids)} for ids in rows])
+    write_lines(
+        tmp_path / "rows.jsonl", [{"input_ids": ids, "completion_mask": [1] * len(ids)} for ids in rows]
+    )
     assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"everything-trained"}
 
 
@@ -332,3 +336,46 @@ GENERATION = (
     "{{% for m in messages %}}{{{{'{0}'+m.role+'\\n'}}}}{{% if m.role=='assistant' %}}{{% generation %}}"
     "{{{{m.content+'{1}'}}}}{{% endgeneration %}}{{{{'\\n'}}}}{{% else %}}{{{{m.content+'{1}\\n'}}}}{{% endif %}}{{% endfor %}}"
 )
+
+
+REAL = ("instruction/lf_alpaca_en_demo.json", "messages/tinker_conversations.jsonl", "tools/glaive_toolcall_zh.json",
+        "prompt_completion/mlx_wwdc25_valid.jsonl", "text/c4_demo.jsonl")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["llama-3.2-instruct", "qwen3", "mistral-7b-instruct", "phi-3-mini", "minicpm3-4b", "minimind", "gpt2"],
+)
+def test_of_real_rows_the_same_is_found_as_in_our_own_set(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
+    """Masks that are proven have none of the defects that only others' have, whatever template and tokenizer."""
+    tokenizer, compared = str(shared_data / "tokenizers" / name), 0
+    for number, file in enumerate(REAL):
+        with suppress(DataError, UsageError):  # gpt2 has no chat template
+            sftdata.prepare(
+                shared_data / "datasets" / file,
+                tokenizer=tokenizer,
+                output=tmp_path / f"{number}",
+                max_length=768,
+                workers=1,
+            )
+        if not (tmp_path / f"{number}").is_dir():
+            continue
+        made = sftdata.export(
+            tmp_path / f"{number}", to="megatron-bridge", output=tmp_path / f"{number}-rows"
+        )
+        opened = open_foreign(str(tmp_path / f"{number}-rows"), Rows(tokenizer))
+        assert opened.manifest.ledger.tokens_trained == made.tokens_trained
+        own = {one.code: one.count for one in sftdata.audit(tmp_path / f"{number}") if one.code in OF_IDS}
+        assert {one.code: one.count for one in audit_set(opened) if one.code != "pad-is-eos"} == own
+        compared += 1
+    assert compared >= 2
+
+
+# What is seen in ids and masks alone.
+OF_IDS = {
+    "nothing-trained", "answer-cut", "turn-end-not-a-stop", "no-trained-end", "double-bos", "missing-bos", "empty-answer",
+    "control-token-in-answer", "duplicate-prompt", "eos-not-in-generation-config",
+}  # fmt: skip
