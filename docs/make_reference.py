@@ -77,7 +77,7 @@ def cli_page() -> str:
 
 
 WRITTEN_IN = {
-    "sftdata": ("__init__.py", "output.py", "batches.py", "errors.py"),
+    "sftdata": ("__init__.py", "set/push.py", "output.py", "batches.py", "errors.py"),
     "sfttrain": ("__init__.py", "iterative.py"),
 }
 PYTHON = """# The Python interface

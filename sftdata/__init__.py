@@ -10,6 +10,7 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, cast, overload
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sftdata.run import Preview
     from sftdata.set.export import Exported, Target
     from sftdata.set.manifest import Manifest
+    from sftdata.set.push import push
     from sftdata.set.verify import VerifyReport
     from sftdata.show.diff import Diff
     from sftdata.show.findings import Finding
@@ -55,6 +57,7 @@ __all__ = [
     "open",
     "prepare",
     "preview",
+    "push",
     "stream",
     "verify",
     "view",
@@ -306,11 +309,10 @@ def view(
 
 
 def open(folder: str | Path) -> ShownSet:
-    """Open a finished set for reading; nothing but its manifest is read yet.
+    """Open a finished set, or its URL, for reading; nothing but its manifest is read yet.
 
     Returns:
-        A sequence of packed rows, each with `input_ids`, `labels` and `seq_lengths`; a notebook shows their
-        masked text.
+        Packed rows, each with `input_ids`, `labels` and `seq_lengths`; a notebook shows their masked text.
 
     Raises:
         SftError: there is no set, or it is damaged.
@@ -347,8 +349,7 @@ def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
         limit: documents to keep of each kind, with their text.
 
     Returns:
-        Counts, by kind and by source, that add up to the difference of the two ledgers; settings that are not
-        the same; `equal` if nothing differs. A notebook shows them.
+        Counts, by kind and source, and settings that differ; `equal` if nothing does. A notebook shows them.
 
     Raises:
         SftError: a folder is no finished set, a set is damaged, or one of format version 1 has lost tokens.
@@ -363,8 +364,7 @@ def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
 
     Args:
         folder: a finished set, or a view.
-        to: who reads it: "datasets" (axolotl, LLaMA-Factory, TRL), "token-rows" (SkyRL, Akka), "verl",
-            "nemo-rl", "tinker" (NeMo Automodel, too) or "megatron-bridge".
+        to: who reads it, as "datasets" or "verl": see `sftdata export --help`.
         output: folder to be made.
 
     Returns:
@@ -473,8 +473,7 @@ def _log(note: str) -> None:
 if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
     def __getattr__(name: str) -> object:
-        if name in ("Completion", "Conversation", "Text", "Tokens"):
-            from sftdata import batches
-
-            return getattr(batches, name)
+        where = {"Completion": "batches", "Conversation": "batches", "Text": "batches", "Tokens": "batches"}
+        if name in where or name == "push":
+            return getattr(import_module(f"sftdata.{where.get(name, 'set.push')}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

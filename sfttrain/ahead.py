@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sftdata.batches import offsets_of
 from sftdata.errors import UsageError
-from sftdata.set.local import BOUND, cache_bound, named, origin
+from sftdata.set.cache import BOUND, cache_bound
+from sftdata.set.local import named, origin
 from sftdata.set.opened import ShardSet
 from sfttrain.config import WINDOW, TrainConfig
 from sfttrain.schedule import Order, Window

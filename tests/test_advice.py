@@ -343,6 +343,12 @@ _ORDERED = (
 _PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_followed"
 _PARTS = "tests/torture/test_parts.py"
 ELSEWHERE: dict[str, str] = {
+    "hf auth login, or set HF_TOKEN to a token that may write.": (
+        "tests/integration/test_push_hub.py::test_another_set_and_no_right_to_write_are_one_line"
+    ),
+    "make the view with --write, and push that.": (
+        "tests/integration/test_store_sets.py::test_a_view_by_index_is_pushed_where_its_base_is"
+    ),
     "# A view of what was selected. Make it: sftdata view THIS_FILE -o {}\\n{}": (
         "tests/unit/test_browse.py::test_a_query_selects_the_documents_that_the_view_of_its_recipe_holds"
     ),

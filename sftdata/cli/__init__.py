@@ -36,7 +36,7 @@ def build_app() -> typer.Typer:
     """Assemble the commands, in the order a user meets them."""
     from sftdata.cli.rows import check, detect, init, prepare, preview, resolve, schema
     from sftdata.cli.runs import blame
-    from sftdata.cli.sets import audit, browse, diff, env, explain, export, inspect, stats, verify, view
+    from sftdata.cli.sets import audit, browse, diff, env, explain, export, inspect, push, stats, verify, view
     from sftdata.frame import global_options
 
     app = _group("sftdata", "Turn SFT data into verified constant-length shards.\n\n"
@@ -57,6 +57,7 @@ def build_app() -> typer.Typer:
         blame,
         verify,
         export,
+        push,
         explain,
         env,
     ):

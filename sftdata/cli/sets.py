@@ -18,7 +18,7 @@ import typer
 from sftdata.choosing import folders_of
 from sftdata.cli.flags import Folder, Json, Map, SetOrRows, Split, Tokenizer, rows_of, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
-from sftdata.output import local_output, print_json, print_line
+from sftdata.output import Meter, local_output, print_json, print_line
 from sftdata.views.recipe import ViewConfig
 
 if TYPE_CHECKING:
@@ -319,6 +319,34 @@ def export(
         )
     if made.unmarked:
         print_line(f"{made.unmarked:,} trained tokens come after an EOS; {to} takes no loss there.", err=True)
+
+
+def push(
+    folder: Folder,
+    to: Annotated[
+        str,
+        typer.Argument(metavar="URL", help="hf://datasets/USER/NAME, or a folder of s3://, gs:// or az://."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Copy a set to the Hub or to an object store; what is there already is not sent again.
+
+    Example: sftdata push shards hf://datasets/user/name
+    """
+    from sftdata.set.push import push as run
+
+    meter = Meter("{done}/{total} files")
+    try:
+        pushed = run(folder, to, lambda done, total: meter.show(done, total, ""))
+    finally:
+        meter.close()
+    if as_json:
+        print_json(pushed)
+    else:
+        print_line(
+            f"{pushed.url}: {pushed.files:,} files, {pushed.bytes:,} bytes, {pushed.sent:,} of them sent now;"
+            f" digest {pushed.digest[:12]}"
+        )
 
 
 def _complete(start: str) -> list[str]:

@@ -10,10 +10,11 @@ import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.set.cache import BOUND, cache_bound
 from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, held_files, rest_digest
 from sftdata.set.images import HasPictures, StoredPictures, read_images
 from sftdata.set.index import read_rest
-from sftdata.set.local import BOUND, beside, cache_bound, local_folder, origin, plain_file
+from sftdata.set.local import beside, local_folder, origin, plain_file
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard
 from sftdata.set.store import SetFile

@@ -12,7 +12,6 @@ was used longest ago makes room, within a bound; who still has it mapped goes on
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import posixpath
@@ -30,19 +29,18 @@ import msgspec
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
-from sftdata.output import cache_folder
+from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME
+from sftdata.set.stores import MANIFEST_NAME, Objects, Pointer
 from sftdata.set.web import Web
 
-BOUND = "SFTDATA_CACHE_GB"
-_PART = ".part"
 _AT_ONCE = 8
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
 _SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf")
 _AS_NEEDED = (".arrow", ".jsonl")
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
+_stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
 _sound: dict[Path, int] = {}  # files that this process has held against their hashes, and their inodes
 
 
@@ -73,7 +71,7 @@ def url_of(place: str | Path) -> str | None:
             f"{scheme}://{rest}: sets are not read from there.", f"use one of {', '.join(_SCHEMES)}."
         )
     parts = rest.split("/")
-    if "?" in rest or (scheme != "hf" and "@" in parts[0]):
+    if "?" in rest or ("@" in parts[0] and not scheme.startswith("abfs")):
         raise UsageError(
             f"{scheme}://{rest}: a login or a query; a set is many files.",
             "give the login by the environment.",
@@ -97,9 +95,9 @@ def local_folder(place: str | Path) -> Path:
 
 def origin(folder: Path) -> str | None:
     """Return the URL of the set behind a mirror; None for any other folder."""
-    if "/sets/" not in str(folder) or not folder.is_relative_to(_root()):
+    if "/sets/" not in str(folder) or not folder.is_relative_to(cache_root()):
         return None
-    _, scheme, *rest = folder.relative_to(_root()).parts
+    _, scheme, *rest = folder.relative_to(cache_root()).parts
     return f"{scheme}://{'/'.join(rest)}"
 
 
@@ -133,38 +131,56 @@ def read_anew(place: str | Path) -> Iterator[Path]:
     try:
         yield _mirrored(url, key)
     finally:
-        shutil.rmtree(_root() / key, ignore_errors=True)
-
-
-def _root() -> Path:
-    return _resolved(str(cache_folder("sets")))
-
-
-@lru_cache
-def _resolved(path: str) -> Path:
-    return Path(path).resolve()
+        shutil.rmtree(cache_root() / key, ignore_errors=True)
 
 
 def _mirrored(url: str, key: str | None) -> Path:
     """Return the mirror of the set behind a URL as it is now, with its small files in it."""
-    store = Web(url)
-    found = store.find(MANIFEST_NAME)
+    found = _store_at(url).find(MANIFEST_NAME)
     if found is None:
-        raise _not_a_set(store)
-    folder = _root() / (key or xxhash.xxh3_128_hexdigest(found.data)) / url.replace("://", "/", 1)
+        raise _not_a_set(url)
+    folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found.data)) / url.replace("://", "/", 1)
     if not (folder / MANIFEST_NAME).is_file():
+        _stores[folder], manifest = _followed(url, found.data)
         try:
-            listed = msgspec.json.decode(found.data, type=_Listed).files
+            listed = msgspec.json.decode(manifest, type=_Listed).files
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", _AGAIN) from None
-        with _cache_explained():
+        with explained_cache():
             folder.mkdir(parents=True, exist_ok=True)
         fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
-        write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(found.data))
+        write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(manifest))
     return folder
 
 
-def _not_a_set(store: Web) -> UsageError:
+def _store_at(url: str) -> Objects | Web:
+    return (Web if url.startswith(("http", "hf:")) else Objects)(url)
+
+
+def _followed(url: str, found: bytes) -> tuple[Objects | Web, bytes]:
+    """Return where the files of a set are, and its manifest, by what stands in the place of that."""
+    try:
+        built = Objects(f"{url}/{msgspec.json.decode(found, type=Pointer).folder}")
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _store_at(url), found
+    if (manifest := built.find(MANIFEST_NAME)) is None:
+        raise IntegrityError(f"{built}/{MANIFEST_NAME}: missing.", "open the set again, or prepare it again.")
+    return built, manifest.data
+
+
+def _store_of(folder: Path) -> Objects | Web:
+    """Return where the files of a mirror come from.
+
+    Raises:
+        IntegrityError: another set is there by now.
+    """
+    if folder not in _stores:
+        _stores[folder] = _refuse_replaced(folder)
+    return _stores[folder]
+
+
+def _not_a_set(url: str) -> UsageError:
+    store = _store_at(url)
     if store.sizes():
         found = f"not a finished set, as it has no {MANIFEST_NAME}: still being built, or stopped"
         return UsageError(f"{store}: {found}.", "wait, or run the command again that makes it.")
@@ -219,8 +235,9 @@ def seen_file(folder: Path, info: SetFile) -> None:
 @lru_cache(maxsize=4)
 def stored_sizes(folder: Path) -> dict[str, int]:
     """Return the objects behind a mirror, with their sizes."""
-    store = Web(str(origin(folder)))
-    return store.sizes() or store.sizes_of(_listed(folder))
+    store = _store_of(folder)
+    sizes = store.sizes()
+    return store.sizes_of(_listed(folder)) if isinstance(store, Web) and not sizes else sizes
 
 
 def check_file(folder: Path, file: SetFile) -> Path:
@@ -293,7 +310,7 @@ def _fetch(folder: Path, info: SetFile) -> None:
     path = folder / info.name
     if _is_sound(path, info):
         return
-    with _cache_explained(), _held(path) as part:
+    with explained_cache(), held_file(path) as part:
         if _is_sound(path, info):  # by another process
             Path(part.name).unlink()
             return
@@ -310,9 +327,9 @@ def _fetch(folder: Path, info: SetFile) -> None:
 
 def _download(folder: Path, info: SetFile, part: BinaryIO) -> None:
     """Copy an object, and once more if its bytes are others."""
-    store = Web(str(origin(folder)))
+    store = _store_of(folder)
     for last in (False, True):
-        _make_room(info, part)
+        make_room(info, part, _AS_NEEDED)
         store.copy(info.name, part)
         part.flush()
         found = digest_file(Path(part.name), sha256=False)
@@ -324,13 +341,19 @@ def _download(folder: Path, info: SetFile, part: BinaryIO) -> None:
         _say(f"{said}; fetched again.")
 
 
-def _refuse_replaced(folder: Path) -> None:
-    """Say so if it is for that reason that an object is not as the manifest of a mirror says."""
-    store = Web(str(origin(folder)))
-    found = store.find(MANIFEST_NAME)
-    if found is None or found.data != (folder / MANIFEST_NAME).read_bytes():
-        what = f"{store}: replaced while it was in use."
+def _refuse_replaced(folder: Path) -> Objects | Web:
+    """Refuse to go on where another set is by now; return where the files are.
+
+    Raises:
+        IntegrityError: naming the URL.
+    """
+    url = str(origin(folder))
+    found = _store_at(url).find(MANIFEST_NAME)
+    store, manifest = (None, b"") if found is None else _followed(url, found.data)
+    if store is None or manifest != (folder / MANIFEST_NAME).read_bytes():
+        what = f"{url}: replaced while it was in use."
         raise IntegrityError(what, "open the set again, and write new sets beside those in use.")
+    return store
 
 
 def _is_sound(path: Path, info: SetFile) -> bool:
@@ -350,110 +373,5 @@ def _is_sound(path: Path, info: SetFile) -> bool:
     return sound
 
 
-@contextmanager
-def _held(path: Path) -> Iterator[BinaryIO]:
-    """Open the file that becomes `path`, for one process; what a killed one left is written over."""
-    part = path.with_name(f".{path.name}{_PART}")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(part, "r+b", opener=_make)  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
-                    break
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # it has its name by now, or is gone
-    with file:
-        yield file
-
-
-def _make(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
-
-
 def _say(line: str) -> None:
     logging.getLogger("sftdata").warning(line)
-
-
-# -------------------------------------------------------------------------------------------------- bound
-
-
-def cache_bound() -> int:
-    """Return how many bytes all mirrors may take: `SFTDATA_CACHE_GB`, or half of what is free and theirs.
-
-    Raises:
-        UsageError: the setting is no size.
-    """
-    text = os.environ.get(BOUND, "")
-    if not text:
-        root = _root()
-        root.mkdir(parents=True, exist_ok=True)
-        return (shutil.disk_usage(root).free + sum(size for _, size, _ in _cached(root))) // 2
-    try:
-        bound = float(text) * 1e9
-    except ValueError:
-        bound = -1
-    if not 0 < bound < 2**63:
-        raise UsageError(f"{BOUND}={text}: expected gigabytes, as 200.", f"set {BOUND} to a number above 0.")
-    return int(bound)
-
-
-def _make_room(info: SetFile, part: BinaryIO) -> None:
-    """Take room for a file inside the bound; what was used longest ago goes first.
-
-    Raises:
-        UsageError: the bound is smaller than the file.
-    """
-    root = _root()
-    lock = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        part.seek(0)
-        part.truncate(0)
-        bound, cached = cache_bound(), sorted(_cached(root))
-        excess = sum(size for _, size, _ in cached) + info.bytes - bound
-        for _, size, path in cached:
-            if (excess > 0 and path.name.endswith(_AS_NEEDED)) or (
-                path.name.endswith(_PART) and _abandoned(path)
-            ):
-                path.unlink(missing_ok=True)
-                excess -= size
-        if excess > 0:
-            raise UsageError(
-                f"{info.name}: {info.bytes:,} bytes; the cache {root} is bound to {bound:,}.",
-                f"raise {BOUND}, in gigabytes, or set SFTDATA_CACHE to a folder on a larger disk.",
-            )
-        part.truncate(info.bytes)  # counts from now on
-    finally:
-        os.close(lock)
-
-
-def _cached(root: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield when each file of the cache was last used, its size and its path."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
-            with suppress(FileNotFoundError):
-                found = path.stat()
-                yield found.st_mtime, found.st_size, path
-
-
-def _abandoned(path: Path) -> bool:
-    """Say whether nobody writes a file any more."""
-    with suppress(OSError), open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-@contextmanager
-def _cache_explained() -> Iterator[None]:
-    """Turn what the system says against the cache into one line."""
-    try:
-        yield
-    except OSError as error:
-        fix = f"free some space, set {BOUND} to less, or SFTDATA_CACHE to a folder on another disk."
-        raise SftError(f"{_root()}: the cache cannot be written: {error.strerror or error}.", fix) from None

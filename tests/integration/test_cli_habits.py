@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHATS, TOKENIZER = str(ROOT / "examples/conversations.jsonl"), str(ROOT / "examples/tokenizer")
 COMMANDS = (
     "init", "prepare", "view", "detect", "preview", "resolve", "audit", "inspect", "browse", "stats", "diff", "blame", "verify",
-    "export", "explain", "env", "config schema", "config check",
+    "export", "push", "explain", "env", "config schema", "config check",
 )  # fmt: skip
 
 

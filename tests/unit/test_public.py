@@ -76,6 +76,7 @@ prepare(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | 
  {BUILT}, {CHOSEN}, {HOW.replace("int |", "int | Executor |", 1)}) -> Manifest | tuple[Manifest, Manifest]
 preview(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, number: int = 3, formatter: Formatter = None,\
  {BUILT}, {HOW}) -> Preview
+push(place: str | Path, to: str, on_sent: OnSent | None = None) -> Pushed
 stream(rows: Iterable[Any], *, tokenizer: AnyTokenizer, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {CUT}, {ENGINE}, **unknown: Never) -> Stream
 verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport

@@ -1,0 +1,165 @@
+"""Sets in an object store: read where `prepare` built them, pushed there, and what is said where that cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sftdata
+from sftdata.cli import main
+from sftdata.errors import IntegrityError, UsageError
+from sftdata.set import local, push, stores
+from sftdata.set.opened import open_set
+from tests.remote_stores import KEYS, Counter, need_packages, s3_server
+from tests.torture.runs import TOKENIZER, write_chats
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_sync")]
+SETTINGS: dict[str, Any] = {
+    "tokenizer": TOKENIZER, "max_length": 64, "max_rejects": "50%", "slice_bytes": 100_000, "engine": "tokenizers",
+    "workers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counter]:
+    """A bucket named `bucket`, behind a counter."""
+    need_packages("moto", "flask", "obstore", "boto3")
+    with s3_server(tmp_path_factory.mktemp("moto") / "log") as port, pytest.MonkeyPatch.context() as patch:
+        counter = Counter(port)
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{counter.port}"}.items():
+            patch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        stores.connect.cache_clear()
+        yield counter
+        counter.close()
+    stores.connect.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "cache"))
+    local.stored_sizes.cache_clear()
+    return tmp_path / "cache" / "sets"
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory, s3: Counter) -> Path:
+    """A set in a folder, and the same one built in the bucket."""
+    folder = tmp_path_factory.mktemp("chats")
+    write_chats(folder / "a.jsonl", 3000)
+    local = sftdata.prepare(folder / "a.jsonl", output=folder / "set", **SETTINGS)
+    there = sftdata.prepare(folder / "a.jsonl", output="s3://bucket/built", **SETTINGS)
+    assert there.digest == local.digest
+    return folder / "set"
+
+
+def rows_of(place: str | Path) -> list[list[int]]:
+    return [row.labels.tolist() for row in open_set(place)]
+
+
+def test_a_set_that_was_built_in_a_store_is_read_there(s3: Counter, chats: Path, cache: Path) -> None:
+    before = s3.sent
+    assert rows_of("s3://bucket/built") == rows_of(chats)
+    read = sum(path.stat().st_size for path in chats.rglob("*") if path.suffix != ".jsonl" and path.is_file())
+    assert s3.sent - before <= 1.05 * read + 40_000, "heads of answers, and the pointer"
+    before = s3.sent
+    assert open_set("s3://bucket/built")[0].labels.tolist() == rows_of(chats)[0]
+    assert s3.sent - before <= 4_000, "a warm start asks for the manifest's place alone"
+    assert sftdata.verify("s3://bucket/built").ok
+    assert sftdata.verify("s3://bucket/built", quick=True).ok
+
+
+def test_a_push_is_the_set_and_goes_on_where_it_stopped(
+    s3: Counter, chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, put, sent = "s3://bucket/pushed", stores.Objects.put, []
+
+    def counted(self: Any, name: str, writer: Any) -> Any:
+        sent.append(name)
+        if len(sent) == 5:
+            raise KeyboardInterrupt
+        return put(self, name, writer)
+
+    monkeypatch.setattr(stores.Objects, "put", counted)
+    assert main(["push", str(chats), url]) == 130
+    with pytest.raises(
+        UsageError, match="s3://bucket/pushed: not a finished set, .* still being built, or stopped"
+    ):
+        open_set(url)
+    there = stores.Objects(url).sizes().keys() - {push.MARK}
+    assert len(there) >= 1
+    assert all(name.endswith(".arrow") for name in there)
+    capsys.readouterr()
+    assert main(["push", str(chats), url, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    files = sum(path.is_file() for path in chats.rglob("*"))
+    assert said["files"] == files
+    assert said["sent"] == files - len(there)
+    assert rows_of(url) == rows_of(chats)
+    assert sftdata.verify(url).ok
+    assert set(stores.Objects(url).sizes()) == {
+        p.relative_to(chats).as_posix() for p in chats.rglob("*") if p.is_file()
+    }
+    sent.clear()
+    assert sftdata.push(chats, url).sent == 0
+    assert sent == []
+
+
+def test_a_push_beside_another_set_or_of_a_damaged_one_is_refused(
+    s3: Counter, chats: Path, tmp_path: Path
+) -> None:
+    other = sftdata.prepare(
+        chats.parent / "a.jsonl", output=tmp_path / "other", **SETTINGS | {"max_length": 48}
+    )
+    sftdata.push(chats, "s3://bucket/taken")
+    with pytest.raises(UsageError, match="s3://bucket/taken: another set is there"):
+        sftdata.push(tmp_path / "other", "s3://bucket/taken")
+    with pytest.raises(UsageError, match="s3://bucket/built: another set is there"):
+        sftdata.push(tmp_path / "other", "s3://bucket/built")
+    stores.Objects("s3://bucket/begun").create(push.MARK, b"of another set")
+    with pytest.raises(UsageError, match="s3://bucket/begun: the push of another set was broken off there"):
+        sftdata.push(tmp_path / "other", "s3://bucket/begun")
+    path = tmp_path / "other" / other.shards[1].name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match=f"{path}: xxh3-128 is"):
+        sftdata.push(tmp_path / "other", "s3://bucket/damaged")
+    assert stores.Objects("s3://bucket/damaged").find("manifest.json") is None
+
+
+def test_a_view_by_index_is_pushed_where_its_base_is(s3: Counter, chats: Path, tmp_path: Path) -> None:
+    sftdata.view(chats, output=tmp_path / "near", max_length=48)
+    with pytest.raises(
+        UsageError, match="a view by index, whose tokens lie in sets of this machine. Fix: .*--write"
+    ):
+        sftdata.push(tmp_path / "near", "s3://bucket/near")
+    sftdata.view("s3://bucket/built", output=tmp_path / "far", max_length=48)
+    sftdata.push(tmp_path / "far", "s3://bucket/far")
+    assert rows_of("s3://bucket/far") == rows_of(tmp_path / "near")
+
+
+def test_what_a_store_refuses_is_one_line(
+    s3: Counter, chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        stores.connect.cache_clear()
+        assert main([*arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    assert "s3://bucket/none: no such set: there is no manifest.json" in said("stats", "s3://bucket/none")
+    assert "there is no such bucket" in said("stats", "s3://nowhere/set")
+    assert "a set is pushed to the Hub or to an object store" in said("push", str(chats), "https://host/set")
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert "s3://bucket/built: no credentials. Fix: set AWS_ACCESS_KEY_ID" in said(
+        "stats", "s3://bucket/built"
+    )
+    stores.connect.cache_clear()
