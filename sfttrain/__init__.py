@@ -52,6 +52,7 @@ def train(
     model_init_kwargs: Mapping[str, object] = {},
     lora: str | Mapping[str, object] | None = None,
     adapter: str | Path | None = None,
+    freeze: Literal["auto", "none", "vision", "vision+projector"] = "auto",
     resize_to_multiple_of: int = 1,
     quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
     trust_remote_code: bool = False,

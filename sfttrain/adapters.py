@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import local_output
+from sfttrain.attention import auto_class
 from sfttrain.config import LoraSettings, adapter_base
 from sfttrain.process import Say
 from sfttrain.vocabulary import embedding_rows, embedding_table, grow_embeddings
@@ -32,13 +33,13 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  #
 
 
 def add_adapters(
-    model: PreTrainedModel, lora: LoraSettings, untrained: Sequence[int], unreached: Sequence[str], say: Say
+    model: PreTrainedModel, lora: LoraSettings, untrained: Sequence[int], excluded: Sequence[str], say: Say
 ) -> PeftModel:
     """Freeze the model and add adapters to it; embeddings that the set needs are trained too.
 
     Args:
         untrained: ids whose embeddings were never trained.
-        unreached: modules that text gives no gradient, which get no adapters.
+        excluded: modules that get no adapters.
 
     Raises:
         UsageError: a target or a module to save is no module of this model.
@@ -51,7 +52,7 @@ def add_adapters(
     if untrained and not set(saved) & set(embeddings):
         rows, saved = _train_embeddings(model, embeddings, untrained, saved, say)
     skipped = [
-        name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in unreached)
+        name for name, _ in model.named_modules() if any(name.startswith(f"{tower}.") for tower in excluded)
     ]
     if lora.target == "all-linear":
         skipped += _without_adapters(model)
@@ -293,7 +294,7 @@ def load_adapted(folder: Path, model: str | None, say: Say) -> tuple[PeftModel, 
 
 def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     """Return a model in float32, and the dtype it is stored in."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -303,7 +304,7 @@ def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:
                 "name the unquantized base with --model.",
             )
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
+        return auto_class(config).from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"{name}: the base cannot be loaded: {reason}", "name it with --model.") from None

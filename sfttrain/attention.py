@@ -28,8 +28,9 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -101,6 +102,38 @@ def register_attention() -> None:
 def registered_name(attention: str) -> str:
     """Return the name for transformers, which takes any with "flash" for a FlashAttention."""
     return attention.replace("flash", "fa") if attention in FORCED else attention
+
+
+class AutoClass(Protocol):
+    """A class of transformers that finds the model of a config."""
+
+    def from_config(self, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
+        """Return a fresh model."""
+
+    def from_pretrained(self, name: str | Path, **options: object) -> PreTrainedModel:
+        """Return a model with its weights."""
+
+
+def auto_class(config: PreTrainedConfig, pictured: bool = False) -> AutoClass:
+    """Return the class of transformers that loads the model of a config.
+
+    Args:
+        pictured: the model is to take pictures; else it does where its family has no other class.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds: tuple[Any, Any] = AutoModelForCausalLM, AutoModelForImageTextToText
+    reads, sees = (type(config) in kind._model_mapping for kind in kinds)
+    return cast("AutoClass", kinds[pictured or (sees and not reads)])
+
+
+def attentions(attention: str, config: PreTrainedConfig, pictured: bool) -> str | dict[str, str]:
+    """Return what to ask transformers for: a vision tower has no documents, so it keeps to plain sdpa."""
+    name = registered_name(attention)
+    if not pictured:
+        return name
+    towers = {part: "sdpa" for part in config.sub_configs if part != "text_config"}
+    return {"": name, "text_config": name, **towers}
 
 
 def choose_attention(
@@ -245,9 +278,8 @@ def head_width(config: PreTrainedConfig) -> int:
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the model class of a config, None where only its own code knows."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known: type[PreTrainedModel] | None = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING).get(type(config), None)
+    mapping = cast(Any, auto_class(config))._model_mapping
+    known: type[PreTrainedModel] | None = mapping.get(type(config), None)
     return known
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from sftdata.errors import DataError, UsageError
 from sfttrain.adapters import load_adapted
+from sfttrain.attention import auto_class
 from sfttrain.process import Say
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def open_chat(
 
 
 def _load(folder: Path, base: str | None, say: Say) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / ADAPTERS).is_file():
@@ -163,7 +164,8 @@ def _load(folder: Path, base: str | None, say: Say) -> PreTrainedModel:
         nn.Module.to(model, dtype=dtype if device.type == "cuda" else torch.float32)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            kind = auto_class(AutoConfig.from_pretrained(folder))
+            model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UsageError(f"{folder}: the model cannot be loaded: {reason}") from None

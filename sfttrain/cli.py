@@ -47,6 +47,9 @@ ReportTo = Annotated[
     str | None, typer.Option(help="Trackers, comma-separated: tensorboard,wandb,mlflow,trackio.")
 ]
 PushToHub = Annotated[str | None, typer.Option(help="Hub repository for the finished model, as user/model.")]
+Freeze = Annotated[
+    str | None, typer.Option(help="Not trained in a model of pictures: vision, vision+projector, or none.")
+]
 Quantize = Annotated[
     str | None, typer.Option(help="nf4, int8 or torchao-int8, for the frozen base under --lora.")
 ]
@@ -79,6 +82,7 @@ _OWN = (
     "init_from_config",
     "lora",
     "adapter",
+    "freeze",
     "quantize",
     "push_to_hub",
     "attention",
@@ -91,7 +95,8 @@ _OWN = (
 def _settings(
     sets: Sets = None, model: Model = None, output: Output = None, config: File = None,
     override: Override = None, init_from_config: InitFromConfig = None, max_steps: MaxSteps = None,
-    epochs: Epochs = None, lora: Lora = None, adapter: Adapter = None, quantize: Quantize = None,
+    epochs: Epochs = None, lora: Lora = None, adapter: Adapter = None, freeze: Freeze = None,
+    quantize: Quantize = None,
     evaluate: Eval = None, neftune_alpha: Neftune = None, liger: Liger = False,
     mix: Mix = None, mix_by: MixBy = None, passes: MostPasses = None, new_leg: NewLeg = False,
     report_to: ReportTo = None, push_to_hub: PushToHub = None, attention: Attention = None,

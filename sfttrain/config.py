@@ -109,6 +109,11 @@ class TrainConfig(BaseModel):
     )
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters only.")
     adapter: Path | None = Field(None, description="Folder of adapters to continue training.")
+    freeze: Literal["auto", "none", "vision", "vision+projector"] = Field(
+        "auto",
+        description="What is not trained, nor gets adapters, in a model of pictures; auto: its vision tower,"
+        " and under adapters its projector too.",
+    )
     resize_to_multiple_of: int = Field(
         1, gt=0, description="Round embeddings up to this when they grow for added tokens."
     )

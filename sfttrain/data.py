@@ -1,44 +1,28 @@
-"""Sets on disk, or a user's own rows of ids -> rows by number -> batches. Nothing is tokenized.
+"""Sets on disk -> rows by number -> batches. Nothing is tokenized; rows of a user's own are `given` ones.
 
 A batch holds `input_ids`, `labels` and `position_ids` that restart at every document, and for variable-length
 attention the documents' cumulative lengths. It never holds an attention mask: with one, transformers no
 longer keeps documents apart.
-
-Rows of a `datasets` dataset, or of any sequence or iterable of rows with token ids, are taken as they are:
-
-| columns | what is trained |
-|---|---|
-| `input_ids`, `labels` | where labels are not -100 |
-| `input_ids` with `completion_mask`, `assistant_masks` or both | where each of them is 1 |
-| `input_ids` | everything |
-
-`loss_weights`, numbers from 0, say what the loss of each token weighs; 0 masks it.
-
-`seq_lengths`, or `position_ids` that begin again, mark the documents of a packed row.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count, groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, offsets_of
-from sftdata.errors import DataError, UsageError
-from sftdata.set.manifest import refuse_pictures
+from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
 from sftdata.set.opened import ShardSet
 from sftdata.vocabulary import read_vocabulary
+from sfttrain.pictures import PictureInputs, RowPicture, row_picture
 from sfttrain.schedule import FILLER
-
-_MASKS = ("completion_mask", "assistant_masks")
-_WEIGHTS = "loss_weights"
 
 
 class Row(NamedTuple):
@@ -46,7 +30,8 @@ class Row(NamedTuple):
 
     For evaluation int64[L] sources; float32[L] what each label weighs, None for 1 each; for a log of
     documents int64[S, 4] places: set, packed row, example (-1 for padding), bytes of what is trained. `fills`
-    marks the row of no data that `filler` returns. Of several rows int64[R] counts, documents of each.
+    marks the row of no data that `filler` returns. Of several rows int64[R] counts, documents of each. In a
+    set with pictures those of the documents, end to end, and int32[S] how many each has.
     """
 
     input_ids: Int32
@@ -57,6 +42,8 @@ class Row(NamedTuple):
     places: Int64 | None = None
     fills: bool = False
     counts: Int64 | None = None
+    pictures: Sequence[RowPicture] = ()
+    picture_counts: Int32 | None = None
 
     def single(self) -> list[Row]:
         """Return its rows, each by itself."""
@@ -71,7 +58,11 @@ class Row(NamedTuple):
         source = None if self.source is None else self.source[tokens]
         weights = None if self.loss_weights is None else self.loss_weights[tokens]
         places = None if self.places is None else self.places[first:last]
-        return Row(ids, labels, lengths, source, weights, places)
+        row = Row(ids, labels, lengths, source, weights, places)
+        if self.picture_counts is None:
+            return row
+        own = slice(*offsets_of(self.picture_counts)[[first, last]].tolist())
+        return row._replace(pictures=self.pictures[own], picture_counts=self.picture_counts[first:last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +104,6 @@ class TrainingRows(Dataset[Row]):
         self, sets: Sequence[ShardSet], unpack: bool = False, by_source: bool = False, places: bool = False
     ) -> None:
         self._sets = list(sets)
-        for opened in sets:
-            refuse_pictures(opened.folder, opened.manifest)
         self._bytes = [_token_bytes(opened) for opened in sets] if places else None
         self.weighted = any(opened.manifest.weighted for opened in sets)
         self.sources = [source.name for source in sets[0].manifest.sources] if by_source else []
@@ -146,6 +135,9 @@ class TrainingRows(Dataset[Row]):
         packed = self._sets[which].take(numbers)
         examples, counts = packed.example_ids, np.diff(packed.segment_offsets)
         row = Row(packed.input_ids, packed.labels, packed.seq_lengths, None, packed.loss_weights)
+        if packed.image_counts is not None:
+            pictures = _pictures_of(self._sets[which], numbers, packed)
+            row = row._replace(pictures=pictures, picture_counts=packed.image_counts)
         if self.sources:
             row = row._replace(source=np.repeat(self._source_of(examples), row.seq_lengths))
         if self._bytes is not None:
@@ -160,6 +152,20 @@ class TrainingRows(Dataset[Row]):
         first = [source.first_id for source in self._sets[0].manifest.sources]
         numbers: Int64 = np.maximum(np.searchsorted(first, examples, side="right") - 1, 0)
         return numbers
+
+
+def _pictures_of(opened: ShardSet, numbers: Sequence[int], packed: PackedRows) -> list[RowPicture]:
+    """Return the pictures of packed rows, by number, end to end."""
+    counts, images, vision = packed.image_counts, packed.images, opened.manifest.vision
+    if counts is None or images is None or vision is None:
+        return []
+    found, folder = list[RowPicture](), opened.folder / vision.images
+    ends = offsets_of(counts)[packed.segment_offsets].tolist()
+    for number, (first, last) in zip(numbers, pairwise(ends), strict=True):
+        if stored := opened.stored_pictures(number):
+            row = f"{opened.folder}: row {number}"
+            found += [row_picture(row, folder, stored, index) for index in images[first:last].tolist()]
+    return found
 
 
 def _token_bytes(opened: ShardSet) -> Int32 | None:
@@ -206,10 +212,18 @@ class Collator:
             convolutions and state space models, cumulative lengths for linear attention. A flattened batch
             has the lengths in any case.
         restart: let positions begin again in the padding, so that it does not lengthen the last document.
+        pictures: make what the model takes of pictures; None where the model takes none.
     """
 
-    def __init__(self, flatten: bool, boundaries: bool = True, restart: bool = False) -> None:
+    def __init__(
+        self,
+        flatten: bool,
+        boundaries: bool = True,
+        restart: bool = False,
+        pictures: PictureInputs | None = None,
+    ) -> None:
         self.flatten, self.boundaries, self.restart = flatten, boundaries, restart
+        self.pictures = pictures
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Return int64 `input_ids`, `labels`, `position_ids`, and where documents end.
@@ -231,6 +245,9 @@ class Collator:
         if self.boundaries:
             batch["seq_idx"] = torch.from_numpy(np.concatenate(_numbers(lengths, self.flatten))).view(shape)
         more = _cumulative(lengths) if self.boundaries or self.flatten else {}
+        if self.pictures is not None:
+            some = [picture for row in real for picture in row.pictures]
+            more |= self.pictures.of_batch(some, batch["input_ids"], np.concatenate(lengths))
         return {**batch, **more, **({} if documents is None else {"documents": documents})}
 
     def _padded_lengths(self, lengths: list[Int64]) -> list[Int64]:
@@ -348,133 +365,7 @@ def positions(lengths: Int32 | Int64) -> Int64:
     return np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - lengths, lengths)
 
 
-class CustomRows(Dataset[Row]):
-    """Rows by number; `FILLER` gives a fully masked row.
-
-    Attributes:
-        sizes: rows, as the one part of an order.
-        sources: empty; only sets know where their rows come from.
-        weighted: whether the first row says what its tokens weigh.
-    """
-
-    def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
-        self._rows = rows
-        self.sizes = [len(rows)]
-        self.sources: list[str] = []
-        self.weighted = rows[0].get(_WEIGHTS) is not None
-
-    def __len__(self) -> int:
-        return self.sizes[0]
-
-    def __getitem__(self, index: int) -> Row:
-        return filler() if index == FILLER else make_row(self._rows[index], index)
-
-
-class StreamRows(IterableDataset[Row]):
-    """Rows of an iterable; with several ranks each takes its turn, so every rank reads and none repeats."""
-
-    def __init__(self, rows: Iterable[Mapping[str, object]], rank: int, ranks: int) -> None:
-        self._rows, self._rank, self._ranks = rows, rank, ranks
-        self.weighted = False  # not known before the first row; then each batch says so
-
-    def __iter__(self) -> Iterator[Row]:
-        for index, row in zip(count(), self._rows, strict=False):
-            if index % self._ranks == self._rank:
-                yield make_row(row, index)
-
-
-def custom_rows(data: object, rank: int = 0, ranks: int = 1) -> CustomRows | StreamRows:
-    """Wrap a dataset: rows by number where it has a length, else a stream.
-
-    Raises:
-        UsageError: it holds no rows of token ids.
-    """
-    columns = getattr(data, "column_names", None)
-    if columns is not None and "input_ids" not in columns:
-        found = f"a dataset with the columns {', '.join(columns)}"
-        raise UsageError(
-            f"{found}; expected input_ids.", "prepare texts and chats with `sftdata prepare` first."
-        )
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        if not len(data):
-            raise DataError("The dataset has no rows.", "check how it was made.")
-        return CustomRows(cast(Sequence[Mapping[str, object]], data))
-    if isinstance(data, Iterable):
-        return StreamRows(data, rank, ranks)
-    raise UsageError(f"Found {type(data).__name__}; expected a dataset of rows with input_ids.")
-
-
 def filler() -> Row:
     """Return a row that trains nothing."""
     ids, labels = np.zeros(2, np.int32), np.full(2, IGNORE_INDEX, np.int32)
     return Row(ids, labels, np.array([2], np.int32), fills=True)
-
-
-def make_row(row: Mapping[str, object], index: int) -> Row:
-    """Turn the columns of one row into what a batch is made of.
-
-    Raises:
-        DataError: columns are missing or differ in length.
-    """
-    if row.get("input_ids") is None:
-        raise DataError(
-            f"row {index}: columns {', '.join(map(str, row))}; expected input_ids.", "tokenize it first."
-        )
-    ids = _column(row, "input_ids", index)
-    if not len(ids):
-        raise DataError(f"row {index}: input_ids is empty.", "leave the row out.")
-    labels = _column(row, "labels", index).copy() if row.get("labels") is not None else ids.copy()
-    masks = [_column(row, name, index) for name in _MASKS if row.get(name) is not None]
-    for name, column in zip(("labels", *_MASKS), (labels, *masks), strict=False):
-        if len(column) != len(ids):
-            raise DataError(
-                f"row {index}: {len(ids)} input_ids, {len(column)} {name}.", "give one value per token."
-            )
-    for mask in masks:
-        labels[mask == 0] = IGNORE_INDEX
-    weights = _loss_weights(row, len(ids), index)
-    if weights is not None:
-        labels[weights == 0] = IGNORE_INDEX
-    return Row(ids, labels, _lengths(row, ids, index), None, weights)
-
-
-def _loss_weights(row: Mapping[str, object], count: int, index: int) -> Float32 | None:
-    if row.get(_WEIGHTS) is None:
-        return None
-    try:
-        weights = np.asarray(row[_WEIGHTS], np.float32)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"row {index}: loss_weights is no flat list of numbers.", "give one number per token."
-        ) from None
-    if weights.shape != (count,) or not np.all(np.isfinite(weights) & (weights >= 0)):
-        found = f"row {index}: loss_weights are not {count} finite numbers from 0"
-        raise DataError(f"{found}.", "give one such number per token.")
-    return weights
-
-
-def _lengths(row: Mapping[str, object], ids: Int32, index: int) -> Int32:
-    if row.get("seq_lengths") is not None:
-        lengths = _column(row, "seq_lengths", index)
-        if lengths.sum() != len(ids):
-            raise DataError(
-                f"row {index}: seq_lengths sum to {lengths.sum()}, input_ids are {len(ids)}.",
-                "fix the column.",
-            )
-        return lengths
-    if row.get("position_ids") is not None:
-        starts = np.flatnonzero(_column(row, "position_ids", index) == 0)
-        return np.diff(np.append(starts, len(ids))).astype(np.int32)
-    return np.array([len(ids)], np.int32)
-
-
-def _column(row: Mapping[str, object], name: str, index: int) -> Int32:
-    try:
-        column = np.asarray(row[name], dtype=np.int64).astype(np.int32)
-    except (TypeError, ValueError):
-        raise DataError(f"row {index}: {name} is no flat list of integers.", "tokenize it first.") from None
-    if column.ndim != 1:
-        raise DataError(
-            f"row {index}: {name} has {column.ndim} dimensions; expected a flat list.", "give single rows."
-        )
-    return column

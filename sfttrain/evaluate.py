@@ -151,7 +151,7 @@ def _evaluated(setting: Run, sets: list[ShardSet]) -> dict[str, float]:
     documents = DocumentLog(setting.config.output, sets, 0)
     trainer = SftTrainer(
         order=None, run={}, plan=plan, documents=documents, model=model, args=setting.args,
-        eval_dataset=rows, data_collator=Collator(plan.flatten, plan.boundaries, plan.restart),
+        eval_dataset=rows, data_collator=Collator(plan.flatten, plan.boundaries, plan.restart, plan.pictures),
     )  # fmt: skip
     try:
         return trainer.evaluate(metric_key_prefix=_NAME)

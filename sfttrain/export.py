@@ -37,7 +37,8 @@ _PARTIAL = "model.partial"
 _UPLOADED = (
     "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json",
     "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "*.model", "vocab*", "merges.txt", "*.py",
+    "added_tokens.json", "chat_template*", "processor_config.json", "preprocessor_config.json",
+    "*.model", "vocab*", "merges.txt", "*.py",
 )  # fmt: skip
 # Files that may name local paths.
 _NAMING = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
@@ -56,6 +57,13 @@ def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path |
     return folders[0] if folders else None
 
 
+def folders_beside(sets: Sequence[ShardSet], say: Say | None = None) -> list[Path]:
+    """Return the folders of what a model of these sets is read with: its processor, if any, and tokenizer."""
+    tokenizer = tokenizer_folder(sets, say)
+    pictured = [opened.folder / "processor" for opened in sets if opened.manifest.vision is not None]
+    return [*pictured[:1], *([] if tokenizer is None else [tokenizer])]
+
+
 def export(
     trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, object], run: Identity
 ) -> None:
@@ -69,9 +77,8 @@ def export(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):  # peft saves no stop tokens, and those of the base may be others
         model.generation_config.save_pretrained(partial)
-    tokenizer = tokenizer_folder(sets)
-    if tokenizer is not None:
-        shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+    for folder in folders_beside(sets):
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
     (partial / SETTINGS_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
     if trainer.account is not None:
         trainer.account.write(partial, trainer.state.global_step)

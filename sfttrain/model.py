@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,14 +15,16 @@ from torch import nn
 from sftdata.errors import UsageError
 from sftdata.set.opened import ShardSet
 from sfttrain.adapters import add_adapters, continue_adapters, has_adapted_head, prepare_quantized
-from sfttrain.attention import registered_name
+from sfttrain.attention import attentions, auto_class, registered_name
 from sfttrain.checkpoint import refuse_weights
 from sfttrain.config import TrainConfig
-from sfttrain.device import computes_in_bf16
+from sfttrain.device import computes_in_bf16, sharded
 from sfttrain.forward import keep_rotary_apart, share_terms
 from sfttrain.loss import Objective, fuse_loss
+from sfttrain.masks import mask_pictures
 from sfttrain.process import Say
 from sfttrain.refusals import require_package
+from sfttrain.towers import frozen_parts, keep_in_step
 from sfttrain.vocabulary import align_special_tokens, resize_embeddings
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def _owner(model_config: PreTrainedConfig, name: str) -> PreTrainedConfig | None
 
 
 def load_model(
-    config: TrainConfig, model_config: PreTrainedConfig, attention: str, device: torch.device
+    config: TrainConfig, model_config: PreTrainedConfig, attention: str, device: torch.device, pictured: bool
 ) -> PreTrainedModel:
     """Return the model with its weights, or with fresh ones under `init_from_config`.
 
@@ -85,13 +87,12 @@ def load_model(
     Raises:
         UsageError: no safetensors, or transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
-    dtype = weight_dtype(config)
+    dtype, kind = weight_dtype(config), auto_class(model_config, pictured)
+    implementation = attentions(attention, model_config, pictured)
     if config.init_from_config is not None:
-        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(
+        fresh: PreTrainedModel = kind.from_config(
             model_config,
-            attn_implementation=registered_name(attention),
+            attn_implementation=implementation,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
@@ -102,7 +103,7 @@ def load_model(
         "config": model_config,
         "revision": config.revision,
         "dtype": dtype,
-        "attn_implementation": registered_name(attention),
+        "attn_implementation": implementation,
         "use_safetensors": True,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -114,7 +115,7 @@ def load_model(
             for name, value in config.model_init_kwargs.items()
             if _owner(model_config, name) is None
         }
-        return AutoModelForCausalLM.from_pretrained(source, **(arguments | more))
+        return kind.from_pretrained(source, **(arguments | more))
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise _unusable(source, error, config.trust_remote_code) from None
 
@@ -187,16 +188,17 @@ def make_model(
 
     set_seed(args.seed)
     if model is None:
-        model = load_model(config, model_config, plan.attention, args.device)
+        model = load_model(config, model_config, plan.attention, args.device, plan.pictures is not None)
         say(describe_model(model, config))
     elif model.config._attn_implementation != registered_name(plan.attention):
-        model.set_attn_implementation(registered_name(plan.attention))
+        model.set_attn_implementation(attentions(plan.attention, model.config, plan.pictures is not None))
     unwrap = getattr(model, "get_base_model", None)
     inner: PreTrainedModel = model if unwrap is None else unwrap()
     disable_cache(inner)
-    _freeze(inner, plan.unreached, say)
-    if plan.restart:
-        keep_rotary_apart(inner)
+    _freeze(inner, plan.unreached, "nothing from text", say)
+    towers = [] if plan.pictures is None else frozen_parts(inner, config.freeze, config.adapted)
+    _freeze(inner, towers, "no gradient; --freeze says what does", say)
+    _keep_apart(inner, plan)
     untrained = resize_embeddings(inner, sets, config.resize_to_multiple_of, say)
     align_special_tokens(inner, sets)
     if plan.loss is not None and _zero_stage(args) == 3:
@@ -205,7 +207,9 @@ def make_model(
         fuse_loss(
             inner, plan.loss, Objective(config.objective == "dft", args.label_smoothing_factor), plan.terms
         )
-    model = _adapt(config, model, inner, untrained, plan, args, say)
+    model = _adapt(config, model, inner, untrained, (*plan.unreached, *towers), args, say)
+    if plan.pictures is not None:
+        keep_in_step(inner, plan.pictures, sharded(args), say)
     if plan.loss is not None and has_adapted_head(inner):
         plan = _own_loss(plan, config, "adapters on the head", say)
     if plan.loss is None and plan.terms:
@@ -225,26 +229,33 @@ def outline(
     args: TrainingArguments,
 ) -> PreTrainedModel:
     """Return the model to train without its weights, which only its shapes can be asked of."""
-    from transformers import AutoModelForCausalLM
-
+    pictured = plan.pictures is not None
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(model_config, pictured).from_config(
             model_config,
-            attn_implementation=registered_name(plan.attention),
+            attn_implementation=attentions(plan.attention, model_config, pictured),
             dtype=weight_dtype(config),
             trust_remote_code=config.trust_remote_code,
         )
         return make_model(config, model_config, model, plan, sets, args, lambda _: None)[0]
 
 
-def _freeze(model: nn.Module, names: tuple[str, ...], say: Say) -> None:
-    """Freeze what text never reaches, such as a vision tower: ranks would wait for its gradient."""
+def _keep_apart(model: PreTrainedModel, plan: Plan) -> None:
+    """Keep the documents of a row apart where transformers does not."""
+    if plan.restart:
+        keep_rotary_apart(model)
+    if plan.pictures is not None and plan.pictures.kind.types:
+        mask_pictures(model, plan.pictures.kind.types)
+
+
+def _freeze(model: nn.Module, names: Sequence[str], why: str, say: Say) -> None:
+    """Freeze modules that are not trained: ranks would wait for the gradient of what text never reaches."""
     modules = dict(model.named_modules())
     frozen = [name for name in names if name in modules]
     for name in frozen:
         modules[name].requires_grad_(False)
     if frozen:
-        say(f"frozen: {', '.join(frozen)} ({'they get' if len(frozen) > 1 else 'it gets'} nothing from text)")
+        say(f"frozen: {', '.join(frozen)} ({'they get' if len(frozen) > 1 else 'it gets'} {why})")
 
 
 def _adapt(
@@ -252,7 +263,7 @@ def _adapt(
     model: PreTrainedModel,
     inner: PreTrainedModel,
     untrained: list[int],
-    plan: Plan,
+    excluded: Sequence[str],
     args: TrainingArguments,
     say: Say,
 ) -> PreTrainedModel:
@@ -262,7 +273,7 @@ def _adapt(
     if args.activation_checkpointing and (config.adapted or model is not inner):
         inner.enable_input_require_grads()  # checkpointed layers pass no gradient on to inputs that want none
     if config.lora is not None:
-        adapted = add_adapters(model, config.lora, untrained, plan.unreached, say)
+        adapted = add_adapters(model, config.lora, untrained, excluded, say)
         return cast("PreTrainedModel", adapted)  # peft's wrapper answers as the model inside it
     if config.adapter is not None:
         return cast("PreTrainedModel", continue_adapters(model, config.adapter, str(config.model)))

@@ -9,6 +9,7 @@ from sftdata.errors import UsageError
 from sfttrain.attention import ASKED, FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.forward import depends_on_row_length, text_config
+from sfttrain.pictures import PictureInputs
 from sfttrain.process import Say
 from sfttrain.proofs import Proof, Surroundings, prove, remembered
 
@@ -31,6 +32,7 @@ class Plan:
         restart: whether rotary factors follow the length of each document, which padding must not lengthen.
         terms: whether the model adds terms of its own to the cross entropy.
         unreached: modules that text gives no gradient.
+        pictures: those of the sets; None where they are of text.
     """
 
     attention: str
@@ -41,6 +43,7 @@ class Plan:
     restart: bool = False
     terms: bool = False
     unreached: tuple[str, ...] = ()
+    pictures: PictureInputs | None = None
 
 
 def choose_path(
@@ -155,10 +158,18 @@ class _Search:
         restart = depends_on_row_length(self._model_config, self._where.reach)
         flatten = name in FLATTENED
         boundaries = proof.boundaries and (flatten or not unpack)
-        return Plan(name, flatten, unpack, engine, boundaries, restart, proof.terms, proof.unreached)
+        more = proof.terms, proof.unreached, self._where.pictures
+        return Plan(name, flatten, unpack, engine, boundaries, restart, *more)
 
     def _unproven(self, name: str) -> Plan:
-        """Nothing could be tried: the model's own loss on rows of one document."""
+        """Nothing could be tried: the model's own loss on rows of one document.
+
+        Raises:
+            UsageError: the run asks for more than that; pictures always do.
+        """
+        if self._where.pictures is not None:
+            fix = "train a model of the family that the set was prepared for, with its versions of packages."
+            raise UsageError(f"pictures: {self._reason()}.", fix) from self._failure
         for setting, usual in (("objective", ("nll",)), ("loss", ("auto", "plain"))):
             value = getattr(self._config, setting)
             if value not in usual:

@@ -20,12 +20,12 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -33,11 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.batches import IGNORE_INDEX
-from sfttrain.attention import FLATTENED, FORCED, STAND_IN, registered_name
+from sfttrain.attention import FLATTENED, FORCED, STAND_IN
 from sfttrain.data import Batch, Collator, Row
 from sfttrain.forward import depends_on_row_length, keep_rotary_apart, text_config
 from sfttrain.loss import fuse_loss
+from sfttrain.masks import mask_pictures
+from sfttrain.pictures import PictureInputs, RowPicture
 from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
+from sfttrain.tiny_pictures import made_pictures, shrink_tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,11 +53,14 @@ _PACKAGES = (
 )  # fmt: skip
 _NAMES = ("_name_or_path", "name_or_path", "transformers_version")  # fields of a config that compute nothing
 T = TypeVar("T")
-Rows = list[list[Tensor]]
+Rows: TypeAlias = "list[list[Document]]"
 # Documents of two rows, around `tiny.LIMIT`; the second row ends in padding.
 _LENGTHS = ((11, 7, 14), (5, 13))
+_PICTURES = ((1, 0, 2), (0, 1))  # in each of them, in a set with pictures
 # Of the spread of the logits, in float32: what is exact stays below 4e-5, what leaks is above 1e-3.
 DIFFERENCE = 2e-4
+_TEXT = VOCABULARY - 4  # the last tokens stand for pictures, in a set that has some
+_ANOTHER = 99  # seed of the pictures that take the place of others
 _TOLERANCE = 2e-5  # of what is computed in the same shapes, where rounding is the same too, and of losses
 _ROUNDING = 3.0  # how much more than plain attention a kernel may round, in the median over positions
 
@@ -68,12 +74,25 @@ class Surroundings:
         compute: dtype of the matrix products.
         rows: rows of the largest batch on one device.
         reach: the longest row, None where only the data knows.
+        pictures: those of the sets; None where they are of text.
     """
 
     device: str
     compute: torch.dtype
     rows: int = 2
     reach: int | None = None
+    pictures: PictureInputs | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A document of the proof: int64[L] ids, and its pictures."""
+
+    ids: Tensor
+    pictures: Sequence[RowPicture] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +168,7 @@ def prove(
         trial = _Trial(config, where, trusted)
         proof = trial.in_float32(exact, flatten, packed)
         if where.compute != torch.float32 and (proof.isolated or not packed):
-            collate = Collator(flatten, proof.boundaries)
+            collate = trial.collator(flatten, proof.boundaries)
             proof = replace(proof, rounding=trial.in_compute_dtype(attention, collate, packed))
     return proof
 
@@ -160,15 +179,39 @@ class _Trial:
     def __init__(self, config: PreTrainedConfig, where: Surroundings, trusted: bool) -> None:
         self._device, self._compute, self._trusted = where.device, where.compute, trusted
         self._apart = depends_on_row_length(config, where.reach)
-        self._config = smallest_that_runs(config, trusted, where.reach)
+        self._config = smallest_that_runs(config, trusted, where.reach, where.pictures)
+        self._pictures = where.pictures and shrink_tower(config.to_dict(), where.pictures, VOCABULARY)
         self._composite = text_config(config) is not config
         self._plain = self._model("eager")
         self._rows = [
-            [torch.randint(3, VOCABULARY, (length,)) for length in row] for row in _LENGTHS[: where.rows]
+            [self._document(*shape, seed) for seed, shape in enumerate(zip(*row, strict=True))]
+            for row in list(zip(_LENGTHS, _PICTURES, strict=True))[: where.rows]
         ]
         with torch.no_grad():
             self._alone = self._each_alone(self._plain)
         self._spread = float(torch.cat([logits.flatten() for logits in self._alone]).std())
+
+    def _document(self, length: int, count: int, seed: int) -> Document:
+        """Draw a document of so much text, and in a set with pictures so many of them in it."""
+        if self._pictures is None:
+            return Document(torch.randint(3, VOCABULARY, (length,)))
+        made = made_pictures(self._pictures, count, seed)
+        parts = list(torch.randint(3, _TEXT, (length,)).tensor_split(count + 1))
+        for place, picture in enumerate(made):
+            parts.insert(2 * place + 1, torch.full((picture.tokens,), self._pictures.image_id))
+        return Document(torch.cat(parts), made)
+
+    def _another(self, document: Document) -> Document:
+        """Draw another document of the same shape."""
+        if self._pictures is None:
+            return Document(torch.randint(3, VOCABULARY, document.ids.shape))
+        text = torch.randint(3, _TEXT, document.ids.shape)
+        ids = torch.where(document.ids == self._pictures.image_id, document.ids, text)
+        return Document(ids, made_pictures(self._pictures, len(document.pictures), _ANOTHER))
+
+    def collator(self, flatten: bool, boundaries: bool) -> Collator:
+        """Return what makes batches as training does."""
+        return Collator(flatten, boundaries, self._apart, self._pictures)
 
     def in_float32(self, attention: str, flatten: bool, packed: bool) -> Proof:
         """Try all that does not depend on rounding."""
@@ -178,26 +221,33 @@ class _Trial:
         proof = Proof(0.0, 0.0, None, padded, causal=self._causal(), boundaries=False)
         if packed:
             proof = self._packed(proof, model, flatten, self._rows)
-        collate = Collator(flatten, proof.boundaries, self._apart)
+        collate = self.collator(flatten, proof.boundaries)
         with torch.no_grad():
             proof = self._losses(proof, model, collate, self._rows if packed else self._singles())
         if not self._composite:
             return proof
-        return replace(proof, unreached=unreached(model, self._batch(collate, self._singles()[:1])))
+        names = unreached(model, self._batch(collate, self._singles()[:1]))
+        if (
+            self._pictures is not None
+        ):  # of a tower, the model itself shows what is reached: it has more layers
+            tower = cast(nn.Module, model.get_encoder(modality="image"))
+            inside = next(name for name, module in model.named_modules() if module is tower)
+            names = tuple(name for name in names if not f"{name}.".startswith(f"{inside}."))
+        return replace(proof, unreached=names)
 
     def _padded(self, model: PreTrainedModel) -> float:
         """Give each document a row: all rows in a batch, or a batch for each where training has no others."""
-        collate, alone = Collator(False, False, self._apart), self._singles()
+        collate, alone = self.collator(False, False), self._singles()
         if len(self._rows) > 1:
             return self._difference(model, collate, alone)
         return max(self._difference(model, collate, [row], first) for first, row in enumerate(alone))
 
     def _packed(self, proof: Proof, model: PreTrainedModel, flatten: bool, rows: Rows) -> Proof:
         """Try with boundaries in the batch, then without: some models take none, or lack a package."""
-        changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]
+        changed = [[self._another(row[0]), *row[1:]] for row in rows]
         best, failure = None, None
         for boundaries in (True, False):
-            collate = Collator(flatten, boundaries, self._apart)
+            collate = self.collator(flatten, boundaries)
             try:
                 with torch.no_grad():
                     difference = self._difference(model, collate, rows)
@@ -223,7 +273,7 @@ class _Trial:
         """Return the error of an attention, in errors of plain attention; both in the dtype of training."""
         model = self._plain if attention == "eager" else self._model(attention)
         rows = self._rows if packed else self._singles()
-        changed = [[torch.randint(3, VOCABULARY, row[0].shape), *row[1:]] for row in rows]
+        changed = [[self._another(row[0]), *row[1:]] for row in rows]
         with torch.autocast(self._device, dtype=self._compute), torch.no_grad():
             usual = self._errors(self._each_alone(self._plain), self._alone)
             logits = self._logits(model, collate, rows)
@@ -259,10 +309,12 @@ class _Trial:
 
     def _model(self, attention: str) -> PreTrainedModel:
         """Make the same weights again, with another attention."""
-        model = tiny_model(self._config, registered_name(attention), self._trusted)
+        model = tiny_model(self._config, attention, self._trusted, self._pictures is not None)
         cast(nn.Module, model).to(self._device)
         if self._apart:
             keep_rotary_apart(model)
+        if self._pictures is not None and self._pictures.kind.types:
+            mask_pictures(model, self._pictures.kind.types)
         return model
 
     def _causal(self) -> bool:
@@ -270,10 +322,11 @@ class _Trial:
 
         It keeps its length, which rotary factors may follow.
         """
-        document = self._rows[0][0].to(self._device, copy=True)
-        document[-1] = 3 + (document[-1] - 2) % (VOCABULARY - 3)
+        document = self._rows[0][0]
+        ids = document.ids.clone()
+        ids[-1] = 3 + (ids[-1] - 2) % (_TEXT - 3)
         with torch.no_grad():
-            other = self._plain(input_ids=document[None]).logits[0].float()
+            other = self._one(self._plain, replace(document, ids=ids))
         return float((other - self._alone[0])[:-1].abs().max()) <= DIFFERENCE * self._spread
 
     def _singles(self) -> Rows:
@@ -281,7 +334,15 @@ class _Trial:
 
     def _each_alone(self, model: PreTrainedModel) -> list[Tensor]:
         """Return the logits of each document alone, from ids only, as inference computes them."""
-        return [model(input_ids=row[0][None].to(self._device)).logits[0].float() for row in self._singles()]
+        return [self._one(model, row[0]) for row in self._singles()]
+
+    def _one(self, model: PreTrainedModel, document: Document) -> Tensor:
+        """float32[L, V] of a document by itself."""
+        inputs = {"input_ids": document.ids[None]}
+        if self._pictures is not None:
+            inputs |= self._pictures.of_document(document.pictures, inputs["input_ids"])
+        on_device = {name: value.to(self._device) for name, value in inputs.items()}
+        return cast(Tensor, model(**on_device).logits[0].float())
 
     def _batch(self, collate: Collator, rows: Rows) -> Batch:
         batch = collate([_row(documents) for documents in rows])
@@ -316,12 +377,14 @@ def _behind(logits: list[Tensor], rows: Rows) -> list[Tensor]:
     return [part for index, part in enumerate(logits) if index not in firsts]
 
 
-def _row(documents: list[Tensor]) -> Row:
-    ids = torch.cat(documents).numpy().astype(np.int32)
+def _row(documents: list[Document]) -> Row:
+    ids = torch.cat([document.ids for document in documents]).numpy().astype(np.int32)
     lengths = np.array([len(document) for document in documents], np.int32)
     labels = ids.copy()
     labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
-    return Row(ids, labels, lengths)
+    pictures = [picture for document in documents for picture in document.pictures]
+    counts = np.array([len(document.pictures) for document in documents], np.int32)
+    return Row(ids, labels, lengths, pictures=pictures, picture_counts=counts)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

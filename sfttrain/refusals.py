@@ -20,7 +20,6 @@ import numpy as np
 from sftdata.errors import DataError, IntegrityError, UsageError, did_you_mean
 from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.local import origin, url_of
-from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.verify import damaged_bases, damaged_files, foreign_shards
 from sftdata.vocabulary import read_added_tokens
@@ -322,6 +321,11 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
     everything = [*sets, *evaluation.values()]
+    if any(opened.manifest.vision is not None for opened in everything):
+        _refuse_beside_pictures(config)
+    elif config.freeze != "auto":
+        what = f"freeze={config.freeze}: acts on models that take pictures, and the sets are of text."
+        raise UsageError(what, "leave it out.")
     refuse_mixed_tokenizers(everything)
     known = _known_vocabulary(config)
     if known is not None:
@@ -332,6 +336,16 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
                 f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
             )
     return sets, evaluation
+
+
+def _refuse_beside_pictures(config: TrainConfig) -> None:
+    """Refuse settings that cannot act on sets with pictures."""
+    if config.sequence_parallel > 1:
+        what = f"sequence_parallel={config.sequence_parallel}: a picture is not cut into slices."
+        raise UsageError(what, "leave it out, or prepare with a smaller --max-length.")
+    if config.sample is not None:
+        what = f"--sample {config.sample}: asks in text alone, and the sets have pictures."
+        raise UsageError(what, "leave --sample out; --eval NAME=FOLDER takes sets with pictures.")
 
 
 class Reading:
@@ -406,13 +420,11 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
 
 
 def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
-    """Refuse sets whose ids mean different tokens, and such as hold pictures.
+    """Refuse sets whose ids mean different tokens.
 
     Raises:
-        UsageError: naming two of them, or the one with pictures.
+        UsageError: naming two of them.
     """
-    for opened in sets:
-        refuse_pictures(opened.folder, opened.manifest)
     for opened in sets[1:]:
         one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
         added = sorted((one.tokens_added, other.tokens_added), key=len)

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from sfttrain.attention import attentions, auto_class
 from sfttrain.data import Batch
 from sfttrain.forward import text_config
 from sfttrain.model import disable_cache
+from sfttrain.pictures import PictureInputs
+from sfttrain.tiny_pictures import shrink_tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,7 +51,7 @@ _KEY_HEAD_COUNTS = (
 _HEAD_GROUPS = ("n_groups", "mamba_n_groups")
 _WIDTHS = (
     "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "word_embed_proj_dim", "lru_width",
-    "attention_hidden_size", "embedding_size", "input_embedding_size", "output_embedding_size",
+    "attention_hidden_size", "embed_dim", "embedding_size", "input_embedding_size", "output_embedding_size",
 )  # fmt: skip
 _INNER = (
     "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim",
@@ -75,23 +78,27 @@ _STATE_WEIGHTS = ("A_log", "dt_", "time_", "decay")  # their scale is what makes
 _MOST_WEIGHTS = 400_000_000
 
 
-def smallest_that_runs(config: PreTrainedConfig, trusted: bool, reach: int | None) -> PreTrainedConfig:
+def smallest_that_runs(
+    config: PreTrainedConfig, trusted: bool, reach: int | None, pictures: PictureInputs | None = None
+) -> PreTrainedConfig:
     """Return the config of the smallest model of this architecture that takes a row.
+
+    Args:
+        pictures: those of the set; None for one of text.
 
     Raises:
         Exception: whatever the family raises on the smallest, where none does.
     """
     failure: Exception | None = None
-    for small in shrunk(config, reach):
+    for small in shrunk(config, reach, pictures):
         try:
             with torch.device("meta"):
-                weights = sum(
-                    weight.numel() for weight in tiny_model(small, "eager", trusted, fill=False).parameters()
-                )
+                empty = tiny_model(small, "eager", trusted, pictures is not None, fill=False)
+                weights = sum(weight.numel() for weight in empty.parameters())
             if weights > _MOST_WEIGHTS:
                 raise ValueError(f"its smallest model has {weights:,} weights")
             with torch.no_grad():
-                tiny_model(small, "eager", trusted)(input_ids=torch.arange(3, 36)[None])
+                tiny_model(small, "eager", trusted, pictures is not None)(input_ids=torch.arange(3, 36)[None])
         except Exception as error:  # whatever a family raises where heads are too few for it
             failure = failure or error
             continue
@@ -100,13 +107,18 @@ def smallest_that_runs(config: PreTrainedConfig, trusted: bool, reach: int | Non
     raise failure
 
 
-def tiny_model(small: PreTrainedConfig, attention: str, trusted: bool, fill: bool = True) -> PreTrainedModel:
+def tiny_model(
+    small: PreTrainedConfig, attention: str, trusted: bool, pictured: bool = False, fill: bool = True
+) -> PreTrainedModel:
     """Make a model of a small config; the same weights each time, whatever the attention."""
-    from transformers import AutoModelForCausalLM
-
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        copy.deepcopy(small), attn_implementation=attention, dtype=torch.float32, trust_remote_code=trusted
-    )
+    own = copy.deepcopy(small)
+    with fixed_seed():
+        model: PreTrainedModel = auto_class(own, pictured).from_config(
+            own,
+            attn_implementation=attentions(attention, own, pictured),
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+        )
     disable_cache(model)
     if fill:
         _fill(model)
@@ -172,18 +184,23 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def shrunk(config: PreTrainedConfig, reach: int | None = None) -> Iterator[PreTrainedConfig]:
+def shrunk(
+    config: PreTrainedConfig, reach: int | None = None, pictures: PictureInputs | None = None
+) -> Iterator[PreTrainedConfig]:
     """Yield copies of a config at tiny size, the smallest first; a family may work only at a larger one.
 
     Args:
         config: of a causal language model, or of a model with one inside.
         reach: the longest row; lengths of the config from it on do not matter. None: any row may come.
+        pictures: those of the set; None for one of text.
     """
     for heads in (_HEADS, None):
-        yield _rebuilt(config, heads, reach)
+        yield _rebuilt(config, heads, reach, pictures)
 
 
-def _rebuilt(config: PreTrainedConfig, heads: int | None, reach: int | None) -> PreTrainedConfig:
+def _rebuilt(
+    config: PreTrainedConfig, heads: int | None, reach: int | None, pictures: PictureInputs | None
+) -> PreTrainedConfig:
     """Shrink the text part's fields and rebuild the config, since some fields are computed from others."""
     text = text_config(config)
     fields = copy.deepcopy(config.to_dict())
@@ -196,15 +213,18 @@ def _rebuilt(config: PreTrainedConfig, heads: int | None, reach: int | None) -> 
             if getattr(config, name, None) is text:
                 _shrink_text(part, text, heads, reach)
             else:
-                _shrink_tower(part)
+                _shrink_tower(part, heads if pictures else None)
+    if pictures is not None:
+        shrink_tower(fields, pictures, VOCABULARY)
     return type(config).from_dict(fields)
 
 
-def _shrink_tower(fields: Fields) -> None:
-    """Text never comes here, so only the weights must be few."""
-    for name in _LAYERS:
-        if _is_count(fields.get(name)):
-            fields[name] = min(fields[name], 1)
+def _shrink_tower(fields: Fields, heads: int | None) -> None:
+    """Keep the weights of a tower few; where pictures come to it, its work too."""
+    _cap(fields, _LAYERS, 1 if heads is None else 2)
+    if heads is not None:
+        _shrink_heads(fields, heads)
+        _cap(fields, _INNER, _INNER_SIZE)
 
 
 def _shrink_text(fields: Fields, text: PreTrainedConfig, heads: int | None, reach: int | None) -> None:

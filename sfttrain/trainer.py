@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from sftdata.batches import IGNORE_INDEX
-from sftdata.errors import DataError, IntegrityError, UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sfttrain import checkpoint
-from sfttrain.data import BatchDocuments, CustomRows, Row, TrainingRows, custom_rows
+from sfttrain.data import BatchDocuments, Row, TrainingRows
 from sfttrain.documents import DocumentLog
+from sfttrain.given import CustomRows, custom_rows
 from sfttrain.loss import LossOutput, chunk_rows, items_of
 from sfttrain.path import Plan
 from sfttrain.process import share_of_rows
@@ -42,7 +43,7 @@ class SftTrainer(Trainer):
         run: what a checkpoint remembers of the data, see `checkpoint.Seal.run`.
         plan: what was decided on loss and attention.
         account: of what the run sees of its sets, in the main process; every checkpoint holds it.
-        tokenizer: folder that every checkpoint gets a copy of, so that it loads by itself.
+        beside: folders that every checkpoint gets copies of, so that it loads by itself.
         documents: where the loss of each document goes, if anywhere.
         arguments: what transformers' Trainer takes.
     """
@@ -54,7 +55,7 @@ class SftTrainer(Trainer):
         run: checkpoint.Identity,
         plan: Plan,
         account: Account | None = None,
-        tokenizer: Path | None = None,
+        beside: Sequence[Path] = (),
         documents: DocumentLog | None = None,
         **arguments: Any,
     ) -> None:
@@ -63,7 +64,7 @@ class SftTrainer(Trainer):
         if documents is not None:
             self.add_callback(documents)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
-        self.account, self._tokenizer = account, tokenizer
+        self.account, self._beside = account, beside
         self.splits = self.fused and not self._terms  # losses of the parts of a batch add up to its loss
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         # Tokens, supervised positions, correct predictions.
@@ -118,7 +119,7 @@ class SftTrainer(Trainer):
     def _loader(self, rows: Dataset[Row], order: Order | None) -> DataLoader[Row]:
         # Several workers would each read the whole stream and repeat it.
         workers = self.args.dataloader_num_workers if order is not None else 0
-        return DataLoader(
+        return _Loader(
             rows,
             batch_size=self.args.train_batch_size if order is None else 1,  # 1: the order makes batches
             batch_sampler=order,
@@ -305,14 +306,27 @@ class SftTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                if self._tokenizer is not None:
-                    shutil.copytree(self._tokenizer, folder, dirs_exist_ok=True)
+                for read_with in self._beside:
+                    shutil.copytree(read_with, folder, dirs_exist_ok=True)
                 if self.account is not None:
                     for place in (folder, folder.parent):
                         self.account.write(place, self.state.global_step)
                 checkpoint.seal(folder, self.state.global_step, self.run)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise checkpoint.explain_failed_write(folder, error) from error
+
+
+class _Loader(DataLoader[Row]):
+    """Say what went wrong in a worker as it was said there, not as a traceback."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except SftError as error:
+            lines = error.message.strip().split("\n")
+            if len(lines) == 1:
+                raise
+            raise type(error)(lines[-1].partition(": ")[2]) from None
 
 
 def _trains(labels: Tensor) -> Tensor:

@@ -308,6 +308,14 @@ def read_processor(
     return PictureProcessor(family.name, image_settings, processor_settings, tuple(sorted(tokens.items())))
 
 
+def restored(
+    family: str, image_settings: Mapping[str, object], processor_settings: Mapping[str, object]
+) -> PictureProcessor:
+    """Return the processor of a set from its manifest, with the default texts of its tokens."""
+    image, whole = (json.dumps(part, sort_keys=True) for part in (image_settings, processor_settings))
+    return PictureProcessor(family, image, whole, tuple(sorted(_BY_NAME[family].tokens.items())))
+
+
 _NOT_SETTINGS = {"auto_map", "processor_class", "feature_extractor_type", "image_processor_type"}
 _OF_PROCESSOR = {
     "patch_size", "num_additional_image_tokens", "vision_feature_select_strategy", "image_seq_len",

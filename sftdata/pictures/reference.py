@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import TypedDict
 
 from sftdata.errors import need
@@ -77,9 +76,8 @@ def load(request: ReferenceRequest) -> Callable[[str, Sequence[tuple[int, int]]]
     from transformers import AutoTokenizer
 
     pillow = need("PIL.Image", "vision", "Pictures are read with Pillow")
-    module, cls = _processor_class(request["family"], request["processor"])
-    image = json.loads(request["image_settings"])
-    images = _image_class(image.pop("image_processor_type"), module, request["backend"])(**image)
+    cls = _processor_class(request["family"], request["processor"])
+    images = image_processor(request["family"], json.loads(request["image_settings"]), request["backend"])
     tokenizer = AutoTokenizer.from_pretrained(request["tokenizer"], trust_remote_code=False)
     wanted = {"image_processor": images, "tokenizer": tokenizer, **json.loads(request["processor_settings"])}
     made = cls(**wanted, **dict.fromkeys(_unneeded(cls)))
@@ -96,7 +94,7 @@ def load(request: ReferenceRequest) -> Callable[[str, Sequence[tuple[int, int]]]
     return ask
 
 
-def _processor_class(family: str, cls: str) -> tuple[ModuleType, Callable[..., _Processor]]:
+def _processor_class(family: str, cls: str) -> Callable[..., _Processor]:
     """Import a processor's class, which then takes a processor without its other media."""
     name = _MODULES[family]
     if (
@@ -107,18 +105,21 @@ def _processor_class(family: str, cls: str) -> tuple[ModuleType, Callable[..., _
     module = import_module(f"transformers.models.{name}.processing_{name}")
     if family == "smolvlm":
         vars(module)["num2words"] = str  # only spells out how many frames a film has
-    found = vars(module)[cls]
-    found.check_argument_for_proper_class = lambda *_: None
-    return module, found
+    found: Callable[..., _Processor] = vars(module)[cls]
+    found.check_argument_for_proper_class = lambda *_: None  # type: ignore[attr-defined]
+    return found
 
 
-def _image_class(kind: str, processors: ModuleType, backend: str) -> Callable[..., object]:
-    """Return an image processor's class, in its PIL form wherever there is one."""
-    name = _OTHERS.get(kind) or processors.__name__.rsplit(".", 2)[1]
+def image_processor(family: str, settings: Mapping[str, object], backend: str) -> Callable[..., object]:
+    """Return a family's image processor, in its PIL form where it has one."""
+    kind = str(settings["image_processor_type"])
+    name = _OTHERS.get(kind) or _MODULES[family]
     infix, ending = ("pil_", "Pil") if backend == "pil" else ("", "")
     module = import_module(f"transformers.models.{name}.image_processing_{infix}{name}")
-    found: Callable[..., object] = vars(module)[f"{kind}{ending}"]
-    return found
+    made: Callable[..., object] = vars(module)[f"{kind}{ending}"](
+        **{key: value for key, value in settings.items() if key != "image_processor_type"}
+    )
+    return made
 
 
 def _unneeded(cls: object) -> list[str]:

@@ -1,0 +1,85 @@
+"""Masks for models whose picture tokens see each other both ways (Gemma 3, 4), right in packed rows too.
+
+In local layers transformers looks the picture of a token up by its position in its document, so that later
+documents get the pictures of the first one, and a document of text alone sees its own future. These masks
+are made where the model runs, from the document and the picture that each token is in.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from sftdata.errors import UsageError
+from sfttrain.forward import Forward, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils.generic import ModelOutput
+
+_TAKE_BOOLS = "sdpa"  # begins the names of what takes masks of true and false; eager adds its mask
+
+
+def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
+    """Let a model mask packed rows by these masks.
+
+    Args:
+        model: with a head; the model inside it is changed.
+        kinds: the name of the input that says which tokens are of pictures.
+
+    Raises:
+        UsageError: in a forward, where the attention takes no such masks.
+    """
+    inner, text = cast("PreTrainedModel", model.base_model), text_config(model.config)
+    own_forward: Forward = inner.forward
+    if text.model_type.startswith("gemma4") and text.use_bidirectional_attention != "vision":
+        return  # the small models of Gemma 4 read pictures as text
+
+    def forward(
+        self: PreTrainedModel,
+        position_ids: Tensor | None = None,
+        attention_mask: object = None,
+        **inputs: object,
+    ) -> ModelOutput:
+        seen = inputs.get(kinds)
+        if position_ids is not None and attention_mask is None and isinstance(seen, Tensor):
+            attention = str(text._attn_implementation)
+            if attention != "eager" and not attention.startswith(_TAKE_BOOLS):
+                raise UsageError(f"attention={attention}: takes no masks of pictures.", "set attention=sdpa.")
+            masks = picture_masks(position_ids, seen == 1, text.sliding_window)
+            dtype = None if attention.startswith(_TAKE_BOOLS) else self.dtype
+            attention_mask = {name: _added(mask, dtype) for name, mask in masks.items()}
+        return own_forward(position_ids=position_ids, attention_mask=attention_mask, **inputs)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def picture_masks(position_ids: Tensor, image: Tensor, window: int) -> dict[str, Tensor]:
+    """Return bool[B, 1, L, L], what each token sees, in layers that see all and in those that see a window.
+
+    A token sees those before it in its document, and all of its own picture.
+
+    Args:
+        position_ids: int64[B, L], that begin again at every document.
+        image: bool[B, L], tokens of pictures; between two pictures stands at least one that is of none.
+        window: tokens back that a local layer sees, itself included.
+    """
+    document = (position_ids == 0).cumsum(1)
+    before = torch.nn.functional.pad(image, (1, 0))[:, :-1] & (position_ids != 0)
+    picture = torch.where(image, (image & ~before).cumsum(1), 0)
+    place = torch.arange(image.shape[1], device=image.device)
+    back = place[:, None] - place
+    same = (picture[:, :, None] == picture[:, None]) & image[:, :, None]
+    sees = (document[:, :, None] == document[:, None]) & ((back >= 0) | same)
+    return {"full_attention": sees[:, None], "sliding_attention": (sees & (back < window))[:, None]}
+
+
+def _added(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a mask as what is added to scores, in a dtype; as it is without one."""
+    if dtype is None:
+        return mask
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), hidden)
