@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from sftdata.errors import UsageError
 from sfttrain.forward import Forward, text_config
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
         kinds: the name of the input that says which tokens are of pictures.
 
     Raises:
-        UsageError: in a forward, where the attention takes no such masks.
+        RuntimeError: in a forward, where the attention takes no such masks.
     """
     inner, text = cast("PreTrainedModel", model.base_model), text_config(model.config)
     own_forward: Forward = inner.forward
@@ -48,7 +47,7 @@ def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
         if position_ids is not None and attention_mask is None and isinstance(seen, Tensor):
             attention = str(text._attn_implementation)
             if attention != "eager" and not attention.startswith(_TAKE_BOOLS):
-                raise UsageError(f"attention={attention}: takes no masks of pictures.", "set attention=sdpa.")
+                raise RuntimeError(f"{attention} takes no masks of pictures")
             masks = picture_masks(position_ids, seen == 1, text.sliding_window)
             dtype = None if attention.startswith(_TAKE_BOOLS) else self.dtype
             attention_mask = {name: _added(mask, dtype) for name, mask in masks.items()}

@@ -321,11 +321,7 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
     everything = [*sets, *evaluation.values()]
-    if any(opened.manifest.vision is not None for opened in everything):
-        _refuse_beside_pictures(config)
-    elif config.freeze != "auto":
-        what = f"freeze={config.freeze}: acts on models that take pictures, and the sets are of text."
-        raise UsageError(what, "leave it out.")
+    _refuse_pictures(config, any(opened.manifest.vision is not None for opened in everything))
     refuse_mixed_tokenizers(everything)
     known = _known_vocabulary(config)
     if known is not None:
@@ -338,12 +334,16 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
     return sets, evaluation
 
 
-def _refuse_beside_pictures(config: TrainConfig) -> None:
-    """Refuse settings that cannot act on sets with pictures."""
-    if config.sequence_parallel > 1:
+def _refuse_pictures(config: TrainConfig, pictured: bool) -> None:
+    """Refuse settings that cannot act on sets with pictures, or on sets without."""
+    if not pictured and config.freeze != "auto":
+        raise UsageError(
+            f"freeze={config.freeze}: the sets have no pictures, on which it acts.", "leave it out."
+        )
+    if pictured and config.sequence_parallel > 1:
         what = f"sequence_parallel={config.sequence_parallel}: a picture is not cut into slices."
         raise UsageError(what, "leave it out, or prepare with a smaller --max-length.")
-    if config.sample is not None:
+    if pictured and config.sample is not None:
         what = f"--sample {config.sample}: asks in text alone, and the sets have pictures."
         raise UsageError(what, "leave --sample out; --eval NAME=FOLDER takes sets with pictures.")
 
@@ -420,11 +420,7 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
 
 
 def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
-    """Refuse sets whose ids mean different tokens.
-
-    Raises:
-        UsageError: naming two of them.
-    """
+    """Refuse sets whose ids mean different tokens, by UsageError that names two of them."""
     for opened in sets[1:]:
         one, other = sets[0].manifest.tokenizer, opened.manifest.tokenizer
         added = sorted((one.tokens_added, other.tokens_added), key=len)

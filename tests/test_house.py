@@ -257,7 +257,7 @@ def test_every_outside_import_is_declared() -> None:
     core = project["dependencies"]
     declared = {
         "sftdata": core + extras["hub"] + extras["notebooks"] + extras["vision"],
-        "sfttrain": core + extras["train"] + extras["torchao"] + extras["gpu"],
+        "sfttrain": core + extras["train"] + extras["torchao"] + extras["gpu"] + extras["vision"],
     }
     distribution_of = importlib.metadata.packages_distributions()
     undeclared = []

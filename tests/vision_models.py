@@ -28,9 +28,11 @@ _QWEN_TEXT = {"rope_parameters": _ROPE}
 _QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14}
 _DEEP = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
 
-# Family: model_type, chat template, what its processor has small, its processor around it, text, tower, and the rest of its config.
+# Family: model_type, chat template, what its processor has small, the processor around it, its text, its tower, and the rest.
 SMALL: dict[str, tuple[str, str, Json, Json, Json, Json, Json]] = {
-    "qwen2-vl": ("qwen2_vl", QWEN, _QWEN, {}, _QWEN_TEXT, _QWEN_TOWER | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}, {}),
+    "qwen2-vl": (
+        "qwen2_vl", QWEN, _QWEN, {}, _QWEN_TEXT, _QWEN_TOWER | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}, {},
+    ),
     "qwen2.5-vl": ("qwen2_5_vl", QWEN, _QWEN, {}, _QWEN_TEXT, _QWEN_TOWER | _DEEP | {"fullatt_block_indexes": [1]}, {}),
     "qwen3-vl": (
         "qwen3_vl", QWEN, {"size": {"shortest_edge": 32**2, "longest_edge": 16 * 32**2}}, {}, _QWEN_TEXT,
@@ -43,8 +45,8 @@ SMALL: dict[str, tuple[str, str, Json, Json, Json, Json, Json]] = {
     "idefics3": ("idefics3", _PARTS % "<image>", _TILES, {"image_seq_len": 4}, {}, _IDEFICS_TOWER, {"scale_factor": 2}),
     "smolvlm": ("smolvlm", _PARTS % "<image>", _TILES, {"image_seq_len": 4}, {}, _IDEFICS_TOWER, {"scale_factor": 2}),
     "internvl": (
-        "internvl", _PARTS % "<IMG_CONTEXT>\n", {"size": {"height": 56, "width": 56}, "max_patches": 2}, {"image_seq_length": 4}, {},
-        {"image_size": [56, 56], "patch_size": [14, 14]}, {"image_seq_length": 4},
+        "internvl", _PARTS % "<IMG_CONTEXT>\n", {"size": {"height": 56, "width": 56}, "max_patches": 2},
+        {"image_seq_length": 4}, {}, {"image_size": [56, 56], "patch_size": [14, 14]}, {"image_seq_length": 4},
     ),
     "gemma3": (
         "gemma3", _PARTS % "<start_of_image>", {"size": {"height": 56, "width": 56}}, {"image_seq_length": 4},

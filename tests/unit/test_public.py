@@ -109,7 +109,8 @@ train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], 
  init_from_config: str | Path | None = None, revision: str | None = None,\
  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto',\
  model_init_kwargs: Mapping[str, object] = {}, lora: str | Mapping[str, object] | None = None,\
- adapter: str | Path | None = None, resize_to_multiple_of: int = 1,\
+ adapter: str | Path | None = None,\
+ freeze: Literal['auto', 'none', 'vision', 'vision+projector'] = 'auto', resize_to_multiple_of: int = 1,\
  quantize: Literal['nf4', 'int8', 'torchao-int8'] | None = None, trust_remote_code: bool = False,\
  attention: str = 'auto', loss: Literal['auto', 'chunked', 'torch', 'plain'] = 'auto',\
  kernels: Literal['auto', 'liger', 'none'] = 'auto',\
