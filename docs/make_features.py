@@ -21,6 +21,8 @@ ROWS = {
     " that the set added, or that the base never learnt, are trained automatically: single rows for a few, whole"
     " tables for many.",
     "continue an adapter": "`--adapter DIR`, or a PeftModel object; an adapter of another base is refused.",
+    "pictures": "Sets with pictures: pixels are made in the loader's workers and held against the set, packed = alone is"
+    " proven with pictures, towers are frozen by `--freeze`; see [pictures.md](pictures.md#train).",
     "8-bit, 4-bit base": "`--quantize nf4` or `int8` by bitsandbytes, `torchao-int8` by torchao, or a quantized object; under"
     " LoRA, one device per process. torchao's 4 bits are not offered: transformers trains on its 8-bit weights only; its"
     " test runs where it is installed.",
