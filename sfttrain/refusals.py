@@ -337,9 +337,8 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
 def _refuse_pictures(config: TrainConfig, pictured: bool) -> None:
     """Refuse settings that cannot act on sets with pictures, or on sets without."""
     if not pictured and config.freeze != "auto":
-        raise UsageError(
-            f"freeze={config.freeze}: the sets have no pictures, on which it acts.", "leave it out."
-        )
+        what = f"freeze={config.freeze}: the sets have no pictures, on which it acts."
+        raise UsageError(what, "leave it out.")
     if pictured and config.sequence_parallel > 1:
         what = f"sequence_parallel={config.sequence_parallel}: a picture is not cut into slices."
         raise UsageError(what, "leave it out, or prepare with a smaller --max-length.")
