@@ -63,6 +63,8 @@ ROWS = {
     " `dataset_info.json`) becomes one for each program; every setting is carried over, or named with the reason.",
     "evaluating a model": "`sfttrain eval MODEL SET`: the loss by source, as an evaluation during a run has it, and the documents"
     " that the model finds hardest by file and line; adapters and merged models.",
+    "named sources": "`datasets.yaml`: sources by name, each with its path, format, mapping and licence; used as inputs, in"
+    " `--mix` and `--cap`, and in views.",
     "answers along the way": "`--sample FILE`: each evaluation, and the end, answers a few held rows in log and report, beside"
     " what was meant; the run stays the same, bit for bit.",
     "chat": "`sfttrain chat DIR`: answers as they come, with the chat template and stop tokens of the set; adapters and"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
-    from sftdata.keywords import PrepareSettings, ViewSettings
+    from sftdata.keywords import AnyRegistry, PrepareSettings, ViewSettings
     from sftdata.objects import AnyTokenizer, Inputs
     from sftdata.run import Preview
     from sftdata.set.export import Exported, Target
@@ -88,7 +88,7 @@ def prepare(
     like: str | Path | None = None, split: str | None = None, subset: str | None = None,
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
     kind: Literal["auto", "conversation", "completion", "text"] = "auto",
-    prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
+    prompt_template: str | None = None, registry: AnyRegistry = None, max_line_bytes: int = 64 << 20,
     # ---- what is rendered and trained
     revision: str | None = None, chat_template: str | None = None,
     template_kwargs: Mapping[str, object] = {}, date: str = "2025-01-01",
@@ -149,7 +149,7 @@ def preview(
     like: str | Path | None = None, split: str | None = None, subset: str | None = None,
     format: str | None = None, map: Mapping[str, str] = {}, map_role: Mapping[str, str] = {},
     kind: Literal["auto", "conversation", "completion", "text"] = "auto",
-    prompt_template: str | None = None, max_line_bytes: int = 64 << 20,
+    prompt_template: str | None = None, registry: AnyRegistry = None, max_line_bytes: int = 64 << 20,
     # ---- what is rendered and trained
     revision: str | None = None, chat_template: str | None = None,
     template_kwargs: Mapping[str, object] = {}, date: str = "2025-01-01",

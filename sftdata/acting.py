@@ -59,6 +59,7 @@ class Look:
         whole: the sample is the whole source.
         pictured: some row holds a picture.
         by_path: some row names one by its path.
+        entry: of the registry that the source is of; empty for none.
     """
 
     path: str
@@ -70,6 +71,7 @@ class Look:
     whole: bool
     pictured: bool = False
     by_path: bool = False
+    entry: str = ""
 
     def holds(self, *kinds: type) -> bool:
         """Return whether a row becomes one of these kinds."""
@@ -100,6 +102,7 @@ def _look(
         whole=source.samples.sizes.sum() == source.chunks.sizes.sum(),
         pictured=pictures is not None,
         by_path=pictures is not None and "path" in pictures.sources,
+        entry=source.entry,
     )
 
 
@@ -343,7 +346,10 @@ def refuse_without_effect(
     rules = {name: rule for name, rule in _RULES.items() if getattr(config, name) != _default(name)}
     if config.train_on != "auto":
         rules["train_on"] = _TRAIN_ON[config.train_on]
-    idle = [name for name, rule in rules.items() if not any(rule.acts(config, look) for look in looks)]
+    general = {name: _general(config, looks, name) for name in rules}
+    idle = [
+        name for name, rule in rules.items() if not any(rule.acts(config, look) for look in general[name])
+    ]
     liked, notes = _pictures_of_like(config), list[str]()
     if {*idle} & liked.keys():
         notes.append(
@@ -351,13 +357,40 @@ def refuse_without_effect(
         )
     for name in idle:
         if name not in liked or getattr(config, name) != liked[name]:
-            rule = rules[name]
-            raise UsageError(
-                f"{_option(config, name)} acts on {rule.on}, and there are none: {_kinds(looks)}.",
-                "leave it out.",
-            )
+            raise _inert(config, name, rules[name], general[name])
     _refuse_unread_arguments(config, tokenizer)
-    return notes + _missing_roles(config, looks)
+    return notes + _own_notes(config, looks) + _missing_roles(config, _general(config, looks, "map_role"))
+
+
+def _own_notes(config: PrepareConfig, looks: Sequence[Look]) -> list[str]:
+    """Refuse what sources of the registry say themselves and what acts on none of their rows."""
+    notes = list[str]()
+    for entry in dict.fromkeys(look.entry for look in looks if look.entry):
+        own, reading = _own(config, entry), config.reading(entry)
+        theirs = [look for look in looks if look.entry == entry]
+        for name in sorted(own & _RULES.keys()):
+            if not any(_RULES[name].acts(reading, look) for look in theirs):
+                raise _inert(reading, name, _RULES[name], theirs)
+        notes += _missing_roles(reading, theirs) if "map_role" in own else []
+    return notes
+
+
+def _own(config: PrepareConfig, entry: str) -> set[str]:
+    """Return what a source of the registry sets for its rows itself."""
+    found = config.entry(entry)
+    said = {} if found is None else found.own()
+    return {name for name, value in said.items() if value != _default(name)}
+
+
+def _general(config: PrepareConfig, looks: Sequence[Look], name: str) -> list[Look]:
+    """Return the looks at sources that a setting of the run reaches."""
+    return [look for look in looks if name not in _own(config, look.entry)]
+
+
+def _inert(config: PrepareConfig, name: str, rule: _Rule, looks: Sequence[Look]) -> UsageError:
+    found = _kinds(looks) or "each source of the registry says its own"
+    what = f"{_option(config, name)} acts on {rule.on}, and there are none: {found}."
+    return UsageError(what, "leave it out.")
 
 
 def _pictures_of_like(config: PrepareConfig) -> dict[str, object]:

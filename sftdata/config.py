@@ -5,16 +5,31 @@ Precedence: YAML file < `--set key=value` < flag. Unknown keys are refused with 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
 from sftdata.choosing import CHOOSING, Choosing, Like
 from sftdata.errors import UsageError
 from sftdata.output import StoreUrl, local_output, output_at
-from sftdata.settings import NamesOfData, check_settings
+from sftdata.reading import (
+    REGISTRY_NAME,
+    Columns,
+    Formatter,
+    Kind,
+    PromptTemplate,
+    Roles,
+    RowFormat,
+    Split,
+    Subset,
+)
+from sftdata.settings import check_settings
+
+if TYPE_CHECKING:
+    from sftdata.registry import Entry
 
 DEFAULT_DATE = "2025-01-01"
 DEFAULT_MAX_LENGTH = 1024
@@ -36,6 +51,33 @@ def _output(value: object) -> Path | StoreUrl:
     return output_at(value)
 
 
+def _read(value: object) -> object:
+    from sftdata.registry import read_registry  # here: a run without a registry need not build its model
+
+    return None if value is None else read_registry(value)
+
+
+class _Sources:
+    """Describes the sources of a registry in a JSON schema."""
+
+    def __get_pydantic_json_schema__(self, core_schema: object, handler: object) -> dict[str, Any]:
+        from sftdata.registry import Entry
+
+        sources = {"type": "object", "additionalProperties": Entry.model_json_schema()}
+        return {"anyOf": [{"type": "string", "format": "path"}, sources, {"type": "null"}]}
+
+
+Registry = Annotated[
+    Path | dict[str, Any] | None,
+    BeforeValidator(_read),
+    _Sources(),
+    Field(
+        description=f"YAML file of sources with names; default: {REGISTRY_NAME} beside the settings file,"
+        " or here if there is none."
+    ),
+]
+
+
 class RowsConfig(BaseModel):
     """What to read, how to render and mask it, and how to cut, pack and store it."""
 
@@ -43,31 +85,18 @@ class RowsConfig(BaseModel):
 
     # ---- what is read
     inputs: tuple[str, ...] = Field(
-        min_length=1, description="Files, folders, globs, URLs or Hub dataset ids."
+        min_length=1, description="Files, folders, globs, URLs, Hub dataset ids, or names of a registry."
     )
     like: Like = None
-    split: str | None = Field(
-        None,
-        description="Split of a dataset, or of files named after splits;"
-        " also slices, as train[:95%] or train+test.",
-    )
-    subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
-    format: str | None = Field(None, description="Row format by name; default: detected.")
-    map: dict[str, str] = Field(
-        default_factory=dict, description="Canonical column = column in the data, e.g. completion=response."
-    )
-    map_role: Annotated[dict[str, str], NamesOfData] = Field(
-        default_factory=dict, description="Role in the data = canonical role, e.g. bot=assistant."
-    )
-    formatter: str | None = Field(None, description="module:function that turns a row into a canonical row.")
-    kind: Literal["auto", "conversation", "completion", "text"] = Field(
-        "auto",
-        description="Treat instruction-like rows as this kind;"
-        " auto: conversation if a chat template is in use.",
-    )
-    prompt_template: str | None = Field(
-        None, description="File with {field} placeholders, for instruction rows without a chat template."
-    )
+    split: Split = None
+    subset: Subset = None
+    format: RowFormat = None
+    map: Columns = Field(default_factory=dict)
+    map_role: Roles = Field(default_factory=dict)
+    formatter: Formatter = None
+    kind: Kind = "auto"
+    prompt_template: PromptTemplate = None
+    registry: Registry = None
     max_line_bytes: int = Field(
         DEFAULT_LINE_BYTES,
         gt=0,
@@ -238,10 +267,24 @@ class PrepareConfig(Choosing, RowsConfig):
         Those that choose among its documents aside: they decide what is made of the set of all. Those on
         pictures, too: a set without pictures has none.
         """
-        how = {"like", "output", "workers", "engine", "overwrite", "max_rejects"}
+        how = {"like", "registry", "output", "workers", "engine", "overwrite", "max_rejects"}
         return self.model_dump(mode="json", exclude=how.union(CHOOSING, OF_PICTURES)) | {
             "split": self.split or "train"
         }
+
+    def entry(self, name: str) -> Entry | None:
+        """Return the source that an input of this name means; None where it is none of the registry."""
+        return self.registry.get(name) if isinstance(self.registry, dict) else None
+
+    def paths(self, inputs: Iterable[str]) -> list[str]:
+        """Return what inputs stand for: the paths of sources of the registry, or themselves."""
+        found = [(name, self.entry(name)) for name in inputs]
+        return [path for name, entry in found for path in ((name,) if entry is None else entry.path)]
+
+    def reading(self, name: str) -> PrepareConfig:
+        """Return the settings for the rows of a source of the registry; an empty name stands for others."""
+        entry = self.entry(name)
+        return self if entry is None else self.model_copy(update=entry.own())
 
     @property
     def chooses(self) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+AnyRegistry = str | Path | Mapping[str, Any] | None
 _Told = TypeVar("_Told", bound=Callable[..., object])
 TOLD = "told"  # no setting; the keywords that were given
 
@@ -52,6 +53,7 @@ class RowsSettings(TypedDict, total=False):
     map_role: Mapping[str, str]
     kind: Literal["auto", "conversation", "completion", "text"]
     prompt_template: str | None
+    registry: AnyRegistry
     max_line_bytes: int
     revision: str | None
     chat_template: str | None

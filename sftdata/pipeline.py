@@ -160,17 +160,17 @@ def pictures_changed(job: Job, folder: Path, files: Sequence[SetFile], rejects: 
     sidecars = (folder / file.name for file in files if file.name.startswith(f"{IMAGES}-"))
     if not unchanged(sidecars, job.vision.pictures.folder):
         return True
-    formats = dict(zip(job.sources, job.formats, strict=True))
-    return not all(_rejected_again(job, formats[row.file], row) for row in rejects)
+    numbers = {name: number for number, name in enumerate(job.sources)}
+    return not all(_rejected_again(job, numbers[row.file], row) for row in rejects)
 
 
-def _rejected_again(job: Job, format_name: str, reject: Reject) -> bool:
+def _rejected_again(job: Job, number: int, reject: Reject) -> bool:
     """Say whether a row that was rejected, if for a picture, would be again, for the same reason."""
     if not reject.code.startswith("image-"):
         return True
     none = np.zeros(1, np.int64)
     tally = Tally(RowBatch([reject.row], none, none, none))
-    converted = convert_rows(tally.batch, format_name, job.options, tally)
+    converted = convert_rows(tally.batch, job.formats[number], job.options_of(number), tally)
     render_rows(converted.rows, converted.row, load_stages(job).renderer, tally)
     return [(again.code, again.reason) for again in tally.rejects] == [(reject.code, reject.reason)]
 
@@ -239,7 +239,7 @@ def prepare_chunk(stages: Stages, chunk: Chunk) -> PreparedChunk:
     job = stages.job
     rows, unreadable = read_chunk(chunk, job.config.max_line_bytes)
     tally = Tally(rows, unreadable)
-    converted = convert_rows(rows, job.formats[chunk.number], job.options, tally)
+    converted = convert_rows(rows, job.formats[chunk.number], job.options_of(chunk.number), tally)
     tokens, texts = tokenize(stages, converted, tally)
     tokens = job.mask.flags(tokens, tally)
     pieces = choose_length(job, chunk, tokens, tally)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
 from sftdata.errors import Unit, UsageError, without_secrets
 from sftdata.formats.fields import FormatOptions
+from sftdata.inputs import named_in, plan_inputs
 from sftdata.masks import Mask, choose_mask
 from sftdata.output import StoreUrl, without_folders, written
 from sftdata.pictures.loaded import PictureFolder
@@ -32,15 +33,13 @@ from sftdata.render.template import ChatTemplate, TemplateChoice, choose_templat
 from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from sftdata.set.reuse import OldSlice, key_of, moves, old_slices
 from sftdata.set.slices import SliceSource
-from sftdata.sources import planning
 from sftdata.sources.chunks import Chunk, SourcePlan
-from sftdata.sources.planning import Say, Scanned, grouped, in_turn, short_names, with_progress
-from sftdata.sources.ranges import Sizes, plain_hash
+from sftdata.sources.planning import Say, Scanned, grouped, in_turn, source_names, with_progress
+from sftdata.sources.ranges import plain_hash
 from sftdata.tasks import ShardTask, Tasks, by_source, cut_tasks
 from sftdata.version import __version__
 from sftdata.vision import Vision, choose_vision, find_pictures, refuse_unseen
 
-CHUNK_BYTES = 1 << 20
 MOVED_FASTER = 16  # times as fast as preparing a slice is writing it again with other ids
 
 
@@ -53,6 +52,7 @@ class Job:
         tokenizer: as used, tokens added and chat template included.
         formats: the row format of each source.
         options: how rows are read.
+        own_options: the same for sources of the registry that say it themselves, by number.
         sources: the first example id of each source, by its name relative to their common folder.
         engine: which tokenizer engine encodes.
         mask: what is trained.
@@ -67,6 +67,11 @@ class Job:
     engine: Engine
     mask: Mask
     vision: Vision | None = None
+    own_options: dict[int, FormatOptions] = field(default_factory=dict)
+
+    def options_of(self, number: int) -> FormatOptions:
+        """Return how the rows of a source are read."""
+        return self.own_options.get(number, self.options)
 
     @property
     def max_length(self) -> int:
@@ -135,7 +140,21 @@ class Plan:
         return self._manner() | {
             "sources": [[source.raw_bytes, source.xxh3_128] for source in self.sources],
             "formats": list(self.job.formats),
+            **({"readings": own} if (own := {str(n): self._own(n) for n in self.job.own_options}) else {}),
         }
+
+    def _own(self, number: int) -> dict[str, Any]:
+        """Return what a source of the registry says of its rows itself."""
+        options, entry = self.job.own_options.get(number), self.job.config.entry(self.sources[number].entry)
+        if options is None or entry is None:
+            return {}
+        by_content = {"prompt_template": options.template.text, "formatter": options.formatter_sha256}
+        return {name: by_content.get(name) or value for name, value in entry.own().items()}
+
+    @property
+    def licences(self) -> list[str | None]:
+        """The licence of each source, where the registry says one."""
+        return [getattr(self.job.config.entry(source.entry), "licence", None) for source in self.sources]
 
     def begun(self) -> dict[str, Any]:
         """Return the identity with the names of the sources: a resume with another one is refused."""
@@ -170,6 +189,7 @@ class Plan:
             "delimiter": source.delimiter,
             "columns": source.columns,
             "only": [chunk.part() for chunk in chunks],
+            **self._own(chunks[0].number),
         }
 
     def stretches(self, task: ShardTask) -> tuple[SliceSource, ...]:
@@ -184,6 +204,9 @@ class Plan:
             changed.remove("sources")
         names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind
         changed += ["names"] if names != list(self.job.sources) else []
+        changed += ["readings"] if "readings" in manifest.settings and "readings" not in mine else []
+        licences = [source.licence for source in manifest.sources][: len(self.job.sources)]
+        changed += ["licences"] if licences != self.licences else []
         if self.job.vision is not None and manifest.vision is not None:
             here = self.job.vision.images_from(self.job.config.folder)
             changed += ["pictures"] if manifest.vision.images != here else []
@@ -226,7 +249,7 @@ class Plan:
 # Names of things that are compared by their content.
 _HASHED = ("inputs", "tokenizer", "revision", "chat_template", "prompt_template")
 
-MOVING = frozenset({"sources", "formats", "names", "pictures"})
+MOVING = frozenset({"sources", "formats", "names", "pictures", "readings", "licences"})
 """Keys of a plan's identity that follow the inputs: a set on which no others differ is brought up to date."""
 
 
@@ -257,7 +280,8 @@ def make_plan(
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.
     """
-    refuse_conflicts(config)
+    for name in ("", *named_in(config)):
+        refuse_conflicts(config.reading(name))
     tokenizer, notes = choose_tokenizer(config)
     on_tokenizer(tokenizer)
     sources, left_out = plan_inputs(config, note, scanned)
@@ -266,7 +290,7 @@ def make_plan(
     looks: list[Look] = []
     pictures = find_pictures(config, sources)
     for source in with_progress(sources, note, "Looked at the rows of"):
-        name, look, remarks = look_at(config, source, tokenizer, pictures)
+        name, look, remarks = look_at(config.reading(source.entry), source, tokenizer, pictures)
         formats.append(name)
         looks += [look] if look is not None else []
         notes_of.append((source.source.path, [*source.notes, *remarks]))
@@ -276,7 +300,7 @@ def make_plan(
         length = min(tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         config = config.model_copy(update={"max_length": length})
         notes.append(f"max_length is {length} tokens, the default; --max-length changes it.")
-    names = short_names([without_secrets(source.source.path) for source in sources])
+    names = source_names(sources, [without_secrets(source.source.path) for source in sources])
     sources = [
         source.placed(number, source.base_id, name)
         for number, (name, source) in enumerate(zip(names, sources, strict=True))
@@ -284,16 +308,17 @@ def make_plan(
     tasks = cut_tasks(sources, config.slice_bytes)
     large = tasks.sizes.sum() >= FAST_ENGINE_MIN_BYTES
     engine, engine_reason = choose_engine(tokenizer, config.engine, worth_it=bool(large))
+    options = _options(config, tokenizer, vision)
     job = Job(
         config=config,
         tokenizer=tokenizer,
         formats=tuple(formats),
-        options=format_options(
-            config,
-            chat=tokenizer.chat_template is not None,
-            pictures=None if vision is None else vision.pictures,
-            parts_only=vision is not None and vision.parts_only,
-        ),
+        options=options[""],
+        own_options={
+            number: options[source.entry]
+            for number, source in enumerate(sources)
+            if options[source.entry] != options[""]
+        },
         sources=dict(zip(names, (source.base_id for source in sources), strict=True)),
         engine=engine,
         mask=choose_mask(config, tokenizer, () if vision is None else vision.never),
@@ -319,19 +344,19 @@ def _choose_vision(
     return choose_vision(config, tokenizer, pictures, by_path, len(folders))
 
 
-def plan_inputs(
-    config: PrepareConfig, note: Say = lambda _: None, scanned: Scanned = in_turn
-) -> tuple[list[SourcePlan], list[str]]:
-    """Open and read through every input; return their plans, and notes on what was left out.
-
-    Raises:
-        UsageError: an input cannot be read, or the chosen part of a split holds no row.
-    """
-    sizes = Sizes(min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes)
-    sources, notes = planning.plan_inputs(config.inputs, config.split, config.subset, sizes, note, scanned)
-    if not sources:
-        raise UsageError(f"--split {config.split}: no row is in it.", "take a larger part.")
-    return sources, notes
+def _options(
+    config: PrepareConfig, tokenizer: ResolvedTokenizer, vision: Vision | None
+) -> dict[str, FormatOptions]:
+    """Return how rows are read, by the source of the registry; an empty name stands for others."""
+    return {
+        name: format_options(
+            config.reading(name),
+            chat=tokenizer.chat_template is not None,
+            pictures=None if vision is None else vision.pictures,
+            parts_only=vision is not None and vision.parts_only,
+        )
+        for name in ("", *named_in(config))
+    }
 
 
 def choose_tokenizer(config: PrepareConfig) -> tuple[ResolvedTokenizer, list[str]]:

@@ -100,7 +100,7 @@ def resolve_markers(config: PrepareConfig, rows: int) -> list[Resolution]:
         for chunk in source.chunks:
             batch = read_chunk(chunk, config.max_line_bytes)[0]
             tally = Tally(batch)
-            converted = convert_rows(batch, plan.job.formats[number], plan.job.options, tally)
+            converted = convert_rows(batch, plan.job.formats[number], plan.job.options_of(number), tally)
             rendered = render_rows(converted.rows, converted.row, stages.renderer, tally)
             texts += [
                 text

@@ -249,9 +249,10 @@ def conclude(plan: Plan, results: list[ShardResult], build: Making) -> Manifest:
                 xxh3=source.xxh3_128,
                 rows=source.records,
                 first_id=source.base_id,
+                licence=licence,
                 unit=source.source.unit,
             )
-            for short_name, source in zip(plan.job.sources, plan.sources, strict=True)
+            for short_name, source, licence in zip(plan.job.sources, plan.sources, plan.licences, strict=True)
         ),
         ledger=ledger,
         shards=tuple(shard for result in results for shard in result.shards),

@@ -128,10 +128,13 @@ def _refusal(
     return UsageError(f"{name}: found {first.get('input')!r:.200}; {reason}.", fix)
 
 
-def read_settings_file(path: Path) -> tuple[Settings, dict[str, str]]:
+def read_settings_file(path: Path, *, names: bool = False) -> tuple[Settings, dict[str, str]]:
     """Read a settings file; return its settings, and the place of each, as `sft.yaml:5`.
 
     A hyphen in a top-level key counts as an underscore.
+
+    Args:
+        names: top-level keys are names of the user's, taken as they are.
 
     Raises:
         UsageError: an unreadable file, no mapping, or a repeated key.
@@ -148,8 +151,9 @@ def read_settings_file(path: Path) -> tuple[Settings, dict[str, str]]:
     if root is None or not isinstance(values, dict):
         raise UsageError(f"{path}: found {_kind(values)}; expected settings, one `key: value` a line.")
     _refuse_duplicates(path, root)
-    places = {_key(node): f"{path}:{node.start_mark.line + 1}" for node, _ in root.value}
-    return {str(key).replace("-", "_"): value for key, value in values.items()}, places
+    spelled = str if names else _spelled
+    places = {spelled(node.value): f"{path}:{node.start_mark.line + 1}" for node, _ in root.value}
+    return {spelled(key): value for key, value in values.items()}, places
 
 
 def assign(
@@ -233,7 +237,7 @@ def _refuse_duplicates(path: Path, root: yaml.Node) -> None:
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
-                name, line = _key(key) if node is root else str(key.value), key.start_mark.line + 1
+                name, line = _spelled(key.value) if node is root else str(key.value), key.start_mark.line + 1
                 if name in lines:
                     repeated = f"{path}:{line}: {name!r} is there twice, in lines {lines[name]} and {line}."
                     raise UsageError(repeated, "keep one of them.")
@@ -241,8 +245,8 @@ def _refuse_duplicates(path: Path, root: yaml.Node) -> None:
                 nodes.append(value)
 
 
-def _key(node: yaml.Node) -> str:
-    return str(node.value).replace("-", "_")
+def _spelled(key: object) -> str:
+    return str(key).replace("-", "_")
 
 
 def _kind(value: object) -> str:
@@ -305,7 +309,7 @@ _FLAGS = {
 _WITHOUT_FLAG = {"template_kwargs", "max_line_bytes", "slice_bytes"}
 # Settings of `sftdata prepare` whose names mean the same in other tools, if they have them.
 _OF_THE_DATA = """
-inputs split subset format map map_role formatter kind prompt_template max_line_bytes tokenizer
+inputs split subset format map map_role formatter kind prompt_template registry max_line_bytes tokenizer
 chat_template template_kwargs date train_on response_template instruction_template mask_mode loss_weights
 boundary eos_token trust_control_tokens max_length overlong max_rejects slice_bytes workers engine
 like dedup exclude exclude_by cap mix mix_by passes total

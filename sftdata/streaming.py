@@ -48,7 +48,7 @@ BUFFER_ROWS = 1024
 # Settings of `prepare` for the files of a set, for packing, and for the distribution of the work; the seed of
 # a stream is its own.
 NOT_STREAMED = frozenset({
-    "inputs", "output", "overwrite", "split", "subset", "overlong", "packing", "max_rejects",
+    "inputs", "output", "overwrite", "split", "subset", "registry", "overlong", "packing", "max_rejects",
     "max_line_bytes", "slice_bytes", "workers", "like", *CHOOSING, *OF_PICTURES,
 }) - {"seed"}  # fmt: skip
 

@@ -263,7 +263,7 @@ def _exists(output: Path | StoreUrl) -> bool:
 def _input_bytes(config: PrepareConfig) -> int:
     """Return the size of the input, before any of it is read; objects are asked until that is large."""
     size = 0
-    for path in expand_inputs(config.inputs)[0]:
+    for path in expand_inputs(config.paths(config.inputs))[0]:
         if is_url(path):
             size += (state_of(path).size or 0) if size < FAST_ENGINE_MIN_BYTES else 0
         elif Path(path).is_file():

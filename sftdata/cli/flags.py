@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
+from sftdata.reading import REGISTRY_NAME
 from sftdata.settings import Layer, Model, load_settings, named_by_data, read_settings_file
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ _POSITIONAL = {
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Files, folders, globs, URLs, Hub dataset ids, or one YAML settings file.",
+            help="Files, folders, globs, URLs, Hub dataset ids, names of a registry, or one YAML file.",
         ),
     ],
     "sets": Annotated[
@@ -147,8 +148,19 @@ def load_config(
         from sftdata.as_view import refuse_sets
 
         refuse_sets(ChainMap(given, *(dict(layer) for layer, _ in reversed(files))), sets)
+    if "registry" in model.model_fields:
+        settings_file = config_file or (
+            Path(inputs[0]) if len(inputs) == 1 and inputs[0].endswith(_YAML) else None
+        )
+        files.insert(0, _registry(settings_file))
     files = [*_repeated(model, [*(layer for layer, _ in files), _assigned(sets), given]), *files]
     return load_settings(model, "sftdata", files, sets, (given, named))
+
+
+def _registry(settings_file: Path | None) -> Layer:
+    """Return the registry beside a settings file, or here where there is none."""
+    path = (Path() if settings_file is None else settings_file.parent) / REGISTRY_NAME
+    return ({"registry": path}, {}) if path.is_file() else ({}, {})
 
 
 def _assigned(sets: list[str]) -> Mapping[str, object]:

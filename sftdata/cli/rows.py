@@ -29,7 +29,7 @@ SETTINGS = (
     "tokenizer", "output", "like", "max_length", "packing", "overlong", "chat_template", "train_on", "format",
     "map", "map_role", "formatter", "kind", "prompt_template", "response_template", "instruction_template",
     "mask_mode", "loss_weights", "boundary", "eos_token", "trust_control_tokens", "date", *OF_PICTURES,
-    "split", "subset", "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
+    "split", "subset", "registry", "revision", "max_rejects", *CHOOSING, "workers", "engine", "overwrite",
 )  # fmt: skip
 _GROUPS = {
     "inputs": "what is read",
@@ -230,7 +230,7 @@ def _with_audit(folder: Path, manifest: Manifest) -> dict[str, object]:
     return manifest.to_json() | {"audit": glance(folder, manifest).to_json()}
 
 
-@with_settings("format", "map", "split", "subset")
+@with_settings("format", "map", "split", "subset", "registry")
 def detect(
     config: PrepareConfig,
     as_json: Json = False,
@@ -240,10 +240,14 @@ def detect(
     Example: sftdata detect chats.jsonl
     """
     from sftdata.formats.detect import detect as run
-    from sftdata.plan import plan_inputs
+    from sftdata.inputs import plan_inputs
 
     sources, left_out = plan_inputs(config)
-    detection = run(sources, format=config.format, columns=config.map)
+    (name, *others) = {source.entry: None for source in sources}
+    if others:
+        raise UsageError(f"{name or 'files'} and {others[0]}: are looked at apart.", "name one source.")
+    reading = config.reading(name)
+    detection = run(sources, format=reading.format, columns=reading.map)
     if as_json:
         print_json(detection.to_json() | {"left_out": left_out})
         return
@@ -292,7 +296,7 @@ def preview(
 
 @with_settings(
     "tokenizer", "response_template", "instruction_template", "format", "map", "map_role", "formatter",
-    "kind", "prompt_template", "chat_template", "split", "subset", "revision",
+    "kind", "prompt_template", "chat_template", "split", "subset", "registry", "revision",
 )  # fmt: skip
 def resolve(
     config: PrepareConfig,

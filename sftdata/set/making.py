@@ -61,6 +61,12 @@ cannot read it: the same `sftdata view` with `--write` makes a set that stands a
 )
 
 
+def _licences(manifest: Manifest) -> bytes:
+    """Return what a card says of the licences of the sources."""
+    listed = [f"- `{source.name}`: {source.licence}\n" for source in manifest.sources if source.licence]
+    return "".join(["\nLicences of the sources:\n\n", *listed]).encode() if listed else b""
+
+
 class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a finished task gave.
 
@@ -170,7 +176,7 @@ class Making:
             )
         card = INDEX_CARD if manifest.by_index else CARD
         card = card.replace(b"COMMAND", b"view" if manifest.bases else b"prepare")
-        self._write(CARD_NAME, partial(write_parts, [card]))
+        self._write(CARD_NAME, partial(write_parts, [card + _licences(manifest)]))
         listed = (self._written[name] for name in (*LISTS, SLICES_NAME, CARD_NAME))
         sealed = seal(msgspec.structs.replace(manifest, files=(*manifest.files, *listed, *copied)))
         put_bytes(self.store, MANIFEST_NAME, encode_manifest(sealed))

@@ -76,6 +76,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         rows: how many ids the source takes; a line that holds no row takes one too.
         first_id: id of its first line or record, so that `line = id - first_id + 1`.
         unit: what is numbered so; not part of the digest.
+        licence: as the registry has it; not part of the digest.
     """
 
     name: str
@@ -84,6 +85,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rows: Count
     first_id: Count
     unit: Unit = "line"
+    licence: str | None = None
 
 
 def first_passes(sources: Sequence[SourceInfo]) -> list[int]:
@@ -375,7 +377,8 @@ def _digest(manifest: Manifest) -> str:
     content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
     content["settings"] = manifest.deciding_settings()
     content["sources"] = [
-        {key: value for key, value in source.items() if key != "unit"} for source in content["sources"]
+        {key: value for key, value in source.items() if key not in ("unit", "licence")}
+        for source in content["sources"]
     ]
     content["tokenizer"] = {key: value for key, value in content["tokenizer"].items() if key != "name"}
     if manifest.vision is not None:

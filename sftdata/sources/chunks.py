@@ -210,7 +210,7 @@ class SourcePlan:
         chunks: cut by content; end to end they are the source.
         samples: up to 32 small stretches, evenly spaced from the first to the last, for detection.
         max_line_bytes: a longer row is not held.
-        notes: about the source, for the user, one line each.
+        notes: about the source, one line each.  entry: of the registry that it is of; empty for none.
     """
 
     source: Source
@@ -222,6 +222,7 @@ class SourcePlan:
     samples: Chunks
     max_line_bytes: int
     notes: tuple[str, ...] = ()
+    entry: str = ""
 
     def placed(self, number: int, base_id: int, name: str = "") -> SourcePlan:
         """Return the plan as that of the source of this number and name, whose example ids begin here."""

@@ -119,22 +119,45 @@ def short_names(paths: Sequence[str]) -> list[str]:
     >>> short_names(["/data/a.jsonl", "/data/a.jsonl", "/data/a.jsonl#2"])
     ['a.jsonl', 'a.jsonl#3', 'a.jsonl#2']
     """
+    return _told_apart(_without_folders(paths))
+
+
+def source_names(sources: Sequence[SourcePlan], paths: Sequence[str]) -> list[str]:
+    """Name each source by the registry, where it is of one of its entries, and by its path where not.
+
+    An entry of several files gives its name to their folder: `web/a.jsonl`.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(source.entry, []).append(index)
+    names = list(paths)
+    for entry, indices in groups.items():
+        short = _without_folders([paths[index] for index in indices])
+        alone = entry and len(set(short)) == 1
+        for index, name in zip(indices, short, strict=True):
+            names[index] = entry if alone else f"{entry}/{name}" if entry else name
+    return _told_apart(names)
+
+
+def _without_folders(paths: Sequence[str]) -> list[str]:
     if len(set(paths)) == 1 or any(
         Path(path).is_absolute() != Path(paths[0]).is_absolute() for path in paths
     ):
-        names = [Path(path).name for path in paths]
-    else:
-        common = os.path.commonpath(paths)  # once: it reads all paths
-        names = [os.path.relpath(path, common) for path in paths]
-    names = list(map(written, names))
-    taken, seen = set(names), set[str]()
+        return [written(Path(path).name) for path in paths]
+    common = os.path.commonpath(paths)  # once: it reads all paths
+    return [written(os.path.relpath(path, common)) for path in paths]
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Number what comes again."""
+    taken, seen, found = set(names), set[str](), list(names)
     places = {name: itertools.count(2) for name in taken}
     for index, name in enumerate(names):
         if name in seen:
-            numbered = (f"{name}#{place}" for place in places[name])
-            names[index] = next(free for free in numbered if free not in taken)
+            again = (f"{name}#{place}" for place in places[name])
+            found[index] = next(free for free in again if free not in taken)
         seen.add(name)
-    return names
+    return found
 
 
 def grouped(notes: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

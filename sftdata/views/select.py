@@ -146,11 +146,12 @@ def named(pattern: str, names: Sequence[str], *, setting: str) -> Bool:
 
 
 def _named(wanted: str, names: Sequence[str]) -> list[bool]:
-    """Say which sources a name means: the one that has it, or else those that have it in some folder."""
+    """Say which sources a name means: that of this name, else those so named in a folder, else all in it."""
     for have in (names, [name.rpartition("/")[2] for name in names]):
         if wanted in have:
             return [name == wanted for name in have]
-    return []
+    inside = [name.startswith(f"{wanted}/") for name in names]
+    return inside if any(inside) else []
 
 
 def shared_out(patterns: Sequence[str], names: Sequence[str]) -> list[Bool]:

@@ -43,7 +43,8 @@ PICTURES = """processor: Path | None = None, max_pixels: int | None = None, min_
 CUT = "max_length: int | None = None"
 ENGINE = """engine: Literal['auto', 'gigatoken', 'tokenizers'] = 'auto'"""
 BUILT = f"""like: str | Path | None = None,\
- split: str | None = None, subset: str | None = None, {READ}, max_line_bytes: int = 67108864, {MASKED}, {PICTURES}, {CUT},\
+ split: str | None = None, subset: str | None = None, {READ}, registry: AnyRegistry = None, max_line_bytes: int = 67108864,\
+ {MASKED}, {PICTURES}, {CUT},\
  overlong: Literal['truncate', 'truncate-left', 'drop', 'split', 'error'] = 'truncate',\
  packing: Literal['bfd', 'wrapped', 'none'] = 'bfd', max_rejects: str | int = '1%',\
  slice_bytes: int = 8388608"""
@@ -168,6 +169,7 @@ def test_all_that_is_public_says_what_it_does(package: Any) -> None:
 WIDER = {
     "max_rejects": "str | int",
     "like": "str | Path | None",
+    "registry": "AnyRegistry",
     "eval": "str | float | None",
     "pathlib.Path | None": "Path | None",
     "exclude": "Sequence[str | Path]",
