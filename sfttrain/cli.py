@@ -266,12 +266,41 @@ def chat(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the quantized model.")],
-    calibration: Annotated[Path, typer.Option("--set", help="Set whose rows are used for calibration.")],
-    gptq: Annotated[str, typer.Option(help="Bits, and weights per scale: bits=4,group_size=128.")] = "bits=4",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of what is written.")],
+    calibration: Annotated[
+        Path | None, typer.Option("--set", help="Set whose rows are used for calibration by GPTQ.")
+    ] = None,
+    gptq: Annotated[
+        str | None, typer.Option(help="Bits, and weights per scale: bits=4,group_size=128.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="f16, bf16, f32, q8_0 or auto: for llama.cpp, Ollama.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Quantize a finished model with GPTQ (needs GPTQModel and a GPU)."""
+    """Write a finished model for other programs: as GGUF, or quantized with GPTQ.
+
+    GGUF needs llama.cpp's converter from PyPI, and brings a Modelfile for Ollama. GPTQ needs GPTQModel.
+    """
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if gguf is not None and (gptq is not None or calibration is not None):
+        raise UsageError("--gguf beside --gptq or --set: these are of GPTQ.", "leave one of them out.")
+    if gguf is not None:
+        from sfttrain.gguf import write_gguf
+
+        write_gguf(model, output, gguf, say)
+        return
+    if calibration is None:
+        raise UsageError(
+            "sfttrain export: says neither --gguf nor --set.", "--gguf f16, or --set SHARDS for GPTQ."
+        )
+    _quantize(model, calibration, output, gptq or "bits=4", say)
+
+
+def _quantize(model: Path, calibration: Path, output: Path, gptq: str, say: Callable[[str], None]) -> None:
     from sfttrain.export import quantize
 
     try:
@@ -283,7 +312,7 @@ def export(
         settings = {gptq: 0}
     if settings:
         raise UsageError(f"--gptq {gptq!r}: expected bits=4,group_size=128.")
-    quantize(model, calibration, output, bits, group_size, lambda text: print(text, file=sys.stderr))
+    quantize(model, calibration, output, bits, group_size, say)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,14 @@ _UPLOADED = (
 )  # fmt: skip
 # Files that may name local paths.
 _NAMING = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
+# Settings that the card shows; all are in the file.
+_SHOWN = (
+    "sets", "mix", "mix_by", "weights", "packing", "attention", "objective", "loss", "kernels", "lora",
+    "adapter", "quantize", "dtype", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+    "num_train_epochs", "bf16", "fp16", "neftune_noise_alpha", "seed",
+)  # fmt: skip
+_RANKS = (16, 32, 64, 128, 256, 320, 512)  # for which vLLM keeps room
 CALIBRATION_ROWS = 256
 GROUP_SIZES = (-1, 32, 64, 128)
 BITS = (2, 3, 4, 8)
@@ -82,7 +90,7 @@ def export(
     (partial / SETTINGS_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
     if trainer.account is not None:
         trainer.account.write(partial, trainer.state.global_step)
-    (partial / "README.md").write_text(_card(trainer, settings), "utf-8")
+    (partial / "README.md").write_text(_card(trainer, sets, settings), "utf-8")
     for path in sorted(partial.iterdir()):
         target = output / path.name
         if target.is_dir():
@@ -128,7 +136,7 @@ def _write_run(output: Path, content: Identity) -> None:
     write_atomic(output / RUN_NAME, lambda sink: sink.write(text))
 
 
-def _card(trainer: SftTrainer, settings: Mapping[str, object]) -> str:
+def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, object]) -> str:
     """Write the model's card: names, never paths of this machine."""
     base = cast(str | None, settings.get("model"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -157,7 +165,38 @@ def _card(trainer: SftTrainer, settings: Mapping[str, object]) -> str:
         lines.append(
             f"Loss {first['loss']:.4f} (step {first['step']}) to {last['loss']:.4f} (step {last['step']})."
         )
-    return "\n".join([*lines, "", f"Settings: `{SETTINGS_NAME}`.", ""])
+    lines += [*_licences(sets), "", *_served(trainer, settings, adapted), "", f"Settings: `{SETTINGS_NAME}`."]
+    training = cast(Mapping[str, object], settings.get("training", {}))
+    used = {name: value for name, value in {**settings, **training}.items() if name in _SHOWN and value}
+    return "\n".join(
+        [*lines, "", "```yaml", yaml.safe_dump(without_places(used), sort_keys=False).rstrip(), "```", ""]
+    )
+
+
+def _licences(sets: Sequence[ShardSet]) -> Iterator[str]:
+    """Yield the licences of the data, with the sources that have them."""
+    found: dict[str, list[str]] = {}
+    for source in (source for opened in sets for source in opened.manifest.sources if source.licence):
+        found.setdefault(str(source.licence), []).append(f"`{source.name}`")
+    if found:
+        each = [f"{licence} ({', '.join(names)})" for licence, names in found.items()]
+        yield ""
+        yield f"Licences of the data: {'; '.join(each)}."
+
+
+def _served(trainer: SftTrainer, settings: Mapping[str, object], adapted: bool) -> Iterator[str]:
+    """Yield how vLLM serves the model, from the folder that it lies in."""
+    name = Path(str(trainer.args.output_dir)).resolve().name
+    place = str(settings.get("push_to_hub") or f"./{name}")
+    command = f"vllm serve {place}"
+    if adapted:
+        rank = max(
+            adapter.r for adapter in trainer.accelerator.unwrap_model(trainer.model).peft_config.values()
+        )
+        base = named(str(settings.get("model")))
+        room = next((room for room in _RANKS if room >= rank), rank)
+        command = f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}={place}"
+    yield f"With vLLM, from the folder beside it: `{command}`"
 
 
 def _seen_table(seen: Seen) -> Iterator[str]:

@@ -278,19 +278,20 @@ def require_trainer() -> None:
         require_package(package, "sfttrain", "train")
 
 
-def require_package(package: str, setting: str, extra: str = "") -> None:
+def require_package(package: str, setting: str, extra: str = "", named: str = "") -> None:
     """Refuse a setting whose package is missing.
 
     Args:
         package: its name, as imported.
         setting: what needs it, as the user wrote it.
         extra: of this project, that brings it along.
+        named: what to install, where that is not the name of the package.
 
     Raises:
         UsageError: the package is not installed.
     """
     if find_spec(package) is None:
-        source = f"'sftdata[{extra}]'" if extra else package
+        source = f"'sftdata[{extra}]'" if extra else named or package
         raise UsageError(f"{setting} needs the package {package}.", f"pip install {source}")
 
 

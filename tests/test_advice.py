@@ -336,6 +336,7 @@ _BLAME = "tests/integration/test_blame.py::"
 _REFUSED = "tests/integration/test_views_refuse.py::"
 _VIEWS = "tests/integration/test_views_choice.py::test_advice_on_views_is_followed"
 _SHARES = "tests/integration/test_train_shares.py::"
+_GGUF = "tests/integration/test_train_gguf.py::"
 _CHAT = "tests/integration/test_train_chat.py::test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works"
 _ORDERED = (
     "tests/integration/test_views_order.py::test_what_cannot_be_ordered_is_refused_and_the_advice_followed"
@@ -404,6 +405,11 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),
     "leave --model out.": _CHAT,
+    "--gguf f16, or --set SHARDS for GPTQ.": f"{_GGUF}test_what_cannot_be_exported_is_refused_in_one_line",
+    "llama-server --jinja -m {}": f"{_GGUF}test_the_file_holds_the_model",
+    "vllm serve {} --enable-lora --max-lora-rank {} --lora-modules {}={}": (
+        f"{_GGUF}test_the_card_has_licences_settings_and_how_vllm_serves_the_model"
+    ),
     "`sfttrain plan` says what a run would take, and trains nothing.": (
         "tests/integration/test_train_words.py::test_a_dry_run_is_the_plan"
     ),
@@ -590,7 +596,7 @@ def test_advice_names_only_flags_and_commands_that_there_are() -> None:
     commands = {"sftdata": set(ours.commands), "sfttrain": {*trainers.commands}}  # type: ignore[attr-defined]
     for text, place in {**collect("sftdata"), **collect("sfttrain")}.items():
         if place.endswith(("settings.py", "cli/__init__.py", "stats.py", "report.py")) or text.startswith(
-            ("{}/--no-", "accelerate ")
+            ("{}/--no-", "accelerate ", "vllm serve ", "llama-server ")
         ):
             continue
         for flag in re.findall(r"(?<![\w{-])--[a-z][a-z-]*", text):
