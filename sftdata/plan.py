@@ -315,9 +315,7 @@ def make_plan(
         formats=tuple(formats),
         options=options[""],
         own_options={
-            number: options[source.entry]
-            for number, source in enumerate(sources)
-            if options[source.entry] != options[""]
+            n: own for n, source in enumerate(sources) if (own := options[source.entry]) != options[""]
         },
         sources=dict(zip(names, (source.base_id for source in sources), strict=True)),
         engine=engine,

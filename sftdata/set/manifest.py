@@ -75,8 +75,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         xxh3: hash of the stored bytes, or the fingerprint of a dataset.
         rows: how many ids the source takes; a line that holds no row takes one too.
         first_id: id of its first line or record, so that `line = id - first_id + 1`.
-        unit: what is numbered so; not part of the digest.
-        licence: as the registry has it; not part of the digest.
+        unit, licence: what is numbered so; as the registry has it. Neither is part of the digest.
     """
 
     name: str

@@ -21,7 +21,8 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError, without_secrets
 from sftdata.formats.detect import Detection, detect
 from sftdata.formats.tokenrows import BESIDE_IDS, BORDERS, PROMPT, STARTS, TRAINED
-from sftdata.plan import choose_tokenizer, plan_inputs
+from sftdata.inputs import plan_inputs
+from sftdata.plan import choose_tokenizer
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.rows import MappedShard
 from sftdata.set.shards import ShardInfo, shard_name
