@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import shutil
@@ -18,12 +17,11 @@ import sftdata
 from sftdata import cli
 from sftdata.set import export as exports
 from sftdata.set.manifest import partial_folder
-from tests.token_sets import Layout, Row, write_tokens
+from tests.exported import files_of, json_of, trained_documents
 from tests.train_sets import make_set
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 INPUTS = [EXAMPLES / name for name in ("conversations.jsonl", "instructions.json", "text.txt")]
-Document = tuple[list[int], list[int]]
 
 SETS: dict[str, dict[str, Any]] = {
     "packed": {"max_length": 128},
@@ -38,27 +36,6 @@ def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("sets") / request.param
     sftdata.prepare(INPUTS, tokenizer=EXAMPLES / "tokenizer", output=folder, **SETS[request.param])
     return folder
-
-
-def trained_documents(folder: Path) -> list[Document]:
-    """Ids and labels of each document with a trained token, read token by token."""
-    found = [
-        (document.input_ids.tolist(), document.labels.tolist())
-        for row in sftdata.open(folder)
-        for document in row.documents()
-    ]
-    return [document for document in found if any(label != -100 for label in document[1])]
-
-
-def json_of(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "sftdata-export.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def files_of(folder: Path, pattern: str) -> list[Path]:
-    files = sorted(folder.glob(pattern))
-    assert [path.name for path in files] == json_of(folder)["files"]
-    return files
 
 
 @pytest.mark.slow
@@ -326,126 +303,6 @@ def test_labels_of_first_tokens_of_format_version_1_are_in_no_export(tmp_path: P
     )
     rows = sftdata.export(old, to="token-rows", output=tmp_path / "rows")
     assert rows.tokens_trained == made.tokens_trained
-
-
-# ------------------------------------------------------------------------------ trainers that need a reader
-
-
-@pytest.fixture(scope="module")
-def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A thousand documents of several answers, packed."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for length in rng.integers(2, 90, 1000).tolist():
-        trained = np.repeat(rng.random(length) < 0.5, rng.integers(1, 9, length))[:length]
-        trained[-1] = True
-        rows.append(Row(tuple(rng.integers(5, 900, length).tolist()), tuple(trained.tolist())))
-    folder = tmp_path_factory.mktemp("thousand") / "set"
-    write_tokens(folder, {"rows.jsonl": rows}, Layout(256))
-    return folder
-
-
-def reader_of(folder: Path) -> Any:
-    """Import rows.py of an export."""
-    spec = importlib.util.spec_from_file_location("rows", folder / "rows.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def verl_rows(thousand: Path, folder: Path) -> tuple[list[dict[str, Any]], list[Document]]:
-    sftdata.export(thousand, to="verl", output=folder)
-    files = [str(path) for path in files_of(folder, "rows-*.parquet")]
-    rows = reader_of(folder).TokenRows(parquet_files=files, tokenizer=None, config={"max_length": 256})
-    wanted = trained_documents(thousand)
-    assert len(rows) == len(wanted) == 1000
-    return [rows[index] for index in range(len(rows))], wanted
-
-
-def taken_by_verl(mask: Any) -> list[int]:
-    """Return which positions predict a token that counts, as verl's `sft_loss` rolls the mask of a whole batch."""
-    return [int(flag) for flag in np.roll(mask, -1)]
-
-
-def wanted_of(documents: list[Document]) -> list[int]:
-    """The same, from the labels: the position before each that is trained."""
-    return [int(label != -100) for _, labels in documents for label in [*labels[1:], -100]]
-
-
-@pytest.mark.slow
-def test_verl_takes_the_loss_on_the_same_tokens(thousand: Path, tmp_path: Path) -> None:
-    """As verl 0.9 documents its batches without padding; nothing of verl is needed."""
-    rows, wanted = verl_rows(thousand, tmp_path / "out")
-    assert [row["input_ids"].tolist() for row in rows] == [ids for ids, _ in wanted]
-    assert all(row["position_ids"].tolist() == list(range(len(row["input_ids"]))) for row in rows)
-    for first in range(0, 1000, 8):
-        mask = np.concatenate([row["loss_mask"].numpy() for row in rows[first : first + 8]])
-        assert taken_by_verl(mask) == wanted_of(wanted[first : first + 8])
-    reader, files = reader_of(tmp_path / "out"), [str(tmp_path / "out/rows-00000.parquet")]
-    assert len(reader.TokenRows(files, None, {}, max_samples=7)) == 7
-    with pytest.raises(ValueError, match=r"data\.pad_mode=no_padding"):
-        reader.TokenRows(files, None, {"pad_mode": "right"})
-    with pytest.raises(ValueError, match=r"set data\.max_length to that at least"):
-        [*reader.TokenRows(files, None, {"max_length": 20})]
-
-
-@pytest.mark.slow
-def test_verl_collates_the_same_labels(thousand: Path, tmp_path: Path) -> None:
-    collators = pytest.importorskip("verl.utils.dataset.dataset_utils", reason="verl is not installed")
-    rows, wanted = verl_rows(thousand, tmp_path / "out")
-    collate = collators.SFTTensorCollator("no_padding")
-    for first in range(0, 1000, 8):
-        batch = collate(rows[first : first + 8])
-        part = wanted[first : first + 8]
-        assert [ids.tolist() for ids in batch["input_ids"].unbind()] == [ids for ids, _ in part]
-        assert taken_by_verl(batch["loss_mask"].values().numpy()) == wanted_of(part)
-
-
-@pytest.mark.slow
-def test_nemo_rl_takes_the_loss_on_the_same_tokens(thousand: Path, tmp_path: Path) -> None:
-    """As NeMo-RL documents it: messages laid end to end, of which those by the assistant are trained."""
-    sftdata.export(thousand, to="nemo-rl", output=tmp_path / "out")
-    process, wanted = reader_of(tmp_path / "out").process, trained_documents(thousand)
-    rows = [
-        row
-        for path in files_of(tmp_path / "out", "rows-*.parquet")
-        for row in parquet.read_table(path).to_pylist()
-    ]
-    for number, (row, (ids, labels)) in enumerate(zip(rows, wanted, strict=True)):
-        datum = process(row, None, None, 256, number)
-        log = datum["message_log"]
-        assert [token for message in log for token in message["token_ids"].tolist()] == ids
-        trained = [message["role"] == "assistant" for message in log for _ in message["token_ids"]]
-        assert trained == [label != -100 for label in labels]
-        assert (datum["length"], datum["loss_multiplier"], datum["idx"]) == (len(ids), 1.0, number)
-    with pytest.raises(ValueError, match="set max_seq_length to that at least"):
-        process(rows[0], None, None, 1, 0)
-
-
-@pytest.mark.slow
-def test_nemo_automodel_collates_the_same_labels(thousand: Path, tmp_path: Path) -> None:
-    automodel = pytest.importorskip(
-        "nemo_automodel.components.datasets.datum", reason="nemo_automodel is not installed"
-    )
-    sftdata.export(thousand, to="tinker", output=tmp_path / "out")
-    lines = b"".join(path.read_bytes() for path in files_of(tmp_path / "out", "datums-*.jsonl")).splitlines()
-    read = [json.loads(line) for line in lines]
-    datums = [
-        automodel.Datum(one["input_tokens"], {name: one[name] for name in ("target_tokens", "weights")})
-        for one in read
-    ]
-    for first in range(0, 1000, 8):
-        batch, part = (
-            automodel.collate_datums(datums[first : first + 8]),
-            trained_documents(thousand)[first : first + 8],
-        )
-        for row, (ids, labels) in enumerate(part):
-            assert batch["input_ids"][row].tolist()[: len(ids) - 1] == ids[:-1]
-            found = batch["labels"][row].tolist()
-            assert found[: len(ids) - 1] == labels[1:]
-            assert {*found[len(ids) - 1 :]} <= {-100}
 
 
 def test_an_export_leaves_an_unfinished_set_of_its_name_alone(shards: Path, tmp_path: Path) -> None:
