@@ -121,7 +121,7 @@ def prepare(
         inputs: files, folders, globs, URLs or Hub dataset ids; or rows, hashed as files are: a dataset of
             `datasets`, also with splits, a frame of pandas or polars, an Arrow table, an iterable of dicts.
         tokenizer: folder, Hub id, or a tokenizer of transformers as it is now.
-        output: folder of the set; with `eval`, of two: `train` and `eval`.
+        output: folder of the set, also as `s3://bucket/set`; with `eval`, of two: `train` and `eval`.
         formatter: a function from a row to a training row, or its name as `module:function`. One that cannot
             be imported by name, such as a lambda or a cell of a notebook, is called in this process only.
         on_note: called with each decision made for you, in a sentence; default: logger `sftdata`, level INFO.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from sftdata.choosing import CHOOSING, Choosing, Like
 from sftdata.errors import UsageError
-from sftdata.output import StoreUrl, local_output, output_at
+from sftdata.output import StoreUrl, output_at
 from sftdata.reading import (
     REGISTRY_NAME,
     Columns,
@@ -259,7 +259,10 @@ class PrepareConfig(Choosing, RowsConfig):
         Raises:
             UsageError: it is a URL.
         """
-        return self.output if isinstance(self.output, Path) else local_output(self.output)
+        if isinstance(self.output, Path):
+            return self.output
+        what = f"-o {self.output}: documents are not chosen in an object store."
+        raise UsageError(what, "prepare all of them there, or choose in a local folder.")
 
     def content(self) -> dict[str, object]:
         """Return the settings that decide the bytes of the set; a resume refuses if one of them differs.

@@ -216,17 +216,17 @@ def _build(
         run.note(f"{output} is up to date: same data, same settings.")
         return old
     try:
-        return _make(output, plan, run, part)
+        return _make(config, plan, run, part)
     except (SftError, OSError):  # what it was writing may be gone, as the set is finished
         if (made := _standing(output, plan)) is None:
             raise
         return made
 
 
-def _make(output: Path | StoreUrl, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
-    shared = _shared(output, plan)
+def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
+    output, shared = config.output, _shared(config.output, plan)
     shared.join(plan.begun())
-    here, done = plan.at(shared.place), shared.finished()
+    here, done = plan.at(shared.place), shared.finished(overwrite=config.overwrite)
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {number: done[number] for number in mine.numbers.tolist() if number in done}
     before = unchanged(plan, shared, before)
@@ -251,7 +251,7 @@ def _make(output: Path | StoreUrl, plan: Plan, run: _Run, part: Part | None) -> 
         run.note(
             f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
         )
-        return _make(output, plan.by_reference(), run, None)
+        return _make(config, plan.by_reference(), run, None)
     if (made := _standing(output, plan)) is not None:
         return made
     own, vision = shared.gather(results), plan.job.vision

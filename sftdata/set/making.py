@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -104,12 +104,23 @@ class Making:
         self.store = store
         self._written: dict[str, SetFile] = {}
 
-    def finished(self) -> dict[int, ShardResult]:
-        """Return the tasks that are done, by number: by their records and the sizes of files alone."""
-        sizes = self.store.sizes()
+    def finished(self, *, overwrite: bool = False) -> dict[int, ShardResult]:
+        """Return the tasks that are done, by number: by their records and the sizes of files alone.
+
+        Args:
+            overwrite: a task whose record is damaged is not done.
+
+        Raises:
+            IntegrityError: a record is damaged.
+        """
+        sizes, done = self.store.sizes(), {}
         names = sorted(filter(_RECORD.fullmatch, sizes))
-        done = map(self._read_result, names, self.store.get(names))
-        return {result.index: result for result in done if names_of(result).items() <= sizes.items()}
+        for name, record in zip(names, self.store.get(names), strict=True):
+            with suppress(IntegrityError) if overwrite else nullcontext():
+                result = self._read_result(name, record)
+                if names_of(result).items() <= sizes.items():
+                    done[result.index] = result
+        return done
 
     def _read_result(self, name: str, record: bytes) -> ShardResult:
         try:

@@ -350,7 +350,7 @@ _REFUSALS = {  # what a store, or its client, says: what is wrong, and the fix; 
         "there is no such bucket",
         "create it, or check the URL.",
     ),
-    "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|Moved Permanently": (
+    "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|[Rr]edirect without": (
         "the bucket is in another region",
         "set AWS_REGION to the region of the bucket.",
     ),

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,10 @@ def test_workers_of_other_machines_fetch_the_tokenizer(
 
 
 class Gate:
-    """Passes connections on to the server; kills a process at its n-th put.
+    """Passes connections on to the server; kills a process at its n-th put, or says that it is asked too often.
 
     Attributes:
+        slow: says so of a request, by its number from 1.
         moment: of the kill: "before" the server hears of it, in the "middle" of what it hears, or "after" its answer.
     """
 
@@ -163,6 +165,7 @@ class Gate:
         self.port = self._listener.getsockname()[1]
         self.number, self.moment, self.puts = 0, "", 0
         self.kill: Callable[[], None] = lambda: None
+        self.requests, self.slow = 0, lambda number: False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def arm(self, number: int, moment: str) -> None:
@@ -183,6 +186,17 @@ class Gate:
                 with self._turn:
                     self.puts += data.startswith(b"PUT ")
                     here = data.startswith(b"PUT ") and self.puts == self.number
+                    self.requests += data.startswith((b"PUT ", b"GET ", b"POST "))
+                    slow = self.slow(self.requests)
+                if slow:
+                    client.settimeout(0.05)
+                    with suppress(TimeoutError):
+                        while client.recv(1 << 20):
+                            pass
+                    client.sendall(
+                        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    )
+                    break
                 if here and self.moment == "after":
                     last.set()
                 elif here:
@@ -275,6 +289,28 @@ def test_parts_that_are_processes_make_the_same_set(s3: str, data: Path, whole: 
         assert one.stderr
         one.stderr.close()
     assert files(s3, "parts") == whole
+
+
+def test_a_store_that_throttles_is_asked_again_and_then_given_up_until_the_next_run(
+    s3: str, data: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=10), "base": 2}
+    monkeypatch.setattr(
+        stores, "_RETRIES", {"max_retries": 3, "backoff": quick, "retry_timeout": timedelta(minutes=1)}
+    )
+    gate = Gate(int(s3.rpartition(":")[2]))
+    monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{gate.port}")
+    gate.slow = lambda number: number % 3 == 0
+    sftdata.prepare(**settings(data, "s3://bucket/throttled"))
+    assert files(s3, "throttled") == whole
+    gate.requests, gate.slow = 0, lambda number: number > 25
+    assert "503 Service Unavailable" in refusal(data, "s3://bucket/given-up")
+    gate.slow = lambda number: False
+    notes: list[str] = []
+    sftdata.prepare(**settings(data, "s3://bucket/given-up"), on_note=notes.append)
+    assert any(note.startswith("Resuming: ") for note in notes)
+    assert files(s3, "given-up") == whole
+    gate.close()
 
 
 # ---------------------------------------------------------------------------------------- what is refused

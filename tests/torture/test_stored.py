@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import threading
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import sftdata
+from sftdata.cli import main
 from sftdata.config import make_config
-from sftdata.errors import UsageError
+from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.parts import Part, prepare
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
 from sftdata.workers import Workers
@@ -176,3 +178,150 @@ def test_of_sixteen_that_finish_at_once_one_makes_the_manifest(
     bucket.answer = lambda operation, key: None
     run(data)  # what the late ones left
     assert is_whole(bucket, whole)
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("ignored", ["create", "swap"])
+def test_a_store_that_ignores_conditions_is_refused_before_work(
+    data: Path, bucket: Bucket, ignored: str
+) -> None:
+    if ignored == "swap":  # asked for where a set is replaced
+        run(data, max_length=32)
+    bucket.ignores = {ignored}
+    before = files(bucket)
+    with pytest.raises(
+        UsageError, match=rf"{SET}: the store replaces .* Fix: choose a store with conditional puts"
+    ):
+        run(data, overwrite=True)
+    assert files(bucket) == before
+    assert not [
+        key for key in bucket.objects if "shard" in key and key not in {f"{SET}/{name}" for name in before}
+    ][len(before) :]
+
+
+REFUSALS = {  # as obstore 0.12 and its stores say them
+    "Error performing PUT in 3ms - Server returned non-2xx status code: 403 Forbidden: <Error><Code>AccessDenied</Code>": (
+        UsageError, "access is denied .* Fix: check that AWS_ACCESS_KEY_ID .* may read and write there"),
+    "Server returned non-2xx status code: 403 Forbidden: <Error><Code>RequestTimeTooSkewed</Code>": (
+        UsageError, "the clock of this machine is wrong .* Fix: set the clock, then run the same command again"),
+    "Server returned non-2xx status code: 404 Not Found: <Error><Code>NoSuchBucket</Code>": (
+        UsageError, "there is no such bucket .* Fix: create it, or check the URL"),
+    "Received redirect without LOCATION, this normally indicates an incorrectly configured region": (
+        UsageError, "the bucket is in another region .* Fix: set AWS_REGION"),
+    "Server returned non-2xx status code: 503 Service Unavailable: <Error><Code>SlowDown</Code>, after 6 retries": (
+        SftError, "failed, several times where that may help .* Fix: check the endpoint, or run the same command again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+@pytest.mark.parametrize("operation", ["get", "put", "list"])
+def test_what_a_store_refuses_is_one_line_and_nothing_is_lost(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, said: str, operation: str
+) -> None:
+    kind, line = REFUSALS[said]
+    asked: list[str] = []
+
+    def answer(done: str, key: str) -> None:
+        asked.append(done)
+        if asked.count(operation) > {"get": 1, "put": 9, "list": 0}[operation]:
+            raise RuntimeError(f"{said}\n\nDebug source: Generic {{ secret }}")
+
+    bucket.answer = answer
+    with pytest.raises(kind, match=line) as caught:
+        run(data)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    bucket.answer = lambda operation, key: None
+    records = [key for key in bucket.objects if "/slices/" in key]
+    notes: list[str] = []
+    sftdata.prepare(**settings(data, SET), on_note=notes.append)
+    assert any("Resuming: " in note for note in notes) == bool(records)
+    assert is_whole(bucket, whole)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "notes.txt"])
+def test_what_another_tool_has_put_there_is_refused_and_kept(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, name: str
+) -> None:
+    bucket.objects[f"{SET}/{name}"] = b'{"half'
+    with pytest.raises((UsageError, IntegrityError), match=f"{SET}.* Fix: "):
+        run(data)
+    assert bucket.objects == {f"{SET}/{name}": b'{"half'}
+    with pytest.raises((UsageError, IntegrityError), match=f"{SET}.* Fix: "):
+        run(data, overwrite=True)
+    bucket.objects.clear()
+    run(data)
+    assert is_whole(bucket, whole)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_damaged_object_is_made_again(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, damage: str, finished: bool
+) -> None:
+    """Of an unfinished set one of another size, of a finished one any, where it is to be overwritten."""
+    assert run(data, None if finished else Part(1, 2)) == finished
+    shard = next(key for key in bucket.objects if "/shard-" in key)
+    old = bucket.objects.pop(shard)
+    if damage != "gone":
+        bucket.objects[shard] = old[:-1] if damage == "cut" else bytes(len(old))
+    if finished and damage != "other":
+        with pytest.raises(
+            IntegrityError, match=r"shard-.* Fix: replace the set with --overwrite, or choose another -o"
+        ):
+            run(data)
+    if finished or damage != "other":
+        run(data, overwrite=finished)
+        assert is_whole(bucket, whole)
+
+
+def test_a_damaged_record_is_said_with_the_way_out(
+    data: Path, whole: dict[str, bytes], bucket: Bucket
+) -> None:
+    assert not run(data, Part(1, 2))
+    record = next(key for key in bucket.objects if "/slices/" in key and key.endswith(".json"))
+    bucket.objects[record] = b'{"half'
+    with pytest.raises(IntegrityError, match="slices/.*damaged"):
+        run(data)
+    run(data, overwrite=True)
+    assert is_whole(bucket, whole)
+
+
+def test_too_many_rejects_name_where_they_are(data: Path, bucket: Bucket) -> None:
+    with pytest.raises(DataError, match=rf"All are in {SET}/builds/.*/rejects.jsonl"):
+        run(data, max_rejects="1")
+    assert not files(bucket)
+
+
+def test_a_set_of_chosen_documents_takes_a_folder(data: Path, bucket: Bucket) -> None:
+    with pytest.raises(UsageError, match=f"-o {SET}: documents are not chosen in an object store. Fix: "):
+        sftdata.prepare(**settings(data, SET, dedup="row"))
+    assert not bucket.objects
+
+
+def test_the_command_says_what_it_has_made(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(data, Path())
+    command = [
+        "prepare",
+        str(data),
+        "-t",
+        given["tokenizer"],
+        "-o",
+        SET,
+        "--max-length",
+        "64",
+        "--max-rejects",
+        "50%",
+    ]
+    command += ["--set", "slice_bytes=2000", "--engine", "tokenizers", "--workers", "1"]
+    assert main([*command, "--part", "1/2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"part": "1/2", "finished": False}
+    assert main(command) == 0
+    assert f"{SET}: " in capsys.readouterr().err
+    assert is_whole(bucket, whole)
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(whole[MANIFEST_NAME])
