@@ -19,7 +19,7 @@ RUNS = (
     ("prepare", "--rounds 1"), ("scaling", "--copies 1,5"), ("views", "--rounds 2"), ("reading", "--rounds 3"), ("diff", ""),
     ("steps", ""), ("pack", "--repeats 1"), ("masks", ""), ("startup", "--rounds 3"), ("train_step", "--rounds 3 --steps 1"),
     ("train_step", "--startup"), ("document_log", ""), ("pictures", "--rows 24"),
-    ("mixtures", "--recipes 6"),
+    ("mixtures", "--recipes 6"), ("browse", ""),
 )  # fmt: skip
 
 

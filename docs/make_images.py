@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 import sftdata
+from sftdata.browse.site import Site
 from sftdata.pages import write_page
 from sftdata.show.stats import make_report
 from sftdata.show.terminal import print_view
@@ -149,7 +150,24 @@ def train(chats: Path, output: Path) -> Path:
     return output / "report.html"
 
 
-def photograph(page: Path, picture: Path, width: int, height: int) -> None:
+def browse_pictures(chats: Path, folder: Path) -> None:
+    """Take the pictures of docs/browse.md: the pages as the server sends them, without its script."""
+    other = folder / "mixture"
+    sftdata.view(chats, output=other, mix={"conversations.jsonl": 60, "text.txt": 40}, min_tokens=20)
+    one, both = Site([sftdata.open(chats)]), Site([sftdata.open(chats), sftdata.open(other)])
+    for site, name, address, size, dark in (
+        (one, "list", "1/?min_tokens=24", (1000, 1080), False),
+        (one, "document", "1/document/3", (1000, 640), True),
+        (one, "phone", "1/?sources=conversations.jsonl", (500, 1080), False),
+        (both, "diff", "diff", (1000, 1060), False),
+    ):
+        path, _, query = address.partition("?")
+        page = folder / f"browse-{name}.html"
+        page.write_bytes(site.answer("", path, query).body)
+        photograph(page, IMAGES / f"browse-{name}.png", *size, dark=dark)
+
+
+def photograph(page: Path, picture: Path, width: int, height: int, *, dark: bool = False) -> None:
     """Take a screenshot of a page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -161,6 +179,7 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
         "--disable-gpu",
         "--hide-scrollbars",
         f"--window-size={width},{height}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]
     subprocess.run(
         [*shot, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120, capture_output=True
@@ -177,6 +196,7 @@ def main() -> None:
         report, notebook = folder / "report.html", folder / "notebook.html"
         write_page(report, make_report(sftdata.open(chats), sftdata.audit(chats)))
         photograph(report, IMAGES / "report.png", 1000, 1500)
+        browse_pictures(chats, folder)
         photograph(train(chats, folder / "model"), IMAGES / "training.png", 1000, 1250)
         notebook.write_text(
             notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8"

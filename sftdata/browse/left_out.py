@@ -33,6 +33,7 @@ class _Line(msgspec.Struct):
     line: int | None = None
     code: str = ""
     fix: str = ""
+    tokens: int | None = None
     row: msgspec.Raw = msgspec.Raw()
 
     @property
@@ -49,6 +50,7 @@ class LeftOut:
         place: in its file.
         why: code or reason.
         said, fix: in words; "" where the reason says it all.
+        tokens: its length; None where it was not tokenized.
         row: as it stands, where it is recorded, cut after some characters.
         example_id: of its document, which is in the set, beside its rows; None where there is none.
     """
@@ -57,6 +59,7 @@ class LeftOut:
     why: str
     said: str
     fix: str
+    tokens: int | None
     row: str
     example_id: int | None
 
@@ -119,4 +122,4 @@ def _shown(catalog: Catalog, line: _Line) -> LeftOut:
     row = bytes(line.row).decode(errors="replace")
     row = row if len(row) <= _LONGEST else f"{row[:_LONGEST]}…"
     said = (line.reason, line.fix) if line.code else ("", "")
-    return LeftOut(where, line.why, *said, row, example_id)
+    return LeftOut(where, line.why, *said, line.tokens, row, example_id)

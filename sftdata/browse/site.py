@@ -155,7 +155,6 @@ class SetPages:
         behind = [one for one in chosen.ids(rank, 2) if one != example_id][:1]
         return render(
             _HERE / "document.html.jinja",
-            place=self.shards.place(example_id),
             view=view,
             rows=rows,
             query=query,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sftdata
+from sftdata.browse.site import Site
 from sftdata.pages import write_page
 from sftdata.show.audit import audit_set
 from sftdata.show.stats import make_report
@@ -31,6 +32,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+BROWSED = (
+    "1/?min_tokens=12&max_trained=90%25&text=what", "1/document/3", "1/findings", "2/left-out", "2/", "2/report",
+    "diff",
+)  # fmt: skip
 PHONE, DESK = 360, 1200
 # The pages run no script, so a frame around them measures. Luminance and contrast: WCAG 2.2, 1.4.3.
 MEASURE = """<!doctype html><meta name="color-scheme" content="light dark"><script>
@@ -48,7 +53,7 @@ function behind(node) {
 window.onload = () => {
   const found = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, worst = {contrast: 99};
-    for (const node of page.querySelectorAll("h1, h2, h3, h4, p, td, th, li, summary, .figures b, .figures span, .turn > b")) {
+    for (const node of page.querySelectorAll("h1, h2, h3, h4, p, td, th, li, summary, nav a, legend, button, .chips a, .about *, .facets a, .said, .figures b, .figures span, .turn > b")) {
       if (!node.textContent.trim()) continue;
       const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
       const contrast = (a + .05) / (b + .05);
@@ -97,7 +102,12 @@ def pages(folder: Path) -> dict[str, str]:
     sftdata.prepare(
         folder / "vision/shapes.jsonl", tokenizer=model, output=folder / "shapes", max_length=512, workers=1
     )
-    return {
+    site = Site([shards, mixture])
+    browsed = {
+        f"browse {number}": re.sub(r"<script.*?</script>", "", site.answer("", path, asked).body.decode())
+        for number, (path, _, asked) in enumerate(one.partition("?") for one in BROWSED)
+    }
+    return browsed | {
         "pictures": view_page(open_shown(folder / "shapes").view(0)),
         "report": make_report(shards, audit_set(shards)),
         "mixture": make_report(mixture, audit_set(mixture)),
