@@ -174,7 +174,7 @@ sftdata inspect rows -t examples/tokenizer --row 1
 What the rows were taken for is said first, columns that are not read included. The findings are those above, with
 fixes that do not name flags of `prepare`; a row that `prepare` would reject is a finding under the code of the
 reject (`id-outside-vocabulary`, `label-not-the-id`, `labels-shifted`, `borders-wrong`, `bad-tokens`). A finding
-about a token shows it in the text around it.
+about a token shows it in the text around it. What `prepare` takes of such rows, it looks at in the same way.
 
 Turns are told by the headers of the chat template, where these have a control token. Without them a prompt cannot
 be told from an answer, which is said, and neither can documents that were joined with no BOS, EOS or system

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import msgspec
 import numpy as np
 
 from sftdata.acting import JOINED_RAW
-from sftdata.batches import EXAMPLES, Bool, Int32, Int64
+from sftdata.batches import EXAMPLES, Bool, Int32, Int64, offsets_of
 from sftdata.errors import UsageError
 from sftdata.output import visible
 from sftdata.render.control_tokens import find_stops
@@ -21,7 +23,9 @@ from sftdata.set.manifest import Manifest, in_first_pass
 from sftdata.show.documents import DocumentReader, Documents
 from sftdata.show.findings import COUNTED, IN_CHATS, IN_TEXTS, KINDS, Finding, make_finding
 from sftdata.show.foreign import ForeignSet, choose_rows, open_against, open_either
+from sftdata.show.headers import load_tokenizer
 from sftdata.show.pictures import prompts_with_pictures
+from sftdata.show.supervision import make_judge
 from sftdata.show.view import ShownSet
 from sftdata.vocabulary import generation_stops
 
@@ -105,17 +109,35 @@ def _checks_of(shards: ShownSet, every: bool = False) -> _Checks:
             parts[-1] = replace(parts[-1], prompt=prompts)
         row += len(batch)
     documents, stretches = Documents.join(parts).by_example()
+    marks = _marks_of(shards)
+    return _Checks(shards, _settled(documents, marks), stretches, marks, every)
+
+
+def _marks_of(shards: ShownSet) -> Mapping[str, Collection[int]]:
+    """Return by code the examples whose masks, made by another tool, have a defect that ours cannot have."""
+    manifest, marks = shards.manifest, defaultdict[str, set[int]](set)
+    formats = manifest.settings.get("formats", ())
     if isinstance(shards, ForeignSet):
-        documents = _settled(shards, documents)
-    return _Checks(shards, documents, stretches, every)
+        return shards.marks
+    if "tokens" not in formats or "view" in manifest.settings:
+        return {}
+    tokenizer = load_tokenizer(shards.tokenizer_folder)
+    judge = make_judge(shards.vocabulary, tokenizer, manifest.tokenizer.bos_id, manifest.tokenizer.eos_id)
+    firsts = [source.first_id for source in manifest.sources]
+    for batch in shards.batches():
+        edges = offsets_of(batch.seq_lengths)
+        found = judge.find(batch) | {"packed-unmarked": judge.joined(batch.input_ids, edges)}
+        for code, places in found.items():
+            for example_id in batch.example_ids[np.searchsorted(edges, places, side="right") - 1].tolist():
+                if example_id >= 0 and formats[bisect_right(firsts, example_id) - 1] == "tokens":
+                    marks[code].add(example_id)
+    return marks
 
 
-def _settled(shards: ForeignSet, documents: Documents) -> Documents:
+def _settled(documents: Documents, marks: Mapping[str, Collection[int]]) -> Documents:
     """Leave out of the checks what has a finding of its own: a mask that is shifted, a prompt in it."""
-    shifted, prompt = (
-        np.isin(documents.example_id, list(shards.marks.get(code, ())))
-        for code in ("mask-shifted", "prompt-trained")
-    )
+    shifted = np.isin(documents.example_id, list(marks.get("mask-shifted", ())))
+    prompt = np.isin(documents.example_id, list(marks.get("prompt-trained", ())))
     return replace(
         documents,
         ends=documents.ends | shifted,
@@ -142,12 +164,14 @@ class _Checks:
     Attributes:
         documents: one per example.
         stretches: int64[E], the number of pieces of each example in the set.
+        marks: by code, the examples that have a finding of masks of another tool.
         every: name every place.
     """
 
     shards: ShownSet
     documents: Documents
     stretches: Int64
+    marks: Mapping[str, Collection[int]]
     every: bool
 
     @property
@@ -272,12 +296,10 @@ class _Checks:
         return repeated
 
     def marked(self) -> Iterator[Finding]:
-        """Yield what was found in the masks of another tool while they were read."""
-        if self.foreign is None:
-            return
-        for code, documents in self.foreign.marks.items():
+        """Yield what was found in the masks of another tool."""
+        for code, documents in self.marks.items():
             yield from self._find(code, np.isin(self.documents.example_id, list(documents)))
-        if self.shards.manifest.settings["train_on"] == "all":
+        if self.foreign is not None and self.foreign.manifest.settings["train_on"] == "all":
             yield make_finding("everything-trained", 1)
 
     def _find(self, code: str, examples: Bool, **slots: str) -> Iterator[Finding]:

@@ -80,7 +80,7 @@ KINDS: dict[str, Kind] = {
         "the prompt is also in {other}, so neither is a fair test of a model trained on the other",
         "take it out of one of the two before preparing",
     ),
-    # ---- seen in rows that another tool prepared: what `prepare` proves, others may have got wrong
+    # ---- seen in token rows, prepared here or not: what `prepare` proves, others may have got wrong
     "prompt-trained": Kind(
         "defect", "example", "text that the model is given is trained: a system, user or tool turn",
         "mask it; with TRL, assistant_only_loss=True, or rows of prompt and completion",

@@ -211,12 +211,10 @@ def _evidence(detection: Detection, read: ForeignRows) -> Iterator[str]:
     masks = [name for name in ("labels", *TRAINED, PROMPT) if name in columns]
     borders = [name for name in BORDERS if name in columns]
     yield detection.evidence[0]
-    said = f"trained is what {' and '.join(masks)} say" if masks else "no labels and no mask: all is trained"
+    said = f"trained by {' and '.join(masks)}" if masks else "no labels and no mask: all is trained"
     if STARTS in columns:
         said += f", one token later, as beside {STARTS}"
-    packed = (
-        f"documents and padding are those of {' and '.join(borders)}" if borders else "one document a row"
-    )
+    packed = f"documents and padding by {' and '.join(borders)}" if borders else "one document a row"
     share = ledger.tokens_trained / max(ledger.tokens, 1)
     yield f"{said}; {packed}; {share:.1%} of {ledger.tokens:,} tokens trained."
     yield from (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -70,6 +71,11 @@ class Headers:
         end = offsets[np.searchsorted(offsets, start, side="right")]
         stop = np.minimum(np.append(start[1:], len(input_ids))[: len(start)], end)
         return Turns(start, start + size, stop, role == "assistant", role == "system")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a folder."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def find_headers(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Headers:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, Reject, RowBatch, Tally, offsets_of
 from sftdata.encode.tokenizer import ResolvedTokenizer
@@ -18,8 +17,8 @@ from sftdata.formats.tokenrows import TokenRow
 from sftdata.masks.tokens import check_tokens
 from sftdata.output import one_line
 from sftdata.set.ledger import Ledger
-from sftdata.show.headers import find_headers
-from sftdata.show.supervision import Judge
+from sftdata.show.headers import load_tokenizer
+from sftdata.show.supervision import make_judge
 from sftdata.vocabulary import read_vocabulary
 
 REENCODED = 1 << 18  # tokens that are encoded again to see whether the tokenizer is theirs
@@ -50,10 +49,9 @@ class ForeignRows:
 
     def __init__(self, tokenizer: ResolvedTokenizer, options: FormatOptions) -> None:
         self.tokenizer, self._options = tokenizer, options
+        self._encoder = load_tokenizer(tokenizer.folder)
         vocabulary = read_vocabulary(tokenizer.folder)
-        self._encoder = Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
-        headers = find_headers(vocabulary, self._encoder)
-        self.judge = Judge(headers, vocabulary, tokenizer.bos_id, tokenizer.eos_id)
+        self.judge = make_judge(vocabulary, self._encoder, tokenizer.bos_id, tokenizer.eos_id)
         self.batches: list[PackedRows] = []
         self.records: list[int] = []
         self.numbers: list[int] = []

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
-from sftdata.show.headers import Headers, Turns
+from sftdata.show.headers import Headers, Turns, find_headers
 from sftdata.vocabulary import Vocabulary
 
 _SAME = 12  # tokens in which a system prompt is told from another
@@ -156,6 +157,11 @@ class Judge:
 
     def _blank(self, ids: Int32) -> Bool:
         return self._blanks[np.minimum(ids, len(self._blanks) - 1)]
+
+
+def make_judge(vocabulary: Vocabulary, tokenizer: Tokenizer, bos_id: int | None, eos_id: int | None) -> Judge:
+    """Return what judges rows of a tokenizer, by its own chat template."""
+    return Judge(find_headers(vocabulary, tokenizer), vocabulary, bos_id, eos_id)
 
 
 def _stretch(places: Int64, edges: Int64) -> Int64:

@@ -188,6 +188,25 @@ def test_what_prepare_rejects_is_found_under_the_same_code(
     assert {code: findings[code] for _, code, _ in wanted} == Counter(code for _, code, _ in wanted)
 
 
+def test_what_other_masks_have_wrong_is_found_in_the_set_that_is_made_of_them(
+    tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
+    """And not in the conversations beside them, of which one is trained whole on purpose."""
+    examples = chats(12, "plain")
+    planted = {"prompt": 3, "header": 5, "shifted": 7, "joined": 9}
+    for name, number in planted.items():
+        DEFECTS[name][0](examples[number])
+    FORMATS["loss-mask"](tmp_path, examples, END_OF_TEXT)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    write_lines(tmp_path / "chats.jsonl", [{"messages": turns}])
+    inputs = [tmp_path / "chats.jsonl", tmp_path / "rows.parquet"]
+    sftdata.prepare(inputs, tokenizer=str(TOKENIZER), output=tmp_path / "set", max_length=512, workers=1)
+    findings = {one.code: one for one in sftdata.audit(tmp_path / "set") if one.severity == "defect"}
+    assert {code: rows_of(one) for code, one in findings.items()} == {
+        DEFECTS[name][1]: {number + 1} for name, number in planted.items()
+    }
+
+
 @pytest.mark.parametrize("to", ["datasets", "token-rows", "verl", "nemo-rl", "megatron-bridge"])
 def test_what_we_export_is_clean_and_trained_as_it_was(to: Target, tmp_path: Path) -> None:
     sftdata.prepare(
@@ -222,9 +241,7 @@ def test_the_audit_shows_evidence_place_and_text(rows: list[str], capsys: pytest
     assert cli.main(["audit", *rows]) == 0
     said = capsys.readouterr()
     assert "rows.jsonl: tokens (input_ids, with labels or a mask of what is trained): 5 of 5" in said.err
-    assert (
-        "trained is what completion_mask say; documents and padding are those of attention_mask" in said.err
-    )
+    assert "trained by completion_mask; documents and padding by attention_mask; " in said.err
     assert "defect prompt-trained  1 example (20.0%)" in said.out
     assert re.search(r"at +rows\.jsonl:3, token \d+: .*⟦.+⟧.*<\|im_end\|>", said.out)
     assert cli.main(["audit", *rows, "--strict", "--json"]) == 3
