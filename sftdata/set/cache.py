@@ -21,6 +21,8 @@ from sftdata.set.store import SetFile
 
 BOUND = "SFTDATA_CACHE_GB"
 _PART = ".part"
+_TAKEN = ".taken"  # what all files take, in bytes: so that they need not be counted for each new one
+_SHARE = 50  # at least this part of the bound is made free at a time
 
 
 def cache_root() -> Path:
@@ -67,7 +69,7 @@ def cache_bound() -> int:
     if not text:
         root = cache_root()
         root.mkdir(parents=True, exist_ok=True)
-        return (shutil.disk_usage(root).free + sum(size for _, size, _ in _cached(root))) // 2
+        return (shutil.disk_usage(root).free + (_taken(root) or 0)) // 2
     try:
         bound = float(text) * 1e9
     except ValueError:
@@ -88,28 +90,42 @@ def make_room(info: SetFile, part: BinaryIO, evictable: tuple[str, ...]) -> None
     Raises:
         UsageError: the bound is smaller than the file.
     """
-    root = cache_root()
-    lock = os.open(root, os.O_RDONLY)
-    try:
+    root, bound = cache_root(), cache_bound()
+    with open(root / _TAKEN, "r+b", opener=_make) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         part.seek(0)
         part.truncate(0)
-        bound, cached = cache_bound(), sorted(_cached(root))
-        excess = sum(size for _, size, _ in cached) + info.bytes - bound
-        for _, size, path in cached:
-            if (excess > 0 and path.name.endswith(evictable)) or (
-                path.name.endswith(_PART) and _abandoned(path)
-            ):
-                path.unlink(missing_ok=True)
-                excess -= size
-        if excess > 0:
+        taken = _taken(root)
+        if taken is None or taken + info.bytes > bound:
+            taken = _evict(root, bound - max(info.bytes, bound // _SHARE), evictable)
+        if taken + info.bytes > bound:
             raise UsageError(
                 f"{info.name}: {info.bytes:,} bytes; the cache {root} is bound to {bound:,}.",
                 f"raise {BOUND}, in gigabytes, or set SFTDATA_CACHE to a folder on a larger disk.",
             )
-        part.truncate(info.bytes)  # counts from now on
-    finally:
-        os.close(lock)
+        part.truncate(info.bytes)  # so that whoever counts the files counts this one
+        lock.truncate(0)
+        lock.write(b"%d" % (taken + info.bytes))
+
+
+def _taken(root: Path) -> int | None:
+    """Return what the files take together, or somewhat more; None where nobody has counted them."""
+    try:
+        return int((root / _TAKEN).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _evict(root: Path, most: int, evictable: tuple[str, ...]) -> int:
+    """Count the files, and remove some until they take no more than that; return what they take."""
+    cached = sorted(_cached(root))
+    taken = sum(size for _, size, _ in cached)
+    for _, size, path in cached:
+        left = path.name.endswith(_PART) and _abandoned(path)
+        if left or (taken > most and path.name.endswith(evictable)):
+            path.unlink(missing_ok=True)
+            taken -= size
+    return taken
 
 
 def _cached(root: Path) -> Iterator[tuple[float, int, Path]]:

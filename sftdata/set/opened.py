@@ -109,7 +109,7 @@ class ShardSet(Sequence[PackedRow]):
             self._stored[number] = self._files.pictures(number)
         return self._stored[number]
 
-    def expect(self, shards: Sequence[int], ahead: int = 1) -> None:
+    def expect(self, shards: Sequence[int], ahead: int = 2) -> None:
         """Say in what order shards are needed; of a set behind a URL they are fetched before.
 
         Args:

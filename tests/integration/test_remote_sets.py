@@ -225,6 +225,7 @@ def test_a_cache_smaller_than_the_set_keeps_what_was_used_last(
     assert len(shards_in(cache)) == 3
     assert len(opened._mapped) == 3, "what made room stays mapped"
     assert rows_of(url) == rows_of(folder)
+    assert sftdata.verify(url).ok, "which reads everything, and some of it twice"
 
 
 def test_a_bound_below_one_shard_is_refused(web: Web, chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
