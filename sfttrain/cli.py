@@ -29,7 +29,9 @@ app = typer.Typer(
 
 app.callback()(global_options)
 
-Sets = Annotated[list[Path] | None, typer.Argument(help="Folders of finished sets.", show_default=False)]
+Sets = Annotated[
+    list[Path] | None, typer.Argument(help="Folders or URLs of finished sets.", show_default=False)
+]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")]
 File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]

@@ -75,7 +75,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # ---- data
-    sets: tuple[Path, ...] = Field((), description="Folders that `sftdata prepare` wrote.")
+    sets: tuple[Path, ...] = Field((), description="Folders or URLs of finished sets.")
     weights: tuple[float, ...] = Field((), description="Passes over each set in one epoch; default: 1 each.")
     mix: Shares = Field(
         default_factory=dict,

@@ -401,8 +401,7 @@ class Reading:
 def verify_sets(sets: Sequence[ShardSet]) -> None:
     """Read every file that training uses, hold it against its manifest and the laws, and keep it mapped.
 
-    rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run. Of sets
-    behind URLs each file is held against its hash when it is fetched.
+    rejects.jsonl may be under repair. What is put in the place of a set later does not reach the run.
 
     Raises:
         IntegrityError: a file is missing, its bytes differ or break a law, or the folder holds a shard that
@@ -410,7 +409,7 @@ def verify_sets(sets: Sequence[ShardSet]) -> None:
     """
     for opened in sets:
         if origin(opened.folder) is not None or any(url_of(base.path) for base in opened.manifest.bases):
-            continue
+            continue  # each file is held against its hash when it is fetched
         checked = damaged_files(opened.folder, opened.manifest)
         damage = (problem for info, problem in checked if problem and info.name != REJECTS_NAME)
         beneath = (problem for _, problem in damaged_bases(opened.folder, opened.manifest) if problem)

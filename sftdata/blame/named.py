@@ -15,7 +15,7 @@ from sftdata.batches import IGNORE_INDEX
 from sftdata.blame.log import DocumentLosses, TrainedSet, read_legs, read_log
 from sftdata.blame.worst import Excess, Ranking, Steps, find_excess, find_steps, rank_documents, rank_step
 from sftdata.errors import SftError, UsageError, place
-from sftdata.set.local import beside
+from sftdata.set.local import beside, named
 from sftdata.set.manifest import SourceInfo, in_first_pass, tell_apart
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.vocabulary import Vocabulary, read_vocabulary
@@ -183,7 +183,7 @@ class LoggedRun:
 
     def _places(self, document: Blamed, leg: Sequence[int]) -> list[tuple[int, int]]:
         """Return a document in the sets of a leg: in its own, or by the name and the bytes of its source."""
-        own = next(number for number, opened in self.opened.items() if str(opened.folder) == document.set)
+        own = next(number for number, opened in self.opened.items() if named(opened.folder) == document.set)
         if own in leg:
             return [(own, document.example_id)]
         bytes_of = {source.name: source.xxh3 for source in self.opened[own].manifest.sources}
@@ -254,7 +254,7 @@ class LoggedRun:
             place=place(told.name, line, told.unit),
             source=source,
             line=line,
-            set=str(opened.folder),
+            set=named(opened.folder),
             example_id=example,
             row=row,
             seen=int(found.seen[index]),

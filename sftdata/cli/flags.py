@@ -115,7 +115,7 @@ _POSITIONAL = {
     ],
     "sets": Annotated[
         list[str],
-        typer.Argument(metavar="SET...", help="Folders of finished sets, or one YAML settings file."),
+        typer.Argument(metavar="SET...", help="Folders or URLs of finished sets, or one YAML settings file."),
     ],
 }
 _FILES = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from sftdata.blame.named import Blamed, BlamedStep, LoggedRun
 from sftdata.errors import UsageError
 from sftdata.output import one_line
+from sftdata.set.local import named
 from sftdata.set.store import write_atomic
 from sftdata.views.bases import open_bases
 from sftdata.views.plan import sources_of
@@ -96,11 +97,12 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
         raise UsageError(f"{run.folder}: nothing was trained there that could be listed.", "leave -o out.")
     held = run.held(documents)
     folders = {
-        number: str(run.opened[number].folder) for number in sorted({one for part in held for one, _ in part})
+        number: named(run.opened[number].folder)
+        for number in sorted({one for part in held for one, _ in part})
     }
     bases = open_bases([*folders.values()])
     sources = sources_of(bases)
-    first = {str(base.folder): base.first_id for base in bases}
+    first = {named(base.folder): base.first_id for base in bases}
     lines = []
     for number, own in (place for part in held for place in part):
         example = first[folders[number]] + own

@@ -22,7 +22,7 @@ class FilterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
-    sets: Names = Field(min_length=1, description="Folders of finished sets.")
+    sets: Names = Field(min_length=1, description="Folders or URLs of finished sets.")
     output: Path = Field(description="Folder of the view.")
     like: Like = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sftdata.cli
 from sfttrain.cli import main
 from tests.remote_stores import Web, arrows, need_packages, serve, served
 from tests.train_runs import Fleet, tiny_llama
@@ -73,11 +74,16 @@ def test_ranks_share_a_cache_smaller_than_the_set_and_a_resumed_run_takes_the_sa
     assert sum(arrows(web).values()) <= 12 + 8 + 2
 
 
-def test_the_first_step_waits_for_one_shard(web: Web, model: Path, tmp_path: Path) -> None:
+def test_the_first_step_waits_for_one_shard_and_its_documents_are_named_by_url(
+    web: Web, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = serve(web, make_set(tmp_path / "set", rows=300, shards=100))
-    assert main(arguments(url, model, tmp_path / "run", window=64, max_steps=1, save_strategy="no")) == 0
+    run = arguments(url, model, tmp_path / "run", window=64, max_steps=1, save_strategy="no")
+    assert main([*run, "--log-documents"]) == 0
     # The first shard, for the tokens that end answers; that of the first batch; and two that are fetched ahead.
     assert len(arrows(web)) <= 1 + 1 + 2
+    assert sftdata.cli.main(["blame", str(tmp_path / "run"), "--step", "1", "--json"]) == 0
+    assert url in capsys.readouterr().out
 
 
 def test_a_window_larger_than_the_cache_is_refused(
