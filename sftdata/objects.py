@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import msgspec
 
 from sftdata.errors import SftError, UsageError
-from sftdata.output import SPOOLED, cache_folder
+from sftdata.output import SPOOLED, cache_folder, claim_folder
 from sftdata.sources.inputs import several_splits, wrong_split
 
 if TYPE_CHECKING:
@@ -328,23 +328,11 @@ def _unwritten(folder: Path, error: OSError) -> UsageError:
 @contextmanager
 def _spool() -> Iterator[Path]:
     """Yield a folder for rows, gone afterwards; those that killed processes of this machine left go first."""
-    host = socket.gethostname()
     with _cache(ROWS) as cache:
-        for left in cache.glob(f"{host}~*"):
-            if not _lives(int(left.name.split("~")[1])):
-                shutil.rmtree(left, ignore_errors=True)
-        made = tempfile.TemporaryDirectory(prefix=f"{host}~{os.getpid()}~", dir=cache)
-    with made as folder:
-        rows = Path(folder) / ROWS
-        rows.mkdir()
-        yield rows
-
-
-def _lives(process: int) -> bool:
+        folder, claim = claim_folder(cache, f"{socket.gethostname()}~")
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+        (folder / ROWS).mkdir()
+        yield folder / ROWS
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(claim)

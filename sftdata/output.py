@@ -7,12 +7,15 @@ takes the stream behind it with `unguarded` and escapes its data itself.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -268,6 +271,28 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
 
 SPOOLED = "rows"
 """Where rows lie in the cache that were given as objects."""
+
+
+def claim_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a folder that is this process's as long as a descriptor is open; return both.
+
+    Folders of that prefix that processes have left go first: a lock tells them, which ends with its process.
+    """
+    for left in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if folder.is_dir():  # another may have taken it for left
+            return folder, descriptor
+        os.close(descriptor)
 
 
 def cache_folder(name: str) -> Path:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +26,16 @@ import msgspec
 import numpy as np
 
 from sftdata.config import PrepareConfig
-from sftdata.errors import SftError, UsageError
-from sftdata.output import Progress, StoreUrl
+from sftdata.errors import InputChangedError, SftError, UsageError
+from sftdata.marking import MARKS, marked
+from sftdata.output import Progress, StoreUrl, behind_links
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
 from sftdata.set.build import Build, made_otherwise, sweep_choice, unfinished
 from sftdata.set.manifest import Manifest, format_version, parts_folder
-from sftdata.set.shared import SharedBuild, StoredBuild, finished_at, shared_build
+from sftdata.set.shared import BUILDS, SharedBuild, StoredBuild, finished_at, shared_build
+from sftdata.set.stores import store_at
+from sftdata.sources.planning import Scanned
 from sftdata.tasks import Tasks
 from sftdata.workers import Workers
 
@@ -161,15 +165,29 @@ def prepare(
     if part is not None and config.chooses:
         what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
         raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
-    config, old, plan = planned(config, workers, note)
+    output = config.output
+    builds = parts_folder(behind_links(output)) if isinstance(output, Path) else output / BUILDS
+    marks, scan = builds / MARKS, None
+    if part is not None or store_at(marks).sizes():
+        share = (0, 1) if part is None else (part.number - 1, part.of)
+        scan = partial(marked, marks, share, workers)
+    try:
+        return _prepare(config, _Run(workers, progress, note), part, scan)
+    except InputChangedError:  # they may be of what was there before
+        store_at(marks).remove(store_at(marks).sizes())
+        raise
+
+
+def _prepare(config: PrepareConfig, run: _Run, part: Part | None, scan: Scanned | None) -> Manifest | None:
+    config, old, plan = planned(config, run.workers, run.note, scan)
     output = config.output
     if plan.job.vision is not None and not isinstance(output, Path):
         what = f"{output}: a set with pictures is made in a folder, as yet."
         raise UsageError(what, "name a local folder with -o.")
-    if part is None and isinstance(output, Path) and not _begun(output, plan, note):
-        made: Manifest | None = build_set(config, plan, old, workers, progress, note)
+    if part is None and isinstance(output, Path) and not _begun(output, plan, run.note):
+        made: Manifest | None = build_set(config, plan, old, run.workers, run.progress, run.note)
     else:
-        made = _build(config, plan, old, _Run(workers, progress, note), part)
+        made = _build(config, plan, old, run, part)
     if made is not None:
         if isinstance(output, Path):
             sweep_choice(output, discard=config.overwrite)

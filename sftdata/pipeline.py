@@ -67,15 +67,15 @@ def scanned(workers: Workers, sizes: Sizes, stretches: Sequence[Stretch]) -> Ite
         yield from in_turn(sizes, stretches)
         return
     waiting = dict[int, Marks]()
-    found = workers.map(_scan, sizes, list(enumerate(stretches)), _load_nothing)
+    found = workers.map(_scan, sizes, list(enumerate(stretches)), load_nothing)
     for number in range(len(stretches)):
         while number not in waiting:
             waiting.update([next(found)])
         yield waiting.pop(number)
 
 
-def _load_nothing(_: Sizes) -> None:
-    pass
+def load_nothing(_: object) -> None:
+    """Load what a scan needs."""
 
 
 def _scan(sizes: Sizes, stretch: tuple[int, Stretch]) -> tuple[int, Marks]:

@@ -44,6 +44,7 @@ from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_ver
 from sftdata.set.shared import finished_at
 from sftdata.set.slices import SliceRecord
 from sftdata.sources.chunks import Chunk
+from sftdata.sources.planning import Scanned
 from sftdata.sources.source import close_sources, read_chunk
 from sftdata.tasks import ShardTask
 from sftdata.version import __version__
@@ -62,7 +63,7 @@ OnNote = Callable[[str], object]
 
 
 def planned(
-    config: PrepareConfig, workers: Workers, note: OnNote
+    config: PrepareConfig, workers: Workers, note: OnNote, scan: Scanned | None = None
 ) -> tuple[PrepareConfig, Manifest | None, Plan]:
     """Return the settings with the folder behind the output, the manifest of what is there, and the plan."""
     if isinstance(config.output, Path):
@@ -74,7 +75,7 @@ def planned(
         config,
         lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)),
         note,
-        partial(scanned, workers),
+        scan or partial(scanned, workers),
     )
     for sentence in plan.notes:
         note(sentence)

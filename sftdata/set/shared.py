@@ -71,14 +71,15 @@ class SharedBuild(Build):
     def end(self) -> None:
         """Remove everything once the set stands; others that still write there fail, and find the set.
 
-        A folder loses its name first, at once: one that finishes can never put half of it in place.
+        That is all that parts have made, of whatever plan, since the set stands. A folder loses its name
+        first, at once: one that finishes can never put half of it in place.
         """
-        for left in self.output.parent.glob(f"{self.output.name}.*"):
+        for left in self.output.parent.glob("*"):
             with suppress(OSError):  # another removes it
                 gone = left.with_name(f"{self.output.name}.{os.urandom(4).hex()}")
                 os.rename(left, gone)
                 remove(gone)
-        with suppress(OSError):  # parts of another plan
+        with suppress(OSError):  # others still write there
             self.output.parent.rmdir()
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+import numpy as np
+import xxhash
+
 from sftdata.batches import Int64
-from sftdata.sources.borders import Digests
+from sftdata.sources.borders import DIGEST_BYTES, Digests
 from sftdata.sources.seals import Stamp
 
 
@@ -41,3 +45,42 @@ class Marks:
     step: int | None = None
     stamp: Stamp | None = None
     notes: tuple[str, ...] = ()
+
+
+class _Written(msgspec.Struct, array_like=True):
+    start: int
+    stop: int
+    positions: bytes
+    records: bytes
+    lines: bytes
+    contents: bytes
+    digest: bytes
+    blocks: bytes
+    end: int
+    total: int | None
+    raw_bytes: int
+    step: int | None
+    notes: tuple[str, ...]
+
+
+def encode_marks(marks: Marks) -> bytes:
+    """Return marks as bytes, their hash before them; without a stamp, which is of one machine."""
+    fields = (getattr(marks, name) for name in _Written.__struct_fields__)
+    data = msgspec.msgpack.encode([one.tobytes() if isinstance(one, np.ndarray) else one for one in fields])
+    return xxhash.xxh3_128_digest(data) + data
+
+
+def decode_marks(data: bytes) -> Marks:
+    """Return the marks of some bytes.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    digest, data = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if xxhash.xxh3_128_digest(data) != digest:
+        raise ValueError("damaged")
+    fields = msgspec.structs.asdict(msgspec.msgpack.decode(data, type=_Written))
+    for name in ("positions", "records", "lines"):
+        fields[name] = np.frombuffer(fields[name], np.int64)
+    fields["contents"] = np.frombuffer(fields["contents"], np.uint8).reshape(-1, DIGEST_BYTES)
+    return Marks(**fields)

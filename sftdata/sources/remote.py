@@ -10,7 +10,6 @@ Credentials come from the environment, as each kind of store looks for them; not
 from __future__ import annotations
 
 import atexit
-import fcntl
 import io
 import os
 import shutil
@@ -18,12 +17,13 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sftdata.errors import SftError, UsageError, changed
+from sftdata.output import claim_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -264,16 +264,7 @@ def read_range_of(url: str, start: int, stop: int) -> bytes:
 @lru_cache(maxsize=1)
 def _folder() -> str:
     """Return the folder of this process for copies, and remove those of processes that were killed."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        with suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-    folder = tempfile.mkdtemp(prefix=_FOLDER)
-    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)  # until the process ends
+    folder = str(claim_folder(Path(tempfile.gettempdir()), _FOLDER)[0])  # until the process ends
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,13 @@ def mark_table(source: Source, slice_bytes: int) -> Marks:
         step=max(1, int(slice_bytes * rows_per_byte)),
         stamp=stamp,
     )
+
+
+def stamp_of(source: Source, marks: Marks) -> Marks:
+    """Return the marks of a table with the state of its files on this machine; others as they are."""
+    if source.container not in ("parquet", "arrow"):
+        return marks
+    return replace(marks, stamp=Stamp(states_of([source.path]), marks.digest.hex()))
 
 
 def _hashed(files: Sequence[str]) -> RawCount:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sftdata
 from sftdata import parts
 from sftdata.cli import main
 from sftdata.config import make_config
-from sftdata.errors import UsageError
+from sftdata.errors import InputChangedError, UsageError
+from sftdata.marking import in_order
 from sftdata.parts import COUNT, Part, prepare, read_part
 from sftdata.plan import make_plan
 from sftdata.run import conclude
 from sftdata.set.manifest import partial_folder, parts_folder, read_manifest
 from sftdata.set.verify import verify
+from sftdata.sources.marks import Marks
+from sftdata.sources.ranges import Sizes, Stretch, scan
 from sftdata.workers import Workers
 from tests.killed import killed_at
 from tests.torture.runs import TOKENIZER, content, settings, write_chats
@@ -183,6 +188,85 @@ def test_grown_inputs_replace_the_set_and_other_settings_do_not(tmp_path: Path) 
     assert run(data, output, "2/2")
     prepare(make_config(**settings(data, tmp_path / "whole")), Workers(1))
     assert is_whole(output, content(tmp_path / "whole"))
+
+
+@pytest.fixture
+def ranges(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Stretch]:
+    """Let parts share the scan of small ranges; return those that were scanned, as they are."""
+    scanned = list[Stretch]()
+
+    def noted(sizes: Sizes, stretch: Stretch) -> Marks:
+        scanned.append(stretch)
+        return scan(sizes, stretch)
+
+    monkeypatch.setattr("sftdata.marking.WORTH_RANGES", 0)
+    monkeypatch.setattr("sftdata.marking.scan", noted)
+    monkeypatch.setattr("sftdata.plan.Sizes", partial(Sizes, range=64 << 10))
+    return scanned
+
+
+@pytest.fixture(scope="module")
+def large(data: Path) -> Path:
+    path = data.with_name("large.jsonl")
+    path.write_bytes(data.read_bytes() * (1 + (300 << 10) // data.stat().st_size))
+    return path
+
+
+def test_parts_scan_each_range_once(large: Path, tmp_path: Path, ranges: list[Stretch]) -> None:
+    settings = {"slice_bytes": 50_000}
+    assert not run(large, tmp_path / "set", "2/3", **settings)
+    assert len(set(ranges)) == len(ranges) == -(-large.stat().st_size // (64 << 10))
+    ranges.clear()
+    marks = sorted((parts_folder(tmp_path / "set") / "marks").iterdir())
+    marks[0].write_bytes(marks[0].read_bytes()[:-1])  # damaged
+    marks[1].unlink()
+    run(large, tmp_path / "set", "1/3", **settings)
+    assert len(ranges) == 2
+    assert run(large, tmp_path / "set", None, **settings)
+    assert len(ranges) == 3  # the damaged one again
+    run(large, tmp_path / "plain" / "set", None, **settings)
+    assert content(tmp_path / "set") == content(tmp_path / "plain" / "set")
+
+
+def test_parts_at_once_scan_their_shares_and_help_the_slow() -> None:
+    lengths = np.full(100, 64 << 20)
+    for of in (1, 2, 7, 64):
+        done, total = set[int](), 0
+        orders = [iter(in_order(lengths, number, of).tolist()) for number in range(of)]
+        for step in range(3 * len(lengths)):
+            for number, order in enumerate(orders):
+                if number or step % 3 == 0:  # the first is slow
+                    found = next((index for index in order if index not in done), -1)
+                    total += found >= 0
+                    done |= {found} - {-1}
+        assert total == len(lengths)
+        shares = [sorted(in_order(lengths, number, of).tolist()) for number in range(of)]
+        assert shares == [[*range(100)]] * of
+
+
+def test_marks_of_what_a_file_held_before_are_thrown_away(
+    large: Path, tmp_path: Path, ranges: list[Stretch]
+) -> None:
+    rows, settings = tmp_path / "in" / "rows.jsonl", {"slice_bytes": 50_000}
+    rows.parent.mkdir()
+    rows.write_bytes(large.read_bytes())
+    before = rows.stat()
+    run(rows, tmp_path / "set", "1/2", **settings)
+    kept, newline, last = rows.read_bytes().rstrip().rpartition(b"\n")
+    rows.write_bytes(kept + newline + last.replace(b" ", b"_") + b"\n")
+    os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputChangedError, match="changed while it was read"):
+        run(rows, tmp_path / "set", "2/2", **settings)
+    run(rows, tmp_path / "set", "1/2", **settings)
+    assert run(rows, tmp_path / "set", "2/2", **settings)
+    assert verify(tmp_path / "set").ok
+
+
+def test_parts_of_other_settings_go_once_the_set_stands(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "set", "1/2", max_length=32)
+    assert parts_folder(tmp_path / "set").is_dir()
+    assert run(data, tmp_path / "set", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_refusals(data: Path, tmp_path: Path) -> None:

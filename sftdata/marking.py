@@ -1,0 +1,112 @@
+"""Parts of a run share the scan of their input: each leaves its marks where they are built.
+
+    SET.partial.parts/marks/NAME    of one range, named by the file as it is and by how it is scanned
+    SET/builds/marks/NAME           the same in an object store
+
+Nobody waits. A part scans its share, then what no other has scanned by then, the others' shares from their
+ends: together, parts scan each range about once, and any one of them alone scans them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+
+from sftdata.batches import Int64
+from sftdata.errors import IntegrityError, SftError
+from sftdata.output import StoreUrl
+from sftdata.pipeline import WORTH_RANGES, load_nothing
+from sftdata.set.store import explained
+from sftdata.set.stores import put_bytes, store_at
+from sftdata.sources.chunks import Source
+from sftdata.sources.marks import Marks, decode_marks, encode_marks
+from sftdata.sources.planning import in_turn
+from sftdata.sources.ranges import Sizes, Stretch, scan
+from sftdata.sources.remote import is_url, state_of
+from sftdata.sources.tables import stamp_of
+from sftdata.version import __version__
+from sftdata.workers import Workers
+
+MARKS = "marks"
+Place: TypeAlias = Path | StoreUrl
+
+
+def marked(
+    place: Place, share: tuple[int, int], workers: Workers, sizes: Sizes, stretches: Sequence[Stretch]
+) -> Iterator[Marks]:
+    """Return the marks of stretches, in order: those that parts have left, and those of what is scanned now.
+
+    Args:
+        place: where marks are left.
+        share: number of this part, from 0, and how many parts there are.
+    """
+    lengths = np.array([stretch.stop - stretch.start for stretch in stretches], np.int64)
+    if lengths.sum() < WORTH_RANGES:
+        yield from in_turn(sizes, stretches)
+        return
+    if isinstance(place, Path):
+        with explained(place):
+            place.mkdir(parents=True, exist_ok=True)
+    names = [_name(sizes, stretch) for stretch in stretches]
+    work = [
+        (name, stretches[index])
+        for index in in_order(lengths, *share).tolist()
+        if (name := names[index]) is not None
+    ]
+    for _ in workers.map(_leave, (place, sizes), work, load_nothing):
+        pass
+    for name, stretch in zip(names, stretches, strict=True):
+        yield (name and _left(place, name, stretch)) or scan(sizes, stretch)
+
+
+def in_order(lengths: Int64, number: int, of: int) -> Int64:
+    """Return the order in which a part scans stretches: its own, then those of the parts behind it."""
+    owner = (np.cumsum(lengths) - lengths) * of // max(int(lengths.sum()), 1)
+    turn = (owner - number) % of
+    places = np.arange(len(lengths))
+    return np.lexsort((np.where(turn == 0, places, -places), turn))
+
+
+def _leave(how: tuple[Place, Sizes], work: tuple[str, Stretch]) -> None:
+    """Scan a stretch and leave its marks, if no other has."""
+    (place, sizes), (name, stretch) = how, work
+    if _left(place, name, stretch) is None:
+        marks = encode_marks(scan(sizes, stretch))
+        with suppress(SftError):  # the set may be finished meanwhile, and the folder gone
+            put_bytes(store_at(place), name, marks)
+
+
+def _left(place: Place, name: str, stretch: Stretch) -> Marks | None:
+    """Return the marks that are there; None where there are none, or damaged ones."""
+    try:
+        (data,) = store_at(place).get([name])
+        return stamp_of(stretch.source, decode_marks(data))
+    except (IntegrityError, ValueError):
+        return None
+
+
+def _name(sizes: Sizes, stretch: Stretch) -> str | None:
+    """Return the name of the marks of a stretch; None for a dataset, whose files only a library knows."""
+    source = stretch.source
+    if source.container in ("saved", "hub"):
+        return None
+    of_source = (__version__, source.path, source.head.hex(), *_state(source))
+    decides = (*of_source, *sizes, stretch.start, stretch.stop, stretch.whole)
+    return hashlib.sha256(msgspec.json.encode(decides)).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _state(source: Source) -> tuple[int | str | None, ...]:
+    """Return what tells one version of a file from another, on any machine."""
+    if is_url(source.path):
+        return state_of(source.path)
+    found = os.stat(source.path)
+    return found.st_size, found.st_mtime_ns
