@@ -201,7 +201,7 @@ def ranges(data: Path, monkeypatch: pytest.MonkeyPatch) -> list[Stretch]:
 
     monkeypatch.setattr("sftdata.marking.WORTH_RANGES", 0)
     monkeypatch.setattr("sftdata.marking.scan", noted)
-    monkeypatch.setattr("sftdata.plan.Sizes", partial(Sizes, range=64 << 10))
+    monkeypatch.setattr("sftdata.inputs.Sizes", partial(Sizes, range=64 << 10))
     return scanned
 
 

@@ -210,7 +210,7 @@ def test_a_set_of_an_earlier_version_is_up_to_date(monkeypatch: pytest.MonkeyPat
     rows.write_bytes((EXAMPLES / "conversations.jsonl").read_bytes() * 20)
     settings = {"tokenizer": EXAMPLES / "tokenizer", "output": tmp_path / "set", "max_length": 256}
     before = sftdata.prepare(rows, **settings, workers=1)
-    monkeypatch.setattr("sftdata.plan.Sizes", partial(Sizes, range=64 << 10))
+    monkeypatch.setattr("sftdata.inputs.Sizes", partial(Sizes, range=64 << 10))
     after = sftdata.prepare(rows, **settings, workers=1)
     assert after == before
     rows.write_bytes(rows.read_bytes().replace(b"user", b"USER", 1))
