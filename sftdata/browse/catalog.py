@@ -111,6 +111,8 @@ class Catalog:
     def _add(self, files: Sequence[SetFile]) -> None:
         """Take in the indexes of some slices: joined first, as most slices are small."""
         read = [(file, part) for file, part in ((file, self._read(file)) for file in files) if len(part)]
+        if not read:
+            return
         parts = [part for _, part in read]
         ids, length, trained, first_trained, offset, rest, whole = (
             np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from sftdata.browse.site import Answer, Site
 from sftdata.errors import UsageError
-from sftdata.output import print_line
+from sftdata.output import one_line, print_line
 
 HOST = "127.0.0.1"
 _NAMES = (HOST, "localhost")  # any other name is one that a page elsewhere has made to point here
@@ -71,10 +71,15 @@ class Server(ThreadingHTTPServer):
         if name not in _NAMES or not hmac.compare_digest(token.encode(), self._token.encode()):
             return Answer(403, b"This address is not known here: use the one that sftdata printed.\n")
         with self._lock:
-            return self._site.answer(f"/{token}", path, asked.query)
+            try:
+                return self._site.answer(f"/{token}", path, asked.query)
+            except Exception as error:  # the other pages are still good
+                said = f"Internal error: {type(error).__name__}: {error}"
+                print_line(f"{said} (page {path})", err=True)
+                return Answer(500, f"{one_line(said)}\n".encode(errors="backslashreplace"))
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say in one line what went wrong; a browser that has gone away is nothing to speak of."""
+        """Say nothing of a browser that has gone away, in one line what else went wrong."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print_line(f"Internal error: {type(error).__name__}: {error}", err=True)

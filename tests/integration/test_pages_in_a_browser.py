@@ -53,7 +53,8 @@ function behind(node) {
 window.onload = () => {
   const found = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, worst = {contrast: 99};
-    for (const node of page.querySelectorAll("h1, h2, h3, h4, p, td, th, li, summary, nav a, legend, button, .chips a, .about *, .facets a, .said, .figures b, .figures span, .turn > b")) {
+    for (const node of page.querySelectorAll("h1, h2, h3, h4, p, td, th, li, summary, nav a, legend, " +
+        "button, .chips a, .about *, .facets a, .said, .figures b, .figures span, .turn > b")) {
       if (!node.textContent.trim()) continue;
       const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
       const contrast = (a + .05) / (b + .05);

@@ -109,6 +109,23 @@ def test_a_port_in_use_is_refused_with_another_way(folder: Path) -> None:
         Server(Site([open_shown(folder)]), taken.getsockname()[1])
 
 
+def test_a_page_that_fails_is_said_here_and_there_and_costs_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = server.url.partition(str(server.server_port))[2]
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("none\x1b left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Site, "answer", fail)
+        found = asked(server, f"{top}1/report")
+        assert found.status == 500
+        assert found.read() == "Internal error: ZeroDivisionError: none␛ left\n".encode()
+    assert capsys.readouterr().err == "Internal error: ZeroDivisionError: none␛ left (page 1/report)\n"
+    assert asked(server, f"{top}1/").status == 200
+
+
 def test_an_idle_connection_keeps_no_other_waiting(server: Server) -> None:
     top = server.url.partition(str(server.server_port))[2]
     with socket.create_connection(("127.0.0.1", server.server_port)):
