@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,18 @@ from sftdata.errors import UsageError
 
 Settings = dict[str, Any]
 Said = dict[str, tuple[object, str]]  # of one dataset: setting of `prepare` -> value, its place in the file
+
+
+NO_NAME = re.compile(r"[^\w.-]+|^[^A-Za-z0-9]+")  # in the name of a source
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset that a file names: files of this machine as paths, others as text, and how it is read."""
+
+    name: str
+    paths: Sequence[str | Path]
+    said: Said
 
 
 @dataclass(slots=True)
@@ -29,6 +44,7 @@ class Carried:
         origins: program and setting -> what it was in the file.
         needless: settings of the file that nothing has to be set for, and why.
         lost: those that have no counterpart, or ask for a decision, and why.
+        sources: for a registry, where the inputs are names.
     """
 
     tool: str
@@ -40,6 +56,7 @@ class Carried:
     origins: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     needless: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Settings] = field(default_factory=dict)
 
     @property
     def carried(self) -> set[str]:
@@ -60,17 +77,56 @@ class Carried:
         names = self.origins.setdefault((program, name), [])
         names += [] if origin in names else [origin]
 
-    def put_agreed(self, datasets: Sequence[Said]) -> None:
-        """Carry over what all datasets say alike, since one set has one value; the rest is lost."""
-        for said in datasets:
-            for setting, (value, place) in said.items():
-                if all(setting in other and other[setting][0] == value for other in datasets):
+    def put_datasets(self, origin: str, datasets: Sequence[Dataset], *, apart: bool = False) -> None:
+        """Carry datasets over: as inputs where they are read alike, else as sources of a registry by name.
+
+        Args:
+            apart: name them in any case.
+        """
+        read = [{setting: value for setting, (value, _) in one.said.items()} for one in datasets]
+        if len(datasets) < 2 or not (apart or any(one != read[0] for one in read)):
+            self.put("data", "inputs", [str(path) for one in datasets for path in one.paths], origin)
+            for one in datasets:
+                for setting, (value, place) in one.said.items():
                     self.put("data", setting, value, place)
-                else:
-                    self.lost[place] = (
-                        f"not all datasets have this {setting}, and one set has one:"
-                        " prepare this dataset by itself, and mix the sets."
-                    )
+            return
+        for one, said in zip(datasets, read, strict=True):
+            name = next(free for free in _numbered(NO_NAME.sub("-", one.name)) if free not in self.sources)
+            self.sources[name] = source_of(one.paths, said)
+        self.put("data", "inputs", list(self.sources), origin)
+        self.origins["data", "inputs"] += [place for one in datasets for _, place in one.said.values()]
+
+
+def source_of(paths: Sequence[str | Path], said: Mapping[str, object]) -> Settings:
+    """Return a source of a registry."""
+    source: Settings = {"path": paths[0] if len(paths) == 1 else list(paths)}
+    for setting, value in said.items():
+        name, _, part = setting.partition(".")
+        if part:
+            source.setdefault(name, {})[part] = value
+        else:
+            source[name] = value
+    return source
+
+
+def registry_text(sources: Mapping[str, Settings], folder: Path, head: str, left: Mapping[str, str]) -> str:
+    """Return a registry as commented YAML, with paths from the folder that it is to lie in.
+
+    Args:
+        left: what is not in it, and why.
+    """
+    text = f"# {head}\n"
+    for name, source in sources.items():
+        paths = source["path"] if isinstance(source["path"], list) else [source["path"]]
+        seen = [os.path.relpath(path, folder) if isinstance(path, Path) else path for path in paths]
+        plain = source | {"path": seen if len(seen) > 1 else seen[0]}
+        text += "\n" + yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True)
+    text += "\n# ---- Not carried over\n" if left else ""
+    return text + "".join(f"# {name}: {' '.join(reason.split())}\n" for name, reason in left.items())
+
+
+def _numbered(name: str) -> Iterator[str]:
+    return (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
 
 
 Rule = Callable[[Carried, str, Any], None]

@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sftdata.carried import Carried, OfAnotherKind, Said, Settings, listed, mapping, text
+from sftdata.carried import (
+    NO_NAME,
+    Carried,
+    Dataset,
+    OfAnotherKind,
+    Said,
+    Settings,
+    listed,
+    mapping,
+    source_of,
+    text,
+)
 from sftdata.errors import UsageError
 
 _AX_KINDS = {"chat_template": "conversation", "alpaca": "completion", "completion": "text"}
@@ -22,17 +33,21 @@ def axolotl_datasets(found: Carried, name: str, value: Any) -> None:
     """Carry the list of datasets over, each of its keys by itself."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise OfAnotherKind("a list of mappings, as - path: FILE")
-    inputs: list[str] = []
-    said: list[Said] = []
+    datasets: list[Dataset] = []
     for position, entry in enumerate(value, start=1):
         path, files = text(entry.get("path")), listed(entry.get("data_files") or [])
-        inputs += [f"hf://datasets/{path}/{file}" for file in files] or [path]
-        said.append({})
+        paths: list[str | Path] = [f"hf://datasets/{path}/{file}" for file in files]
+        paths = paths or [_here(path)]
+        datasets.append(Dataset(path.rstrip("/").rpartition("/")[2], paths, {}))
         for key, setting in entry.items():
             if key not in ("path", "data_files"):
-                _ax_dataset_key(found, said[-1], f"{name}[{position}].{key}", key, setting)
-    found.put_agreed(said)
-    found.put("data", "inputs", inputs, name)
+                _ax_dataset_key(found, datasets[-1].said, f"{name}[{position}].{key}", key, setting)
+    found.put_datasets(name, datasets)
+
+
+def _here(path: str) -> str | Path:
+    """Return what is a file here as a path."""
+    return Path(path) if Path(path).exists() else path
 
 
 def _ax_dataset_key(found: Carried, said: Said, place: str, key: str, value: Any) -> None:
@@ -50,33 +65,59 @@ def factory_datasets(found: Carried, name: str, value: Any) -> None:
     """Find each name in dataset_info.json."""
     folder = str(found.given.get("dataset_dir") or "data")
     path, known = _lf_info(found.folder / folder, found.folder)
-    inputs = []
-    said: list[Said] = []
+    datasets = []
     for dataset in listed(value):
         if dataset not in known:
             reason = f"no dataset_info.json beside the file, or in its {folder}/, knows it."
             found.lost[f"{name}: {dataset}"] = reason
-            continue
-        entry = mapping(known[dataset])
-        local = path.parent / entry["file_name"] if "file_name" in entry else entry.get("script_url")
-        place = entry.get("hf_hub_url") or local
-        if place is None:
-            found.lost[f"{name}: {dataset}"] = (
-                "only ModelScope has it: download it, and name its file in inputs."
-            )
-            continue
-        inputs.append(str(place))
-        said.append({})
-        for key, setting in entry.items():
-            _lf_entry(found, said[-1], f"{name}: {dataset}.{key}", key, setting)
-    found.put_agreed(said)
-    if inputs:
-        found.put("data", "inputs", inputs, name)
+        elif (
+            one := _lf_dataset(found, f"{name}: {dataset}", dataset, path.parent, known[dataset])
+        ) is not None:
+            datasets.append(one)
+    if datasets:
+        found.put_datasets(name, datasets, apart=bool(found.given.get("max_samples")))
 
 
-def _lf_info(*folders: Path) -> tuple[Path, Mapping[str, Settings]]:
+def read_dataset_info(path: Path) -> Carried:
+    """Read a dataset_info.json of LLaMA-Factory: each dataset that can be had becomes a source.
+
+    Raises:
+        UsageError: it cannot be read, or is no such file.
+    """
+    found = Carried("LLaMA-Factory", path.parent, {})
+    for dataset, entry in _lf_info(path.parent, name=path.name)[1].items():
+        try:
+            one = _lf_dataset(found, dataset, dataset, path.parent, entry)
+        except OfAnotherKind as error:
+            raise UsageError(
+                f"{path}: {dataset}: found {entry!r:.200}; expected {error}.", "correct it."
+            ) from None
+        if one is not None:
+            said = {setting: value for setting, (value, _) in one.said.items()}
+            found.sources[NO_NAME.sub("-", dataset)] = source_of(one.paths, said)
+    return found
+
+
+def _lf_dataset(found: Carried, place: str, dataset: str, folder: Path, value: Any) -> Dataset | None:
+    """Return a dataset of a dataset_info.json; None where it is nowhere that is read from."""
+    entry = mapping(value)
+    if hub := entry.get("hf_hub_url"):
+        path: str | Path = text(hub)
+    elif "file_name" in entry:
+        path = folder / text(entry["file_name"])
+    else:
+        where = "a script loads it" if "script_url" in entry else "only ModelScope has it"
+        found.lost[place] = f"{where}: download its rows, and name their file in inputs."
+        return None
+    said: Said = {}
+    for key, setting in entry.items():
+        _lf_entry(found, said, f"{place}.{key}", key, setting)
+    return Dataset(dataset, [path], said)
+
+
+def _lf_info(*folders: Path, name: str = "dataset_info.json") -> tuple[Path, Mapping[str, Settings]]:
     """Return the dataset_info.json that is there, and what it holds; nothing where none is."""
-    paths = [folder / "dataset_info.json" for folder in folders]
+    paths = [folder / name for folder in folders]
     path = next(filter(Path.is_file, paths), paths[0])
     try:
         return path, mapping(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
@@ -84,26 +125,53 @@ def _lf_info(*folders: Path) -> tuple[Path, Mapping[str, Settings]]:
         raise UsageError(f"{path}: cannot be read ({error}).", "correct it; it is JSON.") from None
 
 
-_LF_NEEDLESS = {
-    **dict.fromkeys(("ms_hub_url", "om_hub_url"), "the Hub has it."),
-    **dict.fromkeys(("formatting", "tags"), "the format is found from the rows; sftdata detect shows it."),
-}
 _LF_COLUMNS = {
     "messages": "messages", "prompt": "instruction", "query": "input", "response": "output",
     "tools": "tools", "system": "system", "history": "history",
 }  # fmt: skip
+# Of messages: the keys that hold role and text, and how roles are spelled; what is known without being told.
+_LF_TAGS = {
+    "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"), "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",), "system_tag": ("system",),
+}  # fmt: skip
+_LF_ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "observation_tag": "tool",
+}
 
 
 def _lf_entry(found: Carried, said: Said, place: str, key: str, value: Any) -> None:
-    if key in _LF_NEEDLESS:
-        found.needless[place] = _LF_NEEDLESS[key]
-    elif key in ("subset", "split"):
+    if key in ("subset", "split"):
         said[key] = value, place
-    elif key == "columns" and set(mapping(value)) <= set(_LF_COLUMNS):
-        named = {_LF_COLUMNS[name]: column for name, column in value.items()}
-        others = {name: column for name, column in named.items() if column not in (name, "conversations")}
-        said |= {f"map.{name}": (column, place) for name, column in others.items()}
-        if not others:
-            found.needless[place] = "the columns are found."
+    elif key == "columns":
+        _lf_columns(found, said, place, mapping(value))
+    elif key == "tags":
+        for tag, spelling in mapping(value).items():
+            if tag in _LF_ROLES and spelling not in _LF_TAGS[tag]:
+                said[f"map_role.{spelling}"] = _LF_ROLES[tag], f"{place}.{tag}"
+            elif spelling in _LF_TAGS.get(tag, ()):
+                found.needless[f"{place}.{tag}"] = "it is read so."
+            else:
+                found.lost[f"{place}.{tag}"] = f"{spelling!r} is not read so; rename it, or use --formatter."
+    elif key in ("formatting", "ms_hub_url", "om_hub_url"):
+        found.needless[place] = (
+            "the format is found from the rows." if key == "formatting" else "the Hub has it."
+        )
+    elif key == "num_samples":
+        found.lost[place] = "cap: {NAME: 'N rows'} of a run says it."
     elif key not in ("file_name", "hf_hub_url"):
         found.lost[place] = "no dataset has such a setting of its own."
+
+
+def _lf_columns(found: Carried, said: Said, place: str, columns: Settings) -> None:
+    for name, column in columns.items():
+        ours = _LF_COLUMNS.get(name)
+        if ours is None:
+            found.lost[f"{place}.{name}"] = "no column of such a meaning is read."
+        elif column in (ours, "conversations"):
+            found.needless[f"{place}.{name}"] = "the column is found."
+        else:
+            said[f"map.{ours}"] = column, f"{place}.{name}"

@@ -274,10 +274,8 @@ _FACTORY: dict[str, Rule] = {
     "eval_dataset": lost("prepare it as a set of its own, which --eval NAME=FOLDER names."),
     "template": lost("the tokenizer's own chat template is used; chat_template names another."),
     "cutoff_len": to("data", "max_length", whole),
-    "max_samples": lambda found, name, value: (
-        lost("it is of each dataset: sftdata prepare --cap NAME='N rows', once for each of them.")
-        if len(found.data.get("inputs", ())) > 1
-        else to("data", "cap", lambda value: {"*": f"{value} rows"}))(found, name, value),
+    "max_samples": lambda found, name, value: to("data", "cap", lambda value: {
+        source: f"{whole(value)} rows" for source in found.sources or ["*"]})(found, name, value),
     "val_size": to("data", "eval", share),
     "packing": _PACKING,
     "neat_packing": to("data", "packing", lambda _: "bfd"),

@@ -284,8 +284,7 @@ def require_package(package: str, setting: str, extra: str = "", named: str = ""
     Args:
         package: its name, as imported.
         setting: what needs it, as the user wrote it.
-        extra: of this project, that brings it along.
-        named: what to install, where that is not the name of the package.
+        extra, named: extra of this project that brings it along, or what to install in its place.
 
     Raises:
         UsageError: the package is not installed.

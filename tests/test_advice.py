@@ -413,7 +413,7 @@ ELSEWHERE: dict[str, str] = {
     "`sfttrain plan` says what a run would take, and trains nothing.": (
         "tests/integration/test_train_words.py::test_a_dry_run_is_the_plan"
     ),
-    "{} {}. Wrote {} and {}. Look at them, then: sftdata prepare {} && sfttrain run -c {}": (
+    "{} {}. Wrote {}. Look at them, then: sftdata prepare {} && sfttrain run -c {}": (
         "tests/integration/test_init_from.py::test_what_is_written_prepares_and_trains"
     ),
     "leave --sample out.": (

@@ -11,10 +11,12 @@ import typer
 from pydantic import BaseModel
 
 from sftdata.choosing import CHOOSING, folders_of
+from sftdata.cli.carrying import init_from, registry_from
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.output import Meter, Progress, StoreUrl, local_output, output_at, print_json, print_line
+from sftdata.reading import REGISTRY_NAME
 from sftdata.settings import read_settings_file
 from sftdata.views.recipe import ViewConfig
 
@@ -50,25 +52,35 @@ def init(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="FILE", help="Settings of TRL, axolotl or LLaMA-Factory to carry over."
+            "--from",
+            metavar="FILE",
+            help="Settings of TRL, axolotl or LLaMA-Factory to carry over, or its dataset_info.json.",
         ),
     ] = None,
-    file: Annotated[str, typer.Option("--file", "-f", help="File to write; - for stdout.")] = "sft.yaml",
+    file: Annotated[
+        str | None,
+        typer.Option("--file", "-f", help="File to write: sft.yaml, or datasets.yaml; - for stdout."),
+    ] = None,
 ) -> None:
     """Write a commented settings file for an input, to run with `sftdata prepare`.
 
-    With `--from` the settings of another tool become two files, of which the second is for `sfttrain run`.
+    With `--from` the settings of another tool become two files, of which the second is for `sfttrain run`;
+    datasets that are each read in their own way, or a dataset_info.json, become a registry.
 
     Example: sftdata init chats.jsonl -t Qwen/Qwen2.5-0.5B-Instruct -f sft.yaml
     Example: sftdata init --from axolotl.yml -f sft.yaml
     """
+    file = file or (REGISTRY_NAME if source is not None and source.suffix == ".json" else "sft.yaml")
     local_output(file, "-f")
     place = output_at(output)
     if file != "-" and Path(file).exists():
         raise UsageError(f"{file}: exists already.", "name another file with -f, or - to print.")
     if config is None:
         assert source is not None
-        _init_from(source, file, place)
+        if source.suffix == ".json":
+            registry_from(source, file)
+        else:
+            init_from(source, file, place)
         return
     text = _settings_yaml(config.model_copy(update={"output": place}))
     if file == "-":
@@ -76,36 +88,6 @@ def init(
     else:
         Path(file).write_text(text, "utf-8")
         print_line(f"Wrote {file}. Look at it, then: sftdata prepare {file}", err=True)
-
-
-def _init_from(source: Path, file: str, output: Path | StoreUrl) -> None:
-    """Write the settings of another tool as two files, and say what was not carried over."""
-    from sftdata.carried import settings_text
-    from sftdata.other_tools import carry_over
-
-    found = carry_over(source, str(output))
-    data, train = Path(file), Path(file).with_name(f"{Path(file).stem}-train.yaml")
-    if file != "-" and train.exists():
-        raise UsageError(f"{train}: exists already.", "name another file with -f, or - to print.")
-    of = f"From {source.name} of {found.tool}."
-    texts = (
-        settings_text(found, "data", f"{of} Look: sftdata preview {data}; build: sftdata prepare {data}"),
-        settings_text(found, "train", f"{of} Train: sfttrain run -c {train}"),
-    )
-    if file == "-":
-        typer.echo("\n---\n".join(texts), nl=False)
-        return
-    for path, text in zip((data, train), texts, strict=True):
-        path.write_text(text, "utf-8")
-    for name, reason in found.lost.items():
-        print_line(f"not carried over: {name}: {reason}", err=True)
-    carried = len(found.carried)
-    counts = f"{carried} settings carried over, {len(found.needless)} needless, {len(found.lost)} not"
-    print_line(
-        f"{of} {counts}. Wrote {data} and {train}. Look at them, then:"
-        f" sftdata prepare {data} && sfttrain run -c {train}",
-        err=True,
-    )
 
 
 def _settings_yaml(config: PrepareConfig) -> str:

@@ -157,25 +157,61 @@ def test_no_setting_undoes_another_by_its_place(
         } | found.carried >= set(given)
 
 
+INFO: dict[str, dict[str, Any]] = {
+    "here": {"file_name": "here.json", "columns": {"prompt": "q", "response": "a"}},
+    "there": {"hf_hub_url": "x/y", "ms_hub_url": "x/y", "formatting": "sharegpt", "ranking": True, "split": "test"},
+    "talk": {
+        "file_name": "talk.json", "formatting": "sharegpt", "columns": {"messages": "turns", "images": "pics"},
+        "tags": {"role_tag": "role", "content_tag": "text", "user_tag": "me", "assistant_tag": "gpt"},
+    },
+    "gone": {"ms_hub_url": "x/y"}, "made": {"script_url": "m.py"},
+}  # fmt: skip
+
+
 def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    info = {
-        "here": {"file_name": "here.json", "columns": {"prompt": "q", "response": "a"}},
-        "there": {"hf_hub_url": "x/y", "ms_hub_url": "x/y", "formatting": "sharegpt", "ranking": True},
-    }
-    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(INFO))
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "here, there, nowhere"}
     found = carry_over(_write(tmp_path, given), "set")
-    assert found.data["inputs"] == [str(tmp_path / "data/here.json"), "x/y"]
-    assert {"dataset: here.columns", "dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
+    assert found.data["inputs"] == ["here", "there"]
+    assert found.sources == {
+        "here": {"path": tmp_path / "data/here.json", "map": {"instruction": "q", "output": "a"}},
+        "there": {"path": "x/y", "split": "test"},
+    }
+    assert {"dataset: nowhere", "dataset: there.ranking"} <= found.lost.keys()
     alone = carry_over(_write(tmp_path, given | {"dataset": "here"}), "set")
-    assert alone.data["map"] == {"instruction": "q", "output": "a"}
+    assert (alone.data["map"], alone.sources) == ({"instruction": "q", "output": "a"}, {})
     found = carry_over(_write(tmp_path, given | {"max_samples": 7}), "set")
-    assert "cap" not in found.data  # which would be of both together
-    assert "of each dataset" in found.lost["max_samples"]
+    assert found.data["cap"] == {"here": "7 rows", "there": "7 rows"}
 
 
-def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_said(tmp_path: Path) -> None:
+def test_a_dataset_info_becomes_a_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/dataset_info.json").write_text(json.dumps(INFO))
+    turns = [{"role": "me", "content": "q"}, {"role": "gpt", "content": "a"}]
+    Path("data/talk.json").write_text(json.dumps([{"turns": turns}] * 5))
+    assert main(["init", "--from", "data/dataset_info.json"]) == 0
+    assert yaml.safe_load(Path("datasets.yaml").read_text()) == {
+        "here": {"path": "data/here.json", "map": {"instruction": "q", "output": "a"}},
+        "there": {"path": "x/y", "split": "test"},
+        "talk": {"path": "data/talk.json", "map": {"messages": "turns"}, "map_role": {"me": "user"}},
+    }
+    said = capsys.readouterr().err
+    for name in ("there.ranking", "talk.columns.images", "talk.tags.content_tag", "gone", "made"):
+        assert f"not carried over: {name}: " in said
+        assert f"# {name}: " in Path("datasets.yaml").read_text()
+    flags = ["-t", str(EXAMPLES / "tokenizer"), "-o", "set", "--max-length", "64", "--workers", "1"]
+    assert main(["prepare", "talk", *flags]) == 0
+    assert open_set("set").manifest.ledger.rows_kept == 5
+
+
+def test_datasets_that_differ_become_sources_and_their_folder_is_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     info = {
         "one": {"file_name": "one.json", "split": "train", "columns": {"prompt": "q"}},
@@ -184,25 +220,28 @@ def test_what_differs_between_datasets_is_named_and_their_folder_is_where_it_is_
     (tmp_path / "mine/dataset_info.json").write_text(json.dumps(info))
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset_dir": "mine", "dataset": "one,two"}
     found = carry_over(_write(tmp_path, given), "set")
-    assert found.data["inputs"] == [str(tmp_path / "mine/one.json"), str(tmp_path / "mine/two.json")]
-    assert not {"split", "map"} & found.data.keys()
-    assert {f"dataset: {name}.{key}" for name in info for key in ("split", "columns")} <= found.lost.keys()
+    assert [source["path"] for source in found.sources.values()] == [
+        tmp_path / "mine/one.json", tmp_path / "mine/two.json",
+    ]  # fmt: skip
+    assert [source["split"] for source in found.sources.values()] == ["train", "test"]
     datasets = [
         {"path": "x/y", "field_messages": "chat"},
-        {"path": "x/z", "field_messages": "talk", "type": {"field": "q"}, "split": "train[:5%]"},
+        {"path": "z/y", "field_messages": "talk", "type": {"field": "q"}, "split": "train[:5%]"},
     ]
-    found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": datasets}), "set")
-    assert not {"split", "map"} & found.data.keys()  # what one dataset says would cut or rename the other
-    lost = {
-        "datasets[1].field_messages",
-        "datasets[2].field_messages",
-        "datasets[2].type",
-        "datasets[2].split",
+    path = _write(tmp_path, {"base_model": "a/b", "datasets": datasets})
+    found = carry_over(path, "set")
+    assert not {"split", "map"} & found.data.keys()
+    assert found.sources == {
+        "y": {"path": "x/y", "map": {"messages": "chat"}},
+        "y-2": {"path": "z/y", "map": {"messages": "talk"}, "split": "train[:5%]"},
     }
-    assert lost <= found.lost.keys()
+    assert "datasets[2].type" in found.lost
+    assert main(["init", "--from", str(path)]) == 0
+    assert main(["config", "check", "sft.yaml"]) == 0
+    assert yaml.safe_load(Path("sft.yaml").read_text())["registry"] == "sft-datasets.yaml"
     alike = [{"path": name, "field_messages": "chat", "split": "train"} for name in ("x/y", "x/z")]
     found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": alike}), "set")
-    assert (found.data["split"], found.data["map"]) == ("train", {"messages": "chat"})
+    assert (found.data["split"], found.data["map"], found.sources) == ("train", {"messages": "chat"}, {})
     (tmp_path / "mine/dataset_info.json").write_text("{")
     with pytest.raises(UsageError, match="dataset_info.json: cannot be read .*correct it"):
         carry_over(_write(tmp_path, given), "set")
@@ -393,6 +432,21 @@ def test_ids_and_labels_are_those_of_trl(kind: str, settings: dict[str, Any], tm
     ]
     assert len(ours) == 200
     assert ours == theirs
+
+
+def _row(tool: str, name: str, folder: Path) -> str:
+    """Return what becomes of a file, as a line of the page."""
+    given = CONFIGS[tool][name]
+    found = carry_over(_write(folder, given), "set")
+    lost = {re.sub(r"\[\d+\]|(?<=^dataset): .*", "", part) for part in found.lost if not part.startswith("(")}
+    needless = {re.split(r"[.\[:]", part)[0] for part in found.needless} - found.carried
+    names = ", ".join(f"`{part}`" for part in sorted(lost)) or "none"
+    return f"| {TOOLS[tool]} | `{name}` | {len(given)} | {len(found.carried)} | {len(needless)} | {names} |"
+
+
+def test_the_page_says_what_becomes_of_each_file(tmp_path: Path) -> None:
+    page = (ROOT / "docs/moving-from-trl.md").read_text("utf-8").splitlines()
+    assert [row for row in (_row(*one, tmp_path) for one in ALL) if row not in page] == []
 
 
 def test_a_wrong_file_says_so_from_python(tmp_path: Path) -> None:
