@@ -15,7 +15,7 @@ from sftdata.settings import check_settings
 from sftdata.views.recipe import ViewConfig
 
 OF_RECIPE = ("sources", "without", "min_tokens", "max_tokens", "min_trained", "max_trained")
-OF_PAGE = ("state", "finding", "text", "page", "after")
+OF_PAGE = ("state", "finding", "text", "page", "after", "part")
 SEVERAL = ("sources", "without")
 STATES = {"rows": "in the rows", "cut": "cut", "dropped": "dropped"}
 _MOST_FIELDS = 200
@@ -54,7 +54,8 @@ class Query:
         query = cls({name: tuple(given) for name, given in values.items()}, _recipe(folder, values))
         if query.state not in ("", *STATES):
             raise UsageError(f"state: found {query.state!r}.", f"one of {', '.join(STATES)}.")
-        query.number("page"), query.number("after")
+        for name in ("page", "after", "part"):
+            query.number(name)
         return query
 
     def text(self, name: str) -> str:
@@ -80,7 +81,7 @@ class Query:
     def link(self, **changes: object) -> str:
         """Return the query of a page with other filters; None takes a filter away, and the place goes."""
         values: dict[str, object] = {
-            name: given for name, given in self.values.items() if name not in ("page", "after")
+            name: given for name, given in self.values.items() if name not in ("page", "after", "part")
         }
         values |= changes
         kept = {name: values[name] for name in OF_RECIPE + OF_PAGE if values.get(name) not in (None, "", ())}

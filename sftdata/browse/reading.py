@@ -17,14 +17,57 @@ from sftdata.set.index import RestRows, slice_number
 from sftdata.set.local import named
 from sftdata.set.rows import SetFiles
 from sftdata.show.pictures import ShownPicture, shown_pictures
-from sftdata.show.view import DocumentView, View, view_example
+from sftdata.show.view import DocumentView, Piece, View, find_turns, view_example
 from sftdata.vocabulary import Vocabulary
 
+PART = 16_384  # tokens of a document, or of a pack, on one page
 SEARCHED = 2_000_000  # tokens that one page looks through for a text: about half a second
 _TOGETHER = 256  # documents read at a time in a search
 _HEAD, _ANSWER = 48, 40  # tokens of a line: of the beginning, and from the first trained one
 _BEFORE, _BEHIND = 70, 170  # characters around a text that was found
 _FATES = {IN_ROWS: "", BESIDE: "dropped", IN_ROWS | BESIDE: "cut"}
+
+
+@dataclass(frozen=True, slots=True)
+class PartShown(DocumentView):
+    """A document of which some pieces are shown, with the turns that they belong to.
+
+    Attributes:
+        first, last: half-open, of the pieces.
+    """
+
+    first: int
+    last: int
+
+    def turns(self) -> list[tuple[str, Sequence[Piece]]]:
+        """Return the role and the shown pieces of each turn that has some."""
+        shown, start = [], 0
+        for role, pieces in find_turns(self.pieces):
+            part = pieces[max(self.first - start, 0) : max(self.last - start, 0)]
+            shown += [(role, part)] if part else []
+            start += len(pieces)
+        return shown
+
+
+def part_of(view: View, number: int) -> tuple[View, int]:
+    """Return one part of a view, counted from 1, of about `PART` tokens; and how many parts there are.
+
+    Raises:
+        UsageError: there is no such part.
+    """
+    low, high = (number - 1) * PART, number * PART
+    documents, start = [], 0
+    for document in view.documents:
+        edges = start + offsets_of([len(piece.ids) for piece in document.pieces])[:-1]
+        first, last = np.searchsorted(edges, [low, high]).tolist()
+        if last > first:
+            shown = {name: getattr(document, name) for name in DocumentView.__slots__}
+            documents.append(PartShown(**shown, first=first, last=last))
+        start += document.tokens
+    whole = max(-(-start // PART), 1)
+    if number > whole:
+        raise UsageError(f"part: found {number}; there are {whole}.", "follow a link of the page.")
+    return View(view.title, tuple(documents), view.padding if number == whole else 0), whole
 
 
 @dataclass(frozen=True, slots=True)

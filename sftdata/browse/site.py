@@ -14,7 +14,7 @@ from sftdata.browse.catalog import Catalog
 from sftdata.browse.facets import filters_of, lengths_of, shares_of, sources_of
 from sftdata.browse.left_out import left_out
 from sftdata.browse.query import STATES, Query
-from sftdata.browse.reading import Reader
+from sftdata.browse.reading import Reader, part_of
 from sftdata.browse.selection import Selection, select
 from sftdata.errors import SftError, UsageError
 from sftdata.pages import render
@@ -102,7 +102,7 @@ class SetPages:
             case ["document", number] if number.isdecimal():
                 return Answer.page(self._document(int(number), query, frame))
             case ["row", number] if number.isdecimal():
-                return Answer.page(self._row(int(number), frame))
+                return Answer.page(self._row(int(number), query, frame))
             case ["recipe.yaml"]:
                 return Answer.file("recipe.yaml", query.as_yaml())
             case ["list.txt"]:
@@ -149,6 +149,8 @@ class SetPages:
 
     def _document(self, example_id: int, query: Query, frame: Mapping[str, object]) -> str:
         view, rows = self._reader.document(example_id)
+        part = max(query.number("part"), 1)
+        view, parts = part_of(view, part)
         chosen = self._select(query)
         rank = chosen.rank(example_id)
         before = chosen.ids(rank - 1, 1) if rank else []
@@ -156,6 +158,9 @@ class SetPages:
         return render(
             _HERE / "document.html.jinja",
             view=view,
+            at=f"document/{example_id}",
+            part=part,
+            parts=parts,
             rows=rows,
             query=query,
             steps=(before, behind),
@@ -165,9 +170,20 @@ class SetPages:
             **frame,
         )
 
-    def _row(self, number: int, frame: Mapping[str, object]) -> str:
-        view = self.shards.view(number)
-        return render(_HERE / "row.html.jinja", view=view, number=number, rows=len(self.shards), **frame)
+    def _row(self, number: int, query: Query, frame: Mapping[str, object]) -> str:
+        part = max(query.number("part"), 1)
+        view, parts = part_of(self.shards.view(number), part)
+        return render(
+            _HERE / "row.html.jinja",
+            view=view,
+            number=number,
+            rows=len(self.shards),
+            query=query,
+            at=f"row/{number}",
+            part=part,
+            parts=parts,
+            **frame,
+        )
 
     def _list(self, query: Query) -> Iterator[str]:
         """Yield the lines of a list for --drop.

@@ -205,6 +205,33 @@ def walked_in_order(reader: reading.Reader, example: int) -> Iterator[list[int]]
         yield [token for piece in part.pieces for token in piece.ids]
 
 
+@pytest.mark.parametrize("address", ["document/3", "row/1"])
+def test_the_parts_of_a_long_page_are_the_page_token_for_token_in_its_turns(
+    sets: dict[str, Path], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site([open_shown(sets["chats"])])
+    shown = re.compile(r'<b>(\w+)</b>|data-ids="([\d ]+)"')
+    whole = shown.findall(got(site, f"1/{address}"))
+    monkeypatch.setattr(reading, "PART", 17)
+    parts = int(re.search(r"part 1 of (\d+)", got(site, f"1/{address}"))[1])
+    assert parts > 2
+    pages = [shown.findall(got(site, f"1/{address}?part={part}")) for part in range(1, parts + 1)]
+    assert [ids for page in pages for _, ids in page if ids] == [ids for _, ids in whole if ids]
+    assert all(sum(len(ids.split()) for _, ids in page) <= 17 + 8 for page in pages)
+    assert with_roles(pages) == with_roles([whole])
+    assert f"there are {parts}" in got(site, f"1/{address}?part={parts + 1}", 404)
+
+
+def with_roles(pages: list[list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """Return the role and the ids of each piece, in order."""
+    found, role = [], ""
+    for page in pages:
+        for name, ids in page:
+            role = name or role
+            found += [(role, ids)] if ids else []
+    return found
+
+
 def test_a_list_of_a_selection_is_what_drop_takes_out(sets: dict[str, Path], tmp_path: Path) -> None:
     site = Site([open_shown(sets["chats"])])
     asked = "min_tokens=60&sources=b.jsonl"
