@@ -84,7 +84,8 @@ def render_rows(rows: Sequence[Row], row: Int64, renderer: Renderer, tally: Tall
     for index, item in zip(row.tolist(), rows, strict=True):
         try:
             if isinstance(item, Conversation):
-                if found := fast.render(item, index):
+                pictured = isinstance(item, PicturedConversation)
+                if not pictured and (found := fast.render(item, index)):
                     chats.put(index, *found)
                     continue
                 columns, rendered = chats, _conversation(item, index, renderer, tally)

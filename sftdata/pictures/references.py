@@ -120,8 +120,8 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
         what = f"{said} is outside of {folder}, the folder of pictures."
         raise RowError("image-outside", what, FOLDER_FIX)
     try:
-        real = os.path.realpath(path)
-        if os.path.commonpath([os.path.realpath(base), real]) != os.path.realpath(base):
+        real, home = os.path.realpath(path), os.path.realpath(base)
+        if os.path.commonpath([home, real]) != home:
             what = f"{said} is a link to {real}, outside of {folder}, the folder of pictures."
             raise RowError("image-outside", what, "put the file there, not a link to it.")
         with open(real, "rb", opener=_without_waiting) as file:

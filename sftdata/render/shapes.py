@@ -1,11 +1,12 @@
 """The shape cache: how a chat template lays out conversations of one shape, learned once, then filled in.
 
 A template is a program; what it writes may depend on what a message says. So before a shape (the roles of its
-messages, in order, and which of them are empty) is cached, the template runs on symbolic texts (symbolic.py):
-strings that refuse every question but those whose answer can be noted as a condition
-(`'</think>' in content`, `content | trim`). If it asks nothing else, it lays out every conversation of that
-shape alike, as long as the conditions hold: no text holds a string that was looked for, none has outer
-whitespace where it was trimmed. A row that meets them is put together from its shape; any other is rendered.
+messages, in order, which of them are empty, and where pictures stand between texts) is cached, the template
+runs on symbolic texts (symbolic.py): strings that refuse every question but those whose answer can be noted
+as a condition (`'</think>' in content`, `content | trim`). If it asks nothing else, it lays out every
+conversation of that shape alike, as long as the conditions hold: no text holds a string that was looked for,
+none has outer whitespace where it was trimmed. A row that meets them is put together from its shape; any
+other is rendered.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from sftdata.render.template import ChatTemplate
 
 MAX_SHAPES = 4096
 _RESERVED_BYTE = "\U00108000".encode()[:1]  # every reserved character begins with it, and few others
-_PLAIN_KEYS = {"role", "content"}
+_PLAIN_KEYS, _TEXT_KEYS = {"role", "content"}, {"type", "text"}
+_PICTURE = "image"
+
+Layout = tuple[tuple[str | None, ...] | None, ...]
+"""Of each message None for a text, or its parts: None for a text, a picture's type, a blank text as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,11 @@ Anchor = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShapeTemplate:
-    """Literals, and the messages whose contents fill the slots between them.
+    """Literals, and the texts that fill the slots between them.
 
     Attributes:
         literals: one more than slots.
-        slots: message number after each literal but the last.
+        slots: number of the text after each literal but the last.
         turns: those of the conversation it was learned from.
         spans: anchors where each turn starts and stops.
         absent: strings that no content may hold.
@@ -114,17 +119,18 @@ class ShapeCache:
         # Most texts hold no such character: a quick way out.
         self._first_characters = tuple(sorted({token[0] for token in tokens}))
         self._guarded = compile_guarded(template.text, template.date)
-        self._shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], ShapeTemplate | None] = {}
+        self._shapes: dict[tuple[object, ...], ShapeTemplate | None] = {}
 
     def render(self, row: Conversation) -> tuple[ShapeTemplate, str, Ranges] | None:
         """Return a row's shape, its text and the characters of its turns; None where it must be rendered."""
-        contents = plain_contents(row)
-        if contents is None:
+        plain = plain_contents(row)
+        if plain is None:
             return None
+        contents, layout = plain
         empty = (
             tuple([index for index, content in enumerate(contents) if not content]) if "" in contents else ()
         )
-        shape = self.shape_of(tuple([message["role"] for message in row.messages]), empty)
+        shape = self.shape_of(tuple([message["role"] for message in row.messages]), empty, layout)
         if shape is None or not self.accepts(shape, contents):
             return None
         return shape, *shape.render(contents)
@@ -150,27 +156,31 @@ class ShapeCache:
                 return not self._tokens.search(text)
         return True
 
-    def shape_of(self, roles: tuple[str, ...], empty: tuple[int, ...] = ()) -> ShapeTemplate | None:
+    def shape_of(
+        self, roles: tuple[str, ...], empty: tuple[int, ...] = (), layout: Layout | None = None
+    ) -> ShapeTemplate | None:
         """Return the template of a shape; None where the template looks into texts, or the cache is full.
 
         Args:
             roles: of the messages.
-            empty: indices of the messages without content.
+            empty: numbers of the texts that are empty.
+            layout: of the messages; None where the content of each is a text.
         """
-        key = roles, empty
+        key = roles, empty, layout
         if key not in self._shapes:
             if len(self._shapes) >= MAX_SHAPES:
                 return None
-            texts = ["" if number in empty else f"Text {number}." for number in range(len(roles))]
-            messages: list[dict[str, object]] = [
-                {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
-            ]
-            row = Conversation(messages, [])
+            layout = layout or (None,) * len(roles)
+            slots = sum(1 if parts is None else parts.count(None) for parts in layout)
+            texts = ["" if number in empty else f"Text {number}." for number in range(slots)]
+            row = Conversation(_messages(roles, layout, texts), [])
             proven = self._prove(row)
-            self._shapes[key] = None if proven is None else self._learn(row, texts, proven)
+            self._shapes[key] = None if proven is None else self._learn(row, layout, texts, proven)
         return self._shapes[key]
 
-    def _learn(self, row: Conversation, contents: list[str], proven: ProvenRender) -> ShapeTemplate | None:
+    def _learn(
+        self, row: Conversation, layout: Layout, contents: list[str], proven: ProvenRender
+    ) -> ShapeTemplate | None:
         """Learn a shape from the proven render of a row; None where the template looks into its texts.
 
         None, too, where an assistant message has no turn (no `{% generation %}` block): such rows are counted
@@ -186,9 +196,10 @@ class ShapeCache:
         ]
         if 2 * len(pairs) != len(sentinels):
             return None
-        if any(text[one.position : two.position] != contents[one.message] for one, two in pairs):
-            return None
-        conditions = self._conditions(row, text)
+        numbers = {content: number for number, content in enumerate(contents) if content}
+        slots = [numbers.get(text[one.position : two.position]) for one, two in pairs]
+        roles = [message["role"] for message in row.messages]
+        conditions = None if None in slots else self._conditions(roles, layout, contents, text)
         if conditions is None:
             return None
         edges = [0, *(edge.position for pair in pairs for edge in pair), len(text)]
@@ -197,7 +208,7 @@ class ShapeCache:
         anchors = [(_anchor(literals, edges, start), _anchor(literals, edges, stop)) for start, stop in spans]
         shape = ShapeTemplate(
             literals,
-            tuple(one.message for one, _ in pairs),
+            tuple(slot for slot in slots if slot is not None),
             tuple(proven.turns),
             tuple((start, stop) for start, stop in anchors if start is not None and stop is not None),
             tuple(sorted(conditions.absent.union(proven.absent))),
@@ -206,13 +217,12 @@ class ShapeCache:
         # The row must meet the conditions that it taught: else they are not the conditions of its render.
         return shape if self.accepts(shape, contents) and shape.render(contents) == (text, spans) else None
 
-    def _conditions(self, row: Conversation, text: str) -> Conditions | None:
+    def _conditions(
+        self, roles: Sequence[str], layout: Layout, contents: Sequence[str], text: str
+    ) -> Conditions | None:
         """Run the template on symbolic texts; return what it asked, None where no conditions state it."""
         conditions = Conditions()
-        messages = [
-            {"role": message["role"], "content": _symbolic(message["content"], conditions)}
-            for message in row.messages
-        ]
+        messages = _messages(roles, layout, [_symbolic(content, conditions) for content in contents])
         try:
             context = self._guarded.new_context(self._template.arguments(messages))
             written = "".join(self._guarded.root_render_func(context))
@@ -222,16 +232,58 @@ class ShapeCache:
         return conditions if written == text else None
 
 
-def plain_contents(row: Conversation) -> list[str] | None:
-    """Return the contents of a row whose messages have nothing but a role and a text; None for others."""
+def plain_contents(row: Conversation) -> tuple[list[str], Layout | None] | None:
+    """Return the texts of a row whose messages have nothing but a role, texts and pictures; None for others.
+
+    The layout of its messages comes with them; None where the content of each is a text.
+    """
     if row.tools is not None or row.template_kwargs:
         return None
-    contents = []
+    contents, layout, pictured = list[str](), list[tuple[str | None, ...] | None](), False
     for message in row.messages:
-        if message.keys() != _PLAIN_KEYS or type(content := message["content"]) is not str:
+        if message.keys() != _PLAIN_KEYS:
             return None
-        contents.append(content)
-    return contents
+        content = message["content"]
+        if type(content) is str:
+            contents.append(content)
+            layout.append(None)
+        elif type(content) is list and (parts := _parts(content)) is not None:
+            contents += [part["text"] for part, text in zip(content, parts, strict=True) if text is None]
+            layout.append(parts)
+            pictured = True
+        else:
+            return None
+    return contents, tuple(layout) if pictured else None
+
+
+def _parts(content: Sequence[object]) -> tuple[str | None, ...] | None:
+    """Return the layout of parts; None where one is neither a text nor a picture taken out of its row."""
+    parts: list[str | None] = []
+    for part in content:
+        if not isinstance(part, dict):
+            return None
+        if part.keys() == _TEXT_KEYS and part["type"] == "text" and type(text := part["text"]) is str:
+            parts.append(None if text.strip() else text)
+        elif part == {"type": _PICTURE}:
+            parts.append(_PICTURE)
+        else:
+            return None
+    return tuple(parts)
+
+
+def _messages(roles: Sequence[str], layout: Layout, texts: Sequence[str]) -> list[dict[str, object]]:
+    """Return messages of this layout with these texts."""
+    coming = iter(texts)
+
+    def part(kind: str | None) -> dict[str, object]:
+        if kind == _PICTURE:
+            return {"type": _PICTURE}
+        return {"type": "text", "text": next(coming) if kind is None else kind}
+
+    return [
+        {"role": role, "content": next(coming) if parts is None else [part(kind) for kind in parts]}
+        for role, parts in zip(roles, layout, strict=True)
+    ]
 
 
 def assistant_messages(row: Conversation) -> list[int]:

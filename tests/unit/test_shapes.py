@@ -12,6 +12,7 @@ from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation, SpanFinder
 from sftdata.render.shapes import plain_contents
 from sftdata.render.template import ChatTemplate, control_tokens
+from tests.unit.test_pictures_masks import TEMPLATES
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXTS = [
@@ -64,6 +65,55 @@ def test_shapes_equal_rendering_on_every_template_shape_and_text(name: str, leas
                 )
         learned += any(shape is not None for shape in finder.shapes._shapes.values())
     assert learned >= least
+
+
+ODD = [  # pictures before all text, a text twice, numbered pictures, a question about the text of a part
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% endif %}{% endfor %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</s>{% endfor %}",
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ p.text }}{{ p.text | trim }}{{ loop.index if p.type == 'image' }}{% endfor %}{% endif %}</s>{% endfor %}",
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ '<image>' if p.type == 'image' else p.text if 'a' in p.text else p.text | upper }}{% endfor %}{% endif %}</s>{% endfor %}",
+]
+
+
+def laid_out(parts: str, texts: list[str]) -> list[dict[str, str]]:
+    """Return parts: `i` is a picture, `t` the next of the texts."""
+    coming = iter(texts)
+    return [{"type": "image"} if kind == "i" else {"type": "text", "text": next(coming)} for kind in parts]
+
+
+def test_shapes_of_parts_equal_rendering_whatever_stands_between_pictures() -> None:
+    """Templates of vision-language models, and others, which refuse parts or write them as they are."""
+    cases = [
+        ("it", "?"),
+        ("i", ""),
+        ("titti", "And?"),
+        ("iti", "\n"),
+        ("t", " "),
+        ("ii", "<image>"),
+        ("tit", "<|im_end|>"),
+    ]
+    for number, text in enumerate([*TEMPLATES.values(), *ODD]):
+        finder = finder_of(text)
+        for (first, more), said in product(cases, [*TEXTS[:9], *TEXTS[11:13], "\n\u2028"]):
+            asked = laid_out(first, [said, more, f"{said}{more}", said])
+            rows = [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": laid_out("t", ["Red"])},
+            ]
+            for messages in (rows, [rows[0], {"role": "assistant", "content": said}, *rows]):
+                row = Conversation(messages, [None] * len(messages))
+                found = [outcome(finder, row, slow=slow) for slow in (False, True)]
+                assert found[0] == found[1], (number, first, said, more)
+        assert number >= len(TEMPLATES) or any(
+            key[2] for key, shape in finder.shapes._shapes.items() if shape
+        ), number
+    assert (
+        plain_contents(Conversation([{"role": "user", "content": [{"type": "image", "image": "a"}]}], [None]))
+        is None
+    )
+    assert plain_contents(Conversation([{"role": "user", "content": ["a"]}], [None])) is None
 
 
 @pytest.mark.parametrize(
