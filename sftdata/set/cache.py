@@ -50,9 +50,20 @@ def held_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             file.close()
             raise
+        fcntl.flock(file, fcntl.LOCK_UN)
         file.close()  # it has its name by now, or is gone
-    with file:
+    with file, _unlocked_at_end(file):
         yield file
+
+
+@contextmanager
+def _unlocked_at_end(file: BinaryIO) -> Iterator[None]:
+    """Give up the lock on a file by name: a child that was forked meanwhile holds it, too."""
+    try:
+        yield
+    finally:
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _make(path: str, flags: int) -> int:
@@ -91,7 +102,7 @@ def make_room(info: SetFile, part: BinaryIO, evictable: tuple[str, ...]) -> None
         UsageError: the bound is smaller than the file.
     """
     root, bound = cache_root(), cache_bound()
-    with open(root / _TAKEN, "r+b", opener=_make) as lock:
+    with open(root / _TAKEN, "r+b", opener=_make) as lock, _unlocked_at_end(lock):
         fcntl.flock(lock, fcntl.LOCK_EX)
         part.seek(0)
         part.truncate(0)

@@ -32,7 +32,7 @@ from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME, Objects, Pointer
+from sftdata.set.stores import MANIFEST_NAME, Objects, Pointer, connect
 from sftdata.set.web import Web
 
 _AT_ONCE = 8
@@ -41,6 +41,7 @@ _SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "h
 _AS_NEEDED = (".arrow", ".jsonl")
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
+_forked: list[bool] = []  # from a process that reads objects: not empty
 _sound: dict[Path, int] = {}  # files that this process has held against their hashes, and their inodes
 
 
@@ -154,13 +155,22 @@ def _mirrored(url: str, key: str | None) -> Path:
 
 
 def _store_at(url: str) -> Objects | Web:
-    return (Web if url.startswith(("http", "hf:")) else Objects)(url)
+    return (Web if url.startswith(("http", "hf:")) or _forked else Objects)(url)
+
+
+def _after_fork() -> None:
+    """Read through fsspec in a child: the client that its parent has connected hangs there."""
+    _forked.extend([True] * min(connect.cache_info().currsize, 1))
+    _stores.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _followed(url: str, found: bytes) -> tuple[Objects | Web, bytes]:
     """Return where the files of a set are, and its manifest, by what stands in the place of that."""
     try:
-        built = Objects(f"{url}/{msgspec.json.decode(found, type=Pointer).folder}")
+        built = _store_at(f"{url}/{msgspec.json.decode(found, type=Pointer).folder}")
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return _store_at(url), found
     if (manifest := built.find(MANIFEST_NAME)) is None:

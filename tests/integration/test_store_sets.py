@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from sftdata.set import local, push, stores
 from sftdata.set.opened import open_set
 from tests.remote_stores import KEYS, Counter, need_packages, s3_server
 from tests.torture.runs import TOKENIZER, write_chats
+from tests.waiting import HANGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_sync")]
 SETTINGS: dict[str, Any] = {
@@ -141,6 +144,26 @@ def test_a_view_by_index_is_pushed_where_its_base_is(s3: Counter, chats: Path, t
     sftdata.view("s3://bucket/built", output=tmp_path / "far", max_length=48)
     sftdata.push(tmp_path / "far", "s3://bucket/far")
     assert rows_of("s3://bucket/far") == rows_of(tmp_path / "near")
+
+
+FORKS = """
+import os, sys
+from sftdata.set.opened import open_set
+opened = open_set(sys.argv[1])
+first = opened[0].labels.sum()
+if (child := os.fork()) == 0:
+    os._exit(int(len(opened[len(opened) - 1].labels)))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_reads_on(s3: Counter, chats: Path) -> None:
+    """As the workers of a data loader do; the client of the store has threads that a child lacks."""
+    need_packages("s3fs")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, "s3://bucket/built"], capture_output=True, text=True, timeout=HANGS
+    )
+    assert done.stdout == "64\n", done.stderr
 
 
 def test_what_a_store_refuses_is_one_line(
