@@ -67,13 +67,17 @@ def test_shapes_equal_rendering_on_every_template_shape_and_text(name: str, leas
     assert learned >= least
 
 
-ODD = [  # pictures before all text, a text twice, numbered pictures, a question about the text of a part
+PART_BY_PART = (
     "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'image' %}<image>{% endif %}{% endfor %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</s>{% endfor %}",
-    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{{ p.text }}{{ p.text | trim }}{{ loop.index if p.type == 'image' }}{% endfor %}{% endif %}</s>{% endfor %}",
-    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{{ '<image>' if p.type == 'image' else p.text if 'a' in p.text else p.text | upper }}{% endfor %}{% endif %}</s>{% endfor %}",
+    "@{% endfor %}{% endif %}</s>{% endfor %}"
+)
+ODD = [  # pictures before all text, a text twice and numbered pictures, a question about the text of a part
+    PART_BY_PART.replace("@", body)
+    for body in (
+        "{% if p.type == 'image' %}<image>{% endif %}{% endfor %}{% for p in m.content %}{{ p.text }}",
+        "{{ p.text }}{{ p.text | trim }}{{ loop.index if p.type == 'image' }}",
+        "{{ '<image>' if p.type == 'image' else p.text if 'a' in p.text else p.text | upper }}",
+    )
 ]
 
 
