@@ -10,7 +10,7 @@ from sftdata.browse.query import STATES, Query
 from sftdata.browse.selection import Selection
 from sftdata.choosing import read_share
 from sftdata.set.manifest import SourceInfo
-from sftdata.show.stats import Bar, Histogram, histogram_of, length_histogram
+from sftdata.show.stats import MOST_SOURCES, Bar, Histogram, histogram_of, length_histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +65,25 @@ def shares_of(chosen: Selection, query: Query) -> Histogram:
     return Histogram(bars, label, ticks, None, None, "%")
 
 
-def sources_of(chosen: Selection, query: Query, sources: Sequence[SourceInfo]) -> list[Facet]:
-    """Return the sources that have something, the largest first; a click adds one, or takes it away."""
+def sources_of(chosen: Selection, query: Query, sources: Sequence[SourceInfo]) -> tuple[list[Facet], int]:
+    """Return the largest sources that have something, and those that are picked; and how many have something.
+
+    A click on one adds it, or takes it away.
+    """
     names = query.recipe.sources
     counts: dict[str, int] = {}
     for source, count in zip(sources, chosen.sources.tolist(), strict=True):
-        counts[source.name] = counts.get(source.name, 0) + count
+        if count or source.name in names:
+            counts[source.name] = counts.get(source.name, 0) + count
+    ordered = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     facets = []
-    for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])):
+    for place, (name, count) in enumerate(ordered):
         picked = name in names
-        others = [one for one in names if one != name]
-        if count or picked:
-            facets.append(
-                Facet(name, query.link(sources=others if picked else [*others, name]), count, picked)
-            )
-    return facets
+        if place < MOST_SOURCES or picked:
+            others = [one for one in names if one != name]
+            link = query.link(sources=others if picked else [*others, name])
+            facets.append(Facet(name, link, count, picked))
+    return facets, len(ordered)
 
 
 def filters_of(query: Query) -> Iterator[Facet]:

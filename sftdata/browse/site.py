@@ -125,6 +125,7 @@ class SetPages:
     def _documents(self, query: Query, frame: Mapping[str, object]) -> str:
         chosen, text, manifest = self._select(query), query.text("text"), self.shards.manifest
         page = max(query.number("page"), 1)
+        sources, count = sources_of(chosen, query, manifest.sources)
         found = None
         if text:
             after = query.number("after") if query.text("after") else -1
@@ -142,7 +143,8 @@ class SetPages:
             filters=list(filters_of(query)),
             lengths=lengths_of(chosen, query, manifest.max_length),
             shares=shares_of(chosen, query),
-            sources=sources_of(chosen, query, manifest.sources),
+            sources=sources,
+            all_sources=count,
             audited=self.audited() if query.text("finding") else None,
             **frame,
         )

@@ -145,7 +145,7 @@ def test_nothing_of_the_data_acts(hostile: Server, canary: Canary, page: str, tm
     assert canary.heard == []
     assert "data-owned" not in text
     assert re.findall(r"<script[^>]*>", text) == [f'<script src="{address(hostile, "keys.js")}" defer="">']
-    assert not re.search(r"<(?:iframe|base|object|video|link|img src=\"?http|meta http)", text)
+    assert not re.search(r"<(?:iframe|base|object|video|link rel=.?s|img src=.?http|meta http)", text)
     shown = html.unescape(re.sub(r"<[^>]*>", "", text))
     if page in ("1/document/LAST", "1/?text=" + quote("<script>")):
         assert "http://canary.example/" in shown  # the text is there, as text

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import sftdata
-from sftdata.browse import reading
+from sftdata.browse import facets, reading
 from sftdata.browse import site as pages
 from sftdata.browse.catalog import BESIDE, IN_ROWS, SHARES, Catalog
 from sftdata.browse.query import Query
@@ -165,7 +165,7 @@ def test_all_documents_are_on_the_pages_once_and_every_link_leads_somewhere(
             text = got(site, address)
             if re.match(r"1/(\?page=\d+)?$", address):
                 seen += re.findall(r"/TOP/1/document/(\d+)\?", text)
-            links = {address_of(link) for link in re.findall(r'href="([^"]+)"', text)}
+            links = {address_of(link) for link in re.findall(r'<a[^>]*href="([^"]+)"', text)}
             links = {
                 one
                 for one in links
@@ -328,3 +328,19 @@ def test_shares_are_sixteenths_whose_edges_a_recipe_can_say_exactly() -> None:
     for number in range(SHARES):
         share = float(f"{100 * number / SHARES:.6g}") / 100
         assert share == number / SHARES
+
+
+def test_of_many_sources_the_largest_are_links_and_those_that_are_picked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        write_lines(tmp_path / f"{name}.jsonl", [*chats(rows, 3)]) for rows, name in enumerate("abcde", 2)
+    ]
+    prepare(tmp_path / "set", files)
+    monkeypatch.setattr(facets, "MOST_SOURCES", 2)
+    site = Site([open_shown(tmp_path / "set")])
+    linked = re.compile(r'<li><a href="[^"]*"[^>]*>(\w)\.jsonl</a>')
+    assert linked.findall(got(site, "1/")) == ["e", "d"]
+    assert linked.findall(got(site, "1/?sources=b.jsonl")) == ["e", "d", "b"]
+    assert "5 sources" in got(site, "1/?sources=b.jsonl")
+    assert "and 3 more" in got(site, "1/")
