@@ -131,8 +131,9 @@ class Catalog:
         self._files += [file for file, _ in read]
         state = np.where(rest, np.uint8(BESIDE), np.uint8(IN_ROWS))
         one, few = np.flatnonzero(whole), np.flatnonzero(~whole)
+        places = ids[one]
         for column, values in ((self.length, length), (self.trained, trained), (self.state, state)):
-            column[ids[one]] = values[one]
+            column[places] = values[one]
         # Pieces of documents; a label on a document's own first token trains nothing.
         np.add.at(self.length, ids[few], length[few])
         np.add.at(self.trained, ids[few], trained[few] + (first_trained[few] & (offset[few] > 0)))
