@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from sftdata.batches import Bool, Int32, Int64
 from sftdata.masks.markers import match_ids
 from sftdata.render.control_tokens import ANSWER, CALLS, RESULT, SYSTEM, USER, common_prefix, find_stops, gaps
-from sftdata.render.template import ChatTemplate, Message
+from sftdata.render.template import ChatTemplate, Message, TemplateRefusal
 from sftdata.vocabulary import Vocabulary
 
 _THINKING = re.compile(r"</?think(?:ing)?>")  # opened for the model, or closed
@@ -121,4 +121,16 @@ def _headers(template: ChatTemplate, pattern: re.Pattern[str]) -> Iterator[tuple
             header = _THINKING.split(header.partition("\n")[0])[0].rstrip()
             if pattern.search(behind := header.removeprefix(bos)):
                 header, at = behind, at + len(header) - len(behind)
+            if message["role"] == "assistant":
+                header = _prompted(template, messages[: gap.after], header, pattern)
             yield str(message["role"]), text, at, at + len(header)
+
+
+def _prompted(template: ChatTemplate, messages: list[Message], header: str, pattern: re.Pattern[str]) -> str:
+    """Return as much of an answer's header as the generation prompt ends in; all, where it goes on."""
+    try:
+        prompt = template.render(messages, add_generation_prompt=True).rstrip()
+    except TemplateRefusal:
+        return header
+    parts = (header[:stop].rstrip() for stop in range(len(header), 0, -1))
+    return next((part for part in parts if pattern.search(part) and prompt.endswith(part)), header)

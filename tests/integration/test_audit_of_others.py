@@ -396,3 +396,22 @@ OF_IDS = {
     "nothing-trained", "answer-cut", "turn-end-not-a-stop", "no-trained-end", "double-bos", "missing-bos", "empty-answer",
     "control-token-in-answer", "duplicate-prompt", "eos-not-in-generation-config",
 }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["gpt-oss-harmony", "jamba", "deepseek-v3", "glm-4-moe", "gemma-4", "mistral-v3-tekken-tools", "llama-4"],
+)
+def test_no_proven_mask_is_blamed_for_the_headers_of_its_template(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
+    template = str(shared_data / "templates" / "plain" / f"{name}.jinja")
+    sftdata.prepare(
+        EXAMPLES / "conversations.jsonl", tokenizer=str(TOKENIZER), chat_template=template, output=tmp_path / "set",
+        max_length=1024, max_rejects="100%", workers=1,
+    )  # fmt: skip
+    sftdata.export(tmp_path / "set", to="megatron-bridge", output=tmp_path / "rows")
+    opened = open_foreign(str(tmp_path / "rows"), Rows(str(tmp_path / "set" / "tokenizer")))
+    planted = {code for _, code in DEFECTS.values()} - OF_IDS
+    assert not {finding.code for finding in audit_set(opened)} & planted
