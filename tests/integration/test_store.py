@@ -22,7 +22,7 @@ import pytest
 import sftdata
 from sftdata.errors import SftError
 from sftdata.set import stores
-from sftdata.set.manifest import MANIFEST_NAME
+from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
 from tests.remote_stores import KEYS, need_packages, s3_server, served
 from tests.torture.runs import content, settings, write_chats
 from tests.waiting import HANGS
@@ -271,7 +271,9 @@ def test_a_run_killed_at_sixty_points_resumes_to_the_same_bytes(
     assert killed_and_resumed(s3, data, whole, list(range(1, 21))) == 60
 
 
-def test_parts_that_are_processes_make_the_same_set(s3: str, data: Path, whole: dict[str, bytes]) -> None:
+def test_parts_that_are_processes_make_a_set_that_is_read_back(
+    s3: str, data: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-m", "sftdata", "prepare", str(data), "-o", "s3://bucket/parts"]
     for key, value in settings(data, Path()).items():
         if key not in ("inputs", "output"):
@@ -289,6 +291,9 @@ def test_parts_that_are_processes_make_the_same_set(s3: str, data: Path, whole: 
         assert one.stderr
         one.stderr.close()
     assert files(s3, "parts") == whole
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path))
+    assert sftdata.verify("s3://bucket/parts").ok
+    assert sftdata.open("s3://bucket/parts").manifest == decode_manifest(whole[MANIFEST_NAME], "")
 
 
 def test_a_store_that_throttles_is_asked_again_and_then_given_up_until_the_next_run(
