@@ -1,9 +1,9 @@
 """What building a set in an object store costs, against a folder: time, and the processor time of the client.
 
-    python benchmarks/stores.py [--megabytes 105] [--runs 3] [--json]
+    python benchmarks/stores.py [--megabytes 75] [--runs 3] [--json]
 
 The store is moto's S3 server, a process of its own on 127.0.0.1 (`pip install 'sftdata[scale]'`). Chats are drawn
-from a seed; 105 MB of them make a set of 200 MB. Runs on folder and store take turns, each one command, with two
+from a seed; 75 MB of them make a set of 200 MB. Runs on folder and store take turns, each one command, with two
 workers; the figures are medians. The server's own time, which a real store would not take from this machine, is
 given too.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=105, help="of input")
+    parser.add_argument("--megabytes", type=int, default=75, help="of input")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -241,7 +241,7 @@ def killed_and_resumed(s3: str, data: Path, whole: dict[str, bytes], numbers: li
     gate, kills = Gate(int(s3.rpartition(":")[2])), 0
     for number in numbers:
         for moment in ("before", "middle", "after"):
-            name = f"killed-{number}-{moment}"
+            name = f"killed-{len(numbers)}-{number}-{moment}"
             gate.arm(number, moment)
             code = made(settings(data, f"s3://bucket/{name}"), f"http://127.0.0.1:{gate.port}", gate)
             kills += code == -signal.SIGKILL
@@ -258,17 +258,15 @@ def killed_and_resumed(s3: str, data: Path, whole: dict[str, bytes], numbers: li
     return kills
 
 
+PUTS = [[9, 20], *(pytest.param([*range(at, at + 4)], marks=pytest.mark.torture) for at in range(1, 21, 4))]
+
+
+@pytest.mark.parametrize("puts", PUTS, ids=str)
 def test_a_run_killed_at_a_put_resumes_to_the_same_bytes(
-    s3: str, data: Path, whole: dict[str, bytes]
+    s3: str, data: Path, whole: dict[str, bytes], puts: list[int]
 ) -> None:
-    assert killed_and_resumed(s3, data, whole, [9, 20]) == 6
-
-
-@pytest.mark.torture
-def test_a_run_killed_at_sixty_points_resumes_to_the_same_bytes(
-    s3: str, data: Path, whole: dict[str, bytes]
-) -> None:
-    assert killed_and_resumed(s3, data, whole, list(range(1, 21))) == 60
+    """Three moments of each; 60 points in the long form."""
+    assert killed_and_resumed(s3, data, whole, puts) == 3 * len(puts)
 
 
 def test_parts_that_are_processes_make_a_set_that_is_read_back(

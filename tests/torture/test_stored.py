@@ -138,18 +138,18 @@ def wholes(
     return {64: whole, 32: content(output)}
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        range(40),
+        *(pytest.param(range(at, at + 100), marks=pytest.mark.torture) for at in range(0, 1000, 100)),
+    ],
+    ids=str,
+)
 def test_killed_anywhere_there_is_no_set_or_a_whole_one(
-    data: Path, wholes: dict[int, dict[str, bytes]], bucket: Bucket
+    data: Path, wholes: dict[int, dict[str, bytes]], bucket: Bucket, seeds: range
 ) -> None:
-    for seed in range(40):
-        point(seed, data, bucket, wholes)
-
-
-@pytest.mark.torture
-def test_killed_at_a_thousand_points_there_is_no_set_or_a_whole_one(
-    data: Path, wholes: dict[int, dict[str, bytes]], bucket: Bucket
-) -> None:
-    for seed in range(1000):
+    for seed in seeds:
         point(seed, data, bucket, wholes)
 
 
