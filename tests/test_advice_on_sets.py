@@ -95,7 +95,8 @@ class Found:
 
 FOUND = [
     Found(
-        "answer-cut", "a larger --max-length, or --overlong drop or split", [chat("Q", "A"), LONG],
+        "answer-cut", "a larger --max-length, or --overlong drop or split (drop where there are pictures)",
+        [chat("Q", "A"), LONG],
         "--max-length 32 --overlong truncate",
         ["--max-length 256", "--max-length 32 --overlong drop", "--max-length 32 --overlong split"],
     ),

@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
     ),
     "answer-cut": Kind(
         "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
-        "a larger --max-length, or --overlong drop or split",
+        "a larger --max-length, or --overlong drop or split (drop where there are pictures)",
         "a larger maximal length in the tool that prepared them, or leave the rows out",
     ),
     "answer-split": Kind(
