@@ -343,7 +343,7 @@ _ORDERED = (
 )
 _PICTURES = "tests/integration/test_pictures.py::test_advice_on_pictures_is_followed"
 _PARTS = "tests/torture/test_parts.py"
-_PICTURES = "tests/integration/test_train_pictures.py"
+_DRAWN = "tests/integration/test_train_pictures.py"
 ELSEWHERE: dict[str, str] = {
     "hf auth login, or set HF_TOKEN to a token that may write.": (
         "tests/integration/test_push_hub.py::test_another_set_and_no_right_to_write_are_one_line"
@@ -363,8 +363,8 @@ ELSEWHERE: dict[str, str] = {
     "raise {}, in gigabytes, or --set window=N for N shards.": (
         "tests/integration/test_train_remote.py::test_a_window_larger_than_the_cache_is_refused"
     ),
-    "restore the file, or prepare the set again with --overwrite.": f"{_PICTURES}::test_a_changed_picture_is_named_by_a_worker",
-    "prepare with --check-pixels, which leaves such rows out.": f"{_PICTURES}::test_broken_pixels_are_left_out_by_check_pixels",
+    "restore the file, or prepare the set again with --overwrite.": f"{_DRAWN}::test_a_changed_picture_is_named_by_a_worker",
+    "prepare with --check-pixels, which leaves such rows out.": f"{_DRAWN}::test_broken_pixels_are_left_out_by_check_pixels",
     "raise {}, in gigabytes, or make the view with --write where the sets lie.": (
         "tests/integration/test_remote_sets.py::test_a_view_of_more_than_the_cache_holds_is_refused"
     ),
