@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -302,8 +305,10 @@ class SftTrainer(Trainer):
         self._fold_tokens()
         if self.documents is not None:
             self.documents.sync()
+        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         try:
-            super()._save_checkpoint(model, trial)
+            with _names_as_loaded(cast(nn.Module, inner)):
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 for read_with in self._beside:
@@ -327,6 +332,20 @@ class _Loader(DataLoader[Row]):
             if len(lines) == 1:
                 raise
             raise type(error)(lines[-1].partition(": ")[2]) from None
+
+
+@contextmanager
+def _names_as_loaded(model: nn.Module) -> Iterator[None]:
+    """Save weights under the names that a resumed run loads, not those that the family's first files had."""
+    own = cast(Callable[..., None], model.save_pretrained)
+    if "save_original_format" not in inspect.signature(own).parameters:
+        yield  # adapters
+        return
+    model.save_pretrained = partial(own, save_original_format=False)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 def _trains(labels: Tensor) -> Tensor:

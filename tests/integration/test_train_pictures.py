@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.pictures.families import read_processor
 from tests.made_pictures import make, saved
 from tests.picture_sets import asked, write_rows
-from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
+from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
 from tests.train_sets import make_set
 from tests.vision_models import SMALL, make_pictured_set, pictured_rows, write_small_model
 
@@ -114,3 +116,88 @@ def test_what_cannot_act_on_pictures_is_refused_by_name(place: Path, tmp_path: P
     text, words = tiny_llama(tmp_path / "text"), make_set(tmp_path / "words", rows=4)
     with pytest.raises(UsageError, match="freeze=none: the sets have no pictures, on which it acts"):
         train_in_process(words, text, tmp_path / "run", {"max_steps": 1}, freeze="none")
+
+
+def test_adapters_go_into_the_language_model_alone_and_text_only_steps_train(
+    place: Path, tmp_path: Path
+) -> None:
+    """Batches of text alone come between the others; what is frozen stays as it was, to the bit."""
+    model, shards = family(place, "llava")
+    settings = QUICK | {"max_steps": 12, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    trainer = train_in_process(shards, model, tmp_path / "lora", settings, lora="r=4,alpha=8")
+    adapted = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert adapted
+    assert all(".language_model." in name for name in adapted)
+    everywhere = train_in_process(
+        shards, model, tmp_path / "all", settings | {"max_steps": 1}, lora="r=4,alpha=8", freeze="none"
+    )
+    adapted = {name for name, weight in everywhere.model.named_parameters() if weight.requires_grad}
+    for part in (".language_model.", ".vision_tower.", ".multi_modal_projector."):
+        assert any(part in name for name in adapted)
+    train_in_process(shards, model, tmp_path / "full", settings)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "full"))
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == ("vision_tower" in name), name
+
+
+@pytest.mark.slow
+@pytest.mark.feature("several GPUs")
+def test_two_ranks_with_and_without_pictures_take_the_steps_of_one(place: Path, tmp_path: Path) -> None:
+    """A rank has text alone while the other one has pictures; towers and projectors are trained, and nobody waits."""
+    for name in ("llava", "qwen2.5-vl", "gemma3"):
+        model, _ = family(place, name)
+        shards = make_pictured_set(model, tmp_path / name, tmp_path / name / "set", 15, packing="none")
+        fleet, found = Fleet(), {}
+        for ranks, accumulation in ((1, 2), (2, 1)):
+            settings = {
+                "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "max_steps": 8, "optim": "adamw_torch",
+                "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0, "logging_steps": 1, "save_strategy": "no",
+                "lr_scheduler_type": "constant", "dataloader_num_workers": 1,
+            }  # fmt: skip
+            overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+            output, log = tmp_path / name / f"run{ranks}", tmp_path / name / f"log{ranks}"
+            arguments = [
+                "run",
+                str(shards),
+                "--model",
+                str(model),
+                "-o",
+                str(output),
+                "--freeze",
+                "none",
+                *overrides,
+            ]
+            assert fleet.finish(arguments, ranks, log) == [0] * ranks, log.read_text()
+            found[ranks] = losses(output), load_file(output / "model.safetensors")
+        assert found[2][0] == pytest.approx(found[1][0], abs=1e-5)
+        for key, weight in found[1][1].items():
+            torch.testing.assert_close(found[2][1][key], weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3-vl", "gemma3"])
+def test_a_run_that_stopped_goes_on_to_the_same_bits(place: Path, tmp_path: Path, name: str) -> None:
+    """The second half of a run from its checkpoint, with the pictures of its steps, made by workers."""
+    model, shards = family(place, name)
+    settings = QUICK | {"save_strategy": "steps", "save_steps": 4, "dataloader_num_workers": 2}
+    train_in_process(shards, model, tmp_path / "whole", settings | {"max_steps": 8})
+    train_in_process(shards, model, tmp_path / "halves", settings | {"max_steps": 4})
+    train_in_process(shards, model, tmp_path / "halves", settings | {"max_steps": 8})
+    whole, halves = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "halves"))
+    assert all(torch.equal(weight, halves[key]) for key, weight in whole.items())
+
+
+@pytest.mark.slow
+def test_a_model_is_evaluated_on_pictures_and_loads_with_what_lies_beside_it(
+    place: Path, tmp_path: Path
+) -> None:
+    from sfttrain.evaluate import evaluate
+
+    model, shards = family(place, "idefics3")
+    settings = QUICK | {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    train_in_process(shards, model, tmp_path / "run", settings, eval={"held": shards})
+    lines = [json.loads(line) for line in (tmp_path / "run/train_log.jsonl").read_text("utf-8").splitlines()]
+    logged = next(line["eval_held_loss"] for line in lines if "eval_held_loss" in line)
+    found = evaluate(str(tmp_path / "run"), shards, None, 2, 3)
+    assert found.whole.loss == pytest.approx(logged, abs=1e-5)
+    assert read_processor(tmp_path / "run").sha256 == read_processor(model).sha256
