@@ -51,7 +51,7 @@ class Cutter:
             return
         places = np.stack([positions, records, lines], axis=1)
         self._waiting.append((places, contents))
-        self._noted.append((places[0], [_short(column) for column in (places - places[0]).T]))
+        self._noted.append((places[0].copy(), [_short(column) for column in (places - places[0]).T]))
         self._count += len(places)
         if self._count >= self._wanted:
             self._settle()

@@ -295,6 +295,7 @@ class _Join:
         self._add(found, len(found.positions), record)
         digest = f"{xxhash.xxh3_128_hexdigest(b''.join(self._digests))}-{len(self._digests)}"
         seal = Seal(0, bytes(self._hashes), self._stop)
+        self._hashes.clear()
         raw = self._stop, digest
         total = record + found.total
         return self._cutter.finish(
