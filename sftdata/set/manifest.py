@@ -72,8 +72,7 @@ class SourceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
         name: path relative to the input that named it, or `dataset:split`; never absolute.
         bytes: size as stored; None where the source is not a file.
-        xxh3: hash of the stored bytes (of a large text, of the hashes of its ranges: sources/ranges.py), or the
-            fingerprint of a dataset.
+        xxh3: hash of the stored bytes, as in sources/ranges.py, or the fingerprint of a dataset.
         rows: how many ids the source takes; a line that holds no row takes one too.
         first_id: id of its first line or record, so that `line = id - first_id + 1`.
         unit, licence: what is numbered so; as the registry has it. Neither is part of the digest.
