@@ -74,6 +74,7 @@ ROWS = {
     " merged models; prompts, piped lines, or a terminal.",
     "trackers": "`--report-to tensorboard,wandb,mlflow,trackio`; none by default.",
     "wrong combinations": "One line with the fix, before anything is read.",
+    "mistakes": "Forty mistakes of a first day: each is one line, and who does what it says gets what was meant.",
     "recipes": "`examples/recipes/*.yaml`, each of them run.",
 }
 

@@ -192,6 +192,10 @@ def _coerced(key: str, value: object, annotation: str) -> object:
         )
     if isinstance(value, bool) and "bool" not in annotation:
         return "yes" if value else "no"
+    if "bool" in annotation and "str" not in annotation and value not in (True, False, None):
+        raise UsageError(
+            f"Setting {key!r}: expected true or false; found {value!r:.200}.", "write true or false."
+        )
     number = next((kind for kind in (float, int) if kind.__name__ in annotation), None)
     if isinstance(value, str) and number is not None:
         try:

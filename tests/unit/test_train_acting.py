@@ -14,6 +14,7 @@ from sfttrain.arguments import (
     NEEDS,
     NEVER,
     Run,
+    checked_training,
     effective_settings,
     refuse_inert,
     training_arguments,
@@ -198,3 +199,10 @@ def test_gpus_that_stay_idle_add_no_rows_to_a_step(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: args._n_gpu or 4))
     args = _run(tmp_path, {"per_device_train_batch_size": 2}).args
     assert (args.train_batch_size, args.eval_batch_size) == (2, args.per_device_eval_batch_size)
+
+
+@pytest.mark.parametrize("name", ["bf16", "load_best_model_at_end", "dataloader_pin_memory"])
+def test_what_is_no_switch_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"Setting '{name}': expected true or false; found 'maybe'"):
+        checked_training({name: "maybe"})
+    assert checked_training({name: False}) == {name: False}
