@@ -151,8 +151,8 @@ def test_two_ranks_with_and_without_pictures_take_the_steps_of_one(place: Path, 
         for ranks, accumulation in ((1, 2), (2, 1)):
             settings = {
                 "per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation, "max_steps": 8,
-                "optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0, "logging_steps": 1, "save_strategy": "no",
-                "lr_scheduler_type": "constant", "dataloader_num_workers": 1,
+                "optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0, "logging_steps": 1,
+                "save_strategy": "no", "lr_scheduler_type": "constant", "dataloader_num_workers": 1,
             }  # fmt: skip
             overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
             output, log = tmp_path / name / f"run{ranks}", tmp_path / name / f"log{ranks}"
