@@ -34,7 +34,8 @@ def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
     """
     inner, text = cast("PreTrainedModel", model.base_model), text_config(model.config)
     own_forward: Forward = inner.forward
-    if text.model_type.startswith("gemma4") and text.use_bidirectional_attention != "vision":
+    everywhere = not text.model_type.startswith("gemma4")
+    if not everywhere and text.use_bidirectional_attention != "vision":
         return  # the small models of Gemma 4 read pictures as text
 
     def forward(
@@ -48,7 +49,7 @@ def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
             attention = str(text._attn_implementation)
             if attention != "eager" and not attention.startswith(_TAKE_BOOLS):
                 raise RuntimeError(f"{attention} takes no masks of pictures")
-            masks = picture_masks(position_ids, seen == 1, text.sliding_window)
+            masks = picture_masks(position_ids, seen == 1, text.sliding_window, everywhere)
             dtype = None if attention.startswith(_TAKE_BOOLS) else self.dtype
             attention_mask = {name: _added(mask, dtype) for name, mask in masks.items()}
         return own_forward(position_ids=position_ids, attention_mask=attention_mask, **inputs)
@@ -56,7 +57,9 @@ def mask_pictures(model: PreTrainedModel, kinds: str) -> None:
     inner.forward = types.MethodType(forward, inner)
 
 
-def picture_masks(position_ids: Tensor, image: Tensor, window: int) -> dict[str, Tensor]:
+def picture_masks(
+    position_ids: Tensor, image: Tensor, window: int, everywhere: bool = True
+) -> dict[str, Tensor]:
     """Return bool[B, 1, L, L], what each token sees, in layers that see all and in those that see a window.
 
     A token sees those before it in its document, and all of its own picture.
@@ -65,6 +68,7 @@ def picture_masks(position_ids: Tensor, image: Tensor, window: int) -> dict[str,
         position_ids: int64[B, L], that begin again at every document.
         image: bool[B, L], tokens of pictures; between two pictures stands at least one that is of none.
         window: tokens back that a local layer sees, itself included.
+        everywhere: layers that see all see pictures both ways too, as Gemma 4's do not.
     """
     document = (position_ids == 0).cumsum(1)
     before = torch.nn.functional.pad(image, (1, 0))[:, :-1] & (position_ids != 0)
@@ -72,8 +76,10 @@ def picture_masks(position_ids: Tensor, image: Tensor, window: int) -> dict[str,
     place = torch.arange(image.shape[1], device=image.device)
     back = place[:, None] - place
     same = (picture[:, :, None] == picture[:, None]) & image[:, :, None]
-    sees = (document[:, :, None] == document[:, None]) & ((back >= 0) | same)
-    return {"full_attention": sees[:, None], "sliding_attention": (sees & (back < window))[:, None]}
+    apart, past = document[:, :, None] == document[:, None], back >= 0
+    local = apart & (past | same) & (back < window)
+    whole = apart & (past | same) if everywhere else apart & past
+    return {"full_attention": whole[:, None], "sliding_attention": local[:, None]}
 
 
 def _added(mask: Tensor, dtype: torch.dtype | None) -> Tensor:
