@@ -141,6 +141,7 @@ class Tool:
         lora: of adapters; without an alpha it is twice the rank.
         adapters: the setting that turns them on: those of LoRA do nothing without it.
         unsaid: settings that a file has without naming them.
+        evaluates: on what is held out, unless its file says that it does not.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Tool:
     lora: Settings
     adapters: str
     unsaid: Mapping[str, str] = field(default_factory=dict)
+    evaluates: bool = False
 
 
 class OfAnotherKind(ValueError):

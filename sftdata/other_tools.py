@@ -301,7 +301,7 @@ _FACTORY: dict[str, Rule] = {
 TOOLS = (
     Tool("axolotl", ("base_model",), _AXOLOTL, {"max_length": 512, "packing": "none"},
          {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine", "num_train_epochs": 1},
-         {"alpha": 16, "target": "q_proj+v_proj"}, "adapter"),
+         {"alpha": 16, "target": "q_proj+v_proj"}, "adapter", evaluates=True),
     Tool("LLaMA-Factory", ("stage", "finetuning_type", "cutoff_len", "template"), _FACTORY,
          {"max_length": 2048, "packing": "none"},
          {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3, "bf16": False},
@@ -380,7 +380,8 @@ def _fill_up(found: Carried, tool: Tool, output: str) -> None:
         if "eval" in found.data
         else {"sets": [folder]}
     )
-    found.train = sets | {"output": "out"} | train | found.train
+    unasked = {"eval_strategy": "no"} if "eval" in found.data and not tool.evaluates else {}
+    found.train = sets | {"output": "out"} | train | unasked | found.train
 
 
 def _settle_adapters(found: Carried, tool: Tool) -> None:

@@ -322,6 +322,15 @@ def test_llama_factory_computes_in_float32_where_its_file_says_nothing(tmp_path:
     assert "the frozen base" in found.lost["(dtype)"]
 
 
+def test_what_is_held_out_is_evaluated_where_the_tool_does_so(tmp_path: Path) -> None:
+    found = carry_over(_write(tmp_path, _FACTORY | {"val_size": 0.1}), "set")
+    assert (found.data["eval"], found.train["eval_strategy"]) == ("10%", "no")
+    found = carry_over(_write(tmp_path, _FACTORY | {"val_size": 0.1, "eval_strategy": "steps"}), "set")
+    assert found.train["eval_strategy"] == "steps"
+    assert "eval_strategy" not in carry_over(_write(tmp_path, _AXOLOTL | {"val_set_size": 0.1}), "set").train
+    assert "eval_strategy" not in carry_over(_write(tmp_path, _FACTORY), "set").train
+
+
 def test_a_dataset_that_only_modelscope_has_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"x": {"ms_hub_url": "a/b", "formatting": "sharegpt"}})
