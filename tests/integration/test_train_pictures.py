@@ -50,7 +50,7 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-LONG = [pytest.param(name, 700, 0.3, marks=pytest.mark.slow) for name in SMALL]
+LONG = [pytest.param(name, 700, 0.9, marks=pytest.mark.slow) for name in SMALL]
 
 
 @pytest.mark.feature("pictures")
