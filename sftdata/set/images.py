@@ -45,6 +45,8 @@ IMAGES = "images"
 """Begins the names of sidecars."""
 PROCESSOR = "processor"
 """The folder of a set that holds the processor's files."""
+IN_THE_SET = "."
+"""The folder of pictures of a set that holds all of its own."""
 _BATCH_BYTES = 32 << 20
 RESTORE_PICTURE = (
     "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures."

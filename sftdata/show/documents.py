@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
+from sftdata.set.hashes import UInt64
 from sftdata.vocabulary import Vocabulary
-
-UInt64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.set.hashes import hash_prompts
+from sftdata.set.hashes import UInt64, hash_prompts
 from sftdata.show.sides import Side, blocks_of
 from sftdata.views.choose import found_in
-from sftdata.views.documents import UInt64
 
 Kind = Literal["came", "went", "cut", "labels", "answer", "prompt", "text", "picture"]
 MEANING: dict[Kind, str] = {

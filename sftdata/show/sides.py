@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
-from sftdata.set.hashes import hash_documents, hash_prompts
+from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
 from sftdata.set.local import check_file, file_of
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.show.pictures import ShownPicture
 from sftdata.views.bases import Base, open_bases, read_documents
-from sftdata.views.documents import Documents, UInt64
+from sftdata.views.documents import Documents
 from sftdata.views.pictures import DocumentPictures
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 

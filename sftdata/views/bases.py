@@ -36,7 +36,7 @@ from sftdata.set.extents import (
 )
 from sftdata.set.hashes import hash_documents, hash_prompts
 from sftdata.set.held import Block, TokenFiles, open_token_files
-from sftdata.set.images import IMAGES, VisionInfo, read_images
+from sftdata.set.images import IMAGES, HasPictures, StoredPictures, VisionInfo, join_pictures, read_images
 from sftdata.set.index import (
     INDEX,
     REST,
@@ -254,8 +254,24 @@ def _look_up(base: Base, files: TokenFiles, numbers: Int64, pictures: Collected 
             sidecar = places.get(beside_name(IMAGES, number))
             stored = None if sidecar is None else files.pictures(sidecar)
             parts = [files.blocks[block] for block in held[0] + held[1]]
-            pictures.add(base, index.example_ids, parts, stored, np.array([sidecar]))
+            _collect(pictures, base, index.example_ids, parts, stored, np.array([sidecar]))
         yield _located(index, held, files.blocks, base, number)
+
+
+def _collect(
+    pictures: Collected, base: Base, example_ids: Int64, parts: Sequence[HasPictures],
+    stored: StoredPictures | None, files: Int64,
+) -> None:  # fmt: skip
+    """Note the pictures of a slice, its rows and rest; `files` as for `Gallery.add`."""
+    counts, images = join_pictures(parts)
+    count = 0 if stored is None else len(stored)
+    if len(counts) != len(example_ids) or (len(images) and not 0 <= images.min() <= images.max() < count):
+        what = f"{base.folder}: documents name pictures that are not in its sidecars."
+        raise IntegrityError(
+            what, "run `sftdata verify`, or repeat the command that made the set, with --overwrite."
+        )
+    first = 0 if stored is None else pictures.gallery.add(stored, base.before, files)
+    pictures.add(example_ids + base.first_id, counts, images, first)
 
 
 def _located(
@@ -310,7 +326,8 @@ def _compose(base: Base, files: TokenFiles, numbers: Int64, pictures: Collected 
             if file is not None:
                 sidecar = check_file(base.folder, file)
                 stored = read_images(sidecar, lambda held: files.pictures(int(numbers[held])))
-            pictures.add(base, index.example_ids, [part for _, part in parts], stored, numbers)
+            own = [part for _, part in parts]
+            _collect(pictures, base, index.example_ids, own, stored, numbers)
         found = [_renumbered(path, part.extents, files, numbers) for path, part in parts]
         yield _composed(index, found, base, number)
 

@@ -21,13 +21,13 @@ from sftdata.set.extents import (
     write_packs,
     write_rest_extents,
 )
-from sftdata.set.hashes import hash_documents
+from sftdata.set.hashes import UInt64, hash_documents
 from sftdata.set.images import IMAGES, SlicePictures, write_images_by_index
 from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
 from sftdata.set.making import ShardResult
 from sftdata.set.store import SetFile
-from sftdata.views.documents import Runs, UInt64
+from sftdata.views.documents import Runs
 from sftdata.views.order import Stretches, ViewSlice
 from sftdata.views.plan import ViewPlan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from sftdata.batches import Bool, Int64, offsets_of
-from sftdata.views.documents import UInt64
+from sftdata.set.hashes import UInt64
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))

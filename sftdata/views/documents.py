@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
+from sftdata.set.hashes import UInt64
 from sftdata.set.held import Block
 from sftdata.views.pictures import DocumentPictures
 
-UInt64 = npt.NDArray[np.uint64]
 _STRETCH_TOKENS = 1 << 17  # copied at a time: their index arrays stay in the cache
 
 

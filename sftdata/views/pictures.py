@@ -12,30 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sftdata.batches import Int32, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError, UsageError
 from sftdata.pictures.loaded import Picture
 from sftdata.set.hashes import PictureHashes
 from sftdata.set.images import (
-    HasPictures,
+    IN_THE_SET,
     SlicePictures,
     StoredPictures,
     VisionInfo,
-    join_pictures,
     picture_ends,
 )
-
-if TYPE_CHECKING:
-    from sftdata.set.manifest import Manifest
-    from sftdata.views.bases import Base
-    from sftdata.views.select import Choice
-
-IN_THE_SET = "."
-"""The folder of pictures of a set that names none by path."""
+from sftdata.set.manifest import Manifest
 
 
 def paths_from(sets: Sequence[tuple[Path, Manifest]]) -> tuple[str | None, list[str]]:
@@ -54,38 +44,6 @@ def paths_from(sets: Sequence[tuple[Path, Manifest]]) -> tuple[str | None, list[
     return common, [os.path.relpath(one, common) if one not in ("", common) else "" for one in own]
 
 
-def refuse_stray(choice: Choice, bases: Sequence[Base]) -> None:
-    """Refuse a chosen document that holds the token that stands for pieces of pictures, and no picture.
-
-    Sets with pictures have none; others are looked through.
-
-    Raises:
-        UsageError: naming the document.
-    """
-    documents = choice.documents
-    texts = [base for base in bases if not base.manifest.pictured]
-    if documents.pictures is None or not texts:
-        return
-    image_id = documents.pictures.vision.image_id
-    edges = np.array([[base.first_id, base.first_id + base.rows] for base in texts])
-    first, last = np.searchsorted(documents.ids, edges).T
-    own = positions_of(first, last - first)
-    begin, end = (np.searchsorted(documents.starts, documents.offsets[own + more]) for more in (0, 1))
-    segments = positions_of(begin, end - begin)
-    blocks = [
-        block
-        for block in np.unique(documents.block[segments]).tolist()
-        if (documents.blocks[block].input_ids == image_id).any()
-    ]
-    doubtful = np.repeat(own, end - begin)[np.isin(documents.block[segments], blocks)]
-    for document in np.unique(doubtful[choice.stays[doubtful]]).tolist():
-        if (documents.whole(np.array([document])).input_ids == image_id).any():
-            what = (
-                f"{choice.place(document)}: holds the token that stands for pictures, in a set without any."
-            )
-            raise UsageError(what, f"--drop FILE, with the line {documents.ids[document]} in it.")
-
-
 class Gallery:
     """The pictures of all bases, numbered through their sidecars."""
 
@@ -100,7 +58,7 @@ class Gallery:
         Args:
             stored: its pictures.
             before: comes before their paths.
-            files: int64[F], as for `Collected.add`.
+            files: int64[F], numbers in `TokenFiles` of the sidecars that hold its pictures, in its order.
         """
         own = np.zeros(len(stored), np.int32), np.arange(len(stored), dtype=np.int32)
         file, row = own if stored.places is None else stored.places
@@ -205,31 +163,15 @@ class Collected:
         """Begin."""
         return cls(Gallery(), [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)])
 
-    def add(
-        self, base: Base, example_ids: Int64, parts: Sequence[HasPictures], stored: StoredPictures | None,
-        files: Int64,
-    ) -> None:  # fmt: skip
-        """Add the segments of a slice of a base.
+    def add(self, example_ids: Int64, counts: Int32, images: Int32, first: int) -> None:
+        """Add the segments of a slice.
 
         Args:
-            base: which.
-            example_ids: int64[S], of the segments, in its numbering.
-            parts: the record batches of its rows and rest.
-            stored: its sidecar, if it has one.
-            files: int64[F], numbers in `TokenFiles` of the sidecars that hold its pictures, in its order.
-
-        Raises:
-            IntegrityError: these do not fit together.
+            example_ids: int64[S], of the segments, in the view.
+            counts, images: of these, as `join_pictures` returns them.
+            first: number of the first picture of their sidecar.
         """
-        counts, images = join_pictures(parts)
-        count = 0 if stored is None else len(stored)
-        if len(counts) != len(example_ids) or (len(images) and not 0 <= images.min() <= images.max() < count):
-            what = f"{base.folder}: documents name pictures that are not in its sidecars."
-            raise IntegrityError(
-                what, "run `sftdata verify`, or repeat the command that made the set, with --overwrite."
-            )
-        first = 0 if stored is None else self.gallery.add(stored, base.before, files)
-        self.ids.append(example_ids[counts > 0] + base.first_id)
+        self.ids.append(example_ids[counts > 0])
         self.counts.append(counts[counts > 0].astype(np.int64))
         self.numbers.append(images.astype(np.int64) + first)
 

@@ -29,7 +29,6 @@ from sftdata.views.order import (
     read_steps,
     refuse_unlike,
 )
-from sftdata.views.pictures import refuse_stray
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import (
     Choice,
@@ -38,6 +37,7 @@ from sftdata.views.select import (
     filter_documents,
     limit_documents,
     mix_sources,
+    refuse_stray,
     split_off,
 )
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of
+from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of, positions_of
 from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
+from sftdata.set.hashes import UInt64
 from sftdata.set.manifest import Manifest, SourceInfo, first_passes, read_manifest
 from sftdata.set.shares import Share
-from sftdata.views.bases import open_bases, open_store, read_documents, unlike
+from sftdata.views.bases import Base, open_bases, open_store, read_documents, unlike
 from sftdata.views.choose import (
     draw,
     drawn_share,
@@ -27,7 +28,7 @@ from sftdata.views.choose import (
     take_passes,
     within_cap,
 )
-from sftdata.views.documents import Documents, UInt64
+from sftdata.views.documents import Documents
 from sftdata.views.recipe import FilterConfig, ViewConfig, read_drops
 
 _BLOCK_TOKENS = 1 << 22  # over-long documents are read in blocks of about so many tokens
@@ -283,6 +284,38 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
             "correct the line, or take it out of the list.",
         )
     return np.isin(choice.documents.ids, np.array(wanted, np.int64))
+
+
+def refuse_stray(choice: Choice, bases: Sequence[Base]) -> None:
+    """Refuse a chosen document that holds the token that stands for pieces of pictures, and no picture.
+
+    Sets with pictures have none; others are looked through.
+
+    Raises:
+        UsageError: naming the document.
+    """
+    documents = choice.documents
+    texts = [base for base in bases if not base.manifest.pictured]
+    if documents.pictures is None or not texts:
+        return
+    image_id = documents.pictures.vision.image_id
+    edges = np.array([[base.first_id, base.first_id + base.rows] for base in texts])
+    first, last = np.searchsorted(documents.ids, edges).T
+    own = positions_of(first, last - first)
+    begin, end = (np.searchsorted(documents.starts, documents.offsets[own + more]) for more in (0, 1))
+    segments = positions_of(begin, end - begin)
+    blocks = [
+        block
+        for block in np.unique(documents.block[segments]).tolist()
+        if (documents.blocks[block].input_ids == image_id).any()
+    ]
+    doubtful = np.repeat(own, end - begin)[np.isin(documents.block[segments], blocks)]
+    for document in np.unique(doubtful[choice.stays[doubtful]]).tolist():
+        if (documents.whole(np.array([document])).input_ids == image_id).any():
+            what = (
+                f"{choice.place(document)}: holds the token that stands for pictures, in a set without any."
+            )
+            raise UsageError(what, f"--drop FILE, with the line {documents.ids[document]} in it.")
 
 
 def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> Limited:

@@ -22,7 +22,7 @@ from sftdata.output import Progress, behind_links
 from sftdata.pack import gather
 from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
 from sftdata.set.extents import rest_digest
-from sftdata.set.images import PROCESSOR, VisionInfo, hash_sidecars
+from sftdata.set.images import IN_THE_SET, PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
 from sftdata.set.ledger import (
@@ -52,7 +52,7 @@ from sftdata.version import __version__
 from sftdata.views.bases import Base, vision_of
 from sftdata.views.by_index import index_slice
 from sftdata.views.order import ViewSlice
-from sftdata.views.pictures import IN_THE_SET, paths_from
+from sftdata.views.pictures import paths_from
 from sftdata.views.plan import ViewPlan, plan_views
 from sftdata.views.recipe import ViewConfig
 
