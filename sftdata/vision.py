@@ -25,7 +25,7 @@ from sftdata.pictures.gate import require_parity
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.stretch import refuse_stray
 from sftdata.render.template import ChatTemplate, TemplateRefusal
-from sftdata.set.images import PROCESSOR, VisionInfo, hash_sidecars, picture_ends
+from sftdata.set.images import IN_THE_SET, PROCESSOR, VisionInfo, hash_sidecars, picture_ends
 from sftdata.set.store import SetFile
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import SourcePlan
@@ -77,9 +77,9 @@ class Vision:
         return {name: path for name, path in found.items() if path.is_file()}
 
     def images_from(self, output: Path) -> str:
-        """Return the folder of pictures from that of the set; "." where none is named by path."""
-        if not self.by_path:
-            return "."
+        """Return the folder of pictures from that of the set."""
+        if self.embed or not self.by_path:
+            return IN_THE_SET
         return os.path.relpath(self.pictures.folder, output.absolute())
 
     def info(self, output: Path, files: Sequence[SetFile]) -> VisionInfo:

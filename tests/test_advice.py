@@ -401,6 +401,9 @@ ELSEWHERE: dict[str, str] = {
     "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures.": (
         "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
     ),
+    "prepare it with --embed-images.": (
+        "tests/integration/test_store_sets.py::test_a_set_that_embeds_its_pictures_is_pushed_with_them"
+    ),
     "--to tinker, or prepare it without --loss-weights.": (
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),

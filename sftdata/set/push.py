@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sftdata.errors import IntegrityError, SftError, UsageError, need
+from sftdata.set.images import IN_THE_SET
 from sftdata.set.local import check_file, local_folder, plain_file, url_of
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.store import SetFile, Sink
@@ -94,7 +95,7 @@ def _refuse_parts(folder: Path, manifest: Manifest) -> None:
             f"{folder}: a view by index, whose tokens lie in sets of this machine.",
             "make the view with --write, and push that.",
         )
-    if manifest.vision is not None and manifest.vision.images != ".":
+    if manifest.vision is not None and manifest.vision.images != IN_THE_SET:
         raise UsageError(
             f"{folder}: names pictures in folders of this machine.", "prepare it with --embed-images."
         )

@@ -16,6 +16,7 @@ from sftdata.cli import main
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set import local, push, stores
 from sftdata.set.opened import open_set
+from tests.picture_sets import asked, write_model, write_pictures, write_rows
 from tests.remote_stores import KEYS, Counter, need_packages, s3_server
 from tests.torture.runs import TOKENIZER, write_chats
 from tests.waiting import HANGS
@@ -144,6 +145,26 @@ def test_a_view_by_index_is_pushed_where_its_base_is(s3: Counter, chats: Path, t
     sftdata.view("s3://bucket/built", output=tmp_path / "far", max_length=48)
     sftdata.push(tmp_path / "far", "s3://bucket/far")
     assert rows_of("s3://bucket/far") == rows_of(tmp_path / "near")
+
+
+def test_a_set_that_embeds_its_pictures_is_pushed_with_them(s3: Counter, tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pictures")
+    rows = [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names]
+    given: dict[str, Any] = {"tokenizer": str(write_model(tmp_path / "model")), "workers": 1}
+    given["inputs"] = str(write_rows(tmp_path, rows))
+    sftdata.prepare(output=tmp_path / "named", **given)
+    with pytest.raises(UsageError, match="names pictures in folders of this machine. Fix: .*--embed-images"):
+        sftdata.push(tmp_path / "named", "s3://bucket/pictures")
+    sftdata.prepare(output=tmp_path / "whole", embed_images=True, **given)
+    sftdata.view(tmp_path / "whole", output=tmp_path / "view", write=True, max_length=2048)
+    for name in ("whole", "view"):
+        sftdata.push(tmp_path / name, f"s3://bucket/pictures-{name}")
+        assert sftdata.verify(f"s3://bucket/pictures-{name}").ok
+        stored = open_set(f"s3://bucket/pictures-{name}").stored_pictures(0)
+        assert stored is not None
+        assert {bytes(data) for data in stored.data} == {
+            (tmp_path / "pictures" / name).read_bytes() for name in names
+        }
 
 
 FORKS = """
