@@ -14,10 +14,11 @@ from sftdata.errors import IntegrityError, need, place
 from sftdata.set.held import Watch
 from sftdata.set.images import StoredPictures
 from sftdata.set.index import slice_number
+from sftdata.set.laws import refuse_unlawful
 from sftdata.set.local import fetch_beside, local_folder, named, origin, still_there
 from sftdata.set.manifest import Manifest, SourceInfo, read_manifest
 from sftdata.set.rows import PackedRow, SetFiles, Shard
-from sftdata.set.shards import as_batch, refuse_unlawful, shard_schema
+from sftdata.set.shards import as_batch, shard_schema
 
 if TYPE_CHECKING:
     import polars as pl

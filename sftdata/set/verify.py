@@ -25,11 +25,12 @@ from sftdata.set.index import (
     read_index,
     slice_number,
 )
+from sftdata.set.laws import broken_laws
 from sftdata.set.ledger import Ledger, distinct
 from sftdata.set.local import file_of, named, origin, plain_file, read_anew, seen_file, stored_sizes
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.rows import SetFiles
-from sftdata.set.shards import ShardInfo, broken_laws
+from sftdata.set.shards import ShardInfo
 from sftdata.set.slices import SLICES_NAME, read_slices
 from sftdata.set.store import SetFile, digest_file
 

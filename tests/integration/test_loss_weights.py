@@ -163,7 +163,7 @@ def test_verify_finds_a_weight_that_is_none(tmp_path: Path, wrong: float) -> Non
     (batch,) = read_shard(tmp_path / "a" / "set" / "shard-00000.arrow", manifest.max_length, weighted=True)
     weights = batch.loss_weights.copy()
     weights[np.flatnonzero(batch.labels != -100)[0]] = wrong
-    from sftdata.set.shards import broken_laws
+    from sftdata.set.laws import broken_laws
 
     assert not list(broken_laws(batch, manifest))
     (found,) = broken_laws(replace(batch, loss_weights=weights), manifest)

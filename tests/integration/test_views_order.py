@@ -242,7 +242,7 @@ def test_documents_begin_at_multiples_and_padding_is_never_trained(
 
 def test_verify_knows_where_padding_may_stand(base: Path, tmp_path: Path) -> None:
     """The rows of one view under the manifest of another: what each law is for."""
-    from sftdata.set.shards import broken_laws
+    from sftdata.set.laws import broken_laws
 
     for name, multiple in (("eight", 8), ("sixteen", 16), ("one", 1)):
         view(tmp_path / name, base, max_length=256, pad_to_multiple_of=multiple, pack_over="view")
