@@ -142,16 +142,27 @@ def _mirrored(url: str, key: str | None) -> Path:
         raise _not_a_set(url)
     folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found.data)) / url.replace("://", "/", 1)
     if not (folder / MANIFEST_NAME).is_file():
-        _stores[folder], manifest = _followed(url, found.data)
         try:
-            listed = msgspec.json.decode(manifest, type=_Listed).files
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", _AGAIN) from None
-        with explained_cache():
-            folder.mkdir(parents=True, exist_ok=True)
-        fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
-        write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(manifest))
+            _fill(folder, url, found.data)
+        except IntegrityError:
+            now = _store_at(url).find(MANIFEST_NAME)
+            if now is None or now.data == found.data:
+                raise
+            return _mirrored(url, key)  # replaced meanwhile
     return folder
+
+
+def _fill(folder: Path, url: str, found: bytes) -> None:
+    """Copy the small files of a set to its mirror, the manifest last."""
+    _stores[folder], manifest = _followed(url, found)
+    try:
+        listed = listed_files(manifest).values()
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", _AGAIN) from None
+    with explained_cache():
+        folder.mkdir(parents=True, exist_ok=True)
+    fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
+    write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(manifest))
 
 
 def _store_at(url: str) -> Objects | Web:
@@ -273,7 +284,16 @@ def file_of(folder: Path, name: str) -> Path:
 @lru_cache(maxsize=4)
 def _listed(folder: Path) -> dict[str, SetFile]:
     """Return the files that the manifest of a mirror lists, by name."""
-    listed = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_Listed)
+    return listed_files((folder / MANIFEST_NAME).read_bytes())
+
+
+def listed_files(manifest: bytes) -> dict[str, SetFile]:
+    """Return the files that a manifest lists, by name; none of a pointer.
+
+    Raises:
+        MsgspecError, UnicodeDecodeError: it is neither.
+    """
+    listed = msgspec.json.decode(manifest, type=_Listed)
     return {file.name: file for file in (*listed.shards, *listed.files)}
 
 
@@ -307,6 +327,8 @@ def still_there(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
+    except OSError:  # of another user, or on a disk that is only read
+        return path.exists()
     return True
 
 
@@ -329,7 +351,7 @@ def _fetch(folder: Path, info: SetFile) -> None:
             os.replace(part.name, path)
         except BaseException as error:
             Path(part.name).unlink()
-            if isinstance(error, IntegrityError):
+            if isinstance(error, IntegrityError) and (folder / MANIFEST_NAME).is_file():
                 _refuse_replaced(folder)
             raise
         _sound[path] = os.fstat(part.fileno()).st_ino
@@ -368,8 +390,8 @@ def _refuse_replaced(folder: Path) -> Objects | Web:
 
 def _is_sound(path: Path, info: SetFile) -> bool:
     """Say whether a file is here, and mark it as used; the first time it is read, to be sure of its bytes."""
+    still_there(path)
     try:
-        os.utime(path)
         found = path.stat()
         if found.st_ino == _sound.get(path):
             return True

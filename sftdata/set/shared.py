@@ -22,6 +22,7 @@ import msgspec
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoreUrl
 from sftdata.set.build import Build, finished_set, made_otherwise
+from sftdata.set.local import listed_files
 from sftdata.set.making import PLAN, SLICES, Making, ShardResult, names_of
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts_folder
 from sftdata.set.store import HashingSink, explained, link_file, remove
@@ -140,6 +141,8 @@ class StoredBuild(Making):
             made = self._root.swap(MANIFEST_NAME, text, before.version)
         if not made and ((now := self._root.find(MANIFEST_NAME)) is None or now.data != text):
             raise made_otherwise(self.target, ["made meanwhile: its settings"])
+        if before is not None:
+            self._root.remove(listed_files(before.data))  # of a set that was pushed there
         return sealed
 
     def end(self) -> None:
@@ -184,9 +187,10 @@ def finished_at(target: Path | StoreUrl, *, overwrite: bool = False) -> Manifest
     except IntegrityError as error:
         if overwrite and home.url != root.url:
             return None
-        raise IntegrityError(
-            error.message, "replace the set with --overwrite, or choose another -o."
-        ) from None
+        fix = "replace the set with --overwrite, or choose another -o."
+        if home.url == root.url:
+            fix = "remove what is there, or choose another -o."
+        raise IntegrityError(error.message, fix) from None
     return manifest
 
 

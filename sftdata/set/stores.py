@@ -214,13 +214,9 @@ class Objects:
     def find(self, name: str) -> Found | None:
         """Return an object; None where there is none."""
         with _explained(f"{self}/{name}"):
-            try:
-                found = library(self.url).get(self._connected, name)
-                data = bytes(found.bytes())
-            except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise
+            if (found := self._got(name)) is None:
                 return None
+            data = bytes(found.bytes())
         version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
         return Found(data, {key: value for key, value in version.items() if value is not None})
 
@@ -233,10 +229,20 @@ class Objects:
                 yield found.data
 
     def copy(self, name: str, sink: Sink) -> None:
-        """Write an object's content to a sink, piece by piece."""
+        """Write an object's content to a sink, piece by piece; one that is missing is an IntegrityError."""
         with _explained(f"{self}/{name}"):
-            for piece in library(self.url).get(self._connected, name):
+            if (found := self._got(name)) is None:
+                raise IntegrityError(f"{self}/{name}: missing.", "push the set again, or restore the object.")
+            for piece in found:
                 sink.write(memoryview(piece))
+
+    def _got(self, name: str) -> Any:
+        try:
+            return library(self.url).get(self._connected, name)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of each object."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from sftdata.cli import main
 from sftdata.config import make_config
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.parts import Part, prepare
+from sftdata.set import local
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
+from sftdata.set.opened import open_set
 from sftdata.workers import Workers
 from tests.object_stores import Bucket, Killed, bucket
 from tests.torture.runs import content, settings, write_chats
@@ -102,6 +105,50 @@ def test_parts_in_any_order_each_killed_make_the_set(
     assert made == sorted(made)
     assert made[-1]
     assert is_whole(bucket, whole)
+
+
+def test_a_set_that_was_pushed_there_goes_when_it_is_replaced(
+    data: Path, wholes: dict[int, dict[str, bytes]], bucket: Bucket
+) -> None:
+    bucket.objects |= {f"{SET}/{name}": text for name, text in wholes[32].items()}
+    run(data, overwrite=True)
+    assert is_whole(bucket, wholes[64])
+
+
+def test_a_reader_of_a_set_that_is_replaced_is_told_and_one_that_opens_it_has_the_new_one(
+    data: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(data, max_length=32)
+    old = dict(bucket.objects)
+    run(data, overwrite=True)
+    new, bucket.objects = bucket.objects, old
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path))
+    opened = open_set(SET)
+    bucket.objects = new
+    with pytest.raises(IntegrityError, match=f"^{SET}: replaced while it was in use"):
+        opened[0]
+
+    def replace(operation: str, key: str) -> None:
+        if key.endswith("/tokenizer.json"):
+            bucket.objects = new
+
+    shutil.rmtree(tmp_path / "sets")
+    bucket.objects, bucket.answer = old, replace
+    assert open_set(SET).manifest.max_length == 64
+
+
+def test_a_cache_that_is_only_read_serves_what_it_holds(
+    data: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    run(data)
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path))
+    rows = [row.labels.tolist() for row in open_set(SET)]
+    local._sound.clear()  # as in a process of another user
+    monkeypatch.setattr(local.os, "utime", refuse)
+    assert [row.labels.tolist() for row in open_set(SET)] == rows
 
 
 def point(seed: int, data: Path, bucket: Bucket, wholes: dict[int, dict[str, bytes]]) -> None:
