@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("served") / "set", [CHAT.format("What?", "That.")] * 3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     with Server(Site([open_shown(folder)]), 0) as running:
         thread = threading.Thread(target=running.serve_forever)
