@@ -2,6 +2,7 @@
 
 A ```console block shows commands after `$ ` and what they print (`...` stands for anything; no output means any output).
 A ```bash or ```python block has only to succeed. The blocks of a page share one folder and run in order.
+A command that says `Ctrl-C ends it` is ended so.
 `<!-- no-run: reason -->` on the line before a block leaves it out.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)#\s]+)[^)]*\)")
 OUTPUT = doctest.OutputChecker()
+ENDLESS = "Ctrl-C ends it."
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,23 @@ def run(snippet: Snippet, folder: Path) -> subprocess.CompletedProcess[str]:
     }
     command = ["bash", "-euo", "pipefail", "-c"] if snippet.language == "bash" else [sys.executable, "-c"]
     command.append(snippet.code)
+    if ENDLESS in snippet.expected:
+        return run_to_ctrl_c(command, folder, env | {"BROWSER": "true"})
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, check=False
     )
+
+
+def run_to_ctrl_c(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends with Ctrl-C only, which is pressed when it has said so."""
+    out, error = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=out, stderr=error, text=True, start_new_session=True
+    ) as running:
+        assert running.stdout is not None
+        said = running.stdout.readline()
+        os.killpg(running.pid, signal.SIGINT)
+        return subprocess.CompletedProcess(command, running.wait(HANGS), said + running.stdout.read(), "")
 
 
 @pytest.mark.slow
