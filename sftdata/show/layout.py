@@ -85,8 +85,8 @@ class ForeignRows:
         starts, real = list[int](), list[bool]()
         for (row_ids, row_trained, row), first in zip(rows, offsets.tolist(), strict=False):
             begin, stop = self._kept(row_ids, row_trained, row)
-            own = [begin, *(start for start in row.starts if begin < start < stop)] if begin < stop else []
-            borders = [0] * (begin > 0 or not own) + own + [stop] * (len(own) > 0 and stop < len(row_ids))
+            own = [begin, *(start for start in row.starts if begin < start < stop)]
+            borders = [0] * (begin > 0) + own + [stop] * (stop < len(row_ids))
             starts += [first + border for border in borders]
             real += [border in own for border in borders]
         edges, is_real = np.append(starts, len(ids)), np.array(real)
@@ -112,13 +112,16 @@ class ForeignRows:
         return made
 
     def _kept(self, ids: Int32, trained: Bool, row: TokenRow) -> tuple[int, int]:
-        """Return where the documents of a row begin and end; pad tokens around them are padding."""
+        """Return where the documents of a row begin and end; pad tokens around them are padding.
+
+        A row of nothing else is a document of one token, so that it is looked at like any other.
+        """
         start, stop = row.kept.start, row.kept.stop
         pad = self.tokenizer.filler_id
         ends = pad in self.judge.headers.ends
         other = np.flatnonzero(ids[start:stop] != pad)
         if not len(other):
-            return start, start if not ends else min(stop, start + 1)
+            return start, start + 1
         last = start + int(other[-1]) + 1
         ended = self.judge.ends_in_stop(ids[start:last])
         if last < stop and not ended and (ends or (trained[last] and not trained[last + 1 : stop].any())):
@@ -161,13 +164,13 @@ class ForeignRows:
     def _judge_cuts(self) -> None:
         """Mark rows that begin in the middle of a turn where all rows are full: texts were cut to rows."""
         lengths = np.concatenate([np.diff(batch.row_offsets) for batch in self.batches])
-        inside = np.concatenate([self.judge.begins_inside(batch) for batch in self.batches])
+        inside = [self.judge.begins_inside(batch) for batch in self.batches]
         full = lengths == lengths.max()
-        if full.sum() < 3 or full.mean() < FULL or inside.mean() < INSIDE:
+        if full.sum() < 3 or full.mean() < FULL or np.concatenate(inside).mean() < INSIDE:
             return
         marked = self.marks.setdefault("packed-unmarked", {})
         for index, batch in enumerate(self.batches):
-            for row in np.flatnonzero(self.judge.begins_inside(batch)).tolist():
+            for row in np.flatnonzero(inside[index]).tolist():
                 document = int(batch.example_ids[batch.segment_offsets[row]])
                 if document >= 0:
                     marked.setdefault(document, (index, int(batch.row_offsets[row])))

@@ -115,6 +115,14 @@ def test_text_that_is_trained_whole_is_no_mistake(tmp_path: Path, tokenizers: di
     assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"everything-trained"}
 
 
+@pytest.mark.parametrize("label", [-100, END_OF_TEXT])
+def test_a_row_of_padding_alone_is_named(label: int, tmp_path: Path, tokenizers: dict[str, Path]) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"input_ids": [END_OF_TEXT] * 4, "labels": [label] * 4}])
+    findings = found(tmp_path / "rows.jsonl", tokenizers["plain"])
+    wanted = "nothing-trained" if label == -100 else "padding-trained"
+    assert rows_of(findings[wanted]) == {1}
+
+
 @pytest.mark.parametrize(
     ("beside", "said"),
     [
