@@ -9,7 +9,7 @@ import numpy as np
 from sftdata.batches import Bool, Int64
 from sftdata.browse.catalog import BESIDE, IN_ROWS, SHARES, Catalog, UInt8, blocks_of
 from sftdata.browse.query import Query
-from sftdata.views.select import named, within_bounds
+from sftdata.views.select import within_bounds, within_sources
 
 _BINS = 256
 
@@ -106,15 +106,11 @@ def _in_state(state: UInt8, wanted: str) -> Bool:
 
 def _sources(catalog: Catalog, query: Query) -> Bool | None:
     """bool[N]: documents of the sources that are asked for; None where all are."""
-    config, names = query.recipe, [source.name for source in catalog.shards.manifest.sources]
-    if not (config.sources or config.without):
+    names = [source.name for source in catalog.shards.manifest.sources]
+    steps = [kept for _, kept in within_sources(query.recipe, names)]
+    if not steps:
         return None
-    kept = np.ones(len(names), np.bool_)
-    if config.sources:
-        kept = np.logical_or.reduce([named(one, names, setting="sources") for one in config.sources])
-    for one in config.without:
-        kept &= ~named(one, names, setting="without")
-    chosen = np.zeros(len(catalog), np.bool_)
+    kept, chosen = np.logical_and.reduce(steps), np.zeros(len(catalog), np.bool_)
     for first, last, index in catalog.sources:
         chosen[first:last] = kept[index]
     return chosen

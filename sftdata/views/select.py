@@ -180,11 +180,8 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         UsageError: a source, place, id or set that the recipe names is not there.
     """
     documents = choice.documents
-    if config.sources:
-        named = [choice.named(pattern, setting="sources") for pattern in config.sources]
-        choice.keep("source", np.logical_or.reduce(named))
-    for pattern in config.without:
-        choice.keep("without", ~choice.named(pattern, setting="without"))
+    for step, kept in within_sources(config, [source.name for source in choice.sources]):
+        choice.keep(step, kept[choice.source])
     for step, kept in within_bounds(config, documents.lengths, documents.trained):
         choice.keep(step, kept)
     if config.drop is not None:
@@ -200,6 +197,19 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256, processor)
         by = config.exclude_by
         choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
+
+
+def within_sources(config: FilterConfig, names: Sequence[str]) -> Iterator[tuple[str, Bool]]:
+    """Yield each step by which a recipe picks sources, by their names, and those that it keeps, bool[S].
+
+    Raises:
+        UsageError: it names one that is not there.
+    """
+    if config.sources:
+        wanted = [named(pattern, names, setting="sources") for pattern in config.sources]
+        yield "source", np.logical_or.reduce(wanted)
+    for pattern in config.without:
+        yield "without", ~named(pattern, names, setting="without")
 
 
 def within_bounds(config: FilterConfig, lengths: Int64 | Int32, trained: Int32) -> Iterator[tuple[str, Bool]]:
