@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
-import msgspec
-
 from sftdata.browse.catalog import Catalog
-from sftdata.errors import IntegrityError, UsageError, place
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
-from sftdata.set.local import file_of
+from sftdata.errors import UsageError, place
+from sftdata.show.sides import Lost, read_lost
 
 A_PAGE = 50
 _LONGEST = 2_000  # characters shown of a row
-
-
-class _Line(msgspec.Struct):
-    """What a line of a list says of its row.
-
-    Attributes:
-        code: of a rejected row; "" of another one, whose `reason` is what it counts as.
-        row: as it stands.
-    """
-
-    file: str
-    record: int
-    reason: str
-    line: int | None = None
-    code: str = ""
-    fix: str = ""
-    tokens: int | None = None
-    row: msgspec.Raw = msgspec.Raw()
-
-    @property
-    def why(self) -> str:
-        """What the ledger counts it as."""
-        return self.code or self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +46,8 @@ def left_out(catalog: Catalog, asked: str) -> dict[str, object]:
         UsageError: the query asks for nothing of the kind.
         IntegrityError: a list is damaged.
     """
-    folder, ledger = catalog.shards.folder, catalog.shards.manifest.ledger
-    given = {name: values[-1] for name, values in parse_qs(asked, max_num_fields=8).items()}
+    ledger = catalog.shards.manifest.ledger
+    given = {name: values[-1] for name, values in parse_qs(asked).items()}
     kinds = {
         "rejected": ledger.rows_rejected, "dropped": ledger.rows_dropped, "filtered": ledger.rows_filtered
     }  # fmt: skip
@@ -86,31 +58,13 @@ def left_out(catalog: Catalog, asked: str) -> dict[str, object]:
     if why and why not in [one for _, one, _ in counts]:
         raise UsageError(f"why: nothing was left out for {why}.", "see the reasons on the page.")
     page = int(number)
-    lines = islice(
-        (one for one in _lines(folder) if why in ("", one.why)), (page - 1) * A_PAGE, page * A_PAGE + 1
-    )
-    rows = [_shown(catalog, line) for line in lines]
+    lost = (one for one in read_lost(catalog.shards.folder) if why in ("", one.code or one.reason))
+    rows = [_shown(catalog, one) for one in islice(lost, (page - 1) * A_PAGE, page * A_PAGE + 1)]
     more = urlencode({**({"why": why} if why else {}), "page": page + 1}) if len(rows) > A_PAGE else ""
     return {"counts": counts, "why": why, "page": page, "rows": rows[:A_PAGE], "more": more}
 
 
-def _lines(folder: Path) -> Iterator[_Line]:
-    """Yield what both lists hold, the rejected rows first."""
-    for path in (file_of(folder, name) for name in (REJECTS_NAME, DROPPED_NAME)):
-        if not path.is_file():
-            continue
-        try:
-            with path.open("rb") as lines:
-                for line in lines:
-                    yield msgspec.json.decode(line, type=_Line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise IntegrityError(
-                f"{path}: damaged: {error}.",
-                "restore the file, or repeat the command that made the set, with --overwrite.",
-            ) from None
-
-
-def _shown(catalog: Catalog, line: _Line) -> LeftOut:
+def _shown(catalog: Catalog, line: Lost) -> LeftOut:
     sources = catalog.shards.manifest.sources
     source = next((one for one in sources if one.name == line.file), None)
     unit = "line" if source is None else source.unit
@@ -122,4 +76,4 @@ def _shown(catalog: Catalog, line: _Line) -> LeftOut:
     row = bytes(line.row).decode(errors="replace")
     row = row if len(row) <= _LONGEST else f"{row[:_LONGEST]}…"
     said = (line.reason, line.fix) if line.code else ("", "")
-    return LeftOut(where, line.why, *said, line.tokens, row, example_id)
+    return LeftOut(where, line.code or line.reason, *said, line.tokens, row, example_id)

@@ -18,7 +18,6 @@ OF_RECIPE = ("sources", "without", "min_tokens", "max_tokens", "min_trained", "m
 OF_PAGE = ("state", "finding", "text", "page", "after", "part")
 SEVERAL = ("sources", "without")
 STATES = {"rows": "in the rows", "cut": "cut", "dropped": "dropped"}
-_MOST_FIELDS = 200
 _SHARE = 0.0001  # percent below an edge: closer to it comes no share of a document of a million tokens
 _NEW = "NEW"  # folder of a view that is yet to be made
 
@@ -42,10 +41,7 @@ class Query:
         Raises:
             UsageError: an unknown field, one given twice, or a value outside its range.
         """
-        try:
-            values = parse_qs(text, max_num_fields=_MOST_FIELDS)
-        except ValueError as error:
-            raise UsageError(f"The address cannot be read: {error}.", "follow a link of the page.") from None
+        values = parse_qs(text)
         for name, given in values.items():
             if name not in OF_RECIPE + OF_PAGE:
                 raise UsageError(f"{name}: no such filter.", did_you_mean(name, OF_RECIPE + OF_PAGE))

@@ -221,8 +221,6 @@ class Reader:
 
     def _excerpt(self, places: Sequence[Stretch]) -> tuple[tuple[str, str], ...]:
         """Return how a document begins, and how its first answer does."""
-        if not places:
-            return ()
         ids, labels = self._read(places[0])
         trained = np.flatnonzero(labels != IGNORE_INDEX)
         answer = int(trained[0]) if len(trained) else 0

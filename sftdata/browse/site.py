@@ -220,6 +220,12 @@ class SetPages:
             self._selected.clear()
         return self._audited
 
+    @cached_property
+    def _counted(self) -> dict[str, Int64]:
+        """The example ids of all findings that `prepare` counted, by code."""
+        listed = read_counted(self.shards.folder)
+        return {code: listed[name] for name, code in COUNTED.items() if name in listed}
+
     def _ids_of(self, code: str) -> Int64:
         """Return the example ids of a finding, as far as they are known.
 
@@ -229,10 +235,7 @@ class SetPages:
         found = next((one for one in self.audited().findings if one.code == code), None)
         if found is None:
             raise UsageError(f"finding: no {code} was found in this set.", "see its findings.")
-        listed = read_counted(self.shards.folder)
-        ids = next(
-            (listed[name] for name, known in COUNTED.items() if known == code and name in listed), found.ids
-        )
+        ids = self._counted.get(code, found.ids)
         there: Int64 = ids[ids < len(self.catalog)]
         return there
 

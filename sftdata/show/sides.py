@@ -32,13 +32,39 @@ _PLACE_BITS = 40  # of a place, for the row; the source is above them
 _WHITE = (9, 10, 11, 12, 13, 32)
 
 
-class _Lost(msgspec.Struct):
-    """What dropped.jsonl and rejects.jsonl say of a row, as far as it is shown here."""
+class Lost(msgspec.Struct):
+    """What rejects.jsonl or dropped.jsonl says of a row.
+
+    Attributes:
+        code: of a rejected row; "" of another one, whose `reason` is what it counts as.
+        row: as it stands.
+    """
 
     file: str
     record: int
     reason: str
+    line: int | None = None
     code: str = ""
+    fix: str = ""
+    tokens: int | None = None
+    row: msgspec.Raw = msgspec.Raw()
+
+
+def read_lost(folder: Path) -> Iterator[Lost]:
+    """Yield the rows that a set lists as left out, the rejected ones first.
+
+    Raises:
+        IntegrityError: a list is damaged.
+    """
+    for path in (file_of(folder, name) for name in (REJECTS_NAME, DROPPED_NAME)):
+        if not path.is_file():
+            continue
+        try:
+            with path.open("rb") as lines:
+                for line in lines:
+                    yield msgspec.json.decode(line, type=Lost)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise IntegrityError(f"{path}: damaged: {error}.", _AGAIN) from None
 
 
 @dataclass(eq=False)
@@ -111,17 +137,10 @@ class Side:
         Raises:
             IntegrityError: one of its lists is damaged.
         """
-        found = {}
-        for name in (DROPPED_NAME, REJECTS_NAME):
-            path = file_of(self.folder, name)
-            try:
-                for line in path.read_bytes().splitlines() if path.is_file() else ():
-                    row = msgspec.json.decode(line, type=_Lost)
-                    why = f"rejected: {row.code}" if row.code else f"dropped: {row.reason}"
-                    found[row.file, row.record] = why
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise IntegrityError(f"{path}: damaged: {error}.", _AGAIN) from None
-        return found
+        return {
+            (row.file, row.record): f"rejected: {row.code}" if row.code else f"dropped: {row.reason}"
+            for row in read_lost(self.folder)
+        }
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

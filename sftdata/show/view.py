@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
-import msgspec
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Int32, Reject, offsets_of
+from sftdata.batches import IGNORE_INDEX, Int32, offsets_of
 from sftdata.errors import UsageError
 from sftdata.pages import macro, render
-from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.ledger import REJECTS_NAME, read_rejects
 from sftdata.set.local import file_of, local_folder, named
 from sftdata.set.manifest import read_manifest
 from sftdata.set.opened import ShardSet
@@ -395,8 +394,7 @@ class ShownSet(ShardSet):
                 "--example with one of these.",
             )
         path = file_of(self.folder, REJECTS_NAME)
-        for line in path.read_bytes().splitlines() if path.is_file() else []:
-            reject = msgspec.json.decode(line, type=Reject)
+        for reject in read_rejects(path) if path.is_file() else ():
             if (reject.file, reject.record) == origin:
                 return f"{place}: rejected ({reject.code}): {reject.reason}.", reject.fix
         ledger = self.manifest.ledger
