@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 256  # up to here single rows of the embeddings are trained, beyond it whole tables
 _PROBE_TOKENS = 64
-_BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model", "vocab*",
-    "merges.txt",
+READ_WITH = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "processor_config.json", "preprocessor_config.json", "*.model", "vocab*", "merges.txt",
 )  # fmt: skip
+"""Files beside the weights that inference needs."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
 
@@ -346,7 +347,7 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
 
 
 def _copy_beside(folder: Path, target: Path) -> None:
-    """Bring along what inference needs beside the weights: tokenizer, chat template, stop tokens."""
-    for path in {path for pattern in _BESIDE for path in folder.glob(pattern)}:
+    """Bring along what inference needs beside the weights: tokenizer, processor, template, stop tokens."""
+    for path in {path for pattern in READ_WITH for path in folder.glob(pattern)}:
         if path.is_file():
             shutil.copy2(path, target / path.name)

@@ -17,9 +17,9 @@ import yaml
 
 from sftdata.errors import UsageError
 from sftdata.output import local_output
-from sftdata.set.manifest import refuse_pictures
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import sync_folder, write_atomic
+from sfttrain.adapters import READ_WITH
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME, Identity
 from sfttrain.config import TrainConfig
 from sfttrain.process import Say, say
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 _PARTIAL = "model.partial"
 _UPLOADED = (
     "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json",
-    "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "processor_config.json", "preprocessor_config.json",
-    "*.model", "vocab*", "merges.txt", "*.py",
+    "adapter_config.json", "*.py", *READ_WITH,
 )  # fmt: skip
 # Files that may name local paths.
 _NAMING = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
@@ -308,8 +306,14 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
 
 
 def calibration_rows(opened: ShardSet, count: int) -> list[dict[str, list[int]]]:
-    """Return ids and masks of documents spread over a set, each by itself, as GPTQ takes them."""
-    refuse_pictures(opened.folder, opened.manifest)
+    """Return ids and masks of documents spread over a set, each by itself, as GPTQ takes them.
+
+    Raises:
+        UsageError: the set has pictures, without which its documents would go on.
+    """
+    if opened.manifest.vision is not None:
+        what = f"{opened.folder}: a set with pictures, which GPTQ is not shown."
+        raise UsageError(what, "use a set of text alone.")
     rows = []
     for index in np.unique(np.linspace(0, len(opened) - 1, min(count, len(opened))).astype(np.int64)):
         ids = max((document.input_ids for document in opened[int(index)].documents()), key=len).tolist()

@@ -72,11 +72,10 @@ def keep_in_step(model: PreTrainedModel, pictures: PictureInputs, sharded: bool,
     }
     if not trained and not sharded:
         return
-    made = made_pictures(pictures, 1, 0)
-    ids = torch.full((1, made[0].tokens), pictures.image_id)
-    look = {
-        name: value for name, value in pictures.of_document(made, ids).items() if name in pictures.kind.inputs
-    }
+    with torch.device("cpu"):  # the model may be a mere outline
+        made = made_pictures(pictures, 1, 0)
+        given = pictures.of_document(made, torch.full((1, made[0].tokens), pictures.image_id))
+    look = {name: given[name] for name in pictures.kind.inputs}
     if not next(iter(model.parameters())).is_meta:
         _freeze_unreached(model, look, trained, say)
     _look_without_pictures(model, look)

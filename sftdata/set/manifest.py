@@ -247,17 +247,6 @@ def format_version(pictures: bool) -> int:
     return PICTURES_VERSION if pictures else FORMAT_VERSION
 
 
-def refuse_pictures(folder: Path, manifest: Manifest) -> None:
-    """Refuse a set with pictures where its documents would go on without them.
-
-    Raises:
-        UsageError: naming the set.
-    """
-    if manifest.vision is not None:
-        what = f"{folder}: a set with pictures, which training does not carry yet."
-        raise UsageError(what, "use a set of text alone.")
-
-
 class _Version(msgspec.Struct):
     format_version: int
 

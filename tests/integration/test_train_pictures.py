@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.pictures.families import read_processor
+from sftdata.set.opened import open_set
+from sfttrain.adapters import merge
+from sfttrain.config import read_settings
+from sfttrain.export import calibration_rows
+from sfttrain.training import plan_run
 from tests.made_pictures import make, saved
 from tests.picture_sets import asked, write_rows
 from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
@@ -113,9 +118,19 @@ def test_what_cannot_act_on_pictures_is_refused_by_name(place: Path, tmp_path: P
     ):
         with pytest.raises(UsageError, match=message):
             train_in_process(shards, model, tmp_path / "run", {"max_steps": 1}, **settings)
+    with pytest.raises(UsageError, match="set: a set with pictures, which GPTQ is not shown"):
+        calibration_rows(open_set(shards), 4)
     text, words = tiny_llama(tmp_path / "text"), make_set(tmp_path / "words", rows=4)
     with pytest.raises(UsageError, match="freeze=none: the sets have no pictures, on which it acts"):
         train_in_process(words, text, tmp_path / "run", {"max_steps": 1}, freeze="none")
+
+
+def test_a_run_on_pictures_is_planned(place: Path, tmp_path: Path) -> None:
+    model, shards = family(place, "llava")
+    given = {"sets": (shards,), "model": str(model), "output": tmp_path, "training": QUICK | {"max_steps": 3}}
+    planned = plan_run(read_settings(None, [], given))
+    assert planned[0].startswith("data: 3 steps of 2 rows")
+    assert any(line.startswith("memory: ") for line in planned)
 
 
 def test_adapters_go_into_the_language_model_alone_and_text_only_steps_train(
@@ -128,6 +143,8 @@ def test_adapters_go_into_the_language_model_alone_and_text_only_steps_train(
     adapted = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert adapted
     assert all(".language_model." in name for name in adapted)
+    merge(tmp_path / "lora", tmp_path / "merged")
+    assert read_processor(tmp_path / "merged").sha256 == read_processor(model).sha256
     everywhere = train_in_process(
         shards, model, tmp_path / "all", settings | {"max_steps": 1}, lora="r=4,alpha=8", freeze="none"
     )
