@@ -212,7 +212,8 @@ def _add_workers(config: TrainConfig, args: TrainingArguments) -> None:
     if "dataloader_num_workers" not in config.training:
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         args.dataloader_num_workers = max(1, min(_WORKERS, (os.cpu_count() or 1) // beside))
-        args.dataloader_persistent_workers = True
+        if "dataloader_persistent_workers" not in config.training:
+            args.dataloader_persistent_workers = True
 
 
 def _refuse_settings(setting: Run, model: PreTrainedModel | None, data: object) -> None:
