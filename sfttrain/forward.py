@@ -1,4 +1,4 @@
-"""Two changes to a model's forward: terms of its loss are shared out, rotary factors follow each document.
+"""Changes to a model's forward: terms of its loss are shared out, rotary factors follow each document.
 
 Terms that a model adds to the cross entropy, such as the loss that balances a router's experts, are means
 over a forward, so a step of several micro-batches must share them out: `term_share` is one part of the
@@ -86,6 +86,14 @@ def _loss_function(model: PreTrainedModel, function: Callable[..., Tensor]) -> I
             model.__dict__.pop("_loss_function", None)
         else:
             model.loss_function = before
+
+
+def disable_cache(model: nn.Module) -> None:
+    """Turn the key-value cache off in every part of a model: inner configs have their own switch."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

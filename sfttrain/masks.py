@@ -13,13 +13,29 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from sfttrain.forward import Forward, text_config
+from sfttrain.forward import Forward, keep_rotary_apart, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.generic import ModelOutput
 
+    from sfttrain.pictures import PictureInputs
+
 _TAKE_BOOLS = "sdpa"  # begins the names of what takes masks of true and false; eager adds its mask
+
+
+def keep_apart(model: PreTrainedModel, restart: bool, pictures: PictureInputs | None) -> None:
+    """Keep the documents of a row apart where transformers does not.
+
+    Args:
+        model: with a head; changed in place.
+        restart: rotary factors depend on the longest position.
+        pictures: those of the sets; None where they are of text.
+    """
+    if restart:
+        keep_rotary_apart(model)
+    if pictures is not None and pictures.kind.types:
+        mask_pictures(model, pictures.kind.types)
 
 
 def mask_pictures(model: PreTrainedModel, kinds: str) -> None:

@@ -19,9 +19,9 @@ from sfttrain.attention import attentions, auto_class, registered_name
 from sfttrain.checkpoint import refuse_weights
 from sfttrain.config import TrainConfig
 from sfttrain.device import computes_in_bf16, sharded
-from sfttrain.forward import keep_rotary_apart, share_terms
+from sfttrain.forward import disable_cache, share_terms
 from sfttrain.loss import Objective, fuse_loss
-from sfttrain.masks import mask_pictures
+from sfttrain.masks import keep_apart
 from sfttrain.process import Say
 from sfttrain.refusals import require_package
 from sfttrain.towers import frozen_parts, keep_in_step
@@ -120,14 +120,6 @@ def load_model(
         raise _unusable(source, error, config.trust_remote_code) from None
 
 
-def disable_cache(model: nn.Module) -> None:
-    """Turn the key-value cache off in every part of a model: inner configs have their own switch."""
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if config is not None and getattr(config, "use_cache", False):
-            config.use_cache = False
-
-
 def describe_model(model: nn.Module, config: TrainConfig) -> str:
     """Describe what was loaded, defaults included."""
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
@@ -198,7 +190,7 @@ def make_model(
     _freeze(inner, plan.unreached, "nothing from text", say)
     towers = [] if plan.pictures is None else frozen_parts(inner, config.freeze, config.adapted)
     _freeze(inner, towers, "no gradient; --freeze says what does", say)
-    _keep_apart(inner, plan)
+    keep_apart(inner, plan.restart, plan.pictures)
     untrained = resize_embeddings(inner, sets, config.resize_to_multiple_of, say)
     align_special_tokens(inner, sets)
     if plan.loss is not None and _zero_stage(args) == 3:
@@ -238,14 +230,6 @@ def outline(
             trust_remote_code=config.trust_remote_code,
         )
         return make_model(config, model_config, model, plan, sets, args, lambda _: None)[0]
-
-
-def _keep_apart(model: PreTrainedModel, plan: Plan) -> None:
-    """Keep the documents of a row apart where transformers does not."""
-    if plan.restart:
-        keep_rotary_apart(model)
-    if plan.pictures is not None and plan.pictures.kind.types:
-        mask_pictures(model, plan.pictures.kind.types)
 
 
 def _freeze(model: nn.Module, names: Sequence[str], why: str, say: Say) -> None:

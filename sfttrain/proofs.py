@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from sftdata.batches import IGNORE_INDEX
 from sfttrain.attention import FLATTENED, FORCED, STAND_IN
 from sfttrain.data import Batch, Collator, Row
-from sfttrain.forward import depends_on_row_length, keep_rotary_apart, text_config
+from sfttrain.forward import depends_on_row_length, text_config
 from sfttrain.loss import fuse_loss
-from sfttrain.masks import mask_pictures
+from sfttrain.masks import keep_apart
 from sfttrain.pictures import PictureInputs, RowPicture
 from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model, unreached
 from sfttrain.tiny_pictures import made_pictures, shrink_tower
+from sfttrain.towers import tower_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -227,11 +228,8 @@ class _Trial:
         if not self._composite:
             return proof
         names = unreached(model, self._batch(collate, self._singles()[:1]))
-        if (
-            self._pictures is not None
-        ):  # of a tower, the model itself shows what is reached: it has more layers
-            tower = cast(nn.Module, model.get_encoder(modality="image"))
-            inside = next(name for name, module in model.named_modules() if module is tower)
+        if self._pictures is not None:  # the model itself shows what a tower reaches: it has more layers
+            inside, _ = tower_of(model)
             names = tuple(name for name in names if not f"{name}.".startswith(f"{inside}."))
         return replace(proof, unreached=names)
 
@@ -311,10 +309,7 @@ class _Trial:
         """Make the same weights again, with another attention."""
         model = tiny_model(self._config, attention, self._trusted, self._pictures is not None)
         cast(nn.Module, model).to(self._device)
-        if self._apart:
-            keep_rotary_apart(model)
-        if self._pictures is not None and self._pictures.kind.types:
-            mask_pictures(model, self._pictures.kind.types)
+        keep_apart(model, self._apart, self._pictures)
         return model
 
     def _causal(self) -> bool:

@@ -19,8 +19,7 @@ from torch import nn
 
 from sfttrain.attention import attentions, auto_class
 from sfttrain.data import Batch
-from sfttrain.forward import text_config
-from sfttrain.model import disable_cache
+from sfttrain.forward import disable_cache, text_config
 from sfttrain.pictures import PictureInputs
 from sfttrain.tiny_pictures import shrink_tower
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfttrain.forward import Forward
 from sfttrain.process import Say
@@ -31,11 +31,16 @@ _PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger
 _FEATURES = ("pooler_output", "deepstack_features")  # what a language model gets of pictures
 
 
+def tower_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Return the vision tower of a model, with its name."""
+    tower = cast(nn.Module, model.get_encoder(modality="image"))
+    return next((name, module) for name, module in model.named_modules() if module is tower)
+
+
 def parts_that_see(model: PreTrainedModel) -> dict[str, list[str]]:
     """Return the names of the modules of `vision` and of `projector`."""
-    tower = model.get_encoder(modality="image")
+    inside, tower = tower_of(model)
     projector = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _PROJECTORS]
-    inside = next(name for name, module in model.named_modules() if module is tower)
     if not any(name.startswith(f"{inside}.") for name in projector):
         return {"vision": [inside], "projector": projector}
     beside = [f"{inside}.{name}" for name, _ in tower.named_children()]

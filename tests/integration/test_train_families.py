@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sfttrain.attention import register_attention
 from sfttrain.data import Collator, Row
-from sfttrain.forward import depends_on_row_length, keep_rotary_apart
-from sfttrain.model import disable_cache
+from sfttrain.forward import depends_on_row_length, disable_cache, keep_rotary_apart
 from sfttrain.proofs import Surroundings, prove
 from sfttrain.tiny import shrunk
 

@@ -377,7 +377,7 @@ def test_an_encoder_is_refused_since_it_sees_its_own_answers(shards: Path, tmp_p
 def test_no_inner_config_keeps_a_cache_in_training() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sfttrain.model import disable_cache
+    from sfttrain.forward import disable_cache
     from sfttrain.tiny import shrunk
 
     model = AutoModelForCausalLM.from_config(next(shrunk(AutoConfig.for_model("gemma3"))))

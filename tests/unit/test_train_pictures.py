@@ -15,8 +15,7 @@ from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.pictures.families import read_processor
 from sfttrain.attention import register_attention
 from sfttrain.data import Collator, Row
-from sfttrain.pictures import RowPicture, refuse_other_model
-from sfttrain.positions import grid_positions
+from sfttrain.pictures import RowPicture, grid_positions, refuse_other_model
 from sfttrain.proofs import Surroundings, prove
 from sfttrain.tiny_pictures import made_pictures
 from tests.made_pictures import make, saved, turned
