@@ -35,7 +35,8 @@ def refuse_sets(given: Mapping[str, object], assigned: Sequence[str] = ()) -> No
         UsageError: naming the first set, and the settings that need its text.
     """
     inputs = given.get("inputs", ())
-    names = list(map(str, inputs if isinstance(inputs, list | tuple) else (inputs,)))
+    named = inputs if isinstance(inputs, list | tuple) else (inputs,)
+    names = [str(name) for name in named if isinstance(name, str | Path)]
     sets = [name for name in names if set_in(Path(name).expanduser()) == "a finished set"]
     for name in names:
         if _holds_sets_alone(Path(name).expanduser()):

@@ -346,6 +346,14 @@ def test_a_fault_of_what_the_rows_are_read_from_stays_what_it_is(cache: Path, tm
         sftdata.prepare(rows(), tokenizer=TOKENIZER, output=tmp_path / "set")
 
 
+def test_a_dict_of_columns_is_refused_by_its_kind(tmp_path: Path) -> None:
+    columns = {"text": [f"Number {n} is here." for n in range(40)]}  # as text, longer than a name may be
+    with pytest.raises(
+        UsageError, match=r"inputs: found a dict; .* Fix: from Python, give rows as one dataset"
+    ):
+        sftdata.prepare(columns, tokenizer="examples/tokenizer", output=tmp_path / "set")
+
+
 def test_a_cache_that_is_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "file"))
