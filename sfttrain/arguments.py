@@ -133,14 +133,38 @@ def checked_training(given: Mapping[str, object]) -> dict[str, object]:
     """Return settings of TrainingArguments as it takes them.
 
     Raises:
-        UsageError: it has no such field, or the value is no number where one is wanted.
+        UsageError: it has no such field, or the value is no number where one is wanted, or out of bounds.
     """
     known = training_fields()
     for key in given:
         if key not in known:
             fix = did_you_mean(key, [*TrainConfig.model_fields, *known], "see `sfttrain config`.")
             raise UsageError(f"Unknown setting {key!r}.", fix)
-    return {key: _coerced(key, value, known[key]) for key, value in given.items()}
+    coerced = {key: _coerced(key, value, known[key]) for key, value in given.items()}
+    for key, value in coerced.items():
+        _refuse_out_of_bounds(key, value)
+    return coerced
+
+
+_ABOVE_0 = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+_FROM_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+
+
+def _refuse_out_of_bounds(key: str, value: object) -> None:
+    unset = key == "max_steps" and value == -1  # as transformers writes it
+    if unset or isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if key in _ABOVE_0 and value <= 0:
+        raise UsageError(
+            f"Setting {key!r}: found {value}; expected a number above 0.", "set 1 or more, or leave it out."
+        )
+    if key in _FROM_0 and value < 0:
+        raise UsageError(
+            f"Setting {key!r}: found {value}; expected 0 or more.", "set 0 or more, or leave it out."
+        )
 
 
 def given_training(config: TrainConfig) -> dict[str, object]:

@@ -77,6 +77,10 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
         (["--set", "fsdp=full_shard"], "one process has nothing to shard over. Fix: accelerate launch"),
         (["--set", "weights=[1, 2]"], "Settings: 2 weights for 1 sets. Fix:"),
         (["--set", "learning_rate=fast"], "Setting 'learning_rate': expected a number; found 'fast'. Fix:"),
+        (["--max-steps", "0"], "'max_steps': found 0; expected a number above 0. Fix: set 1 or more"),
+        (["--epochs", "-1"], "'num_train_epochs': found -1.0; expected a number above 0. Fix:"),
+        (["--set", "per_device_train_batch_size=0"], "found 0; expected a number above 0. Fix:"),
+        (["--set", "learning_rate=-1"], "'learning_rate': found -1; expected 0 or more. Fix:"),
         (["--set", "lr_scheduler_type=cosin"], "cosin is not a valid SchedulerType"),
     ],
 )
