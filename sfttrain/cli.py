@@ -256,6 +256,9 @@ def chat(
     """Talk to a trained model: `sfttrain chat out/`, with the chat template and stop tokens of its data."""
     from sfttrain.chat import open_chat, talk
 
+    if not all(text.strip() for text in prompt or ()):
+        raise UsageError("--prompt: found nothing; expected a message.", "leave --prompt out, and type it.")
+
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 

@@ -425,6 +425,7 @@ ELSEWHERE: dict[str, str] = {
     ),
     "leave --system out.": "tests/integration/test_train_chat.py::test_a_model_without_chat_template_goes_on_with_a_text",
     "name the folder that `sfttrain run` or `sfttrain merge` wrote.": _CHAT,
+    "leave --prompt out, and type it.": _CHAT,
     "--max-new-tokens of at least 1, and --temperature of at least 0.": _CHAT,
     "--passes {}{}.": f"{_SHARES}test_a_bound_on_passes_is_held_and_its_advice_works",
     ", or --max-steps {}{}": f"{_SHARES}test_a_bound_on_passes_is_held_and_its_advice_works",

@@ -238,3 +238,13 @@ def test_what_cannot_be_talked_to_is_refused_in_one_line_whose_advice_works(
     assert said in error
     assert "\n" not in error
     assert cli.main(["chat", str(fitted), *followed.split(), "-p", "Hello"]) == 0
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(
+    fitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["chat", "nowhere", "--prompt", " "]) == 2
+    assert "--prompt: found nothing; expected a message. Fix: leave --prompt out" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("When should I water tomatoes?\n"))
+    assert cli.main(["chat", str(fitted)]) == 0
+    assert capsys.readouterr().out.strip()
