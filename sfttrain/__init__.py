@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from sftdata.set.opened import ShardSet
     from sfttrain.chat import Chat
     from sfttrain.iterative import IterativeTrainer
     from sfttrain.trainer import SftTrainer
@@ -37,7 +38,7 @@ _OBJECTS = (
 
 
 def train(
-    data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *,
+    data: str | Path | ShardSet | Sequence[str | Path | ShardSet] | Iterable[Mapping[str, object]], *,
     output: str | Path,
     model: str | Path | torch.nn.Module | None = None,
     on_note: Callable[[str], object] | None = None,
@@ -77,8 +78,8 @@ def train(
     """Train a model; the same function as `sfttrain run`, and the same call resumes a broken run.
 
     Args:
-        data: folders of sets, or a dataset of rows with token ids (`datasets.Dataset`, `IterableDataset`, a
-            list of dicts).
+        data: folders of sets, opened sets, or a dataset of rows with token ids (`datasets.Dataset`,
+            `IterableDataset`, a list of dicts).
         output: folder of the run.
         model: folder or Hub id, or a model object, which may carry adapters; None with `init_from_config` or
             `adapter`.
@@ -143,6 +144,7 @@ def _train(
     named = model is None or isinstance(model, str | Path)
     if model is not None:
         given["model"] = str(model) if named else _name_of(model)
+    data = _places(data)
     folders = isinstance(data, str | Path) or (
         isinstance(data, Sequence) and all(isinstance(part, str | Path) for part in data)
     )
@@ -156,6 +158,28 @@ def _train(
             data=None if folders else data,
             **objects,
         )
+
+
+def _places(data: object) -> object:
+    """Return the folders or URLs of opened sets; everything else as it is.
+
+    Raises:
+        UsageError: neither places nor rows.
+    """
+    from sftdata.errors import UsageError
+    from sftdata.set.local import named
+    from sftdata.set.opened import ShardSet
+
+    if isinstance(data, ShardSet):
+        return named(data.folder)
+    if isinstance(data, list | tuple) and any(isinstance(part, ShardSet) for part in data):
+        return [_places(part) for part in data]
+    if not isinstance(data, str | Path | Iterable) and not hasattr(data, "__getitem__"):
+        raise UsageError(
+            f"data: found a {type(data).__name__}; expected folders of sets, or rows of token ids.",
+            "name the folder that sftdata.prepare wrote: its output=.",
+        )
+    return data
 
 
 def _name_of(model: object) -> str:

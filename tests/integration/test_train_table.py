@@ -146,6 +146,21 @@ def test_a_stream_of_constant_length_rows_trains_without_files(model: Path, tmp_
 
 
 @pytest.mark.feature("custom data")
+def test_an_opened_set_is_trained_as_its_folder_and_a_manifest_is_refused(
+    shards: Path, model: Path, tmp_path: Path
+) -> None:
+    import sftdata
+
+    opened = sftdata.open(shards)
+    one = sfttrain.train(opened, model=model, output=tmp_path / "one", **QUICK)
+    two = sfttrain.train([str(shards)], model=model, output=tmp_path / "two", **QUICK)
+    assert one.state.log_history[0]["loss"] == two.state.log_history[0]["loss"]
+    assert sfttrain.train([opened], model=model, output=tmp_path / "one", **QUICK) is None
+    with pytest.raises(UsageError, match="data: found a Manifest; expected folders of sets"):
+        sfttrain.train(opened.manifest, model=model, output=tmp_path / "three", **QUICK)
+
+
+@pytest.mark.feature("custom data")
 def test_rows_without_ids_or_with_other_lengths_are_named(model: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 

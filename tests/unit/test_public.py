@@ -101,7 +101,8 @@ IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimi
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
 open_chat(folder: str | Path, *, base: str | None = None, system: str | None = None,\
  max_new_tokens: int = 512, temperature: float = 0.0, on_note: Callable[[str], object] | None = None) -> Chat
-train(data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]], *, output: str | Path,\
+train(data: str | Path | ShardSet | Sequence[str | Path | ShardSet] | Iterable[Mapping[str, object]], *,\
+ output: str | Path,\
  model: str | Path | torch.nn.Module | None = None, on_note: Callable[[str], object] | None = None,\
  weights: Sequence[float] = (), mix: Mapping[str, float | str] = {},\
  mix_by: Literal['rows', 'tokens', 'trained'] = 'trained', passes: float | None = None, window: int | None = None,\
