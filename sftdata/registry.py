@@ -81,13 +81,15 @@ def read_registry(value: object) -> dict[str, Entry]:
     else:
         found_instead = f"registry: found {value!r:.200}; expected a YAML file"
         raise UsageError(f"{found_instead}.", f"name a file of sources, as {REGISTRY_NAME}.")
-    return {str(name): _entry(str(name), entry, lines, folder) for name, entry in found.items()}
+    return {name: _entry(name, entry, lines, folder) for name, entry in found.items()}
 
 
 def _entry(name: str, value: object, lines: Mapping[str, str], folder: Path | None) -> Entry:
     place = f"{lines[name]}: {name}" if name in lines else f"registry: {name}"
     if isinstance(value, Entry):
         return value
+    if not isinstance(name, str):  # YAML reads `no` as false, and 1.10 as 1.1
+        raise UsageError(f"{place}: is no text.", "put the name in quotes.")
     if not _NAME.fullmatch(name):
         raise UsageError(f"{place}: is no name; expected letters, digits, `.`, `_` and `-`.", "rename it.")
     said = {"path": value} if isinstance(value, str | list) else value

@@ -140,7 +140,8 @@ def read_settings_file(path: Path, *, names: bool = False) -> tuple[Settings, di
         UsageError: an unreadable file, no mapping, or a repeated key.
     """
     try:
-        root, values = _parse(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        root, values = _parse(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}.", "check the path.") from None
     except UnicodeDecodeError:
@@ -150,10 +151,12 @@ def read_settings_file(path: Path, *, names: bool = False) -> tuple[Settings, di
         raise UsageError(f"{path}{line}: {error}.", "correct the file.") from None
     if root is None or not isinstance(values, dict):
         raise UsageError(f"{path}: found {_kind(values)}; expected settings, one `key: value` a line.")
-    _refuse_duplicates(path, root)
-    spelled = str if names else _spelled
-    places = {spelled(node.value): f"{path}:{node.start_mark.line + 1}" for node, _ in root.value}
-    return {spelled(key): value for key, value in values.items()}, places
+    _refuse_duplicates(path, yaml.compose(text, yaml.SafeLoader))  # in `root` merges are written out
+    places = {node.value: f"{path}:{node.start_mark.line + 1}" for node, _ in root.value}
+    if names:
+        return values, places
+    places = {_spelled(key): place for key, place in places.items()}
+    return {_spelled(key): value for key, value in values.items()}, places
 
 
 def assign(

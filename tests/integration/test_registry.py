@@ -178,6 +178,8 @@ def test_detect_and_preview_take_a_name(here: Path, capsys: pytest.CaptureFixtur
         ("- a\n", r"datasets.yaml: found a list; expected settings"),
         ("a:\n  path: qa.jsonl\n  map_role: {bot: user}\n", r"--map-role bot=user acts on conversations"),
         ("a:\n  path: none.jsonl\n", r"none.jsonl: no such file"),
+        ("no: qa.jsonl\n", r"registry: False: is no text. Fix: put the name in quotes"),
+        ("b: &b {path: qa.jsonl}\na: {<<: *b, path: none.jsonl}\n", r"none.jsonl: no such file"),
         ("a: qa.jsonl\na: qa.jsonl\n", r"datasets.yaml:2: 'a' is there twice"),
     ],
 )  # fmt: skip
