@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 Said = dict[str, tuple[object, str]]  # of one dataset: setting of `prepare` -> value, its place in the file
 
 
-NO_NAME = re.compile(r"[^\w.-]+|^[^A-Za-z0-9]+")  # in the name of a source
+_NO_NAME, _NO_BEGINNING = re.compile(r"[^\w.-]+"), re.compile(r"^[^A-Za-z0-9]+")  # of the name of a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +90,22 @@ class Carried:
                 for setting, (value, place) in one.said.items():
                     self.put("data", setting, value, place)
             return
-        for one, said in zip(datasets, read, strict=True):
-            name = next(free for free in _numbered(NO_NAME.sub("-", one.name)) if free not in self.sources)
-            self.sources[name] = source_of(one.paths, said)
+        for one in datasets:
+            self.name_source(one)
         self.put("data", "inputs", list(self.sources), origin)
         self.origins["data", "inputs"] += [place for one in datasets for _, place in one.said.values()]
 
-
-def source_of(paths: Sequence[str | Path], said: Mapping[str, object]) -> Settings:
-    """Return a source of a registry."""
-    source: Settings = {"path": paths[0] if len(paths) == 1 else list(paths)}
-    for setting, value in said.items():
-        name, _, part = setting.partition(".")
-        if part:
-            source.setdefault(name, {})[part] = value
-        else:
-            source[name] = value
-    return source
+    def name_source(self, one: Dataset) -> None:
+        """Make a dataset a source of a registry, by a name like its own that is free there."""
+        name = _NO_BEGINNING.sub("", _NO_NAME.sub("-", one.name)) or "data"
+        source: Settings = {"path": one.paths[0] if len(one.paths) == 1 else list(one.paths)}
+        self.sources[next(free for free in _numbered(name) if free not in self.sources)] = source
+        for setting, (value, _) in one.said.items():
+            key, _, part = setting.partition(".")
+            if part:
+                source.setdefault(key, {})[part] = value
+            else:
+                source[key] = value
 
 
 def registry_text(sources: Mapping[str, Settings], folder: Path, head: str, left: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sftdata.carried import (
-    NO_NAME,
     Carried,
     Dataset,
     OfAnotherKind,
@@ -16,7 +15,6 @@ from sftdata.carried import (
     Settings,
     listed,
     mapping,
-    source_of,
     text,
 )
 from sftdata.errors import UsageError
@@ -93,8 +91,7 @@ def read_dataset_info(path: Path) -> Carried:
                 f"{path}: {dataset}: found {entry!r:.200}; expected {error}.", "correct it."
             ) from None
         if one is not None:
-            said = {setting: value for setting, (value, _) in one.said.items()}
-            found.sources[NO_NAME.sub("-", dataset)] = source_of(one.paths, said)
+            found.name_source(one)
     return found
 
 

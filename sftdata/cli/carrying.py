@@ -17,9 +17,8 @@ def init_from(source: Path, file: str, output: Path | StoreUrl) -> None:
     from sftdata.other_tools import carry_over
 
     found = carry_over(source, str(output))
-    data, train, named = (
-        Path(file).with_name(f"{Path(file).stem}{end}.yaml") for end in ("", "-train", "-datasets")
-    )
+    base = Path("sft.yaml" if file == "-" else file)
+    data, train, named = (base.with_name(f"{base.stem}{end}.yaml") for end in ("", "-train", "-datasets"))
     of, texts = f"From {source.name} of {found.tool}.", dict[Path, str]()
     if found.sources:
         found.data["registry"] = str(named)

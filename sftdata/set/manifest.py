@@ -328,7 +328,7 @@ def decode_manifest(raw: bytes, path: str) -> Manifest:
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        found = f"{path}: not a manifest: {error}."
+        found = f"{path}: not a manifest as this version writes it: {error}."
         raise IntegrityError(found, "repeat the command that made the set, with --overwrite.") from None
     _check_seal(manifest, path)
     _check_sums(manifest, path)

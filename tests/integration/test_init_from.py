@@ -19,6 +19,7 @@ from sftdata import other_tools
 from sftdata.cli import main
 from sftdata.errors import UsageError
 from sftdata.other_tools import carry_over
+from sftdata.registry import read_registry
 from sftdata.set.opened import open_set
 from sfttrain.config import read_settings
 from tests.train_runs import OUR_WARNINGS, tiny_llama
@@ -208,8 +209,22 @@ def test_a_dataset_info_becomes_a_registry(
     assert open_set("set").manifest.ledger.rows_kept == 5
 
 
+def test_datasets_of_names_that_no_source_has_become_sources_all_the_same(tmp_path: Path) -> None:
+    names = ("a b", "a/b", "_x", "日本", "日本 2", "")
+    info = {name: {"file_name": f"{number}.json"} for number, name in enumerate(names)}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert (
+        main(["init", "--from", str(tmp_path / "dataset_info.json"), "-f", str(tmp_path / "datasets.yaml")])
+        == 0
+    )
+    found = read_registry(tmp_path / "datasets.yaml")
+    assert {name: Path(entry.path[0]).name for name, entry in found.items()} == {
+        "a-b": "0.json", "a-b-2": "1.json", "x": "2.json", "data": "3.json", "2": "4.json", "data-2": "5.json",
+    }  # fmt: skip
+
+
 def test_datasets_that_differ_become_sources_and_their_folder_is_where_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -239,6 +254,10 @@ def test_datasets_that_differ_become_sources_and_their_folder_is_where_it_is_sai
     assert main(["init", "--from", str(path)]) == 0
     assert main(["config", "check", "sft.yaml"]) == 0
     assert yaml.safe_load(Path("sft.yaml").read_text())["registry"] == "sft-datasets.yaml"
+    capsys.readouterr()
+    assert main(["init", "--from", str(path), "-f", "-"]) == 0
+    written = [Path(name).read_text() for name in ("sft-datasets.yaml", "sft.yaml", "sft-train.yaml")]
+    assert capsys.readouterr().out == "\n---\n".join(written)
     alike = [{"path": name, "field_messages": "chat", "split": "train"} for name in ("x/y", "x/z")]
     found = carry_over(_write(tmp_path, {"base_model": "a/b", "datasets": alike}), "set")
     assert (found.data["split"], found.data["map"], found.sources) == ("train", {"messages": "chat"}, {})
