@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import islice
 from urllib.parse import parse_qs, urlencode
 
@@ -11,29 +10,6 @@ from sftdata.errors import UsageError, place
 from sftdata.show.sides import Lost, read_lost
 
 A_PAGE = 50
-_LONGEST = 2_000  # characters shown of a row
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A row that is not in the set, or only beside its rows.
-
-    Attributes:
-        place: in its file.
-        why: code or reason.
-        said, fix: in words; "" where the reason says it all.
-        tokens: its length; None where it was not tokenized.
-        row: as it stands, where it is recorded, cut after some characters.
-        example_id: of its document, which is in the set, beside its rows; None where there is none.
-    """
-
-    place: str
-    why: str
-    said: str
-    fix: str
-    tokens: int | None
-    row: str
-    example_id: int | None
 
 
 def left_out(catalog: Catalog, asked: str) -> dict[str, object]:
@@ -59,21 +35,18 @@ def left_out(catalog: Catalog, asked: str) -> dict[str, object]:
         raise UsageError(f"why: nothing was left out for {why}.", "see the reasons on the page.")
     page = int(number)
     lost = (one for one in read_lost(catalog.shards.folder) if why in ("", one.code or one.reason))
-    rows = [_shown(catalog, one) for one in islice(lost, (page - 1) * A_PAGE, page * A_PAGE + 1)]
+    rows = [_placed(catalog, one) for one in islice(lost, (page - 1) * A_PAGE, page * A_PAGE + 1)]
     more = urlencode({**({"why": why} if why else {}), "page": page + 1}) if len(rows) > A_PAGE else ""
     return {"counts": counts, "why": why, "page": page, "rows": rows[:A_PAGE], "more": more}
 
 
-def _shown(catalog: Catalog, line: Lost) -> LeftOut:
+def _placed(catalog: Catalog, lost: Lost) -> tuple[Lost, str, int | None]:
+    """Return a row, its place, and the id of its document, which may be beside the rows of the set."""
     sources = catalog.shards.manifest.sources
-    source = next((one for one in sources if one.name == line.file), None)
+    source = next((one for one in sources if one.name == lost.file), None)
     unit = "line" if source is None else source.unit
-    where = place(line.file, line.record, unit, line.line if unit != "line" else None)
-    example_id = None
-    if source is not None and 1 <= line.record <= source.rows:
-        example_id = source.first_id + line.record - 1
-        example_id = example_id if catalog.state[example_id] else None
-    row = bytes(line.row).decode(errors="replace")
-    row = row if len(row) <= _LONGEST else f"{row[:_LONGEST]}…"
-    said = (line.reason, line.fix) if line.code else ("", "")
-    return LeftOut(where, line.code or line.reason, *said, line.tokens, row, example_id)
+    where = place(lost.file, lost.record, unit, lost.line if unit != "line" else None)
+    if source is None or not 1 <= lost.record <= source.rows:
+        return lost, where, None
+    example_id = source.first_id + lost.record - 1
+    return lost, where, example_id if catalog.state[example_id] else None

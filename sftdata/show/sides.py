@@ -37,7 +37,6 @@ class Lost(msgspec.Struct):
 
     Attributes:
         code: of a rejected row; "" of another one, whose `reason` is what it counts as.
-        row: as it stands.
     """
 
     file: str
@@ -48,6 +47,11 @@ class Lost(msgspec.Struct):
     fix: str = ""
     tokens: int | None = None
     row: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def text(self) -> str:
+        """The row as it stands; "" of one that was not rejected."""
+        return bytes(self.row).decode(errors="replace")
 
 
 def read_lost(folder: Path) -> Iterator[Lost]:
