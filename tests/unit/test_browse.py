@@ -97,6 +97,17 @@ def test_the_catalogue_knows_what_rows_and_rest_hold(sets: dict[str, Path], kind
         assert sorted(read) == sorted(known[example]["pieces"])
 
 
+@pytest.mark.parametrize("kind", ["weighted", "texts", "tokens"])
+def test_trained_tokens_are_counted_as_in_a_view_of_whole_documents(
+    sets: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    trained = Catalog(open_shown(sets[kind])).trained
+    view(tmp_path / "whole", sets[kind], max_length=1 << 20, packing="none")
+    documents = [one for row in sftdata.open(tmp_path / "whole") for one in row.documents()]
+    held = {one.example_id: np.count_nonzero(one.labels[1:] != -100) for one in documents}
+    assert held == {example: trained[example] for example in np.flatnonzero(trained).tolist()}
+
+
 QUERIES = (
     "", "min_tokens=40", "max_tokens=64", "min_tokens=20&max_tokens=90", "min_trained=30%25", "max_trained=0.5",
     "min_trained=10%25&max_trained=60%25&min_tokens=30", "sources=a.jsonl", "sources=a.jsonl&sources=c*&min_tokens=50",
@@ -124,14 +135,25 @@ def test_a_query_selects_the_documents_that_the_view_of_its_recipe_holds(
 
 @pytest.mark.parametrize("kind", ["chats", "texts", "view"])
 @pytest.mark.parametrize("asked", ["", "min_tokens=20&max_trained=75%25", "state=cut"])
-def test_a_bar_counts_what_a_click_on_it_selects(sets: dict[str, Path], kind: str, asked: str) -> None:
+def test_a_bar_counts_what_a_click_on_it_selects_and_is_faint_where_that_is_filtered_away(
+    sets: dict[str, Path], kind: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "A_PAGE", 1000)
     site = Site([open_shown(sets[kind])])
     text = got(site, f"1/?{asked}")
-    bars = re.findall(r'<a class="trained[^>]*href="([^"]+)"[^>]*title="[^"]*?: ([\d,]+) examples"', text)
+    bar = r'<a class="trained( off)?"[^>]*href="([^"]+)"[^>]*title="([^"]*?): ([\d,]+) examples"'
+    bars = re.findall(bar, text)
     assert bars or (kind, asked) == ("texts", "state=cut")
-    for link, count in bars:
+    faint = {"trained" in title for off, _, title, _ in bars if off}
+    assert faint == ({True, False} if "tokens" in asked else set())
+    for off, link, _, count in bars:
         listed = got(site, address_of(link))
         assert re.search(r"<h2>([\d,]+)", listed)[1] == count, link
+        assert not off or not documents_on(listed) & documents_on(text)
+
+
+def documents_on(page: str) -> set[str]:
+    return set(re.findall(r"/document/(\d+)", page))
 
 
 def got(site: Site, address: str, status: int = 200) -> str:
