@@ -6,6 +6,7 @@ import html
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin
@@ -339,6 +340,18 @@ def test_each_finding_leads_to_all_its_examples(tmp_path: Path) -> None:
         listed = got(site, f"1/?finding={finding.code}")
         places = re.findall(r'<span class="about"><b>([^<]+)</b>', listed)
         assert places == sorted(finding.examples, key=lambda one: int(one.rpartition(":")[2]))[:50]
+
+
+def test_what_is_known_of_a_part_grows_when_all_is_looked_at(
+    sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "glance", partial(pages.glance, tokens=1000))
+    site, address = Site([open_shown(sets["chats"])]), "1/?finding=duplicate-prompt"
+    assert "Look at all of them" in got(site, "1/findings")
+    assert "the finding is known of the" in (first := got(site, address))
+    assert "Look at all of them" not in got(site, "1/findings?every=1")
+    (found,) = (one for one in sftdata.audit(sets["chats"]) if one.code == "duplicate-prompt")
+    assert len(documents_on(first)) < len(documents_on(got(site, address))) == found.count
 
 
 def test_two_sets_are_shown_beside_each_other(sets: dict[str, Path]) -> None:
