@@ -184,7 +184,7 @@ def _prepare(config: PrepareConfig, run: _Run, part: Part | None, scan: Scanned 
     if plan.job.vision is not None and not isinstance(output, Path):
         what = f"{output}: a set with pictures is made in a folder, as yet."
         raise UsageError(what, "name a local folder with -o.")
-    if part is None and isinstance(output, Path) and not _begun(output, plan, run.note):
+    if part is None and not _begun(output, plan, run.note):
         made: Manifest | None = build_set(config, plan, old, run.workers, run.progress, run.note)
     else:
         made = _build(config, plan, old, run, part)
@@ -196,11 +196,11 @@ def _prepare(config: PrepareConfig, run: _Run, part: Part | None, scan: Scanned 
     return made
 
 
-def _begun(output: Path, plan: Plan, note: OnNote) -> bool:
+def _begun(output: Path | StoreUrl, plan: Plan, note: OnNote) -> bool:
     """Say whether parts of this plan were made; note where there are others."""
     if _shared(output, plan).begun():
         return True
-    if (folder := parts_folder(output)).is_dir():
+    if isinstance(output, Path) and (folder := parts_folder(output)).is_dir():
         note(f"{folder}: parts made with other data, settings or versions; nothing of them is used.")
     return False
 

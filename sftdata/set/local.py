@@ -32,12 +32,12 @@ from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME, Objects, Pointer, connect
+from sftdata.set.stores import MANIFEST_NAME, Objects, connect, followed
 from sftdata.set.web import Web
+from sftdata.sources.remote import EXTRAS
 
 _AT_ONCE = 8
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
-_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf")
 _AS_NEEDED = (".arrow", ".jsonl")
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
@@ -67,9 +67,9 @@ def url_of(place: str | Path) -> str | None:
     if (found := _URL.fullmatch(os.fspath(place))) is None or found[1] == "file":
         return None
     scheme, rest = found[1].lower(), found[2].rstrip("/")
-    if scheme not in _SCHEMES:
+    if scheme not in EXTRAS:
         raise UsageError(
-            f"{scheme}://{rest}: sets are not read from there.", f"use one of {', '.join(_SCHEMES)}."
+            f"{scheme}://{rest}: sets are not read from there.", f"use one of {', '.join(EXTRAS)}."
         )
     parts = rest.split("/")
     if "?" in rest or ("@" in parts[0] and not scheme.startswith("abfs")):
@@ -180,10 +180,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _followed(url: str, found: bytes) -> tuple[Objects | Web, bytes]:
     """Return where the files of a set are, and its manifest, by what stands in the place of that."""
-    try:
-        built = _store_at(f"{url}/{msgspec.json.decode(found, type=Pointer).folder}")
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _store_at(url), found
+    built = _store_at(followed(url, found))
+    if built.url == url:
+        return built, found
     if (manifest := built.find(MANIFEST_NAME)) is None:
         raise IntegrityError(f"{built}/{MANIFEST_NAME}: missing.", "open the set again, or prepare it again.")
     return built, manifest.data

@@ -287,12 +287,15 @@ def set_at(root: Objects) -> Objects | None:
         None where there is no set.
     """
     found = root.find(MANIFEST_NAME)
-    if found is None:
-        return None
+    return None if found is None else Objects(followed(root.url, found.data))
+
+
+def followed(url: str, manifest: bytes) -> str:
+    """Return where the files of a set are, by what stands in the place of its manifest."""
     try:
-        return Objects(f"{root.url}/{msgspec.json.decode(found.data, type=Pointer).folder}")
+        return f"{url}/{msgspec.json.decode(manifest, type=Pointer).folder}"
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return root  # a manifest, or what cannot be read as one
+        return url  # a manifest, or what cannot be read as one
 
 
 def library(url: str) -> Any:

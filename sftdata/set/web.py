@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 from sftdata.errors import IntegrityError
 from sftdata.set.store import Sink
+from sftdata.set.stores import Found
 from sftdata.sources.remote import read_object, size_of, sizes_below
 
 _AT_ONCE = 8
-
-
-class Found(NamedTuple):
-    """An object."""
-
-    data: bytes
 
 
 class Web:
@@ -38,7 +32,7 @@ class Web:
     def find(self, name: str) -> Found | None:
         """Return an object; None where there is none."""
         data = read_object(f"{self.url}/{name}")
-        return None if data is None else Found(data)
+        return None if data is None else Found(data, {})
 
     def copy(self, name: str, sink: Sink) -> None:
         """Write an object's content to a sink."""

@@ -104,16 +104,7 @@ def read_object(url: str) -> bytes | None:
     Raises:
         SftError: it cannot be read.
     """
-
-    def ask(store: AbstractFileSystem, path: str) -> bytes | None:
-        try:
-            return bytes(store.cat_file(path))
-        except FileNotFoundError as error:
-            if _is_final(error) and _status(error) in (None, 404):
-                return None
-            raise
-
-    return _ask(url, ask)
+    return _ask_of(url, lambda store, path: bytes(store.cat_file(path)))
 
 
 def size_of(url: str) -> int | None:
@@ -122,17 +113,7 @@ def size_of(url: str) -> int | None:
     Raises:
         SftError: it cannot be asked for.
     """
-
-    def ask(store: AbstractFileSystem, path: str) -> int | None:
-        try:
-            size: int | None = store.info(path)["size"]
-        except FileNotFoundError as error:
-            if _is_final(error) and _status(error) in (None, 404):
-                return None
-            raise
-        return size
-
-    return _ask(url, ask)
+    return _ask_of(url, lambda store, path: store.info(path)["size"])
 
 
 def sizes_below(url: str) -> dict[str, int]:
@@ -333,6 +314,20 @@ def _ask(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Resu
                     raise
                 time.sleep(wait)
         return request(store, path)
+
+
+def _ask_of(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Result | None:
+    """Make a request about one object; return None where there is none."""
+
+    def ask(store: AbstractFileSystem, path: str) -> Result | None:
+        try:
+            return request(store, path)
+        except FileNotFoundError as error:
+            if _is_final(error) and _status(error) in (None, 404):
+                return None
+            raise
+
+    return _ask(url, ask)
 
 
 def _status(error: BaseException | None) -> int | None:
