@@ -188,7 +188,7 @@ def wholes(
 @pytest.mark.parametrize(
     "seeds",
     [
-        range(40),
+        range(20),
         *(pytest.param(range(at, at + 100), marks=pytest.mark.torture) for at in range(0, 1000, 100)),
     ],
     ids=str,
@@ -225,6 +225,23 @@ def test_of_sixteen_that_finish_at_once_one_makes_the_manifest(
     bucket.answer = lambda operation, key: None
     run(data)  # what the late ones left
     assert is_whole(bucket, whole)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_commands_that_make_other_sets_at_once_the_slower_is_refused(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, overwrite: bool
+) -> None:
+    def overtake(operation: str, key: str) -> None:
+        if operation == "put" and key == f"{SET}/{MANIFEST_NAME}":
+            bucket.answer = lambda operation, key: None
+            run(data, overwrite=overwrite)
+
+    if overwrite:
+        run(data, max_length=48)
+    bucket.answer = overtake
+    with pytest.raises(UsageError, match=rf"{SET}: holds a finished set made otherwise \(made meanwhile"):
+        run(data, max_length=32, overwrite=overwrite)
+    assert files(bucket) == whole
 
 
 # ------------------------------------------------------------------------------------------ what goes wrong

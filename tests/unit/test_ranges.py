@@ -85,7 +85,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, folder: Path, cases: range) -> None
 def test_ranges_are_planned_as_one_pass(
     small_blocks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    compare(monkeypatch, tmp_path, range(100))
+    compare(monkeypatch, tmp_path, range(50))
 
 
 @pytest.mark.slow
