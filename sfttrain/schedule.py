@@ -295,9 +295,10 @@ class Order:
         self.batch_size, self.accumulation, self.rank, self.ranks = batch_size, accumulation, rank, ranks
 
     @property
-    def window(self) -> int | None:
-        """Shards of the widest window in which rows are shuffled; None without."""
-        return max((window.shards for window in self.schedule.windows if window is not None), default=None)
+    def window(self) -> int | list[int | None] | None:
+        """Shards of the window in which rows are shuffled, of each set where there are several."""
+        shards = [window and window.shards for window in self.schedule.windows]
+        return shards[0] if len(shards) == 1 else shards if any(shards) else None
 
     def begin_at(self, step: int) -> None:
         """Let the schedule begin at a step of the run: what came before was trained on other data."""

@@ -264,6 +264,18 @@ def test_sets_in_windows_are_mixed_and_each_keeps_its_own_order(shares: bool) ->
     assert 20 <= int((rows[:100] < 100).sum()) <= 80, "one set comes after the other"
 
 
+def test_an_order_tells_in_which_window_each_set_is_shuffled() -> None:
+    """A run may not go on where one of its sets has another: its rows would come in another order."""
+    window = Window(np.arange(0, 101, 10), 2)
+    told = [
+        Order(
+            Passes([100] * len(windows), [1.0] * len(windows), seed=4, windows=windows), batch_size=2
+        ).window
+        for windows in ([window, None], [None, window], [window, window], [None, None], [window], [None])
+    ]
+    assert told == [[2, None], [None, 2], [2, 2], None, 2, None]
+
+
 def test_a_set_without_windows_is_drawn_as_ever() -> None:
     """The orders of earlier versions, by which runs resume."""
     assert Passes([6, 3], [1.0, 1.0], seed=9).epoch(1).tolist() == [3, 2, 5, 4, 7, 1, 8, 0, 6]
