@@ -96,6 +96,8 @@ def learn_turns(render: Render) -> tuple[Turns | None, list[str]]:
     """
     try:
         turns = _learned(render)
+        if '"""' in turns.template() + '""':
+            raise ValueError('it holds """, or ends in a quote')
         holds = all(turns.render(messages) == render(messages, True) for messages in _PLAIN)
     except (TemplateError, ValueError, TypeError) as error:
         return None, [f"the chat template does more than write each message between two texts ({error})"]
@@ -158,17 +160,10 @@ def _start(text: str, rest: str) -> str:
 
 
 def modelfile(model: Path, turns: Turns, stops: Sequence[str]) -> str:
-    """Return a Modelfile for a GGUF beside it.
-
-    Raises:
-        ValueError: a text of the template cannot be written in one.
-    """
-    template = turns.template()
-    if '"""' in template:
-        raise ValueError('the chat template holds """')
+    """Return a Modelfile for a GGUF beside it."""
     lines = [
         f"FROM ./{model.name}",
-        f'TEMPLATE """{template}"""',
+        f'TEMPLATE """{turns.template()}"""',
         *(f"PARAMETER stop {_quoted(stop)}" for stop in stops),
     ]
     return "\n".join(lines) + "\n"

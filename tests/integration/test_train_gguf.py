@@ -200,19 +200,13 @@ CHATML = (
         (CHATML.replace("m.role +", "(m.role if loop.index0 < 3 else 'more') +"), "between two texts"),
         ("{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHATML, "no system"),
         (CHATML.replace("m.content", "m.content | replace('a', 'b')"), "between two texts"),
+        (CHATML.replace("<|im_end|>", '"""'), 'holds """'),
     ],
 )
 def test_a_template_that_does_more_is_refused_with_the_reason(template: str, reason: str) -> None:
     turns, said = learn_turns(_template_of(None, template))
     assert turns is None
     assert reason in said[0]
-
-
-def test_a_text_that_ends_a_template_in_a_modelfile_is_refused() -> None:
-    turns, _ = learn_turns(_template_of(None, CHATML.replace("<|im_end|>", '"""')))
-    assert turns is not None
-    with pytest.raises(ValueError, match='holds """'):
-        modelfile(Path("a"), turns, [])
 
 
 # ------------------------------------------------------------------------------------------------------ the command
