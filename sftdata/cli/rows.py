@@ -269,7 +269,10 @@ def preview(
     print_view(View("", tuple(
         view_example(
             example.input_ids, example.labels, vocabulary, example.place,
-            pictures=[] if vision is None else [ShownPicture.of(one, vision) for one in example.pictures],
+            pictures=[] if vision is None else [
+                ShownPicture.of(one, vision.tokens_of(one), vision.pictures.folder)
+                for one in example.pictures
+            ],
             image_id=-1 if vision is None else vision.image_id,
         )
         for example in sample.examples

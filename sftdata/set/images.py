@@ -341,11 +341,6 @@ class StoredPictures:
             return [self._held(file).data[row] for file, row in places]
         return [batch["bytes"][row].as_buffer() for batch in self._batches for row in range(len(batch))]
 
-    @property
-    def facts(self) -> tuple[Sequence[bytes], Int32]:
-        """Hash of each picture, and the image tokens that stand for it."""
-        return self.sha256, self.tokens
-
 
 def read_images(path: Path, held: Callable[[int], StoredPictures] | None = None) -> StoredPictures:
     """Map a sidecar; `held` as for `StoredPictures`.

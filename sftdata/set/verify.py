@@ -397,11 +397,11 @@ class _SegmentPictures:
         counts = np.bincount(of, self.counts[order], len(documents)).astype(np.int64)
         starts = offsets_of(self.counts)[:-1][order]
         images = self.images[positions_of(starts, self.counts[order].astype(np.int64))]
-        stored = 0 if self.stored is None else len(self.stored)
-        if len(images) and not 0 <= images.min() <= images.max() < stored:
-            what = f"{self.where}: a document names a picture that is not among its {stored}."
+        sha256: Sequence[bytes] = [] if self.stored is None else self.stored.sha256
+        tokens = np.empty(0, np.int32) if self.stored is None else self.stored.tokens
+        if len(images) and not 0 <= images.min() <= images.max() < len(tokens):
+            what = f"{self.where}: a document names a picture that is not among its {len(tokens)}."
             raise IntegrityError(what, _AGAIN)
-        sha256, tokens = ([], np.empty(0, np.int32)) if self.stored is None else self.stored.facts
         named = np.bincount(np.repeat(np.arange(len(counts)), counts), tokens[images], len(counts))
         if (named != count_image_tokens(documents, self.image_id)).any():
             what = f"{self.where}: a document has other image tokens than its pictures stand for."

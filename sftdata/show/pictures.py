@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,14 +15,14 @@ import numpy as np
 import xxhash
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64, PackedRows, TokenBatch, offsets_of
+from sftdata.errors import need
 from sftdata.pictures.loaded import Picture
-from sftdata.pictures.thumbnails import thumbnail
 from sftdata.set.hashes import UInt64, picture_hashes
 from sftdata.set.images import StoredPictures, read_again
-from sftdata.vision import Vision
 
 CONTINUED = "[…]"
 """Stands for the further runs of a picture that is written in several."""
+_SIDE = 160  # pixels of the longer side of a small picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,9 @@ class ShownPicture:
     data: bytes = b""
 
     @classmethod
-    def of(cls, picture: Picture, vision: Vision) -> ShownPicture:
-        """Return a picture that is in no set yet."""
-        tokens, folder = vision.tokens_of(picture), vision.pictures.folder
-        return cls(
-            picture.height, picture.width, tokens, picture.path, picture.sha256, folder, bytes(picture.data)
-        )
+    def of(cls, one: Picture, tokens: int, folder: Path) -> ShownPicture:
+        """Return a picture for which so many image tokens stand; paths start from the folder."""
+        return cls(one.height, one.width, tokens, one.path, one.sha256, folder, bytes(one.data))
 
     @property
     def label(self) -> str:
@@ -60,7 +60,25 @@ class ShownPicture:
     def thumbnail(self) -> str:
         """Return a small picture as a data URI; "" for one that is gone, or another by now."""
         data = self.data or read_again(self.path, self.folder)
-        return thumbnail(data) if data and hashlib.sha256(data).digest() == self.sha256 else ""
+        return _thumbnail(data) if data and hashlib.sha256(data).digest() == self.sha256 else ""
+
+
+def _thumbnail(data: bytes) -> str:
+    """Return a picture as a small JPEG in a data URI; "" for one that cannot be decoded here."""
+    try:
+        pillow = need("PIL.Image", "vision", "Pictures are shown with Pillow")
+        turned = need("PIL.ImageOps", "vision", "Pictures are shown with Pillow").exif_transpose
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = pillow.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF"))
+            image.draft("RGB", (_SIDE, _SIDE))
+            image = turned(image).convert("RGB")
+            image.thumbnail((_SIDE, _SIDE))
+            sink = io.BytesIO()
+            image.save(sink, "JPEG", quality=70)
+    except Exception:  # no Pillow; or it raises what it likes on a broken file
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
 def shown_pictures(stored: StoredPictures, numbers: Sequence[int], folder: Path) -> list[ShownPicture]:

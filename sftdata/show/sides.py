@@ -183,10 +183,7 @@ class Side:
         if found is None:
             return []
         folder = self.folder / found[0].vision.images
-        return [
-            ShownPicture(one.height, one.width, tokens, one.path, one.sha256, folder, bytes(one.data))
-            for one, tokens in found[0].each(found[1])[0]
-        ]
+        return [ShownPicture.of(one, tokens, folder) for one, tokens in found[0].each(found[1])[0]]
 
     @property
     def image_id(self) -> int:
