@@ -363,6 +363,21 @@ def test_two_sets_are_shown_beside_each_other(sets: dict[str, Path]) -> None:
         got(site, link.removeprefix("/TOP/"))
 
 
+def test_another_filter_begins_with_the_first_page() -> None:
+    query = Query.read(Path(), "page=3&part=2&after=5&min_tokens=4")
+    assert query.link(state="cut") == "?min_tokens=4&state=cut"
+
+
+def test_a_line_shows_how_a_document_begins_and_how_its_first_answer_does(tmp_path: Path) -> None:
+    turns = [("user", "Begin " + "and so on " * 99), ("assistant", "Here it ends.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    prepare(tmp_path / "set", [write_lines(tmp_path / "rows.jsonl", [row])], max_length=1024)
+    text = got(Site([open_shown(tmp_path / "set")]), "1/")
+    line = re.search(r'<span class="sft-view">(.*?)</a></li>', text, re.DOTALL)[1]
+    assert re.search(r"Begin.* … .*<span class=\"t\">Here it ends\.", line, re.DOTALL)
+    assert len(line) < 800
+
+
 def test_shares_are_sixteenths_whose_edges_a_recipe_can_say_exactly() -> None:
     for number in range(SHARES):
         share = float(f"{100 * number / SHARES:.6g}") / 100
