@@ -115,12 +115,28 @@ def test_text_that_is_trained_whole_is_no_mistake(tmp_path: Path, tokenizers: di
     assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"everything-trained"}
 
 
-@pytest.mark.parametrize("label", [-100, END_OF_TEXT])
-def test_a_row_of_padding_alone_is_named(label: int, tmp_path: Path, tokenizers: dict[str, Path]) -> None:
-    write_lines(tmp_path / "rows.jsonl", [{"input_ids": [END_OF_TEXT] * 4, "labels": [label] * 4}])
+@pytest.mark.parametrize(("kind", "pad"), [("bos", EOS), ("plain", END_OF_TEXT)])
+def test_the_end_of_a_text_is_told_from_the_padding_that_is_the_same_token(
+    kind: str, pad: int, tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
+    ids = [*encode("The garden needs water.").ids, pad]
+    write_lines(tmp_path / "rows.jsonl", [{"input_ids": ids + [pad] * 3, "labels": ids + [-100] * 3}])
+    opened = open_foreign(str(tmp_path / "rows.jsonl"), Rows(str(tokenizers[kind])))
+    assert opened.manifest.ledger.tokens == opened.manifest.ledger.tokens_trained == len(ids)
+    assert not {"padding-trained", "no-trained-end"} & {one.code for one in audit_set(opened)}
+
+
+def test_rows_of_padding_alone_and_padding_in_front_are_named(
+    tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
+    text, padding = encode("The garden needs water.<|im_end|>").ids, [END_OF_TEXT] * 4
+    rows = [{"input_ids": ids, "labels": ids} for ids in (text, padding, padding + text)]
+    write_lines(tmp_path / "rows.jsonl", [{"input_ids": padding, "labels": [-100] * 4}, *rows])
     findings = found(tmp_path / "rows.jsonl", tokenizers["plain"])
-    wanted = "nothing-trained" if label == -100 else "padding-trained"
-    assert rows_of(findings[wanted]) == {1}
+    assert rows_of(findings["nothing-trained"]) == {1}
+    assert rows_of(findings["padding-trained"]) == {3, 4}
+    write_lines(tmp_path / "rows.jsonl", [{"input_ids": padding, "labels": [-100] * 4}])
+    assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"nothing-trained"}
 
 
 @pytest.mark.parametrize(
