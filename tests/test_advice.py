@@ -383,6 +383,9 @@ ELSEWHERE: dict[str, str] = {
     "--to datasets": (
         "tests/integration/test_pictures_out.py::test_a_set_goes_to_a_dataset_with_its_pictures"
     ),
+    "prepare it without --loss-weights.": (
+        "tests/integration/test_pictures_out.py::test_other_targets_have_no_place_for_pictures_and_a_lost_one_is_named"
+    ),
     "--overlong truncate (or drop), or a larger --max-length.": (
         "tests/integration/test_pictures_views.py::test_what_cuts_pictures_is_refused_and_what_cannot_go_together"
     ),

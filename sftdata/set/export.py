@@ -124,10 +124,10 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
         what = f"{folder}: a set with pictures, which the rows of {to} have no place for: they are ids alone."
         raise UsageError(what, "--to datasets")
     if opened.manifest.weighted and to != "tinker":
-        raise UsageError(
-            f"{folder}: its tokens have weights, which {to} cannot carry.",
-            "--to tinker, or prepare it without --loss-weights.",
-        )
+        fix = "--to tinker, or prepare it without --loss-weights."
+        if opened.manifest.pictured:  # which tinker has no place for
+            fix = "prepare it without --loss-weights."
+        raise UsageError(f"{folder}: its tokens have weights, which {to} cannot carry.", fix)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
     around = next((part for part in output.resolve().parents if (part / MANIFEST_NAME).is_file()), None)

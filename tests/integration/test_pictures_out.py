@@ -145,6 +145,10 @@ def test_other_targets_have_no_place_for_pictures_and_a_lost_one_is_named(
         with pytest.raises(UsageError, match=f"the rows of {to} have no place for") as caught:
             sftdata.export(tmp_path / "set", output=tmp_path / "out", to=to)  # type: ignore[arg-type]
         assert caught.value.fix == "--to datasets"
+    prepare(place, str(rows), tmp_path / "weighted", loss_weights=True)
+    with pytest.raises(UsageError, match="weights, which datasets cannot carry") as caught:
+        sftdata.export(tmp_path / "weighted", output=tmp_path / "out", to="datasets")
+    assert caught.value.fix == "prepare it without --loss-weights."
     (tmp_path / "pictures/2.bin").write_bytes(FILES[1])
     with pytest.raises(IntegrityError, match="pictures/2.bin: another picture by now"):
         sftdata.export(tmp_path / "set", output=tmp_path / "out", to="datasets")
