@@ -126,6 +126,13 @@ def test_the_end_of_a_text_is_told_from_the_padding_that_is_the_same_token(
     assert not {"padding-trained", "no-trained-end"} & {one.code for one in audit_set(opened)}
 
 
+def test_no_mark_moves_over_to_the_next_document(tmp_path: Path, tokenizers: dict[str, Path]) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 9, 2] * 2, "loss_mask": [1] * 12, "seq_start_id": [0, 6]}
+    write_lines(tmp_path / "rows.jsonl", [row])
+    (opened,) = open_foreign(str(tmp_path / "rows.jsonl"), Rows(str(tokenizers["plain"])))
+    assert opened.labels.tolist() == [-100, 6, 7, 8, 9, 2] * 2
+
+
 def test_rows_of_padding_alone_and_padding_in_front_are_named(
     tmp_path: Path, tokenizers: dict[str, Path]
 ) -> None:
