@@ -1,7 +1,8 @@
 """Make a small corpus with pictures: `python examples/build_pictures.py FOLDER`. Needs `pip install 'sftdata[vision]'`.
 
 FOLDER/shapes.jsonl asks for the shapes in FOLDER/pictures; FOLDER/processor is tokenizer and processor of a model of
-the family of Qwen2.5-VL, with the marks that this family puts around a picture.
+the family of Qwen2.5-VL, with the marks that this family puts around a picture; FOLDER/tiny-model is the config of a
+model of that family that a CPU can train.
 """
 
 from __future__ import annotations
@@ -22,7 +23,30 @@ PROCESSOR = {
     "patch_size": 14,
     "merge_size": 2,
     "min_pixels": 3136,
-    "max_pixels": 12845056,
+    "max_pixels": 25088,
+}
+MODEL = {
+    "model_type": "qwen2_5_vl",
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "fullatt_block_indexes": [0, 1],
+    },
 }
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -53,6 +77,11 @@ def main(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(processor / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
     tokenizer.save(str(processor / "tokenizer.json"))
+    ids = {mark: tokenizer.token_to_id(mark) for mark in MARKS}
+    config = MODEL | {"vision_start_token_id": ids[MARKS[0]], "image_token_id": ids[MARKS[1]]}
+    config["text_config"] = MODEL["text_config"] | {"vocab_size": tokenizer.get_vocab_size()}
+    (folder / "tiny-model").mkdir()
+    (folder / "tiny-model/config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (processor / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2), encoding="utf-8")
     (processor / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
