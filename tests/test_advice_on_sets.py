@@ -303,7 +303,7 @@ def test_who_follows_advice_on_the_output_has_the_set(
         assert [len(list(row.documents())) for row in sftdata.open(output)] == [1]
 
 
-SAME_COMMAND = "run the same command again; it goes on where it stopped."
+SAME_COMMAND = "repeat the command that began it; it goes on there."
 
 
 def test_an_unfinished_set_is_finished_by_the_same_command(

@@ -352,7 +352,7 @@ def _not_a_set(folder: Path) -> UsageError:
     partial = next(filter(Path.is_dir, [folder] if folder.name.endswith(PARTIAL_SUFFIX) else begun), None)
     if partial is not None:
         found = f"not a finished set; {partial} holds an unfinished run"
-        return UsageError(f"{folder}: {found}.", "run the same command again; it goes on where it stopped.")
+        return UsageError(f"{folder}: {found}.", "repeat the command that began it; it goes on there.")
     inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if inside:
         names = ", ".join(path.name for path in inside[:4]) + ", ..." * (len(inside) > 4)

@@ -112,7 +112,7 @@ def test_an_unfinished_run_is_named_with_the_way_to_go_on(tmp_path: Path) -> Non
     for folder in (tmp_path / "set", tmp_path / "set.partial"):
         with pytest.raises(
             UsageError,
-            match=r"set.partial holds an unfinished run. Fix: run the same command again",
+            match=r"set.partial holds an unfinished run. Fix: repeat the command that began it",
         ):
             read_manifest(folder)
 
