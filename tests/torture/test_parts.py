@@ -314,7 +314,18 @@ def test_too_many_rejects_are_told_by_whoever_finishes(
 ) -> None:
     output, base = (
         tmp_path / "set",
-        ["prepare", str(data), "-t", TOKENIZER, "--max-length", "64", "--set", "slice_bytes=2000"],
+        [
+            "prepare",
+            str(data),
+            "-t",
+            TOKENIZER,
+            "--max-length",
+            "64",
+            "--set",
+            "slice_bytes=2000",
+            "--workers",
+            "1",
+        ],
     )
     assert main([*base, "-o", str(output), "--part", "1/2"]) == 0
     assert main([*base, "-o", str(output), "--part", "2/2"]) == 3
