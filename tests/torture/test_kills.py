@@ -97,9 +97,10 @@ def kill_everywhere(small: Unbroken, place: Path, step: int, **more: object) -> 
     """Kill a run before its n-th operation, for every n; return how many kills hit."""
     kills = 0
     nth = 1
-    while kill_and_resume(small, place, Fault("kill", nth), **more) == -9:
+    while (code := kill_and_resume(small, place, Fault("kill", nth), **more)) == -9:
         kills += 1
         nth += step
+    assert code == 0
     return kills
 
 
