@@ -139,7 +139,11 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, 
     base = cast(str | None, settings.get("model"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    front = {"library_name": "peft" if adapted else "transformers", "pipeline_tag": "text-generation"}
+    sees = any(opened.manifest.vision for opened in sets)
+    front = {
+        "library_name": "peft" if adapted else "transformers",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+    }
     if base and not is_place(base):
         front["base_model"] = base
     lines = [
@@ -184,7 +188,7 @@ def _licences(sets: Sequence[ShardSet]) -> Iterator[str]:
 
 def _served(trainer: SftTrainer, settings: Mapping[str, object], adapted: bool) -> Iterator[str]:
     """Yield how vLLM serves the model, from the folder that it lies in."""
-    name = Path(str(trainer.args.output_dir)).resolve().name
+    name = shlex.quote(Path(str(trainer.args.output_dir)).resolve().name)
     place = str(settings.get("push_to_hub") or f"./{name}")
     command = f"vllm serve {place}"
     if adapted:

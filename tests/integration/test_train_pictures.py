@@ -90,6 +90,7 @@ def test_a_changed_picture_is_named_by_a_worker(place: Path, tmp_path: Path) -> 
     file.write_bytes(before)
     train_in_process(shards, model, tmp_path / "run", QUICK | {"max_steps": 1}, overwrite=True)
     assert len(losses(tmp_path / "run")) == 1
+    assert "pipeline_tag: image-text-to-text" in (tmp_path / "run/README.md").read_text("utf-8")
 
 
 def test_broken_pixels_are_left_out_by_check_pixels(place: Path, tmp_path: Path) -> None:
