@@ -126,8 +126,8 @@ AS_BY_DEFAULT = {
     ("boundary", "merge"): TEXTS,  # where no token straddles an edge
 }
 # These name inputs and outputs, or say how the work is done.
-APART = {"inputs", "tokenizer", "output", "split", "subset", "max_line_bytes", "max_rejects", "slice_bytes", "workers", "engine",
-         "overwrite"}  # fmt: skip
+APART = {"inputs", "registry", "tokenizer", "output", "split", "subset", "max_line_bytes", "max_rejects", "slice_bytes",
+         "workers", "engine", "overwrite"}  # fmt: skip
 # These act on what the rows became, or stand for the others: tests/integration/test_prepare_chosen.py, test_like.py.
 APART |= {*CHOOSING, "like"}
 APART |= {
