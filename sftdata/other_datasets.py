@@ -19,12 +19,18 @@ from sftdata.carried import (
 )
 from sftdata.errors import UsageError
 
-_AX_KINDS = {"chat_template": "conversation", "alpaca": "completion", "completion": "text"}
+_AX_KINDS = {"alpaca": "completion"}
 _AX_SETTINGS = {"split": "split", "name": "subset", "field_messages": "map.messages", "field": "map.text"}
 _AX_DEFAULTS = [
     ("message_property_mappings", {"role": "from", "content": "value"}), ("roles_to_train", ["assistant"]),
+    ("message_property_mappings", {"role": "role", "content": "content"}), ("train_on_eos", "turn"),
     ("field_messages", "messages"), ("field_messages", "conversations"), ("field", "text"),
+    ("type", "chat_template"), ("type", "completion"),
 ]  # fmt: skip
+_AX_LOST = {
+    "roles_to_train": "turns of the assistant are trained, or those of everyone: train_on: all, headers too.",
+    "train_on_eos": "the token that ends a trained turn is trained, and no other: the model must write it.",
+}
 
 
 def axolotl_datasets(found: Carried, name: str, value: Any) -> None:
@@ -32,6 +38,13 @@ def axolotl_datasets(found: Carried, name: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise OfAnotherKind("a list of mappings, as - path: FILE")
     datasets: list[Dataset] = []
+    texts = [entry.get("type") == "completion" for entry in value]
+    if texts and all(texts):
+        found.put("data", "overlong", "split", f"{name}: type: completion")  # long texts are cut into pieces
+    elif any(texts):
+        found.lost["(overlong)"] = (
+            "of type completion, axolotl cuts long texts into pieces; here one rule holds for all."
+        )
     for position, entry in enumerate(value, start=1):
         path, files = text(entry.get("path")), listed(entry.get("data_files") or [])
         paths: list[str | Path] = [f"hf://datasets/{path}/{file}" for file in files]
@@ -55,6 +68,8 @@ def _ax_dataset_key(found: Carried, said: Said, place: str, key: str, value: Any
         said[_AX_SETTINGS[key]] = value, place
     elif key == "type" and str(value) in _AX_KINDS:
         said["kind"] = _AX_KINDS[str(value)], place
+    elif key in _AX_LOST:
+        found.lost[place] = f"{value!r}: {_AX_LOST[key]}"
     else:
         found.lost[place] = f"{value!r}: no dataset has such a setting of its own; see --format and --map."
 

@@ -186,6 +186,14 @@ def _ax_adapter(found: Carried, name: str, value: Any) -> None:
         found.put("train", "quantize", "nf4", name)
 
 
+def _ax_train_on_inputs(found: Carried, name: str, value: Any) -> None:
+    found.put("data", "train_on", "all", name)
+    if any(entry.get("type") == "chat_template" for entry in found.given.get("datasets") or []):
+        found.lost["(train_on)"] = (
+            "headers of turns are trained too; axolotl trains what is said and its end."
+        )
+
+
 def _ax_special(found: Carried, name: str, value: Any) -> None:
     for key, token in mapping(value).items():
         if key == "eos_token":
@@ -209,6 +217,9 @@ _AXOLOTL: dict[str, Rule] = {
     "tokenizer_config": to("data", "tokenizer", text),
     "revision_of_model": both(to("train", "revision", text), to("data", "revision", text)),
     **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config"), _READ_FROM_MODEL),
+    "excess_length_strategy": to(
+        "data", "overlong", chosen({"drop": "drop", "truncate": "truncate", "raise": "error"})
+    ),
     "datasets": axolotl_datasets,
     "val_set_size": where(0, needless("nothing is held out by default."), to("data", "eval", share)),
     "dataset_prepared_path": to("data", "output", text),
@@ -218,7 +229,7 @@ _AXOLOTL: dict[str, Rule] = {
     "eval_sample_packing": lost("the held-out set is packed as the other is."),
     "max_packed_sequence_len": lost("sequence_len, here max_length, is the length of packed rows."),
     "pad_to_sequence_len": needless("packed rows always have the same length."),
-    "train_on_inputs": to("data", "train_on", lambda _: "all"),
+    "train_on_inputs": _ax_train_on_inputs,
     "group_by_length": lost("sftdata view --order length orders rows by length."),
     "chat_template": where("tokenizer_default", _DEFAULT, to("data", "chat_template", text)),
     "special_tokens": _ax_special,
@@ -279,7 +290,8 @@ _FACTORY: dict[str, Rule] = {
     "val_size": to("data", "eval", share),
     "packing": _PACKING,
     "neat_packing": to("data", "packing", lambda _: "bfd"),
-    "mask_history": to("data", "train_on", lambda _: "last-assistant"),
+    "mask_history": both(to("data", "train_on", lambda _: "last-assistant"),
+                         to("data", "overlong", lambda _: "truncate-left")),
     "train_on_prompt": to("data", "train_on", lambda _: "all"),
     "preprocessing_num_workers": to("data", "workers", whole),
     "overwrite_cache": needless("a set is up to date, or made anew."),
@@ -299,7 +311,7 @@ _FACTORY: dict[str, Rule] = {
 
 
 TOOLS = (
-    Tool("axolotl", ("base_model",), _AXOLOTL, {"max_length": 512, "packing": "none"},
+    Tool("axolotl", ("base_model",), _AXOLOTL, {"max_length": 512, "packing": "none", "overlong": "drop"},
          {"per_device_train_batch_size": 1, "lr_scheduler_type": "cosine", "num_train_epochs": 1},
          {"alpha": 16, "target": "q_proj+v_proj"}, "adapter", evaluates=True),
     Tool("LLaMA-Factory", ("stage", "finetuning_type", "cutoff_len", "template"), _FACTORY,
