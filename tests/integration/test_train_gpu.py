@@ -20,7 +20,7 @@ from sfttrain.compiling import compile_layers
 from sfttrain.data import Collator
 from sfttrain.kernels import apply_liger
 from sfttrain.loss import fuse_loss
-from sfttrain.proofs import Surroundings, _row, prove
+from sfttrain.proofs import Document, Surroundings, _row, prove
 from tests.train_runs import OUR_WARNINGS, tiny_llama, train_in_process
 from tests.train_sets import make_mixed_set, make_set
 
@@ -154,7 +154,7 @@ def test_in_bfloat16_a_packed_document_has_the_loss_it_has_alone(attention: str,
             compile_layers(model, keep="kept" in how)
         found = []
         for row in [documents] if packed else [[one] for one in documents]:
-            batch = Collator(used in FLATTENED)([_row(row)])
+            batch = Collator(used in FLATTENED)([_row([Document(ids) for ids in row])])
             held = {name: part.cuda() if isinstance(part, Tensor) else part for name, part in batch.items()}
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 found.append(model(**held, skip_logits=True).token_losses.detach())
@@ -182,7 +182,7 @@ def test_a_compiled_checkpoint_computes_attention_once_where_it_keeps_it(keep: b
     fuse_loss(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     compile_layers(model, keep=keep)
-    batch = Collator(True)([_row([torch.randint(3, 999, (length,)) for length in (900, 124)])])
+    batch = Collator(True)([_row([Document(torch.randint(3, 999, (length,))) for length in (900, 124)])])
     held = {name: part.cuda() if isinstance(part, Tensor) else part for name, part in batch.items()}
 
     def step() -> None:

@@ -24,7 +24,7 @@ from sfttrain.config import read_settings
 from sfttrain.data import Collator
 from sfttrain.loss import Head, Objective, fuse_loss, supervised_loss
 from sfttrain.preflight import _trial_batches, try_step
-from sfttrain.proofs import _row
+from sfttrain.proofs import Document, _row
 from tests import varlen_op
 from tests.train_runs import tiny_llama, train_in_process
 from tests.train_sets import make_set
@@ -61,7 +61,9 @@ def _model(attention: str, checkpoints: bool = False, **more: Any) -> Any:
 
 def _batch(lengths: tuple[int, ...], flatten: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(len(lengths))
-    return Collator(flatten)([_row([torch.randint(3, 64, (n,), generator=generator) for n in lengths])])
+    return Collator(flatten)(
+        [_row([Document(torch.randint(3, 64, (n,), generator=generator)) for n in lengths])]
+    )
 
 
 def _step(model: Any, batch: dict[str, Any], half: bool = False) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ def test_the_parts_of_the_first_batch_add_up_to_it(
 ) -> None:
     varlen_op.install(monkeypatch)
     model, lengths = _model("varlen" if flatten else "sdpa"), (7, 20, 4, 9)
-    row = _row([torch.randint(3, 64, (length,)) for length in lengths])
+    row = _row([Document(torch.randint(3, 64, (length,))) for length in lengths])
     if weighted:
         row = row._replace(loss_weights=torch.rand(40).numpy())
     trainer: Any = SimpleNamespace(
@@ -154,7 +156,7 @@ def test_layers_that_never_ran_plainly_are_compiled_whole(monkeypatch: pytest.Mo
 def test_packed_is_alone_with_compiled_layers() -> None:
     model = _model("sdpa")
     compile_layers(model, "aot_eager")
-    documents = [torch.randint(3, 64, (length,)) for length in (9, 14, 17)]
+    documents = [Document(torch.randint(3, 64, (length,))) for length in (9, 14, 17)]
     packed, _ = _step(model, Collator(False)([_row(documents)]))
     alone = torch.cat([_step(model, Collator(False)([_row([one])]))[0] for one in documents])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
