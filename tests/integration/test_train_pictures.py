@@ -55,19 +55,22 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-LONG = [pytest.param(name, 700, 0.9, marks=pytest.mark.slow) for name in SMALL]
+LONG = [pytest.param(name, 125, 0.05, marks=pytest.mark.slow) for name in SMALL]
 
 
 @pytest.mark.feature("pictures")
-@pytest.mark.parametrize(("name", "steps", "least"), [("llava", 160, 0.6), ("qwen2.5-vl", 260, 1.05), *LONG])
+@pytest.mark.parametrize(("name", "steps", "least"), [("qwen3-vl", 80, 0.1), ("qwen2.5-vl", 80, 0.1), *LONG])
 def test_a_tiny_model_of_the_family_learns_what_only_pictures_tell(
     place: Path, tmp_path: Path, name: str, steps: int, least: float
 ) -> None:
-    """Who sees no picture stays above 1.1: of two tokens each, sixteen answers of twenty are told by nothing else."""
+    """Who sees no picture stays above 1.1: of two tokens each, sixteen answers of twenty are told by nothing else.
+
+    Every step has all rows: with two packed ones a step, at this rate, some families waver for hundreds of steps.
+    """
     model, shards = family(place, name)
-    train_in_process(shards, model, tmp_path / "run", QUICK | {"max_steps": steps}, freeze="none")
-    last = losses(tmp_path / "run")[-20:]
-    assert sum(last) / 20 < least
+    whole = QUICK | {"max_steps": steps, "per_device_train_batch_size": 20}
+    train_in_process(shards, model, tmp_path / "run", whole, freeze="none")
+    assert losses(tmp_path / "run")[-1] < least
     assert (tmp_path / "run/preprocessor_config.json").is_file()
 
 
