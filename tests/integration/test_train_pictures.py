@@ -55,7 +55,11 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-LONG = [pytest.param(name, 125, 0.05, marks=pytest.mark.slow) for name in SMALL]
+LEARN_FAST = ("llava", "qwen2-vl", "qwen3-vl", "pixtral", "mistral3")
+LONG = [
+    pytest.param(name, 125, 0.05, marks=pytest.mark.slow if name in LEARN_FAST else pytest.mark.torture)
+    for name in SMALL
+]
 
 
 @pytest.mark.feature("pictures")
