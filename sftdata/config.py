@@ -279,6 +279,15 @@ class PrepareConfig(Choosing, RowsConfig):
         """Return the source that an input of this name means; None where it is none of the registry."""
         return self.registry.get(name) if isinstance(self.registry, dict) else None
 
+    def refuse_idle_registry(self) -> None:
+        """Refuse a registry that was asked for, and of which no input is a source."""
+        if isinstance(self.registry, dict) and not any(name in self.registry for name in self.inputs):
+            found = ", ".join(self.registry) or "nothing"
+            raise UsageError(
+                f"registry: none of the inputs is a source of it; it holds {found}.",
+                "name one of its sources as an input, or leave the registry out.",
+            )
+
     def paths(self, inputs: Iterable[str]) -> list[str]:
         """Return what inputs stand for: the paths of sources of the registry, or themselves."""
         found = [(name, self.entry(name)) for name in inputs]
@@ -303,6 +312,8 @@ def make_config(**settings: object) -> PrepareConfig:
     """Validate settings, with a one-line error that names the nearest known key.
 
     Raises:
-        UsageError: an unknown or a missing key, or a value outside its range.
+        UsageError: an unknown or a missing key, a value outside its range, or a registry without use.
     """
-    return check_settings(PrepareConfig, "sftdata", settings)
+    config = check_settings(PrepareConfig, "sftdata", settings)
+    config.refuse_idle_registry()
+    return config

@@ -148,13 +148,17 @@ def load_config(
         from sftdata.as_view import refuse_sets
 
         refuse_sets(ChainMap(given, *(dict(layer) for layer, _ in reversed(files))), sets)
+    asked = any("registry" in layer for layer in (given, _assigned(sets), *(layer for layer, _ in files)))
     if "registry" in model.model_fields:
         settings_file = config_file or (
             Path(inputs[0]) if len(inputs) == 1 and inputs[0].endswith(_YAML) else None
         )
         files.insert(0, _registry(settings_file))
     files = [*_repeated(model, [*(layer for layer, _ in files), _assigned(sets), given]), *files]
-    return load_settings(model, "sftdata", files, sets, (given, named))
+    config = load_settings(model, "sftdata", files, sets, (given, named))
+    if asked and isinstance(config, PrepareConfig):
+        config.refuse_idle_registry()
+    return config
 
 
 def _registry(settings_file: Path | None) -> Layer:

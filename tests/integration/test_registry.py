@@ -127,6 +127,24 @@ def test_the_registry_lies_beside_the_settings_file_or_is_named(
     assert inline.digest == read_manifest(Path("set")).digest
 
 
+def test_a_registry_that_was_asked_for_and_names_no_input_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-t", str(TOKENIZER), "-o", "set", "--max-length", "64"]
+    Path("others.yaml").write_text("mine: qa.jsonl\nyours: qa.jsonl\n")
+    advice = (
+        r"registry: none of the inputs is a source of it; it holds mine, yours\. Fix: name one of its sources"
+    )
+    assert main(["prepare", "qa.jsonl", *flags, "--registry", "others.yaml"]) == 2
+    assert re.search(advice, capsys.readouterr().err)
+    with pytest.raises(UsageError, match=advice):
+        sftdata.prepare("qa.jsonl", tokenizer=TOKENIZER, output="set", registry="others.yaml")
+    assert main(["prepare", "mine", *flags, "--registry", "others.yaml"]) == 0
+    assert main(["prepare", "qa.jsonl", *flags, "--overwrite"]) == 0, (
+        "one that only lies here is not asked for"
+    )
+
+
 def test_what_an_entry_says_decides_whether_a_set_is_up_to_date(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
