@@ -184,10 +184,17 @@ def s3_server(log: Path) -> Iterator[int]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        _forget_clients()
         yield port
     finally:
         process.terminate()
         process.wait(HANGS)
+
+
+def _forget_clients() -> None:
+    """Let this process connect anew: clients of fsspec live as long as it, and know the server of an earlier test."""
+    if loaded := sys.modules.get("s3fs"):
+        loaded.S3FileSystem.clear_instance_cache()
 
 
 def need_packages(*names: str) -> None:

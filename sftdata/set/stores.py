@@ -383,6 +383,7 @@ def _explained(where: str) -> Iterator[None]:
     except SftError:
         raise
     except Exception as error:
+        connect.cache_clear()  # the fix may be another setting of the environment, which a client reads once
         keys = KEYS[EXTRAS[where.partition("://")[0]]]
         text = str(error)
         said = f"{type(error).__name__}: {' '.join(text.partition('Debug source')[0].split())[:300]}"

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -306,14 +306,24 @@ def _ask(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Resu
 
         web = url.startswith(("http://", "https://"))
         store, path = url_to_fs(url, **({"client_kwargs": _IDENTITY} if web else {}))
-        for wait in _WAITS:
-            try:
-                return request(store, path)
-            except Exception as error:
-                if _is_final(error):
-                    raise
-                time.sleep(wait)
-        return request(store, path)
+        try:
+            return _insist(partial(request, store, path))
+        except Exception:
+            # The fix may be another setting of the environment, which a client reads once.
+            store.clear_instance_cache()
+            raise
+
+
+def _insist(request: Callable[[], Result]) -> Result:
+    """Make a request, again where it may yet succeed."""
+    for wait in _WAITS:
+        try:
+            return request()
+        except Exception as error:
+            if _is_final(error):
+                raise
+            time.sleep(wait)
+    return request()
 
 
 def _ask_of(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Result | None:

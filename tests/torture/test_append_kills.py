@@ -65,15 +65,20 @@ def test_kills_at_random_moments_with_workers(place: Path, tmp_path: Path) -> No
         "--set",
         "engine=tokenizers",
     )
-    for number in range(6):
+    longest, number = 2.5, 0
+    while number < 6 or killed < 2:
+        assert number < 40
         output = tmp_path / str(number) / "set"
         output.parent.mkdir()
         shutil.copytree(place / "old", output)
         command = Command(place / "chats.jsonl", output, (1, 2, 4)[number % 3], flags=flags)
-        until = time.monotonic() + rng.uniform(0.3, 2.5)
+        began = time.monotonic()
+        until = began + rng.uniform(0.1, longest)
         while command.process.poll() is None and time.monotonic() < until:
             assert look(output) in (old, new)
             time.sleep(0.005)
+        if command.process.poll() is not None:
+            longest = min(longest, time.monotonic() - began)  # what this machine takes
         killed += command.process.poll() is None
         command.kill()
         command.finish()
@@ -82,4 +87,4 @@ def test_kills_at_random_moments_with_workers(place: Path, tmp_path: Path) -> No
         assert code == 0, said
         assert look(output) == new
         assert {path.name for path in output.parent.iterdir()} == {"set"}
-    assert killed > 1
+        number += 1
