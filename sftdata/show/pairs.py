@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from sftdata.batches import Bool, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.set.hashes import UInt64, hash_prompts
-from sftdata.show.sides import Side, blocks_of
+from sftdata.show.sides import Side
 from sftdata.views.choose import found_in
+from sftdata.views.documents import blocks_of
 
 Kind = Literal["came", "went", "cut", "labels", "answer", "prompt", "text", "picture"]
 MEANING: dict[Kind, str] = {

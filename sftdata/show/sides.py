@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -22,11 +21,10 @@ from sftdata.set.local import check_file, file_of
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.show.pictures import ShownPicture
 from sftdata.views.bases import Base, open_bases, read_documents
-from sftdata.views.documents import Documents
+from sftdata.views.documents import Documents, blocks_of
 from sftdata.views.pictures import DocumentPictures
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
-_BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _PLACE_BITS = 40  # of a place, for the row; the source is above them
 _WHITE = (9, 10, 11, 12, 13, 32)
@@ -215,15 +213,6 @@ class Side:
         """Yield documents by their indices, int64[K], in blocks that fit into memory."""
         for part in blocks_of(self.lengths[which]):
             yield which[part]
-
-
-def blocks_of(lengths: Int64) -> Iterator[slice]:
-    """Yield stretches of documents, of these numbers of tokens, that fit into memory one by one."""
-    ends = offsets_of(lengths)[1:]
-    edges = np.arange(_BLOCK_TOKENS, ends.max(initial=0), _BLOCK_TOKENS)
-    firsts = np.unique(np.append(np.searchsorted(ends, edges), [0, len(lengths)]))
-    for first, last in pairwise(firsts.tolist()):
-        yield slice(first, last)
 
 
 def _without_first_labels(batch: TokenBatch) -> TokenBatch:

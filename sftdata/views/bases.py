@@ -213,9 +213,18 @@ def read_documents(bases: Sequence[Base], store: Store | None = None, only: Int6
         parts += found if only is None else (part.take(_which(part.example_id, only)) for part in found)
     where = ", ".join(str(base.folder) for base in bases)
     documents = join_segments(Located.join(parts), store.files.blocks, where)
-    if vision is None or pictures is None:
+    if vision is not None and pictures is not None:
+        documents = replace(documents, pictures=pictures.join(documents.ids, vision))
+    if not any(base.manifest.weighted for base in bases):
         return documents
-    return replace(documents, pictures=pictures.join(documents.ids, vision))
+    return documents.weighing(found_of(documents, [base for base in bases if not base.manifest.weighted]))
+
+
+def found_of(documents: Documents, bases: Sequence[Base]) -> Int64:
+    """int64[K]: the documents, by their indices, that come from these bases."""
+    edges = np.array([[base.first_id, base.first_id + base.rows] for base in bases], np.int64).reshape(-1, 2)
+    first, last = np.searchsorted(documents.ids, edges).T
+    return positions_of(first, last - first)
 
 
 def _which(ids: Int64, few: Int64) -> Int64:

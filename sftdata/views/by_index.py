@@ -21,7 +21,6 @@ from sftdata.set.extents import (
     write_packs,
     write_rest_extents,
 )
-from sftdata.set.hashes import UInt64, hash_documents
 from sftdata.set.images import IMAGES, SlicePictures, write_images_by_index
 from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
@@ -173,7 +172,7 @@ def _index(plan: ViewPlan, placed: Stretches, packed: PackPlan) -> Segments:
         first_trained=labels.first,
         rest=np.arange(len(placed)) >= count,
         whole=length == documents.lengths[placed.document],
-        document_hash=_hashes(plan, placed.document),
+        document_hash=documents.document[placed.document],
         prompt_hash=documents.prompt[placed.document],
         first_weights=labels.first_weights if _weighted(plan) else None,
     )
@@ -196,19 +195,3 @@ def _labels(plan: ViewPlan, placed: Stretches) -> _Labels:
         first[cut] = tokens.trained[begins]
         weights[cut] = tokens.weights()[begins] * first[cut]
     return _Labels(trained, first, weights)
-
-
-def _hashes(plan: ViewPlan, document: Int64) -> UInt64:
-    """Return the hash of each document; where the view has weights and a base has none, hash these again."""
-    documents = plan.choice.documents
-    hashes = documents.document[document]
-    for base in plan.bases:
-        if base.manifest.weighted == _weighted(plan):
-            continue
-        ids = documents.ids[document]
-        here = np.flatnonzero((ids >= base.first_id) & (ids < base.first_id + base.rows))
-        if len(here):
-            tokens, own = documents.whole(document[here]), documents.pictures
-            pictures = None if own is None else own.hashes(document[here], tokens)
-            hashes[here] = hash_documents(tokens, weighted=True, pictures=pictures)
-    return hashes

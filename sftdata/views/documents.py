@@ -8,19 +8,29 @@ or of rest. To read any stretch of any document is to look up the segments that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TokenBatch, offsets_of, positions_of
 from sftdata.errors import IntegrityError
-from sftdata.set.hashes import UInt64
+from sftdata.set.hashes import UInt64, hash_documents
 from sftdata.set.held import Block
 from sftdata.views.pictures import DocumentPictures
 
 _STRETCH_TOKENS = 1 << 17  # copied at a time: their index arrays stay in the cache
+_BLOCK_TOKENS = 1 << 22  # documents are read in blocks of about so many tokens
+
+
+def blocks_of(lengths: Int64) -> Iterator[slice]:
+    """Yield stretches of documents, of these numbers of tokens, that fit into memory one by one."""
+    ends = offsets_of(lengths)[1:]
+    edges = np.arange(_BLOCK_TOKENS, ends.max(initial=0), _BLOCK_TOKENS)
+    firsts = np.unique(np.append(np.searchsorted(ends, edges), [0, len(lengths)]))
+    for first, last in pairwise(firsts.tolist()):
+        yield slice(first, last)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,12 +106,13 @@ class Documents:
         shard: int32[N], slice of a base that holds its first token, numbered over all bases.
         offsets: int64[N + 1], place of each on the axis of tokens.
         trained: int32[N], trained tokens, the document's first token aside.
-        document: uint64[N, 2], hash of ids and labels.
+        document: uint64[N, 2], hash of ids and labels, and of weights if `weighted`.
         prompt: uint64[N], hash of the ids before the first trained one; 0 where it has no prompt.
         starts: int64[S + 1], place of each segment on the axis of tokens.
         block, start, first_label, first_weight: of each segment, as in `Located`.
         blocks: where the tokens lie.
         pictures: of each document; None where no base has any.
+        weighted: whether `document` counts weights.
     """
 
     ids: Int64
@@ -117,6 +128,7 @@ class Documents:
     first_weight: Float32
     blocks: Sequence[Block]
     pictures: DocumentPictures | None = None
+    weighted: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -150,6 +162,15 @@ class Documents:
     def whole(self, document: Int64) -> TokenBatch:
         """Return whole documents, int64[K], by their indices."""
         return self._read(self.offsets[document], self.offsets[document + 1])
+
+    def weighing(self, which: Int64) -> Documents:
+        """Return the same, hashed with weights: those of these documents, int64[K], all count as 1."""
+        hashes = self.document.copy()
+        for part in blocks_of(self.lengths[which]):
+            batch = self.whole(which[part])
+            pictures = None if self.pictures is None else self.pictures.hashes(which[part], batch)
+            hashes[which[part]] = hash_documents(batch, True, pictures)
+        return replace(self, document=hashes, weighted=True)
 
     def _runs(self, start: Int64, stop: Int64) -> Runs:
         """Find stretches of the axis of tokens, none across the end of its document."""

@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from sftdata.batches import Bool, Int8, Int32, Int64, offsets_of, positions_of
+from sftdata.batches import Bool, Int8, Int32, Int64, positions_of
 from sftdata.choosing import Measure, read_amount, read_share
 from sftdata.errors import DataError, UsageError, did_you_mean, place
 from sftdata.limit import OverlongError, Pieces, Policy, choose_pieces, without_ending
 from sftdata.set.hashes import UInt64
 from sftdata.set.manifest import Manifest, SourceInfo, first_passes, read_manifest
 from sftdata.set.shares import Share
-from sftdata.views.bases import Base, open_bases, open_store, read_documents, unlike
+from sftdata.views.bases import Base, found_of, open_bases, open_store, read_documents, unlike
 from sftdata.views.choose import (
     draw,
     drawn_share,
@@ -28,10 +28,9 @@ from sftdata.views.choose import (
     take_passes,
     within_cap,
 )
-from sftdata.views.documents import Documents
+from sftdata.views.documents import Documents, blocks_of
 from sftdata.views.recipe import FilterConfig, ViewConfig, read_drops
 
-_BLOCK_TOKENS = 1 << 22  # over-long documents are read in blocks of about so many tokens
 _STAYS = -1
 
 
@@ -196,7 +195,8 @@ def filter_documents(choice: Choice, config: ViewConfig, base: Manifest) -> None
         processor = None if own is None else own.vision.processor_sha256
         others = read_excluded(config, base.tokenizer.sha256, base.chat_template_sha256, processor)
         by = config.exclude_by
-        choice.keep(f"exclude-{by}", ~found_in(_hashes(documents, by), _hashes(others, by)))
+        hashes, excluded = (_hashes(found, by) for found in _alike(documents, others))
+        choice.keep(f"exclude-{by}", ~found_in(hashes, excluded))
 
 
 def within_sources(config: FilterConfig, names: Sequence[str]) -> Iterator[tuple[str, Bool]]:
@@ -259,6 +259,14 @@ def read_excluded(
     return read_documents(excluded, open_store(excluded, whole=False))
 
 
+def _alike(*several: Documents) -> list[Documents]:
+    """Return documents of several sets, hashed in one way: with weights where one of the sets has any."""
+    weighted = any(found.weighted for found in several)
+    return [
+        found if found.weighted == weighted else found.weighing(np.arange(len(found))) for found in several
+    ]
+
+
 def _hashes(documents: Documents, by: str) -> UInt64:
     return documents.document if by == "row" else documents.prompt_keys
 
@@ -309,9 +317,7 @@ def refuse_stray(choice: Choice, bases: Sequence[Base]) -> None:
     if documents.pictures is None or not texts:
         return
     image_id = documents.pictures.vision.image_id
-    edges = np.array([[base.first_id, base.first_id + base.rows] for base in texts])
-    first, last = np.searchsorted(documents.ids, edges).T
-    own = positions_of(first, last - first)
+    own = found_of(documents, texts)
     begin, end = (np.searchsorted(documents.starts, documents.offsets[own + more]) for more in (0, 1))
     segments = positions_of(begin, end - begin)
     blocks = [
@@ -348,9 +354,8 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
     start = np.broadcast_to(np.int64(0), len(whole))
     parts = [Pieces(whole, start, stop, trained, (trained == 0).astype(np.int8))]
     unended = [np.zeros(0, np.int64)]
-    total = offsets_of(lengths[overlong])
-    edges = np.searchsorted(total, np.arange(_BLOCK_TOKENS, total[-1], _BLOCK_TOKENS))
-    for block in np.split(overlong, edges):
+    for part in blocks_of(lengths[overlong]):
+        block = overlong[part]
         batch = documents.whole(block)
         pictured = None if documents.pictures is None else documents.pictures.ends(batch)
         try:

@@ -94,6 +94,30 @@ def test_what_another_set_holds_is_left_out(sets: Path, tmp_path: Path, by: str)
     assert sorted(kept(tmp_path / "view")) == sorted(expected)
 
 
+def test_rows_with_and_without_weights_are_equal_where_every_weight_is_1(tmp_path: Path) -> None:
+    """A set without weights trains each of its tokens with weight 1: what another weighs otherwise is another row."""
+    rows = [[{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": "A"}] for n in range(6)]
+    for name, weight in (("plain", 1), ("weighed", 0.5)):
+        lines = [
+            {"messages": [asked, said | {"weight": 1 if n % 2 else weight}]}
+            for n, (asked, said) in enumerate(rows)
+        ]
+        prepare(
+            tmp_path / name,
+            [write_lines(tmp_path / f"{name}.jsonl", lines)],
+            max_length=64,
+            loss_weights=weight < 1,
+        )
+    plain, weighed = tmp_path / "plain", tmp_path / "weighed"
+    made = view(tmp_path / "both", plain, weighed, dedup="row")
+    assert made.ledger.documents_left_out["dedup-row"] == 3
+    assert sorted(kept(tmp_path / "both")) == [0, 1, 2, 3, 4, 5, 6, 8, 10]
+    for of, without in ((plain, weighed), (weighed, plain)):
+        view(tmp_path / f"of-{of.name}", of, exclude=[without], exclude_by="row", write=False)
+        assert sorted(kept(tmp_path / f"of-{of.name}")) == [0, 2, 4]
+        assert not verify(tmp_path / f"of-{of.name}").problems
+
+
 def test_documents_are_named_by_source_line_id_and_length(sets: Path, tmp_path: Path) -> None:
     documents = whole(sets / "one", tmp_path)
     opened = sftdata.open(sets / "one")
