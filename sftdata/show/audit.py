@@ -91,6 +91,8 @@ def audit_set(shards: ShownSet, against: ShownSet | None = None, *, every: bool 
         findings += _unusable(shards, every)
     if len(shards):
         checks = _checks_of(shards, every)
+        if isinstance(shards, ForeignSet) and shards.of_another_tokenizer:
+            return [*checks.marked("other-tokenizer"), *_unusable(shards, every)]
         findings = [*checks.endings(), *checks.starts(), *checks.contents(), *checks.marked(), *findings]
         if against is not None and len(against):
             findings += checks.leaks(_checks_of(against))
@@ -295,11 +297,11 @@ class _Checks:
         repeated[examples[first]] = False
         return repeated
 
-    def marked(self) -> Iterator[Finding]:
-        """Yield what was found in the masks of another tool."""
-        for code, documents in self.marks.items():
-            yield from self._find(code, np.isin(self.documents.example_id, list(documents)))
-        if self.foreign is not None and self.foreign.manifest.settings["train_on"] == "all":
+    def marked(self, *codes: str) -> Iterator[Finding]:
+        """Yield what was found in the masks of another tool: all, or what has one of these codes."""
+        for code in codes or self.marks:
+            yield from self._find(code, np.isin(self.documents.example_id, list(self.marks[code])))
+        if not codes and self.foreign is not None and self.foreign.manifest.settings["train_on"] == "all":
             yield make_finding("everything-trained", 1)
 
     def _find(self, code: str, examples: Bool, **slots: str) -> Iterator[Finding]:

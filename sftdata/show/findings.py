@@ -38,7 +38,8 @@ KINDS: dict[str, Kind] = {
     "answer-cut": Kind(
         "defect", "example", "the answer is cut by max_length, so that it ends without a stop token",
         "a larger --max-length, or --overlong drop or split (drop where there are pictures)",
-        "a larger maximal length in the tool that prepared them, or leave the rows out",
+        "a larger maximal length in the tool that prepared them, if it cut them;"
+        " if not, let ids and labels end in a stop token",
     ),
     "answer-split": Kind(
         "defect", "example",
@@ -108,8 +109,9 @@ KINDS: dict[str, Kind] = {
         "store seq_lengths, or position_ids that begin again at 0; or one document a row",
     ),
     "other-tokenizer": Kind(
-        "defect", "example", "encoded again, the text of the ids gives other ids",
-        "name the tokenizer that made them: -t",
+        "defect", "example",
+        "encoded again, the text of the ids gives other ids: another tokenizer made them",
+        "name that one: -t TOKENIZER",
     ),
     # ---- what tokenizer, chat template and generation config disagree on
     "eos-not-in-generation-config": Kind(

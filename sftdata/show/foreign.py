@@ -70,6 +70,11 @@ class ForeignSet(ShownSet):
         self.evidence = tuple(evidence)
 
     @property
+    def of_another_tokenizer(self) -> bool:
+        """Whether most documents are not of this tokenizer, so that it says nothing about them."""
+        return 2 * len(self.marks.get("other-tokenizer", ())) > self._read.judged
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Where the files of the tokenizer are."""
         return self._read.tokenizer.folder
@@ -222,7 +227,9 @@ def _evidence(detection: Detection, read: ForeignRows) -> Iterator[str]:
         for name in ledger.counters
         if name.startswith("column_unused:")
     )
+    if not read.judged:
+        yield "No document is long enough to tell whether this tokenizer made the ids."
+    elif read.reencoded < len(read.records):
+        yield f"The tokenizer was tried on {read.reencoded:,} of {len(read.records):,} documents."
     if not read.turns:
         yield "No turn of the tokenizer's chat template is in the ids: prompts cannot be told from answers."
-    if read.reencoded < len(read.records):
-        yield f"The tokenizer was tried on {read.reencoded:,} of {len(read.records):,} documents."

@@ -45,6 +45,7 @@ class ForeignRows:
         turns: answers under a header of the chat template.
         ends_left_out: stop tokens behind an answer that are not trained.
         reencoded: documents of which the tokenizer was tried.
+        judged: those of them that are long enough to tell.
     """
 
     def __init__(self, tokenizer: ResolvedTokenizer, options: FormatOptions) -> None:
@@ -58,7 +59,7 @@ class ForeignRows:
         self.marks: dict[str, dict[int, tuple[int, int]]] = {}
         self.rejects: list[Reject] = []
         self.ledger = Ledger()
-        self.turns = self.ends_left_out = self.reencoded = 0
+        self.turns = self.ends_left_out = self.reencoded = self.judged = 0
 
     def add(self, batch: RowBatch, unreadable: Sequence[Reject]) -> None:
         """Take the rows of a chunk."""
@@ -186,6 +187,7 @@ class ForeignRows:
                     batch.input_ids[tokens], batch.labels[tokens] != IGNORE_INDEX
                 )
                 self.reencoded += 1
+                self.judged += pairs >= FEWEST
                 if pairs >= FEWEST and same < SAME * pairs:
                     marked = self.marks.setdefault("other-tokenizer", {})
                     marked[int(batch.example_ids[segment])] = number, tokens.start

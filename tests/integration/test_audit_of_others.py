@@ -146,6 +146,26 @@ def test_rows_of_padding_alone_and_padding_in_front_are_named(
     assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"nothing-trained"}
 
 
+def test_ids_of_another_tokenizer_are_named_and_nothing_is_said_of_what_they_would_mean(
+    tmp_path: Path, tokenizers: dict[str, Path]
+) -> None:
+    examples = chats(CLEAN, "plain")
+    for number, example in enumerate(examples):
+        DEFECTS["other tokenizer" if number % 3 else "truncated"][0](example)
+    path = FORMATS["completion-mask"](tmp_path, examples, END_OF_TEXT)
+    findings = found(path, tokenizers["plain"])
+    assert list(findings) == ["other-tokenizer"]
+    assert "-t TOKENIZER" in findings["other-tokenizer"].fix
+
+
+def test_where_rows_are_too_short_to_tell_the_tokenizer_the_evidence_says_so(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 3)
+    opened = open_foreign(str(tmp_path / "rows.jsonl"), Rows(str(TOKENIZER)))
+    assert "No document is long enough to tell whether this tokenizer made the ids." in opened.evidence
+    (cut,) = (one for one in audit_set(opened) if one.code == "answer-cut")
+    assert "if not, let ids and labels end in a stop token" in cut.fix
+
+
 @pytest.mark.parametrize(
     ("beside", "said"),
     [
