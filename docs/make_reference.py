@@ -20,7 +20,7 @@ import sftdata.cli
 import sfttrain.cli
 from sftdata import config
 from sftdata.errors import read_codes
-from sftdata.formats.registry import FORMATS, LINE
+from sftdata.formats.table import FORMATS, LINE
 from sftdata.show.findings import KINDS
 from sftdata.views.recipe import ViewConfig
 

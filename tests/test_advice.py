@@ -464,6 +464,11 @@ ELSEWHERE: dict[str, str] = {
         "tests/unit/test_odd_values.py::test_an_answer_that_is_not_wanted_is_never_trained"
     ),
     "--map messages=chosen.": _ODD,
+    "name that one: -t TOKENIZER": (
+        "tests/integration/test_audit_of_others.py"
+        "::test_ids_of_another_tokenizer_are_named_and_nothing_is_said_of_what_they_would_mean"
+    ),
+    "; and leave --map out": "tests/unit/test_odd_values.py::test_turns_under_a_mapped_column_are_named_as_they_are_in_the_data",
     "--map completion=chosen.": _ODD,
     "--map text=chosen --response-template {} --instruction-template {}": _ODD,
     "if {} is the answer: --map answer={}.": _ODD,

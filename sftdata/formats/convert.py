@@ -16,7 +16,7 @@ from sftdata.formats.chat import find_role
 from sftdata.formats.fields import Fields, FormatOptions
 from sftdata.formats.formatter import load_formatter
 from sftdata.formats.instructions import is_messages
-from sftdata.formats.registry import FORMATS, LINE, Format, rename
+from sftdata.formats.table import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import UNJUDGED, has_media, unwanted_answer
 from sftdata.pictures.references import Reference
 from sftdata.pictures.rows import COLUMNS, PicturedConversation, read_picture_row
@@ -79,7 +79,7 @@ class _Converter:
     """
 
     def __init__(self, format_name: str, options: FormatOptions) -> None:
-        self.format = FORMATS.get(format_name)
+        self.format = None if options.formatter else FORMATS.get(format_name)
         self.options = options
         self.formatter = (
             load_formatter(options.formatter, options.formatter_sha256) if options.formatter else None

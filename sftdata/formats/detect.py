@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from sftdata.batches import Reject
 from sftdata.errors import UsageError, did_you_mean, nearest, without_secrets
 from sftdata.formats.fields import Fields
-from sftdata.formats.registry import FORMATS, LINE, Format, rename
+from sftdata.formats.table import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import (
     BAD_MEDIA,
     BY_COLUMNS,
+    OWN_KEYS,
     PREFERENCE,
     UNJUDGED,
     UNSUPPORTED,
@@ -245,7 +246,8 @@ def _refuse(
         return UsageError(what, f"choose one with {' or '.join(_settling_flags(ambiguous))}.")
     # Several objects that each look like a table by columns are rows with odd values.
     one_table = winner != BY_COLUMNS or len(verdicts.unsupported[winner]) == 1
-    if winner in kinds and one_table and not (format and winner != BAD_MEDIA.name):
+    named = format or (columns and winner == OWN_KEYS)  # these rows have the columns as they are mapped
+    if winner in kinds and one_table and not (named and winner != BAD_MEDIA.name):
         reason, fix = kinds[winner].explain(verdicts.unsupported[winner])
         return UsageError(f"{where}: {share}: {reason}.", fix)
     rows = [row for group in (verdicts.unknown, *verdicts.unsupported.values()) for row in group]

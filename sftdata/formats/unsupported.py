@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sftdata.errors import Fault, RowError
+from sftdata.formats.chat import find_role
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
-from sftdata.formats.registry import FORMATS, Format, chat_style
+from sftdata.formats.table import FORMATS, Format, chat_style
 from sftdata.pictures.rows import read_picture_row
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
@@ -151,6 +152,54 @@ def _explain_wrapped(rows: Sequence[JsonObject]) -> tuple[str, str]:
         fix = f"take them out, as with jq -c '.{column}[]' FILE > rows.jsonl."
         return f"the rows are inside one object, under {column!r}", fix
     return f"each row is inside an object, under {column!r}", by_formatter(f'row["{column}"]')
+
+
+# ------------------------------------------------------------------------------- turns with keys of their own
+
+
+def _turns_in(row: JsonObject) -> tuple[str, str, str] | None:
+    """Return the column that holds turns, and their keys of who speaks and of what is said; None for none."""
+    for name, value in row.items():
+        if keys := _keys_of_turns(value):
+            return name, *keys
+    return None
+
+
+def _keys_of_turns(value: object) -> tuple[str, str] | None:
+    """Return the keys under which turns have their speaker and their text; None for what holds none."""
+    if not isinstance(value, list) or not value or chat_style(value) is not None:
+        return None
+    turns = [turn for turn in value if isinstance(turn, dict)]
+    if len(turns) < len(value):
+        return None
+    texts = [key for key in turns[0] if all(isinstance(turn.get(key), str) for turn in turns)]
+    speaker = max(texts, key=lambda key: _speaks(turns, key), default=None)
+    said = [key for key in texts if key != speaker]
+    return (speaker, max(said, key=lambda key: _says(turns, key))) if speaker and said else None
+
+
+def _speaks(turns: Sequence[JsonObject], key: str) -> tuple[bool, bool, int]:
+    """Rank a key by whether it says who speaks: it holds roles, is named so, or holds few different texts."""
+    named = any(word in key.lower() for word in ("role", "speaker", "from", "author", "sender", "who"))
+    return any(find_role(turn[key], {}) for turn in turns), named, -len({turn[key] for turn in turns})
+
+
+def _says(turns: Sequence[JsonObject], key: str) -> tuple[bool, int, int]:
+    """Rank a key by whether it holds what is said: it is named so, or holds many different or long texts."""
+    named = any(word in key.lower() for word in ("text", "content", "said", "message", "value", "utter"))
+    return named, len({turn[key] for turn in turns}), sum(len(str(turn[key])) for turn in turns)
+
+
+def _explain_turns(rows: Sequence[JsonObject]) -> tuple[str, str]:
+    name, speaker, said = _turns_in(rows[0]) or ("", "", "")
+    found = f"the column {name!r} is {shape(rows[0][name])}; expected a list of objects with role and content"
+    return found, _by_turns(name, speaker, said)
+
+
+def _by_turns(name: str, speaker: str, said: str) -> str:
+    """Return the fix that gives the turns of a column the keys role and content."""
+    turn = f'{{"role": turn[{_quoted(speaker)}], "content": turn[{_quoted(said)}]}}'
+    return by_formatter(f'{{"messages": [{turn} for turn in row[{_quoted(name)}]]}}')
 
 
 # ------------------------------------------------------------------------ chosen and rejected, wanted or not
@@ -295,7 +344,9 @@ def explain_odd_value(
                 actual = {column: pinned.get(name, name) for column, name in names.items()}
                 for column, name in names.items():
                     if odd := _odd(entry, column, row[name], actual[column]):
-                        return f"the column {actual[column]!r} of {entry.name} rows is {odd[0]}", odd[1]
+                        found = f"the column {actual[column]!r} of {entry.name} rows is {odd[0]}"
+                        beside = "; and leave --map out" if pinned and "rows:fix" in odd[1] else ""
+                        return found, odd[1] + beside
     return None
 
 
@@ -336,6 +387,8 @@ def _odd_messages(value: object, name: str) -> tuple[str, str]:
         return f"one message; {expected}", by_formatter(f"{{**row, {_quoted(name)}: [row[{_quoted(name)}]]}}")
     if isinstance(value, list) and value and isinstance(value[0], list) and chat_style(value[0]):
         return f"a list of lists of messages; {expected}", "write one conversation a row."
+    if keys := _keys_of_turns(value):
+        return f"{shape(value)}; {expected}", _by_turns(name, *keys)
     return f"{shape(value)}; {expected}", 'write each message as {"role": ..., "content": ...}.'
 
 
@@ -380,6 +433,7 @@ UNWANTED = Unsupported(
 )
 PREFERENCE = Unsupported("preference pairs", is_preference, explain_preference)
 BY_COLUMNS = "a table by columns"
+OWN_KEYS = "turns with keys of their own"
 UNSUPPORTED = {
     entry.name: entry
     for entry in (
@@ -389,5 +443,6 @@ UNSUPPORTED = {
         Unsupported(BY_COLUMNS, lambda row: shape_of(row) is not None, explain_columnwise),
         Unsupported("rows inside an object", lambda row: _wrapping(row) is not None, _explain_wrapped),
         Unsupported("prompts without answers", _is_unanswered, _explain_unanswered),
+        Unsupported(OWN_KEYS, lambda row: _turns_in(row) is not None, _explain_turns),
     )
 }

@@ -156,6 +156,8 @@ def test_ids_of_another_tokenizer_are_named_and_nothing_is_said_of_what_they_wou
     findings = found(path, tokenizers["plain"])
     assert list(findings) == ["other-tokenizer"]
     assert "-t TOKENIZER" in findings["other-tokenizer"].fix
+    path = FORMATS["completion-mask"](tmp_path, chats(CLEAN, "plain"), END_OF_TEXT)
+    assert not found(path, tokenizers["plain"])
 
 
 def test_where_rows_are_too_short_to_tell_the_tokenizer_the_evidence_says_so(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from sftdata.errors import UsageError
 from sftdata.formats.detect import Detection, detect
 from sftdata.formats.fields import FormatOptions
-from sftdata.formats.registry import FORMATS
+from sftdata.formats.table import FORMATS
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.one_stage import convert_rows

@@ -12,7 +12,7 @@ import pytest
 from sftdata.batches import Completion, Conversation, Row, RowBatch, Text, Tokens
 from sftdata.errors import Fault, UsageError
 from sftdata.formats.fields import ALPACA, FormatOptions, PromptTemplate, load_prompt_template
-from sftdata.formats.registry import FORMATS
+from sftdata.formats.table import FORMATS
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from tests.one_stage import Converted, convert_rows
 

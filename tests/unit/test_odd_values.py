@@ -15,7 +15,7 @@ from sftdata.errors import UsageError
 from sftdata.formats.detect import Detection, detect
 from sftdata.formats.fields import FormatOptions
 from sftdata.formats.formatter import load_formatter
-from sftdata.formats.registry import FORMATS
+from sftdata.formats.table import FORMATS
 from sftdata.sources.source import open_source, plan_source, read_chunk
 from sftdata.sources.streams import close_streams
 from tests.one_stage import Converted, convert_rows
@@ -101,7 +101,15 @@ ODD: dict[str, tuple[list[Any], list[str], list[str] | None]] = {
     "messages as Python prints them": ([{"messages": str([ASKED, SAID])}], ["'messages'", "Python", "single quotes"], Q_A),
     "messages as strings": ([{"messages": ["Q", "A"]}], ["'messages'", "a list of 2 strings"], None),
     "messages with keys of their own": (
-        [{"conversation": [{"speaker": "x", "text": "Q"}]}], ["'conversation'", "objects of speaker, text"], None
+        [{"conversation": [{"speaker": "user", "text": "Q"}, {"speaker": "assistant", "text": "A"}]}],
+        ["'conversation'", "a list of 2 objects of speaker, text"], Q_A,
+    ),
+    "messages under names of their own": (
+        [{
+            "id": [1, 2],
+            "chat": [{"said": text, "at": 3, "by": who, "mood": "ok"} for who, text in (("user", "Q"), ("assistant", "A"))] * 2,
+        }],
+        ["'chat'", "a list of 4 objects of said, at, by, mood"], Q_A * 2,
     ),
     "one message": ([{"messages": SAID}], ["'messages'", "one message"], ["assistant: A"]),
     "lists of messages": ([{"messages": [[ASKED, SAID]]}], ["'messages'", "a list of lists of messages"], None),
@@ -220,6 +228,27 @@ def test_a_label_beside_running_text_or_ids_judges_nothing(tmp_path: Path) -> No
 def test_a_pair_whose_messages_hold_the_answer_is_trained_on_them(tmp_path: Path) -> None:
     row = {"prompt": "Q", "messages": [ASKED, SAID], "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}
     assert look(tmp_path, [row] * 3).format == "messages"
+
+
+def test_turns_under_a_mapped_column_are_named_as_they_are_in_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"chat": [{"speaker": "user", "said": "Q"}, {"speaker": "assistant", "said": "A"}]}] * 3
+    reason, fix = refusal(tmp_path, rows, columns={"messages": "chat"})
+    assert "the column 'chat' of messages rows is a list of 2 objects of speaker, said" in reason
+    assert fix.endswith("; and leave --map out")
+    assert said(followed(fix, tmp_path, rows, monkeypatch)[0]) == Q_A
+
+
+def test_what_is_wrong_in_the_rows_of_a_formatter_is_named_and_not_their_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "renames.py").write_text('def fix(row): return {"messages": row["chat"]}', encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    look(tmp_path, [{"chat": [ASKED, SAID | {"role": "zorp"}], "text": "T"}] * 3)
+    assert {fault.code for _, fault in read(tmp_path, "text", formatter="renames:fix").faults} == {
+        "unknown-role"
+    }
 
 
 # ------------------------------------------------------------------------------------------- names in any case

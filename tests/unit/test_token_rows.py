@@ -10,7 +10,7 @@ import pytest
 from sftdata.batches import Tokens
 from sftdata.errors import RowError
 from sftdata.formats.fields import Fields, FormatOptions
-from sftdata.formats.registry import FORMATS
+from sftdata.formats.table import FORMATS
 from sftdata.formats.tokenrows import TRAINED
 
 TOKENS = FORMATS["tokens"]
