@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,5 +143,5 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """The store behind every URL; keys begin with `s3://`."""
     bucket = Bucket()
     monkeypatch.setattr(stores, "library", lambda url: bucket)
-    monkeypatch.setattr(stores, "connect", lambda url: f"{url}/")
+    monkeypatch.setattr(stores, "connect", cache(lambda url: f"{url}/"))
     return bucket
