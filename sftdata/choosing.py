@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sftdata.errors import UsageError
+from sftdata.output import StoreUrl
 from sftdata.settings import NamesOfData
 
 Measure = Literal["rows", "tokens", "trained"]
@@ -210,7 +211,7 @@ CHOOSING = tuple(Choosing.model_fields)
 SIDES = ("train", "eval")
 
 
-def folders_of(output: Path, share: str | None) -> tuple[Path, ...]:
+def folders_of(output: Path | StoreUrl, share: str | None) -> tuple[Path | StoreUrl, ...]:
     """Return the folders of the sets that are made at an output; `share` is that of `eval`.
 
     >>> [str(folder) for folder in folders_of(Path("out"), "5%")]

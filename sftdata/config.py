@@ -51,6 +51,9 @@ def _output(value: object) -> Path | StoreUrl:
     return output_at(value)
 
 
+Output = Annotated[Path | StoreUrl, PlainValidator(_output, json_schema_input_type=Path)]
+
+
 def _read(value: object) -> object:
     from sftdata.registry import read_registry  # here: a run without a registry need not build its model
 
@@ -167,9 +170,7 @@ class RowsConfig(BaseModel):
     check_pixels: bool = Field(False, description="Decode every picture, to reject broken ones.")
 
     # ---- how it is cut, packed and stored
-    output: Annotated[Path | StoreUrl, PlainValidator(_output, json_schema_input_type=Path)] = Field(
-        description="Folder of the set, here or in an object store: s3://, gs://, az://."
-    )
+    output: Output = Field(description="Folder of the set, here or in an object store: s3://, gs://, az://.")
     max_length: int | None = Field(
         None, gt=0, le=MOST_TOKENS, description="Tokens per packed row; default min(model_max_length, 1024)."
     )
@@ -261,8 +262,7 @@ class PrepareConfig(Choosing, RowsConfig):
         """
         if isinstance(self.output, Path):
             return self.output
-        what = f"-o {self.output}: documents are not chosen in an object store."
-        raise UsageError(what, "prepare all of them there, or choose in a local folder.")
+        raise UsageError(f"-o {self.output}: a URL.", "name a local folder with -o.")
 
     def content(self) -> dict[str, object]:
         """Return the settings that decide the bytes of the set; a resume refuses if one of them differs.

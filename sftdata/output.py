@@ -217,7 +217,7 @@ class StoreUrl(str):
     __slots__ = ()
 
     def __truediv__(self, name: str) -> StoreUrl:
-        return StoreUrl(f"{self}/{name}")
+        return StoreUrl(f"{self}/{name}") if name else self
 
 
 def output_at(path: str | Path, flag: str = "-o") -> Path | StoreUrl:

@@ -32,6 +32,7 @@ from sftdata.output import Progress, StoreUrl, behind_links
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
 from sftdata.set.build import Build, made_otherwise, sweep_choice, unfinished
+from sftdata.set.making import ShardResult
 from sftdata.set.manifest import Manifest, format_version, parts_folder
 from sftdata.set.shared import BUILDS, SharedBuild, StoredBuild, finished_at, shared_build
 from sftdata.set.stores import store_at
@@ -89,7 +90,9 @@ SCHEDULERS = (
 )
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
+    """What a run works with, and whom it tells; see `prepare`."""
+
     workers: Workers
     progress: OnProgress | None
     note: OnNote
@@ -172,18 +175,15 @@ def prepare(
         share = (0, 1) if part is None else (part.number - 1, part.of)
         scan = partial(marked, marks, share, workers)
     try:
-        return _prepare(config, _Run(workers, progress, note), part, scan)
+        return _prepare(config, Run(workers, progress, note), part, scan)
     except InputChangedError:  # they may be of what was there before
         store_at(marks).remove(store_at(marks).sizes())
         raise
 
 
-def _prepare(config: PrepareConfig, run: _Run, part: Part | None, scan: Scanned | None) -> Manifest | None:
+def _prepare(config: PrepareConfig, run: Run, part: Part | None, scan: Scanned | None) -> Manifest | None:
     config, old, plan = planned(config, run.workers, run.note, scan)
     output = config.output
-    if plan.job.vision is not None and not isinstance(output, Path):
-        what = f"{output}: a set with pictures is made in a folder, as yet."
-        raise UsageError(what, "name a local folder with -o.")
     if part is None and not _begun(output, plan, run.note):
         made: Manifest | None = build_set(config, plan, old, run.workers, run.progress, run.note)
     else:
@@ -191,9 +191,27 @@ def _prepare(config: PrepareConfig, run: _Run, part: Part | None, scan: Scanned 
     if made is not None:
         if isinstance(output, Path):
             sweep_choice(output, discard=config.overwrite)
-        for one in (plan, plan.by_reference()):
-            _shared(output, one).end()
+        end(output, plan)
     return made
+
+
+def end(output: Path | StoreUrl, plan: Plan) -> None:
+    """Remove what was made of a plan on the way to the set that stands now."""
+    for one in (plan, plan.by_reference()):
+        _shared(output, one).end()
+
+
+def make_documents(config: PrepareConfig, plan: Plan, run: Run) -> StoreUrl:
+    """Make the set of all documents in the builds of an object store, for another to be chosen from it.
+
+    Returns:
+        Where it is.
+    """
+    made = _prepare_slices(config, plan, run, None, anew=True)
+    assert made is not None, "no part was asked for"
+    assert isinstance(made.build, StoredBuild)
+    made.build.complete(conclude(made.plan, made.results, made.build), *made.given)
+    return made.build.place
 
 
 def _begun(output: Path | StoreUrl, plan: Plan, note: OnNote) -> bool:
@@ -220,7 +238,7 @@ def _build(
     config: PrepareConfig,
     plan: Plan,
     old: Manifest | None,
-    run: _Run,
+    run: Run,
     part: Part | None,
 ) -> Manifest | None:
     """Make the slices of a part, and the set where no other slice is missing, unless it exists."""
@@ -234,16 +252,37 @@ def _build(
         run.note(f"{output} is up to date: same data, same settings.")
         return old
     try:
-        return _make(config, plan, run, part)
+        made = _prepare_slices(config, plan, run, part, anew=bool(changed))
+        if (standing := _standing(output, plan)) is not None or made is None:
+            return standing
+        own = made.build.gather(made.results)
+        return own.finish(conclude(made.plan, made.results, own), *made.given)
     except (SftError, OSError):  # what it was writing may be gone, as the set is finished
-        if (made := _standing(output, plan)) is None:
+        if (standing := _standing(output, plan)) is None:
             raise
-        return made
+        return standing
 
 
-def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Manifest | None:
-    output, shared = config.output, _shared(config.output, plan)
-    shared.join(plan.begun())
+class _Made(NamedTuple):
+    """All slices of a plan, and where they are."""
+
+    plan: Plan
+    build: SharedBuild | StoredBuild
+    results: list[ShardResult]
+
+    @property
+    def given(self) -> tuple[Path, dict[str, Path]]:
+        """The folder of the tokenizer, and the processor's files by their names in the set."""
+        job = self.plan.job
+        return job.tokenizer.folder, {} if job.vision is None else job.vision.files()
+
+
+def _prepare_slices(
+    config: PrepareConfig, plan: Plan, run: Run, part: Part | None, *, anew: bool
+) -> _Made | None:
+    """Make the slices of a part; return all, unless some of other parts are missing."""
+    shared = _shared(config.output, plan)
+    shared.join(plan.begun(), anew=anew)
     here, done = plan.at(shared.place), shared.finished(overwrite=config.overwrite)
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {number: done[number] for number in mine.numbers.tolist() if number in done}
@@ -262,24 +301,20 @@ def _make(config: PrepareConfig, plan: Plan, run: _Run, part: Part | None) -> Ma
         more = "the last part, or the command without --part, finishes the set"
         who = "All slices" if part is None else f"Part {part}"
         run.note(f"{who}: complete; {missing} slices of other parts are missing: {more}.")
-        return _standing(output, plan)
+        return None
     if exact:  # of this part; the others' samples are in their records
         results, exact = run_tasks(here, done, None, run.workers, None)
     if not exact:
         run.note(
             f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."
         )
-        return _make(config, plan.by_reference(), run, None)
-    if (made := _standing(output, plan)) is not None:
-        return made
-    own, vision = shared.gather(results), plan.job.vision
-    processor = {} if vision is None else vision.files()
-    return own.finish(conclude(plan, results, own), plan.job.tokenizer.folder, processor)
+        return _prepare_slices(config, plan.by_reference(), run, None, anew=anew)
+    return _Made(plan, shared, results)
 
 
 def _standing(output: Path | StoreUrl, plan: Plan) -> Manifest | None:
     """Return the manifest of the set that another has finished meanwhile."""
     with suppress(SftError):
         found = finished_at(output)
-        return found if found is not None and not plan.difference(found) else None
+        return found if found is not None and not differences(plan, output, found) else None
     return None

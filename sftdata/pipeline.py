@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -49,6 +48,7 @@ from sftdata.set.ledger import (
 from sftdata.set.making import ShardResult
 from sftdata.set.reuse import take_over
 from sftdata.set.store import SetFile
+from sftdata.set.stores import Store
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.marks import Marks
 from sftdata.sources.planning import in_turn
@@ -149,16 +149,17 @@ def finish_shard(job: Job, work: ShardTask | ReusedTask) -> ShardResult:
     return build.keep(result, taken.lists)
 
 
-def pictures_changed(job: Job, folder: Path, files: Sequence[SetFile], rejects: Iterable[Reject]) -> bool:
+def pictures_changed(job: Job, store: Store, files: Sequence[SetFile], rejects: Iterable[Reject]) -> bool:
     """Say whether the pictures of files of a set are others by now: each that is named by path is read.
 
     Args:
+        store: where the files are.
         rejects: rows that were rejected; a picture of one may be there, or whole, by now.
     """
     if job.vision is None:
         return False
-    sidecars = (folder / file.name for file in files if file.name.startswith(f"{IMAGES}-"))
-    if not unchanged(sidecars, job.vision.pictures.folder):
+    sidecars = (file.name for file in files if file.name.startswith(f"{IMAGES}-"))
+    if not unchanged(store, sidecars, job.vision.pictures.folder):
         return True
     numbers = {name: number for number, name in enumerate(job.sources)}
     return not all(_rejected_again(job, numbers[row.file], row) for row in rejects)

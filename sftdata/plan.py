@@ -208,7 +208,7 @@ class Plan:
         licences = [source.licence for source in manifest.sources][: len(self.job.sources)]
         changed += ["licences"] if licences != self.licences else []
         if self.job.vision is not None and manifest.vision is not None:
-            here = self.job.vision.images_from(self.job.config.folder)
+            here = self.job.vision.images_from(self.job.config.output)
             changed += ["pictures"] if manifest.vision.images != here else []
         changed += ["view"] if "view" in manifest.settings else []  # it holds some of the documents
         return sorted([*changed, *(["format_version"] if manifest.format_version < FORMAT_VERSION else [])])

@@ -21,7 +21,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.errors import DataError, Unit, place
+from sftdata.errors import DataError, IntegrityError, Unit, place
 from sftdata.output import Progress, StoreUrl, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
@@ -37,12 +37,13 @@ from sftdata.pipeline import (
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, inputs_of, make_plan
 from sftdata.set.build import Build, made_otherwise, making_at, refuse_choice
-from sftdata.set.ledger import REJECTS_NAME, Ledger, read_rejects
+from sftdata.set.ledger import REJECTS_NAME, Ledger, decode_rejects
 from sftdata.set.losses import refuse_losses
 from sftdata.set.making import Making, ShardResult
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo, format_version
 from sftdata.set.shared import finished_at
 from sftdata.set.slices import SliceRecord
+from sftdata.set.stores import files_of
 from sftdata.sources.chunks import Chunk
 from sftdata.sources.planning import Scanned
 from sftdata.sources.source import close_sources, read_chunk
@@ -142,26 +143,30 @@ def build_set(
 def differences(plan: Plan, output: Path | StoreUrl, manifest: Manifest | None) -> list[str]:
     """Return what a finished set was made with otherwise, or whose pictures are others by now."""
     changed = plan.difference(manifest) if manifest is not None else []
-    if manifest is None or changed or not isinstance(output, Path):
-        return changed
-    if not other_pictures(plan, output, manifest):
+    if manifest is None or changed or not other_pictures(plan, output, manifest):
         return changed
     return ["pictures"]
 
 
-def other_pictures(plan: Plan, folder: Path, manifest: Manifest) -> bool:
+def other_pictures(plan: Plan, output: Path | StoreUrl, manifest: Manifest) -> bool:
     """Say whether the pictures of a finished set are others by now."""
-    return pictures_changed(plan.job, folder, manifest.files, read_rejects(folder / REJECTS_NAME))
+    if plan.job.vision is None:
+        return False
+    store = files_of(output)
+    rejects = (line for lines in store.get([REJECTS_NAME]) for line in lines.splitlines())
+    return pictures_changed(plan.job, store, manifest.files, decode_rejects(rejects))
 
 
 def unchanged(plan: Plan, build: Making, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
     """Return the finished tasks, by number, whose pictures are those they were made with."""
-    return {
-        number: result
-        for number, result in done.items()
-        if not isinstance(build, Build)
-        or not pictures_changed(plan.job, build.folder, result.files, build.rejects_of(result))
-    }
+    return {number: result for number, result in done.items() if not _stale(plan, build, result)}
+
+
+def _stale(plan: Plan, build: Making, result: ShardResult) -> bool:
+    try:
+        return pictures_changed(plan.job, build.store, result.files, build.rejects_of(result))
+    except IntegrityError:  # damaged, or written by another version
+        return True
 
 
 def tell_reuse(output: Path, results: list[ShardResult]) -> str:
@@ -229,7 +234,7 @@ def conclude(plan: Plan, results: list[ShardResult], build: Making) -> Manifest:
     notes = (*plan.notes, *(load_stages(plan.job).token_notes() if ledger.counters.get("turns") else ()))
     inputs, name = inputs_of(plan.job.config), without_folders(tokenizer.name)
     files = tuple(file for result in results for file in result.files)
-    vision = None if plan.job.vision is None else plan.job.vision.info(plan.job.config.folder, files)
+    vision = None if plan.job.vision is None else plan.job.vision.info(plan.job.config.output, files)
     return Manifest(
         format_version=format_version(vision is not None),
         settings=msgspec.to_builtins(plan.identity()) | {"inputs": inputs, "tokenizer": name},

@@ -1,6 +1,7 @@
 """Build a set of some of its documents: all are prepared beside the output, then chosen from as a view.
 
-    OUT.partial.documents    the set of all documents, as `prepare` makes it, until what was chosen stands
+    OUT.partial.documents    the set of all documents, as `prepare` makes it, until what was chosen stands;
+                             in an object store OUT/builds/PLAN, which never becomes the set
     OUT                      the view of it; with `eval` the two sets OUT/train and OUT/eval
 
 Each is a build of its own, which the same command resumes. Where only the choice changes, because it left
@@ -18,12 +19,14 @@ import msgspec
 from sftdata.choosing import SIDES, folders_of
 from sftdata.config import PrepareConfig
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.output import Progress, behind_links
+from sftdata.output import Progress, StoreUrl, behind_links
+from sftdata.parts import Run, end, make_documents
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
 from sftdata.run import build_set, note_padding, other_pictures
 from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
-from sftdata.set.manifest import MANIFEST_NAME, Manifest, documents_folder, read_manifest
+from sftdata.set.manifest import Manifest, documents_folder, read_manifest
+from sftdata.set.shared import BUILDS, finished_sets
 from sftdata.settings import check_settings
 from sftdata.views.plan import named_selection
 from sftdata.views.recipe import ViewConfig
@@ -52,7 +55,8 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
-    config = config.model_copy(update={"output": behind_links(config.folder)})
+    if isinstance(config.output, Path):
+        config = config.model_copy(update={"output": behind_links(config.output)})
     view = _recipe(config)
     refuse_nested(view)
     old = _finished(config)
@@ -62,22 +66,22 @@ def prepare(
         note(sentence)
     changed = _difference(plan, view, old) if old else []
     if old and not changed:
-        _sweep(plan, config.folder)
-        note(f"{config.folder} is up to date: same data, same settings.")
+        _sweep(plan, config.output)
+        note(f"{config.output} is up to date: same data, same settings.")
         return tuple(old)
     if old and not config.overwrite:
         named = {name for manifest in old for name in manifest.settings.get("inputs", ())}
         if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
-            raise made_otherwise(config.folder, changed)
+            raise made_otherwise(config.output, changed)
         view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
         note(
-            f"{config.folder}: the inputs changed; all documents are prepared anew, as it holds those chosen"
+            f"{config.output}: the inputs changed; all documents are prepared anew, as it holds those chosen"
             " alone. A set of all documents reuses what is the same; make views of it."
         )
     _refuse_begun(config)
     note_padding(plan, note)
     made = _choose(config, plan, view, workers, progress, note)
-    _sweep(plan, config.folder)
+    _sweep(plan, config.output)
     return made
 
 
@@ -90,8 +94,6 @@ def _choose(
     note: OnNote,
 ) -> tuple[Manifest, ...]:
     """Prepare all documents, then make the view of them."""
-    documents = config.model_copy(update={"output": documents_folder(config.folder)})
-    old = finished_set(documents.folder, overwrite=config.overwrite)
     tokens = Progress(0, 0, 0, 0)
 
     def prepared(now: Progress) -> None:
@@ -104,18 +106,25 @@ def _choose(
         if progress:
             progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
 
-    build_set(documents, plan.at(documents.folder), old, workers, prepared, note)
+    if not isinstance(config.output, Path):
+        documents = make_documents(config, plan, Run(workers, prepared, note))
+        return make_view(view.model_copy(update={"sets": (documents,)}), written, note, passing=True)
+    folder = documents_folder(config.output)
+    old = finished_set(folder, overwrite=config.overwrite)
+    beside = config.model_copy(update={"output": folder})
+    build_set(beside, plan.at(folder), old, workers, prepared, note)
     try:
         return make_view(view, written, note, passing=True)
     except (DataError, IntegrityError, UsageError):
-        _put_back(config.folder)
+        _put_back(config.output)
         raise
 
 
 def _recipe(config: PrepareConfig) -> ViewConfig:
     """Return the view of the set of all documents that holds what was chosen."""
-    documents = str(documents_folder(config.folder))
-    where = {"sets": (documents,), "output": config.folder, "overwrite": config.overwrite}
+    output = config.output
+    documents = documents_folder(output) if isinstance(output, Path) else output / BUILDS  # not known yet
+    where = {"sets": (str(documents),), "output": output, "overwrite": config.overwrite}
     return check_settings(ViewConfig, "sftdata", where | {"write": True} | config.chosen())
 
 
@@ -125,7 +134,9 @@ def _refuse_begun(config: PrepareConfig) -> None:
     Raises:
         UsageError: naming it.
     """
-    build = Build(config.folder)
+    if not isinstance(config.output, Path):
+        return  # where builds of other plans stay as they are
+    build = Build(config.output)
     if config.overwrite or not (begun := build.kept()):
         return
     if "view" not in begun:
@@ -157,11 +168,7 @@ def _refuse_unknown(plan: Plan, view: ViewConfig) -> None:
 
 def _finished(config: PrepareConfig) -> list[Manifest]:
     """Return what stands at the output: a set, both sides of a split, or nothing."""
-    folders = folders_of(config.folder, config.eval)
-    if not all((folder / MANIFEST_NAME).exists() for folder in folders):
-        folders = (config.folder,)
-    found = [finished_set(folder, overwrite=config.overwrite) for folder in folders]
-    return [manifest for manifest in found if manifest is not None]
+    return finished_sets(config.output, config.eval, overwrite=config.overwrite)
 
 
 def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
@@ -185,11 +192,14 @@ def _difference(plan: Plan, view: ViewConfig, old: list[Manifest]) -> list[str]:
     return sorted(changed)
 
 
-def _sweep(plan: Plan, output: Path) -> None:
+def _sweep(plan: Plan, output: Path | StoreUrl) -> None:
     """Remove the documents that finished sets were chosen from; those of another run stay.
 
     They are put aside first: stopped halfway, they are swept up the next time.
     """
+    if not isinstance(output, Path):
+        end(output, plan)
+        return
     documents = Build(documents_folder(output))
     with suppress(SftError):
         if not plan.difference(read_manifest(documents.output)):

@@ -19,7 +19,7 @@ from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import UsageError
 from sftdata.limit import refuse_cutting
-from sftdata.output import SPOOLED, cache_folder
+from sftdata.output import SPOOLED, StoreUrl, cache_folder
 from sftdata.pictures.families import PROCESSOR_FILES, PictureProcessor, read_processor
 from sftdata.pictures.gate import require_parity
 from sftdata.pictures.loaded import Picture, PictureFolder
@@ -40,12 +40,11 @@ class Vision:
         processor: lays out pictures; the gate has held it against the family's own.
         folder: of its files.
         pictures: where pictures are.
-        embed: store the files of pictures, not their paths.
+        embed: store the files of pictures, not their paths alone.
         image_id: id of the token that stands for pieces of pictures.
         never: ids of all tokens that are written for pictures; never trained.
         closing: ids of tokens that, behind a picture, belong to it.
         parts_only: the chat template takes contents as lists of parts alone.
-        by_path: whether rows name pictures by path.
     """
 
     processor: PictureProcessor
@@ -56,7 +55,6 @@ class Vision:
     never: tuple[int, ...]
     closing: tuple[int, ...]
     parts_only: bool
-    by_path: bool
 
     def tokens_of(self, picture: Picture) -> int:
         """Return how many image tokens stand for a picture."""
@@ -76,17 +74,17 @@ class Vision:
         found = {f"{PROCESSOR}/{name}": self.folder / name for name in PROCESSOR_FILES}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def images_from(self, output: Path) -> str:
+    def images_from(self, output: Path | StoreUrl) -> str:
         """Return the folder of pictures from that of the set."""
-        if self.embed or not self.by_path:
+        if self.embed or not isinstance(output, Path):
             return IN_THE_SET
         return os.path.relpath(self.pictures.folder, output.absolute())
 
-    def info(self, output: Path, files: Sequence[SetFile]) -> VisionInfo:
+    def info(self, output: Path | StoreUrl, files: Sequence[SetFile]) -> VisionInfo:
         """Return what the manifest says of the pictures.
 
         Args:
-            output: the folder of the set.
+            output: the folder of the set, or its URL.
             files: of its slices.
         """
         processor = self.processor
@@ -152,6 +150,9 @@ def choose_vision(
     if by_path and config.images is None and folders > 1:
         what = f"The rows name pictures by path, and the inputs lie in {folders} folders"
         raise UsageError(f"{what}: it is not clear where these paths start.", "--images DIR")
+    if by_path and not (config.embed_images or isinstance(config.output, Path)):
+        what = f"-o {config.output}: the set would name pictures in {pictures.folder}, of this machine."
+        raise UsageError(what, "--embed-images")
     folder = find_processor(config)
     assert folder is not None
     processor = read_processor(folder, max_pixels=config.max_pixels, min_pixels=config.min_pixels)
@@ -164,12 +165,11 @@ def choose_vision(
         processor=processor,
         folder=folder.absolute(),
         pictures=pictures,
-        embed=config.embed_images,
+        embed=config.embed_images or not by_path,  # a path that no sampled row has is not left dangling
         image_id=ids[processor.image_token],
         never=tuple(sorted(ids[token] for _, token in processor.tokens if token in ids)),
         closing=tuple(sorted({ids[token] for token in processor.closing if token in ids})),
         parts_only=not _takes_strings(config, tokenizer),
-        by_path=by_path,
     )
 
 

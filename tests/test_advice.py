@@ -404,6 +404,17 @@ ELSEWHERE: dict[str, str] = {
     "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures.": (
         "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
     ),
+    "put their folder back there, or prepare the set anew, with --images DIR where it is now; with --embed-images a set"
+    " holds its pictures.": (
+        "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
+    ),
+    "prepare the sets with --embed-images.": (
+        "tests/integration/test_pictures_stored.py::test_pictures_by_path_are_embedded_or_refused"
+    ),
+    "--embed-images": "tests/integration/test_pictures_stored.py::test_pictures_by_path_are_embedded_or_refused",
+    "--write copies them.": (
+        "tests/integration/test_chosen_stored.py::test_a_view_by_index_in_a_store_names_sets_in_stores_alone"
+    ),
     "prepare it with --embed-images.": (
         "tests/integration/test_store_sets.py::test_a_set_that_embeds_its_pictures_is_pushed_with_them"
     ),

@@ -168,16 +168,13 @@ def prepare(
             if as_json:
                 print_json({"part": part, "finished": False})
             return
-        if not isinstance(config.output, Path):
-            print_json(manifests[0].to_json()) if as_json else log.stored(manifests[0], config.output)
-            return
         made = dict(zip(folders_of(config.output, config.eval), manifests, strict=True))
         if as_json:
-            found = {str(folder): _with_audit(folder, manifest) for folder, manifest in made.items()}
+            found = {str(place): _with_audit(place, manifest) for place, manifest in made.items()}
             print_json(found if config.eval is not None else found[str(config.output)])
             return
-        for folder, manifest in made.items():
-            log.summary(manifest, folder)
+        for place, manifest in made.items():
+            log.summary(manifest, place)
 
 
 def _on_ray(config: PrepareConfig, address: str | None) -> Executor | None:
@@ -206,7 +203,9 @@ def _prepare_sets(
     return (made,) if made is not None else ()
 
 
-def _with_audit(folder: Path, manifest: Manifest) -> dict[str, object]:
+def _with_audit(folder: Path | StoreUrl, manifest: Manifest) -> dict[str, object]:
+    if not isinstance(folder, Path):  # nothing is fetched
+        return manifest.to_json()
     from sftdata.show.audit import glance
 
     return manifest.to_json() | {"audit": glance(folder, manifest).to_json()}
@@ -368,15 +367,12 @@ class RunLog:
         figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
         self._meter.show(now.done, now.total, figures)
 
-    def stored(self, manifest: Manifest, url: StoreUrl) -> None:
-        """Print the ledger of a set in an object store."""
-        for line in summary_lines(manifest, url):
-            self.note(line)
-
-    def summary(self, manifest: Manifest, folder: Path) -> None:
-        """Print the ledger in words and, for a set that has just been made, the findings of a quick audit."""
+    def summary(self, manifest: Manifest, folder: Path | StoreUrl) -> None:
+        """Print the ledger in words and, for a set just made in a folder, the findings of a quick audit."""
         for line in summary_lines(manifest, folder):
             self.note(line)
+        if not isinstance(folder, Path):
+            return
         if not self._built:
             self.note(f"  audit   `sftdata audit {folder}` looks for unintended supervision")
             return

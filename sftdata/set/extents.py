@@ -49,6 +49,7 @@ from sftdata.set.shards import (
     write_file,
 )
 from sftdata.set.store import SetFile
+from sftdata.set.stores import Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,7 +150,7 @@ class RestExtents:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_packs(path: Path, packs: Packs, tokens_trained: int) -> ShardInfo:
+def write_packs(path: Path | Target, packs: Packs, tokens_trained: int) -> ShardInfo:
     """Write rows by index as one Arrow IPC file, cut into record batches where their shard would be.
 
     Args:
@@ -178,7 +179,7 @@ def write_packs(path: Path, packs: Packs, tokens_trained: int) -> ShardInfo:
     )
 
 
-def write_rest_extents(path: Path, rest: RestExtents) -> SetFile:
+def write_rest_extents(path: Path | Target, rest: RestExtents) -> SetFile:
     """Write a rest by index; return its description."""
     schema = _rest_schema(rest.extents.first_weights is not None, rest.images is not None)
     batches = []

@@ -36,7 +36,7 @@ from sftdata.pictures.references import Reference, load_picture
 from sftdata.set.hashes import PictureHashes, picture_hashes
 from sftdata.set.shards import as_arrow, as_numpy, read_file, write_file
 from sftdata.set.store import SetFile, Sha256, TokenId, Xxh3
-from sftdata.set.stores import Target
+from sftdata.set.stores import Store, Target
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +50,10 @@ IN_THE_SET = "."
 _BATCH_BYTES = 32 << 20
 RESTORE_PICTURE = (
     "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures."
+)
+RESTORE_PICTURES = (
+    "put their folder back there, or prepare the set anew, with --images DIR where it is now; with"
+    " --embed-images a set holds its pictures."
 )
 _AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
@@ -230,7 +234,7 @@ def _batch(pictures: SlicePictures, first: int, last: int, embed: PictureFolder 
     return pa.RecordBatch.from_arrays(columns, schema=images_schema())
 
 
-def write_images_by_index(path: Path, pictures: SlicePictures, file: Int32, row: Int32) -> SetFile:
+def write_images_by_index(path: Path | Target, pictures: SlicePictures, file: Int32, row: Int32) -> SetFile:
     """Write the sidecar of a view by index; return its description.
 
     Args:
@@ -395,13 +399,19 @@ def join_pictures(parts: Iterable[HasPictures]) -> tuple[Int32, Int32]:
     return np.concatenate(counts), np.concatenate(images)
 
 
-def unchanged(sidecars: Iterable[Path], folder: Path) -> bool:
+def unchanged(store: Store, sidecars: Iterable[str], folder: Path) -> bool:
     """Say whether the pictures that sidecars name by path are in a folder as they were read.
 
+    Args:
+        store: where the sidecars are.
+        sidecars: their names.
+
     Raises:
-        IntegrityError: a sidecar is damaged.
+        IntegrityError: a sidecar is missing or damaged.
     """
-    for stored in map(read_images, sidecars):
+    for name in sidecars:
+        with store.here(name) as file:
+            stored = read_images(file)
         for path, sha256 in zip(stored.path, stored.sha256, strict=True):
             if path:
                 data = read_again(path, folder)

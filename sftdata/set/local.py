@@ -29,10 +29,11 @@ import msgspec
 import xxhash
 
 from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.output import StoreUrl
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME, Objects, connect, followed
+from sftdata.set.stores import MANIFEST_NAME, Objects, connect, standing
 from sftdata.set.web import Web
 from sftdata.sources.remote import EXTRAS
 
@@ -117,9 +118,9 @@ def beside(folder: Path, path: str) -> str:
     return f"{scheme}://{posixpath.normpath(posixpath.join(rest, path))}"
 
 
-def path_from(start: Path, folder: Path) -> str:
-    """Return how a set in `start` names another."""
-    return origin(folder) or os.path.relpath(folder, start)
+def path_from(start: Path | StoreUrl, folder: Path) -> str:
+    """Return how a set in `start` names another; one in a store has none of this machine but by name."""
+    return origin(folder) or (os.path.relpath(folder, start) if isinstance(start, Path) else folder.name)
 
 
 @contextmanager
@@ -137,24 +138,24 @@ def read_anew(place: str | Path) -> Iterator[Path]:
 
 def _mirrored(url: str, key: str | None) -> Path:
     """Return the mirror of the set behind a URL as it is now, with its small files in it."""
-    found = _store_at(url).find(MANIFEST_NAME)
+    found = standing(url, _store_at)
     if found is None:
         raise _not_a_set(url)
-    folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found.data)) / url.replace("://", "/", 1)
+    folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found[0])) / url.replace("://", "/", 1)
     if not (folder / MANIFEST_NAME).is_file():
         try:
-            _fill(folder, url, found.data)
+            _fill(folder, url, *found)
         except IntegrityError:
-            now = _store_at(url).find(MANIFEST_NAME)
-            if now is None or now.data == found.data:
+            now = standing(url, _store_at)
+            if now is None or now == found:
                 raise
             return _mirrored(url, key)  # replaced meanwhile
     return folder
 
 
-def _fill(folder: Path, url: str, found: bytes) -> None:
+def _fill(folder: Path, url: str, found: bytes, place: str) -> None:
     """Copy the small files of a set to its mirror, the manifest last."""
-    _stores[folder], manifest = _followed(url, found)
+    _stores[folder], manifest = _followed(url, found, place)
     try:
         listed = listed_files(manifest).values()
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -178,10 +179,10 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _followed(url: str, found: bytes) -> tuple[Objects | Web, bytes]:
-    """Return where the files of a set are, and its manifest, by what stands in the place of that."""
-    built = _store_at(followed(url, found))
-    if built.url == url:
+def _followed(url: str, found: bytes, place: str) -> tuple[Objects | Web, bytes]:
+    """Return where the files of a set are, and its manifest, by what `standing` found."""
+    built = _store_at(place)
+    if place == url:
         return built, found
     if (manifest := built.find(MANIFEST_NAME)) is None:
         raise IntegrityError(f"{built}/{MANIFEST_NAME}: missing.", "open the set again, or prepare it again.")
@@ -379,8 +380,8 @@ def _refuse_replaced(folder: Path) -> Objects | Web:
         IntegrityError: naming the URL.
     """
     url = str(origin(folder))
-    found = _store_at(url).find(MANIFEST_NAME)
-    store, manifest = (None, b"") if found is None else _followed(url, found.data)
+    found = standing(url, _store_at)
+    store, manifest = (None, b"") if found is None else _followed(url, *found)
     if store is None or manifest != (folder / MANIFEST_NAME).read_bytes():
         what = f"{url}: replaced while it was in use."
         raise IntegrityError(what, "open the set again, and write new sets beside those in use.")

@@ -48,6 +48,7 @@ from sftdata.set.shards import (
 )
 from sftdata.set.slices import SliceRecord, SliceSource, read_slices
 from sftdata.set.store import SetFile, link_file
+from sftdata.set.stores import Folder, Store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,7 +138,7 @@ def take_over(
     number: int,
     sources: Sequence[SliceSource],
     folder: Path,
-    changed: Callable[[Path, Sequence[SetFile], Iterable[Reject]], bool],
+    changed: Callable[[Store, Sequence[SetFile], Iterable[Reject]], bool],
 ) -> Taken | None:
     """Put an old slice into a folder, as it would be made anew; None if it is damaged or cannot be moved.
 
@@ -145,7 +146,7 @@ def take_over(
         number: of the slice in the new set.
         sources: its stretches there.
         folder: of the new set, unfinished.
-        changed: whether pictures are others by now, by a folder, its files and its rejects.
+        changed: whether pictures are others by now, by a store, its files and its rejects.
 
     Raises:
         SftError: the folder cannot be written.
@@ -156,7 +157,7 @@ def take_over(
         for file in old.files:
             check_file(old.folder, file)
         rejects = (msgspec.json.decode(line, type=Reject) for line in lists[REJECTS_NAME].splitlines())
-        if changed(old.folder, old.files, rejects):
+        if changed(Folder(old.folder), old.files, rejects):
             return None
     except (IntegrityError, OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None

@@ -42,6 +42,7 @@ PACKS = "packs"
 """Begins the names of files that stand for shards where rows lie in other sets, see `extents`."""
 _BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough to cost nothing
 _LARGEST_OFFSET = 2**31 - 1
+_ANEW = "repeat the command that made the set, with --overwrite."
 
 
 class ShardInfo(SetFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -258,12 +259,12 @@ def read_file(path: Path, expected: pa.Schema, *, mapped: bool = True) -> list[p
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
                 wanted = ", ".join(f"{f.name}: {f.type}" for f in expected)
-                raise IntegrityError(f"{path}: the columns are {found}; expected {wanted}.")
+                raise IntegrityError(f"{path}: the columns are {found}; expected {wanted}.", _ANEW)
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count or list_items(column).null_count for column in batch.columns):
-                raise IntegrityError(f"{path}: holds nulls; a set has none.")
+                raise IntegrityError(f"{path}: holds nulls; a set has none.", _ANEW)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
         # What the system says, not what the file holds.
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
@@ -271,10 +272,7 @@ def read_file(path: Path, expected: pa.Schema, *, mapped: bool = True) -> list[p
             raise SftError(
                 what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
             ) from error
-        raise IntegrityError(
-            f"{path}: not a readable Arrow IPC file: {error}.",
-            "repeat the command that made the set, with --overwrite.",
-        ) from error
+        raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", _ANEW) from error
     return batches
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from sftdata.choosing import SIDES, folders_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoreUrl
 from sftdata.set.build import Build, finished_set, made_otherwise
@@ -26,7 +27,7 @@ from sftdata.set.local import listed_files
 from sftdata.set.making import PLAN, SLICES, Making, ShardResult, names_of
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts_folder
 from sftdata.set.store import HashingSink, explained, link_file, remove
-from sftdata.set.stores import Found, Objects, Pointer, put_bytes, set_at
+from sftdata.set.stores import Found, Objects, Pointer, followed, put_bytes, set_at, sides_of
 
 BUILDS = "builds"
 
@@ -50,11 +51,12 @@ class SharedBuild(Build):
         """Say whether others have begun."""
         return self.folder.is_dir()
 
-    def join(self, plan: Mapping[str, object]) -> None:
+    def join(self, plan: Mapping[str, object], *, anew: bool = False) -> None:
         """Begin, or go on with others.
 
         Args:
             plan: all that decides the bytes of the set, for whoever looks.
+            anew: as for `StoredBuild`; a finished set is in another folder in any case.
         """
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,27 +99,30 @@ class StoredBuild(Making):
 
     def __init__(self, target: StoreUrl, name: str) -> None:
         self.target, self.place = target, target / BUILDS / name
-        self._root, self._objects = Objects(target), Objects(self.place)
+        self._root = Objects(target)
         self._before: Found | None = None
-        super().__init__(self._objects)
+        super().__init__(Objects(self.place))
 
     def begun(self) -> bool:
         """Return True: each run begins as if others had."""
         return True
 
-    def join(self, plan: Mapping[str, object]) -> None:
+    def join(self, plan: Mapping[str, object], *, anew: bool = False) -> None:
         """Begin, or go on with others.
 
         Args:
             plan: all that decides the bytes of the set, for whoever looks.
+            anew: other files come of it by now, as pictures have changed: a set in this place stays as it is.
 
         Raises:
             UsageError: the store would let two writers put the set in place.
         """
-        text = msgspec.json.encode(plan, order="sorted")
-        alike = self._objects.create(PLAN, text) and self._objects.create(PLAN, text)
-        self._before = self._root.find(MANIFEST_NAME)
-        if alike or (self._before and self._objects.swap(PLAN, text, {"e_tag": '"none"', "version": "0"})):
+        text, self._before = msgspec.json.encode(plan, order="sorted"), self._root.find(MANIFEST_NAME)
+        if anew and self._before is not None and followed(self.target, self._before.data) == self.place:
+            self.place = StoreUrl(f"{self.place}-anew")
+        self.store = here = Objects(self.place)
+        alike = here.create(PLAN, text) and here.create(PLAN, text)
+        if alike or (self._before and here.swap(PLAN, text, {"e_tag": '"none"', "version": "0"})):
             what = f"{self.target}: the store replaces an object where it was asked not to"
             fix = "choose a store with conditional puts (If-None-Match, If-Match), or a local folder."
             raise UsageError(f"{what}; a set in it could be half of two.", fix)
@@ -133,7 +138,17 @@ class StoredBuild(Making):
             UsageError: another set was put there meanwhile.
         """
         sealed = self.complete(manifest, tokenizer, others)
-        pointer = Pointer(digest=sealed.digest, folder=self.place.removeprefix(f"{self.target}/"))
+        self.put_in_place(sealed.digest)
+        return sealed
+
+    def put_in_place(self, digest: str, sides: Sequence[str] = ()) -> None:
+        """Make this build the set, or both sides of a split.
+
+        Raises:
+            UsageError: another set was put there meanwhile.
+        """
+        folder = self.place.removeprefix(f"{self.target}/")
+        pointer = Pointer(digest=digest, folder=folder, sides=tuple(sides))
         text, before = msgspec.json.encode(pointer, order="sorted"), self._before
         if before is None:
             made = self._root.create(MANIFEST_NAME, text)
@@ -143,16 +158,16 @@ class StoredBuild(Making):
             raise made_otherwise(self.target, ["made meanwhile: its settings"])
         if before is not None:
             self._root.remove(listed_files(before.data))  # of a set that was pushed there
-        return sealed
 
     def end(self) -> None:
-        """Remove what the set needs no more, and builds that it replaced."""
-        sizes, now = self._root.sizes(BUILDS), set_at(self._root)
-        builds = {name.split("/")[1] for name in sizes}
-        left = {f"{BUILDS}/{name}" for name in builds if f"{BUILDS}/{name}/{PLAN}" not in sizes}
-        left -= {"" if now is None else now.url.removeprefix(f"{self.target}/")}
-        here = self.place.removeprefix(f"{self.target}/")
-        left |= {f"{here}/{SLICES}", f"{here}/{PLAN}"}
+        """Remove what the set needs no more, this build unless it is the set, and builds that it replaced."""
+        sizes, now = self._root.sizes(BUILDS), self._root.find(MANIFEST_NAME)
+        found = self.target if now is None else followed(self.target, now.data)
+        live, here = (place.removeprefix(f"{self.target}/") for place in (found, self.place))
+        builds = {"/".join(name.split("/")[:2]) for name in sizes}
+        own = (here, f"{here}-anew")
+        left = {name for name in builds if f"{name}/{PLAN}" not in sizes or name in own} - {live}
+        left |= {f"{live}/{PLAN}", *(f"{live}/{side}{SLICES}" for side in ("", "train/", "eval/"))}
         self._root.remove(name for name in sizes if any(f"{name}/".startswith(f"{one}/") for one in left))
 
 
@@ -162,6 +177,21 @@ def shared_build(target: Path | StoreUrl, name: str) -> SharedBuild | StoredBuil
 
 
 # -------------------------------------------------------------------------------- a set in an object store
+
+
+def finished_sets(target: Path | StoreUrl, share: str | None, *, overwrite: bool = False) -> list[Manifest]:
+    """Return what stands at an output: a set, both sides of a split, or nothing; `share` is that of `eval`.
+
+    Raises:
+        UsageError, IntegrityError: as `finished_at`.
+    """
+    places = folders_of(target, share)
+    if isinstance(target, Path):
+        split = all((target / side / MANIFEST_NAME).exists() for side in SIDES)
+    else:
+        split = (there := Objects(target).find(MANIFEST_NAME)) is not None and bool(sides_of(there.data))
+    found = [finished_at(place, overwrite=overwrite) for place in (places if split else (target,))]
+    return [manifest for manifest in found if manifest is not None]
 
 
 def finished_at(target: Path | StoreUrl, *, overwrite: bool = False) -> Manifest | None:
@@ -175,6 +205,10 @@ def finished_at(target: Path | StoreUrl, *, overwrite: bool = False) -> Manifest
     if isinstance(target, Path):
         return finished_set(target, overwrite=overwrite)
     root = Objects(target)
+    if (there := root.find(MANIFEST_NAME)) is not None and sides_of(there.data):
+        if overwrite:
+            return None
+        raise made_otherwise(target, ["eval"])
     if (home := set_at(root)) is None:
         if root.entries() - {BUILDS}:
             what = f"{target}: holds objects, but is no set; nothing was touched."

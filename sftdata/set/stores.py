@@ -12,14 +12,16 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from sftdata.choosing import SIDES
 from sftdata.errors import IntegrityError, SftError, UsageError, need, without_secrets
 from sftdata.output import StoreUrl
 from sftdata.set.store import (
@@ -75,6 +77,9 @@ class Store(Protocol):
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files; those that are not there are no error."""
+
+    def here(self, name: str, /) -> AbstractContextManager[Path]:
+        """Give a file of this machine with the content of one; that is missing is an IntegrityError."""
 
 
 def store_at(place: Path | StoreUrl) -> Folder | Objects:
@@ -136,6 +141,12 @@ class Folder(NamedTuple):
         """Remove files."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
+
+    def here(self, name: str) -> AbstractContextManager[Path]:
+        """Give a file."""
+        if not (self.path / name).is_file():
+            raise _missing(self.path / name)
+        return nullcontext(self.path / name)
 
 
 # --------------------------------------------------------------------------------------- an object store
@@ -236,6 +247,14 @@ class Objects:
             for piece in found:
                 sink.write(memoryview(piece))
 
+    @contextmanager
+    def here(self, name: str) -> Iterator[Path]:
+        """Give a copy of an object, which is removed afterwards; what maps it keeps it."""
+        with NamedTemporaryFile() as file:
+            self.copy(name, file)
+            file.flush()
+            yield Path(file.name)
+
     def _got(self, name: str) -> Any:
         try:
             return library(self.url).get(self._connected, name)
@@ -268,34 +287,88 @@ class Objects:
         return connect(self.url)
 
 
-class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which build is the set.
+class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which build is the set, or holds both sides of a split, which so come and go as one.
 
     Attributes:
-        digest: of the set.
-        folder: where its files are, from the folder of the set.
+        digest: of the set, or of the first side.
+        folder: where its files are, from the folder of the set; those of a side in a folder of its name.
+        sides: of a split.
     """
 
     digest: Sha256
     folder: PlainPath
+    sides: tuple[str, ...] = ()
+
+
+class Finder(Protocol):
+    """Looks for an object; see `Objects.find`."""
+
+    def find(self, name: str, /) -> Found | None:
+        """Return it, or None where there is none."""
+
+
+def standing(url: str, at: Callable[[str], Finder]) -> tuple[bytes, str] | None:
+    """Return what says that there is a set, and where its files are; None where there is none.
+
+    Args:
+        url: of the set, which may be the side of a split.
+        at: returns the objects below a URL.
+
+    Raises:
+        UsageError: it is that of a split.
+    """
+    if (found := at(url).find(MANIFEST_NAME)) is not None:
+        if sides := sides_of(found.data):
+            what = f"{url}: a split of {' and '.join(sides)}, and no set itself."
+            raise UsageError(what, f"name one, as {url}/{sides[0]}.")
+        return found.data, followed(url, found.data)
+    split, _, side = url.rpartition("/")
+    if side not in SIDES or split.count("/") < 3 or (found := at(split).find(MANIFEST_NAME)) is None:
+        return None
+    return (found.data, f"{followed(split, found.data)}/{side}") if side in sides_of(found.data) else None
 
 
 def set_at(root: Objects) -> Objects | None:
-    """Return where the files of a finished set are: below the root, or there, where one was copied to.
+    """Return where the files of a finished set are; None where there is no set.
 
-    Returns:
-        None where there is no set.
+    Raises:
+        UsageError: there is a split.
     """
-    found = root.find(MANIFEST_NAME)
-    return None if found is None else Objects(followed(root.url, found.data))
+    found = standing(root.url, Objects)
+    return None if found is None else Objects(found[1])
+
+
+def files_of(place: Path | StoreUrl) -> Store:
+    """Return the files of a finished set.
+
+    Raises:
+        IntegrityError: it is gone.
+    """
+    if isinstance(place, Path):
+        return Folder(place)
+    if (found := set_at(Objects(place))) is None:
+        raise _missing(f"{place}/{MANIFEST_NAME}")
+    return found
 
 
 def followed(url: str, manifest: bytes) -> str:
     """Return where the files of a set are, by what stands in the place of its manifest."""
+    pointer = _pointer(manifest)
+    return url if pointer is None else f"{url}/{pointer.folder}"
+
+
+def sides_of(manifest: bytes) -> tuple[str, ...]:
+    """Return the sides of the split that stands in the place of a manifest; none of a set."""
+    pointer = _pointer(manifest)
+    return () if pointer is None else pointer.sides
+
+
+def _pointer(manifest: bytes) -> Pointer | None:
     try:
-        return f"{url}/{msgspec.json.decode(manifest, type=Pointer).folder}"
+        return msgspec.json.decode(manifest, type=Pointer)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return url  # a manifest, or what cannot be read as one
+        return None  # a manifest, or what cannot be read as one
 
 
 def library(url: str) -> Any:

@@ -16,7 +16,14 @@ from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
 from sftdata.set.held import open_token_files
-from sftdata.set.images import IMAGES, RESTORE_PICTURE, StoredPictures, join_pictures, read_again
+from sftdata.set.images import (
+    IMAGES,
+    RESTORE_PICTURE,
+    RESTORE_PICTURES,
+    StoredPictures,
+    join_pictures,
+    read_again,
+)
 from sftdata.set.index import (
     INDEX,
     RestRows,
@@ -420,6 +427,8 @@ def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[
     """
     images = folder / manifest.vision.images if manifest.vision is not None else folder
     sidecars, files = [file.name for file in manifest.files if file.name.startswith(f"{IMAGES}-")], None
+    gone: dict[str, list[str]] = {}
+    named = 0
     for name in sidecars:
         try:
             files = files or SetFiles(folder, manifest)
@@ -431,15 +440,22 @@ def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[
             continue
         for path, sha256, held in pictures:
             if len(held):
-                found = (
-                    "" if quick or hashlib.sha256(held).digest() == sha256 else "other bytes than its hash"
-                )
-                where = f"{folder / name}: a picture"
-            elif quick:
-                found, where = "" if (images / path).is_file() else "not there", f"{images / path}"
-            else:
-                data, where = read_again(path, images), f"{images / path}"
-                same = data is not None and hashlib.sha256(data).digest() == sha256
-                found = "" if same else "not there" if data is None else "another picture by now"
-            if found:
-                yield f"{where}: {found}. Fix: {RESTORE_PICTURE}"
+                if not quick and hashlib.sha256(held).digest() != sha256:
+                    yield f"{folder / name}: a picture: other bytes than its hash. Fix: {RESTORE_PICTURE}"
+                continue
+            named += 1
+            data = b"" if quick and (images / path).is_file() else read_again(path, images)
+            if data is None:
+                gone.setdefault("not there", []).append(path)
+            elif not quick and hashlib.sha256(data).digest() != sha256:
+                gone.setdefault("another picture by now", []).append(path)
+    for what, paths in gone.items():
+        yield _lost(images, what, paths, named)
+
+
+def _lost(images: Path, what: str, paths: Sequence[str], named: int) -> str:
+    """Return the line on pictures that a set names by path, one for all: their folder may have moved."""
+    if len(paths) == 1:
+        return f"{images / paths[0]}: {what}. Fix: {RESTORE_PICTURE}"
+    found = f"{images}: {len(paths):,} of {named:,} pictures, as {paths[0]}: {what}"
+    return f"{found}. Fix: {RESTORE_PICTURES}"

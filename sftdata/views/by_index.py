@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -26,12 +25,13 @@ from sftdata.set.index import INDEX, REST, Segments, beside_name, write_index
 from sftdata.set.ledger import Ledger
 from sftdata.set.making import ShardResult
 from sftdata.set.store import SetFile
+from sftdata.set.stores import Store
 from sftdata.views.documents import Runs
 from sftdata.views.order import Stretches, ViewSlice
 from sftdata.views.plan import ViewPlan
 
 
-def index_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
+def index_slice(plan: ViewPlan, part: ViewSlice, folder: Store) -> ShardResult:
     """Write where the rows of a slice lie, and its rest; the index is that of a written slice."""
     kept, rest = plan.kept.take(part.packs.example), plan.rest.take(part.rest)
     packed = PackPlan(

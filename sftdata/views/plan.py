@@ -15,6 +15,7 @@ from sftdata.batches import EXAMPLES, Bool, Int64
 from sftdata.choosing import SIDES, refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over, refuse_cutting
+from sftdata.output import StoreUrl
 from sftdata.set.ledger import Ledger, distinct, read_counted
 from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest, tell_apart
 from sftdata.settings import flag_of
@@ -50,7 +51,7 @@ class ViewPlan:
 
     Attributes:
         config: the settings.
-        output: folder of the set.
+        output: folder of the set, or its URL.
         bases: the sets it is made of.
         store: the files that hold their tokens.
         choice: its documents.
@@ -64,7 +65,7 @@ class ViewPlan:
     """
 
     config: ViewConfig
-    output: Path
+    output: Path | StoreUrl
     bases: tuple[Base, ...]
     store: Store
     choice: Choice
@@ -105,8 +106,7 @@ def plan_views(config: ViewConfig) -> tuple[ViewPlan, ...]:
     sides.get("train", choice).repeat(config.epochs)
     plain = config.model_copy(update={"steps_for": None, "model": None, "epochs": 1})
     return tuple(
-        _plan(plain if side == "eval" else config, config.output / side, bases, store, sides[side], limited)
-        for side in sides
+        _plan(plain if side == "eval" else config, side, bases, store, sides[side], limited) for side in sides
     )
 
 
@@ -151,10 +151,10 @@ def sources_of(bases: Sequence[Base]) -> tuple[SourceInfo, ...]:
 
 
 def _plan(
-    config: ViewConfig, output: Path, bases: tuple[Base, ...], store: Store, choice: Choice, limited: Limited
+    config: ViewConfig, side: str, bases: tuple[Base, ...], store: Store, choice: Choice, limited: Limited
 ) -> ViewPlan:
     sources, first_ids = _passes(choice)
-    dealt = read_steps(config)
+    output, dealt = config.output / side, read_steps(config)
     kept, rest = _stretches(config, choice, limited, first_ids)
     if not len(kept):
         raise _nothing_left(output, choice, limited)
@@ -175,7 +175,7 @@ def _plan(
         rest=rest,
         slices=slices,
         sources=sources,
-        settings=_settings(config, bases, output.name if config.eval else "", by_slice, dealt),
+        settings=_settings(config, bases, side, by_slice, dealt),
         ledger=_ledger(config, bases, choice, limited, kept, rest),
         notes=(
             *choice.notes,
@@ -204,7 +204,7 @@ def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, 
     return (f"{config.epochs:,} epochs of {rows:,} rows: {what} once in each, packed anew.",)
 
 
-def _nothing_left(output: Path, choice: Choice, limited: Limited) -> DataError:
+def _nothing_left(output: Path | StoreUrl, choice: Choice, limited: Limited) -> DataError:
     """Return the refusal of a view that holds nothing: what became of all documents, and what would help."""
     left_out = {step: count for step, (count, _) in choice.left_out().items()}
     reason = limited.pieces.reason[choice.times[limited.pieces.example] > 0]

@@ -9,9 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sftdata.choosing import Choosing, Like, Names, Share
-from sftdata.config import MOST_TOKENS, WINDOW
+from sftdata.config import MOST_TOKENS, WINDOW, Output
 from sftdata.errors import UsageError
-from sftdata.output import local_output
 
 ORDERING = frozenset({"order", "bands", "window", "steps_for", "model", "pad_to_multiple_of"})
 """Settings that neither choose nor cut documents."""
@@ -23,7 +22,7 @@ class FilterConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     sets: Names = Field(min_length=1, description="Folders or URLs of finished sets.")
-    output: Path = Field(description="Folder of the view.")
+    output: Output = Field(description="Folder of the view, here or in an object store: s3://, gs://, az://.")
     like: Like = None
 
     # ---- which documents
@@ -96,11 +95,6 @@ class ViewConfig(Choosing, FilterConfig):
         " view is an index into the sets it is made of.",
     )
     overwrite: bool = Field(False, description="Replace a finished set made with other settings.")
-
-    @field_validator("output")
-    @classmethod
-    def _output_is_local(cls, value: Path) -> Path:
-        return local_output(value)
 
     @field_validator("steps_for")
     @classmethod

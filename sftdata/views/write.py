@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,42 +13,36 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sftdata.batches import Dropped, PackPlan
+from sftdata.batches import PackPlan
 from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
-from sftdata.output import Progress, behind_links
+from sftdata.output import Progress, StoreUrl, behind_links
 from sftdata.pack import gather
 from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
 from sftdata.set.extents import rest_digest
 from sftdata.set.images import IN_THE_SET, PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
-from sftdata.set.ledger import (
-    COUNTED_NAME,
-    DROPPED_NAME,
-    REJECTS_NAME,
-    Ledger,
-    counted_rows,
-    encode_lines,
-    read_counted,
-)
-from sftdata.set.local import file_of, path_from
-from sftdata.set.making import ShardResult
+from sftdata.set.ledger import LISTS, Ledger
+from sftdata.set.local import origin, path_from, url_of
+from sftdata.set.making import Making, ShardResult
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     BaseInfo,
     Manifest,
-    SourceInfo,
     deciding,
     format_version,
     read_manifest,
     write_manifest,
 )
+from sftdata.set.shared import StoredBuild, finished_sets
 from sftdata.set.slices import SliceRecord
 from sftdata.set.store import SetFile
+from sftdata.set.stores import Objects, Store
 from sftdata.version import __version__
-from sftdata.views.bases import Base, vision_of
+from sftdata.views.bases import vision_of
 from sftdata.views.by_index import index_slice
+from sftdata.views.lists import lists_of
 from sftdata.views.order import ViewSlice
 from sftdata.views.pictures import paths_from
 from sftdata.views.plan import ViewPlan, plan_views
@@ -58,6 +50,7 @@ from sftdata.views.recipe import ViewConfig
 
 OnProgress = Callable[[Progress], object]
 Say = Callable[[str], object]
+Plans = Callable[[], list[ViewPlan]]
 
 
 def make_view(
@@ -78,16 +71,20 @@ def make_view(
     Raises:
         SftError: whatever stops it; what is finished is kept, and the same command goes on from there.
     """
-    config = config.model_copy(update={"output": behind_links(config.output)})
+    if isinstance(config.output, Path):
+        config = config.model_copy(update={"output": behind_links(config.output)})
     refuse_nested(config)
 
     def plans() -> list[ViewPlan]:
         return [replace(plan, passing=passing) for plan in plan_views(config)]
 
+    output = config.output
+    if not isinstance(output, Path):
+        return _store(config, output, plans, progress, say)
     if config.eval is not None:
-        return _make_split(config, plans, progress, say)
-    old = finished_set(config.output, overwrite=config.overwrite)
-    return (_write(plans()[0], old, progress, say),)
+        return _make_split(config, output, plans, progress, say)
+    old = finished_set(output, overwrite=config.overwrite)
+    return (_write(plans()[0], output, old, progress, say),)
 
 
 def refuse_nested(config: ViewConfig) -> None:
@@ -96,6 +93,10 @@ def refuse_nested(config: ViewConfig) -> None:
     Raises:
         UsageError: naming both.
     """
+    if not isinstance(config.output, Path):
+        if not config.write and config.output in map(url_of, config.sets):
+            raise _replaces_its_tokens(config.output)
+        return
     output = config.output.resolve()
     for folder in (*config.sets, *config.exclude):
         for base in _folders(Path(folder)):
@@ -105,10 +106,12 @@ def refuse_nested(config: ViewConfig) -> None:
                     f"{config.output}: lies {where} {base}.", "choose a folder beside it for -o."
                 )
             if output == base and not config.write:
-                raise UsageError(
-                    f"{config.output}: the view would replace the set that holds its tokens.",
-                    "choose another -o, or --write.",
-                )
+                raise _replaces_its_tokens(config.output)
+
+
+def _replaces_its_tokens(output: Path | StoreUrl) -> UsageError:
+    what = f"{output}: the view would replace the set that holds its tokens."
+    return UsageError(what, "choose another -o, or --write.")
 
 
 def _folders(folder: Path) -> Iterator[Path]:
@@ -120,55 +123,109 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _make_split(
-    config: ViewConfig, plans: Callable[[], list[ViewPlan]], progress: OnProgress | None, say: Say
+    config: ViewConfig, output: Path, plans: Plans, progress: OnProgress | None, say: Say
 ) -> tuple[Manifest, ...]:
     """Make both sides of a split in a folder of their own, which takes its name when both are whole."""
-    output = config.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
         if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
             raise made_otherwise(output, ["eval"])
     elif not config.overwrite:
-        return tuple(_write(plan, read_manifest(plan.output), progress, say) for plan in plans())
+        sides = [(plan, output / side) for plan, side in zip(plans(), SIDES, strict=True)]
+        return tuple(_write(plan, place, read_manifest(place), progress, say) for plan, place in sides)
     planned = plans()
     with Build(output).locked() as both:
         if any(entry.name.partition(".")[0] not in SIDES for entry in both.folder.iterdir()):
             if both.kept() and not config.overwrite:
                 raise unfinished(both.folder, "an unfinished set, and no split")
             both.clear()
-        moved = [replace(plan, output=both.folder / plan.output.name) for plan in planned]
-        sides = [
-            _write(plan, finished_set(plan.output, overwrite=config.overwrite), progress, say)
-            for plan in moved
-        ]
+        made = []
+        for plan, place in zip(planned, (both.folder / side for side in SIDES), strict=True):
+            old = finished_set(place, overwrite=config.overwrite)
+            made.append(_write(replace(plan, output=place), place, old, progress, say))
         both.put_in_place()
-    return tuple(sides)
+    return tuple(made)
 
 
-def _write(plan: ViewPlan, old: Manifest | None, progress: OnProgress | None, say: Say) -> Manifest:
+def _store(
+    config: ViewConfig, output: StoreUrl, plans: Plans, progress: OnProgress | None, say: Say
+) -> tuple[Manifest, ...]:
+    """Make a view, or both sides of a split, in an object store, where one put puts all of it in place."""
+    old, planned = finished_sets(output, config.eval, overwrite=config.overwrite), plans()
+    changed = ["eval"] if old and len(old) != len(planned) else []
+    for plan, manifest in zip(planned, () if changed else old, strict=False):
+        changed += _difference(plan, manifest)
+    if old and not changed:
+        say(f"{output} is up to date: same sets, same settings.")
+        return tuple(old)
+    if changed and not config.overwrite:
+        raise made_otherwise(output, sorted({*changed}))
+    _refuse_left_behind(planned[0])
+    identity = [_identity(plan) for plan in planned]
+    name = hashlib.sha256(msgspec.json.encode(identity, order="sorted")).hexdigest()
+    build = StoredBuild(output, name[:16])
+    build.join({"view": identity})
+    sides = SIDES if config.eval is not None else ("",)
+    makings = [Making(Objects(build.place / side)) for side in sides]
+    made = [
+        _fill(plan, making, making.finished(overwrite=config.overwrite), progress, say)
+        for plan, making in zip(planned, makings, strict=True)
+    ]
+    build.put_in_place(made[0].digest, SIDES if config.eval is not None else ())
+    build.end()
+    return tuple(made)
+
+
+def _refuse_left_behind(plan: ViewPlan) -> None:
+    """Refuse a view in an object store that would name what is on this machine.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if (folder := _pictures_folder(plan)) is not None:
+        what = f"{plan.output}: the view would name pictures in {folder}, of this machine."
+        raise UsageError(what, "prepare the sets with --embed-images.")
+    here = [] if plan.config.write else [held for held, _ in plan.store.files.sets if origin(held) is None]
+    if here:
+        what = f"{plan.output}: the view would name the tokens of {here[0]}, of this machine."
+        raise UsageError(what, "--write copies them.")
+
+
+def _write(
+    plan: ViewPlan, output: Path, old: Manifest | None, progress: OnProgress | None, say: Say
+) -> Manifest:
     """Build a planned view, unless it is there already or only waits to be put in its place."""
-    output, overwrite = plan.output, plan.config.overwrite
+    overwrite = plan.config.overwrite
     changed = [] if old is None else _difference(plan, old)
     if old is not None and not changed:
         Build(output).sweep()
         say(f"{output} is up to date: same sets, same settings.")
-        return _repointed(plan, old)
+        return _repointed(plan, output, old)
     if changed and not overwrite:
         raise made_otherwise(output, changed)
-    for note in plan.notes:
-        say(note)
     with Build(output).locked() as build:
         sealed = build.sealed()
         if sealed is not None and not _difference(plan, sealed):
             build.put_in_place()
             return sealed
         done = build.start(_identity(plan), overwrite=overwrite)
-        if done:
-            say(f"Resuming: {len(done)}/{len(plan.slices)} slices complete; settings match.")
         with build.refusable():
-            results = _write_slices(plan, build, done, progress)
-            _refuse_changed(plan)
-            tokenizer = plan.bases[0].folder / "tokenizer"
-            return build.finish(_conclude(plan, results, build), tokenizer, _processor(plan))
+            sealed = _fill(plan, build, done, progress, say)
+        build.put_in_place()
+        return sealed
+
+
+def _fill(
+    plan: ViewPlan, build: Making, done: dict[int, ShardResult], progress: OnProgress | None, say: Say
+) -> Manifest:
+    """Write what is not done, and the manifest."""
+    for note in plan.notes:
+        say(note)
+    if done:
+        say(f"Resuming: {len(done)}/{len(plan.slices)} slices complete; settings match.")
+    results = _write_slices(plan, build, done, progress)
+    _refuse_changed(plan)
+    tokenizer = plan.bases[0].folder / "tokenizer"
+    return build.complete(_conclude(plan, results, build), tokenizer, _processor(plan))
 
 
 def _identity(plan: ViewPlan) -> dict[str, object]:
@@ -209,7 +266,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
     return own | {f"view.{name}": value for name, value in settings.get("view", {}).items()}
 
 
-def _repointed(plan: ViewPlan, manifest: Manifest) -> Manifest:
+def _repointed(plan: ViewPlan, output: Path, manifest: Manifest) -> Manifest:
     """Let a view by index name its bases, and any view its pictures, where they are now."""
     bases = _bases(plan) if manifest.by_index else manifest.bases
     vision = manifest.vision
@@ -217,7 +274,7 @@ def _repointed(plan: ViewPlan, manifest: Manifest) -> Manifest:
         vision = msgspec.structs.replace(vision, images=_images_from(plan))
     if (manifest.bases, manifest.vision) == (bases, vision):
         return manifest
-    return write_manifest(plan.output, msgspec.structs.replace(manifest, bases=bases, vision=vision))
+    return write_manifest(output, msgspec.structs.replace(manifest, bases=bases, vision=vision))
 
 
 def _refuse_changed(plan: ViewPlan) -> None:
@@ -243,14 +300,14 @@ def _refuse_changed(plan: ViewPlan) -> None:
 
 
 def _write_slices(
-    plan: ViewPlan, build: Build, done: dict[int, ShardResult], progress: OnProgress | None
+    plan: ViewPlan, build: Making, done: dict[int, ShardResult], progress: OnProgress | None
 ) -> list[ShardResult]:
     """Write what is not done; return all results in order."""
     todo = [part for part in plan.slices if part.index not in done]
     results, tokens = dict(done), 0
     for number, part in enumerate(todo, start=1):
-        lists = _lists(plan) if part is plan.slices[0] else dict.fromkeys(_LISTS, b"")
-        result = (write_slice if plan.config.write else index_slice)(plan, part, build.folder)
+        lists = lists_of(plan) if part is plan.slices[0] else dict.fromkeys(LISTS, b"")
+        result = (write_slice if plan.config.write else index_slice)(plan, part, build.store)
         results[part.index] = build.commit(result, lists)
         tokens += result.ledger.tokens
         if progress:
@@ -258,7 +315,7 @@ def _write_slices(
     return [results[part.index] for part in plan.slices]
 
 
-def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
+def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path | Store) -> ShardResult:
     """Gather the documents of one slice, and write its rows and what they do not hold."""
     which, rest = part.packs.example, plan.rest.take(part.rest)
     kept = plan.kept.take(which)
@@ -288,10 +345,8 @@ def write_slice(plan: ViewPlan, part: ViewSlice, folder: Path) -> ShardResult:
 
 # ------------------------------------------------------------------------------------------ the whole
 
-_LISTS = (REJECTS_NAME, DROPPED_NAME, COUNTED_NAME)
 
-
-def _conclude(plan: ViewPlan, results: list[ShardResult], build: Build) -> Manifest:
+def _conclude(plan: ViewPlan, results: list[ShardResult], build: Making) -> Manifest:
     """Merge what was counted, and say what the set is."""
     ledger = Ledger()
     for result in results:
@@ -337,8 +392,14 @@ def _vision(plan: ViewPlan, files: Sequence[SetFile]) -> VisionInfo | None:
 
 def _images_from(plan: ViewPlan) -> str:
     """Return the folder of pictures from that of the view; "." where none is named by path."""
-    folder, _ = paths_from([(base.folder, base.manifest) for base in plan.bases])
-    return IN_THE_SET if folder is None else os.path.relpath(folder, plan.output.resolve())
+    folder = _pictures_folder(plan)
+    if folder is None or not isinstance(plan.output, Path):
+        return IN_THE_SET
+    return os.path.relpath(folder, plan.output.resolve())
+
+
+def _pictures_folder(plan: ViewPlan) -> str | None:
+    return paths_from([(base.folder, base.manifest) for base in plan.bases])[0]
 
 
 def _processor(plan: ViewPlan) -> dict[str, Path]:
@@ -357,9 +418,10 @@ def _bases(plan: ViewPlan) -> tuple[BaseInfo, ...]:
             BaseInfo(path=path_from(plan.output, base.folder), digest=base.manifest.digest)
             for base in plan.bases
         )
+    output = plan.output.resolve() if isinstance(plan.output, Path) else plan.output
     return tuple(
         BaseInfo(
-            path=path_from(plan.output.resolve(), folder),
+            path=path_from(output, folder),
             digest=manifest.digest,
             rest=rest_digest(manifest),
         )
@@ -377,74 +439,3 @@ def _record(plan: ViewPlan, result: ShardResult) -> SliceRecord:
         files=tuple(file.name for file in (*result.shards, *result.files)),
         ledger=result.ledger.to_json(),
     )
-
-
-def _lists(plan: ViewPlan) -> dict[str, bytes]:
-    """Return the lists beside the shards: rejects of the bases, dropped rows, rows behind counters."""
-    rejects = b"".join(_rejects(base, renamed) for base, renamed in _renamed(plan))
-    dropped = dict(_carried(plan)) | dict(_dropped(plan))
-    return {
-        REJECTS_NAME: rejects,
-        DROPPED_NAME: encode_lines(dropped[number] for number in sorted(dropped)),
-        COUNTED_NAME: _counted(plan),
-    }
-
-
-def _renamed(plan: ViewPlan) -> Iterator[tuple[Base, dict[str, SourceInfo]]]:
-    """Yield each base, and its sources as the view has them, by the names they have there."""
-    sources = iter(plan.choice.sources)
-    for base in plan.bases:
-        yield base, {old.name: next(sources) for old in base.manifest.sources}
-
-
-def _rejects(base: Base, here: Mapping[str, SourceInfo]) -> bytes:
-    """Return the rejects of a base, each with the name that its source has in the view."""
-    if all(name == source.name for name, source in here.items()):
-        return file_of(base.folder, REJECTS_NAME).read_bytes()
-    lines = []
-    for line in map(bytes.decode, file_of(base.folder, REJECTS_NAME).read_bytes().splitlines(keepends=True)):
-        file, end = _DECODER.raw_decode(line, len(_FILE))
-        name = here[file].name if file in here else file
-        lines.append(f"{_FILE}{msgspec.json.encode(name).decode()}{line[end:]}".encode())
-    return b"".join(lines)
-
-
-_DECODER, _FILE = json.JSONDecoder(), '{"file":'
-
-
-def _carried(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
-    """Yield the rows that the bases dropped before they were tokenized, with their ids in the view."""
-    known = plan.choice.documents.ids
-    for base, here in _renamed(plan):
-        for line in file_of(base.folder, DROPPED_NAME).read_bytes().splitlines():
-            row = msgspec.json.decode(line, type=Dropped)
-            source = here[row.file]
-            number = source.first_id + row.record - 1
-            place = int(np.searchsorted(known, number))
-            if place == len(known) or known[place] != number:
-                yield number, msgspec.structs.replace(row, file=source.name)
-
-
-def _dropped(plan: ViewPlan) -> Iterator[tuple[int, Dropped]]:
-    """Yield the documents that the limit takes out whole, with their ids."""
-    rest, lengths = plan.rest, plan.choice.documents.lengths
-    gone = rest.take(~np.isin(rest.id, plan.kept.id))
-    firsts = [source.first_id for source in plan.sources]
-    for number, document, reason in zip(gone.id.tolist(), gone.document.tolist(), gone.reason, strict=True):
-        source = plan.sources[bisect_right(firsts, number) - 1]
-        record = number - source.first_id + 1
-        line, tokens = record if source.unit == "line" else None, int(lengths[document])
-        yield number, Dropped(file=source.name, line=line, record=record, reason=reason, tokens=tokens)
-
-
-def _counted(plan: ViewPlan) -> bytes:
-    """Return the rows behind each counter that are still there."""
-    if len(plan.bases) == 1 and not plan.config.selects:
-        path = file_of(plan.bases[0].folder, COUNTED_NAME)
-        return path.read_bytes() if path.is_file() else b""
-    taken = plan.choice.documents.ids[plan.choice.times > 0]
-    lines = b""
-    for base in plan.bases:
-        rows = {name: ids + base.first_id for name, ids in read_counted(base.folder).items()}
-        lines += encode_lines(counted_rows({name: ids[np.isin(ids, taken)] for name, ids in rows.items()}))
-    return lines

@@ -191,6 +191,23 @@ def test_a_killed_run_resumes_to_the_same_bytes(place: Path, no_sync: None) -> N
         assert content(place / "killed") == whole, number
 
 
+def test_slices_of_another_version_are_made_again_where_a_run_goes_on(
+    place: Path, tmp_path: Path, no_sync: None
+) -> None:
+    rows = write_rows(place, mixed_rows(place)[:24], "old.jsonl")
+    whole = prepare(place, tmp_path / "whole", rows, slice_bytes=2048)
+    killed_at(lambda: prepare(place, tmp_path / "set", rows, slice_bytes=2048), 40)
+    (record, *_), part = sorted((tmp_path / "set.partial/slices").glob("*.json")), tmp_path / "set.partial"
+    name = f"images-{record.stem}.arrow"
+    table = pa.ipc.open_file((part / name).read_bytes()).read_all().drop_columns(["file_bytes"])
+    file = write_file(part / name, table.schema, table.to_batches())
+    said = json.loads(record.read_text())
+    said["files"] = [msgspec.to_builtins(file) if one["name"] == name else one for one in said["files"]]
+    record.write_text(json.dumps(said))
+    assert prepare(place, tmp_path / "set", rows, slice_bytes=2048).digest == whole.digest
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
 # --------------------------------------------------------------------------------------------- where pictures are
 
 
@@ -204,10 +221,23 @@ def test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them(place: Pat
     assert verify(tmp_path / "b/set").problems == []
     shutil.move(tmp_path / "b/set", tmp_path / "lone")
     for quick in (False, True):
-        problem = verify(tmp_path / "lone", quick=quick).problems[0]
-        assert "0.jpg: not there" in problem
+        (problem,) = verify(tmp_path / "lone", quick=quick).problems
+        assert re.match(
+            rf"{tmp_path}: 6 of 6 pictures, as pictures/\d.jpg: not there. Fix: put their folder back",
+            problem,
+        )
         assert "--embed-images" in problem
     rows = tmp_path / "b/rows.jsonl"
+    shutil.move(tmp_path / "lone", tmp_path / "b/set")
+    (tmp_path / "b/elsewhere").mkdir()
+    shutil.move(tmp_path / "b/pictures", tmp_path / "b/elsewhere/pictures")
+    assert (
+        "put their folder back there, or prepare the set anew, with --images DIR"
+        in verify(tmp_path / "b/set").problems[0]
+    )
+    prepare(place, tmp_path / "b/set", rows, images=tmp_path / "b/elsewhere")
+    assert verify(tmp_path / "b/set").problems == []
+    shutil.move(tmp_path / "b/elsewhere/pictures", tmp_path / "b/pictures")
     prepare(place, tmp_path / "b/whole", rows, embed_images=True)
     shutil.move(tmp_path / "b/whole", tmp_path / "whole")
     shutil.rmtree(tmp_path / "b")

@@ -359,12 +359,6 @@ def test_too_many_rejects_name_where_they_are(data: Path, bucket: Bucket) -> Non
     assert not files(bucket)
 
 
-def test_a_set_of_chosen_documents_takes_a_folder(data: Path, bucket: Bucket) -> None:
-    with pytest.raises(UsageError, match=f"-o {SET}: documents are not chosen in an object store. Fix: "):
-        sftdata.prepare(**settings(data, SET, dedup="row"))
-    assert not bucket.objects
-
-
 def test_the_command_says_what_it_has_made(
     data: Path, whole: dict[str, bytes], bucket: Bucket, capsys: pytest.CaptureFixture[str]
 ) -> None:
