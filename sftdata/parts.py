@@ -29,8 +29,9 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import InputChangedError, SftError, UsageError
 from sftdata.marking import MARKS, marked
 from sftdata.output import Progress, StoreUrl, behind_links
+from sftdata.pipeline import keep_unchanged
 from sftdata.plan import Plan, software
-from sftdata.run import build_set, conclude, differences, planned, run_tasks, unchanged
+from sftdata.run import build_set, conclude, differences, planned, run_tasks
 from sftdata.set.build import Build, made_otherwise, sweep_choice, unfinished
 from sftdata.set.making import ShardResult
 from sftdata.set.manifest import Manifest, format_version, parts_folder
@@ -286,7 +287,7 @@ def _prepare_slices(
     here, done = plan.at(shared.place), shared.finished(overwrite=config.overwrite)
     mine = plan.tasks if part is None else part.tasks(plan)
     before = {number: done[number] for number in mine.numbers.tolist() if number in done}
-    before = unchanged(plan, shared, before)
+    before = keep_unchanged(plan.job, shared, before)
     run.note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
     if part is not None:
         run.note(

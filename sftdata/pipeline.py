@@ -20,7 +20,7 @@ import numpy as np
 from sftdata.batches import Int64, Reject, RowBatch, Tally, TokenBatch, Tokens
 from sftdata.encode.engine import Encoder, Engine, choose_engine, digest_ids, load_encoder
 from sftdata.encode.tokenizer import ResolvedTokenizer
-from sftdata.errors import DataError
+from sftdata.errors import DataError, IntegrityError
 from sftdata.formats.convert import Converted, convert_rows
 from sftdata.limit import OverlongError, Pieces, choose_pieces, count_pieces, left_over
 from sftdata.masks.texts import Renderer, render_rows
@@ -45,7 +45,7 @@ from sftdata.set.ledger import (
     encode_lines,
     encode_reject,
 )
-from sftdata.set.making import ShardResult
+from sftdata.set.making import Making, ShardResult
 from sftdata.set.reuse import take_over
 from sftdata.set.store import SetFile
 from sftdata.set.stores import Store
@@ -163,6 +163,18 @@ def pictures_changed(job: Job, store: Store, files: Sequence[SetFile], rejects: 
         return True
     numbers = {name: number for number, name in enumerate(job.sources)}
     return not all(_rejected_again(job, numbers[row.file], row) for row in rejects)
+
+
+def keep_unchanged(job: Job, build: Making, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
+    """Return the finished tasks, by number, whose pictures are those they were made with."""
+    return {number: result for number, result in done.items() if not _stale(job, build, result)}
+
+
+def _stale(job: Job, build: Making, result: ShardResult) -> bool:
+    try:
+        return pictures_changed(job, build.store, result.files, build.rejects_of(result))
+    except IntegrityError:  # damaged, or written by another version
+        return True
 
 
 def _rejected_again(job: Job, number: int, reject: Reject) -> bool:

@@ -21,13 +21,14 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.errors import DataError, IntegrityError, Unit, place
+from sftdata.errors import DataError, Unit, place
 from sftdata.output import Progress, StoreUrl, behind_links, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
 from sftdata.pipeline import (
     PreparedChunk,
     finish_shard,
+    keep_unchanged,
     load_engine,
     load_shared,
     load_stages,
@@ -119,7 +120,8 @@ def build_set(
             return sealed
         note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         moving = MOVING if grown else frozenset[str]()
-        done = unchanged(plan, build, build.start(plan.begun(), overwrite=config.overwrite, moving=moving))
+        done = build.start(plan.begun(), overwrite=config.overwrite, moving=moving)
+        done = keep_unchanged(plan.job, build, done)
         if done:
             note(f"Resuming: {len(done)}/{len(plan.tasks)} slices complete; settings match.")
         with build.refusable():
@@ -155,18 +157,6 @@ def other_pictures(plan: Plan, output: Path | StoreUrl, manifest: Manifest) -> b
     store = files_of(output)
     rejects = (line for lines in store.get([REJECTS_NAME]) for line in lines.splitlines())
     return pictures_changed(plan.job, store, manifest.files, decode_rejects(rejects))
-
-
-def unchanged(plan: Plan, build: Making, done: dict[int, ShardResult]) -> dict[int, ShardResult]:
-    """Return the finished tasks, by number, whose pictures are those they were made with."""
-    return {number: result for number, result in done.items() if not _stale(plan, build, result)}
-
-
-def _stale(plan: Plan, build: Making, result: ShardResult) -> bool:
-    try:
-        return pictures_changed(plan.job, build.store, result.files, build.rejects_of(result))
-    except IntegrityError:  # damaged, or written by another version
-        return True
 
 
 def tell_reuse(output: Path, results: list[ShardResult]) -> str:

@@ -33,7 +33,7 @@ from sftdata.output import StoreUrl
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME, Objects, connect, standing
+from sftdata.set.stores import MANIFEST_NAME, Found, Objects, connect, standing
 from sftdata.set.web import Web
 from sftdata.sources.remote import EXTRAS
 
@@ -138,7 +138,7 @@ def read_anew(place: str | Path) -> Iterator[Path]:
 
 def _mirrored(url: str, key: str | None) -> Path:
     """Return the mirror of the set behind a URL as it is now, with its small files in it."""
-    found = standing(url, _store_at)
+    found = standing(url, _look)
     if found is None:
         raise _not_a_set(url)
     folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found[0])) / url.replace("://", "/", 1)
@@ -146,7 +146,7 @@ def _mirrored(url: str, key: str | None) -> Path:
         try:
             _fill(folder, url, *found)
         except IntegrityError:
-            now = standing(url, _store_at)
+            now = standing(url, _look)
             if now is None or now == found:
                 raise
             return _mirrored(url, key)  # replaced meanwhile
@@ -168,6 +168,10 @@ def _fill(folder: Path, url: str, found: bytes, place: str) -> None:
 
 def _store_at(url: str) -> Objects | Web:
     return (Web if url.startswith(("http", "hf:")) or _forked else Objects)(url)
+
+
+def _look(url: str) -> Found | None:
+    return _store_at(url).find(MANIFEST_NAME)
 
 
 def _after_fork() -> None:
@@ -380,7 +384,7 @@ def _refuse_replaced(folder: Path) -> Objects | Web:
         IntegrityError: naming the URL.
     """
     url = str(origin(folder))
-    found = standing(url, _store_at)
+    found = standing(url, _look)
     store, manifest = (None, b"") if found is None else _followed(url, *found)
     if store is None or manifest != (folder / MANIFEST_NAME).read_bytes():
         what = f"{url}: replaced while it was in use."

@@ -38,7 +38,8 @@ from sftdata.sources.remote import EXTRAS, KEYS
 
 MANIFEST_NAME = "manifest.json"
 _AT_ONCE = 16  # requests for small objects
-_ONE_PUT = 4 << 30  # bytes; what is larger goes in parts
+_ONE_PUT = 256 << 20  # bytes; what is larger, as pictures are, is not held in memory but goes in parts
+_PARTS = {"buffer_size": 16 << 20, "max_concurrency": 4}
 _CLIENT = {"timeout": "15m", "connect_timeout": "20s"}  # of one request
 _RETRIES = {
     "max_retries": 6,
@@ -194,12 +195,26 @@ class Objects:
         return _Object(self, name)
 
     def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
-        """Write an object, in one request unless it is huge."""
-        data = bytearray()
-        sink = HashingSink(data.extend)
+        """Write an object, in one request; a huge one in parts, which are the object once all are there."""
+        data, parts, client = bytearray(), list[Any](), library(self.url)
+
+        def take(more: memoryview) -> None:
+            data.extend(more)
+            if len(data) > _ONE_PUT:
+                with _explained(f"{self}/{name}"):
+                    if not parts:  # never closed where something fails: that would make an object of them
+                        parts.append(client.open_writer(self._connected, name, **_PARTS))
+                    parts[0].write(bytes(data))
+                data.clear()
+
+        sink = HashingSink(take)
         writer(sink)
         with _explained(f"{self}/{name}"):
-            library(self.url).put(self._connected, name, data, use_multipart=len(data) > _ONE_PUT)
+            if parts:
+                parts[0].write(bytes(data))
+                parts[0].close()
+            else:
+                client.put(self._connected, name, data, use_multipart=False)
         return sink.digest()
 
     def create(self, name: str, data: bytes) -> bool:
@@ -301,30 +316,23 @@ class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sides: tuple[str, ...] = ()
 
 
-class Finder(Protocol):
-    """Looks for an object; see `Objects.find`."""
-
-    def find(self, name: str, /) -> Found | None:
-        """Return it, or None where there is none."""
-
-
-def standing(url: str, at: Callable[[str], Finder]) -> tuple[bytes, str] | None:
+def standing(url: str, look: Callable[[str], Found | None]) -> tuple[bytes, str] | None:
     """Return what says that there is a set, and where its files are; None where there is none.
 
     Args:
         url: of the set, which may be the side of a split.
-        at: returns the objects below a URL.
+        look: returns what is in the place of the manifest below a URL.
 
     Raises:
         UsageError: it is that of a split.
     """
-    if (found := at(url).find(MANIFEST_NAME)) is not None:
+    if (found := look(url)) is not None:
         if sides := sides_of(found.data):
             what = f"{url}: a split of {' and '.join(sides)}, and no set itself."
             raise UsageError(what, f"name one, as {url}/{sides[0]}.")
         return found.data, followed(url, found.data)
     split, _, side = url.rpartition("/")
-    if side not in SIDES or split.count("/") < 3 or (found := at(split).find(MANIFEST_NAME)) is None:
+    if side not in SIDES or split.count("/") < 3 or (found := look(split)) is None:
         return None
     return (found.data, f"{followed(split, found.data)}/{side}") if side in sides_of(found.data) else None
 
@@ -335,7 +343,7 @@ def set_at(root: Objects) -> Objects | None:
     Raises:
         UsageError: there is a split.
     """
-    found = standing(root.url, Objects)
+    found = standing(root.url, lambda url: Objects(url).find(MANIFEST_NAME))
     return None if found is None else Objects(found[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -457,5 +458,5 @@ def _lost(images: Path, what: str, paths: Sequence[str], named: int) -> str:
     """Return the line on pictures that a set names by path, one for all: their folder may have moved."""
     if len(paths) == 1:
         return f"{images / paths[0]}: {what}. Fix: {RESTORE_PICTURE}"
-    found = f"{images}: {len(paths):,} of {named:,} pictures, as {paths[0]}: {what}"
+    found = f"{os.path.abspath(images)}: {len(paths):,} of {named:,} pictures, as {paths[0]}: {what}"
     return f"{found}. Fix: {RESTORE_PICTURES}"

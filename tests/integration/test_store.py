@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -119,6 +120,26 @@ def tmp_of(found: dict[str, bytes], folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text)
     return folder
+
+
+def test_what_is_huge_goes_in_parts_and_is_there_whole_or_not_at_all(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_ONE_PUT", 1 << 20)
+    monkeypatch.setitem(stores._PARTS, "buffer_size", 5 << 20)
+    store, blocks = stores.Objects("s3://bucket/huge"), [os.urandom(700_001) for _ in range(30)]
+
+    def write(sink: Any, broken: bool = False) -> None:
+        for number, block in enumerate(blocks):
+            sink.write(block)
+            if broken and number == 25:
+                raise ValueError("killed")
+
+    with pytest.raises(ValueError, match="killed"):
+        store.put("broken", lambda sink: write(sink, broken=True))
+    digest = store.put("whole", write)
+    assert objects(s3, "huge") == {"whole": b"".join(blocks)}
+    assert digest.sha256 == hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 def elsewhere(folder: str) -> None:
