@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
+from sftdata.set.images import pictures_folder
 from sftdata.set.opened import ShardSet
 from sftdata.vocabulary import read_vocabulary
 from sfttrain.pictures import PictureInputs, RowPicture, row_picture
@@ -159,7 +160,7 @@ def _pictures_of(opened: ShardSet, numbers: Sequence[int], packed: PackedRows) -
     counts, images, vision = packed.image_counts, packed.images, opened.manifest.vision
     if counts is None or images is None or vision is None:
         return []
-    found, folder = list[RowPicture](), opened.folder / vision.images
+    found, folder = list[RowPicture](), pictures_folder(opened.folder, vision)
     ends = offsets_of(counts)[packed.segment_offsets].tolist()
     for number, (first, last) in zip(numbers, pairwise(ends), strict=True):
         if stored := opened.stored_pictures(number):

@@ -26,7 +26,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of, positions_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
-from sftdata.set.images import StoredPictures, picture_bytes
+from sftdata.set.images import StoredPictures, picture_bytes, pictures_folder
 from sftdata.set.ledger import REJECTS_NAME
 from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.opened import ShardSet, open_set
@@ -172,7 +172,9 @@ def _write(opened: ShardSet, folder: Path, to: Target) -> Exported:
             firsts += lost
             part, untrained = _packed(batch) if to == "megatron-bridge" else _documents(batch)
             if (vision := opened.manifest.vision) is not None:
-                part = replace(part, pictures=_pictures(batch, stored, opened.folder / vision.images))
+                part = replace(
+                    part, pictures=_pictures(batch, stored, pictures_folder(opened.folder, vision))
+                )
             parts.append(part)
             rows, tokens, left_out = (
                 rows + len(part.offsets) - 1, tokens + len(part.labels), left_out + untrained

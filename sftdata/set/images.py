@@ -30,10 +30,11 @@ import numpy as np
 import xxhash
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError, RowError, changed
+from sftdata.errors import IntegrityError, RowError, UsageError, changed
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.references import Reference, load_picture
 from sftdata.set.hashes import PictureHashes, picture_hashes
+from sftdata.set.local import origin
 from sftdata.set.shards import as_arrow, as_numpy, read_file, write_file
 from sftdata.set.store import SetFile, Sha256, TokenId, Xxh3
 from sftdata.set.stores import Store, Target
@@ -80,6 +81,18 @@ class VisionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     processor_settings: dict[str, Any]
     images: str
     sidecars: Xxh3
+
+
+def pictures_folder(folder: Path, vision: VisionInfo) -> Path:
+    """Return where the pictures are that a set names by path.
+
+    Raises:
+        UsageError: at a URL, from which single pictures are not fetched.
+    """
+    if vision.images != IN_THE_SET and (url := origin(folder)) is not None:
+        what = f"{url}: names pictures in a folder beside it, and they are not fetched"
+        raise UsageError(f"{what} from there.", "prepare it with --embed-images.")
+    return folder / vision.images
 
 
 def hash_sidecars(files: Iterable[SetFile]) -> Xxh3:

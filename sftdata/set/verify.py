@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError
+from sftdata.errors import IntegrityError, UsageError
 from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
@@ -23,6 +23,7 @@ from sftdata.set.images import (
     RESTORE_PICTURES,
     StoredPictures,
     join_pictures,
+    pictures_folder,
     read_again,
 )
 from sftdata.set.index import (
@@ -426,7 +427,11 @@ def lost_pictures(folder: Path, manifest: Manifest, *, quick: bool) -> Iterator[
     Args:
         quick: look only whether each is there.
     """
-    images = folder / manifest.vision.images if manifest.vision is not None else folder
+    try:
+        images = folder if manifest.vision is None else pictures_folder(folder, manifest.vision)
+    except UsageError as error:
+        yield str(error)
+        return
     sidecars, files = [file.name for file in manifest.files if file.name.startswith(f"{IMAGES}-")], None
     gone: dict[str, list[str]] = {}
     named = 0

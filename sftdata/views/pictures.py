@@ -24,6 +24,7 @@ from sftdata.set.images import (
     StoredPictures,
     VisionInfo,
     picture_ends,
+    pictures_folder,
 )
 from sftdata.set.manifest import Manifest
 
@@ -35,7 +36,7 @@ def paths_from(sets: Sequence[tuple[Path, Manifest]]) -> tuple[str | None, list[
         The folder of all, or the one in which their folders lie; None where no picture is named by path.
     """
     own = [
-        os.path.normpath(folder.resolve() / manifest.vision.images)
+        os.path.normpath(pictures_folder(folder.resolve(), manifest.vision))
         if manifest.vision is not None and manifest.vision.images != IN_THE_SET
         else ""
         for folder, manifest in sets

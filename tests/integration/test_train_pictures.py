@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.pictures.families import read_processor
 from sftdata.set.opened import open_set
+from sftdata.set.verify import verify
 from sfttrain.adapters import merge
 from sfttrain.config import read_settings
 from sfttrain.export import calibration_rows
 from sfttrain.training import plan_run
 from tests.made_pictures import make, saved
 from tests.picture_sets import asked, write_rows
+from tests.remote_stores import need_packages, serve, served
 from tests.train_runs import OUR_WARNINGS, Fleet, tiny_llama, train_in_process
 from tests.train_sets import make_set
 from tests.vision_models import SMALL, make_pictured_set, pictured_rows, write_small_model
@@ -197,6 +199,30 @@ def test_two_ranks_with_and_without_pictures_take_the_steps_of_one(place: Path, 
         assert found[2][0] == pytest.approx(found[1][0], abs=1e-5)
         for key, weight in found[1][1].items():
             torch.testing.assert_close(found[2][1][key], weight, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_set_behind_a_url_is_trained_on_if_it_holds_its_pictures(place: Path, tmp_path: Path) -> None:
+    need_packages("aiohttp")
+    model, named = family(place, "llava")
+    held = make_pictured_set(model, tmp_path, tmp_path / "set", embed_images=True)
+    settings = QUICK | {"max_steps": 3, "dataloader_num_workers": 1}
+    with served() as web:
+        far = serve(web, held)
+        for name, shards in (("near", held), ("far", Path(far))):
+            train_in_process(shards, model, tmp_path / name, settings, window=64)
+        assert losses(tmp_path / "far") == losses(tmp_path / "near")
+        elsewhere = serve(web, named, "named")
+        assert (
+            "they are not fetched from there. Fix: prepare it with --embed-images."
+            in verify(elsewhere).problems[0]
+        )
+        with pytest.raises(
+            UsageError, match=f"{elsewhere}: names pictures in a folder beside it.*--embed-images"
+        ):
+            train_in_process(
+                Path(elsewhere), model, tmp_path / "none", settings | {"dataloader_num_workers": 0}
+            )
 
 
 @pytest.mark.slow
