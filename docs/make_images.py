@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 import sftdata
+from sftdata.browse import background
 from sftdata.browse.site import Site
 from sftdata.pages import write_page
 from sftdata.show.stats import make_report
@@ -154,6 +155,7 @@ def browse_pictures(chats: Path, folder: Path) -> None:
     """Take the pictures of docs/browse.md: the pages as the server sends them, without its script."""
     other = folder / "mixture"
     sftdata.view(chats, output=other, mix={"conversations.jsonl": 60, "text.txt": 40}, min_tokens=20)
+    background.PATIENCE = 60
     one, both = Site([sftdata.open(chats)]), Site([sftdata.open(chats), sftdata.open(other)])
     for site, name, address, size, dark in (
         (one, "list", "1/?min_tokens=24", (1000, 1080), False),

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from sftdata.batches import Int32, Int64, offsets_of
+from sftdata.batches import Int32, Int64
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.index import INDEX, Segments, read_index, slice_number
 from sftdata.set.ledger import length_bins
@@ -28,9 +28,7 @@ IN_ROWS, BESIDE = 1, 2
 """Bits of `Catalog.state`: something of the document is in rows, or beside them: cut or dropped."""
 
 SHARES = 16  # bars of the histogram of trained shares: their edges are exact in binary
-_BLOCK = 1 << 18
-_TOGETHER = 64  # slices whose indexes are taken in at a time
-_COLUMNS = ("example_ids", "length", "trained", "first_trained", "offset", "rest", "whole")
+_BLOCK = 1 << 15
 _LONGEST = 1 << 31
 _EIGHTHS = 3  # bits of a mantissa: eight bins for each doubling, as in the ledger
 _BIASED = 1023 << _EIGHTHS
@@ -82,18 +80,19 @@ class Catalog:
         self.shards = shards
         rows = sum(source.rows for source in manifest.sources)
         self.length, self.trained = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self.state, self._slice = np.zeros(rows, np.uint8), np.zeros(rows, np.int32)
+        self.state = np.zeros(rows, np.uint8)
         self.sources = [
             (source.first_id, source.first_id + source.rows, index)
             for index, source in enumerate(manifest.sources)
             if source.rows
         ]
-        self._files: list[SetFile] = []  # the index of each slice, and the ids that it begins and ends with
-        self._spans: list[tuple[int, int]] = []
-        files = [file for file in manifest.files if file.name.startswith(f"{INDEX}-")]
-        fetch(shards.folder, files)
-        for first in range(0, len(files), _TOGETHER):
-            self._add(files[first : first + _TOGETHER])
+        # The index of each slice, and the ids that it begins and ends with:
+        self._files = [file for file in manifest.files if file.name.startswith(f"{INDEX}-")]
+        self._slice = np.zeros(rows, np.min_scalar_type(len(self._files)))  # clean memory is dear
+        fetch(shards.folder, self._files)
+        self._pieces: list[tuple[Int64, Int32, Int32, UInt8]] = []
+        self._spans = [self._add(number, self._read(file)) for number, file in enumerate(self._files)]
+        self._join_pieces()
         shards.refuse_replaced()
         self.length_bin, self.share_bin = np.empty(rows, np.uint8), np.empty(rows, np.uint8)
         for block in blocks_of(rows):
@@ -108,42 +107,39 @@ class Catalog:
         path = plain_file(self.shards.folder, file)
         return read_index(path, self.shards.manifest.weighted, mapped=False)
 
-    def _add(self, files: Sequence[SetFile]) -> None:
-        """Take in the indexes of some slices: joined first, as most slices are small."""
-        read = [(file, part) for file, part in ((file, self._read(file)) for file in files) if len(part)]
-        if not read:
-            return
-        parts = [part for _, part in read]
-        ids, length, trained, first_trained, offset, rest, whole = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS
-        )
-        if ids.min() < 0 or ids.max() >= len(self) or length.min() < 0:
+    def _add(self, number: int, index: Segments) -> tuple[int, int]:
+        """Take in the index of a slice; return the first and the last id that it names."""
+        ids = index.example_ids
+        span = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
+        if span[0] < 0 or span[1] >= len(self) or index.length.min(initial=0) < 0:
             raise IntegrityError(
-                f"{named(self.shards.folder)}: {files[0].name}, or a later one, names other documents.",
+                f"{named(self.shards.folder)}: {self._files[number].name} names other documents.",
                 "restore the file, or repeat the command that made the set, with --overwrite.",
             )
-        counts = [*map(len, parts)]
-        self._slice[ids] = np.repeat(np.arange(len(parts), dtype=np.int32) + len(self._files), counts)
-        firsts = offsets_of(counts)[:-1]
-        self._spans += zip(
-            *(by.reduceat(ids, firsts).tolist() for by in (np.minimum, np.maximum)), strict=True
-        )
-        self._files += [file for file, _ in read]
-        state = np.where(rest, np.uint8(BESIDE), np.uint8(IN_ROWS))
-        one, few = np.flatnonzero(whole), np.flatnonzero(~whole)
-        places = ids[one]
-        for column, values in ((self.length, length), (self.trained, trained), (self.state, state)):
-            column[places] = values[one]
-        # Pieces of documents; a label on a document's own first token trains nothing.
-        np.add.at(self.length, ids[few], length[few])
-        np.add.at(self.trained, ids[few], trained[few] + (first_trained[few] & (offset[few] > 0)))
-        np.bitwise_or.at(self.state, ids[few], state[few])
+        self._slice[ids] = number
+        state = index.rest + np.uint8(IN_ROWS)  # IN_ROWS, BESIDE
+        self.length[ids], self.trained[ids], self.state[ids] = index.length, index.trained, state
+        few = np.flatnonzero(~index.whole)
+        # A label on a document's own first token trains nothing.
+        trained = index.trained[few] + (index.first_trained[few] & (index.offset[few] > 0))
+        self._pieces.append((ids[few], index.length[few], trained, state[few]))
+        return span
+
+    def _join_pieces(self) -> None:
+        """Count documents in pieces, which may be in several slices, by all of them."""
+        for ids, *_ in self._pieces:
+            self.length[ids] = self.trained[ids] = self.state[ids] = 0
+        for ids, length, trained, state in self._pieces:
+            np.add.at(self.length, ids, length)
+            np.add.at(self.trained, ids, trained)
+            np.bitwise_or.at(self.state, ids, state)
+        del self._pieces
 
     def stretches(self, ids: Sequence[int]) -> dict[int, list[Stretch]]:
         """Return where the tokens of some documents lie, in order, by example id."""
         found: dict[int, list[Stretch]] = {example_id: [] for example_id in ids}
         numbers = self._slice[list(ids)]
-        for number in np.unique(numbers).tolist():
+        for number in set(numbers.tolist()):
             self._look_up(number, np.array(ids)[numbers == number], found)
         pieces = {one for one in ids if sum(place.length for place in found[one]) < self.length[one]}
         for number, (first, last) in enumerate(self._spans if pieces else ()):  # spread over several slices

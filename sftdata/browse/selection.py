@@ -71,7 +71,8 @@ def select(catalog: Catalog, query: Query, found: Int64 | None = None) -> Select
     """
     sources, among = _sources(catalog, query), _among(catalog, found)
     count = len(catalog)
-    mask, elsewhere = np.empty(count, np.bool_), np.empty(count, np.bool_)
+    mask = np.empty(count, np.bool_)
+    elsewhere = mask if sources is None else np.empty(count, np.bool_)  # what the sources are counted in
     lengths, shares = np.zeros(_BINS, np.int64), np.zeros(SHARES, np.int64)
     tokens, trained, before = 0, 0, [0]
     for block in blocks_of(count):

@@ -9,7 +9,7 @@ import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
+from threading import Lock, Thread
 from urllib.parse import unquote, urlsplit
 
 from sftdata.browse.site import Answer, Site
@@ -55,6 +55,11 @@ class Server(ThreadingHTTPServer):
                 f"--port {port}: cannot be listened to: {reason}.", "another one, or leave --port out."
             ) from None
         self.url = f"http://{HOST}:{self.server_port}/{self._token}/"
+
+    def warm(self) -> None:
+        """Read what the first page needs, before it is asked for."""
+        with self._lock:
+            self._site.warm()
 
     def answer(self, host: str, target: str) -> Answer:
         """Return what a request is answered with.
@@ -116,6 +121,7 @@ def serve(site: Site, port: int, *, show: bool, tell: Callable[[str], object]) -
         UsageError: the port cannot be listened to.
     """
     with Server(site, port) as server, suppress(KeyboardInterrupt):
+        Thread(target=server.warm, daemon=True).start()  # while the browser opens
         tell(f"{server.url}  Ctrl-C ends it.")
         if show:
             _open(server.url)

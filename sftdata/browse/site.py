@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftdata.batches import Int64
+from sftdata.batches import Int64, PackedRows
+from sftdata.browse.background import Background
 from sftdata.browse.catalog import Catalog
 from sftdata.browse.facets import filters_of, lengths_of, shares_of, sources_of
-from sftdata.browse.left_out import left_out
 from sftdata.browse.query import STATES, Query
 from sftdata.browse.reading import Reader, part_of
 from sftdata.browse.selection import Selection, select
 from sftdata.errors import SftError, UsageError
 from sftdata.pages import render
 from sftdata.set.ledger import read_counted
-from sftdata.show.audit import Glance, audit_set, glance
 from sftdata.show.choice import spell
-from sftdata.show.diff import Diff, diff
 from sftdata.show.findings import COUNTED
 from sftdata.show.stats import make_report
 from sftdata.show.view import ShownSet
 from sftdata.views.recipe import drop_line
+
+if TYPE_CHECKING:
+    from sftdata.show.audit import Glance
+    from sftdata.show.diff import Diff
 
 A_PAGE = 50  # documents
 LISTED = 1_000_000  # documents of a list for --drop, at most
@@ -45,9 +49,10 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def page(cls, text: str, status: int = 200) -> Answer:
-        """Return a page."""
-        return cls(status, text.encode(errors="backslashreplace"), _HTML)
+    def page(cls, text: str, status: int = 200, *, again: bool = False) -> Answer:
+        """Return a page; `again` lets it load itself anew until what it shows is done."""
+        headers = {"Refresh": "2"} if again else {}
+        return cls(status, text.encode(errors="backslashreplace"), _HTML, headers)
 
     @classmethod
     def file(cls, name: str, text: str) -> Answer:
@@ -68,6 +73,8 @@ class SetPages:
         self._shown = {**frame, "name": shards.folder.resolve().name}
         self._selected: dict[str, Selection] = {}
         self._audited: Glance | None = None
+        self._whole = _Counted(shards.folder, shards.manifest)  # of its own: nothing is shared with pages
+        self._audit = Background(self._audit_all)
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -91,10 +98,10 @@ class SetPages:
         """
         frame = self._shown | {"top": top, "root": f"{top}/{self._shown['which']}"}
         if len(path) == 1 and path[0] in _PAGES:
-            show: Callable[[str, Mapping[str, object]], str] = {
+            show: Callable[[str, Mapping[str, object]], Answer] = {
                 "findings": self._findings, "left-out": self._left_out, "report": self._report
             }[path[0]]  # fmt: skip
-            return Answer.page(show(asked, frame))
+            return show(asked, frame)
         query = Query.read(self.shards.folder, asked)
         match path:
             case [""]:
@@ -211,14 +218,23 @@ class SetPages:
     # ---------------------------------------------------------------------------------------------- the audit
 
     def audited(self, *, every: bool = False) -> Glance:
-        """Return the findings of a glance at the set, or of all of it once that was asked for."""
-        documents = self.shards.manifest.ledger.documents
+        """Return the findings of a glance at the set; of all of it once that was asked for and is done."""
+        from sftdata.show.audit import glance
+
         if self._audited is None:
             self._audited = glance(self.shards.folder, self.shards.manifest)
-        if every and self._audited.looked < documents:
-            self._audited = Glance(audit_set(self.shards), documents, documents)
+        ask = every and self._audited.looked < self._audited.documents
+        whole = self._audit.ask() if ask else self._audit.look()
+        if whole is not None and whole is not self._audited:
+            self._audited = whole
             self._selected.clear()
         return self._audited
+
+    def _audit_all(self) -> Glance:
+        from sftdata.show.audit import Glance, audit_set
+
+        documents, self._whole.seen = self.shards.manifest.ledger.documents, 0
+        return Glance(audit_set(self._whole), documents, documents)
 
     @cached_property
     def _counted(self) -> dict[str, Int64]:
@@ -239,21 +255,39 @@ class SetPages:
         there: Int64 = ids[ids < len(self.catalog)]
         return there
 
-    def _findings(self, asked: str, frame: Mapping[str, object]) -> str:
+    def _findings(self, asked: str, frame: Mapping[str, object]) -> Answer:
         audited = self.audited(every=asked == "every=1")
         linked = {one.code: self._ids_of(one.code) for one in audited.findings}
-        return render(
-            _HERE / "findings.html.jinja", audited=audited, linked=linked, place=self.shards.place, **frame
-        )
+        done = min(self._whole.seen / max(len(self.shards), 1), 1) if self._audit.at_work else None
+        page = render(
+            _HERE / "findings.html.jinja",
+            audited=audited, linked=linked, place=self.shards.place, done=done, **frame,
+        )  # fmt: skip
+        return Answer.page(page, again=done is not None)
 
     # ----------------------------------------------------------------------------------------- the set itself
 
-    def _left_out(self, asked: str, frame: Mapping[str, object]) -> str:
-        return render(_HERE / "left_out.html.jinja", **left_out(self.catalog, asked), **frame)
+    def _left_out(self, asked: str, frame: Mapping[str, object]) -> Answer:
+        from sftdata.browse.left_out import left_out
 
-    def _report(self, asked: str, frame: Mapping[str, object]) -> str:
+        return Answer.page(render(_HERE / "left_out.html.jinja", **left_out(self.catalog, asked), **frame))
+
+    def _report(self, asked: str, frame: Mapping[str, object]) -> Answer:
         around = {name: value for name, value in frame.items() if name != "name"}
-        return make_report(self.shards, self.audited().findings, _HERE / "set_report.html.jinja", **around)
+        findings = self.audited().findings
+        return Answer.page(make_report(self.shards, findings, _HERE / "set_report.html.jinja", **around))
+
+
+class _Counted(ShownSet):
+    """A set that counts its rows as they are gone through."""
+
+    seen = 0
+
+    def batches(self) -> Iterator[PackedRows]:
+        """Yield the columns of the set, one record batch after the other."""
+        for batch in super().batches():
+            yield batch
+            self.seen += len(batch)
 
 
 class Site:
@@ -269,6 +303,13 @@ class Site:
             SetPages(shards, {"which": which, "names": names}) for which, shards in enumerate(sets, start=1)
         ]
         self._names = names
+        self._diff = Background(self._compare)
+
+    def warm(self) -> None:
+        """Read what the first page needs; what is wrong with it, that page says."""
+        with suppress(SftError):
+            for pages in self._sets:
+                _ = pages.catalog
 
     def answer(self, top: str, path: str, asked: str) -> Answer:
         """Return the answer to a request for a path below `top`, with its query."""
@@ -293,22 +334,25 @@ class Site:
             case ["keys.js"]:
                 return Answer(200, (_HERE / "keys.js").read_bytes(), "text/javascript; charset=utf-8")
             case ["diff"] if len(self._sets) == 2:
-                return Answer.page(self._difference(top))
+                return self._difference(top)
             case [number, *rest] if number in ("1", "2")[: len(self._sets)] and rest:
                 return self._sets[int(number) - 1].answer(top, rest, asked)
         raise no_such_page(path)
 
-    @cached_property
-    def _diff(self) -> Diff:
+    def _compare(self) -> Diff:
+        from sftdata.show.diff import diff
+
         a, b = (pages.shards.folder for pages in self._sets)
         return diff(a, b)
 
-    def _difference(self, top: str) -> str:
-        settings = {name: [*map(spell, values)] for name, values in self._diff.settings.items()}
-        return render(
-            _HERE / "diff.html.jinja", found=self._diff, parts=self._diff.parts(), settings=settings,
+    def _difference(self, top: str) -> Answer:
+        found = self._diff.ask()
+        settings = {name: [*map(spell, values)] for name, values in found.settings.items()} if found else {}
+        page = render(
+            _HERE / "diff.html.jinja", found=found, parts=found.parts() if found else (), settings=settings,
             top=top, root=f"{top}/1", which=0, names=self._names, name=" → ".join(self._names),
         )  # fmt: skip
+        return Answer.page(page, again=found is None)
 
 
 def no_such_page(path: Sequence[str]) -> UsageError:

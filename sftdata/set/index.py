@@ -436,20 +436,15 @@ def read_index(path: Path, weighted: bool = False, *, mapped: bool = True) -> Se
     if len(batches) != 1:
         raise IntegrityError(f"{path}: {len(batches)} record batches; an index has one.", _AGAIN)
     batch = batches[0]
-    hashes = np.frombuffer(batch["document_hash"].buffers()[1] or b"", "<u8", 2 * len(batch)).reshape(-1, 2)
+    columns = batch.columns  # in the order of the schema; to look them up by name takes as long again
+    ids, row, offset, length, trained = map(as_numpy, columns[:5])
+    hashes = np.frombuffer(columns[8].buffers()[1] or b"", "<u8", 2 * len(batch)).reshape(-1, 2)
     return Segments(
-        example_ids=as_numpy(batch["example_id"]),
-        row=as_numpy(batch["row"]),
-        offset=as_numpy(batch["offset"]),
-        length=as_numpy(batch["length"]),
-        trained=as_numpy(batch["trained"]),
-        first_trained=_from_bits(batch["first_trained"]),
-        rest=_from_bits(batch["rest"]),
-        whole=_from_bits(batch["whole"]),
-        document_hash=hashes.astype(np.uint64, copy=False),
-        prompt_hash=as_numpy(batch["prompt_hash"]),
-        first_weights=as_numpy(batch["first_weight"]) if weighted else None,
-    )
+        ids, row, offset, length, trained,
+        *map(_from_bits, columns[5:8]),
+        hashes.astype(np.uint64, copy=False),
+        *map(as_numpy, columns[9:]),
+    )  # fmt: skip
 
 
 def as_strings(texts: Sequence[str]) -> pa.Array:

@@ -304,9 +304,9 @@ def list_items(column: pa.Array) -> pa.Array:
     """
     import pyarrow as pa
 
-    if not pa.types.is_nested(column.type):
+    if not isinstance(column, pa.ListArray | pa.FixedSizeListArray):
         return column
-    if pa.types.is_fixed_size_list(column.type):
+    if isinstance(column, pa.FixedSizeListArray):
         return column.values.slice(column.offset * column.type.list_size, len(column) * column.type.list_size)
     first, last = (column.offsets[0].as_py(), column.offsets[len(column)].as_py()) if len(column) else (0, 0)
     return column.values.slice(first, last - first)
@@ -333,10 +333,7 @@ def as_arrow(values: npt.NDArray[np.generic]) -> pa.Array:
 
 def as_numpy(values: pa.Array) -> Any:
     """Return a read-only view of an array of numbers without nulls."""
-    dtype = np.dtype(values.type.to_pandas_dtype())
-    return np.frombuffer(
-        values.buffers()[1] or b"",
-        dtype,
-        len(values) if values.buffers()[1] else 0,
-        values.offset * dtype.itemsize,
-    )
+    dtype, data = np.dtype(values.type.to_pandas_dtype()), values.buffers()[1]
+    if not data:
+        return np.empty(0, dtype)
+    return np.frombuffer(data, dtype, len(values), values.offset * dtype.itemsize)

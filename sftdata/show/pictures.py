@@ -106,6 +106,8 @@ def picture_runs(input_ids: Int32, image_id: int, tokens: Sequence[int]) -> list
     >>> picture_runs(np.array([5, 9, 9, 9, 6]), 9, [1, 2])
     [(0, 1, -1, False), (1, 2, 0, True), (2, 4, 1, True), (4, 5, -1, False)]
     """
+    if not len(tokens):
+        return [(0, len(input_ids), -1, False)] if len(input_ids) else []
     places = np.flatnonzero(input_ids == image_id)
     owner = np.full(len(input_ids), -1)
     owner[places] = np.repeat(np.arange(len(tokens)), tokens)[: len(places)]

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pytest
 
 import sftdata
+from sftdata.browse import background
 from sftdata.browse.server import Server
 from sftdata.browse.site import Site
 from sftdata.show.view import open_shown
@@ -116,7 +117,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         [named], tokenizer=TOKENIZER, output=output, max_length=128, max_rejects="100%", workers=1
     )
     shards = open_shown(output)
-    with Server(Site([shards, shards]), 0) as server:
+    with Server(Site([shards, shards]), 0) as server, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(background, "PATIENCE", HANGS)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sftdata
+from sftdata.browse import background
 from sftdata.browse.site import Site
 from sftdata.pages import write_page
 from sftdata.show.audit import audit_set
@@ -118,7 +119,10 @@ def pages(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_a_phone_are_readable_and_say_nothing_on_the_console(tmp_path: Path, scheme: str) -> None:
+def test_pages_fit_a_phone_are_readable_and_say_nothing_on_the_console(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "PATIENCE", HANGS)
     found = {}
     for name, text in pages(tmp_path).items():
         write_page(tmp_path / f"{name}.html", text)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import re
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,20 @@ import pytest
 import yaml
 
 import sftdata
-from sftdata.browse import facets, reading
+from sftdata.browse import background, facets, reading
 from sftdata.browse import site as pages
 from sftdata.browse.catalog import BESIDE, IN_ROWS, SHARES, Catalog
 from sftdata.browse.query import Query
 from sftdata.browse.selection import select
 from sftdata.browse.site import Answer, Site
-from sftdata.errors import UsageError
+from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.index import slice_number
 from sftdata.set.rows import SetFiles
+from sftdata.show import audit, diff
 from sftdata.show.view import ShownSet, open_shown
 from sftdata.views.recipe import ViewConfig
 from tests.view_sets import chats, prepare, view, write_inputs, write_lines
+from tests.waiting import HANGS
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,12 @@ def test_a_bar_counts_what_a_click_on_it_selects_and_is_faint_where_that_is_filt
         listed = got(site, address_of(link))
         assert re.search(r"<h2>([\d,]+)", listed)[1] == count, link
         assert not off or not documents_on(listed) & documents_on(text)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pages wait for what is worked out beside them, however slow the machine."""
+    monkeypatch.setattr(background, "PATIENCE", HANGS)
 
 
 def documents_on(page: str) -> set[str]:
@@ -345,13 +355,53 @@ def test_each_finding_leads_to_all_its_examples(tmp_path: Path) -> None:
 def test_what_is_known_of_a_part_grows_when_all_is_looked_at(
     sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "glance", partial(pages.glance, tokens=1000))
+    monkeypatch.setattr(audit, "glance", partial(audit.glance, tokens=1000))
     site, address = Site([open_shown(sets["chats"])]), "1/?finding=duplicate-prompt"
     assert "Look at all of them" in got(site, "1/findings")
     assert "the finding is known of the" in (first := got(site, address))
     assert "Look at all of them" not in got(site, "1/findings?every=1")
     (found,) = (one for one in sftdata.audit(sets["chats"]) if one.code == "duplicate-prompt")
     assert len(documents_on(first)) < len(documents_on(got(site, address))) == found.count
+
+
+@pytest.mark.parametrize("address", ["1/findings?every=1", "diff"])
+def test_what_takes_long_keeps_no_other_page_waiting_and_is_shown_when_it_is_done(
+    sets: dict[str, Path], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [open_shown(sets["chats"]), open_shown(sets["view"])]
+    expected = got(Site(both), address)
+    go_on, fails = threading.Event(), [IntegrityError("a shard is gone.", "restore it.")]
+
+    def slowly(work: Callable[..., object], *given: object) -> object:
+        if type(given[0]) is ShownSet:  # a glance
+            return work(*given)
+        assert go_on.wait(HANGS)
+        if fails:
+            raise fails.pop()
+        return work(*given)
+
+    monkeypatch.setattr(background, "PATIENCE", 0)
+    monkeypatch.setattr(audit, "glance", partial(audit.glance, tokens=1000))
+    monkeypatch.setattr(audit, "audit_set", partial(slowly, audit.audit_set))
+    monkeypatch.setattr(diff, "diff", partial(slowly, diff.diff))
+    site = Site(both)
+    begun = answered(site, address)
+    assert begun.headers == {"Refresh": "2"}
+    assert re.search(r"Looking at all of them: 0.0% done|<h2>Comparing", begun.body.decode())
+    assert documents_on(got(site, "1/")) == documents_on(got(site, "1/?page=1"))
+    go_on.set()
+    assert "a shard is gone" in until_done(site, address, 500)  # and the next visit tries again
+    assert until_done(site, address) == expected
+
+
+def until_done(site: Site, address: str, status: int = 200) -> str:
+    """Return a page when what it shows is done."""
+    until = time.monotonic() + HANGS
+    while "Refresh" in (found := answered(site, address)).headers:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert found.status == status
+    return found.body.decode()
 
 
 def test_two_sets_are_shown_beside_each_other(sets: dict[str, Path]) -> None:
