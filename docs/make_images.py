@@ -25,7 +25,7 @@ import sftdata
 from sftdata.browse import background
 from sftdata.browse.site import Site
 from sftdata.pages import write_page
-from sftdata.show.stats import make_report
+from sftdata.show.report import make_report
 from sftdata.show.terminal import print_view
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -17,7 +18,7 @@ from sftdata.set.index import RestRows, slice_number
 from sftdata.set.local import named
 from sftdata.set.rows import SetFiles
 from sftdata.show.pictures import ShownPicture, shown_pictures
-from sftdata.show.view import DocumentView, Piece, View, find_turns, view_example
+from sftdata.show.view import DocumentView, View, view_example
 from sftdata.vocabulary import Vocabulary
 
 PART = 16_384  # tokens of a document, or of a pack, on one page
@@ -26,27 +27,6 @@ _TOGETHER = 256  # documents read at a time in a search
 _HEAD, _ANSWER = 48, 40  # tokens of a line: of the beginning, and from the first trained one
 _BEFORE, _BEHIND = 70, 170  # characters around a text that was found
 _FATES = {IN_ROWS: "", BESIDE: "dropped", IN_ROWS | BESIDE: "cut"}
-
-
-@dataclass(frozen=True, slots=True)
-class PartShown(DocumentView):
-    """A document of which some pieces are shown, with the turns that they belong to.
-
-    Attributes:
-        first, last: half-open, of the pieces.
-    """
-
-    first: int
-    last: int
-
-    def turns(self) -> list[tuple[str, Sequence[Piece]]]:
-        """Return the role and the shown pieces of each turn that has some."""
-        shown, start = [], 0
-        for role, pieces in find_turns(self.pieces):
-            part = pieces[max(self.first - start, 0) : max(self.last - start, 0)]
-            shown += [(role, part)] if part else []
-            start += len(pieces)
-        return shown
 
 
 def part_of(view: View, number: int) -> tuple[View, int]:
@@ -61,8 +41,7 @@ def part_of(view: View, number: int) -> tuple[View, int]:
         edges = start + offsets_of([len(piece.ids) for piece in document.pieces])[:-1]
         first, last = np.searchsorted(edges, [low, high]).tolist()
         if last > first:
-            shown = {name: getattr(document, name) for name in DocumentView.__slots__}
-            documents.append(PartShown(**shown, first=first, last=last))
+            documents.append(replace(document, shown=range(first, last)))
         start += document.tokens
     whole = max(-(-start // PART), 1)
     if number > whole:
@@ -118,7 +97,7 @@ class Reader:
             self._first_row[slice_number(shard.name)] = row
             row += shard.rows
         self._rest: tuple[int, list[RestRows]] = (-1, [])
-        self._spelled = _Spelled(self.shards.vocabulary)
+        self._spelled = cache(self.shards.vocabulary.bytes_of)
         self._image_id = -1 if manifest.vision is None else manifest.vision.image_id
 
     def row_of(self, place: Stretch) -> int:
@@ -259,18 +238,7 @@ class Reader:
         places = self.catalog.stretches(ids)
         for example_id in ids:
             tokens = [token for place in places[example_id] for token in self._read(place)[0].tolist()]
-            yield b"".join(map(self._spelled.__getitem__, tokens)).decode(errors="replace")
-
-
-class _Spelled(dict[int, bytes]):
-    """The bytes of each id, spelled when they are first asked for."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-
-    def __missing__(self, token_id: int) -> bytes:
-        spelled = self[token_id] = self._vocabulary.bytes_of(token_id)
-        return spelled
+            yield b"".join(map(self._spelled, tokens)).decode(errors="replace")
 
 
 def _parts(ids: Int32, labels: Int32, vocabulary: Vocabulary) -> tuple[tuple[str, str], ...]:

@@ -23,8 +23,8 @@ from sftdata.pages import render
 from sftdata.set.ledger import read_counted
 from sftdata.show.choice import spell
 from sftdata.show.findings import COUNTED
-from sftdata.show.stats import make_report
-from sftdata.show.view import ShownSet
+from sftdata.show.report import make_report
+from sftdata.show.view import ShownSet, View
 from sftdata.views.recipe import drop_line
 
 if TYPE_CHECKING:
@@ -158,40 +158,28 @@ class SetPages:
 
     def _document(self, example_id: int, query: Query, frame: Mapping[str, object]) -> str:
         view, rows = self._reader.document(example_id)
-        part = max(query.number("part"), 1)
-        view, parts = part_of(view, part)
         chosen = self._select(query)
         rank = chosen.rank(example_id)
-        before = chosen.ids(rank - 1, 1) if rank else []
-        behind = [one for one in chosen.ids(rank, 2) if one != example_id][:1]
-        return render(
-            _HERE / "document.html.jinja",
-            view=view,
-            at=f"document/{example_id}",
-            part=part,
-            parts=parts,
-            rows=rows,
-            query=query,
-            steps=(before, behind),
-            rank=rank + 1,
-            page=rank // A_PAGE + 1,
-            chosen=chosen,
-            **frame,
-        )
+        return self._view(
+            view, f"document/{example_id}", query, frame, tab="", rows=rows, carried=query.link(),
+            before=chosen.ids(rank - 1, 1) if rank else [],
+            behind=[one for one in chosen.ids(rank, 2) if one != example_id][:1],
+            place=f"{rank + 1:,} of {len(chosen):,}", up=query.to_page(rank // A_PAGE + 1),
+        )  # fmt: skip
 
     def _row(self, number: int, query: Query, frame: Mapping[str, object]) -> str:
+        view, last = self.shards.view(number), len(self.shards) - 1
+        return self._view(
+            view, f"row/{number}", query, frame, tab="row/0", rows=None, carried="",
+            before=range(number)[-1:], behind=range(number, last)[:1] and [number + 1],
+            place=f"pack {number:,} of {last + 1:,}", up="",
+        )  # fmt: skip
+
+    def _view(self, view: View, at: str, query: Query, frame: Mapping[str, object], **more: object) -> str:
         part = max(query.number("part"), 1)
-        view, parts = part_of(self.shards.view(number), part)
+        view, parts = part_of(view, part)
         return render(
-            _HERE / "row.html.jinja",
-            view=view,
-            number=number,
-            rows=len(self.shards),
-            query=query,
-            at=f"row/{number}",
-            part=part,
-            parts=parts,
-            **frame,
+            _HERE / "shown.html.jinja", view=view, at=at, query=query, part=part, parts=parts, **more, **frame
         )
 
     def _list(self, query: Query) -> Iterator[str]:
@@ -298,11 +286,11 @@ class Site:
     """
 
     def __init__(self, sets: Sequence[ShownSet]) -> None:
-        names = [shards.folder.resolve().name for shards in sets]
+        self._names = [shards.folder.resolve().name for shards in sets]
         self._sets = [
-            SetPages(shards, {"which": which, "names": names}) for which, shards in enumerate(sets, start=1)
+            SetPages(shards, {"which": which, "names": self._names})
+            for which, shards in enumerate(sets, start=1)
         ]
-        self._names = names
         self._diff = Background(self._compare)
 
     def warm(self) -> None:
@@ -317,15 +305,13 @@ class Site:
             return self._answer(top, path.split("/"), asked)
         except SftError as error:
             status = 404 if isinstance(error, UsageError) else 500
-            shown = {
-                "error": error,
-                "top": top,
-                "root": f"{top}/1",
-                "which": 0,
-                "names": self._names,
-                "name": "sftdata",
-            }
-            return Answer.page(render(_HERE / "error.html.jinja", **shown), status)
+            return self._page("error", top, "sftdata", status, error=error)
+
+    def _page(self, template: str, top: str, name: str, status: int = 200, **shown: object) -> Answer:
+        """Return a page that is of no one set; what is shown as None is being worked out."""
+        frame = {"top": top, "root": f"{top}/1", "which": 0, "names": self._names, "name": name, **shown}
+        page = render(_HERE / f"{template}.html.jinja", **frame)
+        return Answer.page(page, status, again=None in shown.values())
 
     def _answer(self, top: str, path: list[str], asked: str) -> Answer:
         match path:
@@ -348,11 +334,8 @@ class Site:
     def _difference(self, top: str) -> Answer:
         found = self._diff.ask()
         settings = {name: [*map(spell, values)] for name, values in found.settings.items()} if found else {}
-        page = render(
-            _HERE / "diff.html.jinja", found=found, parts=found.parts() if found else (), settings=settings,
-            top=top, root=f"{top}/1", which=0, names=self._names, name=" → ".join(self._names),
-        )  # fmt: skip
-        return Answer.page(page, again=found is None)
+        parts, name = found.parts() if found else (), " → ".join(self._names)
+        return self._page("diff", top, name, found=found, parts=parts, settings=settings)
 
 
 def no_such_page(path: Sequence[str]) -> UsageError:

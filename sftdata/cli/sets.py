@@ -171,7 +171,7 @@ def stats(
     if html is not None:
         from sftdata.pages import write_page
         from sftdata.show.audit import audit_set
-        from sftdata.show.stats import make_report
+        from sftdata.show.report import make_report
 
         write_page(html, make_report(shards, audit_set(shards)))
         print_line(f"Wrote {html}.", err=True)

@@ -438,13 +438,12 @@ def read_index(path: Path, weighted: bool = False, *, mapped: bool = True) -> Se
     batch = batches[0]
     columns = batch.columns  # in the order of the schema; to look them up by name takes as long again
     ids, row, offset, length, trained = map(as_numpy, columns[:5])
+    first_trained, rest, whole = map(_from_bits, columns[5:8])
     hashes = np.frombuffer(columns[8].buffers()[1] or b"", "<u8", 2 * len(batch)).reshape(-1, 2)
+    document, weights = hashes.astype(np.uint64, copy=False), as_numpy(columns[10]) if weighted else None
     return Segments(
-        ids, row, offset, length, trained,
-        *map(_from_bits, columns[5:8]),
-        hashes.astype(np.uint64, copy=False),
-        *map(as_numpy, columns[9:]),
-    )  # fmt: skip
+        ids, row, offset, length, trained, first_trained, rest, whole, document, as_numpy(columns[9]), weights
+    )
 
 
 def as_strings(texts: Sequence[str]) -> pa.Array:

@@ -1,27 +1,20 @@
-"""The numbers of a set, their charts, and the page that shows them (pages/report.html.jinja)."""
+"""The numbers of a set, and their charts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from sftdata.pages import macro, render
+from sftdata.pages import macro
 from sftdata.set.ledger import Ledger
 from sftdata.set.local import named
 from sftdata.set.manifest import Manifest
 from sftdata.set.opened import ShardSet
 from sftdata.set.steps import Balance, measure_balance
 from sftdata.show.choice import ShareOf, choices_of, counters_of, shares_of, tell_shares
-
-if TYPE_CHECKING:
-    from sftdata.show.findings import Finding
-    from sftdata.show.view import ShownSet
 
 MOST_SOURCES = 40  # in the table of the page
 _MOST_TICKS = 8
@@ -361,52 +354,3 @@ def _ticks(bins: Sequence[LengthBin]) -> list[tuple[float, int]]:
 
 def _range(span: LengthBin) -> str:
     return f"{span.start:,}" if span.stop == span.start + 1 else f"{span.start:,}–{span.stop - 1:,}"
-
-
-def make_report(
-    shards: ShownSet, findings: Sequence[Finding], template: str | Path = "report.html.jinja", **more: object
-) -> str:
-    """Return the report on a set as one self-contained page: no network, no script.
-
-    Args:
-        template: that extends the report, with what it needs beside.
-    """
-    stats, manifest = measure(shards.manifest, measure_balance(shards)), shards.manifest
-    return render(
-        template,
-        name=shards.folder.resolve().name,
-        stats=stats,
-        manifest=manifest,
-        figures=_figures(stats),
-        flow=flow_of(stats),
-        lengths=histogram_of(stats.lengths, stats.max_length),
-        overlong=manifest.settings.get("overlong", ""),
-        lost=_lost(manifest.ledger),
-        examples=max(sum(span.examples for span in stats.lengths), 1),
-        sources=sorted(stats.sources, key=lambda source: (-source.tokens, source.name)),
-        most_sources=MOST_SOURCES,
-        findings=findings,
-        view=shards.sample(),
-        settings=json.dumps(manifest.settings, indent=2, ensure_ascii=False, sort_keys=True),
-        **more,
-    )
-
-
-def _figures(stats: Stats) -> tuple[tuple[str, str], ...]:
-    rows = sum(part.count for part in stats.rows)
-    length = f"packed rows of {stats.max_length:,}" if stats.max_length else "rows of their own length"
-    return (
-        (f"{stats.rows_packed:,}", length),
-        (f"{sum(part.count for part in stats.slots if part.kind != 'padding'):,}", "tokens"),
-        (f"{stats.trained_share:.1%}", "of them trained"),
-        (f"{stats.fill:.1%}", "of the slots filled"),
-        (f"{stats.rows[0].count / max(rows, 1):.1%}", f"of {rows:,} rows kept"),
-    )
-
-
-def _lost(ledger: Ledger) -> list[str]:
-    """Return the losses to over-long rows, in words."""
-    counters = {"rows cut": "rows_cut", "of them without their ending": "rows_without_ending"}
-    counts = {name: ledger.counters.get(counter, 0) for name, counter in counters.items()}
-    counts["tokens lost"] = sum(ledger.tokens_cut.values())
-    return [f"{count:,} {name}" for name, count in counts.items() if count]

@@ -76,12 +76,14 @@ class DocumentView:
         example_id: the input row, -1 if it has no number yet.
         start: position of its first token in the packed row.
         pieces: in order.
+        shown: the numbers of those that are on the page; None for all.
     """
 
     origin: str
     example_id: int
     start: int
     pieces: tuple[Piece, ...]
+    shown: range | None = None
 
     @property
     def tokens(self) -> int:
@@ -94,8 +96,15 @@ class DocumentView:
         return sum(len(piece.ids) for piece in self.pieces if piece.trained)
 
     def turns(self) -> list[tuple[str, Sequence[Piece]]]:
-        """Return the role and the pieces of each turn."""
-        return find_turns(self.pieces)
+        """Return the role and the shown pieces of each turn that has some."""
+        turns = find_turns(self.pieces)
+        if self.shown is None:
+            return turns
+        parts, start = [], 0
+        for role, pieces in turns:
+            parts.append((role, pieces[max(self.shown.start - start, 0) : max(self.shown.stop - start, 0)]))
+            start += len(pieces)
+        return [one for one in parts if one[1]]
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data."""

@@ -17,7 +17,7 @@ from sftdata.browse import background
 from sftdata.browse.site import Site
 from sftdata.pages import write_page
 from sftdata.show.audit import audit_set
-from sftdata.show.stats import make_report
+from sftdata.show.report import make_report
 from sftdata.show.view import open_shown, view_page
 from sfttrain.report import make_report as make_training_report
 from tests.shown_sets import CHAT, write_set

@@ -15,7 +15,8 @@ from sftdata.set.manifest import Manifest, read_manifest, seal
 from sftdata.set.steps import measure_balance
 from sftdata.show.audit import audit_set
 from sftdata.show.choice import choices_of, shares_of, tell_shares
-from sftdata.show.stats import flow_of, make_report, measure, ribbon
+from sftdata.show.report import make_report
+from sftdata.show.stats import flow_of, measure, ribbon
 from sftdata.show.view import open_shown
 from tests.view_sets import chats, prepare, view, write_lines
 

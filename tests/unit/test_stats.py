@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from sftdata.pages import macro
 from sftdata.set.ledger import Ledger, length_bins
 from sftdata.show.audit import audit_set
+from sftdata.show.report import make_report
 from sftdata.show.stats import (
     LengthBin,
     Part,
     histogram_of,
     length_histogram,
-    make_report,
     measure,
     ribbon,
     spread,
