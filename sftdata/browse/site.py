@@ -172,7 +172,7 @@ class SetPages:
         return self._view(
             view, f"row/{number}", query, frame, tab="row/0", rows=None, carried="",
             before=range(number)[-1:], behind=range(number, last)[:1] and [number + 1],
-            place=f"pack {number:,} of {last + 1:,}", up="",
+            place=f"pack {number:,}; the last is {last:,}", up="",
         )  # fmt: skip
 
     def _view(self, view: View, at: str, query: Query, frame: Mapping[str, object], **more: object) -> str:
