@@ -183,9 +183,13 @@ def finished_sets(target: Path | StoreUrl, share: str | None, *, overwrite: bool
     """Return what stands at an output: a set, both sides of a split, or nothing; `share` is that of `eval`.
 
     Raises:
-        UsageError, IntegrityError: as `finished_at`.
+        UsageError, IntegrityError: as `finished_at`; or a set in a store would hide a side.
     """
     places = folders_of(target, share)
+    for place in places if share is not None and not isinstance(target, Path) else ():
+        if Objects(str(place)).find(MANIFEST_NAME) is not None:
+            what = f"{place}: a set of its own, which would hide that side of the split."
+            raise UsageError(what, "remove it, or choose another -o.")
     if isinstance(target, Path):
         split = all((target / side / MANIFEST_NAME).exists() for side in SIDES)
     else:

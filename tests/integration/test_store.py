@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 import sftdata
-from sftdata.errors import SftError
+from sftdata.errors import SftError, UsageError
 from sftdata.set import stores
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
+from sftdata.set.shared import StoredBuild
+from tests.picture_sets import asked, write_model, write_pictures, write_rows
 from tests.remote_stores import KEYS, need_packages, s3_server, served
 from tests.torture.runs import content, settings, write_chats
 from tests.waiting import HANGS
@@ -140,6 +142,41 @@ def test_what_is_huge_goes_in_parts_and_is_there_whole_or_not_at_all(
     digest = store.put("whole", write)
     assert objects(s3, "huge") == {"whole": b"".join(blocks)}
     assert digest.sha256 == hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def test_both_sides_of_a_split_with_pictures_are_there_at_once(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the one put that makes both, there is neither; the same command goes on from there."""
+    names = [f"pictures/{name}" for name in write_pictures(tmp_path / "pictures", 12)]
+    rows = write_rows(
+        tmp_path, [asked(f"<image>{'What? ' * 9}{name}", "Red", images=[name]) for name in names]
+    )
+    given = {
+        "inputs": rows,
+        "tokenizer": str(write_model(tmp_path / "model")),
+        "embed_images": True,
+        "eval": "30%",
+    }
+    given |= {"max_length": 128, "slice_bytes": 512, "workers": 1}
+    sftdata.prepare(output=tmp_path / "set", **given)
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "cache"))
+    url = "s3://bucket/split"
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredBuild, "put_in_place", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sftdata.prepare(output=url, **given)
+    for side in ("", "/train", "/eval"):
+        with pytest.raises(UsageError, match="no such set|not a finished set"):
+            sftdata.open(f"{url}{side}")
+    sftdata.prepare(output=url, **given)
+    found = files(s3, "split")
+    for side in ("train", "eval"):
+        start = f"{side}/"
+        there = {name.removeprefix(start): text for name, text in found.items() if name.startswith(start)}
+        assert there == content(tmp_path / "set" / side)
+        assert sftdata.verify(f"{url}/{side}").problems == []
+    assert len(objects(s3, "split")) == len(found) + 1
 
 
 def elsewhere(folder: str) -> None:
