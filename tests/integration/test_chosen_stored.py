@@ -118,7 +118,7 @@ def test_other_settings_replace_it_only_if_asked(inputs: list[Path], bucket: Buc
         sftdata.open("s3://bucket/none/train")
 
 
-@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 60), marks=pytest.mark.torture)], ids=str)
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 200), marks=pytest.mark.torture)], ids=str)
 def test_killed_anywhere_there_is_the_old_split_none_or_the_new_one(
     inputs: list[Path], bucket: Bucket, tmp_path: Path, seeds: range
 ) -> None:
