@@ -412,9 +412,6 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_pictures_stored.py::test_pictures_by_path_are_embedded_or_refused"
     ),
     "--embed-images": "tests/integration/test_pictures_stored.py::test_pictures_by_path_are_embedded_or_refused",
-    "remove it, or choose another -o.": (
-        "tests/integration/test_chosen_stored.py::test_a_set_that_would_hide_a_side_is_refused"
-    ),
     "--write copies them.": (
         "tests/integration/test_chosen_stored.py::test_a_view_by_index_in_a_store_names_sets_in_stores_alone"
     ),
