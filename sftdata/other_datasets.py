@@ -75,20 +75,31 @@ def _ax_dataset_key(found: Carried, said: Said, place: str, key: str, value: Any
 
 
 def factory_datasets(found: Carried, name: str, value: Any) -> None:
-    """Find each name in dataset_info.json."""
-    folder = str(found.given.get("dataset_dir") or "data")
-    path, known = _lf_info(found.folder / folder, found.folder)
-    datasets = []
+    """Find each name in dataset_info.json; one that is not there stays an input, which is then missed."""
+    folder, missing, datasets = str(found.given.get("dataset_dir") or "data"), list[str](), list[Dataset]()
+    above = (found.folder, *found.folder.absolute().parents)
+    path, known = _lf_info(Path(folder), *(one / folder for one in above), found.folder)
     for dataset in listed(value):
-        if dataset not in known:
-            reason = f"no dataset_info.json beside the file, or in its {folder}/, knows it."
-            found.lost[f"{name}: {dataset}"] = reason
-        elif (
-            one := _lf_dataset(found, f"{name}: {dataset}", dataset, path.parent, known[dataset])
-        ) is not None:
+        place = f"{name}: {dataset}"
+        if folder == "ONLINE":  # then names are those of the Hub
+            one: Dataset | None = Dataset(dataset, [dataset], {})
+        elif dataset in known:
+            one = _lf_dataset(found, place, dataset, path.parent, known[dataset])
+        else:
+            one = None
+            found.lost[place] = (
+                f"no dataset_info.json in {folder}/, here or in a folder of the file, knows it:"
+                " write its file or Hub id in inputs, or name it in a registry."
+            )
+        if one is None:
+            missing.append(dataset)
+        else:
             datasets.append(one)
     if datasets:
         found.put_datasets(name, datasets, apart=bool(found.given.get("max_samples")))
+    if missing:
+        unknown = f"{name}: {', '.join(missing)}, not known here"
+        found.put("data", "inputs", [*found.data.get("inputs", ()), *missing], unknown)
 
 
 def read_dataset_info(path: Path) -> Carried:

@@ -283,7 +283,10 @@ _FACTORY: dict[str, Rule] = {
     "dataset": factory_datasets,
     "dataset_dir": needless("the datasets are named with their folder."),
     "eval_dataset": lost("prepare it as a set of its own, which --eval NAME=FOLDER names."),
-    "template": lost("the tokenizer's own chat template is used; chat_template names another."),
+    "template": where("", lost(
+        "LLaMA-Factory takes the tokenizer's chat template apart: a system turn that it always writes, as"
+        " Llama 3.2's does, then stands before each question; here it is used whole, and writes that once."),
+        lost("the tokenizer's own chat template is used; chat_template names another.")),
     "cutoff_len": to("data", "max_length", whole),
     "max_samples": lambda found, name, value: to("data", "cap", lambda value: {
         source: f"{whole(value)} rows" for source in found.sources or ["*"]})(found, name, value),
@@ -317,7 +320,7 @@ TOOLS = (
     Tool("LLaMA-Factory", ("stage", "finetuning_type", "cutoff_len", "template"), _FACTORY,
          {"max_length": 2048, "packing": "none"},
          {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3, "bf16": False},
-         {"target": "all-linear"}, "finetuning_type", {"finetuning_type": "lora"}),
+         {"target": "all-linear"}, "finetuning_type", {"finetuning_type": "lora", "template": ""}),
     Tool("TRL", ("model_name_or_path",), _TRL, {"max_length": 1024, "packing": "none"},
          {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3},
          {"alpha": 32, "dropout": 0.05, "target": "q_proj+v_proj"}, "use_peft"),
@@ -327,7 +330,7 @@ TOOLS = (
 _PLACE = "where it lies, in both files"
 _SAID_BY_OFF = {
     "packing", "sample_packing", "completion_only_loss", "assistant_only_loss", "report_to", "bf16",
-    "eval_strategy", "save_strategy", "logging_strategy", "greater_is_better",
+    "eval_strategy", "save_strategy", "logging_strategy", "greater_is_better", "template",
 }  # fmt: skip
 
 
@@ -349,7 +352,7 @@ def carry_over(path: Path, output: str) -> Carried:
     found = Carried(tool.name, path.parent, names, places)
     rules = _COMMON | dict(tool.rules)
     ranks = {name: rank for rank, name in enumerate(rules)}
-    given = dict(tool.unsaid) | names
+    given = names | {name: value for name, value in tool.unsaid.items() if names.get(name) is None}
     for name in sorted(given, key=lambda name: ranks.get(name, len(ranks))):
         value = given[name]
         if value is None or (_off(value) and name not in _SAID_BY_OFF):

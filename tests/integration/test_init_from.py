@@ -179,7 +179,7 @@ def test_datasets_of_a_dataset_info_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "data/dataset_info.json").write_text(json.dumps(INFO))
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset": "here, there, nowhere"}
     found = carry_over(_write(tmp_path, given), "set")
-    assert found.data["inputs"] == ["here", "there"]
+    assert found.data["inputs"] == ["here", "there", "nowhere"]
     assert found.sources == {
         "here": {"path": tmp_path / "data/here.json", "map": {"instruction": "q", "output": "a"}},
         "there": {"path": "x/y", "split": "test"},
@@ -241,7 +241,7 @@ def test_datasets_that_differ_become_sources_and_their_folder_is_where_it_is_sai
     given = {"model_name_or_path": "a/b", "stage": "sft", "dataset_dir": "mine", "dataset": "one,two"}
     found = carry_over(_write(tmp_path, given), "set")
     assert [source["path"] for source in found.sources.values()] == [
-        tmp_path / "mine/one.json", tmp_path / "mine/two.json",
+        Path("mine/one.json"), Path("mine/two.json"),
     ]  # fmt: skip
     assert [source["split"] for source in found.sources.values()] == ["train", "test"]
     datasets = [
@@ -360,8 +360,49 @@ def test_a_dataset_that_only_modelscope_has_is_named(tmp_path: Path) -> None:
         json.dumps({"x": {"ms_hub_url": "a/b", "formatting": "sharegpt"}})
     )
     found = carry_over(_write(tmp_path, _FACTORY), "set")
-    assert found.data["inputs"] == ["INPUT"]
+    assert found.data["inputs"] == ["x"]
     assert "only ModelScope has it" in found.lost["dataset: x"]
+
+
+@pytest.mark.parametrize("info", ["here/data", "here/theirs/data", "here/theirs/examples"])
+def test_datasets_are_found_from_the_folder_of_the_file_as_from_that_of_the_tool(
+    info: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/theirs/examples").mkdir(parents=True)
+    (tmp_path / info).mkdir(exist_ok=True)
+    (tmp_path / info / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.json"}}))
+    wanted = [tmp_path / info / "x.json"]
+    path = _write(tmp_path / "here/theirs/examples", _FACTORY)
+    monkeypatch.chdir(tmp_path / "here")
+    found = carry_over(path.relative_to(tmp_path / "here"), "set")
+    assert [(tmp_path / "here" / one).resolve() for one in found.data["inputs"]] == wanted
+    monkeypatch.chdir(tmp_path)
+    assert [Path(one).resolve() for one in carry_over(path, "set").data["inputs"]] == wanted
+
+
+def test_a_dataset_that_nothing_knows_is_an_input_by_its_name_and_missed_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = _FACTORY | {"model_name_or_path": str(EXAMPLES / "tokenizer"), "dataset": "identity,alpaca_en"}
+    assert main(["init", "--from", str(_write(tmp_path, given))]) == 0
+    assert yaml.safe_load(Path("sft.yaml").read_text())["inputs"] == ["identity", "alpaca_en"]
+    assert "not carried over: dataset: identity: no dataset_info.json in data/" in capsys.readouterr().err
+    assert main(["prepare", "sft.yaml"]) == 2
+    assert "identity" in capsys.readouterr().err
+    Path("datasets.yaml").write_text(
+        yaml.safe_dump({name: str(EXAMPLES / "instructions.json") for name in ("identity", "alpaca_en")})
+    )
+    assert main(["prepare", "sft.yaml", "--workers", "1"]) == 0  # the fix: a registry
+    online = carry_over(_write(tmp_path, _FACTORY | {"dataset_dir": "ONLINE", "dataset": "a/b,c/d"}), "set")
+    assert (online.data["inputs"], online.sources, "(inputs)" in online.lost) == (["a/b", "c/d"], {}, False)
+
+
+def test_a_template_that_is_not_named_is_named_as_read_otherwise(tmp_path: Path) -> None:
+    for given in (_FACTORY, _FACTORY | {"template": None}):
+        assert "before each question" in carry_over(_write(tmp_path, given), "set").lost["template"]
+    named = carry_over(_write(tmp_path, _FACTORY | {"template": "qwen"}), "set").lost["template"]
+    assert "chat_template names another" in named
 
 
 @pytest.mark.slow
