@@ -58,7 +58,8 @@ ROWS = {
     " `sequence_parallel=N`: N processes hold each row together, with documents apart, with FSDP2 and adapters too.",
     "export: merge": "`sfttrain merge DIR -o OUT`: adapters into their base, reloaded, logits compared, tied heads tied.",
     "export: GPTQ": "`sfttrain export DIR -o OUT --set SHARDS --gptq bits=4,group_size=128`, with GPTQModel, on a GPU.",
-    "export: GGUF": "`sfttrain export DIR -o OUT --gguf f16`: by llama.cpp's converter from PyPI, read back and compared.",
+    "export: GGUF": "`sfttrain export DIR -o OUT --gguf f16`: by llama.cpp's converter from PyPI, read back and compared;"
+    " where it is installed, a test holds that llama.cpp answers with the ids of the model.",
     "export: Ollama": "A Modelfile beside the GGUF: the chat template in Ollama's language, where it is proven to say the same,"
     " and the stop tokens.",
     "export: Hub": "`--push-to-hub user/model`: checked before the run, pushed after it.",

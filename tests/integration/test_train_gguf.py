@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +294,56 @@ def test_the_file_holds_the_model(
         bos = words.bos_token or ""  # which llama.cpp writes where the tokenizer does
         assert ollama_says(template, messages) == (said.removeprefix(bos) if kind == "llama" else said)
     assert f'PARAMETER stop "{words.eos_token}"' in text
+
+
+ANSWERS = {
+    "Peas in March?": "Sow them under glass.", "And beans?": "Beans wait for May.",
+    "Wann blüht 🌱 Raps?": "Im April,\n  sagt man.", "2+2?": "4",
+}  # fmt: skip
+
+
+@CONVERTER
+@pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="pip install llama-cpp-python, which builds llama.cpp"
+)
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OUR_WARNINGS)
+@pytest.mark.feature("export: GGUF")
+@pytest.mark.parametrize(("kind", "name"), [("llama", "llama-3.2-instruct"), ("qwen", "qwen2.5-instruct")])
+def test_llama_cpp_answers_as_the_model_does(kind: str, name: str, shared_data: Path, tmp_path: Path) -> None:
+    """Ids of the prompt, greedy ids up to the stop token, and an answer by the chat template that the file holds."""
+    from llama_cpp import Llama
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = [[{"role": "user", "content": question}] for question in ANSWERS]
+    rows = [
+        {"messages": [*chat, {"role": "assistant", "content": answer}]}
+        for chat, answer in zip(asked, ANSWERS.values(), strict=True)
+    ]
+    base, made = _made(tmp_path / "base", shared_data / "tokenizers" / name, kind), tmp_path / "model"
+    sftdata.prepare(
+        rows, tokenizer=str(base), output=tmp_path / "set", max_length=64, packing="none", workers=1
+    )
+    settings = {"max_steps": 60, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "use_cpu": True}
+    train_in_process(tmp_path / "set", base, made, settings | {"per_device_train_batch_size": 4})
+    assert cli.main(["export", str(made), "--gguf", "f32", "-o", str(tmp_path / "out")]) == 0
+    model, words = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    with closing(
+        Llama(str(tmp_path / "out/model-f32.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    ) as theirs:
+        for chat, answer in zip(asked, ANSWERS.values(), strict=True):
+            prompt = words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ids = words(prompt, add_special_tokens=False)["input_ids"]
+            assert theirs.tokenize(prompt.encode(), add_bos=False, special=True) == ids
+            ours = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)[
+                0, len(ids) :
+            ].tolist()
+            assert words.decode(ours) == answer + words.eos_token
+            theirs.reset()
+            assert list(islice(theirs.generate(ids, temp=0.0, repeat_penalty=1.0), len(ours))) == ours
+            assert theirs.token_eos() == ours[-1]
+            said = theirs.create_chat_completion(chat, temperature=0.0, max_tokens=40)["choices"][0]
+            assert (said["message"]["content"], said["finish_reason"]) == (answer, "stop")
 
 
 @CONVERTER
