@@ -1,6 +1,7 @@
 """Take the pictures of docs/images: terminals, reports, pages and a notebook. Needs Chromium, and the notebooks extra.
 
-A block of commands in docs/course that is followed by an SVG is what that picture shows: its page is run from the top.
+A block of commands in docs/course and docs/gallery.md that is followed by a picture is what it shows, its page run from
+the top: an SVG the terminal, a PNG the page that the block wrote.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from PIL import Image, ImageChops
 from rich.console import Console
 from rich.text import Text
 
 import sftdata
 from sftdata.browse import background
 from sftdata.browse.site import Site
-from sftdata.pages import write_page
-from sftdata.show.report import make_report
 from sftdata.show.terminal import print_view
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ IMAGES = ROOT / "docs/images"
 EXAMPLE = 3
 COLUMNS = 108
 BLOCK = re.compile(
-    r"^```(?:console|bash)\n(?P<body>.*?)^```\n(?:\n!\[[^\]]*\]\(\.\./images/(?P<picture>[\w-]+\.svg)\))?",
+    r"^```(?:console|bash)\n(?P<body>.*?)^```\n(?:\n!\[[^\]]*\]\((?:\.\./)?images/(?P<picture>[\w-]+\.(?:svg|png))\))?",
     re.M | re.S,
 )
 COMMAND = re.compile(r"^\$ ((?:[^\n]*\\\n)*[^\n]*)", re.M)
@@ -65,8 +65,8 @@ def as_svg(console: Console, title: str, name: str) -> str:
     return svg.replace("Fira Code", "ui-monospace, DejaVu Sans Mono, Menlo")
 
 
-def course_pictures(page: Path, folder: Path) -> None:
-    """Run the commands of a page of the course, and draw the terminal of each block that has a picture."""
+def page_pictures(page: Path, folder: Path) -> None:
+    """Run the commands of a page, and draw the terminal, or the page written last, of each block that has a picture."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
         commands = COMMAND.findall(block["body"]) or [block["body"].strip()]
@@ -75,11 +75,12 @@ def course_pictures(page: Path, folder: Path) -> None:
         for command in commands:
             console.print(Text.assemble(("$ ", "green"), (command, "bold")))
             console.print(Text.from_ansi(terminal_of(command, folder)))
-        if block["picture"]:
-            name = Path(block["picture"]).stem
-            (IMAGES / block["picture"]).write_text(
-                as_svg(console, " ".join(commands[-1].split()[:2]), name), encoding="utf-8"
-            )
+        picture, written = IMAGES / (block["picture"] or ""), commands[-1].partition("--html ")[2]
+        if picture.suffix == ".svg":
+            svg = as_svg(console, " ".join(commands[-1].split()[:2]), picture.stem)
+            picture.write_text(svg, encoding="utf-8")
+        elif picture.suffix == ".png" and written:
+            photograph(folder / written, picture, 1000, 2100)
 
 
 def terminal_of(command: str, folder: Path) -> str:
@@ -186,6 +187,16 @@ def photograph(page: Path, picture: Path, width: int, height: int, *, dark: bool
     subprocess.run(
         [*shot, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120, capture_output=True
     )
+    trim(picture)
+
+
+def trim(picture: Path) -> None:
+    """Leave out what is empty below, and colours that nobody sees."""
+    with Image.open(picture) as opened:
+        shown = opened.convert("RGB")
+    empty = Image.new("RGB", shown.size, shown.getpixel((0, shown.height - 1)))
+    box = ImageChops.difference(shown, empty).getbbox() or (0, 0, *shown.size)
+    shown.crop((0, 0, shown.width, min(box[3] + 20, shown.height))).quantize(128).save(picture, optimize=True)
 
 
 def main() -> None:
@@ -195,18 +206,15 @@ def main() -> None:
         folder = Path(name)
         chats = prepare(folder)
         (IMAGES / "inspect.svg").write_text(terminal_svg(chats), encoding="utf-8")
-        report, notebook = folder / "report.html", folder / "notebook.html"
-        write_page(report, make_report(sftdata.open(chats), sftdata.audit(chats)))
-        photograph(report, IMAGES / "report.png", 1000, 1500)
+        notebook = folder / "notebook.html"
         browse_pictures(chats, folder)
         photograph(train(chats, folder / "model"), IMAGES / "training.png", 1000, 1250)
         notebook.write_text(
             notebook_page(ROOT / "notebooks/4-train-and-read-the-loss.ipynb"), encoding="utf-8"
         )
         photograph(notebook, IMAGES / "notebook.png", 920, 1960)
-        for page in sorted((ROOT / "docs/course").glob("*.md")):
-            course_pictures(page, folder / page.stem)
-        photograph(folder / "09-pictures/shapes.html", IMAGES / "course-pictures.png", 1000, 620)
+        for page in (*sorted((ROOT / "docs/course").glob("*.md")), ROOT / "docs/gallery.md"):
+            page_pictures(page, folder / page.stem)
 
 
 if __name__ == "__main__":
