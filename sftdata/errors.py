@@ -15,6 +15,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -141,6 +142,7 @@ def explain(code: str) -> str:
     return f"{entry} ({section[0].lower()}{section[1:]}): {paragraph}"
 
 
+@cache
 def read_codes() -> dict[str, tuple[str, str]]:
     """Return code -> (section, paragraph), in the order of the file."""
     codes: dict[str, tuple[str, str]] = {}

@@ -319,6 +319,7 @@ def test_advice_that_is_followed_gives_the_set_that_is_meant(
 # ------------------------------------------------------------------------------------------- followed in other tests
 
 _ODD = "tests/unit/test_odd_values.py::test_what_is_odd_is_named_and_the_fix_gives_what_is_meant"
+_EXPLAINED = "tests/unit/test_explain.py::test_what_a_page_or_a_message_names_by_a_code_is_explained_there"
 _HINTS = "tests/integration/test_nothing_ignored.py::"
 _RUN = "tests/integration/test_bad_input.py::test_the_fix_of_a_refused_run_works_where_the_run_was_refused"
 _SETTINGS = "tests/unit/test_settings.py::test_another_tools_setting_is_answered_with_ours"
@@ -569,6 +570,9 @@ ELSEWHERE: dict[str, str] = {
         "tests/unit/test_tokenizer.py::test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names"
     ),
     "assistant, last-assistant or all; a weight beside a message counts with --loss-weights.": _SETTINGS,
+    "; sftdata explain {}": _EXPLAINED,
+    "sftdata explain {} says more.": _EXPLAINED,
+    "{}{}. All are in {}/{}; sftdata explain {}.": _EXPLAINED,
 }
 
 

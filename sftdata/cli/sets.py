@@ -70,6 +70,7 @@ def audit(
         from sftdata.show.terminal import make_console, print_findings
 
         print_findings(findings, make_console())
+        print_line(f"sftdata explain {findings[0].code} says more.", err=True)
     else:
         print_line(f"{folder}: nothing found.")
     if strict and defects:

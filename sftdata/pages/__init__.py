@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, read_codes
 from sftdata.output import local_output, visible
 
 if TYPE_CHECKING:
@@ -59,8 +59,13 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format}
+    environment.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "meaning": _meaning}
     return environment
+
+
+def _meaning(code: str) -> str:
+    """Return the paragraph of docs/errors.md on a code; nothing for what is none."""
+    return read_codes().get(code.partition(":")[0], ("", ""))[1]
 
 
 def _shown(value: object) -> object:

@@ -36,7 +36,8 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Making) -> None:
         raise DataError(
             f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
             f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
-            f"{example.fix.rstrip('.')}{without}. All are in {build.store}/{REJECTS_NAME}.",
+            f"{example.fix.rstrip('.')}{without}. All are in {build.store}/{REJECTS_NAME};"
+            f" sftdata explain {worst[0][0]}.",
         )
     if not ledger.rows_in:
         raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")

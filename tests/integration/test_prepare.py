@@ -189,7 +189,7 @@ def test_too_many_rejects_fail_with_exit_3_and_say_what_mends_them(tmp_path: Pat
     path.write_text(json.dumps(rows))
     failed = command("prepare", path, "-t", TOKENIZER, "-o", tmp_path / "set")
     assert failed.returncode == 3
-    assert failed.stderr.splitlines()[-1].endswith("rejects.jsonl.")
+    assert failed.stderr.endswith("rejects.jsonl; sftdata explain unknown-role.\n")
     assert "--map-role bot=assistant" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "set").exists()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sftdata.browse.site import Site
+from sftdata.cli import main
 from sftdata.errors import UsageError, explain, read_codes
 from sftdata.formats.calls import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.set.ledger import PICTURES
+from sftdata.show.audit import audit_set
 from sftdata.show.findings import COUNTED, KINDS
+from sftdata.show.report import make_report
+from sftdata.show.view import open_shown
 
 SOURCE = Path(__file__).resolve().parents[2] / "sftdata"
 COMPUTED = {
@@ -93,3 +99,37 @@ def test_codes_are_found_as_the_summary_writes_them() -> None:
 def test_a_mistyped_code_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'unknown-role'"):
         explain("unknow-role")
+
+
+def test_what_a_page_or_a_message_names_by_a_code_is_explained_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples, made = SOURCE.parent / "examples", tmp_path / "set"
+    command = ["prepare", str(examples / "messy.jsonl"), "-t", str(examples / "tokenizer"), "--workers", "1"]
+    command += ["--max-length", "128", "-o"]
+    assert main([*command, str(tmp_path / "refused")]) == 3
+    code = re.findall(r"sftdata explain ([\w-]+)\.", capsys.readouterr().err)[0]
+    assert main([*command, str(made), "--max-rejects", "90%"]) == 0
+    said = re.findall(r"sftdata explain ([\w-]+)", capsys.readouterr().err)
+    assert [main(["explain", one]) for one in (code, *said)] == [0] * 3
+    capsys.readouterr()
+    assert main(["audit", str(made)]) == 0
+    assert [f"sftdata explain {code} says more.\n" for code in said[1:]] == [capsys.readouterr().err]
+    shards = open_shown(made)
+    ledger, site = shards.manifest.ledger, Site([shards])
+    found = [finding.code for finding in audit_set(shards)]
+    report = make_report(shards, audit_set(shards))
+    for code in [*ledger.rows_rejected, *found, *ledger.counters]:
+        assert plain(explain(code).partition("): ")[2]) in plain(report)
+    for code in found:
+        assert plain(explain(code).partition("): ")[2]) in plain(
+            site.answer("", "1/findings", "").body.decode()
+        )
+    for code in ledger.rows_rejected:
+        page = site.answer("", "1/left-out", f"why={code}").body.decode()
+        assert plain(explain(code).partition("): ")[2]) in plain(page)
+
+
+def plain(page: str) -> str:
+    """Return the text of a page, or of a paragraph as it is written."""
+    return html.unescape(re.sub(r"</?code>|`", "", page))
