@@ -10,14 +10,14 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.sources import planning
 from sftdata.sources.chunks import SourcePlan
-from sftdata.sources.planning import Say, Scanned, in_turn
+from sftdata.sources.planning import IN_TURN, Say, Scanned
 from sftdata.sources.ranges import Sizes
 
 CHUNK_BYTES = 1 << 20
 
 
 def plan_inputs(
-    config: PrepareConfig, note: Say = lambda _: None, scanned: Scanned = in_turn
+    config: PrepareConfig, note: Say = lambda _: None, scanned: Scanned = IN_TURN
 ) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input; return their plans, and notes on what was left out.
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from sftdata.batches import Int64
-from sftdata.errors import IntegrityError, SftError
+from sftdata.errors import IntegrityError, SftError, changed
 from sftdata.output import StoreUrl
 from sftdata.pipeline import WORTH_RANGES, load_nothing
 from sftdata.set.store import explained
@@ -30,7 +30,8 @@ from sftdata.sources.chunks import Source
 from sftdata.sources.marks import Marks, decode_marks, encode_marks
 from sftdata.sources.planning import in_turn
 from sftdata.sources.ranges import Sizes, Stretch, scan
-from sftdata.sources.remote import is_url, state_of
+from sftdata.sources.remote import LocalCopy, is_url, state_of
+from sftdata.sources.seals import FileState
 from sftdata.sources.tables import stamp_of
 from sftdata.version import __version__
 from sftdata.workers import Workers
@@ -49,19 +50,22 @@ def marked(
         share: number of this part, from 0, and how many parts there are.
     """
     lengths = np.array([stretch.stop - stretch.start for stretch in stretches], np.int64)
-    if lengths.sum() < WORTH_RANGES:
+    large = lengths.sum() >= WORTH_RANGES
+    if not large and not any(stretch.source.held for stretch in stretches):
         yield from in_turn(sizes, stretches)
         return
     if isinstance(place, Path):
         with explained(place):
             place.mkdir(parents=True, exist_ok=True)
-    names = [_name(sizes, stretch) for stretch in stretches]
+    states = {source: _state(source) for source in dict.fromkeys(one.source for one in stretches)}
+    names = [_name(sizes, stretch, states[stretch.source]) for stretch in stretches]
     work = [
         (name, stretches[index])
         for index in in_order(lengths, *share).tolist()
         if (name := names[index]) is not None
     ]
-    for _ in workers.map(_leave, (place, sizes), work, load_nothing):
+    crew = workers if large else Workers(1)
+    for _ in crew.map(_leave, (place, sizes), work, load_nothing):
         pass
     for name, stretch in zip(names, stretches, strict=True):
         yield (name and _left(place, name, stretch)) or scan(sizes, stretch)
@@ -80,6 +84,9 @@ def _leave(how: tuple[Place, Sizes], work: tuple[str, Stretch]) -> None:
     (place, sizes), (name, stretch) = how, work
     if _left(place, name, stretch) is None:
         marks = encode_marks(scan(sizes, stretch))
+        now = replace(stretch.source, held="")
+        if _name(sizes, stretch, _state(now)) != name:
+            raise changed(stretch.source.path)
         with suppress(SftError):  # the set may be finished meanwhile, and the folder gone
             put_bytes(store_at(place), name, marks)
 
@@ -93,19 +100,22 @@ def _left(place: Place, name: str, stretch: Stretch) -> Marks | None:
         return None
 
 
-def _name(sizes: Sizes, stretch: Stretch) -> str | None:
-    """Return the name of the marks of a stretch; None for a dataset, whose files only a library knows."""
+def _name(sizes: Sizes, stretch: Stretch, state: FileState | None) -> str | None:
+    """Return the name of the marks of a stretch; None for a dataset."""
     source = stretch.source
-    if source.container in ("saved", "hub"):
+    if state is None:
         return None
-    of_source = (__version__, source.path, source.head.hex(), *_state(source))
+    of_source = (__version__, source.path, source.head.hex(), *state)
     decides = (*of_source, *sizes, stretch.start, stretch.stop, stretch.whole)
     return hashlib.sha256(msgspec.json.encode(decides)).hexdigest()[:32]
 
 
-@lru_cache(maxsize=1)
-def _state(source: Source) -> tuple[int | str | None, ...]:
-    """Return what tells one version of a file from another, on any machine."""
+def _state(source: Source) -> FileState | None:
+    """Return what tells versions of a file apart on any machine; None where a library alone knows."""
+    if source.container in ("saved", "hub"):
+        return None
+    if isinstance(source.held, LocalCopy):  # as it was before any of it was read
+        return source.held.state
     if is_url(source.path):
         return state_of(source.path)
     found = os.stat(source.path)

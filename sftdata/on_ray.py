@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from typing import Any, TypeVar
 
 from sftdata.errors import SftError, need
 
-Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _RETRIES = 5  # of a task whose process or node is lost
-_WAITING = 4  # tasks handed in for each core
 
 
 class RayExecutor(Executor):
-    """Maps a function over tasks on a cluster.
+    """Calls functions on a cluster.
 
     Args:
         address: of the cluster, as `ray.init` takes it: `auto`, `host:port`, `ray://host:port`, or `local`.
@@ -33,33 +31,31 @@ class RayExecutor(Executor):
         except (ConnectionError, RuntimeError, ValueError) as error:
             what = f"--ray {address}: no cluster ({' '.join(str(error).split())[:200]})."
             raise SftError(what, "start Ray there, or check the address.") from None
+        self._run = self._ray.remote(max_retries=_RETRIES)(_call)
+        self._last: tuple[object, Any] = (None, None)
 
-    def map(
-        self,
-        fn: Callable[[Task], Result],
-        *iterables: Iterable[Task],
-        timeout: float | None = None,
-        chunksize: int = 1,
-    ) -> Iterator[Result]:
-        """Yield the results as they finish; what a task raises is raised here."""
-        ray = self._ray
-        run = ray.remote(max_retries=_RETRIES)(_call)
-        function = ray.put(fn)  # once for each node
-        queue = iter(*iterables)
-        room = max(1, int(ray.cluster_resources().get("CPU", 1))) * _WAITING
-        waiting = [run.remote(function, task) for task in islice(queue, room)]
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            waiting += [run.remote(function, task) for task in islice(queue, len(done))]
-            try:
-                yield from ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.RayError as error:
-                what = f"Ray lost a task {_RETRIES + 1} times ({type(error).__name__})."
-                fix = "look at the nodes, and run the same command again; what is finished is kept."
-                raise SftError(what, fix) from None
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **keywords: Any) -> Future[Result]:
+        """Return the future result of a call; what the function raises is raised by it."""
+        if fn is not self._last[0]:
+            self._last = fn, self._ray.put(fn)  # once for each node
+        future = Future[Result]()
+        on_cluster = self._run.remote(self._last[1], *args, **keywords).future()
+        on_cluster.add_done_callback(partial(self._settle, future))
+        return future
+
+    def _settle(self, future: Future[Result], on_cluster: Future[Result]) -> None:
+        error, kinds = on_cluster.exception(), self._ray.exceptions
+        if error is None:
+            future.set_result(on_cluster.result())
+            return
+        if isinstance(error, kinds.RayTaskError):
+            error = error.cause
+        elif isinstance(error, kinds.RayError):
+            what = f"Ray lost a task {_RETRIES + 1} times ({type(error).__name__})."
+            fix = "look at the nodes, and run the same command again; what is finished is kept."
+            error = SftError(what, fix)
+        future.set_exception(error)
 
 
-def _call(function: Callable[[Task], Result], task: Task) -> Result:
-    return function(task)
+def _call(function: Callable[..., Result], *args: Any, **keywords: Any) -> Result:
+    return function(*args, **keywords)

@@ -174,7 +174,7 @@ def prepare(
     marks, scan = builds / MARKS, None
     if part is not None or store_at(marks).sizes():
         share = (0, 1) if part is None else (part.number - 1, part.of)
-        scan = partial(marked, marks, share, workers)
+        scan = Scanned(partial(marked, marks, share, workers), whole=part is None)
     try:
         return _prepare(config, Run(workers, progress, note), part, scan)
     except InputChangedError:  # they may be of what was there before

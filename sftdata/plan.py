@@ -34,7 +34,7 @@ from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_m
 from sftdata.set.reuse import OldSlice, key_of, moves, old_slices
 from sftdata.set.slices import SliceSource
 from sftdata.sources.chunks import Chunk, SourcePlan
-from sftdata.sources.planning import Say, Scanned, grouped, in_turn, source_names, with_progress
+from sftdata.sources.planning import IN_TURN, Say, Scanned, grouped, source_names, with_progress
 from sftdata.sources.ranges import plain_hash
 from sftdata.tasks import ShardTask, Tasks, by_source, cut_tasks
 from sftdata.version import __version__
@@ -268,14 +268,14 @@ def make_plan(
     config: PrepareConfig,
     on_tokenizer: Callable[[ResolvedTokenizer], object] = lambda _: None,
     note: Say = lambda _: None,
-    scanned: Scanned = in_turn,
+    scanned: Scanned = IN_TURN,
 ) -> Plan:
     """Read the inputs through once and decide everything.
 
     Args:
         on_tokenizer: called with the tokenizer before the inputs are read, to load its engine meanwhile.
         note: called with the progress, if there are very many files.
-        scanned: scans the inputs.
+        scanned: who scans the inputs.
 
     Raises:
         UsageError: an input, the tokenizer or a setting cannot be used, or the format is not clear.

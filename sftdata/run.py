@@ -77,7 +77,7 @@ def planned(
         config,
         lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)),
         note,
-        scan or partial(scanned, workers),
+        scan or Scanned(partial(scanned, workers)),
     )
     for sentence in plan.notes:
         note(sentence)

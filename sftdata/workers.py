@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from sftdata.config import FAST_ENGINE_MIN_BYTES, PrepareConfig
@@ -39,6 +40,8 @@ from sftdata.sources.remote import is_url, state_of
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_AHEAD = 10_000  # tasks handed in to an executor, which does not say how many workers it has
 
 
 def usable_cores() -> int:
@@ -133,7 +136,7 @@ class Hired(Workers):
     """Workers of an executor that the caller runs, on this machine or on others that share its folders.
 
     Args:
-        executor: what maps functions that can be pickled; it is not shut down.
+        executor: what takes functions that can be pickled; it is not shut down.
     """
 
     elsewhere = True
@@ -149,8 +152,30 @@ class Hired(Workers):
         tasks: Sequence[Task],
         load: Callable[[Shared], object],
     ) -> Iterator[Result]:
-        """As that of `Workers`; what tasks share is loaded by the first one in each process."""
-        return iter(self._executor.map(partial(_in_turn, job, function), tasks))
+        """As that of `Workers`; what tasks share is loaded by the first one in each process.
+
+        A result is let go of once it is here: a node that is lost takes along what it was doing, and no more.
+        """
+        call, queue = partial(_in_turn, job, function), iter(tasks)
+        waiting, done = set[Future[Result]](), SimpleQueue[Future[Result]]()
+
+        def hand_in(count: int) -> None:
+            for task in islice(queue, count):
+                future = self._executor.submit(call, task)
+                waiting.add(future)
+                future.add_done_callback(done.put)
+
+        try:
+            hand_in(_AHEAD)
+            while waiting:
+                waiting.remove(future := done.get())
+                result = future.result()
+                del future  # for Dask keeps what is referred to, and makes it again where it is lost
+                hand_in(1)
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 _TURN = threading.Lock()

@@ -370,7 +370,7 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_remote_sets.py::test_a_view_of_more_than_the_cache_holds_is_refused"
     ),
     "as --part 1/8, which is the first of eight.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
-    "leave --workers out.": "tests/integration/test_scale.py::test_ray",
+    "leave --workers out.": "tests/integration/test_scale.py::test_a_node_that_is_killed_takes_one_slice_with_it",
     "name the part, as --part 1/8.": f"{_PARTS}::test_parts_in_any_order_make_the_set",
     "export {}=N, the number of parts, or name the part, as --part 1/8.": (
         f"{_PARTS}::test_auto_reads_what_schedulers_say"

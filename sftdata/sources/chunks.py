@@ -34,6 +34,7 @@ class Source:
     Attributes:
         path: local path, URL, or Hub dataset id.
         copy: local path of what was fetched of a URL; empty where nothing was.
+        held: local path of what keeps the ranges that are read of a URL; empty where nothing does.
         body: byte where the rows begin, after a byte order mark and the header of a CSV.
         body_line: 1-based line where they begin.
         delimiter, columns: of a CSV.
@@ -52,6 +53,7 @@ class Source:
     subset: str | None = None
     head: bytes = b""
     copy: str = ""
+    held: str = ""
 
     @property
     def file(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,15 +26,28 @@ from sftdata.sources.source import open_source, read_chunk
 
 Item = TypeVar("Item")
 Say = Callable[[str], object]
-Scanned = Callable[[Sizes, Sequence[Stretch]], Iterator[Marks]]
-"""Returns the marks of stretches, in their order."""
 MANY = 20  # files that are still named one by one
 SECONDS = 10.0  # between two lines on the progress
+
+
+class Scanned(NamedTuple):
+    """Who scans.
+
+    Attributes:
+        marks: returns the marks of stretches, in their order.
+        whole: objects are copied whole before; else ranges of them are read, each once, where that can be.
+    """
+
+    marks: Callable[[Sizes, Sequence[Stretch]], Iterator[Marks]]
+    whole: bool = True
 
 
 def in_turn(sizes: Sizes, stretches: Sequence[Stretch]) -> Iterator[Marks]:
     """Scan stretches one after another, each when it is asked for."""
     return map(partial(scan, sizes), stretches)
+
+
+IN_TURN = Scanned(in_turn)
 
 
 def plan_inputs(
@@ -43,7 +56,7 @@ def plan_inputs(
     subset: str | None,
     sizes: Sizes,
     say: Say = lambda _: None,
-    scanned: Scanned = in_turn,
+    scanned: Scanned = IN_TURN,
 ) -> tuple[list[SourcePlan], list[str]]:
     """Open and read through every input.
 
@@ -51,7 +64,7 @@ def plan_inputs(
         split: as `--split` has it; None asks for one where there are several.
         subset: of a Hub dataset.
         say: takes a line on the progress, every few seconds.
-        scanned: scans what is to be read.
+        scanned: who scans what is to be read.
 
     Returns:
         plans, with ids that run on from one to the next, and what was left out.
@@ -69,7 +82,10 @@ def plan_inputs(
     chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
     if split is None:
         paths = [path for one in found for path in one.paths]
-        sources = [open_source(path, subset=subset) for path in with_progress(paths, say, "Opened")]
+        sources = [
+            open_source(path, subset=subset, whole=scanned.whole)
+            for path in with_progress(paths, say, "Opened")
+        ]
         return plan_sources(sources, sizes, say, scanned), notes
     plans: list[SourcePlan] = []
     for one, files in zip(groups, chosen, strict=True):
@@ -78,7 +94,10 @@ def plan_inputs(
             continue
         indices = sorted({index for some in files.splits.values() for index in some})
         opened = plan_sources(
-            [open_source(one.paths[index]) for index in with_progress(indices, say, "Opened")],
+            [
+                open_source(one.paths[index], whole=scanned.whole)
+                for index in with_progress(indices, say, "Opened")
+            ],
             sizes,
             say,
             scanned,
@@ -88,11 +107,11 @@ def plan_inputs(
 
 
 def plan_sources(
-    sources: Sequence[Source], sizes: Sizes, say: Say = lambda _: None, scanned: Scanned = in_turn
+    sources: Sequence[Source], sizes: Sizes, say: Say = lambda _: None, scanned: Scanned = IN_TURN
 ) -> list[SourcePlan]:
     """Plan several sources, with numbers and example ids that run on from one to the next."""
     stretches = [stretches_of(source, sizes) for source in sources]
-    marks = scanned(sizes, list(chain.from_iterable(stretches)))
+    marks = scanned.marks(sizes, list(chain.from_iterable(stretches)))
     return numbered(
         join(source, islice(marks, len(stretches[number])), sizes)
         for number, source in enumerate(with_progress(sources, say, "Read"))

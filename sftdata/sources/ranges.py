@@ -338,7 +338,7 @@ class _Join:
     def _blocks(self, at: int) -> Iterator[bytes]:
         """Yield the stream from a byte on, as it was when its ranges were scanned."""
         number = at // HASHED_BYTES
-        with open_raw(self._source.file) as stream:
+        with open_raw(self._source.file, self._source.held) as stream:
             stream.seek(number * HASHED_BYTES)
             while number * HASHED_BYTES < self._stop or self._reach():
                 block = stream.read(HASHED_BYTES)[: self._stop - number * HASHED_BYTES]

@@ -17,7 +17,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 RANGE_BYTES = 8 << 20  # of one request
+HELD_BYTES = 64 << 10  # of a block that is kept or not
 _AT_ONCE = 4  # requests for a copy
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each repetition of a request that may yet succeed
 _FOLDER = "sftdata-inputs-"
+_THERE = ".there"
+_ST_BLOCK = 512  # the unit of `st_blocks`
 _TAGS = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified", "last_modified", "created")
 EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
@@ -192,6 +195,25 @@ def fetch(url: str) -> LocalCopy | None:
     return copy
 
 
+def hold(url: str) -> LocalCopy | None:
+    """Return where ranges that are read of an object are kept; None where its size is not known.
+
+    That is a file of its size with holes, and beside it a byte for each `HELD_BYTES` that are there.
+    """
+    state = state_of(url)
+    if state.size is None:
+        return None
+    descriptor, name = tempfile.mkstemp(dir=_folder())
+    os.truncate(descriptor, state.size)
+    os.close(descriptor)
+    Path(name + _THERE).touch()
+    held = LocalCopy(name)
+    held.state = state
+    for path in (name, name + _THERE):
+        weakref.finalize(held, Path(path).unlink, missing_ok=True)
+    return held
+
+
 def _room(folder: str) -> int:
     """Return how many bytes a copy may take."""
     return shutil.disk_usage(folder).free // 2
@@ -227,12 +249,14 @@ def _read_ranges(url: str, spans: list[tuple[int, int]]) -> list[bytes | Excepti
     return _ask(url, ask)
 
 
-def read_range_of(url: str, start: int, stop: int) -> bytes:
-    """Read bytes `start:stop` of an object, and no more.
+def read_range_of(url: str, start: int, stop: int, held: str = "") -> bytes:
+    """Read bytes `start:stop` of an object, and no more; those that are held are not fetched.
 
     Raises:
         SftError: they cannot be read, or the object has become shorter.
     """
+    if held and os.path.exists(held):  # on the machine that planned
+        return _read_held(url, start, stop, held)
     data = _ask(url, lambda store, path: bytes(store.cat_file(path, start=start, end=stop)))
     if len(data) > stop - start:
         what = f"{url}: the server sends the whole file for a range of it."
@@ -240,6 +264,26 @@ def read_range_of(url: str, start: int, stop: int) -> bytes:
     if len(data) < stop - start:
         raise changed(url)
     return data
+
+
+def _read_held(url: str, start: int, stop: int, held: str) -> bytes:
+    """Read bytes of a file with holes, which are filled before; those who fill the same write the same."""
+    first, last = start // HELD_BYTES, -(-stop // HELD_BYTES)
+    with open(held, "r+b") as opened, open(held + _THERE, "r+b") as marks:
+        file, there = opened.fileno(), marks.fileno()
+        known = os.pread(there, last - first, first).ljust(last - first, b"\0")
+        if (hole := known.find(b"\0")) < 0:
+            return os.pread(file, stop - start, start)
+        first, last = first + hole, first + known.rfind(b"\0") + 1
+        begin, found = first * HELD_BYTES, os.fstat(file)
+        data = read_range_of(url, begin, min(last * HELD_BYTES, found.st_size))
+        room = found.st_blocks * _ST_BLOCK + len(data) <= shutil.disk_usage(os.path.dirname(held)).free
+        with suppress(OSError):  # the disk is full
+            if room and os.pwrite(file, data, begin) == len(data):
+                os.pwrite(there, b"\1" * (last - first), first)
+        before, after = max(begin - start, 0), max(stop - begin - len(data), 0)
+        inside = data[max(start - begin, 0) : len(data) - max(begin + len(data) - stop, 0)]
+        return os.pread(file, before, start) + inside + os.pread(file, after, stop - after)
 
 
 @lru_cache(maxsize=1)
@@ -253,8 +297,8 @@ def _folder() -> str:
 class RemoteFile(io.RawIOBase):
     """An object as a file: what is read from it is fetched, and no more."""
 
-    def __init__(self, url: str) -> None:
-        self.name = url
+    def __init__(self, url: str, held: str = "") -> None:
+        self.name, self._held = url, held
         size = state_of(url).size
         if size is None:
             raise UsageError(
@@ -285,7 +329,7 @@ class RemoteFile(io.RawIOBase):
         stop = min(self._at + min(len(view), RANGE_BYTES), self._size)
         if stop <= self._at:
             return 0
-        data = read_range_of(self.name, self._at, stop)
+        data = read_range_of(self.name, self._at, stop, self._held)
         view[: len(data)] = data
         self._at = stop
         return len(data)

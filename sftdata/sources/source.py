@@ -6,6 +6,7 @@ names ─ expand_inputs ─> paths ─ open_source ─> Source ─ plan_source �
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,18 +25,21 @@ from sftdata.sources.arrays import read_array
 from sftdata.sources.chunks import Chunk, Compression, Container, Source, SourcePlan
 from sftdata.sources.inputs import is_hub_id, is_saved_dataset, plain_name
 from sftdata.sources.lines import Record, read_delimited, read_lines, records_of
-from sftdata.sources.ranges import RANGE_BYTES, Sizes, join, scan, stretches_of
-from sftdata.sources.remote import fetch, is_url
+from sftdata.sources.ranges import RANGE_BYTES, STREAMS, Sizes, join, scan, stretches_of
+from sftdata.sources.remote import fetch, hold, is_url, read_range_of
 from sftdata.sources.seals import block_hashes
 from sftdata.sources.streams import close_streams, compression_of, read_all
 from sftdata.sources.tables import close_table, read_table
 
 
-def open_source(path: str, *, split: str | None = None, subset: str | None = None) -> Source:
+def open_source(
+    path: str, *, split: str | None = None, subset: str | None = None, whole: bool = True
+) -> Source:
     """Recognise the container of one input (as `expand_inputs` returns them) from its content.
 
     Args:
         split, subset: of a Hub or saved dataset.
+        whole: copy an object whole before it is read; else read ranges of it, each once, where that can be.
 
     Raises:
         UsageError: the file cannot be opened or holds no rows of a known container.
@@ -45,7 +49,7 @@ def open_source(path: str, *, split: str | None = None, subset: str | None = Non
             return Source(path, "saved", split=split)
         if is_hub_id(path):
             return Source(path, "hub", split=split, subset=subset)
-    return sniff(path)
+    return (None if whole else _in_ranges(path)) or sniff(path)
 
 
 def plan_source(
@@ -157,6 +161,21 @@ def sniff(path: str) -> Source:
         )
     head = _head(Source(path, "empty", compression, copy=copy), HEAD_BYTES)
     return replace(_recognise(path, compression, head), head=block_hashes(head.data), copy=copy)
+
+
+def _in_ranges(path: str) -> Source | None:
+    """Return the source that an object is, if ranges of it can be read from anywhere, and are kept."""
+    if not is_url(path) or (held := hold(path)) is None:
+        return None
+    size = os.stat(held).st_size
+    try:
+        head = Head(read_range_of(path, 0, min(size, HEAD_BYTES), held), size <= HEAD_BYTES)
+    except UsageError:  # no ranges are served
+        return None
+    if compression_of(head.data) != "none":
+        return None
+    source = replace(_recognise(path, "none", head), head=block_hashes(head.data), held=held)
+    return source if source.container in STREAMS else None
 
 
 def _recognise(path: str, compression: Compression, head: Head) -> Source:

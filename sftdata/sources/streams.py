@@ -39,14 +39,14 @@ def compression_of(start: bytes) -> Compression:
     return next((name for magic, name in MAGIC if re.match(magic, start)), "none")
 
 
-def open_raw(path: str) -> BinaryIO:
-    """Open a local file or a URL for reading.
+def open_raw(path: str, held: str = "") -> BinaryIO:
+    """Open a local file or a URL for reading; `held` keeps what is read of the latter.
 
     Raises:
         UsageError: it cannot be opened.
     """
     if is_url(path):
-        return cast(BinaryIO, RemoteFile(path))
+        return cast(BinaryIO, RemoteFile(path, held))
     try:
         return open(path, "rb")
     except OSError as error:
@@ -205,7 +205,7 @@ def read_all(source: Source, count: RawCount | None = None) -> Iterator[bytes]:
     """
     size = BLOCK_BYTES if source.compression == "none" else COMPRESSED_BLOCK_BYTES
     size = RANGE_BYTES if is_url(source.file) else size
-    with open_raw(source.file) as stream:
+    with open_raw(source.file, source.held) as stream:
         raw = raw_blocks(stream, size)
         if count is None:
             yield from _checked(source, raw)
@@ -233,7 +233,7 @@ def read_from(source: Source, start: int) -> Iterator[bytes]:
     if source.compression != "none":
         yield from skip_bytes(read_all(source), start)
         return
-    with open_raw(source.file) as stream:
+    with open_raw(source.file, source.held) as stream:
         stream.seek(start)
         yield from raw_blocks(stream, RANGE_BYTES if is_url(source.file) else BLOCK_BYTES)
 
@@ -242,7 +242,7 @@ class _Forward:
     """A decompressed stream, in blocks of `HASHED_BYTES`, that remembers its position."""
 
     def __init__(self, source: Source) -> None:
-        self.stream = open_raw(source.file)
+        self.stream = open_raw(source.file, source.held)
         self._blocks = _regrouped(_checked(source, raw_blocks(self.stream, COMPRESSED_BLOCK_BYTES)))
         self.number = -1
         self._last = b""
@@ -299,9 +299,9 @@ def _blocks_from(source: Source, first: int, last: int, end: int) -> Iterator[by
     """
     if source.compression == "none":
         if is_url(source.file):
-            yield from _remote_blocks(source.file, first, last, end)
+            yield from _remote_blocks(source, first, last, end)
             return
-        with open_raw(source.file) as stream:
+        with open_raw(source.file, source.held) as stream:
             stream.seek(first * HASHED_BYTES)
             yield from raw_blocks(stream, HASHED_BYTES)
         return
@@ -318,13 +318,14 @@ def _blocks_from(source: Source, first: int, last: int, end: int) -> Iterator[by
 _border: dict[tuple[str, int], bytes] = {}  # the block that the next chunk begins in, too
 
 
-def _remote_blocks(url: str, first: int, last: int, end: int) -> Iterator[bytes]:
+def _remote_blocks(source: Source, first: int, last: int, end: int) -> Iterator[bytes]:
+    url = source.file
     begun = _border.get((url, first))
     if begun is not None:
         yield begun
         first += 1
     for start in range(first * HASHED_BYTES, min(last * HASHED_BYTES, end), RANGE_BYTES):
-        part = read_range_of(url, start, min(start + RANGE_BYTES, last * HASHED_BYTES, end))
+        part = read_range_of(url, start, min(start + RANGE_BYTES, last * HASHED_BYTES, end), source.held)
         _border.clear()
         _border[url, last - 1] = part[(last - 1) * HASHED_BYTES - start :]
         yield from (part[at : at + HASHED_BYTES] for at in range(0, len(part), HASHED_BYTES))

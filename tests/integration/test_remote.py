@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
 import sftdata
+from sftdata import marking, parts
 from sftdata.cli import main
+from sftdata.config import make_config
 from sftdata.errors import DataError, InputChangedError, SftError, UsageError
 from sftdata.sources import remote
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import expand_inputs
+from sftdata.sources.ranges import Sizes
 from sftdata.sources.source import close_sources, open_source, plan_source, read_chunk
+from sftdata.workers import Workers
 from tests.remote_stores import KEYS, Counter, Web, need_packages, s3_server, served
 from tests.torture.runs import TOKENIZER, write_chats
+from tests.waiting import HANGS
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,6 +41,8 @@ pytestmark = [
 ]
 TARGET = 1.05  # bytes fetched for each byte of input
 ROWS = 3000
+PARTS = 4
+RANGE = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +147,46 @@ def test_a_finished_set_in_a_bucket_is_no_input(bucket: Counter, files: Path, tm
         expand_inputs(["s3://bucket/sets/one"])
     with pytest.raises(UsageError, match="no data file here"):
         expand_inputs(["s3://bucket/sets"])
+
+
+def _part(number: int, url: str, output: Path, step: Barrier) -> None:
+    """Make a part, in step with the others: each scans one range, then the next."""
+
+    def in_step(*given: Any) -> None:
+        step.wait(HANGS)
+        leave(*given)
+
+    leave, marking._leave = marking._leave, in_step
+    given = {"max_length": 64, "max_rejects": "50%", "engine": "tokenizers", "slice_bytes": 100_000}
+    config = make_config(inputs=[url], tokenizer=TOKENIZER, output=output, **given)
+    parts.prepare(config, Workers(1), part=parts.Part(number, PARTS))
+
+
+def test_parts_that_start_at_once_fetch_what_they_make(
+    web: Web, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte by the part that scans it and makes its rows; besides, by each, what all look at and a few borders."""
+    block, ranges = remote.HELD_BYTES, 2 * PARTS
+    monkeypatch.setattr("sftdata.inputs.Sizes", partial(Sizes, range=RANGE))
+    monkeypatch.setattr("sftdata.sources.streams.RANGE_BYTES", RANGE)
+    monkeypatch.setattr("sftdata.sources.cutting.SAMPLES", 2)
+    lines = (files / "a.jsonl").read_bytes()
+    size = ranges * RANGE
+    web.files["a.jsonl"] = (lines * (1 + size // len(lines)))[:size].rpartition(b"\n")[0] + b"\n"
+    fork = multiprocessing.get_context("fork")
+    step = fork.Barrier(PARTS)
+    crew = [
+        fork.Process(target=_part, args=(number, f"{web.url}/a.jsonl", tmp_path / "set", step))
+        for number in range(1, PARTS + 1)
+    ]
+    for one in crew:
+        one.start()
+    for one in crew:
+        one.join(HANGS)
+    assert [one.exitcode for one in crew] == [0] * PARTS
+    assert sftdata.verify(tmp_path / "set").ok
+    head, samples, borders, share = 4, 2 * 2, 3 * ranges, 2 * 2
+    assert web.total <= size + PARTS * block * (head + samples + borders + share)
 
 
 # ------------------------------------------------------------------------------------ without room for a copy

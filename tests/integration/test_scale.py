@@ -8,12 +8,10 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ import sftdata
 from sftdata.cli import main
 from sftdata.set.manifest import partial_folder
 from sftdata.workers import Hired
+from tests import clusters
 from tests.remote_stores import need_packages
-from tests.torture.runs import write_chats
+from tests.torture.runs import TOKENIZER, write_chats
 from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,10 +93,8 @@ def test_slurm(folder: Path) -> None:
 
 
 def slices(folder: Path, output: str, **more: object) -> Any:
-    return sftdata.prepare(
-        write_chats(folder / "chats.jsonl", 300), tokenizer=folder / "examples/tokenizer", output=folder / output,
-        max_length=64, max_rejects="50%", slice_bytes=4000, **more,
-    )  # fmt: skip
+    rows = write_chats(folder / clusters.ROWS, 300)
+    return sftdata.prepare(rows, tokenizer=TOKENIZER, output=folder / output, **clusters.SMALL, **more)
 
 
 def test_an_executor_makes_the_same_set(folder: Path) -> None:
@@ -125,59 +122,49 @@ def test_threads_of_one_process_take_turns() -> None:
 
 def test_the_tokenizer_travels_with_the_build(folder: Path) -> None:
     """Another machine has no cache of tokenizers: what it is sent names files in the folder of the set alone."""
-    sent: list[Path] = []
+    sent = set[Path]()
 
-    class Elsewhere(Executor):
-        def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+    class Elsewhere(ThreadPoolExecutor):
+        def submit(self, function: Any, /, *task: Any, **_: Any) -> Future[Any]:
             job = pickle.loads(pickle.dumps(function)).args[0]
-            sent.append(job.tokenizer.folder)
+            sent.add(job.tokenizer.folder)
             assert job.tokenizer.lengths_file.is_file()
-            return map(function, *tasks)
+            return super().submit(function, *task)
 
-    assert slices(folder, "hired", workers=Elsewhere()).digest == slices(folder, "alone").digest
-    assert sent == [partial_folder(folder / "hired") / "slices" / "tokenizer" / sent[0].name]
+    with Elsewhere(1) as pool:
+        digest = slices(folder, "hired", workers=pool).digest
+    assert digest == slices(folder, "alone").digest
+    (place,) = sent
+    assert place == partial_folder(folder / "hired") / "slices" / "tokenizer" / place.name
 
 
 def test_an_executor_that_breaks_leaves_what_is_finished(folder: Path) -> None:
-    class Breaks(Executor):
-        def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
-            for number, task in enumerate(*tasks):
-                if number == 3:
-                    raise RuntimeError("a worker died")
-                yield function(task)
+    class Breaks(ThreadPoolExecutor):
+        def submit(self, function: Any, /, *task: Any, **_: Any) -> Future[Any]:
+            if len(made) == 3:
+                raise RuntimeError("a worker died")
+            made.append(super().submit(function, *task))
+            wait(made)
+            return made[-1]
 
-    with pytest.raises(RuntimeError, match="a worker died"):
-        slices(folder, "hired", workers=Breaks())
+    made: list[Future[Any]] = []
+    with Breaks(1) as pool, pytest.raises(RuntimeError, match="a worker died"):
+        slices(folder, "hired", workers=pool)
     notes: list[str] = []
     assert slices(folder, "hired", workers=2, on_note=notes.append).digest == slices(folder, "alone").digest
     assert any(note.startswith("Resuming: 3/") for note in notes)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of Dask's own
-def test_dask(folder: Path) -> None:
-    """The recipe, on two worker processes of which one is killed in the middle."""
-    need_packages("distributed")
-    code = block("Dask, or any executor", "python")
-    assert "client.get_executor()" in code
-    from distributed import Client, LocalCluster
-
+@pytest.mark.parametrize("kind", ["ray", "dask"])
+def test_a_node_that_is_killed_takes_one_slice_with_it(folder: Path, kind: str) -> None:
+    """`--ray` and the recipe for Dask, each on two nodes; folder and store; killed as a slice is about to be recorded."""
+    need_packages({"dask": "distributed"}.get(kind, kind), "moto", "obstore", "s3fs")
     alone = slices(folder, "alone", workers=1)
-    killed: list[int] = []
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-
-        def kill(progress: sftdata.Progress) -> None:
-            if not killed:
-                killed.append(next(iter(cluster.workers.values())).pid)
-                os.kill(killed[0], signal.SIGKILL)
-
-        made = slices(folder, "hired", workers=client.get_executor(), on_progress=kill)
-    assert killed
-    assert made.digest == alone.digest
-    assert sftdata.verify(folder / "hired").ok
+    found = clusters.run(kind, folder)
+    assert [*found] == [str(folder), "s3://bucket"]
+    whole = {"digest": alone.digest, "sound": True, "slices": len(alone.shards), "killed": True, "again": 1}
+    assert [*found.values()] == [whole] * 2
 
 
 def test_ray_says_how_many_and_has_to_be_installed(
@@ -190,46 +177,6 @@ def test_ray_says_how_many_and_has_to_be_installed(
     assert "--workers 2: Ray itself says how many. Fix: leave --workers out." in capsys.readouterr().err
     assert main(command) == 2
     assert "pip install 'sftdata[ray]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_ray(folder: Path) -> None:
-    """Two worker nodes, of which one is taken away in the middle; in a process of its own, as Ray starts many."""
-    need_packages("ray")
-    alone = slices(folder, "alone", workers=1)
-    script = folder / "on_ray.py"
-    script.write_text(RAY)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True, text=True, timeout=HANGS, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()  # among those of Ray itself
-    assert "a node is gone" in lines
-    assert f"digest {alone.digest}" in lines
-    assert sftdata.verify(folder / "hired").ok
-
-
-RAY = """
-import sys
-from pathlib import Path
-from ray.cluster_utils import Cluster
-from sftdata.on_ray import RayExecutor
-from tests.integration.test_scale import slices
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-cluster.wait_for_nodes()
-
-def kill(progress):
-    if nodes:
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-        nodes.clear()
-        print("a node is gone")
-
-made = slices(Path(sys.argv[1]), "hired", workers=RayExecutor(cluster.address), on_progress=kill)
-print("digest", made.digest)
-"""
 
 
 def test_kubernetes(folder: Path) -> None:

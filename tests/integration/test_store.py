@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,19 +13,25 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sftdata
+from sftdata import inputs, marking, parts
+from sftdata.config import make_config
 from sftdata.errors import SftError, UsageError
+from sftdata.parts import Part
 from sftdata.set import stores
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
 from sftdata.set.shared import StoredBuild
+from sftdata.sources.ranges import Sizes
+from sftdata.workers import Workers
 from tests.picture_sets import asked, write_model, write_pictures, write_rows
 from tests.remote_stores import KEYS, need_packages, s3_server, served
 from tests.torture.runs import content, settings, write_chats
@@ -196,10 +203,11 @@ def test_workers_of_other_machines_fetch_the_tokenizer(
             def __init__(self) -> None:
                 pass
 
-            def map(self, function: Any, *tasks: Any, **_: Any) -> Iterator[Any]:  # type: ignore[override]
+            def submit(self, function: Any, /, *task: Any, **_: Any) -> Future[Any]:
                 (tmp_path / "mine").rename(tmp_path / "out of reach")
-                yield from pool.map(function, *tasks)
+                wait([done := pool.submit(function, *task)])
                 (tmp_path / "out of reach").rename(tmp_path / "mine")
+                return done
 
         sftdata.prepare(**settings(data, "s3://bucket/hired") | {"workers": Away()})
     assert files(s3, "hired") == whole
@@ -279,14 +287,16 @@ class Gate:
         self._listener.close()
 
 
-def _make(given: dict[str, Any], endpoint: str) -> None:
+def _make(given: dict[str, Any], endpoint: str, part: Part | None) -> None:
     os.environ |= KEYS | {ENDPOINT: endpoint}
-    sftdata.prepare(**given)
+    if part is not None:  # as if its ranges were worth sharing
+        marking.WORTH_RANGES, inputs.Sizes = 0, partial(Sizes, range=64 << 10)  # type: ignore[misc]
+    parts.prepare(make_config(**given), Workers(1), part=part)
 
 
-def made(given: dict[str, Any], endpoint: str, gate: Gate | None = None) -> int:
-    """Make a set in a process of its own; return its exit code."""
-    process = FORKS.Process(target=_make, args=(given, endpoint))
+def made(given: dict[str, Any], endpoint: str, gate: Gate | None = None, part: Part | None = None) -> int:
+    """Make a set, or a part of it, in a process of its own; return its exit code."""
+    process = FORKS.Process(target=_make, args=(given, endpoint, part))
     if gate is not None:
         gate.kill = lambda: os.kill(process.pid or 0, signal.SIGKILL)
     process.start()
@@ -325,6 +335,29 @@ def test_a_run_killed_at_a_put_resumes_to_the_same_bytes(
 ) -> None:
     """Three moments of each; 60 points in the long form."""
     assert killed_and_resumed(s3, data, whole, puts) == 3 * len(puts)
+
+
+@pytest.mark.parametrize(
+    "of", [2, *(pytest.param(number, marks=pytest.mark.torture) for number in (1, 7, 64))]
+)
+def test_parts_that_are_killed_make_the_set_in_any_order(s3: str, tmp_path: Path, of: int) -> None:
+    """Each at a random put, of marks, slices or what ends the set; then all again, and any one is last."""
+    chance, name = random.Random(of), f"killed-parts-{of}"
+    given = settings(write_chats(tmp_path / "in.jsonl", 400), f"s3://bucket/{name}", slice_bytes=10_000)
+    numbers, gate, kills, marks = range(1, of + 1), Gate(int(s3.rpartition(":")[2])), 0, 0
+    for number in chance.sample(numbers, of):
+        gate.arm(chance.randint(5, 20), chance.choice(["before", "middle", "after"]))
+        code = made(given, f"http://127.0.0.1:{gate.port}", gate, Part(number, of))
+        kills += code == -signal.SIGKILL
+        marks = max(marks, sum("builds/marks/" in key for key in objects(s3, name)))
+    gate.close()
+    for number in chance.sample(numbers, of):
+        assert made(given, s3, part=Part(number, of)) == 0
+    assert kills
+    assert marks > 1
+    assert made(given | {"output": tmp_path / "set"}, s3, part=Part(1, 1)) == 0  # in the same ranges
+    assert files(s3, name) == content(tmp_path / "set")
+    assert len(objects(s3, name)) == len(content(tmp_path / "set")) + 1
 
 
 def test_parts_that_are_processes_make_a_set_that_is_read_back(

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from sftdata.parts import Part, prepare
 from sftdata.set import local
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
 from sftdata.set.opened import open_set
+from sftdata.sources.marks import Marks
+from sftdata.sources.ranges import Sizes, Stretch, scan
 from sftdata.workers import Workers
 from tests.object_stores import Bucket, Killed, bucket
 from tests.torture.runs import content, settings, write_chats
@@ -26,6 +29,7 @@ from tests.torture.runs import content, settings, write_chats
 __all__ = ["bucket"]
 pytestmark = pytest.mark.usefixtures("no_sync")
 SET = "s3://bucket/set"
+RANGE = 64 << 10
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,35 @@ def test_parts_in_any_order_each_killed_make_the_set(
     assert made == sorted(made)
     assert made[-1]
     assert is_whole(bucket, whole)
+
+
+def test_parts_leave_their_marks_in_the_store_and_scan_each_range_once(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned, marks = list[int](), f"{SET}/builds/marks/"
+
+    def noted(sizes: Sizes, stretch: Stretch) -> Marks:
+        scanned.append(stretch.start)
+        return scan(sizes, stretch)
+
+    monkeypatch.setattr("sftdata.marking.WORTH_RANGES", 0)
+    monkeypatch.setattr("sftdata.marking.scan", noted)
+    monkeypatch.setattr("sftdata.inputs.Sizes", partial(Sizes, range=RANGE))
+    large, given = write_chats(tmp_path / "large.jsonl", 800), {"slice_bytes": 30_000}
+    assert not run(large, Part(2, 3), **given)
+    ranges = [*range(0, large.stat().st_size, RANGE)]
+    assert len(ranges) > 2
+    assert sorted(scanned) == ranges
+    left = sorted(bucket.below(marks))
+    assert len(left) == len(ranges)
+    scanned.clear()
+    bucket.objects[marks + left[0]] = bucket.objects[marks + left[0]][:-1]
+    del bucket.objects[marks + left[1]]
+    assert not run(large, Part(1, 3), **given)
+    assert run(large, None, **given)
+    assert len(set(scanned)) == len(scanned) == 2
+    sftdata.prepare(**settings(large, tmp_path / "set", **given))
+    assert is_whole(bucket, content(tmp_path / "set"))
 
 
 def test_a_set_that_was_pushed_there_goes_when_it_is_replaced(
