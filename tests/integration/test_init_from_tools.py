@@ -44,8 +44,8 @@ class Case:
 
     Attributes:
         but_for: what the page says of the labels that differ.
-        theirs: all tokens that it alone trains; None: any.
-        ours: all tokens that are trained here alone.
+        theirs: a text of all tokens that it alone trains; None: any.
+        ours: a text of all tokens that are trained here alone.
         lost: what the written settings name as not carried over.
         odd: which of its documents may have other ids, by ids and text.
         dropped: documents that it drops, and that are kept here.
@@ -53,8 +53,8 @@ class Case:
 
     given: dict[str, Any]
     but_for: str = ""
-    theirs: frozenset[str] | None = frozenset()
-    ours: frozenset[str] = frozenset()
+    theirs: str | None = ""
+    ours: str = ""
     lost: str = ""
     odd: Callable[[list[int], str], bool] = lambda ids, text: False
     dropped: int = 0
@@ -84,8 +84,11 @@ _AX = {
     "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "optimizer": "adamw_torch", "num_epochs": 1, "output_dir": "out",
 }  # fmt: skip
 _LLAMA = {"base_model": "llama", "special_tokens": {"pad_token": "<|finetune_right_pad_id|>"}}
-_NEWLINE = ("the newline after a turn", frozenset({"\n"}))
-_HEADERS = frozenset({"\n", "<|im_start|>", "system", "user", "assistant"})
+_NEWLINE = ("the newline after a turn", "\n")
+_UNSAID = (  # in no turn of the rows: the system message that the chat template of Qwen writes, and headers
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|im_start|>assistant\n"
+)
 CASES: dict[str, dict[str, Case]] = {
     "LLaMA-Factory": {
         "ShareGPT": Case(_LF, *_NEWLINE, odd=_cut, dropped=1),
@@ -108,10 +111,10 @@ CASES: dict[str, dict[str, Case]] = {
         "`type: alpaca`, Llama 3.2": Case(_AX | _LLAMA | {"datasets": [_ALPACA]}),
         "`type: completion`, `sequence_len: 256`": Case(_AX | {"datasets": [_TEXT], "sequence_len": 256}),
         "ShareGPT, `train_on_inputs`": Case(
-            _AX | {"datasets": [_SHAREGPT], "train_on_inputs": True}, "headers of turns", ours=_HEADERS, lost="(train_on)"
+            _AX | {"datasets": [_SHAREGPT], "train_on_inputs": True}, "headers of turns, the system message of the template", ours=_UNSAID, lost="(train_on)"
         ),
         "messages, `train_on_eos: last`": Case(
-            _AX | {"datasets": [_CHAT | {"train_on_eos": "last"}]}, "ends of earlier turns", ours=frozenset({"<|im_end|>"}),
+            _AX | {"datasets": [_CHAT | {"train_on_eos": "last"}]}, "ends of earlier turns", ours="<|im_end|>",
             lost="datasets[1].train_on_eos",
         ),
         "messages, `roles_to_train: [assistant, user]`": Case(
@@ -223,7 +226,10 @@ def test_ids_and_labels_are_those_of_the_tool(
     found = carry_over(folder / "given.yaml", str(tmp_path / "set"))
     assert not case.lost or case.lost in found.lost
     model = case.given.get("base_model") or case.given["model_name_or_path"]
-    today = {"date": made["date"]} if model == "llama" else {}  # which the tools have templates write
+    chats = found.data.get("kind") != "completion"
+    today = (
+        {"date": made["date"]} if model == "llama" and chats else {}
+    )  # which the tools have templates write
     sftdata.prepare(**found.data, workers=1, **today)
     ours, theirs = list(_ours(tmp_path / "set")), [*made[name]["train"], *made[name]["eval"]]
     left: dict[tuple[int, ...], list[list[int]]] = defaultdict(list)
@@ -243,7 +249,7 @@ def test_ids_and_labels_are_those_of_the_tool(
             assert {own, other} <= {token, -100}
             if own != other:
                 (trained_there if own == -100 else trained_here).add(token)
-    assert {words.decode([token]) for token in trained_here} == case.ours
-    assert case.theirs is None or {words.decode([token]) for token in trained_there} == case.theirs
+    assert trained_here == set(words.encode(case.ours, add_special_tokens=False))
+    assert case.theirs is None or trained_there == set(words.encode(case.theirs, add_special_tokens=False))
     assert len(ours) - len(theirs) == case.dropped
     assert f"| {tool} | {name} | {len(theirs)} | {same} | {equal} | {case.but_for or 'nothing'} |" in PAGE
