@@ -459,7 +459,12 @@ CHATML = (
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("prompts", {"max_length": 128}), ("chats", {"max_length": 256, "assistant_only_loss": True})],
+    [
+        ("prompts", {"max_length": 128}),
+        ("prompts", {"max_length": 96, "completion_only_loss": False}),
+        ("chats", {"max_length": 256, "assistant_only_loss": True}),
+        ("chats", {"max_length": 256, "assistant_only_loss": True, "truncation_mode": "keep_end"}),
+    ],
 )
 def test_ids_and_labels_are_those_of_trl(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     import datasets

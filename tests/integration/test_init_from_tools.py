@@ -95,7 +95,8 @@ CASES: dict[str, dict[str, Case]] = {
         "ShareGPT, `mask_history`": Case(_LF | {"mask_history": True}, *_NEWLINE, odd=_cut, dropped=1),
         "ShareGPT, `train_on_prompt`": Case(_LF | {"train_on_prompt": True}, odd=_cut, dropped=1),
         "Alpaca with systems, `neat_packing`, `val_size: 0.1`": Case(
-            _LF | {"dataset": "asked", "packing": True, "neat_packing": True, "val_size": 0.1, "cutoff_len": 512}, *_NEWLINE
+            _LF | {"dataset": "asked", "packing": True, "neat_packing": True, "val_size": 0.1, "cutoff_len": 512},
+            *_NEWLINE,
         ),
         "ShareGPT, Llama 3.2, no `template`": Case(
             _LF | {"model_name_or_path": "llama", "dataset": "system", "template": None}, odd=_system_again, lost="template"
@@ -111,7 +112,8 @@ CASES: dict[str, dict[str, Case]] = {
         "`type: alpaca`, Llama 3.2": Case(_AX | _LLAMA | {"datasets": [_ALPACA]}),
         "`type: completion`, `sequence_len: 256`": Case(_AX | {"datasets": [_TEXT], "sequence_len": 256}),
         "ShareGPT, `train_on_inputs`": Case(
-            _AX | {"datasets": [_SHAREGPT], "train_on_inputs": True}, "headers of turns, the system message of the template", ours=_UNSAID, lost="(train_on)"
+            _AX | {"datasets": [_SHAREGPT], "train_on_inputs": True}, "headers of turns, the system message of the template",
+            ours=_UNSAID, lost="(train_on)",
         ),
         "messages, `train_on_eos: last`": Case(
             _AX | {"datasets": [_CHAT | {"train_on_eos": "last"}]}, "ends of earlier turns", ours="<|im_end|>",
