@@ -26,7 +26,7 @@ import numpy as np
 
 import sftdata
 from sftdata.set.manifest import read_manifest
-from sfttrain.contents import read_contents
+from sfttrain.data import read_contents
 from sfttrain.schedule import Mixture
 
 ROOT = Path(__file__).parents[1]

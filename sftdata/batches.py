@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -144,10 +144,8 @@ class Ragged:
         >>> Ragged.from_lists([[(0, 2)], [], [(1, 3), (5, 6)]]).offsets.tolist()
         [0, 1, 1, 3]
         """
-        offsets = np.zeros(len(lists) + 1, np.int64)
-        np.cumsum([len(pairs) for pairs in lists], out=offsets[1:])
         flat = [pair for pairs in lists for pair in pairs]
-        return cls(np.array(flat, np.int64).reshape(-1, 2), offsets)
+        return cls(np.array(flat, np.int64).reshape(-1, 2), offsets_of([len(pairs) for pairs in lists]))
 
     def __getitem__(self, index: int) -> Int64:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
@@ -227,9 +225,7 @@ class TokenBatch:
     def in_row_order(self) -> TokenBatch:
         """Return the examples in the order of their rows; examples of one row keep theirs."""
         order = np.argsort(self.row, kind="stable")
-        if (np.diff(order) > 0).all():
-            return self
-        return self.pick(order)
+        return self if (np.diff(order) > 0).all() else self.pick(order)
 
     def at(self, tokens: Int64 | Bool | slice, offsets: Int64, row: Int64) -> TokenBatch:
         """Return the tokens that an index, a mask or a slice picks, as examples of their own."""
@@ -250,21 +246,15 @@ class TokenBatch:
         [0, 1, 3, 4, 6]
         """
         if not parts:
-            return cls(
-                np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64), np.zeros(0, np.int64)
-            )
+            return cls(np.zeros(0, np.int32), np.zeros(0, np.bool_), offsets_of([]), np.zeros(0, np.int64))
         if len(parts) == 1:
             return parts[0]
         offsets = offsets_of(np.concatenate([part.lengths for part in parts]))
-        return cls(
-            np.concatenate([part.input_ids for part in parts]),
-            np.concatenate([part.trained for part in parts]),
-            offsets,
-            np.concatenate([part.row for part in parts]),
-            np.concatenate([part.weights() for part in parts])
-            if any(part.loss_weights is not None for part in parts)
-            else None,
-        )
+        weighted = any(part.loss_weights is not None for part in parts)
+        weights = np.concatenate([part.weights() for part in parts]) if weighted else None
+        names = ("input_ids", "trained", "row")
+        ids, trained, row = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        return cls(ids, trained, offsets, row, weights)
 
 
 # ---------------------------------------------------------------------------------------------- pack
@@ -421,31 +411,39 @@ class Tally:
 
     def reject(self, row: int, fault: Fault) -> None:
         """Reject a row of the batch, as it was read."""
-        self.rejects.append(
-            Reject(
-                file=self.batch.file,
-                line=self.batch.line_of(row),
-                record=self.batch.record_of(row),
-                byte_offset=int(self.batch.byte_offsets[row]),
-                code=fault.code,
-                reason=fault.reason,
-                fix=fault.fix,
-                row=self.batch.rows[row],
-            )
-        )
+        offset, own = int(self.batch.byte_offsets[row]), self.batch.rows[row]
+        self.rejects.append(Reject(**self._place(row), byte_offset=offset, **asdict(fault), row=own))
 
     def drop(self, row: int, reason: str, tokens: int | None = None) -> None:
         """Drop a row of the batch, which has that many tokens."""
+        self.dropped.append(Dropped(**self._place(row), reason=reason, tokens=tokens))
+
+    def _place(self, row: int) -> dict[str, Any]:
         batch = self.batch
-        line, record = batch.line_of(row), batch.record_of(row)
-        self.dropped.append(Dropped(file=batch.file, line=line, record=record, reason=reason, tokens=tokens))
+        return {"file": batch.file, "line": batch.line_of(row), "record": batch.record_of(row)}
 
     def left_out(self) -> Counter[str]:
         """Return how many rows were dropped, by reason."""
         return Counter(row.reason for row in self.dropped)
 
 
-# ------------------------------------------------------------------------------------- ragged arrays
+# ------------------------------------------------------------------------------------------- columns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Columns of one length, some of which may be None: index i in each is the same thing."""
+
+    def take(self, which: Int64 | Bool | slice) -> Self:
+        """Return some of the things, by index or by flag, in this order."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(None if column is None else column[which] for column in columns))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Put columns end to end."""
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
+        return cls(*(None if own[0] is None else np.concatenate(own) for own in columns))
 
 
 def offsets_of(lengths: Sequence[int] | Int64 | Int32 | Bool) -> Int64:

@@ -63,6 +63,12 @@ class IntegrityError(SftError):
     exit_code = 4
 
 
+# What mends a set that is damaged.
+ANEW = "repeat the command that made the set, with --overwrite."
+RESTORE = "restore the file, or repeat the command that made the set, with --overwrite."
+VERIFY = "run `sftdata verify`, or repeat the command that made the set, with --overwrite."
+
+
 def changed(path: str) -> InputChangedError:
     """Return the error that names an input which was changed."""
     what = f"{path}: changed while it was read; no set is made of two versions."

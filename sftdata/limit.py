@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from sftdata.batches import (
-    Bool,
+    Columns,
     Int8,
     Int32,
     Int64,
@@ -62,7 +62,7 @@ def refuse_cutting(packing: str | None, overlong: str | None) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pieces:
+class Pieces(Columns):
     """Stretches of the examples of a batch that may stay, in order; what no kept stretch holds is cut.
 
     Attributes:
@@ -88,27 +88,15 @@ class Pieces:
 
     def kept(self) -> Pieces:
         """Return the pieces that stay."""
-        return self.take(self.reason == KEPT)
-
-    def take(self, which: Bool) -> Pieces:
-        """Return some of the pieces, by a mask."""
-        if which.all():
-            return self
-        return Pieces(
-            self.example[which], self.start[which], self.stop[which], self.trained[which], self.reason[which]
-        )
+        stays = self.reason == KEPT
+        return self if stays.all() else self.take(stays)
 
     @classmethod
-    def join(cls, parts: Sequence[Pieces], sizes: Sequence[int]) -> Pieces:
+    def of_batches(cls, parts: Sequence[Pieces], sizes: Sequence[int]) -> Pieces:
         """Put pieces of batches end to end; `sizes` are the examples of each batch."""
-        before = offsets_of(sizes)[:-1].tolist()
-        return cls(
-            np.concatenate([part.example + first for part, first in zip(parts, before, strict=True)]),
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("start", "stop", "trained", "reason")
-            ),
-        )
+        firsts = offsets_of(sizes).tolist()
+        numbered = zip(parts, firsts, strict=False)
+        return cls.join([replace(part, example=part.example + first) for part, first in numbered])
 
 
 def limit_length(batch: TokenBatch, max_length: int | None, policy: Policy, tally: Tally) -> TokenBatch:

@@ -203,7 +203,7 @@ def place_documents(
         pieces: what stays of each chunk's.
         pictures: of the documents, by example id.
     """
-    documents, chosen = TokenBatch.join(parts), Pieces.join(pieces, [len(part) for part in parts])
+    documents, chosen = TokenBatch.join(parts), Pieces.of_batches(pieces, [len(part) for part in parts])
     kept = chosen.kept()
     packs = plan_packs(kept.lengths, job.max_length, job.config.packing).within(kept.example, kept.start)
     rest, reasons = left_over(documents.lengths, chosen, job.config.overlong)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from sftdata.errors import IntegrityError, UsageError
+from sftdata.errors import ANEW, RESTORE, IntegrityError, UsageError
 
 METASPACE = "\u2581"  # SentencePiece writes a space as this
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -190,10 +190,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     """
     file = _read(folder / "tokenizer.json", _TokenizerFile)
     if file is None:
-        raise UsageError(
-            f"{folder}: no tokenizer.json, so ids cannot be turned into text.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        raise UsageError(f"{folder}: no tokenizer.json, so ids cannot be turned into text.", ANEW)
     vocab = file.model.vocab
     pieces = (
         {index: piece for piece, index in vocab.items()}
@@ -268,10 +265,7 @@ def _read(path: Path, kind: type[File]) -> File | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{path}: damaged: {error}.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        ) from None
+        raise IntegrityError(f"{path}: damaged: {error}.", RESTORE) from None
 
 
 def _layout(file: _TokenizerFile) -> TokenLayout:

@@ -16,7 +16,7 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import local_output
 from sfttrain.attention import auto_class
 from sfttrain.config import LoraSettings, adapter_base
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 from sfttrain.vocabulary import embedding_rows, embedding_table, grow_embeddings
 
 if TYPE_CHECKING:
@@ -307,8 +307,8 @@ def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return auto_class(config).from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{name}: the base cannot be loaded: {reason}", "name it with --model.") from None
+        what = f"{name}: the base cannot be loaded: {reason_of(error)}"
+        raise UsageError(what, "name it with --model.") from None
 
 
 def _saved_rows(folder: Path, base: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sftdata.errors import UsageError, did_you_mean
 from sfttrain.config import RENAMED, TRAINING_DEFAULTS, TrainConfig
-from sfttrain.process import say
+from sfttrain.process import reason_of, say
 from sfttrain.refusals import refuse_missing_launch
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def training_arguments(config: TrainConfig, *, evaluated: bool = False) -> Train
     try:
         args = TrainingArguments(**named_as_installed(settings))
     except (ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"Training settings: {reason}", "see `sfttrain config`.") from None
+        raise UsageError(f"Training settings: {reason_of(error)}", "see `sfttrain config`.") from None
     leave_gpus_idle(args, say)  # before anything counts the rows of a batch
     if not hasattr(args, "activation_checkpointing"):  # older transformers have another name for it
         for old, name in RENAMED.items():

@@ -14,7 +14,7 @@ from torch import nn
 from sftdata.errors import DataError, UsageError
 from sfttrain.adapters import load_adapted
 from sfttrain.attention import auto_class
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,8 +167,7 @@ def _load(folder: Path, base: str | None, say: Say) -> PreTrainedModel:
             kind = auto_class(AutoConfig.from_pretrained(folder))
             model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UsageError(f"{folder}: the model cannot be loaded: {reason}") from None
+            raise UsageError(f"{folder}: the model cannot be loaded: {reason_of(error)}") from None
     nn.Module.to(model, device).eval()
     return model
 

@@ -19,7 +19,7 @@ from sftdata.errors import IntegrityError, SftError, UsageError
 from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.store import digest_file, explained, sync_folder, write_atomic
 from sfttrain.config import TrainConfig, adapter_base
-from sfttrain.process import rank
+from sfttrain.process import rank, reason_of
 
 RUN_NAME = "run.json"
 SETTINGS_NAME = "settings.yaml"
@@ -221,11 +221,9 @@ def require_space(output: Path, bytes_needed: int) -> None:
 def explain_failed_write(folder: Path, error: Exception) -> SftError:
     """Turn what a failed write raises into one line."""
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
-    reason = str(error).split("\n")[0]
-    return SftError(
-        f"{folder}: the checkpoint could not be written ({reason}); {free / 1e9:.2f} GB free.",
-        "free some space, then run the same command again: it resumes from the checkpoint before.",
-    )
+    what = f"{folder}: the checkpoint could not be written ({reason_of(error)}); {free / 1e9:.2f} GB free."
+    fix = "free some space, then run the same command again: it resumes from the checkpoint before."
+    return SftError(what, fix)
 
 
 def _remove(folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sftdata.errors import UsageError
 from sfttrain.attention import head_width, read_signature
 from sfttrain.config import TrainConfig
-from sfttrain.device import sharded
+from sfttrain.device import sharded, weight_bytes
 from sfttrain.forward import text_config
 from sfttrain.gated import gate_as_before, gate_in_place
 
@@ -218,12 +218,10 @@ def free_to_keep(model: nn.Module, tokens: int, accumulated: bool) -> bool:
     layer, config = next(repeated_layers(model), None), text_config(cast(Any, model).config)
     if layer is None or accumulated:
         return False
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    gradient = sum(weight.numel() * weight.element_size() for weight in weights)
     # The residual stream has the dtype of the embeddings, attention that of the products.
     states = config.hidden_size * next(model.parameters()).element_size()
     kept = 2 * config.num_attention_heads * head_width(config)
-    return bool(tokens * (states + kept) <= gradient)
+    return bool(tokens * (states + kept) <= weight_bytes(layer, trained=True))
 
 
 @cache

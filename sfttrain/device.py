@@ -1,33 +1,25 @@
-"""What the GPU of this machine can do and hold: its driver, its kernels, bfloat16 and memory.
-
-Activation checkpoints cost a quarter of a step, so there are none where a step fits without them:
-needed = peak of the trial step + optimizer state + gradients kept while later micro-batches run
-"""
+"""What the GPU of this machine can do and hold: its driver, its kernels, bfloat16 and memory."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from sftdata.errors import UsageError
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-    from sfttrain.trainer import SftTrainer
 
 DRIVER = Path("/proc/driver/nvidia/version")
 _INSTEAD = "use_cpu=true trains on the CPU."
 # Tensors as large as the weights that training holds: weights, gradients, and what the optimizer keeps.
 _HELD = {"adamw_torch": 4, "adamw_torch_fused": 4, "sgd": 2}
-_SHARE = 0.9  # of what is free: other batches differ, and the allocator leaves gaps
-_MOMENTS = 2  # of Adam, in the dtype of the weights
 _LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -129,15 +121,18 @@ def refuse_too_large(model: torch.nn.Module, args: TrainingArguments) -> None:
     if args.device.type != "cuda" or sharded(args) or getattr(model, "hf_device_map", None):
         return
     held = _HELD.get(str(getattr(args.optim, "value", args.optim)), 1)
-    weights = [
-        (weight.numel() * weight.element_size(), weight.requires_grad) for weight in model.parameters()
-    ]
-    needed = sum(size * (held if trained else 1) for size, trained in weights)
+    needed = weight_bytes(model, trained=False) + held * weight_bytes(model, trained=True)
     whole = torch.cuda.mem_get_info()[1]
     if needed > whole:
         found = f"weights, gradients and optimizer state take {needed / 1e9:.1f} GB"
         fix = "--lora r=16, with --quantize nf4 if need be; optim=adamw_bnb_8bit; or several GPUs with FSDP."
         raise UsageError(f"The model does not fit: {found}, and the GPU has {whole / 1e9:.1f} GB.", fix)
+
+
+def weight_bytes(module: torch.nn.Module, trained: bool | None = None) -> int:
+    """Return the bytes of a module's weights: of those that are trained, of those that are not, or of all."""
+    weights = [weight for weight in module.parameters() if trained in (None, weight.requires_grad)]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def sharded(args: TrainingArguments) -> bool:
@@ -147,7 +142,7 @@ def sharded(args: TrainingArguments) -> bool:
 
 def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
     """Return the error of a device out of memory at a step, or at the model (step 0); None for others."""
-    reason = str(error).strip().split("\n")[0]
+    reason = reason_of(error)
     host = "DefaultCPUAllocator: can't allocate memory"
     if not isinstance(error, torch.OutOfMemoryError) and host not in reason:
         return None
@@ -162,82 +157,9 @@ def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
     return UsageError(f"Step {step:,} does not fit: {reason}.", fix)
 
 
-def by_memory(trainer: SftTrainer) -> bool:
-    """Say whether memory decides on activation checkpoints; turn them off for models that have none."""
-    args = trainer.args
-    asked = bool(getattr(args, "checkpoints_by_memory", False))
-    if asked and not getattr(trainer.model, "supports_gradient_checkpointing", False):
-        args.activation_checkpointing = args.gradient_checkpointing = False
-        return False
-    return asked
-
-
 def measurable() -> bool:
     """Say whether the memory of the device can be measured."""
     return bool(torch.cuda.is_available())
-
-
-def switch(trainer: SftTrainer, on: bool) -> None:
-    """Turn activation checkpoints on or off, for the trial and for training."""
-    args, model = trainer.args, trainer.model
-    args.activation_checkpointing = on
-    if hasattr(args, "gradient_checkpointing"):  # what older transformers read
-        args.gradient_checkpointing = on
-    if on:
-        trainer.checkpoint_activations()
-        return
-    word = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
-    getattr(model, f"{word}_checkpointing_disable")()
-
-
-def drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Say) -> bool:
-    """Try a step without activation checkpoints; leave them on where it needs too much.
-
-    Args:
-        trainer: with activation checkpoints on.
-        step: takes the trial step, and raises UsageError where it does not fit.
-        say: told what was decided.
-
-    Returns:
-        Whether they are off, with the step taken last.
-    """
-    if trainer.run["unpack"]:
-        say(
-            "activation checkpoints: on, since rows differ in length "
-            "and the first batch says little of others"
-        )
-        return False
-    switch(trainer, False)
-    fits, found = try_room(trainer, step)
-    say(f"activation checkpoints: {'off' if fits else 'on'}, a step without them {found}")
-    if not fits:
-        reset_peak()
-        switch(trainer, True)
-    return fits
-
-
-def try_room(trainer: SftTrainer, step: Callable[[], object]) -> tuple[bool, str]:
-    """Take a trial step; return whether training fits with it, on all ranks, and what it needs, in words."""
-    reset_peak()
-    try:
-        step()
-    except UsageError:
-        needed = None
-    else:
-        needed = peak() + _state(trainer)
-    free = room()
-    fits = needed is not None and needed <= _SHARE * free
-    if trainer.args.world_size > 1:
-        flag = torch.tensor(float(fits), device=trainer.args.device)
-        fits = float(trainer.accelerator.reduce(flag, "sum")) == trainer.args.world_size
-    return fits, "does not fit" if needed is None else f"needs {needed / 1e9:.1f} of {free / 1e9:.0f} GB"
-
-
-def _state(trainer: SftTrainer) -> int:
-    """Return the bytes that training holds besides a trial step: moments, and gradients that accumulate."""
-    trained = [weight for weight in cast(torch.nn.Module, trainer.model).parameters() if weight.requires_grad]
-    size: int = sum(weight.numel() * weight.element_size() for weight in trained)
-    return (_MOMENTS + (trainer.args.gradient_accumulation_steps > 1)) * size
 
 
 def reset_peak() -> None:

@@ -22,7 +22,7 @@ from sftdata.set.store import sync_folder, write_atomic
 from sfttrain.adapters import READ_WITH
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME, Identity
 from sfttrain.config import TrainConfig
-from sfttrain.process import Say, say
+from sfttrain.process import Say, reason_of, say
 from sfttrain.refusals import require_package
 from sfttrain.report import closing, write_report
 from sfttrain.resume import read_run
@@ -233,10 +233,8 @@ def push(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True, private=True)
         api.create_commit(repository, files, commit_message="Upload a model trained by sfttrain")
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(
-            f"{folder}: is finished; pushing it failed: {reason}", "run the same command again."
-        ) from None
+        what = f"{folder}: is finished; pushing it failed: {reason_of(error)}"
+        raise UsageError(what, "run the same command again.") from None
     return str(address)
 
 

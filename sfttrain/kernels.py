@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sftdata.errors import UsageError
 from sfttrain.config import TrainConfig
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 from sfttrain.proofs import Surroundings, remembered
 from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model
 
@@ -63,8 +63,7 @@ def add_kernels(
             )
             reason = f"they round {rounding:.1f} times as much as plain PyTorch does" * (rounding > _ROUNDING)
         except Exception as error:  # whatever a kernel raises on a card that it does not know
-            first = (str(error).strip() or type(error).__name__).split("\n")[0]
-            reason = f"they could not be tried on this architecture ({first:.200})"
+            reason = f"they could not be tried on this architecture ({reason_of(error):.200})"
     if reason and config.kernels == "liger":
         raise UsageError(f"kernels=liger cannot be used: {reason}.", "set kernels=auto.")
     if reason:

@@ -22,7 +22,7 @@ from sfttrain.device import computes_in_bf16, sharded
 from sfttrain.forward import disable_cache, share_terms
 from sfttrain.loss import Objective, fuse_loss
 from sfttrain.masks import keep_apart
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 from sfttrain.refusals import require_package
 from sfttrain.towers import frozen_parts, keep_in_step
 from sfttrain.vocabulary import align_special_tokens, resize_embeddings
@@ -150,7 +150,7 @@ def _quantization(kind: str) -> QuantizationConfigMixin:
 
 
 def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
-    text = str(error).strip().split("\n")[0]
+    text = reason_of(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
         found = f"{source}: model_init_kwargs.{unknown[1]}: "

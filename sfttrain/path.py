@@ -10,7 +10,7 @@ from sfttrain.attention import ASKED, FLATTENED, Choice, takes_no_mask
 from sfttrain.config import TrainConfig
 from sfttrain.forward import depends_on_row_length, text_config
 from sfttrain.pictures import PictureInputs
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 from sfttrain.proofs import Proof, Surroundings, prove, remembered
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class _Search:
             )
         except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
             self._failure = self._failure or error
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._rejected[name] = f"it could not be tried on this architecture ({reason})"
+            self._rejected[name] = f"it could not be tried on this architecture ({reason_of(error)})"
             return None
         if not proof.causal:
             found = (

@@ -1,4 +1,8 @@
-"""Checks before step 1: room for checkpoints and in memory, what is compiled, a finite loss."""
+"""Checks before step 1: room for checkpoints and in memory, what is compiled, a finite loss.
+
+Activation checkpoints cost a quarter of a step, so there are none where a step fits without them:
+needed = peak of the trial step + optimizer state + gradients kept while later micro-batches run
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ from sftdata.output import as_clock
 from sfttrain import checkpoint, device
 from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
-from sfttrain.device import out_of_memory
+from sfttrain.device import out_of_memory, weight_bytes
 from sfttrain.loss import items_of
-from sfttrain.process import Say, counted, share_of_rows, time_limit
+from sfttrain.process import Say, counted, reason_of, share_of_rows, time_limit
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from sfttrain.trainer import SftTrainer
 
 COMPILE_SECONDS = 180  # a cold compiler takes 20 s on a machine with 16 cores
+_SHARE = 0.9  # of what is free: other batches differ, and the allocator leaves gaps
+_MOMENTS = 2  # of Adam, in the dtype of the weights
 _SAME_STEP = 2e-2  # in bf16; dropout draws other numbers where layers are compiled
 
 
@@ -54,7 +60,7 @@ def check_fit(trainer: SftTrainer, compute: torch.dtype, choice: Compilation, sa
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return  # not sharded yet
     say(f"memory: {describe_memory(model)}")
-    by_memory = device.by_memory(trainer)
+    by_memory = memory_decides(trainer)
     if by_memory and _together(trainer):
         say(
             "activation checkpoints: on, since ranks hold rows together; "
@@ -100,10 +106,10 @@ def _try_first_batch(
         if not compiled(keep=False):
             trial()
 
-    if by_memory and device.drop_where_they_fit(trainer, smallest, say):
+    if by_memory and _drop_where_they_fit(trainer, smallest, say):
         return
     if by_memory and choice.what == "layers" and not choice.keep and not trainer.run["unpack"]:
-        fits, found = device.try_room(trainer, lambda: compiled(keep=True))
+        fits, found = _try_room(trainer, lambda: compiled(keep=True))
         say(f"activation checkpoints: a step that keeps what attention gave {found}")
         if fits:
             return
@@ -115,6 +121,76 @@ def _try_first_batch(
         if _together(trainer):
             raise
         say("compile: nothing (it takes more memory than there is)")
+
+
+def memory_decides(trainer: SftTrainer) -> bool:
+    """Say whether memory decides on activation checkpoints; turn them off for models that have none."""
+    args = trainer.args
+    asked = bool(getattr(args, "checkpoints_by_memory", False))
+    if asked and not getattr(trainer.model, "supports_gradient_checkpointing", False):
+        args.activation_checkpointing = args.gradient_checkpointing = False
+        return False
+    return asked
+
+
+def _switch(trainer: SftTrainer, on: bool) -> None:
+    """Turn activation checkpoints on or off, for the trial and for training."""
+    args, model = trainer.args, trainer.model
+    args.activation_checkpointing = on
+    if hasattr(args, "gradient_checkpointing"):  # what older transformers read
+        args.gradient_checkpointing = on
+    if on:
+        trainer.checkpoint_activations()
+        return
+    word = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    getattr(model, f"{word}_checkpointing_disable")()
+
+
+def _drop_where_they_fit(trainer: SftTrainer, step: Callable[[], object], say: Say) -> bool:
+    """Try a step without activation checkpoints; leave them on where it needs too much.
+
+    Args:
+        trainer: with activation checkpoints on.
+        step: takes the trial step, and raises UsageError where it does not fit.
+        say: told what was decided.
+
+    Returns:
+        Whether they are off, with the step taken last.
+    """
+    if trainer.run["unpack"]:
+        why = "since rows differ in length and the first batch says little of others"
+        say(f"activation checkpoints: on, {why}")
+        return False
+    _switch(trainer, False)
+    fits, found = _try_room(trainer, step)
+    say(f"activation checkpoints: {'off' if fits else 'on'}, a step without them {found}")
+    if not fits:
+        device.reset_peak()
+        _switch(trainer, True)
+    return fits
+
+
+def _try_room(trainer: SftTrainer, step: Callable[[], object]) -> tuple[bool, str]:
+    """Take a trial step; return whether training fits with it, on all ranks, and what it needs, in words."""
+    device.reset_peak()
+    try:
+        step()
+    except UsageError:
+        needed = None
+    else:
+        needed = device.peak() + _state(trainer)
+    free = device.room()
+    fits = needed is not None and needed <= _SHARE * free
+    if trainer.args.world_size > 1:
+        flag = torch.tensor(float(fits), device=trainer.args.device)
+        fits = float(trainer.accelerator.reduce(flag, "sum")) == trainer.args.world_size
+    return fits, "does not fit" if needed is None else f"needs {needed / 1e9:.1f} of {free / 1e9:.0f} GB"
+
+
+def _state(trainer: SftTrainer) -> int:
+    """Return the bytes that training holds besides a trial step: moments, and gradients that accumulate."""
+    gradients = trainer.args.gradient_accumulation_steps > 1
+    return (_MOMENTS + gradients) * weight_bytes(cast(nn.Module, trainer.model), trained=True)
 
 
 class FirstStep(TrainerCallback):
@@ -165,8 +241,7 @@ def _try_compiled(
         stop_compiled(model)
         raise
     except Exception as error:  # whatever a compiler raises; the plain step works
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        reason = f"it failed: {first:.200}"
+        reason = f"it failed: {reason_of(error):.200}"
     else:
         breaks = sum(counters["graph_break"].values()) - before
         moved = compiled.difference(plain)
@@ -217,9 +292,8 @@ def _halves(row: Row) -> list[Row]:
 
 def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of one checkpoint: the weights that are saved, and two Adam moments per trained weight."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    return 3 * int(trained) + (0 if hasattr(model, "peft_config") else int(frozen))
+    frozen = 0 if hasattr(model, "peft_config") else weight_bytes(model, trained=False)
+    return 3 * weight_bytes(model, trained=True) + frozen
 
 
 class Trial(NamedTuple):
@@ -267,10 +341,9 @@ def describe_memory(model: nn.Module) -> str:
     """Say what the weights, their gradients and Adam's moments take."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    text = f"{total:,} parameters, {trained:,} trained; "
-    return f"{text}weights {weights / 1e9:.2f} GB, gradients and optimizer {state / 1e9:.2f} GB"
+    state = 3 * weight_bytes(model, trained=True)
+    text = f"{total:,} parameters, {trained:,} trained; weights {weight_bytes(model) / 1e9:.2f} GB"
+    return f"{text}, gradients and optimizer {state / 1e9:.2f} GB"
 
 
 _TRIED = {"cuda": 8192}  # rows and columns of the matrices whose products are timed; elsewhere 2048

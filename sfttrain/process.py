@@ -53,6 +53,11 @@ def say(text: str) -> None:
             _listener(text)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its kind."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 def counted(count: int, thing: str) -> str:
     """Return a number of things in words: "1 step", "2 steps"."""
     return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,6 +17,8 @@ from sftdata.set.store import write_atomic
 from sfttrain.process import StopRequest
 
 LOG_NAME = "train_log.jsonl"
+Line = dict[str, object]
+"""Of the log: its `step`, and figures, or answers to samples."""
 _LABEL = "step {done}/{total}"
 
 
@@ -107,16 +112,18 @@ def _evaluation(key: str) -> str:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that are about to be taken again, and a line cut short by a kill."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text("utf-8").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    write_atomic(path, lambda sink: sink.write("".join(kept).encode()))
+    if path.is_file():
+        kept = "".join(f"{text}\n" for text, line in read_lines(path) if cast(int, line["step"]) <= step)
+        write_atomic(path, lambda sink: sink.write(kept.encode()))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Line]]:
+    """Yield each line of a training log, if there is one, with what it says; one cut short is left out."""
+    for text in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield text, line
 
 
 def _plain(value: object) -> object:

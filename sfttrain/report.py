@@ -25,7 +25,7 @@ from sftdata.output import as_clock
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
 from sfttrain.process import counted
-from sfttrain.progress import LOG_NAME
+from sfttrain.progress import LOG_NAME, Line, read_lines
 from sfttrain.seen import SEEN_NAME, Seen
 
 REPORT_NAME = "report.html"
@@ -43,7 +43,6 @@ SHOWN_SETTINGS = (
 _SPEED = ("_runtime", "_per_second")
 _KINDS = ("lost", "context", "bad")
 
-Line = dict[str, object]
 _MOST_POINTS = 500
 _WORST = 20  # documents
 _SMOOTHED = 60  # points from which on a noisy curve is shown faint, with its mean drawn over it
@@ -111,15 +110,7 @@ def _documents(folder: Path) -> dict[str, object]:
 
 def read_log(path: Path) -> list[Line]:
     """Return the lines of a training log, if there is one; a line cut short by a kill is left out."""
-    lines = []
-    for text in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    return [line for _, line in read_lines(path)]
 
 
 def _read_run(path: Path) -> Line:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sftdata.errors import DataError, UsageError
 from sfttrain.chat import Chat
 from sfttrain.device import sharded
-from sfttrain.progress import LOG_NAME
+from sfttrain.progress import LOG_NAME, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,10 +156,8 @@ class Samples(TrainerCallback):
 
     def _answered(self, step: int) -> bool:
         """Say whether the log has answers at a step; those of other sets, or of a run that was killed."""
-        if not self._log.is_file():
-            return False
-        lines = map(json.loads, filter(None, self._log.read_text("utf-8").split("\n")))
-        return any(line.get("step") == step and isinstance(line.get("samples"), list) for line in lines)
+        lines = (line for _, line in read_lines(self._log) if line["step"] == step)
+        return any(isinstance(line.get("samples"), list) for line in lines)
 
 
 def _answer(chat: Chat, sample: Sample) -> str:

@@ -25,7 +25,7 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.manifest import SourceInfo, first_passes
 from sftdata.set.opened import ShardSet
 from sftdata.set.store import Sink, write_atomic
-from sfttrain.contents import Contents
+from sfttrain.data import Contents
 
 if TYPE_CHECKING:
     from sfttrain.schedule import Order

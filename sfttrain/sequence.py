@@ -43,7 +43,7 @@ from sfttrain.config import TrainConfig
 from sfttrain.data import Batch, Collator, Row
 from sfttrain.forward import text_config
 from sfttrain.path import Plan, choose_path
-from sfttrain.process import Say
+from sfttrain.process import Say, reason_of
 from sfttrain.proofs import DIFFERENCE, Remembered, Surroundings, remembered
 from sfttrain.tiny import VOCABULARY, fixed_seed, full_float32, smallest_that_runs, tiny_model
 
@@ -148,8 +148,8 @@ def _proof(
             config.prove_again,
         )
     except Exception as error:  # whatever a foreign model raises: what cannot be shown is not relied on
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        found = f"sequence_parallel={config.sequence_parallel}: slices of rows could not be tried ({reason})"
+        asked, reason = f"sequence_parallel={config.sequence_parallel}", reason_of(error)
+        found = f"{asked}: slices of rows could not be tried ({reason})"
         raise UsageError(f"{found}.", "leave it out.") from error
 
 

@@ -16,7 +16,6 @@ from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoppedError
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
-from sfttrain.ahead import FetchAhead
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
 from sfttrain.attention import Choice, choose_attention, register_attention
 from sfttrain.compiling import (
@@ -29,15 +28,14 @@ from sfttrain.compiling import (
     stop_compiled,
 )
 from sfttrain.config import TrainConfig
-from sfttrain.contents import read_contents
-from sfttrain.data import Collator, TrainingRows
-from sfttrain.data_plan import account_of, make_order, planned, total_steps
-from sfttrain.device import by_memory, out_of_memory, refuse_too_large
+from sfttrain.data import Collator, TrainingRows, read_contents
+from sfttrain.device import out_of_memory, refuse_too_large
 from sfttrain.documents import DocumentLog
 from sfttrain.export import conclude, conclude_again, export, folders_beside, tokenizer_folder
 from sfttrain.given import CustomRows, StreamRows, custom_rows
 from sfttrain.kernels import add_kernels
 from sfttrain.model import load_config, make_model, outline, whole_weights
+from sfttrain.order import FetchAhead, account_of, make_order, planned, total_steps
 from sfttrain.path import Plan, choose_path
 from sfttrain.pictures import inputs_of, refuse_other_model
 from sfttrain.process import Say, StopRequest, failing_together, rank, say, share_of_rows
@@ -287,7 +285,7 @@ def _custom_rows(data: object, args: TrainingArguments) -> CustomRows | StreamRo
 def _speed_up(setting: Run, trainer: SftTrainer, where: Surroundings, steps: int, fresh: bool) -> None:
     """Choose kernels, and what to compile; try both, and the room there is, where the run is fresh."""
     choice, model = _choose_compile(setting, trainer, where, steps), cast(nn.Module, trainer.model)
-    if fresh or by_memory(trainer):
+    if fresh or preflight.memory_decides(trainer):
         preflight.check_fit(trainer, where.compute, choice, say)
     elif choice.what != "none":
         say(f"compile: {start_compiled(model, choice)} ({choice.reason})")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sftdata.batches import Float32, Int32, Int64
+from sftdata.batches import Columns, Float32, Int32, Int64
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.local import named, path_from
 from sftdata.set.store import Sink, write_atomic
@@ -62,7 +62,7 @@ def trained_set(run: Path, folder: Path, digest: str) -> TrainedSet:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DocumentLosses:
+class DocumentLosses(Columns):
     """What became of documents in training; index i in each column is the same stretch of one.
 
     Attributes:
@@ -89,10 +89,6 @@ class DocumentLosses:
 
     def __len__(self) -> int:
         return len(self.step)
-
-    def take(self, chosen: npt.NDArray[np.bool_] | Int64) -> DocumentLosses:
-        """Return some of them, by index or by flag."""
-        return DocumentLosses(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 def log_schema(sets: Sequence[TrainedSet]) -> pa.Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -239,9 +240,7 @@ class LoggedRun:
             mine = self.losses.set == number
             if mine.any():
                 ids[mine] = in_first_pass(opened.manifest.sources, ids[mine])
-        columns = [getattr(self.losses, name) for name in DocumentLosses.__slots__]
-        columns[DocumentLosses.__slots__.index("example_id")] = ids
-        return DocumentLosses(*columns)
+        return dataclasses.replace(self.losses, example_id=ids)
 
     def _named(self, found: Ranking, index: int, raised: float | None = None) -> Blamed:
         number = int(found.set[index])

@@ -11,13 +11,13 @@ against the documents of the steps around it, by token and by byte of text, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from sftdata.batches import Bool, Float32, Int32, Int64
+from sftdata.batches import Bool, Columns, Float32, Int32, Int64
 from sftdata.blame.log import DocumentLosses
 
 Float64 = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ _LEAST_JUMP = 0.1  # of the loss before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ranking:
+class Ranking(Columns):
     """Documents, the worst first.
 
     Attributes:
@@ -60,10 +60,6 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self.set)
-
-    def take(self, chosen: Int64 | slice) -> Ranking:
-        """Return some of them."""
-        return Ranking(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

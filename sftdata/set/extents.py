@@ -30,7 +30,7 @@ import numpy.typing as npt
 import xxhash
 
 from sftdata.batches import Float32, Int32, Int64, offsets_of
-from sftdata.errors import IntegrityError
+from sftdata.errors import ANEW, IntegrityError
 from sftdata.set.images import IMAGES
 from sftdata.set.index import REST, as_strings, rest_pictures, slice_number
 from sftdata.set.shards import (
@@ -61,7 +61,6 @@ UInt8 = npt.NDArray[np.uint8]
 PADDING_FILE = -1
 AS_STORED, GIVEN, TAKEN = 0, 1, 2
 """The label of an extent's first token: that of its file, one that the file may lack, or none."""
-ANEW = "repeat the command that made the set, with --overwrite."
 
 
 def packs_name(number: int) -> str:

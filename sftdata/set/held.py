@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Float32, Int32, Int64, PackedRows, offsets_of
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import ANEW, IntegrityError, SftError, UsageError
 from sftdata.set.cache import BOUND, cache_bound
-from sftdata.set.extents import ANEW, GIVEN, PADDING_FILE, Extents, held_files, rest_digest
+from sftdata.set.extents import GIVEN, PADDING_FILE, Extents, held_files, rest_digest
 from sftdata.set.images import HasPictures, StoredPictures, read_images
 from sftdata.set.index import read_rest
 from sftdata.set.local import beside, local_folder, origin, plain_file
@@ -50,9 +50,8 @@ class Watch:
             digest = read_manifest(self._folder).digest
         except (OSError, SftError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise IntegrityError(
-                f"{self._folder}: gone while it was in use: {reason}.", "open the set again."
-            ) from None
+            what = f"{self._folder}: gone while it was in use: {reason}."
+            raise IntegrityError(what, "open the set again.") from None
         if digest != self._digest:
             opened = self._digest[:12]
             what = f"{self._folder}: replaced while it was in use: opened as {opened}, now {digest[:12]}."
@@ -289,10 +288,8 @@ def _read_base(folder: Path, base: BaseInfo, nested: bool) -> tuple[Path, Manife
         found = read_manifest(path)
     except SftError as error:
         fix = "run the same `sftdata view` with the path it has now."
-        raise IntegrityError(
-            f"{what}, which cannot be read: {error.message}",
-            f"put that set back, or {again * nested}{fix}",
-        ) from None
+        what = f"{what}, which cannot be read: {error.message}"
+        raise IntegrityError(what, f"put that set back, or {again * nested}{fix}") from None
     if (found.digest, rest_digest(found)) != (base.digest, base.rest):
         other = f"digest {found.digest[:12]}" if found.digest != base.digest else "other rest files"
         fix = f"{again}the same `sftdata view` with --overwrite." if nested else ANEW

@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError, RowError, UsageError, changed
+from sftdata.errors import RESTORE, IntegrityError, RowError, UsageError, changed
 from sftdata.pictures.loaded import Picture, PictureFolder
 from sftdata.pictures.references import Reference, load_picture
 from sftdata.set.hashes import PictureHashes, picture_hashes
@@ -56,7 +56,6 @@ RESTORE_PICTURES = (
     "put their folder back there, or prepare the set anew, with --images DIR where it is now; with"
     " --embed-images a set holds its pictures."
 )
-_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 class VisionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -367,7 +366,7 @@ def read_images(path: Path, held: Callable[[int], StoredPictures] | None = None)
     """
     batches = read_file(path, images_schema(by_index=held is not None))
     if not batches:
-        raise IntegrityError(f"{path}: holds no record batch.", _AGAIN)
+        raise IntegrityError(f"{path}: holds no record batch.", RESTORE)
     return StoredPictures(batches, held)
 
 

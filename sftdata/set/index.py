@@ -11,11 +11,11 @@ offsets, are the document, whole: every token that came in is in the set once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from sftdata.batches import (
     IGNORE_INDEX,
     Bool,
+    Columns,
     Float32,
     Int32,
     Int64,
@@ -33,7 +34,7 @@ from sftdata.batches import (
     offsets_of,
     positions_of,
 )
-from sftdata.errors import IntegrityError
+from sftdata.errors import RESTORE, IntegrityError
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
 from sftdata.set.images import IMAGES, PictureColumns, SlicePictures, write_images
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 INDEX, REST = "index", "rest"
 HASH_BYTES = 16
 _SLICE_FILE = re.compile(r"(?:shard|packs|index|rest|images)-([0-9]{5,9})\.arrow")
-_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 def slice_number(name: str) -> int | None:
@@ -83,8 +83,10 @@ def beside_name(kind: str, number: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Segments:
+class Segments(Columns):
     """The index of a slice: one entry a segment, those of the rows in order, then those of the rest.
+
+    Indices that are joined keep the rows of each slice.
 
     Attributes:
         example_ids: int64[S], input row that the document comes from.
@@ -114,21 +116,6 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.example_ids)
-
-    def at(self, segments: Int64) -> Segments:
-        """Return these segments, int64[K], in this order."""
-        return self._each(lambda name: getattr(self, name)[segments], self.first_weights is not None)
-
-    @classmethod
-    def join(cls, parts: Sequence[Segments]) -> Segments:
-        """Put indices end to end; their rows stay those of each slice."""
-        weighted = parts[0].first_weights is not None
-        return cls._each(lambda name: np.concatenate([getattr(part, name) for part in parts]), weighted)
-
-    @classmethod
-    def _each(cls, column: Callable[[str], Any], weighted: bool) -> Segments:
-        names = [name for name in cls.__slots__ if weighted or name != "first_weights"]
-        return cls(**{name: column(name) for name in names})
 
     def restore(self, path: Path, rows: Sequence[PackedRows], rest: Sequence[RestRows]) -> TokenBatch:
         """Return the tokens of each segment, an example each, with all labels and weights of their documents.
@@ -223,7 +210,7 @@ def _refuse_other(
     path: Path, name: str, said: npt.NDArray[np.generic], found: npt.NDArray[np.generic]
 ) -> None:
     if not np.array_equal(said, found):
-        raise IntegrityError(f"{path}: {name} differs from what rows and rest hold.", _AGAIN)
+        raise IntegrityError(f"{path}: {name} differs from what rows and rest hold.", RESTORE)
 
 
 # -------------------------------------------------------------------------------------------------- making
@@ -384,7 +371,7 @@ def read_rest(path: Path, weighted: bool = False, pictured: bool = False) -> lis
         lists = [batch.column(index) for index in range(2 + weighted)]
         offsets = [list_offsets(column) for column in lists]
         if any(not np.array_equal(offsets[0], other) for other in offsets[1:]):
-            raise IntegrityError(f"{path}: its lists differ in length.", _AGAIN)
+            raise IntegrityError(f"{path}: its lists differ in length.", RESTORE)
         ids, labels, *weights = [as_numpy(list_items(column)) for column in lists]
         parts.append(
             RestRows(
@@ -434,7 +421,7 @@ def read_index(path: Path, weighted: bool = False, *, mapped: bool = True) -> Se
     """
     batches = read_file(path, index_schema(weighted), mapped=mapped)
     if len(batches) != 1:
-        raise IntegrityError(f"{path}: {len(batches)} record batches; an index has one.", _AGAIN)
+        raise IntegrityError(f"{path}: {len(batches)} record batches; an index has one.", RESTORE)
     batch = batches[0]
     columns = batch.columns  # in the order of the schema; to look them up by name takes as long again
     ids, row, offset, length, trained = map(as_numpy, columns[:5])

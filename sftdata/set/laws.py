@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int64, PackedRows, offsets_of, positions_of
-from sftdata.errors import IntegrityError
+from sftdata.errors import ANEW, IntegrityError
 from sftdata.set.manifest import Manifest
 
 
@@ -50,10 +50,7 @@ def refuse_unlawful(path: Path, batches: Iterable[PackedRows], manifest: Manifes
     first = 0
     for batch in batches:
         for rows, what in broken_laws(batch, manifest):
-            raise IntegrityError(
-                f"{path}: row {first + int(rows[0])}: {what}.",
-                "repeat the command that made the set, with --overwrite.",
-            )
+            raise IntegrityError(f"{path}: row {first + int(rows[0])}: {what}.", ANEW)
         first += len(batch)
 
 

@@ -30,7 +30,7 @@ from sftdata.batches import (
     Tally,
     offsets_of,
 )
-from sftdata.errors import IntegrityError
+from sftdata.errors import VERIFY, IntegrityError
 from sftdata.pictures.loaded import Picture
 from sftdata.set.local import file_of
 from sftdata.set.store import Count, RowLength, Sink
@@ -51,6 +51,7 @@ _OF_SOME = (
     *PICTURES,
 )  # not written where there are none
 _Key = TypeVar("_Key", str, int)
+Line = TypeVar("Line", bound=msgspec.Struct)
 
 
 class SegmentedRows(Protocol):
@@ -407,15 +408,25 @@ def first_reject(rejects: Iterable[Reject], code: str) -> Reject:
     return next(reject for reject in rejects if reject.code == code)
 
 
-def read_rejects(path: Path) -> Iterator[Reject]:
-    """Yield the rejects of a file."""
-    with open(path, "rb") as lines:
-        yield from decode_rejects(lines)
-
-
 def decode_rejects(lines: Iterable[bytes]) -> Iterator[Reject]:
     """Yield the rejects in lines of JSON."""
     return (msgspec.json.decode(line, type=Reject) for line in lines)
+
+
+def read_lines(path: Path, kind: type[Line], fix: str = VERIFY) -> Iterator[Line]:
+    """Yield what each line of a list of this kind says; nothing where there is no such file.
+
+    Raises:
+        IntegrityError: the list is damaged.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as lines:
+            for line in lines:
+                yield msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"{path}: damaged: {error}.", fix) from None
 
 
 def encode_lines(items: Iterable[msgspec.Struct]) -> bytes:
@@ -458,17 +469,8 @@ def read_counted(folder: Path) -> dict[str, Int64]:
     Raises:
         IntegrityError: the list is damaged.
     """
-    path = file_of(folder, COUNTED_NAME)
     found: dict[str, list[Int64]] = {}
-    try:
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            counted = msgspec.json.decode(line, type=CountedRows)
-            found.setdefault(counted.counter, []).extend(
-                np.arange(first, last + 1) for first, last in counted.examples
-            )
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{path}: damaged: {error}.",
-            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
-        ) from None
+    for counted in read_lines(file_of(folder, COUNTED_NAME), CountedRows):
+        runs = found.setdefault(counted.counter, [])
+        runs += [np.arange(first, last + 1) for first, last in counted.examples]
     return {name: np.concatenate(parts) for name, parts in found.items()}

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import msgspec
 import xxhash
 
-from sftdata.errors import IntegrityError, SftError, UsageError
+from sftdata.errors import RESTORE, IntegrityError, SftError, UsageError
 from sftdata.output import StoreUrl
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
 from sftdata.set.shards import ShardInfo
@@ -40,7 +40,6 @@ from sftdata.sources.remote import EXTRAS
 _AT_ONCE = 8
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
 _AS_NEEDED = (".arrow", ".jsonl")
-_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
 _forked: list[bool] = []  # from a process that reads objects: not empty
 _sound: dict[Path, int] = {}  # files that this process has held against their hashes, and their inodes
@@ -159,7 +158,7 @@ def _fill(folder: Path, url: str, found: bytes, place: str) -> None:
     try:
         listed = listed_files(manifest).values()
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", _AGAIN) from None
+        raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", RESTORE) from None
     with explained_cache():
         folder.mkdir(parents=True, exist_ok=True)
     fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
@@ -227,14 +226,14 @@ def plain_file(folder: Path, info: SetFile) -> Path:
     if origin(folder) is not None:
         _fetch(folder, info)
     if not path.is_file():
-        raise IntegrityError(f"{path}: missing.", _AGAIN)
+        raise IntegrityError(f"{path}: missing.", RESTORE)
     if any(part.is_symlink() for part in (path, *path.parents[: info.name.count("/")])):
         raise IntegrityError(
             f"{path}: reached through a link; a set holds its own files.", "copy the file in its place."
         )
     if path.stat().st_size != info.bytes:
         found = f"{path.stat().st_size} bytes; the manifest says {info.bytes}"
-        raise IntegrityError(f"{path}: {found}.", _AGAIN)
+        raise IntegrityError(f"{path}: {found}.", RESTORE)
     return path
 
 
@@ -274,7 +273,7 @@ def check_file(folder: Path, file: SetFile) -> Path:
     path = plain_file(folder, file)
     found = digest_file(path, sha256=False).xxh3
     if found != file.xxh3:
-        raise IntegrityError(f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.", _AGAIN)
+        raise IntegrityError(f"{path}: xxh3-128 is {found}; the manifest says {file.xxh3}.", RESTORE)
     return path
 
 

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from sftdata.batches import Int64
 from sftdata.choosing import SIDES
-from sftdata.errors import IntegrityError, SftError, Unit, UsageError
+from sftdata.errors import ANEW, RESTORE, IntegrityError, SftError, Unit, UsageError
 from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
@@ -322,14 +322,12 @@ def decode_manifest(raw: bytes, path: str) -> Manifest:
     try:
         version = msgspec.json.decode(raw, type=_Version).format_version
         if not 1 <= version <= PICTURES_VERSION:
-            raise UsageError(
-                f"{path}: format version {version}; this sftdata reads versions 1 to {PICTURES_VERSION}.",
-                "use a newer sftdata.",
-            )
+            what = f"{path}: format version {version}; this sftdata reads versions 1 to {PICTURES_VERSION}."
+            raise UsageError(what, "use a newer sftdata.")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         found = f"{path}: not a manifest as this version writes it: {error}."
-        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.") from None
+        raise IntegrityError(found, ANEW) from None
     _check_seal(manifest, path)
     _check_sums(manifest, path)
     return manifest
@@ -387,10 +385,7 @@ def _check_seal(manifest: Manifest, path: str) -> None:
         written = getattr(manifest, name)
         if written != found:
             said = f"{name} is {written!r}, the content gives {found}"
-            raise IntegrityError(
-                f"{path}: changed after it was written: {said}.",
-                "restore the file, or repeat the command that made the set, with --overwrite.",
-            )
+            raise IntegrityError(f"{path}: changed after it was written: {said}.", RESTORE)
 
 
 def _check_sums(manifest: Manifest, where: str) -> None:
@@ -410,10 +405,7 @@ def _check_sums(manifest: Manifest, where: str) -> None:
     if manifest.by_index and not (
         manifest.bases and all(shard.name.startswith(PACKS) for shard in manifest.shards)
     ):
-        raise IntegrityError(
-            f"{where}: rows by index beside shards, or without a base.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        raise IntegrityError(f"{where}: rows by index beside shards, or without a base.", ANEW)
     if manifest.format_version > 1:
         _check_beside(manifest, where)
     names = [file.name for file in (*shards, *manifest.files)]
@@ -441,14 +433,14 @@ def _check_beside(manifest: Manifest, where: str) -> None:
         index = min(lacking)
         name = max(name for name in listed if name.endswith(index.partition("-")[2]))
         found = f"{where}: {name} is listed without {index}."
-        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.")
+        raise IntegrityError(found, ANEW)
     if manifest.ledger.pictures_stored and not any(name.startswith(f"{IMAGES}-") for name in names):
         found = f"{manifest.ledger.pictures_stored} pictures are stored, and no {IMAGES} file is there."
-        raise IntegrityError(f"{where}: {found}", "repeat the command that made the set, with --overwrite.")
+        raise IntegrityError(f"{where}: {found}", ANEW)
     missing = sum(manifest.ledger.tokens_cut.values()) + manifest.ledger.tokens_in_dropped_rows
     if missing and not rest:
         found = f"{missing} tokens were cut or dropped, and no {REST} file is listed that holds them."
-        raise IntegrityError(f"{where}: {found}", "repeat the command that made the set, with --overwrite.")
+        raise IntegrityError(f"{where}: {found}", ANEW)
 
 
 def _check_sources(manifest: Manifest, where: str) -> None:
@@ -459,11 +451,9 @@ def _check_sources(manifest: Manifest, where: str) -> None:
             found = (
                 f"{source.name} begins with id {source.first_id}, and the sources before it end at {first}"
             )
-            raise IntegrityError(
-                f"{where}: {found}.", "repeat the command that made the set, with --overwrite."
-            )
+            raise IntegrityError(f"{where}: {found}.", ANEW)
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
         counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
         found = f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}."
-        raise IntegrityError(found, "repeat the command that made the set, with --overwrite.")
+        raise IntegrityError(found, ANEW)

@@ -28,7 +28,7 @@ from sftdata.batches import (
     PackedRows,
     offsets_of,
 )
-from sftdata.errors import IntegrityError, SftError
+from sftdata.errors import ANEW, IntegrityError, SftError
 from sftdata.set.store import Count, SetFile, ShardName, Sink, write_atomic
 from sftdata.set.stores import Target
 
@@ -42,7 +42,6 @@ PACKS = "packs"
 """Begins the names of files that stand for shards where rows lie in other sets, see `extents`."""
 _BATCH_TOKENS = 1 << 20  # 8 MiB of ids and labels: small enough to stream, large enough to cost nothing
 _LARGEST_OFFSET = 2**31 - 1
-_ANEW = "repeat the command that made the set, with --overwrite."
 
 
 class ShardInfo(SetFile, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,10 +184,7 @@ def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> Packe
     offsets = {name: list_offsets(batch[name]) for name in ragged if name in items}
     for name, twin in _TWINS:
         if name in offsets and twin in offsets and not np.array_equal(offsets[name], offsets[twin]):
-            raise IntegrityError(
-                f"{path}: {name} and {twin} differ in length.",
-                "repeat the command that made the set, with --overwrite.",
-            )
+            raise IntegrityError(f"{path}: {name} and {twin} differ in length.", ANEW)
     row_offsets = offsets["input_ids"] if max_length is None else np.arange(len(batch) + 1) * max_length
     if "images" in items:
         check_pictures(path, items["image_counts"], offsets)
@@ -212,10 +208,7 @@ def check_pictures(path: Path, counts: Int32, offsets: dict[str, Int64]) -> None
     if (counts < 0).any() or not np.array_equal(
         offsets_of(counts)[offsets["image_counts"]], offsets["images"]
     ):
-        raise IntegrityError(
-            f"{path}: image_counts do not sum to the images.",
-            "repeat the command that made the set, with --overwrite.",
-        )
+        raise IntegrityError(f"{path}: image_counts do not sum to the images.", ANEW)
 
 
 # ------------------------------------------------------------------------------------------ Arrow IPC files
@@ -259,20 +252,19 @@ def read_file(path: Path, expected: pa.Schema, *, mapped: bool = True) -> list[p
             if not reader.schema.equals(expected):
                 found = ", ".join(f"{f.name}: {f.type}" for f in reader.schema)
                 wanted = ", ".join(f"{f.name}: {f.type}" for f in expected)
-                raise IntegrityError(f"{path}: the columns are {found}; expected {wanted}.", _ANEW)
+                raise IntegrityError(f"{path}: the columns are {found}; expected {wanted}.", ANEW)
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
             if any(column.null_count or list_items(column).null_count for column in batch.columns):
-                raise IntegrityError(f"{path}: holds nulls; a set has none.", _ANEW)
+                raise IntegrityError(f"{path}: holds nulls; a set has none.", ANEW)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: damaged column names
         # What the system says, not what the file holds.
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             what = f"{path}: cannot be read here: {getattr(error, 'strerror', None) or error}."
-            raise SftError(
-                what, "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
-            ) from error
-        raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", _ANEW) from error
+            fix = "free memory or raise the limit (`ulimit -a`); nothing says that the set is damaged."
+            raise SftError(what, fix) from error
+        raise IntegrityError(f"{path}: not a readable Arrow IPC file: {error}.", ANEW) from error
     return batches
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from sftdata.errors import IntegrityError
+from sftdata.set.ledger import read_lines
 from sftdata.set.local import file_of
 from sftdata.set.store import Count, PlainPath, Sha256
 
@@ -73,12 +73,4 @@ def read_slices(folder: Path) -> list[SliceRecord]:
     Raises:
         IntegrityError: the file is damaged.
     """
-    path = file_of(folder, SLICES_NAME)
-    try:
-        lines = path.read_bytes().splitlines() if path.is_file() else ()
-        return [msgspec.json.decode(line, type=SliceRecord) for line in lines]
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(
-            f"{path}: damaged: {error}.",
-            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
-        ) from None
+    return list(read_lines(file_of(folder, SLICES_NAME), SliceRecord))

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from sftdata.batches import Int64, offsets_of
 from sftdata.config import WINDOW
-from sftdata.errors import IntegrityError
+from sftdata.errors import RESTORE, IntegrityError
 
 if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
@@ -115,10 +115,7 @@ def stored_steps(manifest: Manifest) -> Steps | None:
     try:
         return None if stored is None else msgspec.convert(stored, Steps)
     except msgspec.ValidationError as error:
-        raise IntegrityError(
-            f"view.steps of the manifest: {error}.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        ) from None
+        raise IntegrityError(f"view.steps of the manifest: {error}.", RESTORE) from None
 
 
 def stored_order(manifest: Manifest) -> str:
@@ -143,10 +140,8 @@ def stored_epochs(manifest: Manifest) -> int:
     if not isinstance(epochs, int) or epochs < 2:
         return 1
     if manifest.ledger.rows_packed % epochs:
-        raise IntegrityError(
-            f"view.epochs of the manifest: {epochs} epochs of {manifest.ledger.rows_packed} rows together.",
-            "restore the file, or repeat the command that made the set, with --overwrite.",
-        )
+        what = f"view.epochs of the manifest: {epochs} epochs of {manifest.ledger.rows_packed} rows together."
+        raise IntegrityError(what, RESTORE)
     return epochs
 
 

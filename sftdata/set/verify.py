@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError, UsageError
+from sftdata.errors import ANEW, RESTORE, IntegrityError, UsageError
 from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
@@ -50,8 +50,6 @@ _COUNTED_PER_SHARD = {
     "tokens": "tokens",
     "tokens_trained": "tokens_trained",
 }
-_ANEW = "repeat the command that made the set, with --overwrite."
-_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 
 
 @dataclass(slots=True)
@@ -180,7 +178,7 @@ def _damage(folder: Path, info: SetFile, names: dict[str, str], sha256: bool, qu
     except IntegrityError as error:
         return str(error)
     except OSError as error:
-        return f"{folder / info.name}: cannot be read: {error.strerror}. Fix: {_AGAIN}"
+        return f"{folder / info.name}: cannot be read: {error.strerror}. Fix: {RESTORE}"
     if found.xxh3 != info.xxh3:
         other = names.get(found.xxh3)
         what = (
@@ -188,9 +186,9 @@ def _damage(folder: Path, info: SetFile, names: dict[str, str], sha256: bool, qu
             if other
             else f"xxh3-128 is {found.xxh3}; the manifest says {info.xxh3}"
         )
-        return f"{path}: {what}. Fix: {_AGAIN}"
+        return f"{path}: {what}. Fix: {RESTORE}"
     if sha256 and found.sha256 != info.sha256:
-        return f"{path}: sha256 is {found.sha256}; the manifest says {info.sha256}. Fix: {_AGAIN}"
+        return f"{path}: sha256 is {found.sha256}; the manifest says {info.sha256}. Fix: {RESTORE}"
     return ""
 
 
@@ -214,7 +212,7 @@ class _Recount:
         for batch in opened.batches:
             for rows, what in broken_laws(batch, self.manifest):
                 more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-                problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: {_ANEW}")
+                problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: {ANEW}")
             shard.count_packed(batch, length)
             self._examples.append(distinct(batch.example_ids[batch.example_ids >= 0]))
             first += len(batch)
@@ -235,7 +233,7 @@ class _Recount:
 
 
 def _differs(path: Path, name: str, said: int, found: int) -> str:
-    return f"{path}: {name} is {found} when counted; the manifest says {said}. Fix: {_ANEW}"
+    return f"{path}: {name} is {found} when counted; the manifest says {said}. Fix: {ANEW}"
 
 
 def foreign_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -273,7 +271,7 @@ def lost_tokens(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield str(error)
             return
     for problem in count.problems():
-        yield f"{folder}: {problem}. Fix: {_AGAIN}"
+        yield f"{folder}: {problem}. Fix: {RESTORE}"
     ledger, cut = manifest.ledger, sum(count.rest[policy] for policy in manifest.ledger.tokens_cut)
     pairs = [
         ("tokens_in", ledger.tokens_in - ledger.tokens_left_out, count.tokens),
@@ -287,7 +285,7 @@ def lost_tokens(folder: Path, manifest: Manifest) -> Iterator[str]:
     for record in records:
         slices.merge(Ledger.from_json(record.ledger))
     if records and slices.to_json() != ledger.to_json():
-        yield f"{folder / SLICES_NAME}: its ledgers do not add up to the manifest's. Fix: {_AGAIN}"
+        yield f"{folder / SLICES_NAME}: its ledgers do not add up to the manifest's. Fix: {RESTORE}"
 
 
 class _Conserved:
@@ -329,7 +327,7 @@ class _Conserved:
         pictures = self._pictures(number, rows, rest)
         left = self._join(index, tokens, pictures)
         if len(left):
-            self._left.append((index.at(left), tokens.pick(left)))
+            self._left.append((index.take(left), tokens.pick(left)))
 
     def problems(self) -> Iterator[str]:
         """Join what is left, now that all slices are there; yield what is wrong."""
@@ -355,7 +353,7 @@ class _Conserved:
     def _join(self, index: Segments, tokens: TokenBatch, pictures: _SegmentPictures | None = None) -> Int64:
         """Note the documents that are whole and as they were hashed; return the segments of all others."""
         order = np.lexsort((index.offset, index.example_ids))
-        index, tokens = index.at(order), tokens.pick(order)
+        index, tokens = index.take(order), tokens.pick(order)
         begins = np.flatnonzero(np.diff(index.example_ids, prepend=-1))
         of = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(index))))
         offsets = np.append(tokens.offsets[begins], tokens.offsets[-1])
@@ -410,11 +408,11 @@ class _SegmentPictures:
         tokens = np.empty(0, np.int32) if self.stored is None else self.stored.tokens
         if len(images) and not 0 <= images.min() <= images.max() < len(tokens):
             what = f"{self.where}: a document names a picture that is not among its {len(tokens)}."
-            raise IntegrityError(what, _AGAIN)
+            raise IntegrityError(what, RESTORE)
         named = np.bincount(np.repeat(np.arange(len(counts)), counts), tokens[images], len(counts))
         if (named != count_image_tokens(documents, self.image_id)).any():
             what = f"{self.where}: a document has other image tokens than its pictures stand for."
-            raise IntegrityError(what, _AGAIN)
+            raise IntegrityError(what, RESTORE)
         return picture_hashes(documents, self.image_id, sha256, tokens, images, counts)
 
 

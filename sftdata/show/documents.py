@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
 import xxhash
 
-from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of
+from sftdata.batches import IGNORE_INDEX, Bool, Columns, Int32, Int64, PackedRows, offsets_of
 from sftdata.set.hashes import UInt64
 from sftdata.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Documents:
+class Documents(Columns):
     """Stretches of examples; index i in each column is the same one. An answer is a run of trained tokens.
 
     Attributes:
@@ -49,12 +48,6 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.example_id)
-
-    @classmethod
-    def join(cls, parts: Iterable[Documents]) -> Documents:
-        """Put documents one after the other."""
-        parts = list(parts)
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def by_example(self) -> tuple[Documents, Int64]:
         """Merge the stretches of each example; return examples by ascending id, and int64[E], their number.

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sftdata.batches import Bool, Int32, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError
+from sftdata.errors import RESTORE
 from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
-from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME
+from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, read_lines
 from sftdata.set.local import check_file, file_of
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.show.pictures import ShownPicture
@@ -25,7 +25,6 @@ from sftdata.views.documents import Documents, blocks_of
 from sftdata.views.pictures import DocumentPictures
 from sftdata.vocabulary import Vocabulary, read_vocabulary
 
-_AGAIN = "restore the file, or repeat the command that made the set, with --overwrite."
 _PLACE_BITS = 40  # of a place, for the row; the source is above them
 _WHITE = (9, 10, 11, 12, 13, 32)
 
@@ -58,15 +57,8 @@ def read_lost(folder: Path) -> Iterator[Lost]:
     Raises:
         IntegrityError: a list is damaged.
     """
-    for path in (file_of(folder, name) for name in (REJECTS_NAME, DROPPED_NAME)):
-        if not path.is_file():
-            continue
-        try:
-            with path.open("rb") as lines:
-                for line in lines:
-                    yield msgspec.json.decode(line, type=Lost)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise IntegrityError(f"{path}: damaged: {error}.", _AGAIN) from None
+    for name in (REJECTS_NAME, DROPPED_NAME):
+        yield from read_lines(file_of(folder, name), Lost, RESTORE)
 
 
 @dataclass(eq=False)

@@ -16,10 +16,10 @@ from typing import overload
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Int32, offsets_of
+from sftdata.batches import IGNORE_INDEX, Int32, Reject, offsets_of
 from sftdata.errors import UsageError
 from sftdata.pages import macro, render
-from sftdata.set.ledger import REJECTS_NAME, read_rejects
+from sftdata.set.ledger import REJECTS_NAME, read_lines
 from sftdata.set.local import file_of, local_folder, named
 from sftdata.set.manifest import read_manifest
 from sftdata.set.opened import ShardSet
@@ -402,8 +402,7 @@ class ShownSet(ShardSet):
                 f"{named(self.folder)}: example {example_id}; its sources hold examples 0 to {last}.",
                 "--example with one of these.",
             )
-        path = file_of(self.folder, REJECTS_NAME)
-        for reject in read_rejects(path) if path.is_file() else ():
+        for reject in read_lines(file_of(self.folder, REJECTS_NAME), Reject):
             if (reject.file, reject.record) == origin:
                 return f"{place}: rejected ({reject.code}): {reject.reason}.", reject.fix
         ledger = self.manifest.ledger

@@ -21,9 +21,8 @@ from sftdata.batches import (
     offsets_of,
     positions_of,
 )
-from sftdata.errors import IntegrityError, UsageError
+from sftdata.errors import ANEW, VERIFY, IntegrityError, UsageError
 from sftdata.set.extents import (
-    ANEW,
     GIVEN,
     PADDING_FILE,
     Extents,
@@ -88,9 +87,8 @@ def open_bases(folders: Sequence[str | Path]) -> tuple[Base, ...]:
     manifests = [read_manifest(path) for path in paths]
     for index, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:index]]:
-            raise UsageError(
-                f"{path}: named twice.", "name it once; --mix NAME=SHARE with --passes 2 repeats documents."
-            )
+            what = f"{path}: named twice."
+            raise UsageError(what, "name it once; --mix NAME=SHARE with --passes 2 repeats documents.")
     _refuse_different(paths, manifests)
     ids = accumulate((_rows(manifest) for manifest in manifests), initial=0)
     shards = accumulate((_slices(manifest) for manifest in manifests), initial=0)
@@ -105,10 +103,8 @@ def _refuse_different(paths: Sequence[Path], manifests: Sequence[Manifest]) -> N
     for path, manifest in zip(paths, manifests, strict=True):
         if said := unlike(manifest, first.tokenizer.sha256, first.chat_template_sha256, processor):
             what, found, expected = said
-            raise UsageError(
-                f"{path}: {what} {found}; {paths[0]} has {expected}.",
-                f"make a view of sets of one {what}, or prepare one of them again.",
-            )
+            fix = f"make a view of sets of one {what}, or prepare one of them again."
+            raise UsageError(f"{path}: {what} {found}; {paths[0]} has {expected}.", fix)
 
 
 def vision_of(manifests: Sequence[Manifest]) -> VisionInfo | None:
@@ -212,7 +208,7 @@ def read_documents(bases: Sequence[Base], store: Store | None = None, only: Int6
         found = _find(base, store.files, numbers, pictures if base.manifest.pictured else None)
         parts += found if only is None else (part.take(_which(part.example_id, only)) for part in found)
     where = ", ".join(str(base.folder) for base in bases)
-    documents = join_segments(Located.join(parts), store.files.blocks, where)
+    documents = join_segments(Located.drain(parts), store.files.blocks, where)
     if vision is not None and pictures is not None:
         documents = replace(documents, pictures=pictures.join(documents.ids, vision))
     if not any(base.manifest.weighted for base in bases):
@@ -276,9 +272,7 @@ def _collect(
     count = 0 if stored is None else len(stored)
     if len(counts) != len(example_ids) or (len(images) and not 0 <= images.min() <= images.max() < count):
         what = f"{base.folder}: documents name pictures that are not in its sidecars."
-        raise IntegrityError(
-            what, "run `sftdata verify`, or repeat the command that made the set, with --overwrite."
-        )
+        raise IntegrityError(what, VERIFY)
     first = 0 if stored is None else pictures.gallery.add(stored, base.before, files)
     pictures.add(example_ids + base.first_id, counts, images, first)
 
@@ -291,10 +285,8 @@ def _located(
     counts = [len(part.row_offsets) - 1 for part in parts]
     row = index.row + np.where(index.rest, sum(counts[: len(held[0])]), 0)
     if len(row) and row.max() >= sum(counts):
-        raise IntegrityError(
-            f"{base.folder}: the index of slice {number} names rows that are not there.",
-            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
-        )
+        what = f"{base.folder}: the index of slice {number} names rows that are not there."
+        raise IntegrityError(what, VERIFY)
     begin = np.concatenate([np.empty(0, np.int64), *(part.row_offsets[:-1] for part in parts)])[row]
     return Located(
         example_id=index.example_ids + base.first_id,
@@ -360,9 +352,8 @@ def _composed(index: Segments, parts: Sequence[Runs], base: Base, number: int) -
     block, start, length, labelled, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
     begins, edges = offsets_of(length), offsets_of(index.length)
     if not (np.isin(edges, begins).all() and begins[-1] == edges[-1]):
-        raise IntegrityError(
-            f"{base.folder}: the index of slice {number} names other segments than its rows.", ANEW
-        )
+        what = f"{base.folder}: the index of slice {number} names other segments than its rows."
+        raise IntegrityError(what, ANEW)
     of = np.searchsorted(edges, begins[:-1], side="right") - 1
     empty = np.flatnonzero(index.length == 0)  # documents without tokens
     of = np.append(of, empty)

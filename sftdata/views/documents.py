@@ -14,8 +14,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from sftdata.batches import IGNORE_INDEX, Bool, Float32, Int32, Int64, TokenBatch, offsets_of, positions_of
-from sftdata.errors import IntegrityError
+from sftdata.batches import (
+    IGNORE_INDEX,
+    Bool,
+    Columns,
+    Float32,
+    Int32,
+    Int64,
+    TokenBatch,
+    offsets_of,
+    positions_of,
+)
+from sftdata.errors import VERIFY, IntegrityError
 from sftdata.set.hashes import UInt64, hash_documents
 from sftdata.set.held import Block
 from sftdata.views.pictures import DocumentPictures
@@ -34,7 +44,7 @@ def blocks_of(lengths: Int64) -> Iterator[slice]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Located:
+class Located(Columns):
     """Stretches of documents, and the blocks that hold them, in any order.
 
     Attributes:
@@ -63,16 +73,12 @@ class Located:
     prompt: UInt64
 
     @classmethod
-    def join(cls, parts: list[Located]) -> Located:
+    def drain(cls, parts: list[Located]) -> Located:
         """Put segments end to end, column by column; the list is emptied, so that no column is held twice."""
         columns = [[getattr(part, name) for part in parts] for name in cls.__slots__]
         parts.clear()
         columns.reverse()
         return cls(*(np.concatenate(columns.pop()) for _ in cls.__slots__))
-
-    def take(self, order: Int64) -> Located:
-        """Return these segments, by their indices, in this order."""
-        return Located(*(getattr(self, name)[order] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,10 +256,8 @@ def join_segments(segments: Located, blocks: Sequence[Block], where: str) -> Doc
         # A label on a document's own first token trains nothing.
         trained = np.add.reduceat(segments.trained + (segments.first_label & ~begins), first, dtype=np.int32)
     if len(wrong):
-        raise IntegrityError(
-            f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap.",
-            "run `sftdata verify`, or repeat the command that made the set, with --overwrite.",
-        )
+        what = f"{where}: the segments of example {ids[wrong[0]]} leave a gap, or overlap."
+        raise IntegrityError(what, VERIFY)
     return Documents(
         ids=ids[first],
         shard=segments.shard[first],

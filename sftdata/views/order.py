@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from sftdata.batches import Bool, Int64, PackPlan, offsets_of, positions_of
+from sftdata.batches import Columns, Int64, PackPlan, offsets_of, positions_of
 from sftdata.choosing import OF_ORDERS
 from sftdata.errors import UsageError
 from sftdata.pack import Strategy, lay_out, plan_packs
@@ -25,7 +25,7 @@ SHARD_TOKENS = 1 << 22  # of a shard where packing goes over the whole view
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretches:
+class Stretches(Columns):
     """Stretches of documents, each with the id that it has in the view.
 
     Attributes:
@@ -44,10 +44,6 @@ class Stretches:
 
     def __len__(self) -> int:
         return len(self.id)
-
-    def take(self, which: Int64 | Bool) -> Stretches:
-        """Return some of them."""
-        return Stretches(*(getattr(self, name)[which] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

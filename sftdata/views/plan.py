@@ -278,9 +278,7 @@ def _repeated(
         source = choice.source[document[taken]]
         ids = choice.documents.ids[document[taken]] - firsts[0, source] + firsts[number, source]
         parts.append(Stretches(document[taken], ids, start[taken], stop[taken], reason[taken]))
-    joined = Stretches(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in Stretches.__slots__)
-    )
+    joined = Stretches.join(parts)
     return joined.take(np.argsort(joined.id, kind="stable"))
 
 

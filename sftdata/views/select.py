@@ -367,9 +367,8 @@ def limit_documents(choice: Choice, max_length: int | None, policy: Policy) -> L
         parts.append(replace(found, example=block[found.example]))
     if not len(overlong):
         return Limited(parts[0], unended[0])
-    order = np.argsort(np.concatenate([part.example for part in parts]), kind="stable")
-    columns = (np.concatenate([getattr(part, name) for part in parts])[order] for name in Pieces.__slots__)
-    return Limited(Pieces(*columns), np.concatenate(unended))
+    pieces = Pieces.join(parts)
+    return Limited(pieces.take(np.argsort(pieces.example, kind="stable")), np.concatenate(unended))
 
 
 def cap_sources(choice: Choice, config: ViewConfig, limited: Limited) -> None:

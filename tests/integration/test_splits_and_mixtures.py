@@ -111,7 +111,7 @@ def test_the_trainer_meets_shares_within_a_thousandth_of_sets_of_a_million_token
     store: Path, tmp_path: Path
 ) -> None:
     """By rows of up to 8,192 tokens, once each set has given a million; a single row of 32,768 is more than that."""
-    from sfttrain.contents import read_contents
+    from sfttrain.data import read_contents
     from sfttrain.schedule import Mixture
 
     for length in (2048, 8192):

@@ -12,8 +12,8 @@ import pytest
 import sftdata
 from sftdata.errors import UsageError
 from sftdata.set.verify import verify
+from sfttrain.order import Epochs
 from sfttrain.schedule import FILLER, Order
-from sfttrain.stored import Epochs
 from tests.view_sets import Settings, chats, prepare, view, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_sync")

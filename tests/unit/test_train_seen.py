@@ -12,8 +12,7 @@ import pytest
 
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.set.opened import ShardSet, open_set
-from sfttrain.contents import read_contents
-from sfttrain.data import TrainingRows
+from sfttrain.data import TrainingRows, read_contents
 from sfttrain.schedule import FILLER, Mixture, Order, Passes
 from sfttrain.seen import LINES_NAME, SEEN_NAME, Account, Seen, read_account
 from tests.train_sets import make_set

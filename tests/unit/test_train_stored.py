@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sftdata.set.steps import Cost, Steps
+from sfttrain.order import Stored, stored_schedule
 from sfttrain.schedule import FILLER, Order
-from sfttrain.stored import Stored, stored_schedule
 
 COST = Cost(token=1, square=0)
 STEPS = Steps(ranks=4, rows=2, cost=COST)
