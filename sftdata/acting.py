@@ -25,7 +25,8 @@ from sftdata.formats.fields import ALPACA, FormatOptions, load_prompt_template
 from sftdata.formats.formatter import formatter_sha256, load_formatter
 from sftdata.formats.instructions import find_turn_markers, from_messages, is_messages
 from sftdata.formats.table import FORMATS
-from sftdata.masks.markers import check_markers, shell_quote
+from sftdata.masks.markers import check_markers
+from sftdata.output import shell_quote
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.pictures.rows import Evidence
 from sftdata.render.template import variables_of

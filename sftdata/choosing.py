@@ -136,58 +136,18 @@ Share = Annotated[
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 
-Dedup = Annotated[
-    Literal["row", "prompt"] | None,
-    Field(description="Keep the first document of those that are equal: row, or prompt."),
-]
-Exclude = Annotated[Names, Field(description="Sets whose documents to leave out, as evaluation data.")]
-ExcludeBy = Annotated[Literal["row", "prompt"], Field(description="What --exclude compares.")]
-Cap = Annotated[
-    dict[str, str],
-    NamesOfData,
-    BeforeValidator(_amounts_as_text),
-    AfterValidator(_amounts),
-    Field(
-        description="Most of a source, or of all that a glob names together: NAME=AMOUNT, as"
-        " 'chats.jsonl=500 rows', '*.jsonl=1M tokens' or '*=2M trained'."
-    ),
-]
-Eval = Annotated[
-    Share,
-    AfterValidator(_leaves_both),
-    Field(description="Share of the prompts for OUT/eval, as 5%; the rest makes OUT/train."),
-]
 Shares = Annotated[
     dict[str, float],
     NamesOfData,
     BeforeValidator(_percent_as_numbers, json_schema_input_type=dict[str, float | str]),
     AfterValidator(_shares),
 ]
-Mix = Annotated[
-    Shares,
-    Field(
-        description="Shares of the sources: NAME=SHARE, a name or glob each; all in percent, or in proportion"
-        " to each other."
-    ),
-]
 MixBy = Annotated[Measure, Field(description="What shares count.")]
-Passes = Annotated[
-    float, Field(gt=0, le=1000, description="How often --mix may go through a source, at most.")
-]
-Total = Annotated[
-    str | None,
-    BeforeValidator(_as_text, json_schema_input_type=str | int | None),
-    AfterValidator(_amount),
-    Field(description="How much --mix takes, as 4M tokens; default: the most it can."),
-]
-
-
 Like = Annotated[
     str | None,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     Field(description="Finished set whose settings to repeat, the inputs aside; those given beside it win."),
 ]
-Seed = Annotated[int, Field(ge=0, lt=2**63, description="Of every draw: caps, split, mix, order.")]
 
 
 class Choosing(BaseModel):
@@ -195,16 +155,34 @@ class Choosing(BaseModel):
 
     model_config = ConfigDict(defer_build=True)  # a command builds the models that it uses
 
-    dedup: Dedup = None
-    exclude: Exclude = ()
-    exclude_by: ExcludeBy = "prompt"
-    cap: Cap = Field(default_factory=dict)
-    eval: Eval = None
-    mix: Mix = Field(default_factory=dict)
+    dedup: Literal["row", "prompt"] | None = Field(
+        None, description="Keep the first document of those that are equal: row, or prompt."
+    )
+    exclude: Names = Field((), description="Sets whose documents to leave out, as evaluation data.")
+    exclude_by: Literal["row", "prompt"] = Field("prompt", description="What --exclude compares.")
+    cap: Annotated[
+        dict[str, str], NamesOfData, BeforeValidator(_amounts_as_text), AfterValidator(_amounts)
+    ] = Field(
+        default_factory=dict,
+        description="Most of a source, or of all that a glob names together: NAME=AMOUNT, as"
+        " 'chats.jsonl=500 rows', '*.jsonl=1M tokens' or '*=2M trained'.",
+    )
+    eval: Annotated[Share, AfterValidator(_leaves_both)] = Field(
+        None, description="Share of the prompts for OUT/eval, as 5%; the rest makes OUT/train."
+    )
+    mix: Shares = Field(
+        default_factory=dict,
+        description="Shares of the sources: NAME=SHARE, a name or glob each; all in percent, or in proportion"
+        " to each other.",
+    )
     mix_by: MixBy = "trained"
-    passes: Passes = 1
-    total: Total = None
-    seed: Seed = 0
+    passes: float = Field(1, gt=0, le=1000, description="How often --mix may go through a source, at most.")
+    total: Annotated[
+        str | None,
+        BeforeValidator(_as_text, json_schema_input_type=str | int | None),
+        AfterValidator(_amount),
+    ] = Field(None, description="How much --mix takes, as 4M tokens; default: the most it can.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of every draw: caps, split, mix, order.")
 
 
 CHOOSING = tuple(Choosing.model_fields)

@@ -15,17 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from sftdata.choosing import CHOOSING, Choosing, Like
 from sftdata.errors import UsageError
 from sftdata.output import StoreUrl, output_at
-from sftdata.reading import (
-    REGISTRY_NAME,
-    Columns,
-    Formatter,
-    Kind,
-    PromptTemplate,
-    Roles,
-    RowFormat,
-    Split,
-    Subset,
-)
+from sftdata.reading import REGISTRY_NAME, Reading
 from sftdata.settings import check_settings
 
 if TYPE_CHECKING:
@@ -81,24 +71,20 @@ Registry = Annotated[
 ]
 
 
-class RowsConfig(BaseModel):
-    """What to read, how to render and mask it, and how to cut, pack and store it."""
+class InputsConfig(BaseModel):
+    """What is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(defer_build=True)
 
-    # ---- what is read
     inputs: tuple[str, ...] = Field(
         min_length=1, description="Files, folders, globs, URLs, Hub dataset ids, or names of a registry."
     )
     like: Like = None
-    split: Split = None
-    subset: Subset = None
-    format: RowFormat = None
-    map: Columns = Field(default_factory=dict)
-    map_role: Roles = Field(default_factory=dict)
-    formatter: Formatter = None
-    kind: Kind = "auto"
-    prompt_template: PromptTemplate = None
+
+
+class RowsConfig(Reading, InputsConfig):
+    """What to read, how to render and mask it, and how to cut, pack and store it."""
+
     registry: Registry = None
     max_line_bytes: int = Field(
         DEFAULT_LINE_BYTES,

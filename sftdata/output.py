@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -44,11 +45,21 @@ _MATTERS = re.compile(
     r"|(?P<label>^[a-z]+(?=: |  +\S)|^  [a-z]+(?= +\S))",
     re.MULTILINE,
 )
+_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 _COLOURS = {"fix": "32", "command": "36", "lost": "33", "figure": "1", "label": "90"}
 
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 # ---------------------------------------------------------------------------------- text on a terminal
+
+
+def shell_quote(value: str) -> str:
+    r"""Return a value as a shell takes it; one with a newline or tab in `$'...'` form.
+
+    >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
+    ("'### Answer:'", "$'\\n### Answer:'")
+    """
+    return f"$'{value.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", value) else shlex.quote(value)
 
 
 def visible(text: str) -> str:

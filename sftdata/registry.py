@@ -16,21 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from sftdata.choosing import Names
 from sftdata.errors import UsageError
-from sftdata.reading import (
-    REGISTRY_NAME,
-    Columns,
-    Formatter,
-    Kind,
-    PromptTemplate,
-    Roles,
-    RowFormat,
-    Split,
-    Subset,
-)
+from sftdata.reading import REGISTRY_NAME, Reading
 from sftdata.settings import check_settings, read_settings_file
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -40,20 +30,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DEFAULTS: dict[str, Any] = {"formatter": None, "format": None, "map": {}, "subset": None}
 
 
-class Entry(BaseModel):
+class _Place(BaseModel):
+    path: Names = Field(min_length=1, description="File, folder, glob, URL or Hub id, or a list of them.")
+
+
+class Entry(Reading, _Place):
     """A source with a name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Names = Field(min_length=1, description="File, folder, glob, URL or Hub id, or a list of them.")
-    split: Split = None
-    subset: Subset = None
-    format: RowFormat = None
-    map: Columns = Field(default_factory=dict)
-    map_role: Roles = Field(default_factory=dict)
-    formatter: Formatter = None
-    kind: Kind = "auto"
-    prompt_template: PromptTemplate = None
     licence: str | None = Field(None, min_length=1, description="For the manifest and the card of the set.")
 
     def own(self) -> dict[str, Any]:

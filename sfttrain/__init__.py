@@ -175,10 +175,8 @@ def _places(data: object) -> object:
     if isinstance(data, list | tuple) and any(isinstance(part, ShardSet) for part in data):
         return [_places(part) for part in data]
     if not isinstance(data, str | Path | Iterable) and not hasattr(data, "__getitem__"):
-        raise UsageError(
-            f"data: found a {type(data).__name__}; expected folders of sets, or rows of token ids.",
-            "name the folder that sftdata.prepare wrote: its output=.",
-        )
+        what = f"data: found a {type(data).__name__}; expected folders of sets, or rows of token ids."
+        raise UsageError(what, "name the folder that sftdata.prepare wrote: its output=.")
     return data
 
 

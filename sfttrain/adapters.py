@@ -259,9 +259,8 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     difference = _difference(expected, _logits(_load(str(partial))[0].eval(), probe))
     if difference > _TOLERANCE.get(dtype, 5e-2):
         message = f"{partial}: the merged model's logits are off by {difference:.1e} of the largest."
-        raise IntegrityError(
-            message, "report this with the adapter's config; the model was not put in place."
-        )
+        what = message
+        raise IntegrityError(what, "report this with the adapter's config; the model was not put in place.")
     if output.exists():
         output.rmdir()
     os.replace(partial, output)
@@ -300,10 +299,8 @@ def _load(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     try:
         config = AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
-            raise UsageError(
-                f"{name}: is quantized; adapters are added to whole weights.",
-                "name the unquantized base with --model.",
-            )
+            what = f"{name}: is quantized; adapters are added to whole weights."
+            raise UsageError(what, "name the unquantized base with --model.")
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return auto_class(config).from_pretrained(name, dtype=torch.float32, use_safetensors=True), dtype
     except (OSError, ValueError) as error:

@@ -66,9 +66,8 @@ def training_arguments(config: TrainConfig, *, evaluated: bool = False) -> Train
             **_given(settings, "activation_checkpointing_kwargs"),
         }
     if settings.get("save_total_limit") == 1:
-        raise UsageError(
-            "save_total_limit=1 leaves no complete checkpoint while the next is written.", "set 2 or more."
-        )
+        what = "save_total_limit=1 leaves no complete checkpoint while the next is written."
+        raise UsageError(what, "set 2 or more.")
     try:
         args = TrainingArguments(**named_as_installed(settings))
     except (ValueError, TypeError, ImportError) as error:
@@ -157,13 +156,11 @@ def _refuse_out_of_bounds(key: str, value: object) -> None:
     if unset or isinstance(value, bool) or not isinstance(value, int | float):
         return
     if key in _ABOVE_0 and value <= 0:
-        raise UsageError(
-            f"Setting {key!r}: found {value}; expected a number above 0.", "set 1 or more, or leave it out."
-        )
+        what = f"Setting {key!r}: found {value}; expected a number above 0."
+        raise UsageError(what, "set 1 or more, or leave it out.")
     if key in _FROM_0 and value < 0:
-        raise UsageError(
-            f"Setting {key!r}: found {value}; expected 0 or more.", "set 0 or more, or leave it out."
-        )
+        what = f"Setting {key!r}: found {value}; expected 0 or more."
+        raise UsageError(what, "set 0 or more, or leave it out.")
 
 
 def given_training(config: TrainConfig) -> dict[str, object]:
@@ -210,24 +207,21 @@ def _coerced(key: str, value: object, annotation: str) -> object:
         UsageError: no number where one is wanted, or settings inside what holds none.
     """
     if isinstance(value, dict) and "dict" not in annotation:
-        raise UsageError(
-            f"Setting {key!r}: found {value!r:.200}; nothing inside it can be set.", f"set {key} whole."
-        )
+        what = f"Setting {key!r}: found {value!r:.200}; nothing inside it can be set."
+        raise UsageError(what, f"set {key} whole.")
     if isinstance(value, bool) and "bool" not in annotation:
         return "yes" if value else "no"
     if "bool" in annotation and "str" not in annotation and value not in (True, False, None):
-        raise UsageError(
-            f"Setting {key!r}: expected true or false; found {value!r:.200}.", "write true or false."
-        )
+        what = f"Setting {key!r}: expected true or false; found {value!r:.200}."
+        raise UsageError(what, "write true or false.")
     number = next((kind for kind in (float, int) if kind.__name__ in annotation), None)
     if isinstance(value, str) and number is not None:
         try:
             return number(value)
         except ValueError:
             if "str" not in annotation:
-                raise UsageError(
-                    f"Setting {key!r}: expected a number; found {value!r}.", "write it as 2e-5 or 3."
-                ) from None
+                what = f"Setting {key!r}: expected a number; found {value!r}."
+                raise UsageError(what, "write it as 2e-5 or 3.") from None
     return value
 
 

@@ -55,10 +55,8 @@ def refuse_places(config: TrainConfig, *, given: bool) -> None:
     for name in ("model", "adapter"):
         place = getattr(config, name)
         if place is not None and not given and output.exists() and Path(place).resolve() == output.resolve():
-            raise UsageError(
-                f"{output}: is the folder of the {name}, which the run would write over.",
-                "choose another -o.",
-            )
+            what = f"{output}: is the folder of the {name}, which the run would write over."
+            raise UsageError(what, "choose another -o.")
 
 
 def refuse_weights(folder: Path, *, none: bool = False) -> None:
@@ -103,9 +101,8 @@ def take(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"{output}: another `sfttrain run` is writing here.", "wait for it, or choose another -o."
-            ) from None
+            what = f"{output}: another `sfttrain run` is writing here."
+            raise UsageError(what, "wait for it, or choose another -o.") from None
         yield
     finally:
         _locks.discard(lock)
@@ -239,14 +236,12 @@ def _check_step(folder: Path, found: Seal) -> None:
     step = msgspec.json.decode((folder / STATE).read_bytes(), type=dict[str, object]).get("global_step")
     if len({found.step, _step(folder), step}) > 1:
         steps = f"{SEAL} is of step {found.step}, {STATE} of step {step}"
-        raise IntegrityError(
-            f"{folder}: {steps}.", "remove the folder, then run again: it resumes from the one before."
-        )
+        what = f"{folder}: {steps}."
+        raise IntegrityError(what, "remove the folder, then run again: it resumes from the one before.")
     if not any(part in name for name in names for part in ("optim", "scheduler", "global_step")):
         found_only = "holds weights alone (save_only_model=true), from which no run can go on"
-        raise UsageError(
-            f"{folder}: {found_only}.", "start anew with --overwrite, or in another output folder."
-        )
+        what = f"{folder}: {found_only}."
+        raise UsageError(what, "start anew with --overwrite, or in another output folder.")
 
 
 def _matches(folder: Path, file: SealedFile) -> bool:

@@ -299,9 +299,8 @@ def export(
         write_gguf(model, output, gguf, say)
         return
     if calibration is None:
-        raise UsageError(
-            "sfttrain export: says neither --gguf nor --set.", "--gguf f16, or --set SHARDS for GPTQ."
-        )
+        what = "sfttrain export: says neither --gguf nor --set."
+        raise UsageError(what, "--gguf f16, or --set SHARDS for GPTQ.")
     _quantize(model, calibration, output, gptq or "bits=4", say)
 
 
@@ -347,10 +346,8 @@ def _named(texts: list[str] | None) -> dict[str, str] | None:
         name, _, folder = text.partition("=")
         name, folder = (name, folder) if folder else (Path(name).name, name)
         if name in named:
-            raise UsageError(
-                f"--eval {text}: there is one named {name} already.",
-                "give each set a name of its own, as --eval held=FOLDER.",
-            )
+            what = f"--eval {text}: there is one named {name} already."
+            raise UsageError(what, "give each set a name of its own, as --eval held=FOLDER.")
         named[name] = folder
     return named
 

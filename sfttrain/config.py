@@ -295,10 +295,8 @@ class TrainConfig(BaseModel):
                 raise UsageError(f"--mix {name}: {folder} has two shares.", "leave one of them out.")
             shares[folder] = share
         if without := [folder for folder in self.sets if folder not in shares]:
-            raise UsageError(
-                f"{without[0]}: --mix gives it no share.",
-                f"--mix {without[0]}=SHARE, or leave the set out.",
-            )
+            what = f"{without[0]}: --mix gives it no share."
+            raise UsageError(what, f"--mix {without[0]}=SHARE, or leave the set out.")
         return tuple(shares[folder] for folder in self.sets)
 
     def _set_named(self, name: str) -> Path:
@@ -309,9 +307,8 @@ class TrainConfig(BaseModel):
             otherwise = f"name sets, as {', '.join(names)}; `sftdata view --mix` takes sources of sets."
             raise UsageError(f"--mix {name}: no set of that name.", did_you_mean(name, names, otherwise))
         if len(found) > 1:
-            raise UsageError(
-                f"--mix {name}: {len(found)} sets have that name.", f"name them by path, as {found[0]}=SHARE."
-            )
+            what = f"--mix {name}: {len(found)} sets have that name."
+            raise UsageError(what, f"name them by path, as {found[0]}=SHARE.")
         return found[0]
 
 
@@ -368,9 +365,8 @@ def _training(given: object, place: str) -> dict[str, object]:
         UsageError: no mapping, or a name that another tool has for a setting of ours.
     """
     if not isinstance(given, dict):
-        raise UsageError(
-            f"{place}: found {given!r:.200}; expected fields of TrainingArguments.", "--set training.seed=1"
-        )
+        what = f"{place}: found {given!r:.200}; expected fields of TrainingArguments."
+        raise UsageError(what, "--set training.seed=1")
     fields = {}
     for name, value in given.items():
         known = RENAMED.get(name, str(name))
@@ -391,6 +387,5 @@ def adapter_base(folder: Path) -> str:
         return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
         found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({error})"
-        raise UsageError(
-            f"{folder}: adapter_config.json {found}.", "name a folder that a run with --lora wrote."
-        ) from None
+        what = f"{folder}: adapter_config.json {found}."
+        raise UsageError(what, "name a folder that a run with --lora wrote.") from None

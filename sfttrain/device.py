@@ -48,9 +48,8 @@ def check_device(settings: Mapping[str, object], dtype: str, say: Say) -> None:
                 "update it, or install a PyTorch for an older CUDA "
                 "(https://pytorch.org/get-started/previous-versions)"
             )
-            raise UsageError(
-                f"PyTorch {torch.__version__} cannot use the GPU: {reason}.", f"{fix}; {_INSTEAD}"
-            )
+            what = f"PyTorch {torch.__version__} cannot use the GPU: {reason}."
+            raise UsageError(what, f"{fix}; {_INSTEAD}")
 
 
 def leave_gpus_idle(args: TrainingArguments, say: Say) -> None:
@@ -71,10 +70,8 @@ def _refuse_old_gpu() -> None:
     found = torch.cuda.get_device_capability()
     if found < oldest:
         name = f"{torch.cuda.get_device_name()} (compute capability {found[0]}.{found[1]})"
-        raise UsageError(
-            f"{name}: this PyTorch has kernels for {oldest[0]}.{oldest[1]} and newer.",
-            f"install an older PyTorch, which has them; {_INSTEAD}",
-        )
+        what = f"{name}: this PyTorch has kernels for {oldest[0]}.{oldest[1]} and newer."
+        raise UsageError(what, f"install an older PyTorch, which has them; {_INSTEAD}")
 
 
 def _check_bf16(settings: Mapping[str, object], dtype: str, say: Say) -> None:
@@ -82,15 +79,11 @@ def _check_bf16(settings: Mapping[str, object], dtype: str, say: Say) -> None:
         return
     name = torch.cuda.get_device_name()
     if settings.get("bf16"):
-        raise UsageError(
-            f"bf16=true: {name} does not compute in bfloat16.",
-            "set fp16=true, or leave bf16 out for float32.",
-        )
+        what = f"bf16=true: {name} does not compute in bfloat16."
+        raise UsageError(what, "set fp16=true, or leave bf16 out for float32.")
     if dtype == "bfloat16":
-        raise UsageError(
-            f"dtype=bfloat16: {name} does not compute in bfloat16.",
-            "set dtype=float32, or dtype=float16 with --lora.",
-        )
+        what = f"dtype=bfloat16: {name} does not compute in bfloat16."
+        raise UsageError(what, "set dtype=float32, or dtype=float16 with --lora.")
     if not settings.get("fp16"):
         say(f"compute: float32, since {name} does not compute in bfloat16; fp16=true is faster")
 
@@ -148,9 +141,8 @@ def out_of_memory(error: RuntimeError, step: int) -> UsageError | None:
         return None
     reason = host if host in reason else reason.split(". ")[0]
     if not step:
-        return UsageError(
-            f"The model does not fit: {reason}.", "--lora r=16, --quantize nf4, or a smaller model."
-        )
+        what = f"The model does not fit: {reason}."
+        return UsageError(what, "--lora r=16, --quantize nf4, or a smaller model.")
     fix = (
         "set activation_checkpointing=true, a smaller batch, --lora, or prepare with a smaller --max-length."
     )

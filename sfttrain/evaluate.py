@@ -158,10 +158,8 @@ def _evaluated(setting: Run, sets: list[ShardSet]) -> dict[str, float]:
     except RuntimeError as error:
         if out_of_memory(error, 1) is None:
             raise
-        raise UsageError(
-            f"A batch of {setting.args.eval_batch_size} rows does not fit the memory.",
-            "--batch-size 1.",
-        ) from None
+        what = f"A batch of {setting.args.eval_batch_size} rows does not fit the memory."
+        raise UsageError(what, "--batch-size 1.") from None
     finally:
         documents.close()
 

@@ -290,9 +290,8 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
             f"gptq: bits={bits}, group_size={group_size}; expected bits of {BITS}, groups of {GROUP_SIZES}."
         )
     if (model / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{model}: holds adapters; GPTQ takes a whole model.", f"sfttrain merge {model} -o {model}-merged"
-        )
+        what = f"{model}: holds adapters; GPTQ takes a whole model."
+        raise UsageError(what, f"sfttrain merge {model} -o {model}-merged")
     require_package("gptqmodel", "export --gptq")
     # No extra of ours installs it: it is built against the machine's torch.
     package: Any = importlib.import_module("gptqmodel")

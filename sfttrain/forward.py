@@ -45,9 +45,8 @@ def share_terms(model: PreTrainedModel) -> None:
         with _loss_function(self, cross_entropy):
             outputs = own_forward(**inputs)
         if not seen:
-            raise UsageError(
-                f"{type(self).__name__}: its loss has terms that cannot be separated.", "set loss=auto."
-            )
+            what = f"{type(self).__name__}: its loss has terms that cannot be separated."
+            raise UsageError(what, "set loss=auto.")
         outputs["loss"] = seen[0] + (outputs["loss"] - seen[0]) * term_share
         return outputs
 

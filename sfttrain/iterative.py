@@ -94,9 +94,8 @@ class IterativeTrainer:
         self, input_ids: Ids, attention_mask: Ids | None, labels: Ids | None
     ) -> list[tuple[Int32, Int32]]:
         if labels is None and self._answers_apart:
-            raise UsageError(
-                "A sequence-to-sequence model has nothing to answer without labels.", "give labels."
-            )
+            what = "A sequence-to-sequence model has nothing to answer without labels."
+            raise UsageError(what, "give labels.")
         ids = [_array(row) for row in input_ids]
         masks = (
             [np.ones(len(row), np.int32) for row in ids]
@@ -105,15 +104,12 @@ class IterativeTrainer:
         )
         own = ids if labels is None else [_array(row) for row in labels]
         if not len(ids) == len(masks) == len(own):
-            raise UsageError(
-                f"{len(ids)} input_ids, {len(masks)} attention masks, {len(own)} labels.", "give one of each."
-            )
+            what = f"{len(ids)} input_ids, {len(masks)} attention masks, {len(own)} labels."
+            raise UsageError(what, "give one of each.")
         for row, mask, label in zip(ids, masks, own, strict=True):
             if len(row) != len(mask) or (not self._answers_apart and len(row) != len(label)):
-                raise UsageError(
-                    f"{len(row)} input_ids, {len(mask)} in their mask, {len(label)} labels.",
-                    "make them equal.",
-                )
+                what = f"{len(row)} input_ids, {len(mask)} in their mask, {len(label)} labels."
+                raise UsageError(what, "make them equal.")
         kept = [mask != 0 for mask in masks]
         if self._answers_apart:
             return [(row[keep], label) for row, keep, label in zip(ids, kept, own, strict=True)]
@@ -124,9 +120,8 @@ class IterativeTrainer:
             raise UsageError("Texts need a tokenizer.", "IterativeTrainer(model, tokenizer=...).")
         if answers is None:
             if self._answers_apart:
-                raise UsageError(
-                    "A sequence-to-sequence model has nothing to answer without texts_labels.", "give them."
-                )
+                what = "A sequence-to-sequence model has nothing to answer without texts_labels."
+                raise UsageError(what, "give them.")
             answers, texts = texts, [""] * len(texts)
         if len(answers) != len(texts):
             raise UsageError(f"{len(texts)} texts, {len(answers)} texts_labels.", "give one for each text.")

@@ -63,10 +63,8 @@ def load_config(config: TrainConfig) -> PreTrainedConfig:
         if owner is not None:
             setattr(owner, name, value)
         elif config.init_from_config is not None:
-            raise UsageError(
-                f"model_init_kwargs.{name}: {model_config.model_type} has no such field in its config.",
-                "leave it out.",
-            )
+            what = f"model_init_kwargs.{name}: {model_config.model_type} has no such field in its config."
+            raise UsageError(what, "leave it out.")
     return model_config
 
 
@@ -157,13 +155,10 @@ def _unusable(source: str, error: Exception, trusted: bool) -> UsageError:
         found += "neither a field of its config nor an argument of from_pretrained"
         return UsageError(f"{found}.", "leave it out.")
     if "trust_remote_code" in str(error) and not trusted:
-        return UsageError(
-            f"{source}: brings its own code.", "read that code; if you trust it, add --trust-remote-code."
-        )
-    return UsageError(
-        f"{source}: transformers cannot load it: {text}",
-        "name a folder or Hub id of a causal language model.",
-    )
+        what = f"{source}: brings its own code."
+        return UsageError(what, "read that code; if you trust it, add --trust-remote-code.")
+    what = f"{source}: transformers cannot load it: {text}"
+    return UsageError(what, "name a folder or Hub id of a causal language model.")
 
 
 def make_model(
@@ -207,9 +202,8 @@ def make_model(
     if plan.loss is None and plan.terms:
         share_terms(inner)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "No weight of the model is trained.", "load adapters with is_trainable=True, or set lora."
-        )
+        what = "No weight of the model is trained."
+        raise UsageError(what, "load adapters with is_trainable=True, or set lora.")
     return model, plan
 
 

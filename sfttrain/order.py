@@ -128,10 +128,8 @@ def _refuse_passes(config: TrainConfig, account: Account, steps: int) -> None:
         enough, beyond = (middle, beyond) if max(account.passes(middle)) <= most else (enough, middle)
     alone = " without epochs" if config.training.get("num_train_epochs") else ""
     shorter = f", or --max-steps {enough}{alone}" if enough > account.first_step else ""
-    raise UsageError(
-        f"{folder}: {steps:,} steps go through it {passes:.2f} times; --passes allows {config.passes:g}.",
-        f"--passes {math.ceil(passes * 100) / 100:.10g}{shorter}.",
-    )
+    what = f"{folder}: {steps:,} steps go through it {passes:.2f} times; --passes allows {config.passes:g}."
+    raise UsageError(what, f"--passes {math.ceil(passes * 100) / 100:.10g}{shorter}.")
 
 
 # ------------------------------------------------------------------------ windows of shards behind URLs
@@ -161,10 +159,8 @@ def windows_of(
             held += min(shown + 1 + _AHEAD, len(shards)) * max(shard.bytes for shard in shards)
     if held > (bound := cache_bound() if held else 0):
         names = ", ".join(named(opened.folder) for opened in sets if origin(opened.folder) is not None)
-        raise UsageError(
-            f"{names}: windows of shards take {held:,} bytes; the cache is bound to {bound:,}.",
-            f"raise {BOUND}, in gigabytes, or --set window=N for N shards.",
-        )
+        what = f"{names}: windows of shards take {held:,} bytes; the cache is bound to {bound:,}."
+        raise UsageError(what, f"raise {BOUND}, in gigabytes, or --set window=N for N shards.")
     return tuple(windows)
 
 

@@ -143,9 +143,8 @@ class _Search:
             found = (
                 f"{self._family}: each token sees those behind it, so it would be trained on its own answer"
             )
-            raise UsageError(
-                f"{found}.", "name a model that is trained left to right (is_decoder=true in its config)."
-            )
+            fix = "name a model that is trained left to right (is_decoder=true in its config)."
+            raise UsageError(f"{found}.", fix)
         self._proofs[name] = proof
         if before:
             self._before.add(name)
@@ -172,9 +171,8 @@ class _Search:
         for setting, usual in (("objective", ("nll",)), ("loss", ("auto", "plain"))):
             value = getattr(self._config, setting)
             if value not in usual:
-                raise UsageError(
-                    f"{setting}={value}: {self._reason()}.", f"set {setting}={usual[0]}."
-                ) from self._failure
+                what = f"{setting}={value}: {self._reason()}."
+                raise UsageError(what, f"set {setting}={usual[0]}.") from self._failure
         return Plan(name, False, True, None)
 
     def _reason(self) -> str:

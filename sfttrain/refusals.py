@@ -73,10 +73,8 @@ def refuse_useless(
         args.activation_checkpointing_kwargs, dict
     ) and args.activation_checkpointing_kwargs.get("offload")
     if offload and args.device.type == "cpu":
-        raise UsageError(
-            "activation_checkpointing_kwargs.offload: activations lie in host memory already.",
-            "leave it out.",
-        )
+        what = "activation_checkpointing_kwargs.offload: activations lie in host memory already."
+        raise UsageError(what, "leave it out.")
     if "bnb" in str(args.optim) or "8bit" in str(args.optim):
         require_package("bitsandbytes", f"optim={args.optim}", "quantize")
     for name in args.report_to or ():
@@ -91,18 +89,15 @@ def _refuse_data(config: TrainConfig, args: TrainingArguments, data: object) -> 
     if data is not None and not hasattr(data, "__len__") and args.max_steps <= 0:
         raise UsageError("A stream has no end that is known.", "set max_steps.")
     if data is not None and config.log_documents:
-        raise UsageError(
-            "log_documents: rows of a dataset have no file and line.", "train on sets, or leave it out."
-        )
+        what = "log_documents: rows of a dataset have no file and line."
+        raise UsageError(what, "train on sets, or leave it out.")
     sequential = args.train_sampling_strategy == "sequential"
     if config.window is not None and (data is not None or sequential):
         why = "rows are not shuffled, by train_sampling_strategy" if sequential else "a dataset has no shards"
         raise UsageError(f"window={config.window}: {why}.", "leave it out.")
     if data is not None and config.passes is not None:
-        raise UsageError(
-            "passes: bounds how often a set is gone through; this is a dataset of rows.",
-            "train on sets, or leave it out.",
-        )
+        what = "passes: bounds how often a set is gone through; this is a dataset of rows."
+        raise UsageError(what, "train on sets, or leave it out.")
 
 
 def refuse_missing_launch(settings: Mapping[str, object]) -> None:
@@ -135,20 +130,15 @@ def refuse_architecture(
     if getattr(model_config, "is_encoder_decoder", False):
         found = f"{name}: {model_config.model_type} is a sequence-to-sequence model; "
         found += "a run trains causal language models."
-        raise UsageError(
-            found, "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it."
-        )
+        fix = "sfttrain.IterativeTrainer(model).step(texts=..., texts_labels=...) trains it."
+        raise UsageError(found, fix)
     quantized = getattr(model_config, "quantization_config", None) is not None
     if quantized and config.quantize:
-        raise UsageError(
-            f"{name}: is quantized already; quantize={config.quantize} would do so twice.",
-            "leave quantize out.",
-        )
+        what = f"{name}: is quantized already; quantize={config.quantize} would do so twice."
+        raise UsageError(what, "leave quantize out.")
     if quantized and trains and not config.adapted and not hasattr(model, "peft_config"):
-        raise UsageError(
-            f"{name}: its weights are quantized and cannot be trained.",
-            "train adapters on them, as --lora r=16.",
-        )
+        what = f"{name}: its weights are quantized and cannot be trained."
+        raise UsageError(what, "train adapters on them, as --lora r=16.")
 
 
 def refuse_too_long(sets: Sequence[ShardSet], model_config: PreTrainedConfig, say: Say) -> None:
@@ -180,9 +170,8 @@ def _refuse_loading(config: TrainConfig, args: TrainingArguments) -> None:
         if config.model_init_kwargs.get(name):
             raise UsageError(f"model_init_kwargs.{name}: from_pretrained no longer takes it.", instead)
     if "device_map" in config.model_init_kwargs and args.world_size > 1:
-        raise UsageError(
-            "model_init_kwargs.device_map: each process has a device of its own.", "leave it out."
-        )
+        what = "model_init_kwargs.device_map: each process has a device of its own."
+        raise UsageError(what, "leave it out.")
 
 
 def _refuse_object(config: TrainConfig, model: object) -> None:
@@ -197,17 +186,14 @@ def _refuse_object(config: TrainConfig, model: object) -> None:
         found = f"{', '.join(given)}: the model is an object, which is loaded already"
         raise UsageError(f"{found}.", "load it so, or name the model.")
     if config.adapted and hasattr(model, "peft_config"):
-        raise UsageError(
-            "The model carries adapters already.",
-            "leave lora and adapter out, or give the model without them.",
-        )
+        what = "The model carries adapters already."
+        raise UsageError(what, "leave lora and adapter out, or give the model without them.")
 
 
 def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, object]) -> None:
     if config.kernels == "liger" and args.device.type == "cpu":
-        raise UsageError(
-            "kernels=liger: its kernels need a GPU, and the device is the CPU.", "set kernels=auto."
-        )
+        what = "kernels=liger: its kernels need a GPU, and the device is the CPU."
+        raise UsageError(what, "set kernels=auto.")
     if config.kernels == "liger":
         require_package("liger_kernel", "kernels=liger", "gpu")
     if args.use_liger_kernel:
@@ -219,14 +205,11 @@ def _refuse_loss(config: TrainConfig, args: TrainingArguments, extras: Mapping[s
     if config.objective == "nll":
         return
     if config.loss == "plain":
-        raise UsageError(
-            f"objective={config.objective} is computed by our loss, not by loss={config.loss}.",
-            "set loss=auto.",
-        )
+        what = f"objective={config.objective} is computed by our loss, not by loss={config.loss}."
+        raise UsageError(what, "set loss=auto.")
     if extras.get("compute_loss_func") is not None:
-        raise UsageError(
-            f"objective={config.objective}: compute_loss_func decides on the loss.", "leave one of them out."
-        )
+        what = f"objective={config.objective}: compute_loss_func decides on the loss."
+        raise UsageError(what, "leave one of them out.")
 
 
 def _refuse_evaluation(config: TrainConfig, args: TrainingArguments, extras: Mapping[str, object]) -> None:
@@ -234,16 +217,12 @@ def _refuse_evaluation(config: TrainConfig, args: TrainingArguments, extras: Map
     names = [*config.eval, *(data if isinstance(data, dict) else ["data"] if data is not None else [])]
     for rows in data.values() if isinstance(data, dict) else [data]:
         if rows is not None and not hasattr(rows, "__len__"):
-            raise UsageError(
-                "eval_dataset: a stream has no end that is known.",
-                "give rows with a length, or --eval NAME=FOLDER.",
-            )
+            what = "eval_dataset: a stream has no end that is known."
+            raise UsageError(what, "give rows with a length, or --eval NAME=FOLDER.")
     strategy = getattr(args.eval_strategy, "value", args.eval_strategy)
     if strategy != "no" and not names:
-        raise UsageError(
-            f"eval_strategy={strategy}: there is nothing to evaluate on.",
-            "name a set, as --eval held=FOLDER.",
-        )
+        what = f"eval_strategy={strategy}: there is nothing to evaluate on."
+        raise UsageError(what, "name a set, as --eval held=FOLDER.")
     metric = str(args.metric_for_best_model or "").removeprefix("eval_")
     if not metric or extras.get("compute_metrics") is not None or strategy == "no":
         return
@@ -259,13 +238,11 @@ def _refuse_push(repository: str) -> None:
     if repository.count("/") != 1:
         raise UsageError(f"push_to_hub={repository}: is no repository of the Hub.", "name it as user/model.")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UsageError(
-            f"push_to_hub={repository}: HF_HUB_OFFLINE is set.", "unset it, or leave push_to_hub out."
-        )
+        what = f"push_to_hub={repository}: HF_HUB_OFFLINE is set."
+        raise UsageError(what, "unset it, or leave push_to_hub out.")
     if get_token() is None:
-        raise UsageError(
-            f"push_to_hub={repository}: no one is logged in to the Hub.", "hf auth login, or set HF_TOKEN."
-        )
+        what = f"push_to_hub={repository}: no one is logged in to the Hub."
+        raise UsageError(what, "hf auth login, or set HF_TOKEN.")
 
 
 def require_trainer() -> None:
@@ -328,9 +305,8 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
         missing_embeddings(sets, known)
     for opened in everything:
         if not opened.manifest.ledger.tokens_trained:
-            raise DataError(
-                f"{opened.folder}: holds no trained token.", "prepare it with a mask that trains something."
-            )
+            what = f"{opened.folder}: holds no trained token."
+            raise DataError(what, "prepare it with a mask that trains something.")
     return sets, evaluation
 
 
@@ -429,9 +405,8 @@ def refuse_mixed_tokenizers(sets: Sequence[ShardSet]) -> None:
         if one.sha256 != other.sha256 and not alike:
             found = f"{sets[0].folder} was prepared with the tokenizer {one.name}, "
             found += f"{opened.folder} with {other.name}"
-            raise UsageError(
-                f"{found}, whose ids are others.", "prepare both with the tokenizer of the model."
-            )
+            what = f"{found}, whose ids are others."
+            raise UsageError(what, "prepare both with the tokenizer of the model.")
 
 
 def missing_embeddings(sets: Sequence[ShardSet], rows: int) -> int:

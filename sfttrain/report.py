@@ -68,10 +68,8 @@ def make_report(folder: Path) -> str:
     """
     log, run = read_log(folder / LOG_NAME), _read_run(folder / RUN_NAME)
     if not log and not run:
-        raise UsageError(
-            f"{folder}: no {LOG_NAME} and no {RUN_NAME}.",
-            "name the folder of a run: sfttrain run ... -o DIR.",
-        )
+        what = f"{folder}: no {LOG_NAME} and no {RUN_NAME}."
+        raise UsageError(what, "name the folder of a run: sfttrain run ... -o DIR.")
     steps = [line for line in log if "loss" in line]
     losses = _losses(steps, log)
     path = folder / SETTINGS_NAME

@@ -164,16 +164,13 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
     if newest is not None:
         changes = check_unchanged(newest[1].run, run, newest[0], new_leg=config.new_leg)
     elif (output / RUN_NAME).exists():
-        raise UsageError(
-            f"{output}: holds a finished run without a checkpoint.",
-            "choose another output folder, or --overwrite.",
-        )
+        what = f"{output}: holds a finished run without a checkpoint."
+        raise UsageError(what, "choose another output folder, or --overwrite.")
     step = newest[1].step if newest else 0
     if step > steps:
         found = f"{output}: the run has taken {step:,} steps; {' and '.join(LENGTH)} ask for {steps:,}"
-        raise UsageError(
-            f"{found}.", "set a higher max_steps, choose another output folder, or --overwrite to start anew."
-        )
+        fix = "set a higher max_steps, choose another output folder, or --overwrite to start anew."
+        raise UsageError(f"{found}.", fix)
     for name in checkpoint.remove_after(output, step):
         say(f"{output / name}: incomplete, removed")
     cut_after(output, step)

@@ -57,9 +57,8 @@ def read_samples(path: Path, talks: bool) -> list[Sample]:
     try:
         lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--sample {path}: cannot be read ({error}).", "name a file of JSON lines."
-        ) from None
+        what = f"--sample {path}: cannot be read ({error})."
+        raise UsageError(what, "name a file of JSON lines.") from None
     if not 1 <= len(lines) <= MOST:
         fix = (
             f"head -n {MOST} {shlex.quote(str(path))} > few.jsonl" if lines else f"write rows as {_EXPECTED}."
@@ -77,9 +76,8 @@ def _parse(place: str, line: str, talks: bool) -> Sample:
     if found is None:
         raise UsageError(f"{place}: holds no question.", f"write rows as {_EXPECTED}, texts throughout.")
     if isinstance(found.asked, list) and not talks:
-        raise UsageError(
-            f"{place}: holds messages, and the set has no chat template.", "give prompts as texts."
-        )
+        what = f"{place}: holds messages, and the set has no chat template."
+        raise UsageError(what, "give prompts as texts.")
     return found
 
 

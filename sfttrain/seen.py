@@ -158,10 +158,9 @@ class Account:
             self._before, self._lines = read_account(folder)
             self._begun = step
         elif self.first_step:
-            raise UsageError(
-                f"{folder}: holds no account of what was seen, which a new leg would continue.",
-                "use what it was started with, another output folder, or --overwrite to start anew.",
-            )
+            what = f"{folder}: holds no account of what was seen, which a new leg would continue."
+            fix = "use what it was started with, another output folder, or --overwrite to start anew."
+            raise UsageError(what, fix)
 
     def at(self, step: int) -> Seen:
         """Return the account up to a step."""
@@ -277,10 +276,8 @@ def read_account(folder: Path) -> tuple[Seen, dict[Key, Lines]]:
             table = pa.ipc.open_file(file).read_all()
             times = [part.values.to_numpy().copy() for part in table["times"]]
     except (OSError, msgspec.MsgspecError, pa.ArrowException) as error:
-        raise IntegrityError(
-            f"{folder}: its {SEEN_NAME} or {LINES_NAME} is damaged: {error}.",
-            "remove the folder, then run again: it resumes from the one before.",
-        ) from None
+        fix = "remove the folder, then run again: it resumes from the one before."
+        raise IntegrityError(f"{folder}: its {SEEN_NAME} or {LINES_NAME} is damaged: {error}.", fix) from None
     keys = zip(table["name"].to_pylist(), table["xxh3"].to_pylist(), strict=True)
     amounts = [(source.tokens, source.trained) for source in seen.sources]
     return seen, {key: Lines(part, *amount) for key, part, amount in zip(keys, times, amounts, strict=True)}

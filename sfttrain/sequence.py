@@ -81,9 +81,8 @@ def refuse_unshared(config: TrainConfig, args: TrainingArguments, objects: Mappi
         found = f"{asked}: the number of processes is {args.world_size}, no multiple of {width}"
         raise UsageError(f"{found}.", f"torchrun --nproc-per-node {width} -m sfttrain run ...")
     if config.attention not in ("auto", VARLEN):
-        raise UsageError(
-            f"{asked}: attention={config.attention} takes no sliced rows.", "set attention=auto."
-        )
+        what = f"{asked}: attention={config.attention} takes no sliced rows."
+        raise UsageError(what, "set attention=auto.")
     for name in _ON_LOGITS:
         if objects.get(name) is not None:
             raise UsageError(f"{asked}: {name} wants the logits of whole rows.", "leave one of them out.")

@@ -242,9 +242,8 @@ class SftTrainer(Trainer):
         if not self.accelerator.reduce(astray.float(), "sum"):
             return
         if self.state.global_step == 1:
-            raise DataError(
-                "The loss of the first batch is no number.", "check the model's weights and dtype."
-            )
+            what = "The loss of the first batch is no number."
+            raise DataError(what, "check the model's weights and dtype.")
         found = f"step {self.state.global_step}: the loss or the weights are not finite (nan or infinite)"
         kept = checkpoint.newest_complete(Path(str(self.args.output_dir)))
         left = f"{kept[0]} is the last good checkpoint" if kept else "no checkpoint was written before"

@@ -342,9 +342,8 @@ def _take_steps(trainer: SftTrainer, resumed: Point | None, steps: int) -> None:
     except UnpicklingError:
         place = resumed.folder if resumed else trainer.args.output_dir
         found = f"{place}: holds a pickle that is more than tensors, which loading would run"
-        raise IntegrityError(
-            f"{found}.", "remove the folder, then run again: it resumes from the one before."
-        ) from None
+        fix = "remove the folder, then run again: it resumes from the one before."
+        raise IntegrityError(f"{found}.", fix) from None
     finally:
         stop_compiled(cast(nn.Module, trainer.model))
         if trainer.documents is not None:

@@ -213,10 +213,8 @@ def read_legs(run: Path) -> list[tuple[str, ...]]:
 def _numbers(path: Path, schema: pa.Schema, sets: dict[str, TrainedSet]) -> npt.NDArray[np.int16]:
     """Return the number over all files of each set of this one; a later file knows the place better."""
     if list(schema.names) != list(_COLUMNS) or _SETS not in (schema.metadata or {}):
-        raise IntegrityError(
-            f"{path}: is no log of documents: it has the columns {', '.join(schema.names):.100}.",
-            "take it out of the folder.",
-        )
+        what = f"{path}: is no log of documents: it has the columns {', '.join(schema.names):.100}."
+        raise IntegrityError(what, "take it out of the folder.")
     named = _named(schema)
     sets |= {one.digest: one for one in named}
     order = {digest: number for number, digest in enumerate(sets)}

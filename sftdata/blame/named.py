@@ -209,10 +209,8 @@ class LoggedRun:
         at = int(np.searchsorted(self.steps.step, step))
         if at == len(self.steps.step) or self.steps.step[at] != step:
             first, last = self.steps.step[0], self.steps.step[-1]
-            raise UsageError(
-                f"{self.folder}: no documents of step {step}; it logged those of steps {first} to {last}.",
-                "--step with one of these.",
-            )
+            what = f"{self.folder}: no documents of step {step}; it logged those of steps {first} to {last}."
+            raise UsageError(what, "--step with one of these.")
         found, raised = rank_step(self.losses, self.excess, step)
         documents = tuple(
             self._named(found, index, float(raised[index])) for index in self._there(found, count)

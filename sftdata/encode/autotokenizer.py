@@ -93,13 +93,11 @@ def _load(request: Request, notes: list[str]) -> PreTrainedTokenizerFast:
             )
     except Exception as error:  # report any load failure as one line: transformers raises what it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise UsageError(
-            f"does not load ({reason}).", "check it with AutoTokenizer.from_pretrained, or give another."
-        ) from error
+        what = f"does not load ({reason})."
+        raise UsageError(what, "check it with AutoTokenizer.from_pretrained, or give another.") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(
-            "has no fast form (tokenizer.json).", "convert it once with transformers and save_pretrained."
-        )
+        what = "has no fast form (tokenizer.json)."
+        raise UsageError(what, "convert it once with transformers and save_pretrained.")
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -113,9 +111,8 @@ def _choose_eos(tokenizer: PreTrainedTokenizerFast, eos_token: str | None, notes
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             known = ", ".join(tokenizer.all_special_tokens[:8]) or "none"
-            raise UsageError(
-                f"has no token {eos_token!r}; its special tokens: {known}.", "--eos-token with one of these."
-            )
+            what = f"has no token {eos_token!r}; its special tokens: {known}."
+            raise UsageError(what, "--eos-token with one of these.")
         tokenizer.eos_token = eos_token
     elif tokenizer.eos_token is None:
         added = tokenizer.get_added_vocab()

@@ -125,9 +125,8 @@ def _load_gigatoken(resolved: ResolvedTokenizer) -> Encode:
         backend = gigatoken.Tokenizer.from_json((resolved.folder / "tokenizer.json").read_bytes()).backend
     except Exception as error:  # its refusals share no class
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"gigatoken cannot read tokenizer {resolved.name!r} ({reason}).", "--engine auto"
-        ) from None
+        what = f"gigatoken cannot read tokenizer {resolved.name!r} ({reason})."
+        raise UsageError(what, "--engine auto") from None
 
     def encode(texts: Sequence[str]) -> tuple[Int32, Int64]:
         # One call per text: its batch call imports awkward (0.5 s to start) and is hardly faster.

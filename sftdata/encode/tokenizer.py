@@ -178,9 +178,8 @@ def _source_folder(name: str, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UsageError(
-            f"Tokenizer {name!r} is a file; expected a folder or a Hub id.", f"-t {folder.parent}"
-        )
+        what = f"Tokenizer {name!r} is a file; expected a folder or a Hub id."
+        raise UsageError(what, f"-t {folder.parent}")
     if not _looks_like_hub_id(name):
         fix = _nearest(folder) or "check the path, or give a Hub id such as org/model."
         raise UsageError(f"Tokenizer folder {name!r} does not exist.", fix)
@@ -234,10 +233,8 @@ def _refuse_without_fast_files(name: str, source: Path) -> None:
             f"A.from_pretrained('{name}').save_pretrained('converted')\" && use -t converted",
         )
     found = ", ".join(files[:5]) or "nothing"
-    raise UsageError(
-        f"{name!r} is not a tokenizer: found {found}, expected tokenizer.json.",
-        "give the folder that holds it.",
-    )
+    what = f"{name!r} is not a tokenizer: found {found}, expected tokenizer.json."
+    raise UsageError(what, "give the folder that holds it.")
 
 
 # --------------------------------------------------------------------------------------------- cache
@@ -262,9 +259,8 @@ def _fill_cache(entry: Path, request: Request, name: str) -> None:
         entry.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=entry.parent))
     except OSError as error:
-        raise UsageError(
-            f"Cache folder {entry.parent} cannot be written ({error.strerror}).", "set SFTDATA_CACHE."
-        ) from None
+        what = f"Cache folder {entry.parent} cannot be written ({error.strerror})."
+        raise UsageError(what, "set SFTDATA_CACHE.") from None
     try:
         _run_child(draft, request, name)
         try:

@@ -167,9 +167,8 @@ def _read_message(message: Message, role: str, where: str, counted: list[str]) -
     if isinstance(content, list):
         content, found = read_parts(content, f"{where}.content", counted)
         if twice := sorted(found.keys() & rest.keys()):
-            raise RowError(
-                "said-twice", f"{where} has {twice[0]} in its parts and beside them.", "keep one of them."
-            )
+            what = f"{where} has {twice[0]} in its parts and beside them."
+            raise RowError("said-twice", what, "keep one of them.")
         rest |= found
     elif "tool_calls" in rest:
         rest["tool_calls"] = read_calls(rest["tool_calls"], f"{where}.tool_calls", counted)
@@ -177,15 +176,11 @@ def _read_message(message: Message, role: str, where: str, counted: list[str]) -
         rest["tool_calls"] = read_calls(rest.pop("function_call"), f"{where}.function_call", counted)
     _check_reasoning(rest, where)
     if content is None and not rest.get("tool_calls"):
-        raise RowError(
-            "no-content",
-            f"{where} has no content.",
-            'fill it in ("" for an empty answer), or remove the row.',
-        )
+        what = f"{where} has no content."
+        raise RowError("no-content", what, 'fill it in ("" for an empty answer), or remove the row.')
     if content is not None and not isinstance(content, str | list):
-        raise RowError(
-            "not-text", f"{where}.content is {kind_of(content)}; expected a string.", "write it as a string."
-        )
+        what = f"{where}.content is {kind_of(content)}; expected a string."
+        raise RowError("not-text", what, "write it as a string.")
     return {"role": role, **({} if content is None else {"content": content}), **rest}
 
 

@@ -121,15 +121,12 @@ def load_prompt_template(path: str) -> PromptTemplate:
     try:
         text = path if given else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: the prompt template cannot be read ({error}).", "give a UTF-8 text file."
-        ) from None
+        what = f"{path}: the prompt template cannot be read ({error})."
+        raise UsageError(what, "give a UTF-8 text file.") from None
     template = PromptTemplate.parse(text)
     if not template.slots:
-        raise UsageError(
-            f"{path}: no {{field}} slot in the prompt template.",
-            "write slots such as {instruction} and {input}.",
-        )
+        what = f"{path}: no {{field}} slot in the prompt template."
+        raise UsageError(what, "write slots such as {instruction} and {input}.")
     return replace(template, text=text)
 
 

@@ -15,6 +15,7 @@ from sftdata.formats.chat import find_role
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
 from sftdata.formats.table import FORMATS, Format, chat_style
+from sftdata.output import shell_quote
 from sftdata.pictures.rows import read_picture_row
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
@@ -261,12 +262,8 @@ def _chosen_fix(row: JsonObject) -> str:
     markers = find_turn_markers([str(given)])
     if markers is None:
         return "write each row as a prompt and its completion."
-    instruction, response = map(_shell_quoted, markers)
+    instruction, response = map(shell_quote, markers)
     return f"--map text=chosen --response-template {response} --instruction-template {instruction}"
-
-
-def _shell_quoted(marker: str) -> str:
-    return f"$'{marker.encode('unicode_escape').decode()}'" if "\n" in marker else f"'{marker}'"
 
 
 # ------------------------------------------------------------------------------------ a table by its columns

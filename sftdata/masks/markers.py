@@ -19,7 +19,6 @@ turns them there. Markers given as token ids are looked for in the ids instead, 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,11 +28,11 @@ import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, Ranges
 from sftdata.errors import Fault, RowError, UsageError
+from sftdata.output import shell_quote
 
 Marker = str | tuple[int, ...]
 _HEADERS_SHOWN = 3
 _TEXT_SHOWN = 40
-_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 
 
 class TextAnswers(NamedTuple):
@@ -72,19 +71,14 @@ def check_markers(response: Marker, instruction: Marker | None) -> None:
         UsageError: a marker is empty, both are the same, or one is text and the other token ids.
     """
     if len(response) == 0 or (instruction is not None and len(instruction) == 0):
-        raise UsageError(
-            "A response or instruction template is empty; expected text or token ids.",
-            "leave the option out.",
-        )
+        what = "A response or instruction template is empty; expected text or token ids."
+        raise UsageError(what, "leave the option out.")
     if response == instruction:
-        raise UsageError(
-            f"Response and instruction template are both {response!r}.", "give what begins each kind of turn."
-        )
+        what = f"Response and instruction template are both {response!r}."
+        raise UsageError(what, "give what begins each kind of turn.")
     if instruction is not None and isinstance(response, str) != isinstance(instruction, str):
-        raise UsageError(
-            f"Response template {response!r} and instruction template {instruction!r} are not of one kind.",
-            "give both as text, or both as the token ids that `sftdata resolve` prints.",
-        )
+        what = f"Response template {response!r} and instruction template {instruction!r} are not of one kind."
+        raise UsageError(what, "give both as text, or both as the token ids that `sftdata resolve` prints.")
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -305,15 +299,6 @@ def _headers_like(marker: str, text: str) -> list[str]:
     return list(dict.fromkeys(re.findall(header, text, re.MULTILINE)))[:_HEADERS_SHOWN]
 
 
-def shell_quote(value: str) -> str:
-    r"""Return a value as a shell takes it; one with a newline or tab in `$'...'` form.
-
-    >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
-    ("'### Answer:'", "$'\\n### Answer:'")
-    """
-    return f"$'{value.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", value) else shlex.quote(value)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class TrlMask:
     """Trained tokens of N rows, and what the collator would have warned of.
@@ -352,10 +337,8 @@ def trl_0_7_10_mask(
         UsageError: a template is empty.
     """
     if len(response_ids) == 0 or (instruction_ids is not None and len(instruction_ids) == 0):
-        raise UsageError(
-            "A response or instruction template has no token ids.",
-            "give a template, or leave the option out.",
-        )
+        what = "A response or instruction template has no token ids."
+        raise UsageError(what, "give a template, or leave the option out.")
     labels = input_ids
     if pad_token_id is not None:
         labels = np.where(input_ids == pad_token_id, IGNORE_INDEX, input_ids)

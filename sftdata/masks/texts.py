@@ -197,11 +197,8 @@ class _Columns:
 def _conversation(row: Conversation, index: int, renderer: Renderer, tally: Tally) -> RenderedConversation:
     """Render a conversation, with an end token after the last turn if it needs one."""
     if renderer.finder is None:
-        raise RowError(
-            "no-chat-template",
-            "a conversation, and the tokenizer has no chat template",
-            "--chat-template chatml",
-        )
+        what = "a conversation, and the tokenizer has no chat template"
+        raise RowError("no-chat-template", what, "--chat-template chatml")
     if (flag := renderer.mask.overrules) and False in row.trained:
         what = f"messages[{row.trained.index(False)}] is switched off, and --{flag} overrides it."
         raise RowError("switch-overruled", what, f"leave --{flag} out, or take the switch off the message.")

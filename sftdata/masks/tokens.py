@@ -103,19 +103,9 @@ def _with_images(
 
 def _with_bos(tokens: TokenBatch, resolved: ResolvedTokenizer) -> TokenBatch:
     """Write the reference's BOS, never trained, before each example that does not begin with it."""
-    prefix = np.array(resolved.prefix_ids, np.int32)
-    before = np.where(_begins_with(tokens, prefix), 0, len(prefix))
-    if not before.any():
-        return tokens
-    offsets = offsets_of(tokens.lengths + before)
-    ids, trained = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
-    weights = None if tokens.loss_weights is None else np.zeros(offsets[-1], np.float32)
-    target = positions_of(offsets[:-1] + before, tokens.lengths)
-    ids[target], trained[target] = tokens.input_ids, tokens.trained
-    if weights is not None:
-        weights[target] = tokens.weights()
-    _write(ids, offsets[:-1][before > 0], prefix)
-    return TokenBatch(ids, trained, offsets, tokens.row, weights)
+    prefix, none = np.array(resolved.prefix_ids, np.int32), np.zeros(len(tokens), np.bool_)
+    opens = ~_holds(tokens, tokens.offsets[:-1], prefix) & (len(prefix) > 0)
+    return _between(tokens, prefix, opens, prefix[:0], none, none) if opens.any() else tokens
 
 
 def _trained(places: Places, batch: TextBatch, merge: bool) -> tuple[Bool, Float32 | None]:
@@ -178,45 +168,47 @@ def _with_ends(
     resolved = encoder.resolved
     prefix, suffix = np.array(resolved.prefix_ids, np.int32), np.array(resolved.closing_ids, np.int32)
     if closed.any() and not len(suffix):
-        raise UsageError(
-            f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed.", "--eos-token TOKEN"
-        )
-    opened = _begins_with(tokens, prefix)
-    ended = closed & (_ends_with(tokens, suffix) | (blank > 0))
-    before = np.where(opened, 0, len(prefix))
-    after = np.where(closed & ~ended, len(suffix), 0)
-    offsets = offsets_of(tokens.lengths + before + after)
-    ids, trained = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
-    target = positions_of(offsets[:-1] + before, tokens.lengths)
-    ids[target], trained[target] = tokens.input_ids, tokens.trained
-    _write(ids, offsets[:-1][before > 0], prefix)
-    tails = offsets[1:][after > 0] - len(suffix)
-    _write(ids, tails, suffix)
-    for column in range(len(suffix)):
-        trained[tails + column] = runs_to_end[after > 0]
+        what = f"Tokenizer {resolved.name!r} names no end token, so texts cannot be closed."
+        raise UsageError(what, "--eos-token TOKEN")
+    opened = _holds(tokens, tokens.offsets[:-1], prefix)
+    ended = closed & (_holds(tokens, tokens.offsets[1:] - len(suffix), suffix) | (blank > 0))
+    closes = closed & ~ended & (len(suffix) > 0)
     tally.counts["bos_found"] += int(opened.sum())
     tally.counts["eos_found"] += int(ended.sum())
-    tally.counts["eos_added"] += len(tails)
-    return TokenBatch(ids, trained, offsets, tokens.row)
+    tally.counts["eos_added"] += int(closes.sum())
+    return _between(tokens, prefix, ~opened, suffix, closes, runs_to_end)
 
 
-def _write(ids: Int32, starts: Int64, values: Int32) -> None:
-    for column, value in enumerate(values):
-        ids[starts + column] = value
+def _between(
+    tokens: TokenBatch, prefix: Int32, opens: Bool, suffix: Int32, closes: Bool, trained: Bool
+) -> TokenBatch:
+    """Write ids before the examples of `opens`, bool[N], never trained, and after those of `closes`.
+
+    Args:
+        trained: bool[N], whether what is written after an example is trained.
+    """
+    before, after = opens * len(prefix), closes * len(suffix)
+    offsets = offsets_of(tokens.lengths + before + after)
+    ids, flags = np.empty(offsets[-1], np.int32), np.zeros(offsets[-1], np.bool_)
+    weights = None if tokens.loss_weights is None else np.zeros(offsets[-1], np.float32)
+    target = positions_of(offsets[:-1] + before, tokens.lengths)
+    ids[target], flags[target] = tokens.input_ids, tokens.trained
+    if weights is not None:
+        weights[target] = tokens.weights()
+    for column, value in enumerate(prefix):
+        ids[offsets[:-1][opens] + column] = value
+    for column, value in enumerate(suffix, start=-len(suffix)):
+        tails = offsets[1:][closes] + column
+        ids[tails], flags[tails] = value, trained[closes]
+    return TokenBatch(ids, flags, offsets, tokens.row, weights)
 
 
-def _begins_with(tokens: TokenBatch, pattern: Int32) -> Bool:
+def _holds(tokens: TokenBatch, starts: Int64, pattern: Int32) -> Bool:
+    """bool[N]: examples that hold a pattern, from these places on; none holds one of no ids."""
     found = tokens.lengths >= max(len(pattern), 1)
     for column, value in enumerate(pattern):
-        found[found] = tokens.input_ids[tokens.offsets[:-1][found] + column] == value
-    return found if len(pattern) else np.zeros_like(found)
-
-
-def _ends_with(tokens: TokenBatch, pattern: Int32) -> Bool:
-    found = tokens.lengths >= max(len(pattern), 1)
-    for column, value in enumerate(pattern):
-        found[found] = tokens.input_ids[tokens.offsets[1:][found] - len(pattern) + column] == value
-    return found if len(pattern) else np.zeros_like(found)
+        found[found] = tokens.input_ids[starts[found] + column] == value
+    return found & (len(pattern) > 0)
 
 
 def read_given(rows: Sequence[Tokens], row: Int64, resolved: ResolvedTokenizer, tally: Tally) -> TokenBatch:

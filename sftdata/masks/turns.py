@@ -371,9 +371,8 @@ def _refuse_lost(message: Message, own: Sequence[object], index: int) -> None:
 
 
 def _calls_lost(index: int) -> RowError:
-    return RowError(
-        "tool-calls-lost", f"messages[{index}]: the chat template does not render its tool calls", CALLS_FIX
-    )
+    what = f"messages[{index}]: the chat template does not render its tool calls"
+    return RowError("tool-calls-lost", what, CALLS_FIX)
 
 
 # ---------------------------------------------------------- where a generation prompt and a turn diverge

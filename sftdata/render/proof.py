@@ -258,18 +258,12 @@ class ProvenRenderer:
             RowError: the template refuses the row, or sentinels change what it renders.
         """
         if len(row.messages) > MAX_MESSAGES:
-            raise RowError(
-                "too-many-messages",
-                f"{len(row.messages)} messages; at most {MAX_MESSAGES} fit",
-                "split the row",
-            )
+            what = f"{len(row.messages)} messages; at most {MAX_MESSAGES} fit"
+            raise RowError("too-many-messages", what, "split the row")
         text, row = self._spell(row)
         if RESERVED.search(text):
-            raise RowError(
-                "reserved-characters",
-                "text holds characters of U+108000..U+10EFFF",
-                "remove these characters",
-            )
+            what = "text holds characters of U+108000..U+10EFFF"
+            raise RowError("reserved-characters", what, "remove these characters")
         attempts = (row, *_reasoning_apart(row))
         for skip in self._skips:
             proven = None
@@ -409,11 +403,8 @@ class ProvenRenderer:
                     " so its own cannot be told from them",
                     "--trust-control-tokens, or take them out of the data",
                 )
-        return RowError(
-            "spans-unproven",
-            "the chat template renders the data differently once sentinels are in it",
-            "give a template with {% generation %} blocks",
-        )
+        what = "the chat template renders the data differently once sentinels are in it"
+        return RowError("spans-unproven", what, "give a template with {% generation %} blocks")
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern[str] | None:

@@ -158,9 +158,8 @@ def explain_refusal(template: ChatTemplate, row: Conversation, refusal: Template
                 messages = without(messages)
             if messages and _renders(template, replace(row, messages=messages)):
                 what = " and ".join(name for name, _, _ in chosen)
-                return RowError(
-                    "template-error", f"the chat template refuses {what} ({said})", chosen[0][2](template)
-                )
+                fix = chosen[0][2](template)
+                return RowError("template-error", f"the chat template refuses {what} ({said})", fix)
     fix = "change the row to what the template accepts, or choose another with --chat-template"
     return RowError("template-error", f"the chat template refuses the row ({said})", fix)
 

@@ -96,9 +96,8 @@ def choose_template(
         try:
             text = Path(choice).read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(
-                f"--chat-template {choice}: not utf-8 at byte {error.start}.", "save it as utf-8."
-            ) from None
+            what = f"--chat-template {choice}: not utf-8 at byte {error.start}."
+            raise UsageError(what, "save it as utf-8.") from None
         return TemplateChoice(text, f"file {Path(choice).name}", control_tokens(text))
     try:
         text_or_none, added, eos_token = clone(choice)
@@ -110,10 +109,8 @@ def choose_template(
             did_you_mean(choice, BUILT_IN, "give one of these."),
         ) from None
     if text_or_none is None:
-        raise UsageError(
-            f"--chat-template {choice}: that tokenizer has no chat template.",
-            "name another, or a template file.",
-        )
+        what = f"--chat-template {choice}: that tokenizer has no chat template."
+        raise UsageError(what, "name another, or a template file.")
     tokens = tuple(token for token in added if token in text_or_none or token == eos_token)
     return TemplateChoice(text_or_none, f"cloned from {choice}", tokens, eos_token)
 
@@ -179,9 +176,8 @@ class ChatTemplate:
             self.names = frozenset(jinja2.meta.find_undeclared_variables(tree))
             self.takes_tools = "tools" in self.names
         except jinja2.TemplateSyntaxError as error:
-            raise UsageError(
-                f"Chat template, line {error.lineno}: {error.message}.", "fix the template."
-            ) from None
+            what = f"Chat template, line {error.lineno}: {error.message}."
+            raise UsageError(what, "fix the template.") from None
 
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:

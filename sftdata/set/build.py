@@ -67,9 +67,8 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
         except IntegrityError as error:
             if overwrite:
                 return None
-            raise IntegrityError(
-                error.message, "replace the set with --overwrite, or choose another -o."
-            ) from None
+            what = error.message
+            raise IntegrityError(what, "replace the set with --overwrite, or choose another -o.") from None
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
     if is_split(folder):
@@ -77,14 +76,11 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
             return None
         raise made_otherwise(folder, ["eval"])
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(
-            f"{folder}: holds files, but is no set; nothing was touched.",
-            "choose an empty or new folder for -o.",
-        )
+        what = f"{folder}: holds files, but is no set; nothing was touched."
+        raise UsageError(what, "choose an empty or new folder for -o.")
     if os.path.ismount(folder):
-        raise UsageError(
-            f"{folder}: is a mount point, which a finished set cannot replace.", f"-o {folder / 'set'}"
-        )
+        what = f"{folder}: is a mount point, which a finished set cannot replace."
+        raise UsageError(what, f"-o {folder / 'set'}")
     return None
 
 
@@ -161,10 +157,8 @@ class Build(Making):
             differences = "; ".join(
                 f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed
             )
-            raise UsageError(
-                f"{self.folder}: an unfinished set made with other settings ({differences}).",
-                "run with the settings it was begun with, or start anew with --overwrite.",
-            )
+            what = f"{self.folder}: an unfinished set made with other settings ({differences})."
+            raise UsageError(what, "run with the settings it was begun with, or start anew with --overwrite.")
         if changed or not path.exists():
             self.clear()
             write_atomic(path, lambda sink: sink.write(msgspec.json.encode(plan, order="sorted")))
@@ -274,17 +268,14 @@ def making_at(output: Path | StoreUrl) -> Making:
 
 def unfinished(folder: Path, what: str) -> UsageError:
     """Return the refusal to discard what another command began."""
-    return UsageError(
-        f"{folder}: {what}.", "finish it with the command it was begun with, or start anew with --overwrite."
-    )
+    fix = "finish it with the command it was begun with, or start anew with --overwrite."
+    return UsageError(f"{folder}: {what}.", fix)
 
 
 def made_otherwise(output: Path | StoreUrl, changed: Sequence[str]) -> UsageError:
     """Return the refusal to replace a finished set that differs in these settings."""
-    return UsageError(
-        f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ).",
-        "choose another -o, or replace the set with --overwrite.",
-    )
+    what = f"{output}: holds a finished set made otherwise ({', '.join(changed)} differ)."
+    return UsageError(what, "choose another -o, or replace the set with --overwrite.")
 
 
 def refuse_choice(output: Path) -> None:

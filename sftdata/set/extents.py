@@ -41,10 +41,9 @@ from sftdata.set.shards import (
     as_numpy,
     batch_edges,
     check_pictures,
-    list_array,
     list_items,
     list_offsets,
-    own_images,
+    list_rows,
     read_file,
     write_file,
 )
@@ -160,12 +159,12 @@ def write_packs(path: Path | Target, packs: Packs, tokens_trained: int) -> Shard
     schema = _packs_schema(packs.extents.first_weights is not None, packs.images is not None)
     batches = []
     for first, last in batch_edges(packs.extents.token_offsets()):
-        segments = slice(packs.segment_offsets[first], packs.segment_offsets[last])
-        offsets = packs.segment_offsets[first : last + 1]
-        columns = [list_array(column[segments], offsets) for column in (packs.seq_lengths, packs.example_ids)]
+        offsets = packs.segment_offsets
+        columns = [list_rows(own, offsets, first, last) for own in (packs.seq_lengths, packs.example_ids)]
         if packs.images is not None and packs.image_counts is not None:
-            counts = list_array(packs.image_counts[segments], offsets)
-            columns += [list_array(*own_images(packs.images, packs.image_counts, offsets)), counts]
+            edges = offsets_of(packs.image_counts)[offsets]
+            columns.append(list_rows(packs.images, edges, first, last))
+            columns.append(list_rows(packs.image_counts, offsets, first, last))
         batches.append(_record_batch(columns, packs.extents, first, last, schema))
     file = write_file(path, schema, batches)
     is_document = packs.example_ids >= 0
@@ -186,8 +185,7 @@ def write_rest_extents(path: Path | Target, rest: RestExtents) -> SetFile:
         plain = [as_arrow(rest.example_ids[first:last]), as_arrow(rest.offset[first:last])]
         columns = [*plain, as_strings(rest.reasons[first:last])]
         if rest.images is not None and rest.image_counts is not None:
-            edges = np.arange(first, last + 1)
-            columns.append(list_array(*own_images(rest.images, rest.image_counts, edges)))
+            columns.append(list_rows(rest.images, offsets_of(rest.image_counts), first, last))
         batches.append(_record_batch(columns, rest.extents, first, last, schema))
     return write_file(path, schema, batches)
 
@@ -197,16 +195,9 @@ def _record_batch(
 ) -> pa.RecordBatch:
     import pyarrow as pa
 
-    here = slice(extents.row_offsets[first], extents.row_offsets[last])
-    offsets = extents.row_offsets[first : last + 1]
-    values: list[npt.NDArray[np.generic]] = [
-        extents.file,
-        extents.start,
-        extents.length,
-        extents.first_label,
-    ]
-    values += [] if extents.first_weights is None else [extents.first_weights]
-    lists = [list_array(column[here], offsets) for column in values]
+    values = (extents.file, extents.start, extents.length, extents.first_label, extents.first_weights)
+    given = [column for column in values if column is not None]
+    lists = [list_rows(column, extents.row_offsets, first, last) for column in given]
     return pa.RecordBatch.from_arrays([*columns, *lists], schema=schema)
 
 

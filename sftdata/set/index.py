@@ -43,10 +43,9 @@ from sftdata.set.shards import (
     as_arrow,
     as_numpy,
     batch_edges,
-    list_array,
     list_items,
     list_offsets,
-    own_images,
+    list_rows,
     read_file,
     shard_name,
     write_file,
@@ -349,13 +348,11 @@ def write_rest(path: Path | Target, rows: RestRows) -> SetFile:
     columns += [] if rows.loss_weights is None else [rows.loss_weights]
     batches = []
     for first, last in batch_edges(rows.row_offsets):
-        tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
-        lists = [list_array(column[tokens], rows.row_offsets[first : last + 1]) for column in columns]
+        lists = [list_rows(column, rows.row_offsets, first, last) for column in columns]
         plain = [as_arrow(rows.example_ids[first:last]), as_arrow(rows.offset[first:last])]
         columns_of = [*lists, *plain, as_strings(rows.reasons[first:last])]
         if rows.images is not None and rows.image_counts is not None:
-            edges = np.arange(first, last + 1)
-            columns_of.append(list_array(*own_images(rows.images, rows.image_counts, edges)))
+            columns_of.append(list_rows(rows.images, offsets_of(rows.image_counts), first, last))
         batches.append(pa.RecordBatch.from_arrays(columns_of, schema=schema))
     return write_file(path, schema, batches)
 

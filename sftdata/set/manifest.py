@@ -215,10 +215,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Whether shards say what each trained token weighs."""
         return bool(self.settings.get("loss_weights"))
 
-    def deciding_settings(self) -> dict[str, Any]:
-        """Return the settings that are part of the digest: those that can change a byte of the set."""
-        return deciding(self.settings)
-
     @property
     def pad_to_multiple_of(self) -> int:
         """Documents begin in their rows at multiples of this; padding fills what is between them."""
@@ -361,7 +357,7 @@ def _not_a_set(folder: Path) -> UsageError:
 
 def _digest(manifest: Manifest) -> str:
     content = {name: value for name, value in manifest.to_json().items() if name not in _OUTSIDE_DIGEST}
-    content["settings"] = manifest.deciding_settings()
+    content["settings"] = deciding(manifest.settings)
     content["sources"] = [
         {key: value for key, value in source.items() if key not in ("unit", "licence")}
         for source in content["sources"]

@@ -202,9 +202,8 @@ class ShardSet(Sequence[PackedRow]):
         if self._mirrors:
             self._mapped = {other: held for other, held in self._mapped.items() if self._path(other).exists()}
         if len(mapped) != info.rows:
-            raise IntegrityError(
-                f"{path}: {len(mapped)} rows; the manifest says {info.rows}.", "run `sftdata verify`."
-            )
+            what = f"{path}: {len(mapped)} rows; the manifest says {info.rows}."
+            raise IntegrityError(what, "run `sftdata verify`.")
         if not self._lawful:
             refuse_unlawful(path, mapped.batches, self.manifest)
         self.refuse_replaced()

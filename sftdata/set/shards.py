@@ -142,40 +142,24 @@ def as_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.R
     """Return some of the rows as a record batch of a shard; its columns are views of these."""
     import pyarrow as pa
 
-    tokens = slice(rows.row_offsets[first], rows.row_offsets[last])
-    segments = slice(rows.segment_offsets[first], rows.segment_offsets[last])
-    row_offsets = rows.row_offsets[first : last + 1]
-    segment_offsets = rows.segment_offsets[first : last + 1]
+    tokens, segments = rows.row_offsets, rows.segment_offsets
     columns: list[tuple[Int32 | Int64 | Float32, Int64]] = [
-        (rows.input_ids[tokens], row_offsets),
-        (rows.labels[tokens], row_offsets),
-        (rows.seq_lengths[segments], segment_offsets),
-        (rows.example_ids[segments], segment_offsets),
-    ]
+        (rows.input_ids, tokens), (rows.labels, tokens),
+        (rows.seq_lengths, segments), (rows.example_ids, segments),
+    ]  # fmt: skip
     if rows.loss_weights is not None:
-        columns.append((rows.loss_weights[tokens], row_offsets))
+        columns.append((rows.loss_weights, tokens))
     if rows.images is not None and rows.image_counts is not None:
-        columns.append(own_images(rows.images, rows.image_counts, segment_offsets))
-        columns.append((rows.image_counts[segments], segment_offsets))
+        pictures = offsets_of(rows.image_counts)[segments]
+        columns += [(rows.images, pictures), (rows.image_counts, segments)]
     arrays = []
     for field, (values, offsets) in zip(schema, columns, strict=True):
         if pa.types.is_fixed_size_list(field.type):
-            arrays.append(pa.FixedSizeListArray.from_arrays(as_arrow(values), type=field.type))
+            own = as_arrow(values[offsets[first] : offsets[last]])
+            arrays.append(pa.FixedSizeListArray.from_arrays(own, type=field.type))
         else:
-            arrays.append(list_array(values, offsets))
+            arrays.append(list_rows(values, offsets, first, last))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def own_images(images: Int32, counts: Int32, offsets: Int64) -> tuple[Int32, Int64]:
-    """Return the pictures of rows, and int64[P + 1], where those of each begin, for `list_array`.
-
-    Args:
-        images: int32[K], of all segments, end to end.
-        counts: int32[S], how many each segment has.
-        offsets: int64[P + 1], segments of the rows.
-    """
-    edges = offsets_of(counts)[offsets]
-    return images[edges[0] : edges[-1]], edges
 
 
 def _columns(path: Path, batch: pa.RecordBatch, max_length: int | None) -> PackedRows:
@@ -287,6 +271,11 @@ def list_array(values: npt.NDArray[np.generic], offsets: Int64) -> pa.ListArray:
     if rebased[-1] > _LARGEST_OFFSET:
         raise ValueError(f"a row of {rebased[-1]} tokens is more than an Arrow list can hold")
     return pa.ListArray.from_arrays(as_arrow(rebased.astype(np.int32)), as_arrow(values))
+
+
+def list_rows(values: npt.NDArray[np.generic], offsets: Int64, first: int, last: int) -> pa.ListArray:
+    """Return the lists of some rows; `offsets`, int64[P + 1], say where those of each begin in the values."""
+    return list_array(values[offsets[first] : offsets[last]], offsets[first : last + 1])
 
 
 def list_items(column: pa.Array) -> pa.Array:

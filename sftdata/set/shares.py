@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import msgspec
 
+from sftdata.choosing import Measure
 from sftdata.set.store import Count
 
-Measure = Literal["rows", "tokens", "trained"]
-MEASURES: tuple[Measure, ...] = ("rows", "tokens", "trained")
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

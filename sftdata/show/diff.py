@@ -17,7 +17,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, TokenBatch
 from sftdata.errors import place
 from sftdata.pages import macro
-from sftdata.set.manifest import Manifest
+from sftdata.set.manifest import Manifest, deciding
 from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
 from sftdata.show.pictures import ShownPicture
@@ -296,7 +296,7 @@ def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, tuple[object, obj
             for name in _TOKENIZER
         },
         "chat template": (a.chat_template_sha256, b.chat_template_sha256),
-        **_by_name(a.deciding_settings(), b.deciding_settings()),
+        **_by_name(deciding(a.settings), deciding(b.settings)),
     }.items():
         if one != other and name not in _TOLD:
             yield name, (one, other)

@@ -65,10 +65,8 @@ def _of_set(folder: Path) -> tuple[Cost, str]:
     """
     steps = stored_steps(read_manifest(folder))
     if steps is None:
-        raise UsageError(
-            f"--model {folder}: a set, and not in steps of equal work.",
-            "name the folder of a model, its config.json, or a set made with --steps-for.",
-        )
+        what = f"--model {folder}: a set, and not in steps of equal work."
+        raise UsageError(what, "name the folder of a model, its config.json, or a set made with --steps-for.")
     return steps.cost, f"Cost of rows: as of the steps of {folder}; {_said(steps.cost)}"
 
 
@@ -84,9 +82,8 @@ def _read_config(model: Path) -> _Fields:
         fields = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"--model {model}: cannot be read: {reason}.", "name the folder of a model, or its config.json."
-        ) from None
+        what = f"--model {model}: cannot be read: {reason}."
+        raise UsageError(what, "name the folder of a model, or its config.json.") from None
     return fields if isinstance(fields, dict) else {"text_config": None}
 
 
@@ -94,10 +91,8 @@ def _number(fields: _Fields, model: Path, *names: str) -> int:
     """Return the first of these fields that is a number."""
     found = _given(fields, *names)
     if not found:
-        raise UsageError(
-            f"--model {model}: its config has no {names[0]}.",
-            "name the config.json of a transformer, or leave --model out.",
-        )
+        what = f"--model {model}: its config has no {names[0]}."
+        raise UsageError(what, "name the config.json of a transformer, or leave --model out.")
     return found
 
 

@@ -267,9 +267,8 @@ def _refuse_idle(config: ViewConfig) -> None:
     """Refuse settings of an order that is not asked for."""
     for name, orders in OF_ORDERS.items():
         if getattr(config, name) != ViewConfig.model_fields[name].default and config.order not in orders:
-            raise UsageError(
-                f"--{name} without --order {' or '.join(orders)}: it has no effect.", f"leave --{name} out."
-            )
+            what = f"--{name} without --order {' or '.join(orders)}: it has no effect."
+            raise UsageError(what, f"leave --{name} out.")
     if config.model is not None and config.steps_for is None:
         raise UsageError("--model without --steps-for: it has no effect.", "leave --model out.")
 
@@ -287,21 +286,16 @@ def refuse_unlike(config: ViewConfig) -> None:
     _refuse_epochs(config)
     if config.reorders and config.pack_over == "slice":
         asked = f"--order {config.order}" if config.steps_for is None else f"--steps-for {config.steps_for}"
-        raise UsageError(
-            f"{asked}: rows are ordered over the whole view; --pack-over is slice.", "--pack-over view."
-        )
+        what = f"{asked}: rows are ordered over the whole view; --pack-over is slice."
+        raise UsageError(what, "--pack-over view.")
     multiple = config.pad_to_multiple_of
     if multiple > 1 and config.packing == "none":
-        raise UsageError(
-            f"--pad-to-multiple-of {multiple} with --packing none: such rows hold no padding.",
-            "--packing bfd, or leave --pad-to-multiple-of out.",
-        )
+        what = f"--pad-to-multiple-of {multiple} with --packing none: such rows hold no padding."
+        raise UsageError(what, "--packing bfd, or leave --pad-to-multiple-of out.")
     if config.max_length is not None and config.max_length % multiple:
         below = config.max_length // multiple * multiple or multiple
-        raise UsageError(
-            f"--pad-to-multiple-of {multiple}: max_length {config.max_length:,} is no multiple of it.",
-            f"--max-length {below}.",
-        )
+        what = f"--pad-to-multiple-of {multiple}: max_length {config.max_length:,} is no multiple of it."
+        raise UsageError(what, f"--max-length {below}.")
 
 
 def _refuse_epochs(config: ViewConfig) -> None:
@@ -314,10 +308,8 @@ def _refuse_epochs(config: ViewConfig) -> None:
     }
     for name, (given, why) in others.items():
         if config.epochs > 1 and given:
-            raise UsageError(
-                f"--epochs {config.epochs} with --{name}, {why}.",
-                f"leave --{name.partition(' ')[0]} out, or --epochs.",
-            )
+            what = f"--epochs {config.epochs} with --{name}, {why}."
+            raise UsageError(what, f"leave --{name.partition(' ')[0]} out, or --epochs.")
 
 
 def read_steps(config: ViewConfig) -> Dealt | None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -289,31 +290,32 @@ def _settings(
     config: ViewConfig, bases: Sequence[Base], side: str, by_slice: bool, dealt: Dealt | None
 ) -> dict[str, object]:
     """Return the settings of the manifest: those of `prepare` that all bases share, and the view's own."""
-    first, *others = (base.manifest.settings for base in bases)
-    settings: dict[str, object] = {
-        key: value
-        for key, value in first.items()
-        if all(other.get(key, _ABSENT) == value for other in others)
-    }
+    settings = _shared([base.manifest.settings for base in bases])
     settings |= {
         "max_length": config.max_length, "overlong": config.overlong, "packing": config.packing,
         "loss_weights": any(base.manifest.weighted for base in bases),
     }  # fmt: skip
     if visions := [base.manifest.settings["vision"] for base in bases if base.manifest.pictured]:
-        settings["vision"] = {
-            key: value
-            for key, value in visions[0].items()
-            if all(other.get(key, _ABSENT) == value for other in visions)
-        }
+        settings["vision"] = _shared(visions)
     view = named_selection(config, side, by_slice=by_slice)
     if any(base.before for base in bases):
         view["pictures"] = [base.before for base in bases]
     if dealt is not None:
         view["steps"] = msgspec.to_builtins(dealt[0])
     chosen_before = settings.pop("view", None) is not None
-    if view or others or chosen_before:
+    if view or len(bases) > 1 or chosen_before:
         settings["view"] = view | {"bases": [base.manifest.digest for base in bases]}
     return settings
+
+
+def _shared(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings that all of several have alike."""
+    first, *others = several
+    return {
+        key: value
+        for key, value in first.items()
+        if all(other.get(key, _ABSENT) == value for other in others)
+    }
 
 
 def named_selection(config: ViewConfig, side: str, *, by_slice: bool) -> dict[str, object]:

@@ -153,10 +153,8 @@ def read_drops(path: Path) -> tuple[list[tuple[str, int]], list[int]]:
         if not line or line.startswith("#"):
             continue
         if not place.isdecimal() or (colon and not name):
-            raise UsageError(
-                f"--drop {path}:{number}: found {line!r:.80}; expected FILE:LINE or an example id.",
-                "write one document a line, as chats.jsonl:17 or 16.",
-            )
+            what = f"--drop {path}:{number}: found {line!r:.80}; expected FILE:LINE or an example id."
+            raise UsageError(what, "write one document a line, as chats.jsonl:17 or 16.")
         places.append((name, int(place))) if colon else ids.append(int(place))
     return places, ids
 

@@ -138,10 +138,8 @@ def named(pattern: str, names: Sequence[str], *, setting: str) -> Bool:
     """
     hits = _named(pattern, names) or [fnmatchcase(name, pattern) for name in names]
     if not any(hits):
-        raise UsageError(
-            f"--{setting} {pattern}: no source of that name.",
-            did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."),
-        )
+        what = f"--{setting} {pattern}: no source of that name."
+        raise UsageError(what, did_you_mean(pattern, names, f"the sources are {', '.join(names[:8])}."))
     return np.array(hits, np.bool_)
 
 
@@ -163,9 +161,8 @@ def shared_out(patterns: Sequence[str], names: Sequence[str]) -> list[Bool]:
     groups = [named(pattern, names, setting="mix") for pattern in patterns]
     doubly = np.flatnonzero(np.sum(groups, axis=0) > 1)
     if len(doubly):
-        raise UsageError(
-            f"--mix: {names[doubly[0]]} has two shares.", "let each source match one name or glob."
-        )
+        what = f"--mix: {names[doubly[0]]} has two shares."
+        raise UsageError(what, "let each source match one name or glob.")
     return groups
 
 
@@ -251,10 +248,8 @@ def read_excluded(
             raise UsageError(f"--exclude {folder}: named twice.", "name it once.")
         if said := unlike(read_manifest(Path(folder)), tokenizer, chat_template, processor):
             what, found, expected = said
-            raise UsageError(
-                f"--exclude {folder}: {what} {found}; here it is {expected}.",
-                f"prepare that set again with the {what} that is used here.",
-            )
+            fix = f"prepare that set again with the {what} that is used here."
+            raise UsageError(f"--exclude {folder}: {what} {found}; here it is {expected}.", fix)
     excluded = open_bases(config.exclude)
     return read_documents(excluded, open_store(excluded, whole=False))
 
@@ -284,16 +279,12 @@ def _dropped(choice: Choice, config: ViewConfig) -> Bool:
         if named and not found:
             rows = max(source.rows for source in named)
             there = f"has rows 1 to {rows:,}" if rows else "is empty"
-            raise UsageError(
-                f"--drop {config.drop}: found {name}:{line}; it {there}.",
-                "correct the line, or take it out of the list.",
-            )
+            what = f"--drop {config.drop}: found {name}:{line}; it {there}."
+            raise UsageError(what, "correct the line, or take it out of the list.")
         found += [again for again, first in passes if any(first is source for source in found)]
         if not found:
-            raise UsageError(
-                f"--drop {config.drop}: {name}:{line} is in no source of these sets.",
-                did_you_mean(name, names, "see `sftdata stats` for sources."),
-            )
+            what = f"--drop {config.drop}: {name}:{line} is in no source of these sets."
+            raise UsageError(what, did_you_mean(name, names, "see `sftdata stats` for sources."))
         wanted += [source.first_id + line - 1 for source in found]
     count = sum(source.rows for source in choice.sources)
     if unknown := [number for number in wanted if number >= count]:
@@ -447,9 +438,8 @@ def _targets(available: list[int], config: ViewConfig) -> list[int]:
     total = None if config.total is None else read_amount(config.total)
     for name, amount in zip(names, available, strict=True):
         if not amount:
-            raise UsageError(
-                f"--mix {name}: nothing left of it to take.", "take it out of --mix, or loosen the filters."
-            )
+            what = f"--mix {name}: nothing left of it to take."
+            raise UsageError(what, "take it out of --mix, or loosen the filters.")
     try:
         return plan_shares(available, shares, config.passes, None if total is None else total.number)
     except ValueError as error:

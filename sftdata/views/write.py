@@ -102,9 +102,8 @@ def refuse_nested(config: ViewConfig) -> None:
         for base in _folders(Path(folder)):
             if output in base.parents or base in output.parents:
                 where = "inside" if base in output.parents else "around"
-                raise UsageError(
-                    f"{config.output}: lies {where} {base}.", "choose a folder beside it for -o."
-                )
+                what = f"{config.output}: lies {where} {base}."
+                raise UsageError(what, "choose a folder beside it for -o.")
             if output == base and not config.write:
                 raise _replaces_its_tokens(config.output)
 
@@ -284,10 +283,8 @@ def _refuse_changed(plan: ViewPlan) -> None:
         try:
             found = read_manifest(folder).digest
         except SftError as error:
-            raise IntegrityError(
-                f"{folder}: gone while it was in use: {error.message}",
-                "restore the set, then run again.",
-            ) from None
+            what = f"{folder}: gone while it was in use: {error.message}"
+            raise IntegrityError(what, "restore the set, then run again.") from None
         if found != manifest.digest:
             raise IntegrityError(
                 f"{folder}: replaced while it was in use: opened as {manifest.digest[:12]},"
@@ -353,10 +350,8 @@ def _conclude(plan: ViewPlan, results: list[ShardResult], build: Making) -> Mani
         ledger.merge(result.ledger)
     ledger.check("view")
     if not ledger.tokens_trained:
-        raise DataError(
-            f"{plan.output}: no token of its rows is trained; max_length is {plan.config.max_length}.",
-            "a larger --max-length.",
-        )
+        what = f"{plan.output}: no token of its rows is trained; max_length is {plan.config.max_length}."
+        raise DataError(what, "a larger --max-length.")
     build.write_lists([_record(plan, result) for result in results], results)
     first = plan.bases[0].manifest
     blank = [base.manifest.blank_lines for base in plan.bases]

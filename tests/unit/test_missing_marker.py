@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from sftdata.masks.markers import describe_missing, nearest_variant, shell_quote
+from sftdata.masks.markers import describe_missing, nearest_variant
+from sftdata.output import shell_quote
 
 
 @pytest.mark.parametrize(
