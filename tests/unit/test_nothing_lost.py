@@ -447,7 +447,7 @@ def test_a_document_that_is_there_twice_is_found(made: Path) -> None:
         reasons,
     )
     write_rest(made / "rest-00099.arrow", twice)
-    columns = {name: getattr(index.at(only_rest), name) for name in index.__slots__}
+    columns = {name: getattr(index.take(only_rest), name) for name in index.__slots__}
     columns["row"] = np.arange(len(only_rest), dtype=np.int32)
     write_index(path, Segments(**columns))
     more = tuple(
