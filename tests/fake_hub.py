@@ -26,6 +26,8 @@ class Hub:
         commits: the paths of each.
         token: that may write.
         stop_at: refuse the commit of this number.
+        private: whether who reads needs the token, too.
+        busy: whether to refuse a read for now, by its number from 1.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Hub:
         self.uploads = 0
         self.commits: list[list[str]] = []
         self.token, self.stop_at, self.url = "hf_may_write", -1, ""
+        self.private, self.asked = False, 0
+        self.busy: Callable[[int], bool] = lambda number: False
 
     def entry(self, path: str) -> dict[str, object]:
         data = self.files[path]
@@ -44,10 +48,27 @@ class Hub:
             found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
         return found
 
-    def tree(self, path: str) -> list[dict[str, object]] | None:
+    def tree(self, path: str, *, recursive: bool) -> list[dict[str, object]] | None:
         below = f"{path}/" if path else ""
-        found = [self.entry(name) for name in sorted(self.files) if name.startswith(below)]
+        names = [name for name in sorted(self.files) if name.startswith(below)]
+        folders = {
+            below + name[len(below) :].rpartition("/")[0] for name in names if "/" in name[len(below) :]
+        }
+        if not recursive:
+            names = [name for name in names if "/" not in name[len(below) :]]
+            folders = {below + folder[len(below) :].partition("/")[0] for folder in folders}
+        found = [self.entry(name) for name in names] + [self.folder(name) for name in sorted(folders)]
         return None if path and not found else found
+
+    def folder(self, path: str) -> dict[str, object]:
+        return {"type": "directory", "path": path, "size": 0, "oid": "2" * 40}
+
+    def paths(self, names: list[str]) -> list[dict[str, object]]:
+        """Describe those of these files and folders that are there."""
+        files = [self.entry(name) for name in names if name in self.files]
+        return files + [
+            self.folder(name) for name in names if any(key.startswith(f"{name}/") for key in self.files)
+        ]
 
     def preupload(self, files: list[dict[str, str]]) -> dict[str, object]:
         answers = []
@@ -133,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if path.startswith(f"{_BELOW}/paths-info/"):
             asked = parse_qs(data.decode()).get("paths") or json.loads(data)["paths"]
-            self.say([self.hub.entry(name) for name in asked if name in self.hub.files])
+            self.say(self.hub.paths(asked))
         elif self.may_write():
             answer = answers[path]()
             self.say(answer, 200) if answer is not None else self.say({"error": "out of order"}, 500)
@@ -143,9 +164,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        self.hub.asked += 1
+        if self.hub.busy(self.hub.asked):
+            self.say({"error": "We had to rate limit your IP."}, 429)
+            return
+        if self.hub.private and not self.may_write():
+            return
         if found := re.fullmatch(rf"{_BELOW}/tree/[^/]+/?(.*)", path):
-            tree = self.hub.tree(found[1])
-            self.say([], 404, X_Error_Code="EntryNotFound") if tree is None else self.say(tree)
+            tree = self.hub.tree(found[1], recursive="recursive=true" in self.path.lower())
+            none = {"error": "no such folder"}
+            self.say(none, 404, X_Error_Code="EntryNotFound") if tree is None else self.say(tree)
         elif path.startswith(f"{_BELOW}/revision/") or path == _BELOW:
             self.say({"id": REPOSITORY, "sha": "1" * 40, "siblings": [], "private": True})
         elif (found := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/[^/]+/(.*)", path)) and found[
@@ -153,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         ] in self.hub.files:
             self.serve(self.hub.files[found[1]])
         else:
-            self.say({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+            what = "EntryNotFound" if REPOSITORY in path else "RepoNotFound"
+            self.say({"error": "not found"}, 404, X_Error_Code=what)
 
     def serve(self, data: bytes) -> None:
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": "1" * 40}

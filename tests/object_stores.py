@@ -27,8 +27,8 @@ class PreconditionError(Exception):
 
 
 class Got:
-    def __init__(self, data: bytes, tag: str) -> None:
-        self.data = data
+    def __init__(self, data: bytes, tag: str, attributes: dict[str, str]) -> None:
+        self.data, self.attributes = data, attributes
         self.meta = {"e_tag": tag, "version": None}
 
     def bytes(self) -> bytes:
@@ -58,6 +58,7 @@ class Bucket:
         self.ignores: set[str] = set()
         self.answer: Callable[[str, str], object] = lambda operation, key: None
         self._turn = threading.RLock()
+        self._beside: dict[str, tuple[bytes, dict[str, str]]] = {}  # attributes, and of which bytes
 
     def revive(self, kill_at: int = 0, *, after: bool = False) -> None:
         """Let a new process use it."""
@@ -71,7 +72,14 @@ class Bucket:
     # ------------------------------------------------------------ as obstore, whose client is the prefix here
 
     def put(
-        self, client: str, name: str, data: Any, *, mode: Any = "overwrite", use_multipart: bool
+        self,
+        client: str,
+        name: str,
+        data: Any,
+        *,
+        mode: Any = "overwrite",
+        use_multipart: bool,
+        attributes: dict[str, str] | None = None,
     ) -> object:
         assert not use_multipart
 
@@ -83,6 +91,7 @@ class Bucket:
             if conditional and (known is None or mode["e_tag"] != tag_of(known)):
                 raise PreconditionError(key)
             self.objects[key] = bytes(data)
+            self._beside[key] = (self.objects[key], attributes or {})
 
         key = client + name
         return self._change("put", key, put)
@@ -92,11 +101,12 @@ class Bucket:
             self._change("delete", client + name, lambda name=name: self.objects.pop(client + name, None))
         return None
 
-    def get(self, client: str, name: str) -> Got:
+    def get(self, client: str, name: str, *, options: dict[str, bool]) -> Got:
         data = self._ask("get", client + name).get(client + name)
         if data is None:
             raise FileNotFoundError(f"{client}{name} NoSuchKey 404 Not Found")
-        return Got(data, tag_of(data))
+        put, attributes = self._beside.get(client + name, (None, {}))
+        return Got(data, tag_of(data), attributes if put is data else {})
 
     def list(self, client: str, prefix: str | None) -> Iterator[list[dict[str, Any]]]:
         start = f"{client}{prefix}/" if prefix else client

@@ -162,6 +162,79 @@ class Counter:
         self._listener.close()
 
 
+class Gate:
+    """Passes connections on to the server; kills a process at its n-th put, or says that it is asked too often.
+
+    Attributes:
+        slow: says so of a request, by its number from 1.
+        slowly: how it says so.
+        moment: of the kill: "before" the server hears of it, in the "middle" of what it hears, or "after" its answer.
+    """
+
+    slowly = "503 Slow Down"
+
+    def __init__(self, port: int) -> None:
+        self._to, self._turn = port, threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.number, self.moment, self.puts = 0, "", 0
+        self.kill: Callable[[], None] = lambda: None
+        self.requests, self.slow = 0, lambda number: False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def arm(self, number: int, moment: str) -> None:
+        self.number, self.moment, self.puts = number, moment, 0
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                last = threading.Event()
+                threading.Thread(target=self._ask, args=(client, server, last), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client, last), daemon=True).start()
+
+    def _ask(self, client: socket.socket, server: socket.socket, last: threading.Event) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 20):
+                with self._turn:
+                    self.puts += data.startswith(b"PUT ")
+                    here = data.startswith(b"PUT ") and self.puts == self.number
+                    self.requests += data.startswith((b"PUT ", b"GET ", b"POST "))
+                    slow = self.slow(self.requests)
+                if slow:
+                    client.settimeout(0.05)
+                    with suppress(TimeoutError):
+                        while client.recv(1 << 20):
+                            pass
+                    answer = f"HTTP/1.1 {self.slowly}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    client.sendall(answer.encode())
+                    break
+                if here and self.moment == "after":
+                    last.set()
+                elif here:
+                    if self.moment == "middle":
+                        server.sendall(data[: len(data) // 2])
+                    self.kill()
+                    break
+                server.sendall(data)
+        for end in (client, server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, server: socket.socket, client: socket.socket, last: threading.Event) -> None:
+        with suppress(OSError):
+            while data := server.recv(1 << 20):
+                if last.is_set():
+                    self.kill()
+                    return
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)  # the server has hung up
+
+    def close(self) -> None:
+        self._listener.close()
+
+
 @contextmanager
 def s3_server(log: Path) -> Iterator[int]:
     """Run moto's server in a process of its own; yield its port."""
@@ -197,10 +270,13 @@ def _forget_clients() -> None:
         loaded.S3FileSystem.clear_instance_cache()
 
 
+_EXTRAS = {"ray": "ray", "gcsfs": "gcs", "adlfs": "azure", "azure": "azure"}
+
+
 def need_packages(*names: str) -> None:
     """Skip aloud where a package is missing: of the extra `scale`, or Ray, of its own."""
     for name in names:
         pytest.importorskip(
             name,
-            reason=f"{name} is not installed: pip install 'sftdata[{'ray' if name == 'ray' else 'scale'}]'",
+            reason=f"{name} is not installed: pip install 'sftdata[{_EXTRAS.get(name, 'scale')}]'",
         )

@@ -244,6 +244,13 @@ def view(
             print_line(line, err=True)
 
 
+_QUICKLY = {
+    "reading": "",
+    "hash": ", tokens by the hashes that the store keeps",
+    "size": ", tokens by their size alone",
+}
+
+
 def verify(
     folder: Folder,
     sha256: Annotated[
@@ -252,7 +259,10 @@ def verify(
     ] = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Read no tokens: look only at the size of the files that hold them."),
+        typer.Option(
+            "--quick",
+            help="Read no tokens: look at the size of their files, and at hashes that a store keeps.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -270,7 +280,15 @@ def verify(
             "digest": report.digest,
             "problems": report.problems,
         }
-        print_json(result | {"files": report.files, "bytes": report.bytes, "rows": report.rows})
+        print_json(
+            result
+            | {
+                "files": report.files,
+                "bytes": report.bytes,
+                "rows": report.rows,
+                "tokens_by": report.tokens_by,
+            }
+        )
     else:
         for problem in report.problems:
             print_line(problem)
@@ -278,7 +296,7 @@ def verify(
         verdict = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
         print_line(
             f"{folder}: {verdict}: {report.files} files, {report.bytes:,} bytes by {digests}"
-            f"{', tokens by their size' if quick else ''};"
+            f"{_QUICKLY[report.tokens_by]};"
             f" {report.rows:,} rows counted again; digest {report.digest[:12]}"
         )
     if not report.ok:

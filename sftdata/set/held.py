@@ -14,7 +14,7 @@ from sftdata.set.cache import BOUND, cache_bound
 from sftdata.set.extents import GIVEN, PADDING_FILE, Extents, held_files, rest_digest
 from sftdata.set.images import HasPictures, StoredPictures, read_images
 from sftdata.set.index import read_rest
-from sftdata.set.local import beside, local_folder, origin, plain_file
+from sftdata.set.local import beside, local_folder, origin, plain_file, stored_hashes
 from sftdata.set.manifest import MANIFEST_NAME, BaseInfo, Manifest, read_manifest
 from sftdata.set.shards import ShardInfo, read_shard
 from sftdata.set.store import SetFile
@@ -295,3 +295,12 @@ def _read_base(folder: Path, base: BaseInfo, nested: bool) -> tuple[Path, Manife
         fix = f"{again}the same `sftdata view` with --overwrite." if nested else ANEW
         raise IntegrityError(f"{what}, where a set with {other} is now.", f"put the old set back, or {fix}")
     return path, found
+
+
+def are_hashed(folder: Path, manifest: Manifest) -> bool:
+    """Say whether the stores know a hash of the files that hold the tokens of a set."""
+    try:
+        sets = open_token_files(folder, manifest).sets if manifest.by_index else [(folder, manifest)]
+    except IntegrityError:
+        return False
+    return all(stored_hashes(base) for base, _ in sets)

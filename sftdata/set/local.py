@@ -31,9 +31,10 @@ import xxhash
 from sftdata.errors import RESTORE, IntegrityError, SftError, UsageError
 from sftdata.output import StoreUrl
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
+from sftdata.set.clients import connect
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
-from sftdata.set.stores import MANIFEST_NAME, Found, Objects, connect, standing
+from sftdata.set.stores import MANIFEST_NAME, Found, Objects, standing
 from sftdata.set.web import Web
 from sftdata.sources.remote import EXTRAS
 
@@ -237,16 +238,19 @@ def plain_file(folder: Path, info: SetFile) -> Path:
     return path
 
 
-def seen_file(folder: Path, info: SetFile) -> None:
-    """Look at the size of a file, where it lies: nothing is fetched.
+def seen_file(folder: Path, info: SetFile) -> bool:
+    """Look at the size of a file, where it lies, and at the hash that the store keeps: nothing is fetched.
+
+    Returns:
+        Whether that tells as much of this file as of the others; False where it alone has no hash.
 
     Raises:
-        IntegrityError: it is missing, or has another size.
+        IntegrityError: it is missing, or has another size or hash.
     """
     if (url := origin(folder)) is None:
         plain_file(folder, info)
-        return
-    found = stored_sizes(folder).get(info.name)
+        return True
+    found, hashes = stored_sizes(folder).get(info.name), stored_hashes(folder)
     if found is None:
         raise IntegrityError(f"{url}/{info.name}: missing.", "push the set again, or restore the object.")
     if found != info.bytes:
@@ -254,6 +258,20 @@ def seen_file(folder: Path, info: SetFile) -> None:
             f"{url}/{info.name}: {found} bytes; the manifest says {info.bytes}.",
             "push the set again, or restore the object.",
         )
+    kept = hashes.get(info.name)
+    if kept not in (None, info.xxh3, info.sha256):
+        raise IntegrityError(
+            f"{url}/{info.name}: other bytes, whose hash is {kept}; the manifest says {info.xxh3}.",
+            "push the set again, or restore the object.",
+        )
+    return kept is not None or not hashes
+
+
+@lru_cache(maxsize=4)
+def stored_hashes(folder: Path) -> dict[str, str]:
+    """Return the hashes that a store keeps of the files with tokens behind a mirror."""
+    names = [] if origin(folder) is None else [name for name in _listed(folder) if name.endswith(".arrow")]
+    return _store_of(folder).hashes(names) if names else {}
 
 
 @lru_cache(maxsize=4)

@@ -7,14 +7,12 @@ of several writers may do is create-only, or compare-and-swap; there is no lock,
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple, Protocol
@@ -22,8 +20,9 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from sftdata.choosing import SIDES
-from sftdata.errors import IntegrityError, SftError, UsageError, need, without_secrets
+from sftdata.errors import IntegrityError, UsageError, without_secrets
 from sftdata.output import StoreUrl
+from sftdata.set.clients import connect, explained_store, library
 from sftdata.set.store import (
     FileDigest,
     HashingSink,
@@ -34,20 +33,12 @@ from sftdata.set.store import (
     sync_folder,
     write_atomic,
 )
-from sftdata.sources.remote import EXTRAS, KEYS
 
 MANIFEST_NAME = "manifest.json"
 _AT_ONCE = 16  # requests for small objects
+_HASH = "xxh3"  # of an object, among what the store keeps beside it
 _ONE_PUT = 256 << 20  # bytes; what is larger, as pictures are, is not held in memory but goes in parts
 _PARTS = {"buffer_size": 16 << 20, "max_concurrency": 4}
-_CLIENT = {"timeout": "15m", "connect_timeout": "20s"}  # of one request
-_RETRIES = {
-    "max_retries": 6,
-    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
-    "retry_timeout": timedelta(minutes=3),
-}
-_ALSO = {"gcs": "gs"}  # what the client does not know
-_AGAIN = "run the same command again; what is finished is kept."
 
 
 class Target(Protocol):
@@ -201,7 +192,7 @@ class Objects:
         def take(more: memoryview) -> None:
             data.extend(more)
             if len(data) > _ONE_PUT:
-                with _explained(f"{self}/{name}"):
+                with explained_store(f"{self}/{name}"):
                     if not parts:  # never closed where something fails: that would make an object of them
                         parts.append(client.open_writer(self._connected, name, **_PARTS))
                     parts[0].write(bytes(data))
@@ -209,12 +200,13 @@ class Objects:
 
         sink = HashingSink(take)
         writer(sink)
-        with _explained(f"{self}/{name}"):
+        with explained_store(f"{self}/{name}"):
             if parts:
                 parts[0].write(bytes(data))
                 parts[0].close()
             else:
-                client.put(self._connected, name, data, use_multipart=False)
+                hashed = {_HASH: sink.digest().xxh3}
+                client.put(self._connected, name, data, use_multipart=False, attributes=hashed)
         return sink.digest()
 
     def create(self, name: str, data: bytes) -> bool:
@@ -228,7 +220,7 @@ class Objects:
     def _put_if(self, name: str, data: bytes, mode: object) -> bool:
         client = library(self.url)
         passed = (client.exceptions.AlreadyExistsError, client.exceptions.PreconditionError)
-        with _explained(f"{self}/{name}"):
+        with explained_store(f"{self}/{name}"):
             try:
                 client.put(self._connected, name, data, mode=mode, use_multipart=False)
             except (*passed, FileNotFoundError) as error:
@@ -239,7 +231,7 @@ class Objects:
 
     def find(self, name: str) -> Found | None:
         """Return an object; None where there is none."""
-        with _explained(f"{self}/{name}"):
+        with explained_store(f"{self}/{name}"):
             if (found := self._got(name)) is None:
                 return None
             data = bytes(found.bytes())
@@ -256,7 +248,7 @@ class Objects:
 
     def copy(self, name: str, sink: Sink) -> None:
         """Write an object's content to a sink, piece by piece; one that is missing is an IntegrityError."""
-        with _explained(f"{self}/{name}"):
+        with explained_store(f"{self}/{name}"):
             if (found := self._got(name)) is None:
                 raise IntegrityError(f"{self}/{name}: missing.", "push the set again, or restore the object.")
             for piece in found:
@@ -270,32 +262,50 @@ class Objects:
             file.flush()
             yield Path(file.name)
 
-    def _got(self, name: str) -> Any:
+    def _got(self, name: str, **options: bool) -> Any:
         try:
-            return library(self.url).get(self._connected, name)
+            return library(self.url).get(self._connected, name, options=options)
         except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
+            if re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 raise
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return the bytes of each object."""
-        with _explained(f"{self}/{folder}"):
+        with explained_store(f"{self}/{folder}"):
             pages = library(self.url).list(self._connected, folder or None)
             return {entry["path"]: entry["size"] for page in pages for entry in page}
 
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the xxh3-128 that objects were put with; what has replaced one has none, or its own."""
+
+        def ask(name: str) -> str:
+            with explained_store(f"{self}/{name}"):
+                found = self._got(name, head=True)
+            return "" if found is None else found.attributes.get(_HASH, "")
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            asked = {name: pool.submit(ask, name) for name in names}
+            return {name: found for name, one in asked.items() if (found := one.result())}
+
     def entries(self) -> set[str]:
         """Return the first part of the names of all objects."""
-        with _explained(str(self)):
+        with explained_store(str(self)):
             found = library(self.url).list_with_delimiter(self._connected)
         names = (*found["common_prefixes"], *(entry["path"] for entry in found["objects"]))
         return {name.rstrip("/").rpartition("/")[2] for name in names}
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove objects."""
-        with _explained(str(self)):
+        """Remove objects; some stores do not take it well that one is gone already."""
+        delete = partial(library(self.url).delete, self._connected)
+        with explained_store(str(self)):
             if names := [*names]:
-                library(self.url).delete(self._connected, names)
+                try:
+                    delete(names)
+                except FileNotFoundError:
+                    for name in names:
+                        with suppress(FileNotFoundError):
+                            delete([name])
 
     @property
     def _connected(self) -> object:
@@ -377,99 +387,3 @@ def _pointer(manifest: bytes) -> Pointer | None:
         return msgspec.json.decode(manifest, type=Pointer)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None  # a manifest, or what cannot be read as one
-
-
-def library(url: str) -> Any:
-    """Return the package that talks to a store.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    scheme = url.partition("://")[0]
-    return need("obstore", EXTRAS[scheme], f"{scheme}:// takes a client")
-
-
-@cache
-def connect(url: str) -> object:
-    """Return the client of a store, one in each process.
-
-    Raises:
-        UsageError: it cannot be, as the environment names no credentials or account.
-    """
-    scheme, _, rest = url.partition("://")
-    extra = EXTRAS[scheme]
-    options: dict[str, object] = {**_CLIENT}
-    more: dict[str, Any] = {}
-    if extra == "s3":
-        more = _of_aws(url)
-        more["config"] = {"checksum_algorithm": "SHA256"} | more.get("config", {})
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        options["allow_http"] = endpoint.startswith("http://")
-    with _explained(url):
-        return library(url).store.from_url(
-            f"{_ALSO.get(scheme, scheme)}://{rest}", client_options=options, retry_config=_RETRIES, **more
-        )
-
-
-def _of_aws(url: str) -> dict[str, Any]:
-    """Return credentials and region as the tools of AWS find them, where variables do not name them."""
-    if os.environ.get("FSSPEC_S3_ANON", "").lower() in ("1", "true"):  # as for inputs
-        return {"config": {"skip_signature": True}}
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        return {}
-    session = need("botocore.session", "s3", f"{url} takes credentials of AWS").get_session()
-    found = session.get_credentials()
-    if found is None:
-        raise UsageError(f"{without_secrets(url)}: no credentials.", f"set {KEYS['s3']}.")
-    region = session.get_config_variable("region")
-    return {"credential_provider": partial(_frozen, found), "config": {"region": region} if region else {}}
-
-
-def _frozen(credentials: Any) -> dict[str, object]:
-    """Return credentials as the client takes them, which asks again before they expire."""
-    now = credentials.get_frozen_credentials()
-    keys = {"access_key_id": now.access_key, "secret_access_key": now.secret_key, "token": now.token}
-    return keys | {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}
-
-
-# ---------------------------------------------------------------------------------------------- refusals
-
-_REFUSALS = {  # what a store, or its client, says: what is wrong, and the fix; {keys} are variables
-    "RequestTimeTooSkewed": ("the clock of this machine is wrong", "set the clock, then {again}"),
-    "NoSuchBucket|ContainerNotFound|bucket does not exist": (
-        "there is no such bucket",
-        "create it, or check the URL.",
-    ),
-    "AuthorizationHeaderMalformed|PermanentRedirect|IllegalLocationConstraint|[Rr]edirect without": (
-        "the bucket is in another region",
-        "set AWS_REGION to the region of the bucket.",
-    ),
-    "MissingAccount": ("no account", "set {keys}."),
-    "169.254.169.254|metadata.google|No credentials": ("no credentials", "set {keys}."),
-    "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken": (
-        "the credentials are refused",
-        "check {keys}.",
-    ),
-    "401 Unauthorized|403 Forbidden": ("access is denied", "check that {keys} may read and write there."),
-    "405 Method|501 Not Impl": ("the store cannot do what a set needs", "choose another store for -o."),
-    "404 Not Found": ("not there", "check the URL: the bucket, and the endpoint."),
-}
-
-
-@contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Turn what the client of a store raises into one line."""
-    try:
-        yield
-    except SftError:
-        raise
-    except Exception as error:
-        connect.cache_clear()  # the fix may be another setting of the environment, which a client reads once
-        keys = KEYS[EXTRAS[where.partition("://")[0]]]
-        text = str(error)
-        said = f"{type(error).__name__}: {' '.join(text.partition('Debug source')[0].split())[:300]}"
-        for pattern, (what, fix) in _REFUSALS.items():
-            if re.search(pattern, text):
-                raise UsageError(f"{where}: {what} ({said}).", fix.format(keys=keys, again=_AGAIN)) from None
-        what = f"{where}: failed, several times where that may help ({said})."
-        raise SftError(what, f"check the endpoint, or {_AGAIN}") from None

@@ -16,7 +16,7 @@ from sftdata.errors import ANEW, RESTORE, IntegrityError, UsageError
 from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
-from sftdata.set.held import open_token_files
+from sftdata.set.held import are_hashed, open_token_files
 from sftdata.set.images import (
     IMAGES,
     RESTORE_PICTURE,
@@ -36,7 +36,15 @@ from sftdata.set.index import (
 )
 from sftdata.set.laws import broken_laws
 from sftdata.set.ledger import Ledger, distinct
-from sftdata.set.local import file_of, named, origin, plain_file, read_anew, seen_file, stored_sizes
+from sftdata.set.local import (
+    file_of,
+    named,
+    origin,
+    plain_file,
+    read_anew,
+    seen_file,
+    stored_sizes,
+)
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.rows import SetFiles
 from sftdata.set.shards import ShardInfo
@@ -62,6 +70,8 @@ class VerifyReport:
         files: files read.
         bytes: bytes read.
         rows: packed rows counted.
+        tokens_by: how the files that hold tokens were checked: by "reading", by the "hash" that a store
+            keeps, or by "size".
         problems: one line each; empty for a set that holds.
     """
 
@@ -70,6 +80,7 @@ class VerifyReport:
     files: int = 0
     bytes: int = 0
     rows: int = 0
+    tokens_by: str = "reading"
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -104,7 +115,8 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     Args:
         folder: a finished set, or its URL: of that every object is read, whatever the cache holds.
         sha256: compare sha256 as well as xxh3-128; proof against forgery, several times slower.
-        quick: read no tokens: of the files that hold them, only the size is looked at.
+        quick: read no tokens: of the files that hold them the size is looked at, and the hash where a store
+            keeps one.
 
     Raises:
         UsageError: the folder is not a finished set.
@@ -121,6 +133,8 @@ def _verify(folder: Path, *, sha256: bool, quick: bool) -> VerifyReport:
     manifest = read_manifest(folder)
     report = VerifyReport(folder, digest=manifest.digest)
     count = _Recount(folder, manifest)
+    if quick:
+        report.tokens_by = "hash" if are_hashed(folder, manifest) else "size"
     for info, problem in damaged_files(folder, manifest, sha256=sha256, quick=quick):
         report.add(info, problem)
         if isinstance(info, ShardInfo) and not (problem or quick or manifest.by_index):
@@ -170,8 +184,7 @@ def damaged_bases(
 def _damage(folder: Path, info: SetFile, names: dict[str, str], sha256: bool, quick: bool) -> str:
     """Return what is wrong with the bytes of a file; empty when nothing is."""
     try:
-        if quick:
-            seen_file(folder, info)
+        if quick and seen_file(folder, info):
             return ""
         path = plain_file(folder, info)
         found = digest_file(path, sha256=sha256)

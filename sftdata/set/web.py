@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sftdata.errors import IntegrityError
 from sftdata.set.store import Sink
 from sftdata.set.stores import Found
-from sftdata.sources.remote import read_object, size_of, sizes_below
+from sftdata.sources.remote import hashes_below, read_object, size_of, sizes_below
 
 _AT_ONCE = 8
 
@@ -49,3 +49,8 @@ class Web:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             asked = {name: pool.submit(size_of, f"{self.url}/{name}") for name in names}
             return {name: size for name, found in asked.items() if (size := found.result()) is not None}
+
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hashes of these objects that the server tells: the Hub, sha256 of large ones."""
+        found = hashes_below(self.url)
+        return {name: found[name] for name in names if name in found}

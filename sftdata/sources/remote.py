@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sftdata.errors import SftError, UsageError, changed
 from sftdata.output import claim_folder
@@ -52,6 +53,14 @@ KEYS = {
     "azure": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "hub": "HF_TOKEN",
 }
+_PATIENT = ("gcs", "azure")  # their clients repeat requests by themselves, for half a minute or more
+for _client in (
+    "gcsfs",
+    "google",
+    "adlfs",
+    "azure",
+):  # what they log, where nobody listens to it, they raise as well
+    logging.getLogger(_client).addHandler(logging.NullHandler())
 
 
 class State(NamedTuple):
@@ -125,12 +134,24 @@ def sizes_below(url: str) -> dict[str, int]:
     Raises:
         SftError: the store cannot be listed.
     """
+    return {name: info["size"] for name, info in _found_below(url).items()}
+
+
+def hashes_below(url: str) -> dict[str, str]:
+    """Return the sha256 of objects below a URL, by their name from there; the Hub tells it of large ones.
+
+    Raises:
+        SftError: the store cannot be listed.
+    """
+    return {name: info["lfs"]["sha256"] for name, info in _found_below(url).items() if info.get("lfs")}
+
+
+def _found_below(url: str) -> dict[str, Any]:
     if url.startswith(("http://", "https://")):
         return {}
 
-    def ask(store: AbstractFileSystem, path: str) -> dict[str, int]:
-        found = store.find(path, detail=True).items()
-        return {name[len(path) :].lstrip("/"): info["size"] for name, info in found}
+    def ask(store: AbstractFileSystem, path: str) -> dict[str, Any]:
+        return {name[len(path) :].lstrip("/"): info for name, info in store.find(path, detail=True).items()}
 
     return _ask(url, ask)
 
@@ -351,16 +372,20 @@ def _ask(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> Resu
         web = url.startswith(("http://", "https://"))
         store, path = url_to_fs(url, **({"client_kwargs": _IDENTITY} if web else {}))
         try:
-            return _insist(partial(request, store, path))
+            return _insist(partial(request, store, path), _waits(url))
         except Exception:
             # The fix may be another setting of the environment, which a client reads once.
             store.clear_instance_cache()
             raise
 
 
-def _insist(request: Callable[[], Result]) -> Result:
-    """Make a request, again where it may yet succeed."""
-    for wait in _WAITS:
+def _waits(url: str) -> tuple[float, ...]:
+    return () if EXTRAS.get(url.partition("://")[0]) in _PATIENT else _WAITS
+
+
+def _insist(request: Callable[[], Result], waits: tuple[float, ...]) -> Result:
+    """Make a request, again after some seconds each, where it may yet succeed."""
+    for wait in waits:
         try:
             return request()
         except Exception as error:
@@ -387,9 +412,12 @@ def _ask_of(url: str, request: Callable[[AbstractFileSystem, str], Result]) -> R
 def _status(error: BaseException | None) -> int | None:
     """Return the status of HTTP that an error, or one behind it, came with."""
     while error is not None:
-        status = getattr(error, "status", None) or getattr(error, "code", None)
-        if isinstance(status, int):
-            return status
+        for said in (error, getattr(error, "response", None)):
+            for name in ("status", "code", "status_code"):
+                if isinstance(status := getattr(said, name, None), int):
+                    return status
+        if str(error).startswith("Forbidden: "):  # gcsfs
+            return 403
         error = error.__cause__
     return None
 
@@ -429,7 +457,8 @@ def _explained(url: str) -> Iterator[None]:
         status = _status(error)
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
         if not _is_final(error):
-            what = f"{url}: cannot be read; {len(_WAITS) + 1} attempts failed ({said})."
+            attempts = "several" if extra in _PATIENT else len(_WAITS) + 1
+            what = f"{url}: cannot be read; {attempts} attempts failed ({said})."
             fix = "check the region and the endpoint, or run the same command again later."
             raise SftError(what, fix) from None
         if "Credential" in type(error).__name__:

@@ -91,3 +91,42 @@ def test_another_set_and_no_right_to_write_are_one_line(hub: Hub, chats: Path, t
     assert said == f"{URL}: another set is there. Fix: choose another URL, or remove what is there.\n"
     code, _, said = run(hub, tmp_path, "push", str(chats), "hf://models/user/name")
     assert (code, "names no dataset of the Hub" in said) == (2, True)
+
+
+@pytest.fixture
+def stored(hub: Hub, chats: Path) -> Hub:
+    """The set, as it lies in a folder of the dataset, and its rows in another."""
+    hub.files |= {f"sets/one/{name}": (chats / name).read_bytes() for name in names(chats)}
+    hub.files["rows/a.jsonl"] = (chats.parent / "a.jsonl").read_bytes()
+    return hub
+
+
+def test_rows_of_a_dataset_make_the_set_of_the_file(stored: Hub, chats: Path, tmp_path: Path) -> None:
+    """Some requests are refused for now."""
+    settings = ["-t", TOKENIZER, "--max-length", "64", "--max-rejects", "50%", "--set", "slice_bytes=100000"]
+    settings += ["--engine", "tokenizers", "--workers", "1", "-o", str(tmp_path / "set")]
+    stored.busy = lambda number: number == 3
+    code, _, said = run(stored, tmp_path, "prepare", f"{URL}/rows", *settings)
+    assert code == 0, said
+    assert sftdata.open(tmp_path / "set").manifest.digest == sftdata.open(chats).manifest.digest
+
+
+def test_other_bytes_on_the_hub_are_found_without_reading(stored: Hub, tmp_path: Path) -> None:
+    code, out, said = run(stored, tmp_path, "verify", f"{URL}/sets/one", "--quick")
+    assert (code, ", tokens by the hashes that the store keeps;" in out) == (0, True), said
+    name = "sets/one/shard-00001.arrow"
+    stored.files[name] = stored.files[name][:-1] + b"?"
+    code, out, said = run(stored, tmp_path, "verify", f"{URL}/sets/one", "--quick")
+    assert (code, f"{URL}/{name}: other bytes, whose hash is " in out) == (4, True), said
+
+
+def test_what_is_not_on_the_hub_or_not_ours_is_one_line(stored: Hub, tmp_path: Path) -> None:
+    for place, more in ((f"{URL}/none", "no such set"), ("hf://datasets/user/none", "not there")):
+        code, _, said = run(stored, tmp_path, "stats", place)
+        assert (code, said.count("\n"), more in said) == (2, 1, True), said
+    stored.private = True
+    for place in (f"{URL}/sets/one", f"{URL}/rows/a.jsonl"):
+        command = "stats" if "sets" in place else "detect"
+        code, _, said = run(stored, tmp_path, command, place, token="hf_of_another")
+        assert (code, said.count("\n"), "access is denied" in said) == (2, 1, True), said
+        assert "Fix: check the rights of HF_TOKEN." in said

@@ -46,6 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "cache"))
     local._sound.clear()
     local.stored_sizes.cache_clear()
+    local.stored_hashes.cache_clear()
     return tmp_path / "cache" / "sets"
 
 

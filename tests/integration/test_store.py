@@ -10,11 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,13 +25,13 @@ from sftdata import inputs, marking, parts
 from sftdata.config import make_config
 from sftdata.errors import SftError, UsageError
 from sftdata.parts import Part
-from sftdata.set import stores
+from sftdata.set import clients, stores
 from sftdata.set.manifest import MANIFEST_NAME, decode_manifest
 from sftdata.set.shared import StoredBuild
 from sftdata.sources.ranges import Sizes
 from sftdata.workers import Workers
 from tests.picture_sets import asked, write_model, write_pictures, write_rows
-from tests.remote_stores import KEYS, need_packages, s3_server, served
+from tests.remote_stores import KEYS, Gate, need_packages, s3_server, served
 from tests.torture.runs import content, settings, write_chats
 from tests.waiting import HANGS
 
@@ -217,76 +215,6 @@ def test_workers_of_other_machines_fetch_the_tokenizer(
 # ------------------------------------------------------------------------------------------------- kills
 
 
-class Gate:
-    """Passes connections on to the server; kills a process at its n-th put, or says that it is asked too often.
-
-    Attributes:
-        slow: says so of a request, by its number from 1.
-        moment: of the kill: "before" the server hears of it, in the "middle" of what it hears, or "after" its answer.
-    """
-
-    def __init__(self, port: int) -> None:
-        self._to, self._turn = port, threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.number, self.moment, self.puts = 0, "", 0
-        self.kill: Callable[[], None] = lambda: None
-        self.requests, self.slow = 0, lambda number: False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def arm(self, number: int, moment: str) -> None:
-        self.number, self.moment, self.puts = number, moment, 0
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
-                last = threading.Event()
-                threading.Thread(target=self._ask, args=(client, server, last), daemon=True).start()
-                threading.Thread(target=self._answer, args=(server, client, last), daemon=True).start()
-
-    def _ask(self, client: socket.socket, server: socket.socket, last: threading.Event) -> None:
-        with suppress(OSError):
-            while data := client.recv(1 << 20):
-                with self._turn:
-                    self.puts += data.startswith(b"PUT ")
-                    here = data.startswith(b"PUT ") and self.puts == self.number
-                    self.requests += data.startswith((b"PUT ", b"GET ", b"POST "))
-                    slow = self.slow(self.requests)
-                if slow:
-                    client.settimeout(0.05)
-                    with suppress(TimeoutError):
-                        while client.recv(1 << 20):
-                            pass
-                    client.sendall(
-                        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                    )
-                    break
-                if here and self.moment == "after":
-                    last.set()
-                elif here:
-                    if self.moment == "middle":
-                        server.sendall(data[: len(data) // 2])
-                    self.kill()
-                    break
-                server.sendall(data)
-        for end in (client, server):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def _answer(self, server: socket.socket, client: socket.socket, last: threading.Event) -> None:
-        with suppress(OSError):
-            while data := server.recv(1 << 20):
-                if last.is_set():
-                    self.kill()
-                    return
-                client.sendall(data)
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 def _make(given: dict[str, Any], endpoint: str, part: Part | None) -> None:
     os.environ |= KEYS | {ENDPOINT: endpoint}
     if part is not None:  # as if its ranges were worth sharing
@@ -390,7 +318,7 @@ def test_a_store_that_throttles_is_asked_again_and_then_given_up_until_the_next_
 ) -> None:
     quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=10), "base": 2}
     monkeypatch.setattr(
-        stores, "_RETRIES", {"max_retries": 3, "backoff": quick, "retry_timeout": timedelta(minutes=1)}
+        clients, "_RETRIES", {"max_retries": 3, "backoff": quick, "retry_timeout": timedelta(minutes=1)}
     )
     gate = Gate(int(s3.rpartition(":")[2]))
     monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{gate.port}")
@@ -424,8 +352,8 @@ def test_what_is_wrong_with_a_store_is_said(
     s3: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "there is no such bucket" in refusal(data, "s3://other/set")
-    quick = stores._RETRIES | {"max_retries": 1, "backoff": {}}
-    monkeypatch.setattr(stores, "_RETRIES", quick)
+    quick = clients._RETRIES | {"max_retries": 1, "backoff": {}}
+    monkeypatch.setattr(clients, "_RETRIES", quick)
     with served() as web:
         monkeypatch.setenv(ENDPOINT, web.url)
         web.wrong_region = True

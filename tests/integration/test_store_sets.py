@@ -49,6 +49,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counter]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "cache"))
     local.stored_sizes.cache_clear()
+    local.stored_hashes.cache_clear()
     return tmp_path / "cache" / "sets"
 
 

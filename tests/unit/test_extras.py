@@ -16,7 +16,9 @@ from sftdata.errors import UsageError, need
 
 ROOT = Path(sftdata.__file__).parents[1]
 # Packages by the names of their modules, where the two differ; huggingface_hub comes with transformers.
-MODULES = {"pyyaml": "yaml", "backports.zstd": "backports", "pillow": "PIL"}
+MODULES = {
+    "pyyaml": "yaml", "backports.zstd": "backports", "pillow": "PIL", "google-auth": "google", "azure-identity": "azure",
+}  # fmt: skip
 WITH_OTHERS = {"huggingface_hub", "click", "jinja2"}
 STANDARD = sys.stdlib_module_names | {"compression"}  # from 3.14
 
