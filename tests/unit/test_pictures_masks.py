@@ -361,3 +361,21 @@ def test_every_public_row_has_the_ids_of_the_real_tokenizer_and_template(
             assert family.trained_text(batch) == "".join(f"{words}<|im_end|>" for words in spoken)
             seen += 1
     assert seen == 385
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_public_row_has_the_ids_of_each_family_s_processor(
+    name: str, tmp_path: Path, shared_data: Path
+) -> None:
+    family, seen = Prepared(name, tmp_path), 0
+    for file_name in FILES:
+        for data in rows_of(shared_data / "datasets/vision" / file_name):
+            messages, sizes = as_conversation(data)
+            for message in messages:  # in parts, which some templates ask for
+                if isinstance(message["content"], str):
+                    message["content"] = [text(message["content"])]
+            found = only(family, messages, sizes).input_ids.tolist()
+            assert found == family.theirs(messages, sizes), (file_name, seen)
+            seen += 1
+    assert seen == 385
