@@ -81,11 +81,11 @@ ROWS = {
 
 
 class Proof(NamedTuple):
-    """A test, and whether it needs a GPU."""
+    """A test, and what it needs that is not here: "GPU", "network", or nothing."""
 
     place: str
     name: str
-    gpu: bool
+    needs: str
 
 
 def main() -> None:
@@ -124,11 +124,12 @@ def read_proofs(path: Path) -> list[tuple[str, Proof]]:
             if ast.unparse(mark).startswith("pytest.mark.")
         ]
         rows = [mark.args[0].value for mark in marks if ast.unparse(mark).startswith("pytest.mark.feature(")]
-        gpu = any(ast.unparse(mark).startswith("pytest.mark.gpu") for mark in marks)
+        names = [ast.unparse(mark).removeprefix("pytest.mark.").partition("(")[0] for mark in marks]
+        needs = "GPU" if "gpu" in names else "network" if "network" in names else ""
         for row in rows:
             if row not in ROWS:
                 raise KeyError(f"{path}: {row!r} is no row of docs/make_features.py")
-            found.append((row, Proof(str(path.relative_to(ROOT)), node.name, gpu)))
+            found.append((row, Proof(str(path.relative_to(ROOT)), node.name, needs)))
     return found
 
 
@@ -136,7 +137,8 @@ def _cell(proofs: list[Proof]) -> str:
     if not proofs:
         return "no test"
     named = [
-        f"[{_words(proof.name)}](../{proof.place})" + (" (GPU: not run here)" if proof.gpu else "")
+        f"[{_words(proof.name)}](../{proof.place})"
+        + (f" ({proof.needs}: not run here)" if proof.needs else "")
         for proof in proofs
     ]
     return "; ".join(named)

@@ -24,7 +24,7 @@ from sfttrain.device import out_of_memory
 from sfttrain.documents import DocumentLog
 from sfttrain.refusals import Reading, open_sets
 from sfttrain.trainer import SftTrainer
-from sfttrain.training import load
+from sfttrain.training import add_workers, load
 
 _SHOWN = 72  # characters of an answer
 _NAME = "set"
@@ -128,6 +128,7 @@ def evaluate(model: str, data: Path, base: str | None, batch_size: int, worst: i
         sets, _ = open_sets(config)
         reading = Reading(sets)
         setting = Run(config, training_arguments(config), {}, evaluated=True, trains=False)
+        add_workers(config, setting.args, sets)
         reading.check()
         if setting.args.world_size > 1:
             raise UsageError("sfttrain eval: runs in one process.", "start it without a launcher.")

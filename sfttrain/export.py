@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sfttrain.trainer import SftTrainer
 
 _PARTIAL = "model.partial"
+_PROCESSOR = "processor"  # folder in a set with pictures
 _UPLOADED = (
     "README.md", SETTINGS_NAME, "*.safetensors", "*.safetensors.index.json", "config.json",
     "adapter_config.json", "*.py", *READ_WITH,
@@ -63,11 +64,11 @@ def tokenizer_folder(sets: Sequence[ShardSet], say: Say | None = None) -> Path |
     return folders[0] if folders else None
 
 
-def folders_beside(sets: Sequence[ShardSet], say: Say | None = None) -> list[Path]:
-    """Return the folders of what a model of these sets is read with: its processor, if any, and tokenizer."""
+def folders_beside(sets: Sequence[ShardSet], evaluation: Iterable[ShardSet], say: Say) -> list[Path]:
+    """Return the folders of what a model is read with: its processor, if it sees pictures, and tokenizer."""
     tokenizer = tokenizer_folder(sets, say)
-    pictured = [opened.folder / "processor" for opened in sets if opened.manifest.vision is not None]
-    return [*pictured[:1], *([] if tokenizer is None else [tokenizer])]
+    shown = [one.folder / _PROCESSOR for one in (*sets, *evaluation) if one.manifest.vision is not None]
+    return [*shown[:1], *([] if tokenizer is None else [tokenizer])]
 
 
 def export(
@@ -83,7 +84,7 @@ def export(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):  # peft saves no stop tokens, and those of the base may be others
         model.generation_config.save_pretrained(partial)
-    for folder in folders_beside(sets):
+    for folder in trainer.beside:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
     (partial / SETTINGS_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
     if trainer.account is not None:
@@ -139,7 +140,7 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, 
     base = cast(str | None, settings.get("model"))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     adapted = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    sees = any(opened.manifest.vision for opened in sets)
+    sees = _PROCESSOR in [folder.name for folder in trainer.beside]
     front = {
         "library_name": "peft" if adapted else "transformers",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",

@@ -1,8 +1,9 @@
-"""Masks for models whose picture tokens see each other both ways (Gemma 3, 4), right in packed rows too.
+"""Masks and positions that are right in packed rows too, where those of transformers are not.
 
-In local layers transformers looks the picture of a token up by its position in its document, so that later
-documents get the pictures of the first one, and a document of text alone sees its own future. These masks
-are made where the model runs, from the document and the picture that each token is in.
+Tokens of a picture see each other both ways in Gemma 3 and 4. In local layers transformers looks the picture
+of a token up by its position in its document, so that later documents get the pictures of the first one, and
+a document of text alone sees its own future. These masks are made where the model runs, from the document and
+the picture that each token is in.
 """
 
 from __future__ import annotations
@@ -36,6 +37,21 @@ def keep_apart(model: PreTrainedModel, restart: bool, pictures: PictureInputs | 
         keep_rotary_apart(model)
     if pictures is not None and pictures.kind.types:
         mask_pictures(model, pictures.kind.types)
+    if "mrope_section" in (getattr(text_config(model.config), "rope_parameters", None) or {}):
+        _repeat_positions(model)
+
+
+def _repeat_positions(model: PreTrainedModel) -> None:
+    """Hand the positions of a text on in four rows: by a single one, mRoPE may mask no documents."""
+    inner = cast("PreTrainedModel", model.base_model)
+    own_forward: Forward = inner.forward
+
+    def forward(self: PreTrainedModel, position_ids: Tensor | None = None, **inputs: object) -> ModelOutput:
+        if position_ids is not None and position_ids.dim() == 2:
+            position_ids = position_ids.expand(4, *position_ids.shape)
+        return own_forward(position_ids=position_ids, **inputs)
+
+    inner.forward = types.MethodType(forward, inner)
 
 
 def mask_pictures(model: PreTrainedModel, kinds: str) -> None:

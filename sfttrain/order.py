@@ -181,12 +181,14 @@ class FetchAhead(TrainerCallback):
         """Take the shards of the epoch in the order of their first rows."""
         rows = self._order.rows(state.global_step // self._order.steps_per_epoch)
         begin = 0
-        for opened in self._sets:
-            here = rows[(rows >= begin) & (rows < begin + len(opened))] - begin
+        for opened, size in zip(self._sets, self._order.schedule.sizes, strict=True):
+            here = rows[(rows >= begin) & (rows < begin + size)] - begin
+            begin += size
+            if size != len(opened):  # documents that are trained alone come from all over the set
+                continue
             ends = offsets_of([shard.rows for shard in opened.manifest.shards])[1:]
             shards, first = np.unique(np.searchsorted(ends, here, side="right"), return_index=True)
             opened.expect(shards[np.argsort(first)].tolist(), _AHEAD)
-            begin += len(opened)
 
 
 # ------------------------------------------------------------------------------- the order of a view

@@ -135,6 +135,10 @@ def _fill(model: nn.Module) -> None:
             weight.add_(noise, alpha=0.1)
         else:
             weight.copy_(noise * (1.2 / weight.shape[-1] ** 0.5))
+    for module in model.modules():  # Gemma 3n and 4 learn in their norms what others divide scores by
+        learnt = getattr(getattr(module, "q_norm", None), "weight", None)
+        if learnt is not None and getattr(module, "scaling", None) == 1.0:
+            learnt.mul_(learnt.numel() ** -0.5)
 
 
 def unreached(model: PreTrainedModel, batch: Batch) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class SftTrainer(Trainer):
         if documents is not None:
             self.add_callback(documents)
         self.order, self.run, self.fused, self._terms = order, run, plan.loss is not None, plan.terms
-        self.account, self._beside = account, beside
+        self.account, self.beside = account, beside
         self.splits = self.fused and not self._terms  # losses of the parts of a batch add up to its loss
         self._term_share = 1.0  # of the terms of one micro-batch in those of the step
         # Tokens, supervised positions, correct predictions.
@@ -310,7 +310,7 @@ class SftTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                for read_with in self._beside:
+                for read_with in self.beside:
                     shutil.copytree(read_with, folder, dirs_exist_ok=True)
                 if self.account is not None:
                     for place in (folder, folder.parent):

@@ -80,8 +80,7 @@ def train_on(
     disable_progress_bar()
     evaluated = bool(evaluation) or objects.get("eval_dataset") is not None
     args = training_arguments(config, evaluated=evaluated)
-    if any(opened.manifest.vision is not None for opened in (*sets, *evaluation.values())):
-        _add_workers(config, args)
+    add_workers(config, args, [*sets, *evaluation.values()])
     reading.check()
     setting = Run(config, args, objects, evaluated=evaluated)
     _refuse_settings(setting, model, data)
@@ -170,7 +169,7 @@ def _assemble(
         account=account,
         run=run,
         plan=plan,
-        beside=folders_beside(sets, say),
+        beside=folders_beside(sets, evaluation.values(), say),
         documents=DocumentLog(config.output, sets, args.process_index) if config.log_documents else None,
         model=model,
         args=args,
@@ -205,9 +204,10 @@ def load(
         return *make_model(config, model_config, model, plan, sets, args, say), where
 
 
-def _add_workers(config: TrainConfig, args: TrainingArguments) -> None:
+def add_workers(config: TrainConfig, args: TrainingArguments, sets: Sequence[ShardSet]) -> None:
     """Let workers decode pictures ahead of the steps, unless settings say how many do."""
-    if "dataloader_num_workers" not in config.training:
+    pictured = any(opened.manifest.vision is not None for opened in sets)
+    if pictured and "dataloader_num_workers" not in config.training:
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         args.dataloader_num_workers = max(1, min(_WORKERS, (os.cpu_count() or 1) // beside))
         if "dataloader_persistent_workers" not in config.training:

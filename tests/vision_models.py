@@ -26,6 +26,8 @@ _IDEFICS_TOWER = {"image_size": 56, "patch_size": 14}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _QWEN_TEXT = {"rope_parameters": _ROPE}
 _QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14}
+_GEMMA4 = {"patch_size": 4, "pooling_kernel_size": 2}
+_GEMMA4_PICTURES = _GEMMA4 | {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 70}
 _DEEP = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
 
 # Family: model_type, chat template, what its processor has small, the processor around it, its text, its tower, and the rest.
@@ -53,6 +55,14 @@ SMALL: dict[str, tuple[str, str, Json, Json, Json, Json, Json]] = {
         {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}, {"image_size": 56, "patch_size": 14},
         {"mm_tokens_per_image": 4},
     ),
+    "gemma4": (
+        "gemma4", _PARTS % "<|image|>", {}, {"image_processor": _GEMMA4_PICTURES},
+        {
+            "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8,
+            "use_bidirectional_attention": "vision", "hidden_size_per_layer_input": 8,
+        },
+        _GEMMA4 | {"num_key_value_heads": 2, "head_dim": 16}, {},
+    ),
     "pixtral": (
         "llava", _PARTS % "[IMG]", {"size": {"longest_edge": 64}}, {}, {}, _PIXTRAL | {"patch_size": 16},
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
@@ -62,6 +72,8 @@ SMALL: dict[str, tuple[str, str, Json, Json, Json, Json, Json]] = {
         {"spatial_merge_size": 2},
     ),
 }  # fmt: skip
+# Tokens of a row, where 64 are too few: no picture of Gemma 4 has fewer than some 60.
+LENGTH = {"gemma4": 192}
 _TEXT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
@@ -138,7 +150,8 @@ def pictured_rows(folder: Path, number: int = 20) -> list[Row]:
 def make_pictured_set(model: Path, place: Path, output: Path, number: int = 20, **settings: Any) -> Path:
     """Prepare such rows with the processor of a folder."""
     rows = write_rows(place, pictured_rows(place, number))
-    given = {"tokenizer": str(model), "max_length": 64, "workers": 1} | settings
+    length = LENGTH.get(read_processor(model).family, 64)
+    given = {"tokenizer": str(model), "max_length": length, "workers": 1} | settings
     sftdata.prepare(str(rows), output=output, **given)
     return output
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sfttrain.order import FetchAhead
 from sfttrain.schedule import FILLER, Mixture, Order, Passes, Schedule, Window
 
 SHAPES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
@@ -290,3 +293,28 @@ def test_a_set_without_windows_is_drawn_as_ever() -> None:
         6,
         1,
     ]
+
+
+class _Shards:
+    """A set of shards with two rows each, which hears in what order they come."""
+
+    def __init__(self, shards: int) -> None:
+        self.manifest = SimpleNamespace(shards=[SimpleNamespace(rows=2)] * shards)
+        self.heard: list[int] | None = None
+
+    def __len__(self) -> int:
+        return 2 * len(self.manifest.shards)
+
+    def expect(self, shards: list[int], ahead: int) -> None:
+        self.heard = shards
+
+
+def test_shards_are_fetched_in_the_order_of_their_rows_behind_a_set_that_is_trained_by_documents() -> None:
+    """Eleven documents in six rows: the rows of the second set begin behind the documents."""
+    first, second = _Shards(3), _Shards(4)
+    order = Order(Passes([11, 8], [1.0, 1.0], seed=3), batch_size=4)
+    ahead: Any = FetchAhead
+    ahead([first, second], order).on_epoch_begin(None, SimpleNamespace(global_step=0), None)
+    assert first.heard is None
+    assert second.heard == list(dict.fromkeys((row - 11) // 2 for row in order.rows(0).tolist() if row >= 11))
+    assert sorted(second.heard) == [0, 1, 2, 3]

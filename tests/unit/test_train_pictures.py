@@ -13,10 +13,12 @@ import torch
 
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.pictures.families import read_processor
+from sfttrain import proofs
 from sfttrain.attention import register_attention
 from sfttrain.data import Collator, Row
 from sfttrain.pictures import RowPicture, grid_positions, refuse_other_model
 from sfttrain.proofs import Surroundings, prove
+from sfttrain.tiny import tiny_model
 from sfttrain.tiny_pictures import made_pictures
 from tests.made_pictures import make, saved, turned
 from tests.vision_models import SMALL, inputs_of_folder, small_config, write_small_processor
@@ -27,6 +29,12 @@ ALL = [
     for name in SMALL
 ]
 QWEN = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+BOTH_WAYS = ("gemma3", "gemma4")  # which kernels without masks cannot show
+FLAT = [
+    pytest.param(name, marks=[] if name == "qwen2.5-vl" else pytest.mark.slow)
+    for name in SMALL
+    if name not in BOTH_WAYS
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,60 @@ def of(folder: Path, name: str, height: int, width: int, seed: int = 0) -> RowPi
 # ----------------------------------------------------------------------------------------------- packed = alone
 
 
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof compute in float64, and what its models cast to float32 on their way."""
+    softmax = torch.nn.functional.softmax
+
+    def double_softmax(scores: torch.Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(scores, dim, dtype=torch.float64 if dtype == torch.float32 else dtype)
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.functional, "softmax", double_softmax)
+    monkeypatch.setattr(proofs, "tiny_model", lambda *given: tiny_model(*given).double())
+
+
+@pytest.mark.feature("pictures")
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_left_between_packed_and_alone_is_rounding(folders: Path, float64: None, name: str) -> None:
+    """A leak is as large in float64 as in float32; what rounding makes is gone."""
+    config = small_config(name, folders / name)
+    inputs = inputs_of_folder(folders / name, config.image_token_id)
+    proof = prove(config, "sdpa", Surroundings("cpu", torch.float32, pictures=inputs))
+    assert max(proof.difference, proof.padded, proof.leak) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_wide_heads_of_gemma_4_are_proven_as_well(folders: Path, attention: str) -> None:
+    """It learns in its norms what others divide scores by: without, a softmax of wide heads magnifies rounding 40 times."""
+    config = small_config("gemma4", folders / "gemma4", head_dim=256, global_head_dim=512)
+    inputs = inputs_of_folder(folders / "gemma4", config.image_token_id)
+    proof = prove(config, attention, Surroundings("cpu", torch.float32, pictures=inputs))
+    assert max(proof.difference, proof.padded) < 1e-5
+
+
+@pytest.mark.feature("pictures")
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", QWEN)
+def test_models_of_pictures_pack_sets_of_text_too(folders: Path, name: str, attention: str) -> None:
+    config = small_config(name, folders / name)
+    proof = prove(config, attention, Surroundings("cpu", torch.float32))
+    assert proof.isolated
+    assert proof.difference < 1e-5
+
+
+@pytest.mark.feature("pictures")
+@pytest.mark.parametrize("name", FLAT)
+def test_pictures_lie_in_a_flattened_row_as_in_a_padded_one(folders: Path, name: str) -> None:
+    """What varlen and flash attention take: a stand-in computes what their kernels do."""
+    config = small_config(name, folders / name)
+    inputs = inputs_of_folder(folders / name, config.image_token_id)
+    proof = prove(config, "varlen", Surroundings("cpu", torch.float32, pictures=inputs))
+    assert proof.isolated
+    assert proof.difference < 1e-5
+
+
 @pytest.mark.feature("pictures")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ALL)
@@ -72,7 +134,7 @@ def test_documents_with_pictures_are_the_same_packed_and_alone(
 
 def test_pixels_reach_the_text_behind_them(folders: Path) -> None:
     """With the time of a picture in the place of the ordinary positions, the text behind does not see it at all."""
-    from sfttrain.tiny import smallest_that_runs, tiny_model
+    from sfttrain.tiny import smallest_that_runs
     from sfttrain.tiny_pictures import shrink_tower
 
     config = small_config("qwen2.5-vl", folders / "qwen2.5-vl")
