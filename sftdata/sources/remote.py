@@ -2,7 +2,8 @@
 
 Planning reads every byte of its input. Of an object it leaves a local copy in the folder for temporary files,
 and from then on the object is a file like any other, until the plan is gone. Where there is no room for the
-copy, and on machines that did not plan, ranges of the object are read, never a byte ahead.
+copy, and on machines that did not plan, ranges of the object are read, never a byte ahead. A part of a
+run copies no more than the ranges that it reads.
 
 Credentials come from the environment, as each kind of store looks for them; nothing here takes any.
 """

@@ -162,6 +162,9 @@ def _part(number: int, url: str, output: Path, step: Barrier) -> None:
     parts.prepare(config, Workers(1), part=parts.Part(number, PARTS))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded:DeprecationWarning"
+)  # of the server, which no child uses
 def test_parts_that_start_at_once_fetch_what_they_make(
     web: Web, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
