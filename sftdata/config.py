@@ -200,6 +200,8 @@ class PrepareConfig(Choosing, RowsConfig):
         if isinstance(value, (str, Path)):
             return (str(value),)
         names = value if isinstance(value, (list, tuple)) else [value]
+        if not names:
+            raise UsageError("inputs: found nothing; expected rows, or paths.", "name a file, or give rows.")
         for name in names:
             if not isinstance(name, (str, Path)):
                 raise UsageError(

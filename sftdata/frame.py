@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,7 +99,8 @@ def _refuse_usage(
     if type(error).__name__ == "NoArgsIsHelpError":  # not public; its message is the help, in many lines
         print(message, file=sys.stderr)
         return 2
-    text, fix = explain_usage(" ".join(message.split()), "sfttrain" if name == "sfttrain" else "sftdata")
+    program: Program = "sfttrain" if name == "sfttrain" else "sftdata"
+    text, fix = explain_usage(" ".join(message.split()), program, arguments)
     return fail(f"{text} Fix: {fix or f'see `{name} {_command(app, arguments)}--help`.'}", 2)
 
 
@@ -115,18 +117,25 @@ _WRONG = (
     re.compile(
         r"(?P<text>No such option: (?P<wrong>\S+)) \((?:Possible options: |Did you mean )(?P<known>.+)\)"
     ),
-    re.compile(r"(?P<text>.*'(?P<wrong>[^']*)' is not one of (?P<known>.+))"),
+    re.compile(r"(?P<text>.*: found '(?P<wrong>[^']*)'; expected one of (?P<known>.+))"),
 )
 _OPTION = re.compile(r"No such option: (--[\w-]+)")
+_NUMBER = re.compile(
+    r"Invalid value for '(?:.* / )?(?P<option>-[\w-]+)': Input should be (?P<wanted>[^,]+).*\.?"
+)
+_CHOICE = re.compile(r"Invalid value for '(?:.* / )?(-[\w-]+)': ('[^']*') is not one of (.+)")
+_NUMBERS = {"a valid integer": "a whole number", "a valid number": "a number"}
 
 
-def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
-    """Return the message of a program's parser, and the word that was probably meant; "" if none is near.
+def explain_usage(text: str, program: Program = "sftdata", arguments: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the message of a program's parser, and the fix; "" if none is near.
 
     >>> explain_usage("No such command 'prepar'. Did you mean 'prepare'?")
     ("No such command 'prepar'.", "did you mean 'prepare'?")
     """
     text = text.replace("Value error, ", "")
+    if number := _NUMBER.fullmatch(text):
+        return _explain_number(number["option"], number["wanted"].rstrip("."), arguments)
     option = _OPTION.match(text)
     if option:
         from sftdata.settings import (
@@ -135,11 +144,23 @@ def explain_usage(text: str, program: Program = "sftdata") -> tuple[str, str]:
 
         if elsewhere := answer(option[1], program):
             return f"{option[0]}.", elsewhere
+    text = _CHOICE.sub(r"\1: found \2; expected one of \3", text)
     for pattern in _WRONG:
         if match := pattern.fullmatch(text):
             known = re.findall(r"--?[\w-]+|(?<=')[^', ]+(?=')", match["known"])
             return match["text"].rstrip(".") + ".", did_you_mean(match["wrong"], known)
     return text.rstrip(".") + ".", ""
+
+
+def _explain_number(option: str, wanted: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """Return what is wrong with the number of an option, with what was found, and the fix if one is near."""
+    from sftdata.settings import in_digits
+
+    given = [after for before, after in pairwise([*arguments, ""]) if before == option]
+    given += [argument[len(option) :].lstrip("=") for argument in arguments if argument.startswith(option)]
+    found = next(filter(None, given), "")
+    wanted = _NUMBERS.get(wanted, wanted.replace("greater than or equal to", "at least"))
+    return f"{option}: found {found!r}; expected {wanted}.", in_digits(found)
 
 
 def _command(app: typer.Typer, arguments: Sequence[str]) -> str:

@@ -71,6 +71,15 @@ def visible(text: str) -> str:
     return _SUSPECT.sub(_spelled, text)
 
 
+def counted(count: int, thing: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "step"), counted(2000, "row")
+    ('1 step', '2,000 rows')
+    """
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def one_line(text: str) -> str:
     r"""Return text that stays on one line and does not act on a terminal.
 

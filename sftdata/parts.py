@@ -28,7 +28,7 @@ import numpy as np
 from sftdata.config import PrepareConfig
 from sftdata.errors import InputChangedError, SftError, UsageError
 from sftdata.marking import MARKS, marked
-from sftdata.output import Progress, StoreUrl, behind_links
+from sftdata.output import Progress, StoreUrl, behind_links, counted
 from sftdata.pipeline import keep_unchanged
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks
@@ -301,7 +301,7 @@ def _prepare_slices(
     if exact and missing:
         more = "the last part, or the command without --part, finishes the set"
         who = "All slices" if part is None else f"Part {part}"
-        run.note(f"{who}: complete; {missing} slices of other parts are missing: {more}.")
+        run.note(f"{who}: complete; {counted(missing, 'slice')} of other parts are missing: {more}.")
         return None
     if exact:  # of this part; the others' samples are in their records
         results, exact = run_tasks(here, done, None, run.workers, None)

@@ -22,7 +22,7 @@ from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
 from sftdata.errors import DataError, Unit, place
-from sftdata.output import Progress, StoreUrl, behind_links, without_folders
+from sftdata.output import Progress, StoreUrl, behind_links, counted, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
 from sftdata.pipeline import (
@@ -90,7 +90,7 @@ def note_padding(plan: Plan, note: OnNote) -> None:
     length, rows = plan.job.row_length or 0, len(plan.tasks)
     if length * rows > max(4 * plan.size, PADDING_NOTED):
         size = f"{length * rows * TOKEN_BYTES / 1e9:.1f} GB of rows that are padding for the most part"
-        note(f"max_length is {length:,} tokens, and all the input is {plan.size:,} bytes: {size}.")
+        note(f"max_length is {length:,} tokens, and all the input is {counted(plan.size, 'byte')}: {size}.")
 
 
 def build_set(
@@ -116,7 +116,7 @@ def build_set(
             build.clear()  # its manifest says what is so no more
         elif sealed is not None and not plan.difference(sealed):
             build.put_in_place()
-            note(f"Resuming: all {len(plan.tasks)} slices complete; settings match.")
+            note(f"Resuming: all {counted(len(plan.tasks), 'slice')} complete; settings match.")
             return sealed
         note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
         moving = MOVING if grown else frozenset[str]()
@@ -365,10 +365,10 @@ class Preview:
         about = "" if self.share == 1 else "about "
         return [
             *self.notes,
-            f"{projected['rows']:,} rows, {about}{projected['tokens']:,} tokens,"
-            f" {projected['packed_rows']:,} packed rows of {self.max_length} ({self.fill:.1%} full),"
+            f"{counted(projected['rows'], 'row')}, {about}{counted(projected['tokens'], 'token')},"
+            f" {counted(projected['packed_rows'], 'packed row')} of {self.max_length} ({self.fill:.1%} full),"
             f" {projected['bytes_on_disk'] / 1e6:,.1f} MB,"
-            f" {projected['steps_per_epoch']:,} steps an epoch at batch size {batch_size},"
+            f" {counted(projected['steps_per_epoch'], 'step')} an epoch at batch size {batch_size},"
             f" prepared in at most {projected['seconds_at_most']:,} s",
             *(f"would be rejected: {reason}" for reason in self.rejects[:3]),
         ]

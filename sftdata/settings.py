@@ -6,10 +6,11 @@ setting of another trainer, such as `max_seq_length` (TRL) or `cutoff_len` (LLaM
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -118,14 +119,49 @@ def _refusal(
     first = error.errors()[0]
     key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if not key:  # several settings together
-        return UsageError(f"Settings: {reason}.", _HELP[program])
+        what, _, fix = reason.partition("; ")
+        return UsageError(f"Settings: {what}.", f"{fix}." if fix else _HELP[program])
     setting = key.partition(".")[0]
     field, place = model.model_fields.get(setting), places.get(setting, "")
     name = place if place.startswith("--") else f"{place}: setting {key!r}" if place else f"Setting {key!r}"
-    meaning = f"expected: {field.description}" if field and field.description else _HELP[program]
+    meaning = f"correct it: {field.description}" if field and field.description else _HELP[program]
     choices = reason.split("'")[1::2] if first["type"] == "literal_error" else ()
-    fix = did_you_mean(str(first.get("input")), choices, meaning)
-    return UsageError(f"{name}: found {first.get('input')!r:.200}; {reason}.", fix)
+    found = first.get("input")
+    fix = in_digits(str(found)) or did_you_mean(str(found), choices, meaning)
+    wanted = _wanted(first["type"], reason, first.get("ctx", {}))
+    return UsageError(f"{name}: found {found!r:.200}; {wanted}.", fix)
+
+
+_WANTED = {
+    "int": "expected a whole number", "float": "expected a number", "bool": "expected true or false",
+    "string_type": "expected a text", "dict": "expected names and values, as NAME: VALUE",
+    "tuple": "expected a list", "list": "expected a list", "path": "expected a path",
+}  # fmt: skip
+_BOUNDS = {
+    "greater_than": "expected a number above {gt:,g}", "greater_than_equal": "expected {ge:,} or more",
+    "less_than": "expected a number below {lt:,g}", "less_than_equal": "expected {le:,} or less",
+    "literal_error": "expected {expected}", "too_short": "expected one or more",
+}  # fmt: skip
+
+
+def _wanted(kind: str, reason: str, context: Mapping[str, Any]) -> str:
+    """Return what was expected, in our words, of a kind of error of pydantic; its reason for other kinds."""
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
+    return _WANTED.get(kind) or _WANTED.get(kind.partition("_")[0], reason)
+
+
+def in_digits(text: str) -> str:
+    """Return the fix for a number with a letter for thousands, which may count in tens or in twos.
+
+    >>> in_digits("2k"), in_digits("two")
+    ('write it in digits, as 2000 or 2048.', '')
+    """
+    found = re.fullmatch(r"(\d+)\s*([kKmM])", text.strip())
+    if found is None:
+        return ""
+    power = "km".index(found[2].lower()) + 1
+    return f"write it in digits, as {int(found[1]) * 1000**power} or {int(found[1]) * 1024**power}."
 
 
 def read_settings_file(path: Path, *, names: bool = False) -> tuple[Settings, dict[str, str]]:

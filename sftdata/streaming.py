@@ -167,7 +167,8 @@ class Stream(Iterable[StreamedRow]):
             reason = f" The first: {first.reason.rstrip('.')}." if first else ""
             fix = first.fix if first else "check the mask, as `sftdata preview` shows it."
             raise DataError(
-                f"Nothing to train on in {len(buffer)} rows of the stream (buffer {number}).{reason}", fix
+                f"Nothing to train on in {len(buffer):,} rows of the stream (buffer {number}).{reason}",
+                fix,
             )
         return tokens
 

@@ -9,6 +9,7 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -138,6 +139,7 @@ def _train(
     from sfttrain.process import notes_to
     from sfttrain.run import train as run
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks up when it is imported
     defaults = {name: keyword.default for name, keyword in inspect.signature(train).parameters.items()}
     given = {name: value for name, value in given.items() if value is not defaults[name]} | training
     objects = {name: given.pop(name) for name in _OBJECTS if name in given}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.output import local_output
+from sftdata.output import counted, local_output
 from sfttrain.attention import auto_class
 from sfttrain.config import LoraSettings, adapter_base
 from sfttrain.process import Say, reason_of
@@ -190,13 +190,13 @@ def _train_embeddings(
     tables = embeddings[:1] if _tied(model) else embeddings
     if len(untrained) <= FEW_TOKENS:
         say(
-            f"embeddings: {len(untrained)} rows of {' and '.join(tables)} are trained, "
+            f"embeddings: training {counted(len(untrained), 'row')} of {' and '.join(tables)}, "
             "since the model was never trained on these tokens"
         )
         return {table: list(untrained) for table in tables}, saved
     say(
         f"embeddings: {' and '.join(tables)} are trained in full, "
-        f"since the model was never trained on {len(untrained)} tokens of the set"
+        f"since the model was never trained on {counted(len(untrained), 'token')} of the set"
     )
     return None, [*saved, *tables]
 

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch import nn
 
 from sftdata.errors import DataError, UsageError
+from sftdata.output import counted
 from sfttrain.adapters import load_adapted
 from sfttrain.attention import auto_class
 from sfttrain.process import Say, reason_of
@@ -111,7 +112,7 @@ class Chat:
         room = self._most if longest is None else longest - tokens
         if room < 1:
             raise DataError(
-                f"the conversation has {tokens:,} tokens; the model has room for {longest:,}.",
+                f"the conversation has {counted(tokens, 'token')}; the model has room for {longest:,}.",
                 f"{NEW} starts another.",
             )
         return room
@@ -144,9 +145,10 @@ def open_chat(
     if base is not None and not adapted:
         raise UsageError(f"--model {base}: {folder} holds no adapters to put on it.", "leave --model out.")
     if not any((folder / name).is_file() for name in _TOKENIZER):
-        what = "no model" if not (folder / "config.json").is_file() and not adapted else "no tokenizer"
+        what = "holds no tokenizer" if adapted or (folder / "config.json").is_file() else "holds no model"
+        what = what if folder.is_dir() else "no such folder"
         raise UsageError(
-            f"{folder}: holds {what}.", "name the folder that `sfttrain run` or `sfttrain merge` wrote."
+            f"{folder}: {what}.", "name the folder that `sfttrain run` or `sfttrain merge` wrote."
         )
     model = _load(folder, base, say)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sftdata.errors import UsageError
+from sftdata.output import counted
 from sfttrain.attention import head_width, read_signature
 from sfttrain.config import TrainConfig
 from sfttrain.device import sharded, weight_bytes
@@ -79,10 +80,10 @@ def choose_compile(
     if args.device.type != "cuda":
         return Compilation("none", "it pays on a GPU only")
     if steps < ENOUGH_STEPS:
-        return Compilation("none", f"{steps} steps are fewer than {ENOUGH_STEPS}")
+        return Compilation("none", f"{counted(steps, 'step')}, fewer than {ENOUGH_STEPS}")
     if kernels:
         return Compilation("loss", "the layers run Liger's kernels")
-    return Compilation("layers", f"{steps:,} steps")
+    return Compilation("layers", counted(steps, "step"))
 
 
 def _unsupported_reason(args: TrainingArguments, model: nn.Module, asked: str) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from sftdata.choosing import MixBy, Shares
 from sftdata.errors import UsageError, did_you_mean
-from sftdata.output import local_output
+from sftdata.output import counted, local_output
 from sftdata.settings import Layer, answer, load_settings, read_settings_file
 
 WINDOW = 64  # shards, of sets behind URLs
@@ -239,30 +239,37 @@ class TrainConfig(BaseModel):
         return (value,) if isinstance(value, (str, Path)) else value
 
     @model_validator(mode="after")
-    def _check_together(self) -> TrainConfig:
-        if (self.model is None) == (self.init_from_config is None):
-            raise ValueError("name either a model or init_from_config")
+    def _check_model(self) -> TrainConfig:
+        if self.model is None and self.init_from_config is None:
+            raise ValueError("no model is named; --model FOLDER or a Hub id, or --init-from-config FILE")
+        if self.model is not None and self.init_from_config is not None:
+            raise ValueError("model and init_from_config both name a model; leave one of them out")
         if self.lora and self.adapter:
             raise ValueError("adapter brings its own shape; leave lora out")
-        if self.weights and len(self.weights) != len(self.sets):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.sets)} sets")
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError("weights are above 0")
-        if self.mix and self.weights:
-            raise ValueError("weights count passes, mix gives shares; leave one of them out")
-        if self.mix_by != "trained" and not self.mix:
-            raise ValueError(f"mix_by={self.mix_by} needs mix; leave it out, or give each set a share")
-        self.set_shares()
         if self.lora and self.init_from_config:
             raise ValueError(
                 "adapters of fresh random weights are of no use; name a model, or leave lora out"
             )
         if self.quantize and not self.adapted:
-            raise ValueError("quantize freezes the model, so it needs lora, as --lora r=16")
+            raise ValueError("quantize freezes the model, so it needs lora; add --lora r=16")
         if self.log_documents and self.loss == "torch":
             raise ValueError(
                 "loss=torch gives no losses of tokens; set loss=auto, or leave log_documents out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> TrainConfig:
+        if self.weights and len(self.weights) != len(self.sets):
+            weights, sets = counted(len(self.weights), "weight"), counted(len(self.sets), "set")
+            raise ValueError(f"{weights} for {sets}; give one for each")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError(f"the weight {min(self.weights):g} is not above 0; leave its set out instead")
+        if self.mix and self.weights:
+            raise ValueError("weights count passes, mix gives shares; leave one of them out")
+        if self.mix_by != "trained" and not self.mix:
+            raise ValueError(f"mix_by={self.mix_by} needs mix; leave it out, or give each set a share")
+        self.set_shares()
         return self
 
     @property

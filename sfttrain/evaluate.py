@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sftdata.blame.named import Blamed, LoggedRun
 from sftdata.errors import UsageError
-from sftdata.output import one_line
+from sftdata.output import counted, one_line
 from sftdata.set.opened import ShardSet
 from sfttrain.arguments import Run, training_arguments
 from sfttrain.chat import ADAPTERS
@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def _figures(part: SourceLoss) -> str:
-    size = f"{part.trained:,} trained tokens in {part.documents:,} documents"
+    size = f"{counted(part.trained, 'trained token')} in {counted(part.documents, 'document')}"
     return f"{one_line(part.name)}: loss {part.loss:.4f} of {size}"
 
 

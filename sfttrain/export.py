@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from sftdata.errors import UsageError
-from sftdata.output import local_output
+from sftdata.output import counted, local_output
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import sync_folder, write_atomic
 from sfttrain.adapters import READ_WITH
@@ -118,7 +118,7 @@ def conclude_again(config: TrainConfig, args: TrainingArguments, done: Identity)
     """Log that a run is finished already, and change nothing; a push that is still due is done."""
     say(
         f"{config.output}: is up to date: "
-        f"finished after {done['steps']:,} steps with the same data and the same settings"
+        f"finished after {counted(cast(int, done['steps']), 'step')} with the same data and the same settings"
     )
     if config.push_to_hub and args.should_save and done.get("pushed") != config.push_to_hub:
         _push(config)
@@ -161,7 +161,7 @@ def _card(trainer: SftTrainer, sets: Sequence[ShardSet], settings: Mapping[str, 
     lines += [] if trainer.account is None else _seen_table(trainer.account.at(trainer.state.global_step))
     lines += [
         "",
-        f"{trainer.state.global_step:,} steps, {trainer.state.num_input_tokens_seen:,} tokens seen.",
+        f"{counted(trainer.state.global_step, 'step')}, {trainer.state.num_input_tokens_seen:,} tokens seen.",
     ]
     if history:
         first, last = history[0], history[-1]

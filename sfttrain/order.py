@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sftdata.batches import Int64, offsets_of
 from sftdata.errors import UsageError
+from sftdata.output import counted
 from sftdata.set.cache import BOUND, cache_bound
 from sftdata.set.local import named, origin
 from sftdata.set.manifest import Manifest
@@ -21,7 +22,7 @@ from sftdata.set.opened import ShardSet
 from sftdata.set.steps import Steps, stored_epochs, stored_order, stored_steps, stored_window
 from sfttrain.config import WINDOW, TrainConfig
 from sfttrain.data import Contents
-from sfttrain.process import counted, share_of_rows
+from sfttrain.process import share_of_rows
 from sfttrain.schedule import FILLER, Mixture, Order, Passes, Schedule, Window
 from sfttrain.seen import Account
 
@@ -103,6 +104,9 @@ def planned(config: TrainConfig, account: Account, order: Order, steps: int) -> 
     if order.note:
         yield order.note
     yield from map(str, leg.sets)
+    for name, folder in config.eval.items():
+        if folder.resolve() in [one.resolve() for one in config.sets]:
+            yield f"evaluation: {name} is one of the sets that are trained on: its loss is no test"
     worst = max((abs(part.share - part.asked) for part in leg.sets if part.asked is not None), default=0)
     if worst > CLOSE:
         yield (

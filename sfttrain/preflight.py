@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from sftdata.errors import DataError, UsageError
-from sftdata.output import as_clock
+from sftdata.output import as_clock, counted
 from sfttrain import checkpoint, device
 from sfttrain.compiling import Compilation, start_compiled, stop_compiled
 from sfttrain.data import Batch, Row
 from sfttrain.device import out_of_memory, weight_bytes
 from sfttrain.loss import items_of
-from sfttrain.process import Say, counted, reason_of, share_of_rows, time_limit
+from sfttrain.process import Say, reason_of, share_of_rows, time_limit
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

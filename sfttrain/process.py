@@ -58,11 +58,6 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def counted(count: int, thing: str) -> str:
-    """Return a number of things in words: "1 step", "2 steps"."""
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
 @contextmanager
 def notes_to(listener: Say | None) -> Iterator[None]:
     """Pass notes to `listener` while the block runs; None leaves them on standard error."""

@@ -21,10 +21,9 @@ import yaml
 from sftdata.blame.log import log_files
 from sftdata.blame.named import LoggedRun
 from sftdata.errors import SftError, UsageError
-from sftdata.output import as_clock
+from sftdata.output import as_clock, counted
 from sftdata.pages import render, write_page
 from sfttrain.checkpoint import RUN_NAME, SETTINGS_NAME
-from sfttrain.process import counted
 from sfttrain.progress import LOG_NAME, Line, read_lines
 from sfttrain.seen import SEEN_NAME, Seen
 

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sftdata.errors import DataError, UsageError
+from sftdata.output import counted
 from sfttrain.chat import Chat
 from sfttrain.device import sharded
 from sfttrain.progress import LOG_NAME, read_lines
@@ -63,7 +64,7 @@ def read_samples(path: Path, talks: bool) -> list[Sample]:
         fix = (
             f"head -n {MOST} {shlex.quote(str(path))} > few.jsonl" if lines else f"write rows as {_EXPECTED}."
         )
-        raise UsageError(f"--sample {path}: {len(lines):,} rows; expected 1 to {MOST}.", fix)
+        raise UsageError(f"--sample {path}: {counted(len(lines), 'row')}; expected 1 to {MOST}.", fix)
     return [_parse(f"--sample {path}: line {number}", line, talks) for number, line in enumerate(lines, 1)]
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from sftdata.batches import Int64
 from sftdata.choosing import Measure
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.output import counted
 from sftdata.set.manifest import SourceInfo, first_passes
 from sftdata.set.opened import ShardSet
 from sftdata.set.store import Sink, write_atomic
@@ -57,7 +58,7 @@ class SetSeen(msgspec.Struct, frozen=True, omit_defaults=True):
     def __str__(self) -> str:
         asked = "" if self.asked is None else f"{self.asked:.3%} asked, {self.share:.3%} taken: "
         return (
-            f"{self.name}: {asked}{self.rows:,} rows, {self.tokens:,} tokens,"
+            f"{self.name}: {asked}{counted(self.rows, 'row')}, {counted(self.tokens, 'token')},"
             f" {self.trained:,} trained, {self.passes:.2f} passes."
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sftdata.errors import IntegrityError, UsageError
-from sftdata.output import StoppedError
+from sftdata.output import StoppedError, counted
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint, preflight, refusals
 from sfttrain.arguments import Run, effective_settings, refuse_inert, training_arguments, try_optimizer
@@ -304,7 +304,7 @@ def _choose_compile(setting: Run, trainer: SftTrainer, where: Surroundings, step
     if config.kernels == "liger" or (choice.what != "layers" and steps >= ENOUGH_STEPS):
         _add_kernels(setting, trainer, where)
     elif choice.what != "layers" and where.device == "cuda" and config.kernels == "auto":
-        say(f"kernels: PyTorch's ({steps} steps are fewer than {ENOUGH_STEPS})")
+        say(f"kernels: PyTorch's ({counted(steps, 'step')}, fewer than {ENOUGH_STEPS})")
     args = setting.args
     if choice.what != "layers" or not args.activation_checkpointing or where.reach is None:
         return choice

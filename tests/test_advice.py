@@ -423,6 +423,9 @@ ELSEWHERE: dict[str, str] = {
         "tests/integration/test_export.py::test_weights_go_where_they_can_be_carried"
     ),
     "leave --model out.": _CHAT,
+    "no model is named; --model FOLDER or a Hub id, or --init-from-config FILE": (
+        "tests/unit/test_settings.py::test_what_a_run_cannot_do_without_is_named_with_the_flag_that_gives_it"
+    ),
     "--gguf f16, or --set SHARDS for GPTQ.": f"{_GGUF}test_what_cannot_be_exported_is_refused_in_one_line",
     "llama-server --jinja -m {}": f"{_GGUF}test_the_file_holds_the_model",
     "vllm serve {} --enable-lora --max-lora-rank {} --lora-modules {}={}": (
@@ -505,7 +508,9 @@ ELSEWHERE: dict[str, str] = {
     "leave --{} out, or --epochs.": (
         "tests/integration/test_views_epochs.py::test_what_cannot_be_had_anew_is_refused"
     ),
-    "choose another -o, or --write.": f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens",
+    "choose another -o, or replace it by a set that stands alone: --write --overwrite.": (
+        f"{_BY_INDEX}test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens"
+    ),
     "repeat the command that made the set, with --overwrite.": f"{_BY_INDEX}test_a_base_that_is_another_set_is_refused",
     "run the same `sftdata view` with the path it has now.": (
         f"{_BY_INDEX}test_a_base_that_is_gone_is_refused_and_found_again"

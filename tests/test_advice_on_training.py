@@ -300,7 +300,7 @@ def test_adapters_that_do_not_fit_are_trained_once_they_name_their_model(
 
 # What needs a GPU or a package when it runs: here the settings that are advised are read as they are meant.
 READ: dict[str, dict[str, object]] = {
-    "quantize freezes the model, so it needs lora, as --lora r=16": {"quantize": "nf4", "lora": "r=16"},
+    "quantize freezes the model, so it needs lora; add --lora r=16": {"quantize": "nf4", "lora": "r=16"},
     "--quantize int8 --lora r=16": {"quantize": "int8", "lora": "r=16"},
     "--quantize nf4 --lora r=16": {"quantize": "nf4", "lora": "r=16"},
     "--attention flash_attention_2": {"attention": "flash_attention_2"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from sftdata.errors import UsageError
-from sftdata.output import StoreUrl, print_line
+from sftdata.output import StoreUrl, counted, print_line
 
 
 def init_from(source: Path, file: str, output: Path | StoreUrl) -> None:
@@ -49,7 +49,7 @@ def registry_from(source: Path, file: str) -> None:
     text = registry_text(found.sources, Path(file).parent, head, found.lost)
     _write_new(file, {Path(file): text}, found.lost)
     if file != "-":
-        print_line(f"{len(found.sources)} sources. Wrote {file}.", err=True)
+        print_line(f"{counted(len(found.sources), 'source')}. Wrote {file}.", err=True)
 
 
 def _write_new(file: str, texts: Mapping[Path, str], lost: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from sftdata.cli.carrying import init_from, registry_from
 from sftdata.cli.flags import Json, Sets, load_config, with_settings
 from sftdata.config import OF_PICTURES, PrepareConfig
 from sftdata.errors import UsageError
-from sftdata.output import Meter, Progress, StoreUrl, local_output, output_at, print_json, print_line
+from sftdata.output import Meter, Progress, StoreUrl, counted, local_output, output_at, print_json, print_line
 from sftdata.reading import REGISTRY_NAME
 from sftdata.settings import read_settings_file
 from sftdata.views.recipe import ViewConfig
@@ -302,13 +302,15 @@ def resolve(
     for resolution in resolutions:
         print_line(
             f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows,"
-            f" {resolution.occurrences:,} times"
+            f" {counted(resolution.occurrences, 'time')}"
         )
-        print_line(f"  encoded alone: {list(resolution.alone)}, found {resolution.alone_count:,} times")
+        print_line(
+            f"  encoded alone: {list(resolution.alone)}, found {counted(resolution.alone_count, 'time')}"
+        )
         for sequence in resolution.sequences:
             shared = sequence.starts_inside or sequence.ends_inside
             print_line(
-                f"  {list(sequence.ids)}: {sequence.count:,} times"
+                f"  {list(sequence.ids)}: {counted(sequence.count, 'time')}"
                 f"{' (shares a token with its neighbour)' if shared else ''},"
                 f" as in {sequence.before!r} _ {sequence.after!r}"
             )
@@ -364,7 +366,9 @@ class RunLog:
         """Show the progress of the run."""
         self._built = True
         speed = now.tokens / self._meter.seconds
-        figures = f"{now.tokens:,} tokens, {speed:,.0f} a second, {now.rejected:,} rows rejected"
+        figures = (
+            f"{counted(now.tokens, 'token')}, {speed:,.0f} a second, {counted(now.rejected, 'row')} rejected"
+        )
         self._meter.show(now.done, now.total, figures)
 
     def summary(self, manifest: Manifest, folder: Path | StoreUrl) -> None:
@@ -395,13 +399,13 @@ def count_findings(findings: list[Finding]) -> Iterator[str]:
     for severity in ("defect", "note"):
         kinds = sum(finding.severity == severity for finding in findings)
         if kinds:
-            yield f"{kinds} kind{'' if kinds == 1 else 's'} of {severity}s"
+            yield f"{counted(kinds, 'kind')} of {severity}s"
 
 
 def _where(manifest: Manifest) -> str:
     if manifest.by_index:
-        return f"by index into {len(manifest.bases)} set{'s' * (len(manifest.bases) > 1)}"
-    return f"in {len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
+        return f"by index into {counted(len(manifest.bases), 'set')}"
+    return f"in {counted(len(manifest.shards), 'shard')}"
 
 
 def summary_lines(manifest: Manifest, folder: Path | StoreUrl) -> list[str]:
@@ -414,7 +418,7 @@ def summary_lines(manifest: Manifest, folder: Path | StoreUrl) -> list[str]:
     lost = {**ledger.rows_rejected, **ledger.rows_filtered, **ledger.rows_dropped, **left_out}
     cut = sum(ledger.tokens_cut.values())
     lines = [
-        f"{folder}: {ledger.rows_packed:,} rows of {manifest.max_length or 'their own'} tokens"
+        f"{folder}: {counted(ledger.rows_packed, 'row')} of {manifest.max_length or 'their own'} tokens"
         f" {_where(manifest)} ({ledger.tokens / max(slots, 1):.1%} full),"
         f" digest {manifest.digest[:12]}",
         f"  rows    {ledger.rows_in:,} in = {ledger.rows_kept:,} kept"

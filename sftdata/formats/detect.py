@@ -25,6 +25,7 @@ from sftdata.formats.unsupported import (
     explain_odd_value,
     is_unanswered_preference,
 )
+from sftdata.output import counted
 from sftdata.pictures.rows import COLUMNS as PICTURES
 from sftdata.pictures.rows import Evidence, gather_evidence, may_hold_media, without_pictures
 from sftdata.sources.chunks import SourcePlan
@@ -214,11 +215,13 @@ def _settle(
         columns.setdefault(canonical, actual)
     sampled, total = sum(counts.values()), sum(plan.records for plan in plans)
     where = ", ".join(f"{actual or 'a line'} in {rows}" for (_, actual), rows in shown)
-    share = f"{counts[winner]} of {sampled} sampled rows, of {total} records"
+    share = f"{counts[winner]} of {counted(sampled, 'sampled row')}, of {counted(total, 'record')}"
     evidence = [f"{winner} ({FORMATS[winner].about}): {share}: {where}."]
     others = tuple((name, rows) for name, rows in counts.items() if name != winner)
-    evidence += [f"{rows} sampled rows read as {name}; such rows are rejected." for name, rows in others]
-    evidence += [f"{len(unreadable)} sampled rows could not be read."] if unreadable else []
+    evidence += [
+        f"{counted(rows, 'sampled row')} read as {name}; such rows are rejected." for name, rows in others
+    ]
+    evidence += [f"{counted(len(unreadable), 'sampled row')} could not be read."] if unreadable else []
     pictures = gather_evidence(kept if verdicts.media else ())
     evidence += pictures.lines
     sources = tuple(

@@ -10,6 +10,7 @@ from itertools import accumulate
 from sftdata.batches import Ranges
 from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation
+from sftdata.output import counted
 from sftdata.pictures.families import PictureProcessor
 from sftdata.pictures.layouts import Size
 
@@ -28,13 +29,15 @@ def write_layouts(
             markers than there are pictures, or fewer.
     """
     if processor is None:
-        what = f"the row has {len(sizes)} pictures, and no processor says what stands for one."
+        what = f"the row has {counted(len(sizes), 'picture')}, and no processor says what stands for one."
         raise RowError("no-processor", what, "leave out rows with pictures.")
     layouts = [processor.layout(height, width) for height, width in sizes]
     marker = processor.marker
     starts = _find_outside(rendered.literal, rendered.text, marker)
     if len(starts) != len(layouts):
-        what = f"the chat template writes {marker!r} {len(starts)} times for {len(layouts)} pictures."
+        what = (
+            f"the chat template writes {marker!r} {len(starts)} times for {counted(len(layouts), 'picture')}."
+        )
         raise RowError("images-lost", what, "use the chat template of the model.")
     made = rendered
     if any(layout.text != marker for layout in layouts):
@@ -43,7 +46,8 @@ def write_layouts(
     tokens = len(_find_outside(made.literal, made.text, processor.image_token))
     if tokens != len(runs):
         what = (
-            f"the text has {processor.image_token!r} {tokens} times; its pictures have it {len(runs)} times."
+            f"the text has {processor.image_token!r} {counted(tokens, 'time')};"
+            f" its pictures have it {counted(len(runs), 'time')}."
         )
         raise RowError("images-lost", what, "take that token out of the data.")
     return replace(made, runs=runs)

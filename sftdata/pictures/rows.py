@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
+from sftdata.output import counted
 from sftdata.pictures.loaded import Picture
 from sftdata.pictures.references import Reference, read_reference
 from sftdata.sources.jsonrows import JsonObject, from_json
@@ -380,7 +381,7 @@ class Evidence:
     def lines(self) -> list[str]:
         """The same in words, most frequent first."""
         found = [f"{count} of {self.rows} rows: pictures as {way}" for way, count in self.ways.most_common()]
-        found += [f"{count} pictures by {source}" for source, count in self.sources.most_common()]
+        found += [f"{counted(count, 'picture')} by {source}" for source, count in self.sources.most_common()]
         found += [
             f"{count} of {self.rows} rows rejected: {code}" for code, count in self.faults.most_common()
         ]

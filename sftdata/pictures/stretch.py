@@ -12,6 +12,7 @@ import numpy as np
 
 from sftdata.batches import Int64, Tally, TokenBatch, offsets_of
 from sftdata.errors import Fault
+from sftdata.output import counted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +51,8 @@ def refuse_stray(batch: TokenBatch, image_id: int, counts: Int64, token: str, ta
     found = count_image_tokens(batch, image_id)
     wrong = np.flatnonzero(found != counts)
     for index in wrong.tolist():
-        what = f"the text has {token!r} {found[index]} times; its pictures have it {counts[index]} times."
+        there, wanted = counted(int(found[index]), "time"), counted(int(counts[index]), "time")
+        what = f"the text has {token!r} {there}; its pictures have it {wanted}."
         fault = Fault("images-lost", what, "take that token out of the data.")
         tally.reject(int(batch.row[index]), fault)
     return batch.select(found == counts)

@@ -6,6 +6,7 @@ from collections import Counter
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import DataError
+from sftdata.output import counted
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, decode_rejects, first_reject
 from sftdata.set.making import Making
 
@@ -47,7 +48,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Making) -> None:
         cut = bool(dropped) and bool(ledger.pictures_in) and dropped[0][0] == "no-trained-tokens"
         reason = "overlong-picture" if cut else dropped[0][0] if dropped else ""
         raise DataError(
-            f"No token to train on: {ledger.rows_in} rows in, {lost or 'none of them kept'}.",
+            f"No token to train on: {counted(ledger.rows_in, 'row')} in, {lost or 'none of them kept'}.",
             f"{UNTRAINED_FIXES[reason]} All are in {build.store}/{DROPPED_NAME}."
             if dropped
             else f"see {build.store}/{REJECTS_NAME}.",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sftdata.blame.named import Blamed, BlamedStep, LoggedRun
 from sftdata.errors import UsageError
-from sftdata.output import one_line
+from sftdata.output import counted, one_line
 from sftdata.set.local import named
 from sftdata.set.store import write_atomic
 from sftdata.views.bases import open_bases
@@ -29,7 +29,7 @@ def blame_lines(
     else:
         steps, losses = run.steps, run.losses
         yield (
-            f"{one_line(str(run.folder))}: {len(losses):,} documents in steps {steps.step[0]:,} to"
+            f"{one_line(str(run.folder))}: {counted(len(losses), 'document')} in steps {steps.step[0]:,} to"
             f" {steps.step[-1]:,}, {len(run.ranking):,} of them different; the worst"
         )
     for number, document in enumerate(documents, start=1):
@@ -37,7 +37,7 @@ def blame_lines(
         if document.excerpt:
             yield f"     {_short(document.excerpt)}"
     if spikes:
-        yield f"The loss jumped {len(spikes)} time{'s' * (len(spikes) > 1)}:"
+        yield f"The loss jumped {counted(len(spikes), 'time')}:"
     for spike in spikes:
         yield f"  {_headline(spike)}"
         for document in spike.documents:
@@ -56,7 +56,9 @@ def _figures(document: Blamed) -> str:
     else:
         steps = f"step {document.first_step:,}"
         if document.seen > 1:
-            steps = f"{document.seen} times in steps {document.first_step:,} to {document.last_step:,}"
+            steps = (
+                f"{counted(document.seen, 'time')} in steps {document.first_step:,} to {document.last_step:,}"
+            )
         where = f"score {document.score:.2f}; {steps}"
     over = f"{document.over:.2f} over its steps" if math.isfinite(document.over) else "no finite number"
     size = f"{document.trained:,} of {document.tokens:,} tokens trained"
@@ -114,6 +116,6 @@ def write_list(run: LoggedRun, documents: Sequence[Blamed], path: Path) -> Itera
     write_atomic(path, lambda sink: sink.write(text.encode()))
     command = ["sftdata", "view", *folders.values(), "-o", "NEW", "--drop", str(path)]
     count = len({*lines})
-    yield f"Wrote {path}: {count} document{'s' * (count != 1)}. Leave them out: {shlex.join(command)}"
+    yield f"Wrote {path}: {counted(count, 'document')}. Leave them out: {shlex.join(command)}"
     if lost := sum(not part for part in held):
         yield f"{lost} of those named {'is' if lost == 1 else 'are'} in none of these sets, and not listed."

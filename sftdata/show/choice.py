@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sftdata.output import one_line
+from sftdata.output import counted, one_line
 from sftdata.set.ledger import PICTURES, SourceCounts
 from sftdata.set.manifest import Manifest, first_passes
 from sftdata.set.shares import MEASURES, realised
@@ -139,7 +139,7 @@ def _order(view: Mapping[str, Any], balance: Balance | None) -> Iterator[tuple[s
     if balance is not None:
         yield (
             "steps",
-            f"{balance.steps:,} of {balance.ranks} x {balance.rows} rows: the busiest rank has"
+            f"{balance.steps:,} of {balance.ranks} x {counted(balance.rows, 'row')}: the busiest rank has"
             f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled,"
             f" {balance.worst:.3f} in the worst step{balance.incomplete}",
         )
@@ -154,7 +154,7 @@ def _choices(manifest: Manifest, view: Mapping[str, Any]) -> Iterator[tuple[str,
     if "side" in view:
         other = "eval" if view["side"] == "train" else "train"
         drawn = f"{view.get('eval')} of the prompts are drawn for eval, with seed {view.get('seed', 0)}"
-        beside = f"{left_out.pop(other, 0):,} documents are in {other}"
+        beside = f"{counted(left_out.pop(other, 0), 'document')} in {other}"
         yield "split", f"this is {view['side']}: {drawn}; {beside}"
     for name, value in view.items():
         if name not in _BESIDE:
@@ -178,7 +178,7 @@ def _choices(manifest: Manifest, view: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def _gone(documents: int) -> str:
-    return f": {documents:,} document{'s' * (documents > 1)} left out" if documents else ""
+    return f": {counted(documents, 'document')} left out" if documents else ""
 
 
 def _setting(step: str) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sftdata.batches import Int64
+from sftdata.output import counted
 
 Severity = Literal["defect", "note"]
 
@@ -236,7 +237,7 @@ class Finding:
     def amount(self) -> str:
         """How many, in words."""
         share = f" ({self.share:.1%})" if self.share is not None else ""
-        return f"{self.count:,} {self.of}{'' if self.count == 1 else 's'}{share}"
+        return f"{counted(self.count, self.of)}{share}"
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON data."""

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 import msgspec
 
+from sftdata.output import counted
 from sftdata.pages import macro
 from sftdata.set.ledger import Ledger
 from sftdata.set.local import named
@@ -309,11 +310,11 @@ def histogram_of(bins: Sequence[LengthBin], max_length: int | None) -> Histogram
         Bar(
             "lost" if max_length and span.start >= max_length else "trained",
             span.examples / most,
-            f"{_range(span)} tokens: {span.examples:,} examples",
+            f"{_range(span)} tokens: {counted(span.examples, 'example')}",
         )
         for span in bins
     ]
-    label = f"{whole:,} examples of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
+    label = f"{counted(whole, 'example')} of {bins[0].start:,} to {bins[-1].stop - 1:,} tokens"
     return Histogram(bars, label, _ticks(bins), _limit(bins, max_length) if max_length else None, max_length)
 
 
@@ -321,8 +322,8 @@ def notebook_summary(shards: ShardSet) -> str:
     """Return the figures of a set and their flow, as HTML for the output cell of a notebook."""
     folder, manifest = named(shards.folder), shards.manifest
     stats = measure(manifest, measure_balance(shards))
-    length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
-    shape = f"{stats.rows_packed:,} packed rows {length}, {stats.fill:.1%} full"
+    length = f"of {counted(stats.max_length, 'token')}" if stats.max_length else "of their own length"
+    shape = f"{counted(stats.rows_packed, 'packed row')} {length}, {stats.fill:.1%} full"
     trained = f"{stats.trained_share:.1%} of tokens trained"
     shares = [("shares", sentence) for sentence in tell_shares(manifest)]
     summary = macro("charts.html.jinja", "summary")

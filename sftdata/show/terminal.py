@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from sftdata.output import unguarded, visible
+from sftdata.output import counted, unguarded, visible
 from sftdata.set.shares import MEASURES
 from sftdata.show.choice import ShareOf, spell
 from sftdata.show.stats import MOST_SOURCES, LengthBin, Part, SourceShare, Stats
@@ -73,12 +73,12 @@ def print_view(view: View, console: Console | None = None, *, ids: bool = False)
     for document in view.documents:
         _print_document(document, console, styled, ids)
     if view.padding:
-        console.print(_border(f"padding · {view.padding:,} tokens, never trained", console))
+        console.print(_border(f"padding · {counted(view.padding, 'token')}, never trained", console))
 
 
 def _print_document(document: DocumentView, console: Console, styled: bool, ids: bool) -> None:
     number = f"example {document.example_id}" if document.example_id >= 0 else ""
-    counts = f"{document.tokens:,} tokens, {document.tokens_trained:,} trained"
+    counts = f"{counted(document.tokens, 'token')}, {document.tokens_trained:,} trained"
     console.print(_border(" · ".join(filter(None, [visible(document.origin), number, counts])), console))
     room = console.width - _GUTTER if console.is_terminal else None
     for role, position, any_trained, line in _lines(document, styled, ids):
@@ -150,12 +150,12 @@ def style_of(piece: Piece) -> str:
 
 def print_stats(stats: Stats, title: str, console: Console) -> None:
     """Print the numbers of a set to a console of `make_console`."""
-    length = f"of {stats.max_length:,} tokens" if stats.max_length else "of their own length"
-    shards = "1 shard" if stats.shards == 1 else f"{stats.shards:,} shards"
+    length = f"of {counted(stats.max_length, 'token')}" if stats.max_length else "of their own length"
+    shards = counted(stats.shards, "shard")
     digest = f"   digest {stats.digest[:12]}" if stats.digest else ""
     console.print(Text.assemble((visible(title), "bold"), (digest, "bright_black")))
     console.print(
-        f"{stats.rows_packed:,} packed rows {length}, {stats.documents:,} documents, {shards};"
+        f"{counted(stats.rows_packed, 'packed row')} {length}, {stats.documents:,} documents, {shards};"
         f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",
         soft_wrap=True,
     )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sftdata.batches import Columns, Int64, PackPlan, offsets_of, positions_of
 from sftdata.choosing import OF_ORDERS
 from sftdata.errors import UsageError
+from sftdata.output import counted
 from sftdata.pack import Strategy, lay_out, plan_packs
 from sftdata.set.steps import Balance, Float64, Steps, balance_of, row_costs
 from sftdata.views.balance import deal_rows
@@ -257,7 +258,7 @@ def _costs(config: ViewConfig, packs: PackPlan, steps: Steps, pictures: Pictures
 
 def _said(balance: Balance) -> str:
     return (
-        f"{balance.steps:,} steps of {balance.ranks} x {balance.rows} rows: the busiest rank has"
+        f"{counted(balance.steps, 'step')} of {balance.ranks} x {balance.rows:,} rows: the busiest rank has"
         f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled"
         f"{balance.incomplete}."
     )

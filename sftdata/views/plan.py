@@ -16,7 +16,7 @@ from sftdata.batches import EXAMPLES, Bool, Int64
 from sftdata.choosing import SIDES, refuse_idle
 from sftdata.errors import DataError, UsageError
 from sftdata.limit import KEPT, REASONS, Policy, left_over, refuse_cutting
-from sftdata.output import StoreUrl
+from sftdata.output import StoreUrl, counted
 from sftdata.set.ledger import Ledger, distinct, read_counted
 from sftdata.set.manifest import SourceInfo, first_passes, in_first_pass, read_manifest, tell_apart
 from sftdata.settings import flag_of
@@ -202,7 +202,9 @@ def _epochs_note(config: ViewConfig, slices: Sequence[ViewSlice]) -> tuple[str, 
         return ()
     rows = sum(len(part.packs) for part in slices) // config.epochs
     what = "the mixture" if config.mix else "every document"
-    return (f"{config.epochs:,} epochs of {rows:,} rows: {what} once in each, packed anew.",)
+    return (
+        f"{counted(config.epochs, 'epoch')} of {counted(rows, 'row')}: {what} once in each, packed anew.",
+    )
 
 
 def _nothing_left(output: Path | StoreUrl, choice: Choice, limited: Limited) -> DataError:

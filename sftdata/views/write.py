@@ -110,7 +110,9 @@ def refuse_nested(config: ViewConfig) -> None:
 
 def _replaces_its_tokens(output: Path | StoreUrl) -> UsageError:
     what = f"{output}: the view would replace the set that holds its tokens."
-    return UsageError(what, "choose another -o, or --write.")
+    return UsageError(
+        what, "choose another -o, or replace it by a set that stands alone: --write --overwrite."
+    )
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -176,9 +176,13 @@ SAID: dict[str, tuple[list[str], int, str]] = {
     "a limit in words": (
         ["preview", "rows.jsonl", "--set", "max_rejects=many"],
         2,
-        "Fix: expected: Rejected rows tolerated: a share",
+        "Fix: correct it: Rejected rows tolerated: a share",
     ),
-    "a length in words": (["preview", "rows.jsonl", "--max-length", "abc"], 2, "as an integer. Fix: "),
+    "a length in words": (
+        ["preview", "rows.jsonl", "--max-length", "abc"],
+        2,
+        "--max-length: found 'abc'; expected a whole number. Fix: ",
+    ),
     "no tokenizer": (
         ["preview", "rows.jsonl", "-t", "nowhere/"],
         2,

@@ -151,8 +151,8 @@ def test_what_a_reader_will_not_train_is_said(tmp_path: Path, capsys: pytest.Cap
         == 0
     )
     said = capsys.readouterr()
-    assert "1 rows, 6 tokens, 5 of them trained" in said.out
-    assert "1 trained tokens come after an EOS; megatron-bridge takes no loss there." in said.err
+    assert "1 row, 6 tokens, 5 of them trained" in said.out
+    assert "1 trained token after an EOS: megatron-bridge takes no loss there." in said.err
 
 
 def test_counts_add_up_and_stretches_without_a_trained_token_are_counted(

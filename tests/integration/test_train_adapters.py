@@ -153,7 +153,7 @@ def test_control_tokens_that_the_base_never_learnt_are_trained(
     weights.get_input_embeddings().weight.data[2] = 0  # the end token of the set
     weights.save_pretrained(base)
     trainer = train_in_process(folder, base, tmp_path / "out", QUICK, lora={"r": 4})
-    assert "1 rows of embed_tokens" in capsys.readouterr().err
+    assert "training 1 row of embed_tokens" in capsys.readouterr().err
     inner = trainer.model.get_base_model()
     before = inner.get_output_embeddings().original_module.weight[
         2

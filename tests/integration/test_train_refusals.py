@@ -75,7 +75,7 @@ QUICK = {"max_steps": 1, "save_strategy": "no"}
             "deepspeed needs the package deepspeed. Fix: pip install deepspeed",
         ),
         (["--set", "fsdp=full_shard"], "one process has nothing to shard over. Fix: accelerate launch"),
-        (["--set", "weights=[1, 2]"], "Settings: 2 weights for 1 sets. Fix:"),
+        (["--set", "weights=[1, 2]"], "Settings: 2 weights for 1 set. Fix: give one for each."),
         (["--set", "learning_rate=fast"], "Setting 'learning_rate': expected a number; found 'fast'. Fix:"),
         (["--max-steps", "0"], "'max_steps': found 0; expected a number above 0. Fix: set 1 or more"),
         (["--epochs", "-1"], "'num_train_epochs': found -1.0; expected a number above 0. Fix:"),

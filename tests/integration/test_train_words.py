@@ -103,6 +103,15 @@ def test_a_dry_run_is_the_plan(
     assert "`sfttrain plan` says what a run would take, and trains nothing" in capsys.readouterr().err
 
 
+def test_a_set_that_is_trained_and_evaluated_on_is_named(
+    shards: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = _command(shards, model, tmp_path / "out", "--eval", str(shards))
+    assert main(["plan", *flags]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluation: "))
+    assert f"{shards.name} is one of the sets that are trained on" in said
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--sample none.jsonl", "--eval held=none", "--set eval_strategy=steps", "--set objective=dft --set loss=plain",

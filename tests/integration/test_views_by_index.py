@@ -370,7 +370,10 @@ def test_a_view_must_not_lie_in_or_replace_what_holds_its_tokens(moved: tuple[Pa
             config = ViewConfig(sets=(str(of),), output=output, max_length=80, overwrite=True)
             with pytest.raises(UsageError) as caught:
                 make_view(config)
-            assert caught.value.fix in ("choose another -o, or --write.", "choose a folder beside it for -o.")
+            assert caught.value.fix in (
+                "choose another -o, or replace it by a set that stands alone: --write --overwrite.",
+                "choose a folder beside it for -o.",
+            )
     written = ViewConfig(sets=(str(folder),), output=base, max_length=80, overwrite=True, write=True)
     make_view(written)
     assert verify(base).ok

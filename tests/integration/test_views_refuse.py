@@ -256,7 +256,7 @@ def every_other(row: dict[str, Any]) -> dict[str, Any] | None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"cap": {"*": "-1 rows"}}, "Fix: expected: Most of a source"),
+        ({"cap": {"*": "-1 rows"}}, "Fix: correct it: Most of a source"),
         ({"eval": "x"}, "found 'x'; expected a share, as 5% or 0.05. Fix: "),
         ({"dedup": "rows"}, "Fix: did you mean 'row'?"),
     ],

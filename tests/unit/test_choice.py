@@ -98,7 +98,7 @@ def test_each_step_says_what_it_left_out(base: Path, tmp_path: Path) -> None:
     assert told["max tokens"] == f"150: {left['max-tokens']} documents left out"
     assert told["cap"] == f"a.jsonl=9 rows: {left['cap']} documents left out"
     assert told["split"].startswith("this is train: 20% of the prompts are drawn for eval, with seed 3;")
-    assert told["split"].endswith(f" {left['eval']} documents are in eval")
+    assert told["split"].endswith(f" {left['eval']} documents in eval")
     other = read_manifest(tmp_path / "view" / "eval")
     assert dict(choices_of(other))["split"].startswith("this is eval: ")
     assert (
@@ -165,7 +165,7 @@ def test_order_and_balance_are_said(base: Path, tmp_path: Path, capsys: pytest.C
     assert balance is not None
     assert main(["stats", str(tmp_path / "steps")]) == 0
     told = capsys.readouterr().out
-    assert f"{balance.steps} of 2 x 1 rows: the busiest rank has {balance.mean:.3f} times the mean" in told
+    assert f"{balance.steps} of 2 x 1 row: the busiest rank has {balance.mean:.3f} times the mean" in told
     assert f"{balance.worst:.3f} in the worst step; one more, the last, lacks 1 row\n" in told
     shown = open_shown(tmp_path / "steps")
     assert f"{balance.worst:.3f} in the worst step" in make_report(shown, audit_set(shown))

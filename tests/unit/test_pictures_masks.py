@@ -221,7 +221,7 @@ def test_a_trusted_image_token_in_the_data_is_refused(tmp_path: Path) -> None:
     family = Prepared("gemma3", tmp_path, trust=True)
     code, reason = refused(family, [said(IMAGE, text("<image_soft_token>")), answer("ok")], [(30, 40)])
     assert code == "images-lost"
-    assert "2 times; its pictures have it 1 times" in reason
+    assert "2 times; its pictures have it 1 time." in reason
 
 
 # --------------------------------------------------------------------------------------- what a template does to them
@@ -231,7 +231,7 @@ def test_a_template_that_loses_or_doubles_a_picture_is_refused(tmp_path: Path) -
     lost = QWEN.replace("<|image_pad|>", "")
     messages, sizes = CASES["one"]
     assert refused(Prepared("qwen2.5-vl", tmp_path / "a", template=lost), messages, sizes) == (
-        "images-lost", "the chat template writes '<|image_pad|>' 0 times for 1 pictures.",
+        "images-lost", "the chat template writes '<|image_pad|>' 0 times for 1 picture.",
     )  # fmt: skip
     twice = QWEN.replace("<|image_pad|>", "<|image_pad|><|image_pad|>")
     assert (

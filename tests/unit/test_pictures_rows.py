@@ -290,7 +290,7 @@ def test_the_evidence_counts_ways_sources_and_faults() -> None:
         "2 of 6 rows: pictures as <image> in the messages",
         "2 of 6 rows: pictures as parts of the messages",
         "3 pictures by path",
-        "1 pictures by bytes",
+        "1 picture by bytes",
         "1 of 6 rows rejected: images-unplaced",
     ]
 

@@ -15,7 +15,7 @@ from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.settings import assign, read_settings_file
 from sfttrain.arguments import training_fields
-from sfttrain.config import TrainConfig
+from sfttrain.config import TrainConfig, read_settings
 
 GOOD = "inputs: [rows.jsonl]\ntokenizer: tok\noutput: out\n"
 
@@ -175,6 +175,63 @@ def test_values_that_yaml_does_not_keep_as_text_are_taken(tmp_path: Path) -> Non
 def test_a_date_that_no_calendar_has_is_refused(value: str) -> None:
     with pytest.raises(UsageError, match="Setting 'date'"):
         make_config(inputs="a", tokenizer="t", output="o", date=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("2k", "found '2k'; expected a whole number. Fix: write it in digits, as 2000 or 2048."),
+        (0, "found 0; expected a number above 0. Fix: correct it: Tokens per packed row;"),
+        (2.5, "found 2.5; expected a whole number. Fix: correct it: "),
+        (1 << 31, "found 2147483648; expected 2,147,483,647 or less. Fix: correct it: "),
+        ([], "found []; expected a whole number. Fix: correct it: "),
+    ],
+)
+def test_a_wrong_number_is_said_in_words_however_it_is_given(
+    tmp_path: Path, value: object, said: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_config(inputs="a", tokenizer="t", output="o", max_length=value)
+    assert str(caught.value).startswith(f"Setting 'max_length': {said}")
+    assert said in refusal(tmp_path, f"{GOOD}max_length: {json.dumps(value)}\n")
+    assert said in refusal(tmp_path, GOOD, f"max_length={json.dumps(value)}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["preview", "x", "--max-length", "2k"], "--max-length: found '2k'; expected a whole number. Fix: write it in"),
+        (["preview", "x", "-t", "y", "--max-length=0"], "--max-length: found 0; expected a number above 0. Fix: "),
+        (["preview", "x", "-n", "0"], "-n: found '0'; expected at least 1. Fix: "),
+        (["preview", "x", "-nmany"], "-n: found 'many'; expected a whole number. Fix: "),
+        (["preview", "x", "--packing", "tight"], "--packing: found 'tight'; expected one of 'bfd', 'wrapped', 'none'. Fix: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_said_with_what_was_found(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "then"),
+    [
+        ({}, "no model is named. Fix: --model FOLDER or a Hub id, or --init-from-config FILE.", {"model": "m"}),
+        ({"model": "m", "quantize": "nf4"}, "so it needs lora. Fix: add --lora r=16.", {"lora": "r=16"}),
+        ({"model": "m", "init_from_config": "c"}, "both name a model. Fix: leave one of them out.", {"init_from_config": None}),
+        ({"model": "m", "weights": [1, 2]}, "2 weights for 1 set. Fix: give one for each.", {"weights": [1]}),
+        ({"model": "m", "weights": [0]}, "the weight 0 is not above 0. Fix: leave its set out instead.", {"weights": []}),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_do_without_is_named_with_the_flag_that_gives_it(
+    given: dict[str, object], said: str, then: dict[str, object]
+) -> None:
+    given = {"sets": "set", "output": "out"} | given
+    with pytest.raises(UsageError) as caught:
+        read_settings(None, [], given)
+    assert str(caught.value).endswith(said)
+    read_settings(None, [], given | then)
 
 
 # ------------------------------------------------------------------------------------------------- other tools
