@@ -18,7 +18,7 @@ import typer
 from sftdata.choosing import folders_of
 from sftdata.cli.flags import Folder, Json, Map, SetOrRows, Split, Tokenizer, rows_of, with_settings
 from sftdata.errors import DataError, IntegrityError, read_codes
-from sftdata.output import Meter, local_output, print_json, print_line
+from sftdata.output import Meter, counted, local_output, print_json, print_line
 from sftdata.views.recipe import ViewConfig
 
 if TYPE_CHECKING:
@@ -330,14 +330,17 @@ def export(
         print_json({"folder": str(output)} | made.to_json())
         return
     print_line(
-        f"{output}: {made.rows:,} rows, {made.tokens:,} tokens, {made.tokens_trained:,} of them trained."
+        f"{output}: {counted(made.rows, 'row')}, {made.tokens:,} tokens,"
+        f" {made.tokens_trained:,} of them trained."
     )
     if made.left_out:
         print_line(
             f"{made.left_out:,} stretches of documents without a trained token are left out.", err=True
         )
     if made.unmarked:
-        print_line(f"{made.unmarked:,} trained tokens come after an EOS; {to} takes no loss there.", err=True)
+        print_line(
+            f"{counted(made.unmarked, 'trained token')} after an EOS: {to} takes no loss there.", err=True
+        )
 
 
 def push(
