@@ -364,7 +364,7 @@ def test_the_first_rows_do_not_decide(tmp_path: Path) -> None:
 
 def test_damaged_rows_are_counted_in_the_evidence(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
-    assert detect_file(tmp_path / "a.jsonl").evidence[1] == "1 sampled rows could not be read."
+    assert detect_file(tmp_path / "a.jsonl").evidence[1] == "1 sampled row could not be read."
 
 
 def test_a_format_that_the_user_names_is_checked(tmp_path: Path) -> None:

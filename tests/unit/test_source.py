@@ -278,7 +278,7 @@ def test_a_worker_decompresses_a_file_once_for_slices_in_order(
     plan = plan_source(open_source(str(tmp_path / "a.jsonl.gz")), 0, 5_000)
     opened = []
     real = streams.open_raw
-    monkeypatch.setattr(streams, "open_raw", lambda path: (opened.append(path), real(path))[1])
+    monkeypatch.setattr(streams, "open_raw", lambda *of: (opened.append(of), real(*of))[1])
     rows = [row for piece in plan.chunks[::2] for row in read_chunk(piece)[0].rows]
     assert len(opened) == 1
     assert len(plan.chunks) > 10
