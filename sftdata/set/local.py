@@ -17,6 +17,7 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,6 @@ import xxhash
 from sftdata.errors import RESTORE, IntegrityError, SftError, UsageError
 from sftdata.output import StoreUrl
 from sftdata.set.cache import cache_root, explained_cache, held_file, make_room
-from sftdata.set.clients import connect
 from sftdata.set.shards import ShardInfo
 from sftdata.set.store import SetFile, digest_file, write_atomic
 from sftdata.set.stores import MANIFEST_NAME, Found, Objects, standing
@@ -175,8 +175,8 @@ def _look(url: str) -> Found | None:
 
 
 def _after_fork() -> None:
-    """Read through fsspec in a child: the client that its parent has connected hangs there."""
-    _forked.extend([True] * min(connect.cache_info().currsize, 1))
+    """Read through fsspec in a child: the client that its parent may have connected hangs there."""
+    _forked.extend([True] * ("obstore" in sys.modules))
     _stores.clear()
 
 

@@ -168,23 +168,30 @@ def test_a_set_that_embeds_its_pictures_is_pushed_with_them(s3: Counter, tmp_pat
         }
 
 
-FORKS = """
-import os, sys
+FORKS = f"""
+import os, signal, sys
+from sftdata.errors import UsageError
 from sftdata.set.opened import open_set
 opened = open_set(sys.argv[1])
 first = opened[0].labels.sum()
+for other in sys.argv[2:]:
+    try:
+        open_set(other)
+    except UsageError:
+        pass
 if (child := os.fork()) == 0:
+    signal.alarm({HANGS})
     os._exit(int(len(opened[len(opened) - 1].labels)))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_a_forked_process_reads_on(s3: Counter, chats: Path) -> None:
+@pytest.mark.parametrize("others", [(), ("s3://nowhere/set",)], ids=["at once", "after a failure"])
+def test_a_forked_process_reads_on(s3: Counter, chats: Path, others: tuple[str, ...]) -> None:
     """As the workers of a data loader do; the client of the store has threads that a child lacks."""
     need_packages("s3fs")
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS, "s3://bucket/built"], capture_output=True, text=True, timeout=HANGS
-    )
+    command = [sys.executable, "-c", FORKS, "s3://bucket/built", *others]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.stdout == "64\n", done.stderr
 
 
