@@ -24,7 +24,7 @@ from sftdata.set.images import IN_THE_SET, PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
 from sftdata.set.index import write_slice as write_files
 from sftdata.set.ledger import LISTS, Ledger
-from sftdata.set.local import origin, path_from, url_of
+from sftdata.set.local import origin, path_from
 from sftdata.set.making import Making, ShardResult
 from sftdata.set.manifest import (
     MANIFEST_NAME,
@@ -94,9 +94,7 @@ def refuse_nested(config: ViewConfig) -> None:
         UsageError: naming both.
     """
     if not isinstance(config.output, Path):
-        if not config.write and config.output in map(url_of, config.sets):
-            raise _replaces_its_tokens(config.output)
-        return
+        return  # an object store has no folders; see `_refuse_left_behind`
     output = config.output.resolve()
     for folder in (*config.sets, *config.exclude):
         for base in _folders(Path(folder)):
@@ -158,9 +156,9 @@ def _store(
     if old and not changed:
         say(f"{output} is up to date: same sets, same settings.")
         return tuple(old)
+    _refuse_left_behind(planned[0])
     if changed and not config.overwrite:
         raise made_otherwise(output, sorted({*changed}))
-    _refuse_left_behind(planned[0])
     identity = [_identity(plan) for plan in planned]
     name = hashlib.sha256(msgspec.json.encode(identity, order="sorted")).hexdigest()
     build = StoredBuild(output, name[:16])
@@ -177,7 +175,7 @@ def _store(
 
 
 def _refuse_left_behind(plan: ViewPlan) -> None:
-    """Refuse a view in an object store that would name what is on this machine.
+    """Refuse a view in an object store that would name what is on this machine, or in the set it replaces.
 
     Raises:
         UsageError: naming it.
@@ -185,10 +183,12 @@ def _refuse_left_behind(plan: ViewPlan) -> None:
     if (folder := _pictures_folder(plan)) is not None:
         what = f"{plan.output}: the view would name pictures in {folder}, of this machine."
         raise UsageError(what, "prepare the sets with --embed-images.")
-    here = [] if plan.config.write else [held for held, _ in plan.store.files.sets if origin(held) is None]
-    if here:
-        what = f"{plan.output}: the view would name the tokens of {here[0]}, of this machine."
-        raise UsageError(what, "--write copies them.")
+    for held, _ in () if plan.config.write else plan.store.files.sets:
+        if (url := origin(held)) is None:
+            what = f"{plan.output}: the view would name the tokens of {held}, of this machine."
+            raise UsageError(what, "--write copies them.")
+        if f"{url}/".startswith(f"{plan.output}/"):  # also as a side of a split
+            raise _replaces_its_tokens(plan.output)
 
 
 def _write(

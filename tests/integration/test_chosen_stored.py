@@ -13,7 +13,7 @@ import pytest
 import sftdata
 from sftdata.choosing import SIDES
 from sftdata.cli import main
-from sftdata.errors import DataError, SftError, UsageError
+from sftdata.errors import DataError, UsageError
 from sftdata.set.manifest import MANIFEST_NAME
 from tests.object_stores import Bucket, Killed, bucket
 from tests.torture.runs import content
@@ -241,8 +241,16 @@ def test_a_view_by_index_in_a_store_names_sets_in_stores_alone(
         UsageError, match=f"{SET}: the view would name the tokens of {tmp_path}.*Fix: --write"
     ):
         sftdata.view(tmp_path / "whole", output=SET)
-    with pytest.raises(SftError, match="would replace the set that holds its tokens"):
+    make("s3://bucket/split", inputs, **SPLIT)
+    sftdata.view("s3://bucket/whole", output="s3://bucket/index", max_length=96)
+    standing = dict(bucket.objects)
+    with pytest.raises(UsageError, match="would replace the set that holds its tokens"):
         sftdata.view("s3://bucket/whole", output="s3://bucket/whole", max_length=64)
+    for base, output in (("whole", "whole"), ("split/train", "split"), ("index", "whole")):
+        given, output = f"s3://bucket/{base}", f"s3://bucket/{output}"
+        with pytest.raises(UsageError, match=f"{output}: the view would replace the set that holds its tok"):
+            sftdata.view(given, output=output, max_length=64, overwrite=True)
+    assert bucket.objects == standing
     sftdata.view("s3://bucket/whole", output=SET, max_length=64)
     sftdata.view(tmp_path / "whole", output=tmp_path / "view", max_length=64)
     assert [row.labels.tolist() for row in sftdata.open(SET)] == [
