@@ -41,6 +41,7 @@ from sftdata.sources.remote import EXTRAS
 _AT_ONCE = 8
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
 _AS_NEEDED = (".arrow", ".jsonl")
+_REMOVE_FIRST = "remove the object and push the set again, or restore it."  # a push goes by sizes
 _stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
 _forked: list[bool] = []  # from a process that reads objects: not empty
 _sound: dict[Path, int] = {}  # files that this process has held against their hashes, and their inodes
@@ -262,7 +263,7 @@ def seen_file(folder: Path, info: SetFile) -> bool:
     if kept not in (None, info.xxh3, info.sha256):
         raise IntegrityError(
             f"{url}/{info.name}: other bytes, whose hash is {kept}; the manifest says {info.xxh3}.",
-            "push the set again, or restore the object.",
+            _REMOVE_FIRST,
         )
     return kept is not None or not hashes
 
@@ -390,7 +391,7 @@ def _download(folder: Path, info: SetFile, part: BinaryIO) -> None:
             return
         said = f"{store}/{info.name}: xxh3-128 is {found.xxh3}; the manifest says {info.xxh3}"
         if last:
-            raise IntegrityError(f"{said}, twice.", "push the set again, or restore the object.")
+            raise IntegrityError(f"{said}, twice.", _REMOVE_FIRST)
         _say(f"{said}; fetched again.")
 
 

@@ -116,6 +116,23 @@ def test_a_push_is_the_set_and_goes_on_where_it_stopped(
     assert sent == []
 
 
+def test_an_object_that_was_replaced_is_told_and_pushed_again(s3: Counter, chats: Path) -> None:
+    url = "s3://bucket/mended"
+    sftdata.push(chats, url)
+    store, name = stores.Objects(url), "shard-00001.arrow"
+    before = (chats / name).read_bytes()
+    store.put(name, lambda sink: sink.write(before[:-1] + bytes([before[-1] ^ 1])))
+    local.stored_hashes.cache_clear()
+    for act in (lambda: sftdata.push(chats, url), sftdata.verify(url, quick=True).raise_if_broken):
+        with pytest.raises(
+            IntegrityError, match=f"{url}/{name}: other bytes, .* Fix: remove the object and push"
+        ):
+            act()
+    store.remove([name])
+    assert sftdata.push(chats, url).sent == 1
+    assert sftdata.verify(url).ok
+
+
 def test_a_push_beside_another_set_or_of_a_damaged_one_is_refused(
     s3: Counter, chats: Path, tmp_path: Path
 ) -> None:
