@@ -165,17 +165,20 @@ class Hired(Workers):
                 waiting.add(future)
                 future.add_done_callback(done.put)
 
-        try:
-            hand_in(_AHEAD)
-            while waiting:
-                waiting.remove(future := done.get())
-                result = future.result()
-                del future  # for Dask keeps what is referred to, and makes it again where it is lost
-                hand_in(1)
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
+        def results() -> Iterator[Result]:
+            try:
+                while waiting:
+                    waiting.remove(future := done.get())
+                    result = future.result()
+                    del future  # for Dask keeps what is referred to, and makes it again where it is lost
+                    hand_in(1)
+                    yield result
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        hand_in(_AHEAD)
+        return results()
 
 
 _TURN = threading.Lock()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import DataError, SftError
 from sftdata.pipeline import load_engine
-from sftdata.workers import Workers
+from sftdata.workers import Hired, Workers
 from tests.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -106,3 +108,19 @@ def test_a_killed_leader_is_the_same_error_and_leaves_no_worker(tmp_path: Path) 
         with pytest.raises(SftError, match="A worker process was killed"):
             list(coming)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def test_an_executor_begins_at_once_and_what_it_has_not_begun_is_cancelled(tmp_path: Path) -> None:
+    futures: list[Future[Any]] = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, function: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:  # type: ignore[override]
+            futures.append(super().submit(function, *given, **named) if len(futures) < 4 else Future())
+            return futures[-1]
+
+    with Pool(1) as pool:
+        coming = Hired(pool).map(fail_on_three, tmp_path, list(range(9)), load)
+        assert len(futures) == 9
+        with pytest.raises(DataError, match="row three is bad"):
+            list(coming)
+    assert [future.cancelled() for future in futures] == [False] * 4 + [True] * 5
