@@ -44,6 +44,8 @@ class RayExecutor(Executor):
         return future
 
     def _settle(self, future: Future[Result], on_cluster: Future[Result]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # cancelled, as another task has failed
         error, kinds = on_cluster.exception(), self._ray.exceptions
         if error is None:
             future.set_result(on_cluster.result())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sftdata.encode.tokenizer import resolve_tokenizer
 from sftdata.errors import DataError, SftError
+from sftdata.on_ray import RayExecutor
 from sftdata.pipeline import load_engine
 from sftdata.workers import Hired, Workers
 from tests.waiting import wait_until
@@ -124,3 +127,29 @@ def test_an_executor_begins_at_once_and_what_it_has_not_begun_is_cancelled(tmp_p
         with pytest.raises(DataError, match="row three is bad"):
             list(coming)
     assert [future.cancelled() for future in futures] == [False] * 4 + [True] * 5
+
+
+def test_tasks_that_end_on_ray_after_a_failure_are_not_complained_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class Lost(Exception):
+        cause = DataError("row three is bad.", "mend it.")
+
+    on_cluster: list[Future[Any]] = []
+
+    def remote(*_: object) -> SimpleNamespace:
+        on_cluster.append(Future())
+        return SimpleNamespace(future=lambda: on_cluster[-1])
+
+    call, kinds = SimpleNamespace(remote=remote), SimpleNamespace(RayTaskError=Lost, RayError=Lost)
+    ray = SimpleNamespace(
+        init=lambda *_, **__: None, remote=lambda **_: lambda _: call, put=lambda it: it, exceptions=kinds
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    coming = Hired(RayExecutor("auto")).map(fail_on_three, tmp_path, list(range(9)), load)
+    on_cluster[3].set_exception(Lost())
+    with pytest.raises(DataError, match="row three is bad"):
+        list(coming)
+    on_cluster[0].set_result(0)
+    on_cluster[1].set_exception(Lost())
+    assert not caplog.records
