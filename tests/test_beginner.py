@@ -53,12 +53,12 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "a length below 0": (
         "prepare chats.jsonl -t tok -o a --max-length -5",
-        "greater than 0",
+        "found -5; expected a number above 0",
         "prepare chats.jsonl -t tok -o a --max-length 64",
     ),
     "a switch in place of a kind": (
         "prepare chats.jsonl -t tok -o a --packing true",
-        "not one of 'bfd', 'wrapped', 'none'",
+        "found 'true'; expected one of 'bfd', 'wrapped', 'none'",
         "prepare chats.jsonl -t tok -o a --packing bfd",
     ),
     "a role that is none": (

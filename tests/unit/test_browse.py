@@ -146,7 +146,7 @@ def test_a_bar_counts_what_a_click_on_it_selects_and_is_faint_where_that_is_filt
     monkeypatch.setattr(pages, "A_PAGE", 1000)
     site = Site([open_shown(sets[kind])])
     text = got(site, f"1/?{asked}")
-    bar = r'<a class="trained( off)?"[^>]*href="([^"]+)"[^>]*title="([^"]*?): ([\d,]+) examples"'
+    bar = r'<a class="trained( off)?"[^>]*href="([^"]+)"[^>]*title="([^"]*?): ([\d,]+) examples?"'
     bars = re.findall(bar, text)
     assert bars or (kind, asked) == ("texts", "state=cut")
     faint = {"trained" in title for off, _, title, _ in bars if off}
