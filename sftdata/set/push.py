@@ -23,7 +23,7 @@ from sftdata.set.images import IN_THE_SET
 from sftdata.set.local import check_file, local_folder, plain_file, url_of
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.store import SetFile, Sink
-from sftdata.set.stores import MANIFEST_NAME, Objects
+from sftdata.set.stores import MANIFEST_NAME, Objects, set_at
 from sftdata.set.verify import verify
 
 MARK = "push.json"
@@ -112,7 +112,8 @@ def _to_store(load: _Load, url: str) -> int:
     """Send what an object store lacks; return how many files."""
     store = Objects(url)
     there = store.find(MANIFEST_NAME)
-    if there is not None and there.data != load.manifest:
+    home = set_at(store) if there is None else None  # elsewhere: that of a side of a split
+    if (there is not None and there.data != load.manifest) or (home is not None and home.url != url):
         raise _another(url, "another set is there")
     mark = hashlib.sha256(load.manifest).hexdigest().encode()
     if there is None and not store.create(MARK, mark) and (begun := store.find(MARK)) and begun.data != mark:

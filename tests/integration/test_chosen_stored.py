@@ -232,6 +232,16 @@ def test_a_view_is_written_to_a_store(
     assert len(bucket.objects) - others == sum(map(len, found(bucket).values())) + 1
 
 
+def test_a_push_in_place_of_a_side_is_refused(inputs: list[Path], bucket: Bucket, tmp_path: Path) -> None:
+    make(SET, inputs, **SPLIT)
+    make(tmp_path / "whole", inputs)
+    standing = dict(bucket.objects)
+    for side in SIDES:
+        with pytest.raises(UsageError, match=f"{SET}/{side}: another set is there"):
+            sftdata.push(tmp_path / "whole", f"{SET}/{side}")
+    assert bucket.objects == standing
+
+
 def test_a_view_by_index_in_a_store_names_sets_in_stores_alone(
     inputs: list[Path], bucket: Bucket, tmp_path: Path
 ) -> None:
