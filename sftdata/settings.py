@@ -117,7 +117,8 @@ def _refusal(
 ) -> UsageError:
     """Return the first error of pydantic, as one line."""
     first = error.errors()[0]
-    key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    key, kind = ".".join(map(str, first["loc"])), first["type"]
+    reason = first["msg"].removeprefix("Value error, ")
     if not key:  # several settings together
         what, _, fix = reason.partition("; ")
         return UsageError(f"Settings: {what}.", f"{fix}." if fix else _HELP[program])
@@ -125,10 +126,11 @@ def _refusal(
     field, place = model.model_fields.get(setting), places.get(setting, "")
     name = place if place.startswith("--") else f"{place}: setting {key!r}" if place else f"Setting {key!r}"
     meaning = f"correct it: {field.description}" if field and field.description else _HELP[program]
-    choices = reason.split("'")[1::2] if first["type"] == "literal_error" else ()
+    choices = reason.split("'")[1::2] if kind == "literal_error" else ()
     found = first.get("input")
-    fix = in_digits(str(found)) or did_you_mean(str(found), choices, meaning)
-    wanted = _wanted(first["type"], reason, first.get("ctx", {}))
+    digits = in_digits(str(found)) if kind.startswith(("int_", "float_")) else ""
+    fix = digits or did_you_mean(str(found), choices, meaning)
+    wanted = _wanted(kind, reason, first.get("ctx", {}))
     return UsageError(f"{name}: found {found!r:.200}; {wanted}.", fix)
 
 
@@ -136,11 +138,14 @@ _WANTED = {
     "int": "expected a whole number", "float": "expected a number", "bool": "expected true or false",
     "string_type": "expected a text", "dict": "expected names and values, as NAME: VALUE",
     "tuple": "expected a list", "list": "expected a list", "path": "expected a path",
+    "finite_number": "expected a finite number", "model": "expected names and values, as NAME: VALUE",
+    "extra": "no such setting",
 }  # fmt: skip
 _BOUNDS = {
     "greater_than": "expected a number above {gt:,g}", "greater_than_equal": "expected {ge:,} or more",
     "less_than": "expected a number below {lt:,g}", "less_than_equal": "expected {le:,} or less",
     "literal_error": "expected {expected}", "too_short": "expected one or more",
+    "string_pattern_mismatch": "expected a text of the form {pattern}",
 }  # fmt: skip
 
 

@@ -211,9 +211,12 @@ class TrainConfig(BaseModel):
     @classmethod
     def _lift(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Take the base's name from the adapters, and from model_init_kwargs what is a setting here."""
-        if settings.get("adapter") and not settings.get("model"):
-            settings = settings | {"model": adapter_base(Path(settings["adapter"]))}
-        given = dict(settings.get("model_init_kwargs") or {})
+        adapter, given = settings.get("adapter"), settings.get("model_init_kwargs") or {}
+        if adapter and isinstance(adapter, str | Path) and not settings.get("model"):
+            settings = settings | {"model": adapter_base(Path(adapter))}
+        if not isinstance(given, Mapping):
+            return settings  # which its own field refuses
+        given = dict(given)
         lifted = {
             ours: str(given.pop(name)).removeprefix("torch.")
             for name, ours in _OURS.items()

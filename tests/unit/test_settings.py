@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,25 @@ def test_a_wrong_number_is_said_in_words_however_it_is_given(
     assert str(caught.value).startswith(f"Setting 'max_length': {said}")
     assert said in refusal(tmp_path, f"{GOOD}max_length: {json.dumps(value)}\n")
     assert said in refusal(tmp_path, GOOD, f"max_length={json.dumps(value)}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("adapter", 3, "found 3; expected a path. Fix: "),
+        ("lora", 3, "found 3; expected names and values, as NAME: VALUE. Fix: "),
+        ("lora", {"rank": 8}, "found 8; no such setting. Fix: "),
+        ("model_init_kwargs", 3, "found 3; expected names and values, as NAME: VALUE. Fix: "),
+        ("model_init_kwargs", ["a"], "found ['a']; expected names and values, as NAME: VALUE. Fix: "),
+        ("new_leg", "2k", "found '2k'; expected true or false. Fix: correct it: "),
+        ("window", math.inf, "found inf; expected a finite number. Fix: correct it: "),
+    ],
+)
+def test_a_value_of_another_kind_is_said_in_words(key: str, value: object, said: str) -> None:
+    model = None if key == "adapter" else "m"
+    with pytest.raises(UsageError) as caught:
+        read_settings(None, [], {"sets": "set", "output": "out", "model": model, key: value})
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
