@@ -385,11 +385,11 @@ class RunLog:
 
         audit = glance(folder, manifest)
         line = "; ".join(count_findings(audit.findings)) or "nothing found"
-        line += f"; sftdata explain {audit.findings[0].code}" if audit.findings else ""
         if audit.looked < audit.documents:
             line += (
                 f" in {audit.looked:,} of {audit.documents:,} documents; `sftdata audit {folder}` reads all"
             )
+        line += f"; sftdata explain {audit.findings[0].code}" if audit.findings else ""
         self.note(f"  audit   {line}")
         print_findings(audit.findings, make_console(sys.stderr), indent="    ")
 

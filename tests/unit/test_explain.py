@@ -6,6 +6,7 @@ import ast
 import html
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sftdata.formats.calls import MEDIA
 from sftdata.limit import REASONS
 from sftdata.render.spellings import NULL_AS_EMPTY
 from sftdata.set.ledger import PICTURES
+from sftdata.show import audit
 from sftdata.show.audit import audit_set
 from sftdata.show.findings import COUNTED, KINDS
 from sftdata.show.report import make_report
@@ -102,15 +104,19 @@ def test_a_mistyped_code_names_the_nearest() -> None:
 
 
 def test_what_a_page_or_a_message_names_by_a_code_is_explained_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    glance = audit.glance
+    monkeypatch.setattr(audit, "glance", lambda *given: replace(glance(*given), looked=1, documents=3))
     examples, made = SOURCE.parent / "examples", tmp_path / "set"
     command = ["prepare", str(examples / "messy.jsonl"), "-t", str(examples / "tokenizer"), "--workers", "1"]
     command += ["--max-length", "128", "-o"]
     assert main([*command, str(tmp_path / "refused")]) == 3
     code = re.findall(r"sftdata explain ([\w-]+)\.", capsys.readouterr().err)[0]
     assert main([*command, str(made), "--max-rejects", "90%"]) == 0
-    said = re.findall(r"sftdata explain ([\w-]+)", capsys.readouterr().err)
+    notes = capsys.readouterr().err
+    said = re.findall(r"sftdata explain ([\w-]+)", notes)
+    assert re.search(r"notes? in 1 of 3 documents; `sftdata audit \S+` reads all; sftdata explain", notes)
     assert [main(["explain", one]) for one in (code, *said)] == [0] * 3
     capsys.readouterr()
     assert main(["audit", str(made)]) == 0
