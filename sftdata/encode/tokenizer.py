@@ -179,7 +179,9 @@ def _source_folder(name: str, revision: str | None) -> Path:
         return folder
     if folder.is_file():
         what = f"Tokenizer {name!r} is a file; expected a folder or a Hub id."
-        raise UsageError(what, f"-t {folder.parent}")
+        beside = (folder.parent / "tokenizer.json").is_file()
+        fix = f"-t {folder.parent}" if beside else "check the path, or give a Hub id such as org/model."
+        raise UsageError(what, fix)
     if not _looks_like_hub_id(name):
         fix = _nearest(folder) or "check the path, or give a Hub id such as org/model."
         raise UsageError(f"Tokenizer folder {name!r} does not exist.", fix)

@@ -294,7 +294,11 @@ def test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names(small: P
 
 def test_what_is_no_tokenizer_is_refused_in_one_line(small: Path, cache: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(str(tmp_path / "nowhere"))
-    assert "is a file" in refused(str(small / "tokenizer.json"))
+    assert refused(str(small / "tokenizer.json")).endswith(f"Fix: -t {small}")
+    (tmp_path / "chats.jsonl").touch()
+    assert refused(str(tmp_path / "chats.jsonl")).endswith(
+        "Fix: check the path, or give a Hub id such as org/model."
+    )
     (tmp_path / "empty").mkdir()
     assert "found nothing, expected tokenizer.json" in refused(str(tmp_path / "empty"))
     assert "nor to be had from the Hub" in refused("no-such-org/no-such-tokenizer")
