@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 from multiprocessing.process import BaseProcess
@@ -126,7 +127,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self._channel, theirs = context.Pipe()
         self._leader = context.Process(target=_lead, args=(theirs, self._number, warm))
-        with _no_main_module():
+        with _no_main_module(), _interrupts_held():
             self._leader.start()
         theirs.close()
         return self._channel
@@ -261,6 +262,17 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C from a process that is started, which would end in a traceback before it can ignore it."""
+    resource_tracker.ensure_running()  # where it is started later, it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _PIPELINE = "sftdata.pipeline"

@@ -25,7 +25,11 @@ def command() -> NoReturn:
     """Run the command of this process, then exit at once: freeing a tokenizer may outlast the command."""
     # Else every process of a run looks through all installed packages for pydantic plugins: 0.03 s each.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # while the commands are imported, before `run_app` could say it
+        print("Interrupted; nothing was begun.", file=sys.stderr)
+        code = 130
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed from the start
         with suppress(OSError):  # a full disk behind stdout is reported already
             stream.flush()

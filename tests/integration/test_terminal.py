@@ -331,3 +331,12 @@ def test_a_run_under_nohup_is_not_stopped_by_a_hangup(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert (done.returncode, done.stdout) == (0, "on\n")
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_one_line() -> None:
+    script = "import sftdata.cli as cli\ndef stop() -> None:\n    raise KeyboardInterrupt\n"
+    script += "cli.build_app = stop\ncli.command()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (130, "Interrupted; nothing was begun.\n")

@@ -60,6 +60,10 @@ def die_on_three(job: Path, task: int) -> int:
     return task
 
 
+def die_on_none(job: Path, task: int) -> int:
+    return task
+
+
 def refuse(job: Path) -> None:
     raise DataError("nothing to load.", "bring it.")
 
@@ -153,3 +157,13 @@ def test_tasks_that_end_on_ray_after_a_failure_are_not_complained_about(
     on_cluster[0].set_result(0)
     on_cluster[1].set_exception(Lost())
     assert not caplog.records
+
+
+def test_ctrl_c_is_no_traceback_of_a_leader_that_has_only_begun(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Workers(2, warm="sftdata.pipeline") as workers:
+        assert workers._leader is not None
+        os.kill(workers._leader.pid or 0, signal.SIGINT)
+        assert sorted(workers.map(die_on_none, tmp_path, list(range(4)), load)) == [0, 1, 2, 3]
+    assert not capfd.readouterr().err
