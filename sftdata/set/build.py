@@ -36,6 +36,7 @@ from sftdata.set.manifest import (
     partial_folder,
     read_manifest,
 )
+from sftdata.set.slices import SLICES_NAME
 from sftdata.set.store import (
     explained,
     held_alone,
@@ -69,6 +70,7 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
                 return None
             what = error.message
             raise IntegrityError(what, "replace the set with --overwrite, or choose another -o.") from None
+    refuse_inside_a_set(folder)
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
     if is_split(folder):
@@ -82,6 +84,17 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
         what = f"{folder}: is a mount point, which a finished set cannot replace."
         raise UsageError(what, f"-o {folder / 'set'}")
     return None
+
+
+def refuse_inside_a_set(output: Path) -> None:
+    """Refuse an output inside a finished set: replacing that set would delete it.
+
+    Raises:
+        UsageError: naming both.
+    """
+    for around in output.resolve().parents:
+        if (around / MANIFEST_NAME).is_file() and (around / SLICES_NAME).is_file():
+            raise UsageError(f"{output}: lies in the set {around}.", "choose another -o.")
 
 
 class Build(Making):

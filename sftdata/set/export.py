@@ -26,9 +26,9 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, PackedRows, offsets_of, positions_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import behind_links
+from sftdata.set.build import refuse_inside_a_set
 from sftdata.set.images import StoredPictures, picture_bytes, pictures_folder
 from sftdata.set.ledger import REJECTS_NAME
-from sftdata.set.manifest import MANIFEST_NAME
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import Sink, explained, held_alone, sync_folder, write_atomic
 from sftdata.set.verify import damaged_bases, damaged_files
@@ -130,9 +130,7 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
         raise UsageError(f"{folder}: its tokens have weights, which {to} cannot carry.", fix)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists and is not empty.", "choose another -o.")
-    around = next((part for part in output.resolve().parents if (part / MANIFEST_NAME).is_file()), None)
-    if around is not None:
-        raise UsageError(f"{output}: lies in the set {around}.", "choose another -o.")
+    refuse_inside_a_set(output)
     _refuse_damaged(opened)
     partial = output.with_name(output.name + _SUFFIX)
     with held_alone(partial, "writing this export"):

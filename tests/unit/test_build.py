@@ -112,3 +112,16 @@ def test_a_set_that_was_being_removed_is_not_put_in_place(
     (partial_folder(tmp_path / "set") / gone).unlink()
     prepare(data, tmp_path / "set")
     assert content(tmp_path / "set") == whole
+
+
+def test_no_set_is_built_inside_a_set_that_would_take_it_along(
+    data: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    prepare(data, tmp_path / "set")
+    for place in ("inner", "new/inner"):
+        with pytest.raises(UsageError, match="lies in the set"):
+            prepare(data, tmp_path / "set" / place)
+    assert content(tmp_path / "set") == whole
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text("{}", encoding="utf-8")  # of a web page, and no set
+    prepare(data, tmp_path / "app" / "set")
