@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "rows -m llama -o {} --log-documents --set loss=torch",
         ["rows -m llama -o {} --log-documents --set loss=auto", "rows -m llama -o {} --set loss=torch"],
     ),
+    "give one for each.": ("rows -m llama -o {} --set weights=[1,2]", ["rows -m llama -o {} --set weights=[1]"]),
     "set kernels=auto.": ("rows -m llama -o {} --liger", ["rows -m llama -o {} --set kernels=auto"]),
     "set objective=nll.": (
         "rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=dft",
@@ -164,7 +165,7 @@ def test_a_run_that_was_refused_goes_through_when_the_advice_is_followed(
     wrong, followed = REFUSED[advice]
     capsys.readouterr()
     assert run(wrong.format(tmp_path / "wrong")) in (2, 3)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.replace(". Fix: ", "; ")  # as a check of settings raises it
     assert all(part in said for part in advice.split("{}")), said
     for number, right in enumerate(followed):
         assert run(right.format(tmp_path / f"right{number}")) == 0, right
@@ -261,7 +262,6 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "sfttrain merge {} -o {}-merged": ("export adapters -o {}/a --set rows", ["merge adapters -o {}/b"]),
     "name the folder of a run: sfttrain run ... -o DIR.": ("report nowhere", ["report adapters --html {}/page.html"]),
     "see `sfttrain config`.": ("run rows -m llama -o {}/a --set wholly_unknown=1", ["config rows -m llama -o {}/a"]),
-    "see `sfttrain run --help`.": ("run rows -m llama -o {}/a --set weights=[1,2]", ["run --help"]),
 }  # fmt: skip
 
 

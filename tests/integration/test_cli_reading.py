@@ -191,8 +191,9 @@ def test_audit_names_lines_and_fixes_and_fails_only_when_strict(defective: Path)
     strict = run("audit", defective, "--strict")
     assert strict.returncode == DataError.exit_code
     assert strict.stdout == result.stdout
-    assert strict.stderr.count("\n") == 1
-    assert "no-trained-end" in strict.stderr
+    note, refusal = strict.stderr.splitlines()
+    assert note == "sftdata explain no-trained-end says more."
+    assert "no-trained-end" in refusal
 
 
 # ------------------------------------------------------------------------------------------------ all of them
