@@ -86,7 +86,7 @@ def test_shares_are_given_in_percent_too(odd: Path, tmp_path: Path) -> None:
     for mix, said in (
         ({ODD[0]: "70%", ODD[1]: "20%"}, "the shares come to 90%; expected 100%"),
         ({ODD[0]: "70%", ODD[1]: 3}, "some shares are in percent, and some are not"),
-        ({ODD[0]: "x%"}, "valid number"),
+        ({ODD[0]: "x%"}, "found 'x%'; expected a number"),
     ):
         with pytest.raises(UsageError, match=said):
             sftdata.view(odd, output=tmp_path / "refused", mix=mix)
