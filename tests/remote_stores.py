@@ -218,18 +218,23 @@ class Gate:
                     self.kill()
                     break
                 server.sendall(data)
-        for end in (client, server):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self._hang_up(client, server)
 
     def _answer(self, server: socket.socket, client: socket.socket, last: threading.Event) -> None:
         with suppress(OSError):
             while data := server.recv(1 << 20):
                 if last.is_set():
                     self.kill()
-                    return
+                    break
                 client.sendall(data)
-            client.shutdown(socket.SHUT_RDWR)  # the server has hung up
+        self._hang_up(server, client)
+
+    def _hang_up(self, own: socket.socket, other: socket.socket) -> None:
+        """End a connection on both sides; the thread that reads the other closes that."""
+        for end in (own, other):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        own.close()
 
     def close(self) -> None:
         self._listener.close()

@@ -96,7 +96,6 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "rows -m llama -o {} --log-documents --set loss=torch",
         ["rows -m llama -o {} --log-documents --set loss=auto", "rows -m llama -o {} --set loss=torch"],
     ),
-    "give one for each.": ("rows -m llama -o {} --set weights=[1,2]", ["rows -m llama -o {} --set weights=[1]"]),
     "set kernels=auto.": ("rows -m llama -o {} --liger", ["rows -m llama -o {} --set kernels=auto"]),
     "set objective=nll.": (
         "rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=dft",
