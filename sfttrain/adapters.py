@@ -258,8 +258,7 @@ def merge(folder: Path, output: Path, model: str | None = None, say: Say = print
     _copy_beside(folder, partial)
     difference = _difference(expected, _logits(_load(str(partial))[0].eval(), probe))
     if difference > _TOLERANCE.get(dtype, 5e-2):
-        message = f"{partial}: the merged model's logits are off by {difference:.1e} of the largest."
-        what = message
+        what = f"{partial}: the merged model's logits are off by {difference:.1e} of the largest."
         raise IntegrityError(what, "report this with the adapter's config; the model was not put in place.")
     if output.exists():
         output.rmdir()

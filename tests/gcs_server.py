@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.remote_stores import listening
 
 PAGE = 7  # objects of a listing
 
@@ -218,11 +220,5 @@ def entry(bucket: str, name: str, kept: Kept) -> dict[str, object]:
 def gcs_server() -> Iterator[Gcs]:
     """Serve one empty bucket named `bucket`."""
     gcs = Gcs()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": gcs}))
-    gcs.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with listening(type("Handler", (_Handler,), {"gcs": gcs})) as gcs.url:
         yield gcs
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -103,18 +103,23 @@ def web_handler(web: Web) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def served() -> Iterator[Web]:
-    """Serve files by http."""
-    web = Web()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), web_handler(web))
-    web.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer on a free port of 127.0.0.1; yield the URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
-        yield web
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def served() -> Iterator[Web]:
+    """Serve files by http."""
+    web = Web()
+    with listening(web_handler(web)) as web.url:
+        yield web
 
 
 def serve(web: Web, folder: Path, at: str = "set") -> str:
