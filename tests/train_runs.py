@@ -94,8 +94,12 @@ def run(arguments: list[str], ranks: int = 1, **environment: str) -> tuple[int, 
 
 
 def _free_port() -> int:
-    """Return a port below those that systems hand out: nothing else takes it before the run does."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+    """Return a port below those that systems hand out, and of its own to each process of tests.
+
+    Nothing else takes it before the run does, which is some seconds later.
+    """
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    for port in range(20_000 + os.getpid() % 1000 * 8 + process, 32_000, 8):
         if port not in _TAKEN:
             with socket.socket() as probe, suppress(OSError):
                 probe.bind(("127.0.0.1", port))
