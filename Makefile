@@ -62,7 +62,7 @@ bench: $(STAMP) ## Run the CPU benchmarks (under ten minutes) and put a dated ta
 	$(BIN)/python benchmarks/all.py
 
 GPU_MINUTES := 4.8
-gpu: $(STAMP) ## On one NVIDIA card: run the tests that need it, then the benchmark beside TRL (under eight minutes)
+gpu: $(STAMP) ## On one NVIDIA card: run the tests of steps on text, then the benchmark beside TRL (under eight minutes)
 	-$(BIN)/python -m pip install --quiet liger-kernel
 	timeout 170 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m gpu -W default tests/integration/test_train_gpu.py \
 	    tests/unit/test_train_gated.py; tests=$$?; $(BIN)/python benchmarks/gpu_step.py --minutes $(GPU_MINUTES) && exit $$tests
