@@ -284,9 +284,9 @@ def _prepare_slices(
     """Make the slices of a part; return all, unless some of other parts are missing."""
     shared = _shared(config.output, plan)
     shared.join(plan.begun(), anew=anew)
-    here, done = plan.at(shared.place), shared.finished(overwrite=config.overwrite)
+    here = plan.at(shared.place)
     mine = plan.tasks if part is None else part.tasks(plan)
-    before = {number: done[number] for number in mine.numbers.tolist() if number in done}
+    before = shared.finished(mine.numbers.tolist(), overwrite=config.overwrite)
     before = keep_unchanged(plan.job, shared, before)
     run.note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
     if part is not None:
@@ -296,15 +296,14 @@ def _prepare_slices(
     elif before:
         run.note(f"Resuming: {len(before)}/{len(mine)} slices complete; settings match.")
     _, exact = run_tasks(replace(here, tasks=mine), before, None, run.workers, run.progress)
-    done = shared.finished()
-    missing = len(plan.tasks) - len(done)
+    missing = len(plan.tasks.without(shared.recorded()))
     if exact and missing:
         more = "the last part, or the command without --part, finishes the set"
         who = "All slices" if part is None else f"Part {part}"
         run.note(f"{who}: complete; {counted(missing, 'slice')} of other parts are missing: {more}.")
         return None
     if exact:  # of this part; the others' samples are in their records
-        results, exact = run_tasks(here, done, None, run.workers, None)
+        results, exact = run_tasks(here, shared.finished(), None, run.workers, None)
     if not exact:
         run.note(
             f"{plan.job.engine} gives other ids than tokenizers on this data; starting over with tokenizers."

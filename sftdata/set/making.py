@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import accumulate, pairwise
@@ -104,10 +104,17 @@ class Making:
         self.store = store
         self._written: dict[str, SetFile] = {}
 
-    def finished(self, *, overwrite: bool = False) -> dict[int, ShardResult]:
+    def recorded(self) -> set[int]:
+        """Return the numbers of the tasks that have a record."""
+        return {int(Path(name).stem) for name in self.store.sizes(SLICES) if _RECORD.fullmatch(name)}
+
+    def finished(
+        self, numbers: Iterable[int] | None = None, *, overwrite: bool = False
+    ) -> dict[int, ShardResult]:
         """Return the tasks that are done, by number: by their records and the sizes of files alone.
 
         Args:
+            numbers: of the tasks that are asked for; None for all.
             overwrite: a task whose record is damaged is not done.
 
         Raises:
@@ -115,6 +122,9 @@ class Making:
         """
         sizes, done = self.store.sizes(), {}
         names = sorted(filter(_RECORD.fullmatch, sizes))
+        if numbers is not None:
+            asked = {_record_name(number) for number in numbers}
+            names = [name for name in names if name in asked]
         for name, record in zip(names, self.store.get(names), strict=True):
             with suppress(IntegrityError) if overwrite else nullcontext():
                 result = self._read_result(name, record)
@@ -134,7 +144,7 @@ class Making:
         """Record a finished task, its shards already in place; `lists` are its lines of each of `LISTS`."""
         result = self.keep(result, lists)
         record = msgspec.json.encode(msgspec.to_builtins(result, str_keys=True), order="sorted")
-        put_bytes(self.store, f"{SLICES}/{result.index:05d}.json", record)
+        put_bytes(self.store, _record_name(result.index), record)
         return result
 
     def keep(self, result: ShardResult, lists: Mapping[str, bytes]) -> ShardResult:
@@ -225,6 +235,10 @@ class Making:
     def _copy(self, name: str, path: Path) -> SetFile:
         with open(path, "rb") as original:
             return self._write(name, partial(shutil.copyfileobj, original))
+
+
+def _record_name(index: int) -> str:
+    return f"{SLICES}/{index:05d}.json"
 
 
 def lists_name(index: int) -> str:

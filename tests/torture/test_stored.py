@@ -111,6 +111,27 @@ def test_parts_in_any_order_each_killed_make_the_set(
     assert is_whole(bucket, whole)
 
 
+def test_a_part_reads_its_own_records_and_who_finishes_reads_all(data: Path, bucket: Bucket) -> None:
+    """Each once: of a thousand parts that read all of them, the requests would cost more than the work."""
+    read: list[str] = []
+
+    def note(operation: str, key: str) -> None:
+        if operation == "get" and "/slices/" in key and key.endswith(".json"):
+            read.append(key.rpartition("/")[2])
+
+    bucket.answer = note
+    assert not run(data, Part(1, 3))
+    assert not run(data, Part(2, 3))
+    assert read == []
+    assert not run(data, Part(2, 3))
+    again = len(read)
+    assert again
+    assert len(set(read)) == again
+    read.clear()
+    assert run(data, Part(3, 3))
+    assert len(read) == len(set(read)) > again
+
+
 def test_parts_leave_their_marks_in_the_store_and_scan_each_range_once(
     tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
