@@ -32,7 +32,7 @@ from sftdata.output import Progress, StoreUrl, behind_links, counted
 from sftdata.pipeline import keep_unchanged
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks
-from sftdata.set.build import Build, made_otherwise, sweep_choice, unfinished
+from sftdata.set.build import Build, made_otherwise, refuse_foreign, sweep_choice, unfinished
 from sftdata.set.making import ShardResult
 from sftdata.set.manifest import Manifest, format_version, parts_folder
 from sftdata.set.shared import BUILDS, SharedBuild, StoredBuild, finished_at, shared_build
@@ -252,6 +252,8 @@ def _build(
     if old is not None and not changed:
         run.note(f"{output} is up to date: same data, same settings.")
         return old
+    if old is not None:
+        refuse_foreign(output)
     try:
         made = _prepare_slices(config, plan, run, part, anew=bool(changed))
         if (standing := _standing(output, plan)) is not None or made is None:

@@ -37,7 +37,7 @@ from sftdata.pipeline import (
     scanned,
 )
 from sftdata.plan import MOVING, Plan, ReusedTask, inputs_of, make_plan
-from sftdata.set.build import Build, made_otherwise, making_at, refuse_choice
+from sftdata.set.build import Build, made_otherwise, making_at, refuse_choice, refuse_foreign
 from sftdata.set.ledger import REJECTS_NAME, Ledger, decode_rejects
 from sftdata.set.losses import refuse_losses
 from sftdata.set.making import Making, ShardResult
@@ -110,6 +110,8 @@ def build_set(
     grown = old is not None and plan.continues(old)
     if changed and not grown and not config.overwrite:
         raise made_otherwise(config.output, changed)
+    if grown:
+        refuse_foreign(config.output)
     with Build(config.folder).locked() as build:
         sealed = build.sealed()
         if sealed is not None and differences(plan, build.folder, sealed) == ["pictures"]:

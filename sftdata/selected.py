@@ -24,7 +24,7 @@ from sftdata.parts import Run, end, make_documents
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
 from sftdata.run import build_set, note_padding, other_pictures
-from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
+from sftdata.set.build import Build, finished_set, made_otherwise, refuse_foreign, unfinished
 from sftdata.set.manifest import Manifest, documents_folder, read_manifest
 from sftdata.set.shared import BUILDS, finished_sets
 from sftdata.settings import check_settings
@@ -73,6 +73,7 @@ def prepare(
         named = {name for manifest in old for name in manifest.settings.get("inputs", ())}
         if not MOVING.issuperset(changed) or not named.issubset(inputs_of(config)):
             raise made_otherwise(config.output, changed)
+        refuse_foreign(config.output)
         view = view.model_copy(update={"overwrite": True})  # only the inputs have changed
         note(
             f"{config.output}: the inputs changed; all documents are prepared anew, as it holds those chosen"

@@ -23,10 +23,14 @@ from pathlib import Path
 
 import msgspec
 
+from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import StoreUrl
+from sftdata.set.images import PROCESSOR
+from sftdata.set.index import slice_number
+from sftdata.set.ledger import LISTS
 from sftdata.set.local import check_file, plain_file
-from sftdata.set.making import PLAN, SLICES, Making, ShardResult
+from sftdata.set.making import CARD_NAME, PLAN, SLICES, TOKENIZER, Making, ShardResult
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -38,16 +42,20 @@ from sftdata.set.manifest import (
 )
 from sftdata.set.slices import SLICES_NAME
 from sftdata.set.store import (
+    TEMPORARY_SUFFIX,
     explained,
     held_alone,
     remove,
     remove_temporary,
+    stands,
     swap_folders,
     sync_folder,
     write_atomic,
 )
 from sftdata.set.stores import Folder, Objects
 
+_SHOWN = 5  # files that are named
+_NAMES = (*LISTS, SLICES_NAME, CARD_NAME, f"{TOKENIZER}/", f"{PROCESSOR}/")
 _NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 
 
@@ -60,21 +68,13 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
         UsageError, IntegrityError: the folder holds other things or a damaged set, or cannot be renamed.
     """
     if (folder / MANIFEST_NAME).exists():
-        try:
-            manifest = read_manifest(folder)
-            for file in (*manifest.shards, *manifest.files):
-                check_file(folder, file) if overwrite else plain_file(folder, file)
-            return manifest
-        except IntegrityError as error:
-            if overwrite:
-                return None
-            what = error.message
-            raise IntegrityError(what, "replace the set with --overwrite, or choose another -o.") from None
+        return _whole_set(folder, overwrite=overwrite)
     refuse_inside_a_set(folder)
     if folder.is_file():
         raise UsageError(f"{folder}: is a file; expected a folder to build the set in.", "choose another -o.")
     if is_split(folder):
         if overwrite:
+            refuse_foreign(folder)
             return None
         raise made_otherwise(folder, ["eval"])
     if folder.is_dir() and any(folder.iterdir()):
@@ -84,6 +84,64 @@ def finished_set(folder: Path, *, overwrite: bool = False) -> Manifest | None:
         what = f"{folder}: is a mount point, which a finished set cannot replace."
         raise UsageError(what, f"-o {folder / 'set'}")
     return None
+
+
+def _whole_set(folder: Path, *, overwrite: bool) -> Manifest | None:
+    """Return the manifest of a set whose files are there; None where it is damaged, and may be replaced."""
+    if overwrite:
+        refuse_foreign(folder)
+    try:
+        manifest = read_manifest(folder)
+        for file in (*manifest.shards, *manifest.files):
+            check_file(folder, file) if overwrite else plain_file(folder, file)
+    except IntegrityError as error:
+        if overwrite:
+            return None
+        fix = "replace the set with --overwrite, or choose another -o."
+        raise IntegrityError(error.message, fix) from None
+    return manifest
+
+
+def refuse_foreign(folder: Path | StoreUrl) -> None:
+    """Refuse to replace the set in a folder, or both sides of a split, while other files lie there, too.
+
+    In an object store those would stay: what is removed there are the objects of the set alone.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if not isinstance(folder, Path):
+        return
+    homes = [folder] if (folder / MANIFEST_NAME).exists() else [folder / side for side in SIDES]
+    own = {path for home in homes for path in _files_of(home)}
+    kept = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = [str(path.relative_to(folder)) for path in kept if path not in own and not _is_litter(path)]
+    if foreign:
+        more = f" and {len(foreign) - _SHOWN:,} more" if len(foreign) > _SHOWN else ""
+        found = f"holds files that the set was not made with: {', '.join(foreign[:_SHOWN])}{more}"
+        what = f"{folder}: {found}; replacing it would delete them."
+        raise UsageError(what, f"move them out of {folder}, or choose another -o.")
+
+
+def _files_of(folder: Path) -> set[Path]:
+    """Return the files of the set in a folder; by their names where its manifest is damaged."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return set()
+    try:
+        manifest = read_manifest(folder)
+    except IntegrityError:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        own = [name for name in names if slice_number(name) is not None or name.startswith(_NAMES)]
+    else:
+        listed = (*manifest.shards, *manifest.files)
+        # Who has written into the card wants to keep that; a card that is damaged has its size.
+        own = [file.name for file in listed if file.name != CARD_NAME or stands(folder, file)]
+    return {folder / name for name in (*own, MANIFEST_NAME)}
+
+
+def _is_litter(path: Path) -> bool:
+    """Say whether a file is what a killed writer left, or Finder, which makes one wherever it looks."""
+    return path.name == ".DS_Store" or path.match(f".*{TEMPORARY_SUFFIX}")
 
 
 def refuse_inside_a_set(output: Path) -> None:
@@ -235,11 +293,14 @@ class Build(Making):
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""
         with explained(self.output):
+            standing = self.output.exists() and any(self.output.iterdir())
+            if standing:
+                refuse_foreign(self.output)
             if (self.folder / SLICES).exists():
                 shutil.rmtree(self.folder / SLICES)
             (self.folder / PLAN).unlink(missing_ok=True)
             sync_folder(self.folder)
-            if self.output.exists() and any(self.output.iterdir()):
+            if standing:
                 self._replace()
             else:
                 os.rename(self.folder, self.output)

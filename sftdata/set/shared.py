@@ -22,7 +22,7 @@ import msgspec
 from sftdata.choosing import SIDES, folders_of
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.output import StoreUrl
-from sftdata.set.build import Build, finished_set, made_otherwise
+from sftdata.set.build import Build, finished_set, made_otherwise, refuse_foreign
 from sftdata.set.local import listed_files
 from sftdata.set.making import PLAN, SLICES, Making, ShardResult, names_of
 from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts_folder
@@ -194,6 +194,8 @@ def finished_sets(target: Path | StoreUrl, share: str | None, *, overwrite: bool
         split = all((target / side / MANIFEST_NAME).exists() for side in SIDES)
     else:
         split = (there := Objects(target).find(MANIFEST_NAME)) is not None and bool(sides_of(there.data))
+    if overwrite and split:
+        refuse_foreign(target)  # beside the sides
     found = [finished_at(place, overwrite=overwrite) for place in (places if split else (target,))]
     return [manifest for manifest in found if manifest is not None]
 

@@ -18,7 +18,7 @@ from sftdata.choosing import SIDES
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, StoreUrl, behind_links
 from sftdata.pack import gather
-from sftdata.set.build import Build, finished_set, made_otherwise, unfinished
+from sftdata.set.build import Build, finished_set, made_otherwise, refuse_foreign, unfinished
 from sftdata.set.extents import rest_digest
 from sftdata.set.images import IN_THE_SET, PROCESSOR, VisionInfo, hash_sidecars
 from sftdata.set.index import Placed
@@ -131,6 +131,8 @@ def _make_split(
     elif not config.overwrite:
         sides = [(plan, output / side) for plan, side in zip(plans(), SIDES, strict=True)]
         return tuple(_write(plan, place, read_manifest(place), progress, say) for plan, place in sides)
+    else:
+        refuse_foreign(output)
     planned = plans()
     with Build(output).locked() as both:
         if any(entry.name.partition(".")[0] not in SIDES for entry in both.folder.iterdir()):
