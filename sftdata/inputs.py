@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,7 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import UsageError
 from sftdata.sources import planning
 from sftdata.sources.chunks import SourcePlan
+from sftdata.sources.inputs import named_twice
 from sftdata.sources.planning import IN_TURN, Say, Scanned
 from sftdata.sources.ranges import Sizes
 
@@ -22,8 +24,11 @@ def plan_inputs(
     """Open and read through every input; return their plans, and notes on what was left out.
 
     Raises:
-        UsageError: an input cannot be read, or the chosen part of a split holds no row.
+        UsageError: an input cannot be read or is there twice, or the chosen part of a split holds no row.
     """
+    for name, times in Counter(config.inputs).items():
+        if times > 1:
+            raise named_twice(name)
     sizes = Sizes(min(CHUNK_BYTES, config.slice_bytes), config.max_line_bytes)
     found: list[SourcePlan] = []
     notes: list[str] = []

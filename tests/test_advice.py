@@ -499,6 +499,9 @@ ELSEWHERE: dict[str, str] = {
     "--format {}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "--map {}={}": "tests/unit/test_detect.py::test_two_readings_are_refused_with_the_flags_that_choose",
     "name it once; --mix NAME=SHARE with --passes 2 repeats documents.": _VIEWS,
+    "name it once; --mix NAME=SHARE with --passes 2 repeats rows.": (
+        "tests/unit/test_planning.py::test_the_same_row_is_repeated_by_a_mixture_as_the_advice_on_doubles_says"
+    ),
     "--pack-over view.": _VIEWS,
     "name the config.json of a transformer, or leave --model out.": _ORDERED,
     "fewer ranks or rows in --steps-for, or a smaller --max-length.": _ORDERED,

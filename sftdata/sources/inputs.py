@@ -82,6 +82,28 @@ def find_inputs(inputs: Sequence[str]) -> tuple[list[Input], list[str]]:
     return [_find(_LOCAL_URL.sub("", name, count=1), notes) for name in inputs], notes
 
 
+def refuse_doubles(found: Sequence[Input]) -> None:
+    """Refuse a file that two inputs stand for, in whatever spelling: its rows would be there twice.
+
+    Raises:
+        UsageError: naming it, and both.
+    """
+    taken: dict[str, str] = {}
+    for one in found if len(found) > 1 else ():
+        places = {path: path if is_url(path) else os.path.realpath(path) for path in one.paths}
+        for path, place in places.items():
+            if place in taken:
+                raise named_twice(path, taken[place], one.name)
+        taken |= dict.fromkeys(places.values(), one.name)
+
+
+def named_twice(path: str, *names: str) -> UsageError:
+    """Return the refusal of an input that is there twice, under these names."""
+    spelled = f", as {' and as '.join(names)}" if len({*names}) > 1 else ""
+    fix = "name it once; --mix NAME=SHARE with --passes 2 repeats rows."
+    return UsageError(f"{path}: named twice{spelled}.", fix)
+
+
 def joined(found: Sequence[Input]) -> list[Input]:
     """Join the files that were named one by one to one dataset, in the place of the first."""
     listed = [path for one in found if one.listed for path in one.paths]

@@ -19,7 +19,15 @@ from sftdata.batches import Int64
 from sftdata.errors import UsageError, need
 from sftdata.output import written
 from sftdata.sources.chunks import Chunks, Source, SourcePlan
-from sftdata.sources.inputs import Input, find_inputs, is_hub_id, joined, several_splits, wrong_split
+from sftdata.sources.inputs import (
+    Input,
+    find_inputs,
+    is_hub_id,
+    joined,
+    refuse_doubles,
+    several_splits,
+    wrong_split,
+)
 from sftdata.sources.marks import Marks
 from sftdata.sources.ranges import Sizes, Stretch, join, scan, stretches_of
 from sftdata.sources.source import open_source, read_chunk
@@ -70,7 +78,7 @@ def plan_inputs(
         plans, with ids that run on from one to the next, and what was left out.
 
     Raises:
-        UsageError: an input cannot be read, or it is not clear which split is meant.
+        UsageError: an input cannot be read or is there twice, or it is not clear which split is meant.
     """
     found, notes = find_inputs(inputs)
     if subset and not any(one.base is None and is_hub_id(one.name) for one in found):
@@ -78,6 +86,7 @@ def plan_inputs(
             f"--subset {subset}: names a configuration of a Hub dataset, and no input is one.",
             "leave it out.",
         )
+    refuse_doubles(found)
     groups = joined(found)
     chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
     if split is None:

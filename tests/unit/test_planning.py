@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
+import sftdata
+from sftdata.errors import UsageError
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.planning import grouped, plan_inputs, short_names, with_progress
 from sftdata.sources.ranges import Sizes
+
+TOKENIZER = Path(__file__).parents[2] / "examples" / "tokenizer"
 
 
 def planned(folder: Path, files: int) -> tuple[int, list[SourcePlan]]:
@@ -56,3 +63,53 @@ def test_what_is_true_of_many_files_is_said_once() -> None:
     ]
     assert grouped(said) == ["0.jsonl and 49 more files: text.", "7.jsonl: empty."]
     assert grouped(said[:10]) == [line for _, lines in said[:10] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (["a.jsonl", "a.jsonl"], "a.jsonl: named twice."),
+        (["a.jsonl", "b.jsonl", "./a.jsonl"], "a.jsonl: named twice, as a.jsonl and as ./a.jsonl."),
+        (["a.jsonl", "{here}/a.jsonl"], "{here}/a.jsonl: named twice, as a.jsonl and as {here}/a.jsonl."),
+        (["*.jsonl", "b.jsonl"], "b.jsonl: named twice, as *.jsonl and as b.jsonl."),
+        ([".", "b.jsonl"], "b.jsonl: named twice, as . and as b.jsonl."),
+        (["link.jsonl", "c.jsonl.gz", "a.jsonl"], "a.jsonl: named twice, as link.jsonl and as a.jsonl."),
+        (["file://{here}/a.jsonl", "a.jsonl"], "a.jsonl: named twice, as {here}/a.jsonl and as a.jsonl."),
+    ],
+)
+def test_rows_are_never_taken_twice_in_silence(
+    inputs: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.jsonl").write_text('{"text": "T"}\n')
+    Path("c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "T"}\n'))
+    Path("d").mkdir()
+    Path("d/a.jsonl").write_text('{"text": "T"}\n')  # of the same name and rows, and another file
+    if "link.jsonl" in inputs:
+        Path("link.jsonl").symlink_to("a.jsonl")
+    given = [name.format(here=tmp_path) for name in inputs]
+    sizes = Sizes(1 << 20, 1 << 20)
+    for split in (None, "train"):
+        with pytest.raises(UsageError) as caught:
+            plan_inputs(given, split, None, sizes)
+        assert str(caught.value).startswith(f"{said.format(here=tmp_path)} Fix: name it once; --mix ")
+    assert len(plan_inputs(["a.jsonl", "d"], None, None, sizes)[0]) == 2
+
+
+def test_the_same_row_is_repeated_by_a_mixture_as_the_advice_on_doubles_says(tmp_path: Path) -> None:
+    data, more = tmp_path / "rows.jsonl", {"tokenizer": str(TOKENIZER), "max_length": 64}
+    data.write_text('{"text": "T"}\n')
+    with pytest.raises(UsageError, match=r"rows\.jsonl: named twice\. .*--mix NAME=SHARE with --passes 2"):
+        sftdata.prepare([data, data], output=tmp_path / "set", **more)
+    made = sftdata.prepare(data, output=tmp_path / "set", mix={"rows.jsonl": 1}, passes=2, **more)
+    assert [source.name for source in made.sources] == ["rows.jsonl", "rows.jsonl#2"]
+
+
+def test_a_source_of_the_registry_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "T"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "T"}\n')
+    (tmp_path / "registry.yaml").write_text(f"chats: {{path: {tmp_path}/a.jsonl}}\n")
+    more = {"tokenizer": str(TOKENIZER), "registry": tmp_path / "registry.yaml"}
+    with pytest.raises(UsageError, match=r"^chats: named twice\. "):
+        sftdata.prepare(["chats", tmp_path / "b.jsonl", "chats"], output=tmp_path / "set", **more)
