@@ -293,11 +293,13 @@ def open_sets(config: TrainConfig) -> tuple[list[ShardSet], dict[str, ShardSet]]
     """Open the sets to train and to evaluate on.
 
     Raises:
-        SftError: a set is missing or empty, or does not fit the others or the model.
+        SftError: a set is missing or empty, a view without its sets, or does not fit the others or the model.
     """
     sets = [open_set(folder) for folder in config.sets]
     evaluation = {name: open_set(folder) for name, folder in config.eval.items()}
     everything = [*sets, *evaluation.values()]
+    for opened in everything:
+        opened.require_bases()
     _refuse_pictures(config, any(opened.manifest.vision is not None for opened in everything))
     refuse_mixed_tokenizers(everything)
     known = _known_vocabulary(config)

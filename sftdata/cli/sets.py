@@ -86,6 +86,8 @@ def _opened(path: str | Path, rows: Rows | None) -> ShownSet:
     if isinstance(shards, ForeignSet):
         for line in shards.evidence:
             print_line(f"{path}: {line}", err=True)
+    else:
+        shards.require_bases()
     return shards
 
 
@@ -146,7 +148,10 @@ def browse(
     from sftdata.browse.site import Site
     from sftdata.show.view import open_shown
 
-    site = Site([open_shown(folder) for folder in (a, b) if folder is not None])
+    shown = [open_shown(folder) for folder in (a, b) if folder is not None]
+    for opened in shown:
+        opened.require_bases()
+    site = Site(shown)
     serve(site, port, show=show, tell=lambda line: print_line(line, err=True))
 
 

@@ -177,6 +177,14 @@ class ShardSet(Sequence[PackedRow]):
             self._shard(index)
         self._lawful = True
 
+    def require_bases(self) -> None:
+        """Refuse a view by index without the sets that hold its tokens; else that is found at its first row.
+
+        Raises:
+            IntegrityError: one is gone, or is another set by now.
+        """
+        _ = self._files.bases
+
     def refuse_replaced(self) -> None:
         """Refuse to go on where another set lies in the folder by now; call it after reading from there.
 

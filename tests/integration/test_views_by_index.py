@@ -15,11 +15,14 @@ import pytest
 
 import sftdata
 from sftdata.batches import PackedRows
+from sftdata.cli import main
 from sftdata.errors import DataError, IntegrityError, UsageError
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.verify import verify
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.write import make_view
+from sfttrain.config import read_settings
+from sfttrain.refusals import open_sets
 from tests.view_sets import KINDS, Settings, chats, layouts, prepare, view, write_inputs, write_lines
 
 pytestmark = pytest.mark.usefixtures("no_sync")
@@ -289,6 +292,29 @@ def test_a_base_that_is_gone_is_refused_and_found_again(moved: tuple[Path, Path]
     refused(folder)
     view(folder, base, max_length=64, write=False)
     assert verify(folder).ok
+
+
+@pytest.mark.parametrize("command", ["stats", "inspect", "audit", "browse --no-open"])
+def test_a_command_refuses_a_view_without_its_base_before_it_shows_anything(
+    command: str, moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, folder = moved
+    base.rename(tmp_path / "away")
+    assert main([*command.split(), str(folder)]) == 4
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"{refused(folder)}\n"
+
+
+def test_training_refuses_a_view_without_its_base_before_it_loads_a_model(
+    moved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, folder = moved
+    base.rename(tmp_path / "away")
+    given = {"sets": (folder,), "output": tmp_path / "run", "model": "nowhere"}
+    with pytest.raises(IntegrityError) as caught:
+        open_sets(read_settings(None, [], given))
+    assert str(caught.value) == refused(folder)
 
 
 def test_a_base_that_is_another_set_is_refused(moved: tuple[Path, Path], sets: Path, tmp_path: Path) -> None:
