@@ -30,7 +30,8 @@ app = typer.Typer(
 app.callback()(global_options)
 
 Sets = Annotated[
-    list[Path] | None, typer.Argument(help="Folders or URLs of finished sets.", show_default=False)
+    list[Path] | None,
+    typer.Argument(help="Folders or URLs of finished sets, or one YAML settings file.", show_default=False),
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the model.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")]
@@ -106,6 +107,8 @@ def _settings(
     trust_remote_code: Trust = False, debug: Debug = False,
 ) -> Any:  # fmt: skip  # evaluated by `_with_settings`, before `config` is imported
     flags = locals()
+    if config is None and sets and len(sets) == 1 and sets[0].suffix in (".yaml", ".yml"):
+        config, sets = sets[0], None
     from sfttrain.config import read_settings
 
     training = {

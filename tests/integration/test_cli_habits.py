@@ -250,3 +250,18 @@ def test_a_mistyped_tokenizer_folder_is_answered_with_the_near_one(
     fix = told(capsys, "preview", CHATS, "-t", name, code=2).rpartition("Fix: ")[2]
     near = wanted if not name.startswith("/") else wanted.resolve()
     assert fix.strip() == f"did you mean -t {near}?"
+
+
+def test_training_takes_a_settings_file_as_prepare_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfttrain.config import TrainConfig
+
+    monkeypatch.chdir(tmp_path)
+    taken: list[TrainConfig] = []
+    monkeypatch.setattr("sfttrain.run.train", taken.append)
+    Path("run.yaml").write_text("sets: [set]\nmodel: m\noutput: out\n")
+    assert sfttrain.cli.main(["run", "run.yaml", "--max-steps", "3"]) == 0
+    assert sfttrain.cli.main(["run", "-c", "run.yaml", "--max-steps", "3"]) == 0
+    assert taken[0] == taken[1]
+    assert (taken[0].sets, taken[0].training["max_steps"]) == ((Path("set"),), 3)
