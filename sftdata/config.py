@@ -105,6 +105,7 @@ class RowsConfig(Reading, InputsConfig):
     date: str = Field(
         DEFAULT_DATE,
         pattern=r"^\d{4}-\d{2}-\d{2}$",
+        examples=["2026-01-31"],
         description="Date that strftime_now returns in templates.",
     )
     train_on: Literal["auto", "assistant", "last-assistant", "completion", "all"] = Field(
@@ -167,7 +168,10 @@ class RowsConfig(Reading, InputsConfig):
         "bfd", description="Best-fit decreasing, one stream cut into rows, or one example per row."
     )
     max_rejects: str = Field(
-        "1%", pattern=r"^\d+(\.\d+)?%?$", description="Rejected rows tolerated: a share (1%) or a count (20)."
+        "1%",
+        pattern=r"^\d+(\.\d+)?%?$",
+        examples=["1%", "20"],
+        description="Rejected rows tolerated: a share (1%) or a count (20).",
     )
     slice_bytes: int = Field(
         8 << 20,

@@ -75,6 +75,11 @@ def changed(path: str) -> InputChangedError:
     return InputChangedError(what, "run the same command again once nothing writes to it any more.")
 
 
+def no_rows(inputs: Iterable[str]) -> DataError:
+    """Return the error that names inputs without a row."""
+    return DataError(f"{', '.join(inputs)}: no rows.", "give a file that holds rows.")
+
+
 _LOGIN = re.compile(
     r"\b(?!abfss?://)([A-Za-z][\w+.-]*://)[^/\s@'\"]*@"
 )  # there it is the name of a container

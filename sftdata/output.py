@@ -271,7 +271,7 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
         flag: the option that gave it.
 
     Raises:
-        UsageError: it is a URL, or not UTF-8.
+        UsageError: it is a URL, standard output, or not UTF-8.
 
     >>> local_output("sets/chats").name
     'chats'
@@ -284,6 +284,9 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
             f"{flag} {text}: is the URL of {scheme}; outputs are written to local paths only.",
             "leave out `file://`." if scheme == "file" else fix,
         )
+    if text == "-":
+        what = f"{flag} -: standard output; expected the name of a file or folder to be made."
+        raise UsageError(what, f"name one, as {flag} out.")
     if written(text) != text:
         raise UsageError(f"{flag} {written(text)}: the name is not UTF-8.", "choose another name.")
     return Path(path)

@@ -21,7 +21,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.errors import DataError, Unit, place
+from sftdata.errors import Unit, no_rows, place
 from sftdata.output import Progress, StoreUrl, behind_links, counted, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
@@ -415,7 +415,7 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     for chunk in chunks:
         ledger.merge(chunk.ledger)
     if not ledger.rows_in:
-        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
+        raise no_rows(config.inputs)
     lengths = np.concatenate([np.zeros(0, np.int64), *(chunk.pieces.kept().lengths for chunk in chunks)])
     packs = len(plan_packs(lengths, plan.job.max_length, plan.job.config.packing))
     slots = packs * plan.job.row_length if plan.job.row_length else int(lengths.sum())

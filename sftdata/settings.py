@@ -131,6 +131,8 @@ def _refusal(
     digits = in_digits(str(found)) if kind.startswith(("int_", "float_")) else ""
     fix = digits or did_you_mean(str(found), choices, meaning)
     wanted = _wanted(kind, reason, first.get("ctx", {}))
+    if kind == "string_pattern_mismatch" and field and field.examples:
+        wanted = f"expected a text like {' or '.join(map(str, field.examples))}"
     return UsageError(f"{name}: found {found!r:.200}; {wanted}.", fix)
 
 
@@ -145,7 +147,6 @@ _BOUNDS = {
     "greater_than": "expected a number above {gt:,g}", "greater_than_equal": "expected {ge:,} or more",
     "less_than": "expected a number below {lt:,g}", "less_than_equal": "expected {le:,} or less",
     "literal_error": "expected {expected}", "too_short": "expected one or more",
-    "string_pattern_mismatch": "expected a text of the form {pattern}",
 }  # fmt: skip
 
 
@@ -183,6 +184,9 @@ def read_settings_file(path: Path, *, names: bool = False) -> tuple[Settings, di
     try:
         text = path.read_text("utf-8")
         root, values = _parse(text)
+    except IsADirectoryError:
+        what = f"{path}: a folder; expected a YAML file of settings."
+        raise UsageError(what, "name the file in it.") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}.", "check the path.") from None
     except UnicodeDecodeError:

@@ -328,7 +328,7 @@ SHOWN: dict[str, tuple[str, str, int]] = {
     "name another file with --html.": ("inspect set --html set/manifest.json/page.html", "inspect set --html page.html", 0),
     "name the folder that `sftdata prepare -o` wrote.": ("stats sat", "stats set", 0),
     "leave -t out.": ("audit set -t {}", "audit set", 0),
-    "name the tokenizer that made its ids: -t TOKENIZER.": (
+    "sftdata preview {} -t TOKENIZER, or, if they are token ids, -t TOKENIZER here.": (
         "audit ids.jsonl", "audit ids.jsonl -t {}", 0
     ),
     "name their tokenizer: -t TOKENIZER.": ("audit ids.jsonl --split train", "audit ids.jsonl --split train -t {}", 0),
@@ -373,7 +373,8 @@ def test_who_follows_advice_on_what_is_shown_sees_it(
     monkeypatch.chdir(folder)
     wrong, right = (shlex.split(command.format(TOKENIZER)) for command in SHOWN[advice][:2])
     assert main(wrong) in (2, 3, 4)
-    assert f"Fix: {advice.replace('{} {}', 'sftdata stats ')}" in capsys.readouterr().err
+    said = advice.replace("{} {}", "sftdata stats ").replace("{}", wrong[1])
+    assert f"Fix: {said}" in capsys.readouterr().err
     assert main(right) == SHOWN[advice][2]
 
 

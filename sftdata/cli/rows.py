@@ -71,7 +71,8 @@ def init(
     Example: sftdata init --from axolotl.yml -f sft.yaml
     """
     file = file or (REGISTRY_NAME if source is not None and source.suffix == ".json" else "sft.yaml")
-    local_output(file, "-f")
+    if file != "-":
+        local_output(file, "-f")
     place = output_at(output)
     if file != "-" and Path(file).exists():
         raise UsageError(f"{file}: exists already.", "name another file with -f, or - to print.")

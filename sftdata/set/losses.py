@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from sftdata.config import PrepareConfig
-from sftdata.errors import DataError
+from sftdata.errors import DataError, no_rows
 from sftdata.output import counted
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, Ledger, decode_rejects, first_reject
 from sftdata.set.making import Making
@@ -41,7 +41,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Making) -> None:
             f" sftdata explain {worst[0][0]}.",
         )
     if not ledger.rows_in:
-        raise DataError(f"{', '.join(config.inputs)}: no rows.", "give a file that holds rows.")
+        raise no_rows(config.inputs)
     if not ledger.tokens_trained:
         dropped = Counter(ledger.rows_dropped | ledger.rows_filtered).most_common(3)
         lost = ", ".join(f"{count} {reason}" for reason, count in dropped) or codes

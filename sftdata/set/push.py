@@ -230,6 +230,11 @@ def _explained(url: str) -> Iterator[None]:
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "Offline" in type(error).__name__:
+            raise UsageError(f"{url}: HF_HUB_OFFLINE is set.", "unset it, and push again.") from None
+        if "Connect" in type(error).__name__:
+            again = "connect this machine to the network, then run the same command again."
+            raise SftError(f"{url}: cannot be reached ({said}).", again) from None
         if status in (401, 403) or "Token" in type(error).__name__:
             what = f"{url}: access is denied ({said})."
             raise UsageError(what, "hf auth login, or set HF_TOKEN to a token that may write.") from None

@@ -120,8 +120,8 @@ def open_either(path: str | Path, rows: Rows | None = None) -> ShownSet:
     if rows is not None:
         raise UsageError(f"{path}: a finished set, which has a tokenizer of its own.", "leave -t out.")
     if not made and (Path(path).is_file() or is_saved_dataset(Path(path))):
-        tokenizer = "name the tokenizer that made its ids: -t TOKENIZER."
-        raise UsageError(f"{path}: not a finished set.", tokenizer)
+        fix = f"sftdata preview {path} -t TOKENIZER, or, if they are token ids, -t TOKENIZER here."
+        raise UsageError(f"{path}: rows, and not a finished set.", fix)
     return open_shown(path)
 
 

@@ -134,6 +134,9 @@ def _find(name: str, notes: list[str]) -> Input:
     if is_url(name):
         return _find_remote(name, notes)
     path = Path(name).expanduser()
+    if name == "-" or path.is_fifo():
+        what = f"{name}: {'standard input' if name == '-' else 'a pipe'}, which can be read but once."
+        raise UsageError(what, "write the rows to a file, and name that.")
     if path.is_dir():
         refuse_set(path)
         return _find_in_folder(path, name, notes)

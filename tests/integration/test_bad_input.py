@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,48 @@ SAID: dict[str, tuple[list[str], int, str]] = {
     "a limit in words": (
         ["preview", "rows.jsonl", "--set", "max_rejects=many"],
         2,
-        "Fix: correct it: Rejected rows tolerated: a share",
+        "found 'many'; expected a text like 1% or 20. Fix: correct it: Rejected rows tolerated: a share",
+    ),
+    "a limit below none": (
+        ["prepare", "rows.jsonl", "--max-rejects", "-1", "-o", "set"],
+        2,
+        "--max-rejects: found '-1'; expected a text like 1% or 20. Fix: correct it: Rejected rows",
+    ),
+    "a date in words": (
+        ["preview", "rows.jsonl", "--date", "today"],
+        2,
+        "--date: found 'today'; expected a text like 2026-01-31. Fix: correct it: Date",
+    ),
+    "nothing to prepare": (
+        ["prepare", "empty.jsonl", "empty.csv", "-o", "set"],
+        3,
+        "empty.jsonl, empty.csv: no rows. Fix: give a file that holds rows.",
+    ),
+    "standard input": (
+        ["prepare", "-", "-o", "set"],
+        2,
+        "-: standard input, which can be read but once. Fix: write the rows to a file, and name that.",
+    ),
+    "a pipe": (
+        ["detect", "pipe"],
+        2,
+        "pipe: a pipe, which can be read but once. Fix: write the rows to a file, and name that.",
+    ),
+    "standard output": (
+        ["prepare", "rows.jsonl", "-o", "-"],
+        2,
+        "-o -: standard output; expected the name of a file or folder to be made. Fix: name one, as -o out.",
+    ),
+    "settings in a folder": (
+        ["config", "check", "folder"],
+        2,
+        "folder: a folder; expected a YAML file of settings. Fix: name the file in it.",
+    ),
+    "rows to inspect": (
+        ["inspect", "rows.jsonl"],
+        2,
+        "rows.jsonl: rows, and not a finished set. Fix: sftdata preview rows.jsonl -t TOKENIZER, or, if they are token ids,"
+        " -t TOKENIZER here.",
     ),
     "a length in words": (
         ["preview", "rows.jsonl", "--max-length", "abc"],
@@ -208,8 +250,13 @@ def test_a_refusal_is_one_line_on_stderr(
     arguments, code, line = SAID[case]
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
+    write_rows(tmp_path / "ids.jsonl", {"input_ids": [5, 6], "labels": [5, 6]})
     write_rows(tmp_path / "empty.jsonl")
-    tokenizer = [] if "-t" in arguments else ["-t", TOKENIZER]
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    named = "-t" in arguments or arguments[0] not in ("prepare", "preview", "resolve")
+    tokenizer = [] if named else ["-t", TOKENIZER]
     assert run_app(build_app(), "sftdata", [*arguments, *tokenizer]) == code
     said = capsys.readouterr()
     assert line in said.err

@@ -91,6 +91,7 @@ def test_inspect_writes_a_page(shards: Path, tmp_path: Path) -> None:
         (("--row", "99"), "row 99; the set has rows 0 to "),
         (("--example", "9"), "example 9; its sources hold examples 0 to 8."),
         (("--html", "/dev/null/x.html"), "cannot be written"),
+        (("--html", "-"), "--html -: standard output; expected the name of a file or folder to be made."),
     ],
 )
 def test_inspect_refuses_in_one_line(shards: Path, options: tuple[str, ...], message: str) -> None:

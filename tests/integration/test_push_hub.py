@@ -37,14 +37,16 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, cache: Path, *arguments: str, token: str = "hf_may_write") -> tuple[int, str, str]:
+def run(
+    hub: Hub, cache: Path, *arguments: str, token: str = "hf_may_write", **more: str
+) -> tuple[int, str, str]:
     """Run a command that takes the server for the Hub, which huggingface_hub decides when it is imported."""
     settings = {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "SFTDATA_CACHE": str(cache),
         "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "sftdata", *arguments], env=os.environ | settings, text=True, capture_output=True,
+        [sys.executable, "-m", "sftdata", *arguments], env=os.environ | settings | more, text=True, capture_output=True,
         timeout=HANGS,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -130,3 +132,23 @@ def test_what_is_not_on_the_hub_or_not_ours_is_one_line(stored: Hub, tmp_path: P
         code, _, said = run(stored, tmp_path, command, place, token="hf_of_another")
         assert (code, said.count("\n"), "access is denied" in said) == (2, 1, True), said
         assert "Fix: check the rights of HF_TOKEN." in said
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "found", "fix"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set.", "unset it, and push again."),
+        (
+            {"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "cannot be reached (ConnectError: ",
+            "connect this machine to the network, then run the same command again.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_push_without_a_network_says_so(
+    state: dict[str, str], code: int, found: str, fix: str, hub: Hub, chats: Path, tmp_path: Path
+) -> None:
+    ended, out, said = run(hub, tmp_path, "push", str(chats), URL, **state)
+    assert (ended, out) == (code, "")
+    assert said.startswith(f"{URL}: {found}")
+    assert said.endswith(f" Fix: {fix}\n")
+    assert said.count("\n") == 1

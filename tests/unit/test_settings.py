@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from sftdata import settings
 from sftdata.cli import main
@@ -15,6 +17,7 @@ from sftdata.cli.flags import load_config
 from sftdata.config import PrepareConfig, make_config
 from sftdata.errors import UsageError
 from sftdata.settings import assign, read_settings_file
+from sftdata.views.recipe import ViewConfig
 from sfttrain.arguments import training_fields
 from sfttrain.config import TrainConfig, read_settings
 
@@ -306,3 +309,12 @@ def test_another_tools_setting_is_answered_with_ours(
     else:
         assert settings.flag_of(answer.setting, answer.program) in fixes[0]
         assert ("sfttrain run" in fixes[0]) == (answer.program == "sfttrain")
+
+
+@pytest.mark.parametrize("model", [PrepareConfig, ViewConfig])
+def test_a_text_of_a_form_is_shown_by_examples(model: type[BaseModel]) -> None:
+    """What is expected of such a setting is never said as a regular expression."""
+    for name, schema in model.model_json_schema()["properties"].items():
+        if "pattern" in schema:
+            assert schema["examples"], name
+            assert all(re.fullmatch(schema["pattern"], example) for example in schema["examples"])
