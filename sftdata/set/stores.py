@@ -11,9 +11,10 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from queue import Full, Queue
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple, Protocol
 
@@ -38,7 +39,8 @@ MANIFEST_NAME = "manifest.json"
 _AT_ONCE = 16  # requests for small objects
 _HASH = "xxh3"  # of an object, among what the store keeps beside it
 _ONE_PUT = 256 << 20  # bytes; what is larger, as pictures are, is not held in memory but goes in parts
-_PARTS = {"buffer_size": 16 << 20, "max_concurrency": 4}
+_PARTS = {"chunk_size": 16 << 20, "max_concurrency": 4}
+_LOOK_SECONDS = 1.0  # between two looks at whether an upload goes on, while it takes no part
 
 
 class Target(Protocol):
@@ -187,24 +189,27 @@ class Objects:
 
     def put(self, name: str, writer: Callable[[Sink], object]) -> FileDigest:
         """Write an object, in one request; a huge one in parts, which are the object once all are there."""
-        data, parts, client = bytearray(), list[Any](), library(self.url)
+        data, parts, client = bytearray(), list[Callable[[bytes], object]](), library(self.url)
+
+        def send(given: Iterator[bytes]) -> None:
+            with explained_store(f"{self}/{name}"):
+                client.put(self._connected, name, given, use_multipart=True, **_PARTS)
 
         def take(more: memoryview) -> None:
             data.extend(more)
-            if len(data) > _ONE_PUT:
-                with explained_store(f"{self}/{name}"):
-                    if not parts:  # never closed where something fails: that would make an object of them
-                        parts.append(client.open_writer(self._connected, name, **_PARTS))
-                    parts[0].write(bytes(data))
+            if len(data) > (_PARTS["chunk_size"] if parts else _ONE_PUT):
+                if not parts:
+                    parts.append(stack.enter_context(_in_parts(send)))
+                parts[0](bytes(data))
                 data.clear()
 
         sink = HashingSink(take)
-        writer(sink)
-        with explained_store(f"{self}/{name}"):
-            if parts:
-                parts[0].write(bytes(data))
-                parts[0].close()
-            else:
+        with ExitStack() as stack:
+            writer(sink)
+            if parts and data:
+                parts[0](bytes(data))
+        if not parts:
+            with explained_store(f"{self}/{name}"):
                 hashed = {_HASH: sink.digest().xxh3}
                 client.put(self._connected, name, data, use_multipart=False, attributes=hashed)
         return sink.digest()
@@ -310,6 +315,42 @@ class Objects:
     @property
     def _connected(self) -> object:
         return connect(self.url)
+
+
+@contextmanager
+def _in_parts(send: Callable[[Iterator[bytes]], object]) -> Iterator[Callable[[bytes], object]]:
+    """Give what takes the parts of a huge object, for a thread that sends them.
+
+    A client aborts the upload where it fails, or where taking the next part does: else all its parts would
+    stay in the store, paid for, where nothing lists them.
+
+    Raises:
+        SftError: the store refuses, or cannot be reached.
+    """
+    parts: Queue[bytes | BaseException | None] = Queue(maxsize=1)
+
+    def given() -> Iterator[bytes]:
+        while (part := parts.get()) is not None:
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+
+    def give(part: bytes | BaseException | None) -> None:
+        while not sent.done():
+            with suppress(Full):
+                parts.put(part, timeout=_LOOK_SECONDS)
+                return
+        sent.result()
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send, given())
+        try:
+            yield give
+            give(None)
+        except BaseException as error:
+            give(error)
+            raise
+        sent.result()
 
 
 class Pointer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

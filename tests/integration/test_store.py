@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,14 @@ def objects(s3: str, name: str) -> dict[str, bytes]:
     return {key.removeprefix(f"{name}/"): data for key, data in found.items()}
 
 
+def left_parts(s3: str) -> list[str]:
+    """Return the names of uploads that have begun, and of which the parts lie in the bucket."""
+    from botocore.session import get_session
+
+    client = get_session().create_client("s3", endpoint_url=s3)
+    return [entry["Key"] for entry in client.list_multipart_uploads(Bucket="bucket").get("Uploads", ())]
+
+
 def files(s3: str, name: str) -> dict[str, bytes]:
     """Return the files of the set at a name; nothing where there is none."""
     found = objects(s3, name)
@@ -133,20 +142,38 @@ def test_what_is_huge_goes_in_parts_and_is_there_whole_or_not_at_all(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "_ONE_PUT", 1 << 20)
-    monkeypatch.setitem(stores._PARTS, "buffer_size", 5 << 20)
+    monkeypatch.setitem(stores._PARTS, "chunk_size", 5 << 20)
     store, blocks = stores.Objects("s3://bucket/huge"), [os.urandom(700_001) for _ in range(30)]
 
-    def write(sink: Any, broken: bool = False) -> None:
+    def write(sink: Any, broken: BaseException | None = None) -> None:
         for number, block in enumerate(blocks):
             sink.write(block)
-            if broken and number == 25:
-                raise ValueError("killed")
+            if broken is not None and number == 25:
+                raise broken
 
-    with pytest.raises(ValueError, match="killed"):
-        store.put("broken", lambda sink: write(sink, broken=True))
+    for broken in (ValueError("killed"), KeyboardInterrupt("killed")):
+        with pytest.raises(type(broken), match="killed"):
+            store.put("broken", partial(write, broken=broken))
+    assert not left_parts(s3), "the parts of what failed stay in the bucket, where nothing lists them"
     digest = store.put("whole", write)
+    assert not left_parts(s3)
     assert objects(s3, "huge") == {"whole": b"".join(blocks)}
     assert digest.sha256 == hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def test_what_is_huge_ends_in_one_line_where_the_store_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(client: object, name: str, parts: Iterator[bytes], **_: object) -> None:
+        next(parts)
+        raise OSError("gone")
+
+    monkeypatch.setattr(stores, "_ONE_PUT", 10)
+    monkeypatch.setattr(stores, "library", lambda url: SimpleNamespace(put=give_up))
+    monkeypatch.setattr(stores, "connect", lambda url: None)
+    for times in (1, 9):  # found out at the end, and while more is given
+        with pytest.raises(SftError, match=r"s3://bucket/huge/name: failed, .*OSError: gone"):
+            stores.Objects("s3://bucket/huge").put(
+                "name", lambda sink, times=times: [sink.write(bytes(17 << 20)) for _ in range(times)]
+            )
 
 
 def test_both_sides_of_a_split_with_pictures_are_there_at_once(
