@@ -26,7 +26,7 @@ from sftdata.formats.formatter import formatter_sha256, load_formatter
 from sftdata.formats.instructions import find_turn_markers, from_messages, is_messages
 from sftdata.formats.table import FORMATS
 from sftdata.masks.markers import check_markers
-from sftdata.output import shell_quote
+from sftdata.output import counted, shell_quote
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.pictures.rows import Evidence
 from sftdata.render.template import variables_of
@@ -177,7 +177,7 @@ def look_at(
         column if column == name else f"{column or 'the line'} as {name}"
         for name, column in detection.columns.items()
     )
-    share = f"{detection.matched} of {detection.sampled} sampled rows"
+    share = f"{detection.matched} of {counted(detection.sampled, 'sampled row')}"
     note = f"{path}: {detection.format} ({columns}), {share}."
     if detection.pictures is not None:
         hints += [f"{path}: {line}." for line in detection.pictures.lines]

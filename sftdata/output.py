@@ -77,7 +77,7 @@ def counted(count: int, thing: str) -> str:
     >>> counted(1, "step"), counted(2000, "row")
     ('1 step', '2,000 rows')
     """
-    return f"{count:,} {thing}{'s' * (count != 1)}"
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def one_line(text: str) -> str:

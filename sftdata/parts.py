@@ -292,9 +292,7 @@ def _prepare_slices(
     before = keep_unchanged(plan.job, shared, before)
     run.note(f"Engine: {plan.job.engine}, {plan.engine_reason}.")
     if part is not None:
-        run.note(
-            f"Part {part}: {len(mine)} of {len(plan.tasks)} slices, of which {len(before)} are complete."
-        )
+        run.note(f"Part {part}: {len(mine)} of {counted(len(plan.tasks), 'slice')}, {len(before)} complete.")
     elif before:
         run.note(f"Resuming: {len(before)}/{len(mine)} slices complete; settings match.")
     _, exact = run_tasks(replace(here, tasks=mine), before, None, run.workers, run.progress)

@@ -165,7 +165,7 @@ def tell_reuse(output: Path, results: list[ShardResult]) -> str:
     """Say how much of an old set was taken over."""
     reused = sum(result.reused for result in results)
     return (
-        f"{output}: the inputs changed; {reused} of {len(results)} slices reused,"
+        f"{output}: the inputs changed; {reused} of {counted(len(results), 'slice')} reused,"
         f" {len(results) - reused} made anew."
     )
 

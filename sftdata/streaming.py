@@ -37,6 +37,7 @@ from sftdata.formats.convert import convert_rows
 from sftdata.limit import limit_length
 from sftdata.masks import choose_mask
 from sftdata.masks.tokens import encode_batch
+from sftdata.output import counted
 from sftdata.pack import gather, plan_packs
 from sftdata.pipeline import Stages, tokenize
 from sftdata.plan import Job, choose_tokenizer
@@ -166,10 +167,8 @@ class Stream(Iterable[StreamedRow]):
             first = tally.rejects[0] if tally.rejects else None
             reason = f" The first: {first.reason.rstrip('.')}." if first else ""
             fix = first.fix if first else "check the mask, as `sftdata preview` shows it."
-            raise DataError(
-                f"Nothing to train on in {len(buffer):,} rows of the stream (buffer {number}).{reason}",
-                fix,
-            )
+            some = counted(len(buffer), "row")
+            raise DataError(f"Nothing to train on in {some} of the stream (buffer {number}).{reason}", fix)
         return tokens
 
 

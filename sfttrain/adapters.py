@@ -125,7 +125,9 @@ def _say_targets(adapted: PeftModel, say: Say) -> None:
     ]
     rest = [name for name in dict.fromkeys(frozen) if name not in adapters]
     without = f"; none on {', '.join(rest)}" if rest else ""
-    say(f"lora: adapters on {len(adapters)} weights: {', '.join(dict.fromkeys(adapters))}{without}")
+    say(
+        f"lora: adapters on {counted(len(adapters), 'weight')}: {', '.join(dict.fromkeys(adapters))}{without}"
+    )
 
 
 def _adapts(module: nn.Module) -> bool:

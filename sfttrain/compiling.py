@@ -123,7 +123,7 @@ def start_compiled(model: nn.Module, choice: Compilation) -> str:
         fused.compiles_loss = True
     if choice.what == "layers":
         kept = " (attention kept)" * choice.keep
-        parts.insert(0, f"{compile_layers(model, keep=choice.keep)} layers as one{kept}")
+        parts.insert(0, f"{counted(compile_layers(model, keep=choice.keep), 'layer')} as one{kept}")
     return " and ".join(parts) or "nothing"
 
 

@@ -78,7 +78,7 @@ class Evaluation:
         if self.worst:
             yield "The worst documents:"
         for number, found in enumerate(self.worst, start=1):
-            size = f"{found.trained:,} of {found.tokens:,} tokens trained"
+            size = f"{found.trained:,} of {counted(found.tokens, 'token')} trained"
             place, above = one_line(found.place), f"{found.over:.2f} over the median"
             yield f"{number:>3}  {place}  loss {found.loss:.2f}, {above}; {size}"
             if found.excerpt:
@@ -159,7 +159,7 @@ def _evaluated(setting: Run, sets: list[ShardSet]) -> dict[str, float]:
     except RuntimeError as error:
         if out_of_memory(error, 1) is None:
             raise
-        what = f"A batch of {setting.args.eval_batch_size} rows does not fit the memory."
+        what = f"A batch of {counted(setting.args.eval_batch_size, 'row')} does not fit the memory."
         raise UsageError(what, "--batch-size 1.") from None
     finally:
         documents.close()

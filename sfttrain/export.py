@@ -297,7 +297,8 @@ def quantize(model: Path, calibration: Path, output: Path, bits: int, group_size
     # No extra of ours installs it: it is built against the machine's torch.
     package: Any = importlib.import_module("gptqmodel")
     rows = calibration_rows(open_set(calibration), CALIBRATION_ROWS)
-    say(f"gptq: {bits} bits in groups of {group_size}, calibrated on {len(rows)} documents of {calibration}")
+    documents = counted(len(rows), "document")
+    say(f"gptq: {bits} bits in groups of {group_size}, calibrated on {documents} of {calibration}")
     quantized = package.GPTQModel.load(str(model), package.QuantizeConfig(bits=bits, group_size=group_size))
     quantized.quantize(rows, batch_size=1)
     quantized.save(str(output))

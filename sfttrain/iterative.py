@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sftdata.batches import IGNORE_INDEX, Int32, Int64
 from sftdata.errors import UsageError
+from sftdata.output import counted
 from sftdata.streaming import TextEncoder
 
 if TYPE_CHECKING:
@@ -104,11 +105,12 @@ class IterativeTrainer:
         )
         own = ids if labels is None else [_array(row) for row in labels]
         if not len(ids) == len(masks) == len(own):
-            what = f"{len(ids)} input_ids, {len(masks)} attention masks, {len(own)} labels."
+            what = f"{len(ids)} input_ids, {counted(len(masks), 'attention mask')},"
+            what += f" {counted(len(own), 'label')}."
             raise UsageError(what, "give one of each.")
         for row, mask, label in zip(ids, masks, own, strict=True):
             if len(row) != len(mask) or (not self._answers_apart and len(row) != len(label)):
-                what = f"{len(row)} input_ids, {len(mask)} in their mask, {len(label)} labels."
+                what = f"{len(row)} input_ids, {len(mask)} in their mask, {counted(len(label), 'label')}."
                 raise UsageError(what, "make them equal.")
         kept = [mask != 0 for mask in masks]
         if self._answers_apart:
@@ -124,7 +126,8 @@ class IterativeTrainer:
                 raise UsageError(what, "give them.")
             answers, texts = texts, [""] * len(texts)
         if len(answers) != len(texts):
-            raise UsageError(f"{len(texts)} texts, {len(answers)} texts_labels.", "give one for each text.")
+            what = f"{counted(len(texts), 'text')}, {len(answers):,} texts_labels."
+            raise UsageError(what, "give one for each text.")
         if not self._answers_apart:
             return self._encoder.encode(texts, answers)
         given = self._encoder.encode(texts, [""] * len(texts))

@@ -16,6 +16,7 @@ import msgspec
 
 from sftdata.blame.log import cut_after
 from sftdata.errors import IntegrityError, UsageError
+from sftdata.output import counted
 from sftdata.set.opened import ShardSet
 from sfttrain import checkpoint
 from sfttrain.arguments import Run, acts, other_than_default
@@ -168,7 +169,9 @@ def _find(config: TrainConfig, run: Identity, steps: int, say: Say) -> Point | N
         raise UsageError(what, "choose another output folder, or --overwrite.")
     step = newest[1].step if newest else 0
     if step > steps:
-        found = f"{output}: the run has taken {step:,} steps; {' and '.join(LENGTH)} ask for {steps:,}"
+        found = (
+            f"{output}: the run has taken {counted(step, 'step')}; {' and '.join(LENGTH)} ask for {steps:,}"
+        )
         fix = "set a higher max_steps, choose another output folder, or --overwrite to start anew."
         raise UsageError(f"{found}.", fix)
     for name in checkpoint.remove_after(output, step):

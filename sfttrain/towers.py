@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sftdata.output import counted
 from sfttrain.forward import Forward
 from sfttrain.process import Say
 from sfttrain.tiny_pictures import made_pictures
@@ -94,7 +95,7 @@ def _freeze_unreached(
     for name in left:
         trained[name].requires_grad_(False)
     if left:
-        say(f"frozen: {left[0]} and what else no picture reaches, {len(left)} weights")
+        say(f"frozen: {left[0]} and what else no picture reaches, {counted(len(left), 'weight')}")
 
 
 def _look_without_pictures(model: PreTrainedModel, look: Mapping[str, Tensor]) -> None:

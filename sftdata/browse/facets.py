@@ -9,6 +9,7 @@ from sftdata.browse.catalog import SHARES, bin_starts
 from sftdata.browse.query import STATES, Query
 from sftdata.browse.selection import Selection
 from sftdata.choosing import read_share
+from sftdata.output import counted
 from sftdata.set.manifest import SourceInfo
 from sftdata.show.stats import MOST_SOURCES, Bar, Histogram, histogram_of, length_histogram
 
@@ -57,11 +58,11 @@ def shares_of(chosen: Selection, query: Query) -> Histogram:
     bars = []
     for number, count in enumerate(chosen.shares.tolist()):
         start, stop = number / SHARES, (number + 1) / SHARES
-        title = f"{start:.4g}–{stop:.4g} of the tokens trained: {count:,} examples"
+        title = f"{start:.4g}–{stop:.4g} of the tokens trained: {counted(count, 'example')}"
         off = stop <= above or start > below
         bars.append(Bar("trained", count / most, title, query.within(number, SHARES) if count else "", off))
     ticks = [(quarter / 4, 25 * quarter) for quarter in range(5)]
-    label = f"{chosen.shares.sum():,} examples by the share of their tokens that is trained"
+    label = f"{counted(int(chosen.shares.sum()), 'example')} by the share of their tokens that is trained"
     return Histogram(bars, label, ticks, None, None, "%")
 
 

@@ -302,8 +302,8 @@ def resolve(
         return
     for resolution in resolutions:
         print_line(
-            f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of {resolution.texts:,} rows,"
-            f" {counted(resolution.occurrences, 'time')}"
+            f"{resolution.marker!r}: in {resolution.texts_with_marker:,} of"
+            f" {counted(resolution.texts, 'row')}, {counted(resolution.occurrences, 'time')}"
         )
         print_line(
             f"  encoded alone: {list(resolution.alone)}, found {counted(resolution.alone_count, 'time')}"
@@ -387,9 +387,8 @@ class RunLog:
         audit = glance(folder, manifest)
         line = "; ".join(count_findings(audit.findings)) or "nothing found"
         if audit.looked < audit.documents:
-            line += (
-                f" in {audit.looked:,} of {audit.documents:,} documents; `sftdata audit {folder}` reads all"
-            )
+            documents = counted(audit.documents, "document")
+            line += f" in {audit.looked:,} of {documents}; `sftdata audit {folder}` reads all"
         line += f"; sftdata explain {audit.findings[0].code}" if audit.findings else ""
         self.note(f"  audit   {line}")
         print_findings(audit.findings, make_console(sys.stderr), indent="    ")

@@ -208,7 +208,10 @@ def diff(
     if as_json:
         print_json(found.to_json())
     elif found.equal:
-        print_line(f"{a} and {b} are equal: {found.documents.a:,} documents, {found.tokens.a:,} tokens.")
+        print_line(
+            f"{a} and {b} are equal: {counted(found.documents.a, 'document')},"
+            f" {counted(found.tokens.a, 'token')}."
+        )
     else:
         from sftdata.show.terminal import make_console, print_diff
 
@@ -278,6 +281,7 @@ def verify(
     from sftdata.set.verify import verify as run
 
     report = run(folder, sha256=sha256, quick=quick)
+    problems = counted(len(report.problems), "problem")
     if as_json:
         result = {
             "folder": str(folder),
@@ -298,15 +302,16 @@ def verify(
         for problem in report.problems:
             print_line(problem)
         digests = "xxh3-128 and sha256" if sha256 else "xxh3-128"
-        verdict = "as the manifest says" if report.ok else f"{len(report.problems)} problems"
+        verdict = "as the manifest says" if report.ok else problems
         print_line(
-            f"{folder}: {verdict}: {report.files} files, {report.bytes:,} bytes by {digests}"
+            f"{folder}: {verdict}: {counted(report.files, 'file')},"
+            f" {counted(report.bytes, 'byte')} by {digests}"
             f"{_QUICKLY[report.tokens_by]};"
-            f" {report.rows:,} rows counted again; digest {report.digest[:12]}"
+            f" {counted(report.rows, 'row')} counted again; digest {report.digest[:12]}"
         )
     if not report.ok:
         raise IntegrityError(
-            f"{folder}: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}, listed above.",
+            f"{folder}: {problems}, listed above.",
             "do what each of them says.",
         )
 
@@ -335,12 +340,12 @@ def export(
         print_json({"folder": str(output)} | made.to_json())
         return
     print_line(
-        f"{output}: {counted(made.rows, 'row')}, {made.tokens:,} tokens,"
+        f"{output}: {counted(made.rows, 'row')}, {counted(made.tokens, 'token')},"
         f" {made.tokens_trained:,} of them trained."
     )
     if made.left_out:
         print_line(
-            f"{made.left_out:,} stretches of documents without a trained token are left out.", err=True
+            f"Left out: {counted(made.left_out, 'piece')} of documents without a trained token.", err=True
         )
     if made.unmarked:
         print_line(
@@ -371,7 +376,8 @@ def push(
         print_json(pushed)
     else:
         print_line(
-            f"{pushed.url}: {pushed.files:,} files, {pushed.bytes:,} bytes, {pushed.sent:,} of them sent now;"
+            f"{pushed.url}: {counted(pushed.files, 'file')}, {counted(pushed.bytes, 'byte')},"
+            f" {pushed.sent:,} of the files sent now;"
             f" digest {pushed.digest[:12]}"
         )
 

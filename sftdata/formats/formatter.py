@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from sftdata.errors import DataError, UsageError
+from sftdata.output import counted
 from sftdata.sources.chunks import RawRow
 
 Formatter = Callable[[Any], Any]
@@ -79,7 +80,7 @@ def _row_by_row(spec: str, function: Formatter) -> Formatter:
         row = row if isinstance(row, dict) else {"text": row}
         made = list(function({name: [value] for name, value in row.items()}))
         if len(made) != 1:
-            raise ValueError(f"{spec} made {len(made)} examples of one row; expected one for each")
+            raise ValueError(f"{spec} made {counted(len(made), 'example')} of one row; expected one for each")
         return made[0]
 
     return formatter

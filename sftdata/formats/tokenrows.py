@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from sftdata.batches import IGNORE_INDEX, Tokens
 from sftdata.errors import RowError
 from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.output import counted
 from sftdata.sources.jsonrows import kind_of
 
 # Masks of what is trained, 1 for each such token; one of the prompt says the opposite.
@@ -158,7 +159,7 @@ def _from_lengths(fields: Fields, kept: slice, size: int) -> list[int]:
     if not lengths or min(lengths) < 1:
         raise _wrong_borders(f"{name} is empty, or counts a document of no token.")
     if sum(lengths) not in (size, kept.stop - kept.start):
-        raise _wrong_borders(f"{name} sum to {sum(lengths)}, and the row has {size} tokens.")
+        raise _wrong_borders(f"{name} sum to {sum(lengths)}, and the row has {counted(size, 'token')}.")
     first = 0 if sum(lengths) == size else kept.start
     starts = [first + start for start in accumulate(lengths[:-1], initial=0)]
     return [kept.start, *(start for start in starts if kept.start < start < kept.stop)]

@@ -15,7 +15,7 @@ from sftdata.formats.chat import find_role
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
 from sftdata.formats.table import FORMATS, Format, chat_style
-from sftdata.output import shell_quote
+from sftdata.output import counted, shell_quote
 from sftdata.pictures.rows import read_picture_row
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
 
@@ -399,7 +399,7 @@ def shape(value: object) -> str:
         return "an empty list"
     first = value[0]
     if isinstance(first, dict):
-        return f"a list of {len(value)} objects of {', '.join(map(str, list(first)[:4]))}"
+        return f"a list of {counted(len(value), 'object')} of {', '.join(map(str, list(first)[:4]))}"
     kinds = {str: "strings", bool: "booleans", int: "numbers", float: "numbers", list: "lists"}
     return f"a list of {len(value)} {kinds.get(type(first), 'nulls')}"
 

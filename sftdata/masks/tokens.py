@@ -31,6 +31,7 @@ from sftdata.encode.engine import Encoder
 from sftdata.encode.places import Places, cut_rows, edges_of, locate, straddled
 from sftdata.encode.tokenizer import ResolvedTokenizer
 from sftdata.errors import RowError, UsageError
+from sftdata.output import counted
 from sftdata.pictures.stretch import ImageRuns, refuse_stray, stretch
 
 
@@ -245,7 +246,7 @@ def check_tokens(item: Tokens, resolved: ResolvedTokenizer) -> tuple[Int32, Bool
         RowError: ids that the tokenizer does not have, or labels that are not those of the ids.
     """
     if len(item.input_ids) != len(item.labels):
-        found = f"{len(item.input_ids)} input_ids but {len(item.labels)} labels"
+        found = f"{len(item.input_ids)} input_ids but {counted(len(item.labels), 'label')}"
         raise RowError("lengths-differ", found, "give one label per token, -100 where it is not trained")
     ids, labels = _integers("input_ids", item.input_ids), _integers("labels", item.labels)
     outside = np.flatnonzero((ids < 0) | (ids >= resolved.vocab_size))

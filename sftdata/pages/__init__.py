@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftdata.errors import UsageError, read_codes
-from sftdata.output import local_output, visible
+from sftdata.output import counted, local_output, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -59,7 +59,12 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "meaning": _meaning}
+    environment.filters |= {
+        "number": "{:,}".format,
+        "counted": counted,
+        "percent": "{:.1%}".format,
+        "meaning": _meaning,
+    }
     return environment
 
 

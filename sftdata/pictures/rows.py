@@ -192,9 +192,8 @@ class _Column:
 
     def unplaced(self) -> RowError:
         """Return the error for a picture that has no place."""
-        several = "s" * (len(self.values) != 1)
         placed = f"the messages place {len(self.used)} of them"
-        what = f"{self.name} holds {len(self.values)} picture{several}; {placed}."
+        what = f"{self.name} holds {counted(len(self.values), 'picture')}; {placed}."
         return RowError("images-unplaced", what, f"write {MARKER} where each of them stands.")
 
 
@@ -380,10 +379,14 @@ class Evidence:
     @property
     def lines(self) -> list[str]:
         """The same in words, most frequent first."""
-        found = [f"{count} of {self.rows} rows: pictures as {way}" for way, count in self.ways.most_common()]
+        found = [
+            f"{count:,} of {counted(self.rows, 'row')}: pictures as {way}"
+            for way, count in self.ways.most_common()
+        ]
         found += [f"{counted(count, 'picture')} by {source}" for source, count in self.sources.most_common()]
         found += [
-            f"{count} of {self.rows} rows rejected: {code}" for code, count in self.faults.most_common()
+            f"{count:,} of {counted(self.rows, 'row')} rejected: {code}"
+            for code, count in self.faults.most_common()
         ]
         return found
 

@@ -35,7 +35,7 @@ def refuse_losses(config: PrepareConfig, ledger: Ledger, build: Making) -> None:
         example = first_reject(decode_rejects(build.read(REJECTS_NAME).splitlines()), worst[0][0])
         without = f", or go on without them: --max-rejects {rejected}" if rejected < ledger.rows_in else ""
         raise DataError(
-            f"{rejected} of {ledger.rows_in} rows rejected ({codes});"
+            f"{rejected:,} of {counted(ledger.rows_in, 'row')} rejected ({codes});"
             f" --max-rejects allows {config.max_rejects}. {example.place}: {example.reason.rstrip('.')}.",
             f"{example.fix.rstrip('.')}{without}. All are in {build.store}/{REJECTS_NAME};"
             f" sftdata explain {worst[0][0]}.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 from sftdata.batches import PackedRows
 from sftdata.errors import IntegrityError, need, place
+from sftdata.output import counted
 from sftdata.set.held import Watch
 from sftdata.set.images import StoredPictures
 from sftdata.set.index import slice_number
@@ -91,9 +92,9 @@ class ShardSet(Sequence[PackedRow]):
     def __repr__(self) -> str:
         ledger = self.manifest.ledger
         return (
-            f"<ShardSet {named(self.folder)!r}: {len(self):,} rows, {ledger.documents:,} documents,"
-            f" {ledger.tokens:,} tokens, {ledger.tokens_trained:,} of them trained,"
-            f" max_length {self.manifest.max_length}>"
+            f"<ShardSet {named(self.folder)!r}: {counted(len(self), 'row')},"
+            f" {counted(ledger.documents, 'document')}, {counted(ledger.tokens, 'token')},"
+            f" {ledger.tokens_trained:,} of them trained, max_length {self.manifest.max_length}>"
         )
 
     def stored_pictures(self, row: int) -> StoredPictures | None:
@@ -210,7 +211,7 @@ class ShardSet(Sequence[PackedRow]):
         if self._mirrors:
             self._mapped = {other: held for other, held in self._mapped.items() if self._path(other).exists()}
         if len(mapped) != info.rows:
-            what = f"{path}: {len(mapped)} rows; the manifest says {info.rows}."
+            what = f"{path}: {counted(len(mapped), 'row')}; the manifest says {info.rows}."
             raise IntegrityError(what, "run `sftdata verify`.")
         if not self._lawful:
             refuse_unlawful(path, mapped.batches, self.manifest)

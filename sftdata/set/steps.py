@@ -17,6 +17,7 @@ from msgspec import Meta
 from sftdata.batches import Int64, offsets_of
 from sftdata.config import WINDOW
 from sftdata.errors import RESTORE, IntegrityError
+from sftdata.output import counted
 
 if TYPE_CHECKING:
     from sftdata.set.manifest import Manifest
@@ -173,8 +174,7 @@ class Balance:
     @property
     def incomplete(self) -> str:
         """The step that is not among `steps`, in words behind these; empty where there is none."""
-        some = f"{self.missing:,} row{'s' * (self.missing > 1)}"
-        return f"; one more, the last, lacks {some}" if self.missing else ""
+        return f"; one more, the last, lacks {counted(self.missing, 'row')}" if self.missing else ""
 
 
 def measure_balance(opened: ShardSet) -> Balance | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sftdata.batches import Int32, Int64, PackedRows, TokenBatch, offsets_of, positions_of
 from sftdata.errors import ANEW, RESTORE, IntegrityError, UsageError
+from sftdata.output import counted
 from sftdata.pictures.stretch import count_image_tokens
 from sftdata.set.extents import held_files
 from sftdata.set.hashes import PictureHashes, hash_documents, hash_prompts, picture_hashes
@@ -224,7 +225,7 @@ class _Recount:
         problems, shard, first = [], Ledger(), 0
         for batch in opened.batches:
             for rows, what in broken_laws(batch, self.manifest):
-                more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
+                more = f" (and {counted(len(rows) - 1, 'more row')})" if len(rows) > 1 else ""
                 problems.append(f"{path}: row {first + int(rows[0])}{more}: {what}. Fix: {ANEW}")
             shard.count_packed(batch, length)
             self._examples.append(distinct(batch.example_ids[batch.example_ids >= 0]))

@@ -61,7 +61,7 @@ def _figures(document: Blamed) -> str:
             )
         where = f"score {document.score:.2f}; {steps}"
     over = f"{document.over:.2f} over its steps" if math.isfinite(document.over) else "no finite number"
-    size = f"{document.trained:,} of {document.tokens:,} tokens trained"
+    size = f"{document.trained:,} of {counted(document.tokens, 'token')} trained"
     return f"loss {document.loss:.2f}, {over}, {where}; {size}"
 
 

@@ -22,6 +22,7 @@ from sftdata.errors import UsageError, without_secrets
 from sftdata.formats.detect import Detection, detect
 from sftdata.formats.tokenrows import BESIDE_IDS, BORDERS, PROMPT, STARTS, TRAINED
 from sftdata.inputs import plan_inputs
+from sftdata.output import counted
 from sftdata.plan import choose_tokenizer
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.rows import MappedShard
@@ -221,7 +222,7 @@ def _evidence(detection: Detection, read: ForeignRows) -> Iterator[str]:
         said += f", one token later, as beside {STARTS}"
     packed = f"documents and padding by {' and '.join(borders)}" if borders else "one document a row"
     share = ledger.tokens_trained / max(ledger.tokens, 1)
-    yield f"{said}; {packed}; {share:.1%} of {ledger.tokens:,} tokens trained."
+    yield f"{said}; {packed}; {share:.1%} of {counted(ledger.tokens, 'token')} trained."
     yield from (
         f"{name.removeprefix('column_unused:')} is not read."
         for name in ledger.counters
@@ -230,6 +231,6 @@ def _evidence(detection: Detection, read: ForeignRows) -> Iterator[str]:
     if not read.judged:
         yield "No document is long enough to tell whether this tokenizer made the ids."
     elif read.reencoded < len(read.records):
-        yield f"The tokenizer was tried on {read.reencoded:,} of {len(read.records):,} documents."
+        yield f"The tokenizer was tried on {read.reencoded:,} of {counted(len(read.records), 'document')}."
     if not read.turns:
         yield "No turn of the tokenizer's chat template is in the ids: prompts cannot be told from answers."

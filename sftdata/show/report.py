@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sftdata.output import counted
 from sftdata.pages import render
 from sftdata.set.ledger import Ledger
 from sftdata.set.steps import measure_balance
@@ -51,7 +52,7 @@ def _figures(stats: Stats) -> tuple[tuple[str, str], ...]:
         (f"{sum(part.count for part in stats.slots if part.kind != 'padding'):,}", "tokens"),
         (f"{stats.trained_share:.1%}", "of them trained"),
         (f"{stats.fill:.1%}", "of the slots filled"),
-        (f"{stats.rows[0].count / max(rows, 1):.1%}", f"of {rows:,} rows kept"),
+        (f"{stats.rows[0].count / max(rows, 1):.1%}", f"of {counted(rows, 'row')} kept"),
     )
 
 

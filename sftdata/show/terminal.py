@@ -155,8 +155,8 @@ def print_stats(stats: Stats, title: str, console: Console) -> None:
     digest = f"   digest {stats.digest[:12]}" if stats.digest else ""
     console.print(Text.assemble((visible(title), "bold"), (digest, "bright_black")))
     console.print(
-        f"{counted(stats.rows_packed, 'packed row')} {length}, {stats.documents:,} documents, {shards};"
-        f" {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",
+        f"{counted(stats.rows_packed, 'packed row')} {length}, {counted(stats.documents, 'document')},"
+        f" {shards}; {stats.fill:.1%} full, {stats.trained_share:.1%} of tokens trained",
         soft_wrap=True,
     )
     for name, parts in stats.stages:

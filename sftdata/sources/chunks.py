@@ -15,6 +15,7 @@ import numpy as np
 
 from sftdata.batches import Int64, Reject, RowBatch
 from sftdata.errors import UNITS, Fault, IntegrityError, Unit, place, without_secrets
+from sftdata.output import counted
 from sftdata.sources.borders import Digests, UInt64
 from sftdata.sources.seals import Seal, Stamp
 
@@ -284,7 +285,7 @@ class RowCollector:
         read = len(self.rows) + len(self.unreadable) + self.blank
         if chunk.records not in (None, read):
             where = f"{chunk.source.path}: from byte or row {chunk.start} to {chunk.stop}"
-            what = f"{where} planning counted {chunk.records} records, and reading {read}."
+            what = f"{where} planning counted {counted(chunk.records or 0, 'record')}, and reading {read}."
             raise IntegrityError(what, "report this file.")
         batch = RowBatch(
             self.rows,

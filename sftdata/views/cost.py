@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from sftdata.errors import UsageError
+from sftdata.output import counted
 from sftdata.set.manifest import MANIFEST_NAME, read_manifest
 from sftdata.set.steps import Cost, stored_steps
 
@@ -49,7 +50,7 @@ def read_cost(model: Path | None) -> tuple[Cost, str]:
         window=_given(fields, "sliding_window", "attention_chunk_size") if near else 0,
         picture=_tower(whole),
     )
-    kinds = f"{layers} layers, {far} with full attention" + (
+    kinds = f"{counted(layers, 'layer')}, {far} with full attention" + (
         f", {near} within {cost.window:,} tokens" if near else ""
     )
     if cost.picture is not None:

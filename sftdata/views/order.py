@@ -235,7 +235,8 @@ def _deal(
         said.append("The work of a vision tower is not in it: --model names none.")
     if count < steps.step_rows:
         raise UsageError(
-            f"--steps-for {config.steps_for}: a step takes {steps.step_rows:,} rows; the view has {count:,}.",
+            f"--steps-for {config.steps_for}: a step takes {counted(steps.step_rows, 'row')};"
+            f" the view has {count:,}.",
             "fewer ranks or rows in --steps-for, or a smaller --max-length.",
         )
     costs = _costs(config, packs, steps, pictures)
@@ -258,8 +259,9 @@ def _costs(config: ViewConfig, packs: PackPlan, steps: Steps, pictures: Pictures
 
 def _said(balance: Balance) -> str:
     return (
-        f"{counted(balance.steps, 'step')} of {balance.ranks} x {balance.rows:,} rows: the busiest rank has"
-        f" {balance.mean:.3f} times the mean work, {balance.shuffled:.3f} if rows were shuffled"
+        f"{counted(balance.steps, 'step')} of {balance.ranks} x {counted(balance.rows, 'row')}:"
+        f" the busiest rank has {balance.mean:.3f} times the mean work,"
+        f" {balance.shuffled:.3f} if rows were shuffled"
         f"{balance.incomplete}."
     )
 

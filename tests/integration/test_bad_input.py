@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,35 @@ def test_a_sentencepiece_tokenizer_and_one_without_a_chat_template_are_refused_w
     with pytest.raises(UsageError, match=r"gpt2 has no chat template\. Fix: --chat-template chatml "):
         sftdata.prepare(path, **gpt2)
     assert sftdata.prepare(path, **gpt2, chat_template="chatml").ledger.rows_kept == 1
+
+
+def test_one_of_a_thing_is_said_in_the_singular(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
+    short = ["--max-length", "64", "-t", TOKENIZER]
+    for arguments, code in (
+        (["detect", "rows.jsonl"], 0),
+        (["preview", "rows.jsonl", *short], 0),
+        (["prepare", "rows.jsonl", "-o", "set", *short], 0),
+        (["prepare", "rows.jsonl", "-o", "part", "--part", "1/1", *short], 0),
+        (["verify", "set"], 0),
+        (["diff", "set", "set"], 0),
+        (["diff", "set", "part"], 0),
+        (["stats", "set"], 0),
+        (["inspect", "set"], 0),
+        (["audit", "set"], 0),
+        (["view", "set", "-o", "view", "--max-length", "32"], 0),
+        (["export", "set", "--to", "token-rows", "-o", "rows"], 0),
+    ):
+        assert run_app(build_app(), "sftdata", arguments) == code
+    print(repr(sftdata.open("set")))
+    (tmp_path / "set" / "rejects.jsonl").write_text("changed")
+    assert run_app(build_app(), "sftdata", ["verify", "set"]) == 4
+    said = "".join(capsys.readouterr())
+    things = (
+        "row|file|document|token|slice|shard|example|record|source|problem|turn|step|time|piece|label|set"
+    )
+    assert re.findall(rf".*(?<![\d.,/])1 (?:[a-z]+ )?(?:{things})s\b.*", said) == []
+    assert "1 problem:" in said

@@ -71,7 +71,7 @@ def test_mamba_gets_adapters_where_it_can_take_them(
 ) -> None:
     model = _tiny(tmp_path / "model", "mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1, expand=2)
     train_in_process(shards, model, tmp_path / "out", QUICK, lora={"r": 2})
-    assert "lora: adapters on 1 weights: in_proj; none on " in capsys.readouterr().err
+    assert "lora: adapters on 1 weight: in_proj; none on " in capsys.readouterr().err
     with pytest.raises(UsageError, match="'out_proj' is incompatible.*Fix: .*target=all-linear"):
         train_in_process(shards, model, tmp_path / "named", QUICK, lora={"r": 2, "target": "out_proj"})
 
