@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sftdata.config import PrepareConfig
-from sftdata.errors import UsageError
+from sftdata.errors import UsageError, no_rows
 from sftdata.sources import planning
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.inputs import named_twice
@@ -25,6 +25,7 @@ def plan_inputs(
 
     Raises:
         UsageError: an input cannot be read or is there twice, or the chosen part of a split holds no row.
+        DataError: there is no row in all of them.
     """
     for name, times in Counter(config.inputs).items():
         if times > 1:
@@ -43,6 +44,8 @@ def plan_inputs(
             notes.append(
                 f"{name}: the source of this name in the registry, not the file; ./{name} is the file."
             )
+    if not any(source.records for source in found):
+        raise no_rows(config.inputs)
     return planning.numbered(found), notes
 
 

@@ -22,7 +22,7 @@ from sftdata.acting import Look, format_options, look_at, refuse_conflicts, refu
 from sftdata.config import DEFAULT_MAX_LENGTH, FAST_ENGINE_MIN_BYTES, PrepareConfig
 from sftdata.encode.engine import Engine, choose_engine
 from sftdata.encode.tokenizer import ResolvedTokenizer, resolve_tokenizer
-from sftdata.errors import Unit, UsageError, no_rows, without_secrets
+from sftdata.errors import Unit, UsageError, without_secrets
 from sftdata.formats.fields import FormatOptions
 from sftdata.inputs import named_in, plan_inputs
 from sftdata.masks import Mask, choose_mask
@@ -285,8 +285,6 @@ def make_plan(
     tokenizer, notes = choose_tokenizer(config)
     on_tokenizer(tokenizer)
     sources, left_out = plan_inputs(config, note, scanned)
-    if not any(source.records for source in sources):
-        raise no_rows(config.inputs)
     formats: list[str] = []
     notes_of: list[tuple[str, list[str]]] = []
     looks: list[Look] = []

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import getdoc
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
+if TYPE_CHECKING:
+    import typer
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -74,6 +75,8 @@ def build_app() -> typer.Typer:
 
 
 def _group(name: str, text: str) -> typer.Typer:
+    import typer  # here: Ctrl-C while it is imported is one line, too
+
     return typer.Typer(
         name=name, help=with_example(text), add_completion=name == "sftdata", no_args_is_help=True,
         context_settings=CONTEXT, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -333,9 +333,20 @@ def test_a_run_under_nohup_is_not_stopped_by_a_hangup(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "on\n")
 
 
-def test_ctrl_c_while_the_commands_are_imported_is_one_line() -> None:
-    script = "import sftdata.cli as cli\ndef stop() -> None:\n    raise KeyboardInterrupt\n"
-    script += "cli.build_app = stop\ncli.command()\n"
+@pytest.mark.parametrize("entry", ["sftdata.cli", "sftdata.__main__", "sfttrain.__main__"])
+def test_ctrl_c_while_the_commands_are_imported_is_one_line(entry: str) -> None:
+    script = f"""
+import sys
+from {entry} import command
+
+class Stop:
+    def find_spec(name, *_):
+        if name == "typer":  # which takes longest
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop)
+sys.exit(command())
+"""
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
     )
