@@ -105,7 +105,7 @@ def prepare(data: Path | list[Path], output: Path, **more: Any) -> list[str]:
 def reused(said: list[str]) -> tuple[int, int]:
     """Return how many slices were reused, and of how many."""
     (line,) = (line for line in said if "the inputs changed" in line)
-    found = re.search(r"(\d+) of (\d+) slices reused, (\d+) made anew", line)
+    found = re.search(r"(\d+) of (\d+) slices? reused, (\d+) made anew", line)
     assert found
     assert int(found[1]) + int(found[3]) == int(found[2])
     return int(found[1]), int(found[2])
