@@ -88,7 +88,7 @@ ODD: dict[str, tuple[list[Any], list[str], list[str] | None]] = {
         [{"instruction": "Q", "output": ["A", "B"]}], ["'output'", "a list of 2 strings"], Q_A
     ),
     "an object": ([{"question": "Q", "answer": {"text": "A", "id": 3}}], ["'answer'", "an object of text, id"], Q_A),
-    "a list of objects": ([{"question": "Q", "answer": [{"value": "A"}]}], ["'answer'", "a list of 1 objects of value"], Q_A),
+    "a list of objects": ([{"question": "Q", "answer": [{"value": "A"}]}], ["'answer'", "a list of 1 object of value"], Q_A),
     "a number in a prompt": ([{"prompt": 3, "completion": "A"}], ["'prompt'", "a number (3)"], ["3", "A"]),
     "a question that is a list": ([{"question": ["Q"], "answer": "A"}], ["'question'", "a list of 1 strings"], Q_A),
     "a text that is a list": ([{"text": ["A", "B"]}], ["'text'", "a list of 2 strings"], ["A"]),
