@@ -17,7 +17,10 @@ from tests.object_stores import Bucket, bucket  # noqa: F401  a fixture
 from tests.torture.runs import content, prepare, write_chats
 
 SETS = Path(__file__).parents[1] / "sets"
-REFUSED = "files that the set was not made with: {}; replacing it would delete them. Fix: move them out of {}, or choose another -o"
+REFUSED = (
+    "files that the set was not made with: {}; replacing it would delete them."
+    " Fix: move them out of {}, or choose another -o"
+)
 
 
 @pytest.fixture
