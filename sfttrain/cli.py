@@ -180,6 +180,9 @@ def plan(settings: TrainConfig) -> None:
     It is the plan of a fresh run on so many processes as `plan` itself is started on; no weights are loaded.
     """
     from sfttrain.process import rank
+    from sfttrain.refusals import open_sets
+
+    open_sets(settings)  # what is wrong with them is said before torch is imported, which takes seconds
     from sfttrain.training import plan_run
 
     lines = plan_run(settings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -341,13 +343,22 @@ def test_config_prints_what_run_would_use(
 
 
 def test_help_is_light() -> None:
-    import subprocess
-    import sys
-
     script = (
         "import sys; from sfttrain.cli import main; main(['run', '--help']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_a_plan_of_a_set_that_is_not_there_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from sfttrain.cli import main;"
+        "code = main(['plan', 'nowhere', '--model', 'm', '-o', 'out']); sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("nowhere: no such folder.")
 
 
 def _log(output: Path) -> list[dict[str, Any]]:
