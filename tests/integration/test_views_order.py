@@ -193,7 +193,7 @@ def test_steps_are_in_the_manifest_and_measured_from_the_rows(base: Path, tmp_pa
     assert balance.mean <= 1.01 < balance.shuffled
     assert any(f"{balance.mean:.3f} times the mean work" in note for note in said)
     assert any(note.endswith(f" if rows were shuffled{balance.incomplete}.") for note in said)
-    assert any("Cost of rows: of config.json, 1 layers" in note for note in said)
+    assert any("Cost of rows: of config.json, 1 layer, " in note for note in said)
     view(tmp_path / "plain", base, max_length=256)
     assert measure_balance(open_set(tmp_path / "plain")) is None
 
