@@ -28,7 +28,10 @@ PREPARE = 24e6  # bytes a second and core, as of docs/scale.md
 TIMED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from sftdata.sources.source import open_source, plan_source
+try:
+    from sftdata.sources.source import open_source, plan_source
+except ImportError:  # of the first version
+    from sftdata.read.source import open_source, plan_source
 source = open_source(sys.argv[2])
 started = time.process_time()
 plan_source(source, 0, 1 << 20)

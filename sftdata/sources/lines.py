@@ -271,10 +271,8 @@ def _record_ends(data: bytes, delimiter: bytes) -> tuple[Int64, Int64]:
     quotes breaks that; there, fields are followed one by one.
     """
     codes = np.frombuffer(data, np.uint8)
-    found = np.flatnonzero((codes == _QUOTE) | (codes == _NEWLINE))
-    is_quote = codes[found] == _QUOTE
-    newlines, quotes = found[~is_quote], found[is_quote]
-    ending = np.cumsum(is_quote)[~is_quote] % 2 == 0
+    newlines, quotes = np.flatnonzero(codes == _NEWLINE), np.flatnonzero(codes == _QUOTE)
+    ending = np.searchsorted(quotes, newlines) % 2 == 0
     if len(quotes):
         opening = quotes[0::2]
         before = codes[opening - 1]
