@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_files(Path(folder))
         for path in paths:
-            compare(path, [here, *([options.beside] if options.beside else [])], options.repeat)
+            compare(path, [here, *([options.beside.resolve()] if options.beside else [])], options.repeat)
         share(paths[0], options.repeat)
     print(
         subprocess.run(

@@ -3,14 +3,16 @@
     SET.partial.parts/marks/NAME    of one range, named by the file as it is and by how it is scanned
     SET/builds/marks/NAME           the same in an object store
 
-Nobody waits. A part scans its share, then what no other has scanned by then, the others' shares from their
-ends: together, parts scan each range about once, and any one of them alone scans them all.
+No part depends on another. Each scans its share, gives the others as long as that took, and then scans what
+is still missing, in an order of its own: together, parts scan each range about once, and any one of them
+alone scans them all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +39,7 @@ from sftdata.version import __version__
 from sftdata.workers import Workers
 
 MARKS = "marks"
+_LOOKS = 16  # at what others have left, in the time that a part gives them
 Place: TypeAlias = Path | StoreUrl
 
 
@@ -60,23 +63,34 @@ def marked(
     states = {source: _state(source) for source in dict.fromkeys(one.source for one in stretches)}
     names = [_name(sizes, stretch, states[stretch.source]) for stretch in stretches]
     work = [
-        (name, stretches[index])
-        for index in in_order(lengths, *share).tolist()
-        if (name := names[index]) is not None
+        [(name, stretches[index]) for index in indices.tolist() if (name := names[index]) is not None]
+        for indices in in_order(lengths, *share)
     ]
-    crew = workers if large else Workers(1)
-    for _ in crew.map(_leave, (place, sizes), work, load_nothing):
+    crew, began = workers if large else Workers(1), time.monotonic()
+    for _ in crew.map(_leave, (place, sizes), work[0], load_nothing):
+        pass
+    _wait(place, {name for name, _ in work[1]}, time.monotonic() - began)
+    for _ in crew.map(_leave, (place, sizes), work[1], load_nothing):
         pass
     for name, stretch in zip(names, stretches, strict=True):
         yield (name and _left(place, name, stretch)) or scan(sizes, stretch)
 
 
-def in_order(lengths: Int64, number: int, of: int) -> Int64:
-    """Return the order in which a part scans stretches: its own, then those of the parts behind it."""
-    owner = (np.cumsum(lengths) - lengths) * of // max(int(lengths.sum()), 1)
-    turn = (owner - number) % of
-    places = np.arange(len(lengths))
-    return np.lexsort((np.where(turn == 0, places, -places), turn))
+def in_order(lengths: Int64, number: int, of: int) -> tuple[Int64, Int64]:
+    """Return the stretches of a part's share in order, and those of the others in one that no other part has.
+
+    A stretch in which one share ends and the next begins is scanned by the part that makes more of its rows.
+    """
+    owner = (2 * np.cumsum(lengths) - lengths) * of // max(2 * int(lengths.sum()), 1)
+    others = np.flatnonzero(owner != number)
+    return np.flatnonzero(owner == number), np.random.default_rng(number).permutation(others)
+
+
+def _wait(place: Place, names: set[str], seconds: float) -> None:
+    """Wait until others have left these marks, at most so long: they may be slow, dead or yet to start."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not names <= store_at(place).sizes().keys():
+        time.sleep(seconds / _LOOKS)
 
 
 def _leave(how: tuple[Place, Sizes], work: tuple[str, Stretch]) -> None:

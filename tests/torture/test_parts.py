@@ -6,8 +6,11 @@ import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Collection
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -227,20 +230,46 @@ def test_parts_scan_each_range_once(large: Path, tmp_path: Path, ranges: list[St
     assert content(tmp_path / "set") == content(tmp_path / "plain" / "set")
 
 
-def test_parts_at_once_scan_their_shares_and_help_the_slow() -> None:
-    lengths = np.full(100, 64 << 20)
-    for of in (1, 2, 7, 64):
-        done, total = set[int](), 0
-        orders = [iter(in_order(lengths, number, of).tolist()) for number in range(of)]
-        for step in range(3 * len(lengths)):
-            for number, order in enumerate(orders):
-                if number or step % 3 == 0:  # the first is slow
-                    found = next((index for index in order if index not in done), -1)
-                    total += found >= 0
-                    done |= {found} - {-1}
-        assert total == len(lengths)
-        shares = [sorted(in_order(lengths, number, of).tolist()) for number in range(of)]
-        assert shares == [[*range(100)]] * of
+def test_a_part_gives_others_the_time_of_its_share(
+    large: Path, tmp_path: Path, ranges: list[Stretch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second passes with each range that is scanned, and others take as long."""
+    slept = list[float]()
+    clock = SimpleNamespace(monotonic=lambda: len(ranges) + sum(slept), sleep=slept.append)
+    monkeypatch.setattr("sftdata.marking.time", clock)
+    assert not run(large, tmp_path / "alone", "1/3", slice_bytes=50_000)
+    count = len(ranges)
+    assert sum(slept) == len(in_order(np.full(count, 64 << 10), 0, 3)[0])
+    ranges.clear()
+    clock.sleep = lambda _: run(large, tmp_path / "set", "2/2", slice_bytes=50_000)
+    assert run(large, tmp_path / "set", "1/2", slice_bytes=50_000)
+    assert len(set(ranges)) == len(ranges) == count
+
+
+def scans(of: int, running: Collection[int], slow: Collection[int] = ()) -> float:
+    """Return how often each of 100 ranges is scanned by parts that run at once; others never start."""
+    lengths, done, total = np.full(100, 64 << 20), set[int](), 0
+    orders = {number: chain(*map(np.ndarray.tolist, in_order(lengths, number, of))) for number in running}
+    for step in range(3 * len(lengths)):
+        found = {
+            number: next((index for index in order if index not in done), -1)
+            for number, order in orders.items()
+            if number not in slow or step % 3 == 0
+        }
+        done |= {*found.values()} - {-1}
+        total += sum(index >= 0 for index in found.values())
+    assert len(done) == len(lengths)
+    return total / len(lengths)
+
+
+def test_parts_at_once_scan_their_shares_and_help_others() -> None:
+    for of in (1, 2, 7):
+        assert scans(of, range(of), slow=[0]) <= 1.1
+    assert scans(4, range(4)) == 1
+    assert scans(64, range(8)) <= 1.3  # each scanned them all while they helped in one order
+    for number in range(7):
+        own, others = in_order(np.arange(100), number, 7)
+        assert sorted([*own, *others]) == [*range(100)]
 
 
 def test_marks_of_what_a_file_held_before_are_thrown_away(
