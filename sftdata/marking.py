@@ -38,7 +38,6 @@ from sftdata.sources.tables import stamp_of
 from sftdata.version import __version__
 from sftdata.workers import Workers
 
-MARKS = "marks"
 _LOOKS = 16  # at what others have left, in the time that a part gives them
 Place: TypeAlias = Path | StoreUrl
 

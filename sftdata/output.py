@@ -260,6 +260,9 @@ def output_at(path: str | Path, flag: str = "-o") -> Path | StoreUrl:
     if not folder:
         found = "a bucket" if bucket else "no bucket"
         raise UsageError(f"{flag} {scheme}://{bucket}: {found}; expected a folder in one.", f"{flag} {url}")
+    if {"", ".", ".."}.intersection(folder.split("/")) or not folder.isprintable():
+        what = f"{flag} {url}: names no folder."
+        raise UsageError(what, "leave out what is empty, `.`, `..` and what is not printed.")
     return url
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from sftdata.config import PrepareConfig
 from sftdata.errors import InputChangedError, SftError, UsageError
-from sftdata.marking import MARKS, marked
+from sftdata.marking import marked
 from sftdata.output import Progress, StoreUrl, behind_links, counted
 from sftdata.pipeline import keep_unchanged
 from sftdata.plan import Plan, software
@@ -35,7 +35,7 @@ from sftdata.run import build_set, conclude, differences, planned, run_tasks
 from sftdata.set.build import Build, made_otherwise, refuse_foreign, sweep_choice, unfinished
 from sftdata.set.making import ShardResult
 from sftdata.set.manifest import Manifest, format_version, parts_folder
-from sftdata.set.shared import BUILDS, SharedBuild, StoredBuild, finished_at, shared_build
+from sftdata.set.shared import BUILDS, MARKS, SharedBuild, StoredBuild, finished_at, shared_build
 from sftdata.set.stores import store_at
 from sftdata.sources.planning import Scanned
 from sftdata.tasks import Tasks

@@ -436,9 +436,11 @@ def summary_lines(manifest: Manifest, folder: Path | StoreUrl) -> list[str]:
     if counters:
         lines.append(f"  counted {', '.join(counters)}")
     if sum(ledger.rows_rejected.values()):
+        from sftdata.set.stores import files_of
+
         code = max(ledger.rows_rejected, key=lambda name: ledger.rows_rejected[name])
         lines.append(
-            f"  rejects {folder / 'rejects.jsonl'}: fix the rows there and prepare that file too;"
+            f"  rejects {files_of(folder)}/rejects.jsonl: fix the rows there and prepare that file too;"
             f" sftdata explain {code}"
         )
     return lines

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from typing import Any
+from urllib.parse import quote
 
 from sftdata.errors import SftError, UsageError, need, without_secrets
 from sftdata.sources.remote import EXTRAS, KEYS
@@ -49,7 +50,7 @@ def connect(url: str) -> object:
     options = _CLIENT | {"allow_http": str(config.pop("at", "")).startswith("http://")}
     with explained_store(url):
         return library(url).store.from_url(
-            f"{_ALSO.get(scheme, scheme)}://{rest}",
+            f"{_ALSO.get(scheme, scheme)}://{quote(rest, safe='/@:')}",  # a key may hold `#` and `%`
             config=config, credential_provider=provider, client_options=options, retry_config=_RETRIES,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ A build without `plan.json` that is not the set has been replaced, and is remove
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -29,7 +30,8 @@ from sftdata.set.manifest import MANIFEST_NAME, Manifest, decode_manifest, parts
 from sftdata.set.store import HashingSink, explained, link_file, remove
 from sftdata.set.stores import Found, Objects, Pointer, followed, put_bytes, set_at, sides_of
 
-BUILDS = "builds"
+BUILDS, MARKS = "builds", "marks"
+_OURS = re.compile(rf"[0-9a-f]{{16}}(-anew)?|{MARKS}")  # other entries of that folder are others'
 
 
 class SharedBuild(Build):
@@ -164,7 +166,8 @@ class StoredBuild(Making):
         sizes, now = self._root.sizes(BUILDS), self._root.find(MANIFEST_NAME)
         found = self.target if now is None else followed(self.target, now.data)
         live, here = (place.removeprefix(f"{self.target}/") for place in (found, self.place))
-        builds = {"/".join(name.split("/")[:2]) for name in sizes}
+        found_there = {name.split("/")[1] for name in sizes}
+        builds = {f"{BUILDS}/{name}" for name in found_there if _OURS.fullmatch(name)}
         own = (here, f"{here}-anew")
         left = {name for name in builds if f"{name}/{PLAN}" not in sizes or name in own} - {live}
         left |= {f"{live}/{PLAN}", *(f"{live}/{side}{SLICES}" for side in ("", "train/", "eval/"))}

@@ -130,6 +130,16 @@ def test_inputs_from_anywhere_make_the_same_set_in_a_store(
             }
 
 
+def test_a_key_holds_any_character(s3: str, data: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    odd, plain = "odd/a#b/p%20c é+[1]", ("odd/a", "odd/a#b/p c é+[1]")
+    sftdata.prepare(**settings(data, f"s3://bucket/{odd}"))
+    assert files(s3, odd) == whole
+    assert not any(objects(s3, name) for name in plain)
+    sftdata.push(f"s3://bucket/{odd}", f"s3://bucket/{odd}%23")
+    assert sftdata.open(f"s3://bucket/{odd}%23").manifest.digest in whole[MANIFEST_NAME].decode()
+    assert len(objects(s3, f"{odd}%23")) == len(whole)
+
+
 def tmp_of(found: dict[str, bytes], folder: Path) -> Path:
     """Write files as a folder."""
     for name, text in found.items():

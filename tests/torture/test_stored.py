@@ -78,6 +78,22 @@ def test_a_set_in_a_store_has_the_bytes_of_one_in_a_folder(
     assert not bucket.changes
 
 
+def test_what_others_keep_in_a_folder_called_builds_stays(
+    data: Path, whole: dict[str, bytes], bucket: Bucket
+) -> None:
+    inner = "s3://bucket/team/builds/chats"
+    bucket.objects[f"{SET}/builds/linux/app"] = bucket.objects[f"{SET}/builds/notes.txt"] = b"theirs"
+    sftdata.prepare(**settings(data, inner))
+    before = dict(bucket.objects)
+    for output in (SET, "s3://bucket/team"):
+        sftdata.prepare(**settings(data, output))
+        sftdata.prepare(**settings(data, output, overwrite=True, max_length=32))
+        assert before.items() <= bucket.objects.items()
+        assert len(bucket.objects) - len(before) == len(whole) + 1, "what it replaced is gone"
+        before = dict(bucket.objects)
+    assert sftdata.verify(inner).problems == []
+
+
 def test_other_settings_replace_it_only_if_asked(data: Path, whole: dict[str, bytes], bucket: Bucket) -> None:
     run(data, max_length=32)
     old = dict(bucket.objects)
@@ -433,7 +449,11 @@ def test_the_command_says_what_it_has_made(
     assert main([*command, "--part", "1/2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"part": "1/2", "finished": False}
     assert main(command) == 0
-    assert f"{SET}: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{SET}: " in said
+    assert said.partition("rejects s3://")[2].partition(": fix")[0] in {
+        key[len("s3://") :] for key in bucket.objects
+    }
     assert is_whole(bucket, whole)
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(whole[MANIFEST_NAME])

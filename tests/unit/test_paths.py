@@ -47,6 +47,8 @@ def test_a_set_in_a_store_takes_its_client(
     ("s3://me:secret@bucket/set", "-o s3://bucket/set: came with a login or a query. Fix: leave it out"),
     ("s3://bucket/set?sig=secret", "-o s3://bucket/set: came with a login or a query. Fix: leave it out"),
     ("s3://", "no bucket; expected a folder in one. Fix: -o s3://BUCKET/set"),
+    ("s3://bucket/a/../b", "-o s3://bucket/a/../b: names no folder. Fix: leave out what is empty, `.`, `..` and"),
+    ("s3://bucket/a\tb", "b: names no folder. Fix: leave out what is empty, `.`, `..` and what is not printed."),
 ])  # fmt: skip
 def test_a_set_needs_a_place_in_its_bucket(
     rows: Path, capsys: pytest.CaptureFixture[str], url: str, said: str
