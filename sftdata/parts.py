@@ -198,8 +198,9 @@ def _prepare(config: PrepareConfig, run: Run, part: Part | None, scan: Scanned |
 
 def end(output: Path | StoreUrl, plan: Plan) -> None:
     """Remove what was made of a plan on the way to the set that stands now."""
-    for one in (plan, plan.by_reference()):
-        _shared(output, one).end()
+    builds = [_shared(output, one) for one in (plan, plan.by_reference())]
+    for build in {build.place: build for build in builds}.values():
+        build.end()
 
 
 def make_documents(config: PrepareConfig, plan: Plan, run: Run) -> StoreUrl:

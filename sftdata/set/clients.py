@@ -47,7 +47,10 @@ def connect(url: str) -> object:
     """
     scheme, _, rest = url.partition("://")
     config, provider = {"s3": _of_aws, "gcs": _of_google, "azure": _of_azure}[EXTRAS[scheme]](url)
-    options = _CLIENT | {"allow_http": str(config.pop("at", "")).startswith("http://")}
+    if (at := str(config.pop("at", ""))) and not re.fullmatch(r"https?://[^\s/][^\s]*", at):  # it would panic
+        what = f"{without_secrets(url)}: the endpoint {without_secrets(at)} is no URL."
+        raise UsageError(what, "begin it with https://, or with http://.")
+    options = _CLIENT | {"allow_http": at.startswith("http://")}
     with explained_store(url):
         return library(url).store.from_url(
             f"{_ALSO.get(scheme, scheme)}://{quote(rest, safe='/@:')}",  # a key may hold `#` and `%`
@@ -149,6 +152,10 @@ _REFUSALS = {  # what a store, or its client, says: what is wrong, and the fix; 
     "InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|ExpiredToken|AuthenticationFailed"
     "|Invalid Access Key|invalid_grant": ("the credentials are refused", "check {keys}."),
     "401 Unauthorized|403 Forbidden": ("access is denied", "check that {keys} may read and write there."),
+    "InvalidPathError": (
+        "another object there has a name that no file can have",
+        "remove it, or choose another folder.",
+    ),
     "405 Method|501 Not Impl": ("the store cannot do what a set needs", "choose another store for -o."),
     "404 Not Found": ("not there", "check the URL: the bucket, and the endpoint."),
 }
@@ -167,7 +174,7 @@ def explained_store(where: str) -> Iterator[None]:
         text = str(error)
         said = f"{type(error).__name__}: {' '.join(text.partition('Debug source')[0].split())[:300]}"
         for pattern, (what, fix) in _REFUSALS.items():
-            if re.search(pattern, text):
+            if re.search(pattern, f"{said} {text}"):
                 raise UsageError(f"{where}: {what} ({said}).", fix.format(keys=keys, again=_AGAIN)) from None
         what = f"{where}: failed, several times where that may help ({said})."
         raise SftError(what, f"check the endpoint, or {_AGAIN}") from None

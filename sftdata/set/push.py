@@ -126,7 +126,7 @@ def _to_store(load: _Load, url: str) -> int:
             load.on_sent(number, len(load.files) + 1)
     if there is None and not store.create(MANIFEST_NAME, load.manifest):
         return _to_store(load, url)  # another push has finished
-    store.remove([MARK])
+    store.tidy([MARK])
     return len(missing) + (there is None)
 
 

@@ -159,7 +159,7 @@ class StoredBuild(Making):
         if not made and ((now := self._root.find(MANIFEST_NAME)) is None or now.data != text):
             raise made_otherwise(self.target, ["made meanwhile: its settings"])
         if before is not None:
-            self._root.remove(listed_files(before.data))  # of a set that was pushed there
+            self._root.tidy(listed_files(before.data))  # of a set that was pushed there
 
     def end(self) -> None:
         """Remove what the set needs no more, this build unless it is the set, and builds that it replaced."""
@@ -171,7 +171,7 @@ class StoredBuild(Making):
         own = (here, f"{here}-anew")
         left = {name for name in builds if f"{name}/{PLAN}" not in sizes or name in own} - {live}
         left |= {f"{live}/{PLAN}", *(f"{live}/{side}{SLICES}" for side in ("", "train/", "eval/"))}
-        self._root.remove(name for name in sizes if any(f"{name}/".startswith(f"{one}/") for one in left))
+        self._root.tidy(name for name in sizes if any(f"{name}/".startswith(f"{one}/") for one in left))
 
 
 def shared_build(target: Path | StoreUrl, name: str) -> SharedBuild | StoredBuild:

@@ -7,6 +7,7 @@ of several writers may do is create-only, or compare-and-swap; there is no lock,
 
 from __future__ import annotations
 
+import logging
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from sftdata.choosing import SIDES
-from sftdata.errors import IntegrityError, UsageError, without_secrets
+from sftdata.errors import IntegrityError, SftError, UsageError, without_secrets
 from sftdata.output import StoreUrl
 from sftdata.set.clients import connect, explained_store, library
 from sftdata.set.store import (
@@ -311,6 +312,14 @@ class Objects:
                     for name in names:
                         with suppress(FileNotFoundError):
                             delete([name])
+
+    def tidy(self, names: Iterable[str]) -> None:
+        """Remove objects that a finished set does not need; where that is refused they stay, aloud."""
+        try:
+            self.remove(names)
+        except SftError as error:
+            line = f"{self}: the set is whole; what it does not need stays: {error}"
+            logging.getLogger("sftdata").warning(line)
 
     @property
     def _connected(self) -> object:

@@ -39,6 +39,10 @@ METADATA = frozenset(
     }
 )
 _INDEX = ".index.json"  # of the shards of a checkpoint
+_OF_A_SET = re.compile(
+    r"(.*/)?(?:(?:rejects|dropped|counted|slices)\.jsonl|(?:manifest|plan)\.json|[a-z]+-\d{5,}\.arrow)"
+)
+_BUILD = re.compile(r"(?:(.*)/)?builds/[0-9a-f]{16}(?:-anew)?(?:/train|/eval)?")
 _SHOWN = 8  # names in a note
 
 
@@ -210,11 +214,13 @@ def _find_remote(url: str, notes: list[str]) -> Input:
     if "*" in url:
         found = objects_like(url)
         if not found:
-            raise UsageError(f"{url}: no file matches.", "check the pattern.")
+            raise UsageError(f"{url}: no file matches.", "check the bucket and the pattern.")
         base = url.partition("*")[0].rpartition("/")[0]
-        return Input(
-            url, tuple(_data_in(base, [name[len(base) + 1 :] for name in found], notes, named=True)), base
-        )
+        matched = {name[len(base) + 1 :]: itself for name, itself in found.items()}
+        named = {name for name, itself in matched.items() if itself}
+        if not (paths := tuple(_data_in(base, [*matched], notes, named))):
+            raise UsageError(f"{url}: matches no data; {' '.join(notes)}", "name the files themselves.")
+        return Input(url, paths, base)
     names = None if web or plain_name(url).endswith(DATA_SUFFIXES) else objects_below(url)
     if names is None:
         return Input(url, (url,), url.rpartition("/")[0], listed=True)
@@ -228,31 +234,56 @@ def _find_remote(url: str, notes: list[str]) -> Input:
     return Input(url, paths, base)
 
 
-def _data_in(base: str, names: Sequence[str], notes: list[str], *, named: bool = False) -> list[str]:
+def _data_in(
+    base: str, names: Sequence[str], notes: list[str], named: Collection[str] | None = None
+) -> list[str]:
     """Return the URLs of the data among the objects below one; the rest goes to the notes.
 
     Args:
-        named: by a pattern, so that any name is one of data.
+        named: those of a pattern, so that any name is one of data; None where all names are there.
 
     Raises:
         UsageError: what lies there is a finished set.
     """
     left_out, found = LeftOut(), list[str]()
-    beside = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == REJECTS}
-    sets = {folder for folder in beside if f"{folder}/manifest.json".lstrip("/") in names}
+    there = {*names}
+    for folder in (
+        {one[1] or "" for one in map(_OF_A_SET.fullmatch, names) if one} if named is not None else ()
+    ):
+        there.update(folder + name for name in objects_below(f"{base}/{folder}") or ())
+    sets = _sets_among(there)
     if "" in sets:
-        raise UsageError(f"{base}: a finished set, not rows.", "name the files that it is made from.")
+        raise UsageError(f"{base}: {sets['']}, not rows.", "name the files that it is made from.")
     for name in names:
         path = PurePosixPath(name)
         hidden = any(part.startswith(".") for part in path.parts)
-        if any(str(folder) in sets for folder in path.parents):
-            left_out.add(path, "of a finished set")
-        elif reason := "hidden" if hidden else _no_data(path, named=named):
+        if around := next((sets[str(folder)] for folder in path.parents if str(folder) in sets), ""):
+            left_out.add(path, f"of {around}")
+        elif reason := "hidden" if hidden else _no_data(path, named=name in (named or ())):
             left_out.add(path, reason)
         else:
             found.append(f"{base}/{name}")
     notes.extend(left_out.notes(base))
     return found
+
+
+def _sets_among(names: Collection[str]) -> dict[str, str]:
+    """Return the folders of sets among objects, and of each what `set_in` says.
+
+    Where a set is built in an object store, its files lie in one of `builds`, and its manifest names that.
+    """
+    sets = dict[str, str]()
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        start = f"{folder}/".lstrip("/")
+        if {start + "manifest.json", start + REJECTS} <= {*names}:
+            sets[folder] = "a finished set"
+        elif start + "plan.json" in names and any(name.startswith(f"{start}slices/") for name in names):
+            sets[folder] = "an unfinished set"
+        if folder in sets and (build := _BUILD.fullmatch(folder)):
+            around = build[1] or ""
+            whole = f"{around}/manifest.json".lstrip("/") in names
+            sets[around] = "a finished set" if whole else "an unfinished set"
+    return sets
 
 
 def _nearest(path: Path) -> str:

@@ -106,7 +106,7 @@ def objects_below(url: str) -> list[str] | None:
     def ask(store: AbstractFileSystem, path: str) -> list[str] | None:
         if not url.endswith("/") and not store.isdir(path):
             return None
-        return [name[len(path) :].lstrip("/") for name in store.find(path)]
+        return [name[len(path) :].removeprefix("/") for name in store.find(path)]
 
     return _ask(url, ask)
 
@@ -157,17 +157,25 @@ def _found_below(url: str) -> dict[str, Any]:
     return _ask(url, ask)
 
 
-def objects_like(pattern: str) -> list[str]:
-    """Return the URLs of the objects that a pattern matches, in order.
+def objects_like(pattern: str) -> dict[str, bool]:
+    """Return the URLs of the objects that a pattern matches, in order, or that lie in folders it matches.
+
+    Each with whether the pattern matches it itself.
 
     Raises:
         SftError: the store cannot be listed.
     """
     before = pattern.partition("*")[0].rpartition("/")[0]
 
-    def ask(store: AbstractFileSystem, path: str) -> list[str]:
-        known = len(store._strip_protocol(before))
-        return [before + match[known:] for match in store.glob(path)]
+    def ask(store: AbstractFileSystem, path: str) -> dict[str, bool]:
+        known, found, inside = len(store._strip_protocol(before)), dict[str, bool](), "\0"
+        for match, info in sorted(store.glob(path, detail=True).items()):
+            if info["type"] != "directory":
+                found[match] = True
+            elif not match.startswith(inside):
+                inside = f"{match}/"
+                found = dict.fromkeys(store.find(match), False) | found
+        return {before + match[known:]: found[match] for match in sorted(found)}
 
     return _ask(pattern, ask)
 
@@ -460,7 +468,7 @@ def _explained(url: str) -> Iterator[None]:
         if not _is_final(error):
             attempts = "several" if extra in _PATIENT else len(_WAITS) + 1
             what = f"{url}: cannot be read; {attempts} attempts failed ({said})."
-            fix = "check the region and the endpoint, or run the same command again later."
+            fix = "check region, endpoint and credentials, or run the same command again later."
             raise SftError(what, fix) from None
         if "Credential" in type(error).__name__:
             raise UsageError(f"{url}: no credentials ({said}).", f"set {keys}.") from None

@@ -310,7 +310,7 @@ def test_nobody_listens(cloud: Cloud, data: Path, tmp_path: Path, monkeypatch: p
     said = refused(sftdata.prepare, **settings(data, cloud.url("set")))
     assert "Fix: check the endpoint, or run the same command again" in said
     said = refused(sftdata.prepare, **settings(cloud.url("in.jsonl"), tmp_path / "set"))  # type: ignore[arg-type]
-    assert "Fix: check the region and the endpoint" in said
+    assert "Fix: check region, endpoint and credentials" in said
 
 
 def test_no_credentials(

@@ -149,6 +149,43 @@ def test_a_finished_set_in_a_bucket_is_no_input(bucket: Counter, files: Path, tm
         expand_inputs(["s3://bucket/sets"])
 
 
+def test_sets_built_in_a_bucket_are_left_out_aloud(bucket: Counter, files: Path) -> None:
+    import s3fs
+
+    need_packages("obstore")
+    more = {"tokenizer": TOKENIZER, "max_length": 64, "max_rejects": "50%", "workers": 1}
+    for name, how in (("one", {}), ("two", {"eval": "30%"})):
+        sftdata.prepare(files / "a.jsonl", output=f"s3://bucket/mixed/{name}", **how, **more)
+    config = make_config(
+        inputs=[files / "a.jsonl"], output="s3://bucket/mixed/three", slice_bytes=5_000, **more
+    )
+    parts.prepare(config, Workers(1), part=parts.Part(1, 9))
+    store = s3fs.S3FileSystem()
+    store.pipe_file("bucket/mixed/rows.jsonl", b"{}")
+    store.pipe_file("bucket/mixed//twice.jsonl", b"{}")
+    store.pipe_file("bucket/mixed/own/manifest.json", b"{}")
+    names = [f"s3://bucket/mixed/{name}" for name in ("/twice.jsonl", "own/manifest.json", "rows.jsonl")]
+    for pattern, kept in (
+        ("", names),
+        ("/*", names[1:]),
+        ("/**", names),
+        ("/**/*.json", names[1:2]),
+        ("/**/*.jsonl", names[2:]),
+    ):
+        found, notes = expand_inputs([f"s3://bucket/mixed{pattern}"])
+        assert sorted(found) == kept, pattern
+        assert any("(of a finished set)" in note for note in notes)
+    with pytest.raises(UsageError, match=r"one\*/\*: matches no data; .*\(of a finished set\)"):
+        expand_inputs(["s3://bucket/mixed/one*/*"])
+    for name, what in (
+        ("one", "a finished"),
+        ("two", "a finished"),
+        ("three", "an unfinished"),
+    ):
+        with pytest.raises(UsageError, match=f"s3://bucket/mixed/{name}: .*{what} set"):
+            expand_inputs([f"s3://bucket/mixed/{name}"])
+
+
 def _part(number: int, url: str, output: Path, step: Barrier) -> None:
     """Make a part, in step with the others: each scans one range, then the next."""
 

@@ -130,6 +130,31 @@ def test_inputs_from_anywhere_make_the_same_set_in_a_store(
             }
 
 
+def test_an_endpoint_without_a_scheme_and_an_odd_neighbour_are_one_line(
+    s3: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.session import get_session
+
+    sftdata.prepare(**settings(data, "s3://bucket/near"))
+    client = get_session().create_client("s3", endpoint_url=s3)
+    client.put_object(Bucket="bucket", Key="near/builds//x", Body=b"")
+    with pytest.raises(
+        UsageError, match=r"has a name that no file can have .*InvalidPath.* Fix: remove it, or"
+    ):
+        sftdata.prepare(**settings(data, "s3://bucket/near"))
+    client.delete_object(Bucket="bucket", Key="near/builds//x")
+    sftdata.prepare(**settings(data, "s3://bucket/near"))
+    bare = s3.partition("://")[2]
+    monkeypatch.setenv(ENDPOINT, bare)
+    stores.connect.cache_clear()
+    with pytest.raises(
+        UsageError, match=f"bucket/near/.*: the endpoint {bare} is no URL. Fix: begin it with https"
+    ):
+        sftdata.prepare(**settings(data, "s3://bucket/near"))
+    monkeypatch.setenv(ENDPOINT, f"http://{bare}")
+    sftdata.prepare(**settings(data, "s3://bucket/near"))
+
+
 def test_a_key_holds_any_character(s3: str, data: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     odd, plain = "odd/a#b/p%20c é+[1]", ("odd/a", "odd/a#b/p c é+[1]")
     sftdata.prepare(**settings(data, f"s3://bucket/{odd}"))

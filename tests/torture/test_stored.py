@@ -78,6 +78,31 @@ def test_a_set_in_a_store_has_the_bytes_of_one_in_a_folder(
     assert not bucket.changes
 
 
+def test_a_set_is_made_where_nothing_may_be_removed(
+    data: Path, whole: dict[str, bytes], bucket: Bucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(operation: str, key: str) -> None:
+        if operation == "delete":
+            raise PermissionError("403 Forbidden")
+
+    bucket.answer = refuse
+    for _ in range(2):
+        sftdata.prepare(**settings(data, SET))
+        assert files(bucket).items() >= whole.items()
+        line = f"{SET}: the set is whole; what it does not need stays: {SET}: access is denied"
+        assert caplog.text.count(line) == 1
+        caplog.clear()
+    sftdata.prepare(**settings(data, SET, overwrite=True, max_length=32))
+    assert sftdata.verify(SET).problems == []
+    sftdata.prepare(**settings(data, tmp_path / "set"))
+    sftdata.push(tmp_path / "set", "s3://bucket/pushed")
+    assert "s3://bucket/pushed: the set is whole" in caplog.text
+    sftdata.prepare(**settings(data, "s3://bucket/pushed", overwrite=True, max_length=32))
+    bucket.answer = lambda operation, key: None
+    sftdata.prepare(**settings(data, SET, overwrite=True))
+    assert files(bucket) == whole
+
+
 def test_what_others_keep_in_a_folder_called_builds_stays(
     data: Path, whole: dict[str, bytes], bucket: Bucket
 ) -> None:
