@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from sftdata.config import PrepareConfig
 from sftdata.errors import InputChangedError, SftError, UsageError
 from sftdata.marking import marked
 from sftdata.output import Progress, StoreUrl, behind_links, counted
-from sftdata.pipeline import keep_unchanged
+from sftdata.pipeline import keep_unchanged, scanned
 from sftdata.plan import Plan, software
 from sftdata.run import build_set, conclude, differences, planned, run_tasks
 from sftdata.set.build import Build, made_otherwise, refuse_foreign, sweep_choice, unfinished
@@ -166,34 +166,43 @@ def prepare(
     Raises:
         SftError: whatever stops the run; finished slices are kept, and the same command continues.
     """
-    if part is not None and config.chooses:
-        what = f"--part {part}: a set is chosen from all of its documents, which are in no part."
-        raise UsageError(what, "prepare all of them in parts; `sftdata view` chooses from the set.")
-    output = config.output
+    with scanning(config.output, part, workers) as scan:
+        config, old, plan = planned(config, workers, note, scan)
+        output = config.output
+        made = make(config, plan, old, Run(workers, progress, note), part)
+        if made is not None:
+            if isinstance(output, Path):
+                sweep_choice(output, discard=config.overwrite)
+            end(output, plan)
+        return made
+
+
+@contextmanager
+def scanning(output: Path | StoreUrl, part: Part | None, workers: Workers) -> Iterator[Scanned]:
+    """Give those who scan the inputs: parts share that, and leave what they found beside their slices."""
     builds = parts_folder(behind_links(output)) if isinstance(output, Path) else output / BUILDS
-    marks, scan = builds / MARKS, None
+    marks, scan = builds / MARKS, Scanned(partial(scanned, workers))
     if part is not None or store_at(marks).sizes():
         share = (0, 1) if part is None else (part.number - 1, part.of)
         scan = Scanned(partial(marked, marks, share, workers), whole=part is None)
     try:
-        return _prepare(config, Run(workers, progress, note), part, scan)
+        yield scan
     except InputChangedError:  # they may be of what was there before
         store_at(marks).remove(store_at(marks).sizes())
         raise
 
 
-def _prepare(config: PrepareConfig, run: Run, part: Part | None, scan: Scanned | None) -> Manifest | None:
-    config, old, plan = planned(config, run.workers, run.note, scan)
-    output = config.output
-    if part is None and not _begun(output, plan, run.note):
-        made: Manifest | None = build_set(config, plan, old, run.workers, run.progress, run.note)
-    else:
-        made = _build(config, plan, old, run, part)
-    if made is not None:
-        if isinstance(output, Path):
-            sweep_choice(output, discard=config.overwrite)
-        end(output, plan)
-    return made
+def make(
+    config: PrepareConfig, plan: Plan, old: Manifest | None, run: Run, part: Part | None
+) -> Manifest | None:
+    """Make the slices of a part, and the set where none is missing; what others left on the way to it stays.
+
+    Args:
+        old: what stands at the output.
+    """
+    if part is None and not _begun(config.output, plan, run.note):
+        return build_set(config, plan, old, run.workers, run.progress, run.note)
+    return _build(config, plan, old, run, part)
 
 
 def end(output: Path | StoreUrl, plan: Plan) -> None:
@@ -203,14 +212,14 @@ def end(output: Path | StoreUrl, plan: Plan) -> None:
         build.end()
 
 
-def make_documents(config: PrepareConfig, plan: Plan, run: Run) -> StoreUrl:
+def make_documents(config: PrepareConfig, plan: Plan, run: Run, part: Part | None) -> StoreUrl | None:
     """Make the set of all documents in the builds of an object store, for another to be chosen from it.
 
     Returns:
-        Where it is.
+        Where it is; None where other parts have slices to make.
     """
-    made = _prepare_slices(config, plan, run, None, anew=True)
-    assert made is not None, "no part was asked for"
+    if (made := _prepare_slices(config, plan, run, part, anew=True)) is None:
+        return None
     assert isinstance(made.build, StoredBuild)
     made.build.complete(conclude(made.plan, made.results, made.build), *made.given)
     return made.build.place

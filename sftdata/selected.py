@@ -10,6 +10,7 @@ nothing, say, the documents stay and are not tokenized again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,14 +21,15 @@ from sftdata.choosing import SIDES, folders_of
 from sftdata.config import PrepareConfig
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.output import Progress, StoreUrl, behind_links
-from sftdata.parts import Run, end, make_documents
+from sftdata.parts import Part, Run, end, make, make_documents, scanning
 from sftdata.pipeline import load_engine
 from sftdata.plan import MOVING, Plan, inputs_of, make_plan
-from sftdata.run import build_set, note_padding, other_pictures
+from sftdata.run import note_padding, other_pictures
 from sftdata.set.build import Build, finished_set, made_otherwise, refuse_foreign, unfinished
-from sftdata.set.manifest import Manifest, documents_folder, read_manifest
+from sftdata.set.manifest import Manifest, documents_folder, parts_folder, read_manifest
 from sftdata.set.shared import BUILDS, finished_sets
 from sftdata.settings import check_settings
+from sftdata.sources.planning import Scanned
 from sftdata.views.plan import named_selection
 from sftdata.views.recipe import ViewConfig
 from sftdata.views.select import named, read_excluded, shared_out
@@ -43,24 +45,39 @@ def prepare(
     workers: Workers,
     progress: OnProgress | None = None,
     note: OnNote = lambda _: None,
+    part: Part | None = None,
 ) -> tuple[Manifest, ...]:
-    """Build a set, or both sides of a split; return the manifest of each.
+    """Build a set, or both sides of a split; return the manifest of each, of none where parts are missing.
 
     Args:
         config: the settings, some of which choose.
         workers: of `launch.start_workers`.
         progress: called after each task, and after each shard of what is chosen.
         note: called with each decision made for the user, in one sentence.
+        part: make its slices of all documents alone; whoever finds all of them chooses.
 
     Raises:
         SftError: whatever stops the run; finished tasks are kept, and the same command continues.
     """
-    if isinstance(config.output, Path):
-        config = config.model_copy(update={"output": behind_links(config.output)})
+    output = config.output
+    if isinstance(output, Path):
+        config = config.model_copy(update={"output": behind_links(output)})
+        output = documents_folder(behind_links(output))
+    with scanning(output, part, workers) as scan:
+        return _prepare(config, Run(workers, progress, note), part, scan)
+
+
+def _prepare(config: PrepareConfig, run: Run, part: Part | None, scan: Scanned) -> tuple[Manifest, ...]:
+    note = run.note
     view = _recipe(config)
     refuse_nested(view)
     old = _finished(config)
-    plan = make_plan(config, lambda tokenizer: workers.begin(load_engine, (tokenizer, config.engine)), note)
+    plan = make_plan(
+        config,
+        lambda tokenizer: run.workers.begin(load_engine, (tokenizer, config.engine)),
+        note,
+        scan,
+    )
     _refuse_unknown(plan, view)
     for sentence in plan.notes:
         note(sentence)
@@ -81,44 +98,64 @@ def prepare(
         )
     _refuse_begun(config)
     note_padding(plan, note)
-    made = _choose(config, plan, view, workers, progress, note)
-    _sweep(plan, config.output)
+    try:
+        made = _choose(config, plan, view, run, part) or _standing(config, plan, view)
+    except (SftError, OSError):  # what it was reading may be gone, as another has finished
+        if not (made := _standing(config, plan, view)):
+            raise
+    if made:
+        _sweep(plan, config.output)
     return made
 
 
 def _choose(
-    config: PrepareConfig,
-    plan: Plan,
-    view: ViewConfig,
-    workers: Workers,
-    progress: OnProgress | None,
-    note: OnNote,
+    config: PrepareConfig, plan: Plan, view: ViewConfig, run: Run, part: Part | None
 ) -> tuple[Manifest, ...]:
-    """Prepare all documents, then make the view of them."""
+    """Prepare all documents, then make the view of them; none where parts of them are missing."""
+    prepared, written = _as_one(run.progress or (lambda now: None))
+    making = run._replace(progress=prepared)
+    if not isinstance(config.output, Path):
+        documents = make_documents(config, plan, making, part)
+        if documents is None:
+            return ()
+        return make_view(view.model_copy(update={"sets": (documents,)}), written, run.note, passing=True)
+    folder = documents_folder(config.output)
+    old = finished_set(folder, overwrite=config.overwrite)
+    beside = config.model_copy(update={"output": folder})
+    if make(beside, plan.at(folder), old, making, part) is None:
+        return ()
+    own = None  # where it was made in parts, others may choose at the same time
+    if (parts := parts_folder(folder)).is_dir():
+        own = parts / f"view.{os.urandom(4).hex()}"
+    try:
+        return make_view(view, written, run.note, passing=True, folder=own)
+    except (DataError, IntegrityError, UsageError):
+        if own is None:
+            _put_back(config.output)
+        raise
+
+
+def _as_one(progress: OnProgress) -> tuple[OnProgress, OnProgress]:
+    """Return what to call after each task, and after each shard of what is chosen: as in one run."""
     tokens = Progress(0, 0, 0, 0)
 
     def prepared(now: Progress) -> None:
         nonlocal tokens
         tokens = now
-        if progress:
-            progress(now)
+        progress(now)
 
     def written(now: Progress) -> None:
-        if progress:
-            progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
+        progress(now._replace(tokens=tokens.tokens + now.tokens, rejected=tokens.rejected))
 
-    if not isinstance(config.output, Path):
-        documents = make_documents(config, plan, Run(workers, prepared, note))
-        return make_view(view.model_copy(update={"sets": (documents,)}), written, note, passing=True)
-    folder = documents_folder(config.output)
-    old = finished_set(folder, overwrite=config.overwrite)
-    beside = config.model_copy(update={"output": folder})
-    build_set(beside, plan.at(folder), old, workers, prepared, note)
-    try:
-        return make_view(view, written, note, passing=True)
-    except (DataError, IntegrityError, UsageError):
-        _put_back(config.output)
-        raise
+    return prepared, written
+
+
+def _standing(config: PrepareConfig, plan: Plan, view: ViewConfig) -> tuple[Manifest, ...]:
+    """Return what another has finished meanwhile, of the same plan and choice."""
+    with suppress(SftError):
+        found = _finished(config)
+        return tuple(found) if found and not _difference(plan, view, found) else ()
+    return ()
 
 
 def _recipe(config: PrepareConfig) -> ViewConfig:
@@ -207,6 +244,7 @@ def _sweep(plan: Plan, output: Path | StoreUrl) -> None:
             documents.put_away()
     documents.sweep()
     Build(output).sweep()
+    end(documents.output, plan)
 
 
 def _put_back(output: Path) -> None:

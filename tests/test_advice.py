@@ -375,9 +375,6 @@ ELSEWHERE: dict[str, str] = {
     "export {}=N, the number of parts, or name the part, as --part 1/8.": (
         f"{_PARTS}::test_auto_reads_what_schedulers_say"
     ),
-    "prepare all of them in parts; `sftdata view` chooses from the set.": (
-        f"{_PARTS}::test_a_choice_is_made_from_a_set_made_in_parts"
-    ),
     "the last part, or the command without --part, finishes the set": (
         f"{_PARTS}::test_the_plain_command_finishes_what_parts_began"
     ),

@@ -193,14 +193,15 @@ def _prepare_sets(
 ) -> tuple[Manifest, ...]:
     """Return the manifest of each set; of none where other parts are missing."""
     # Imported here, and only what is needed: the leader of the workers starts up meanwhile.
-    if config.chooses and part is None:
-        from sftdata.selected import prepare as choose
-
-        return choose(config, workers, log.progress, log.note)
     from sftdata.parts import prepare as run
     from sftdata.parts import read_part
 
-    made = run(config, workers, log.progress, log.note, read_part(part) if part is not None else None)
+    one = read_part(part) if part is not None else None
+    if config.chooses:
+        from sftdata.selected import prepare as choose
+
+        return choose(config, workers, log.progress, log.note, one)
+    made = run(config, workers, log.progress, log.note, one)
     return (made,) if made is not None else ()
 
 

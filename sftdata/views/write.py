@@ -59,6 +59,7 @@ def make_view(
     say: Say = lambda _: None,
     *,
     passing: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Manifest, ...]:
     """Make a view, or both sides of a split; return the manifest of each.
 
@@ -67,6 +68,7 @@ def make_view(
         progress: called after each shard.
         say: told, in one sentence each, what was decided or realised.
         passing: the sets go away when the view is made, so that it does not name them.
+        folder: of this process, in which to build it; default: the one that the same command resumes.
 
     Raises:
         SftError: whatever stops it; what is finished is kept, and the same command goes on from there.
@@ -82,9 +84,9 @@ def make_view(
     if not isinstance(output, Path):
         return _store(config, output, plans, progress, say)
     if config.eval is not None:
-        return _make_split(config, output, plans, progress, say)
+        return _make_split(config, Build(output, folder), plans, progress, say)
     old = finished_set(output, overwrite=config.overwrite)
-    return (_write(plans()[0], output, old, progress, say),)
+    return (_write(plans()[0], Build(output, folder), old, progress, say),)
 
 
 def refuse_nested(config: ViewConfig) -> None:
@@ -122,19 +124,20 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _make_split(
-    config: ViewConfig, output: Path, plans: Plans, progress: OnProgress | None, say: Say
+    config: ViewConfig, build: Build, plans: Plans, progress: OnProgress | None, say: Say
 ) -> tuple[Manifest, ...]:
     """Make both sides of a split in a folder of their own, which takes its name when both are whole."""
+    output = build.output
     if not all((output / side / MANIFEST_NAME).exists() for side in SIDES):
         if finished_set(output, overwrite=config.overwrite) is not None and not config.overwrite:
             raise made_otherwise(output, ["eval"])
     elif not config.overwrite:
         sides = [(plan, output / side) for plan, side in zip(plans(), SIDES, strict=True)]
-        return tuple(_write(plan, place, read_manifest(place), progress, say) for plan, place in sides)
+        return tuple(_write(plan, Build(place), read_manifest(place), progress, say) for plan, place in sides)
     else:
         refuse_foreign(output)
     planned = plans()
-    with Build(output).locked() as both:
+    with build.locked() as both:
         if any(entry.name.partition(".")[0] not in SIDES for entry in both.folder.iterdir()):
             if both.kept() and not config.overwrite:
                 raise unfinished(both.folder, "an unfinished set, and no split")
@@ -142,7 +145,7 @@ def _make_split(
         made = []
         for plan, place in zip(planned, (both.folder / side for side in SIDES), strict=True):
             old = finished_set(place, overwrite=config.overwrite)
-            made.append(_write(replace(plan, output=place), place, old, progress, say))
+            made.append(_write(replace(plan, output=place), Build(place), old, progress, say))
         both.put_in_place()
     return tuple(made)
 
@@ -194,18 +197,18 @@ def _refuse_left_behind(plan: ViewPlan) -> None:
 
 
 def _write(
-    plan: ViewPlan, output: Path, old: Manifest | None, progress: OnProgress | None, say: Say
+    plan: ViewPlan, build: Build, old: Manifest | None, progress: OnProgress | None, say: Say
 ) -> Manifest:
     """Build a planned view, unless it is there already or only waits to be put in its place."""
-    overwrite = plan.config.overwrite
+    output, overwrite = build.output, plan.config.overwrite
     changed = [] if old is None else _difference(plan, old)
     if old is not None and not changed:
-        Build(output).sweep()
+        build.sweep()
         say(f"{output} is up to date: same sets, same settings.")
         return _repointed(plan, output, old)
     if changed and not overwrite:
         raise made_otherwise(output, changed)
-    with Build(output).locked() as build:
+    with build.locked():
         sealed = build.sealed()
         if sealed is not None and not _difference(plan, sealed):
             build.put_in_place()

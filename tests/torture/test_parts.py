@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sftdata
 from sftdata import parts
 from sftdata.cli import main
 from sftdata.config import make_config
@@ -299,23 +298,11 @@ def test_parts_of_other_settings_go_once_the_set_stands(data: Path, tmp_path: Pa
 
 def test_refusals(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
-    with pytest.raises(UsageError, match="chosen from all of its documents"):
-        run(data, output, "1/2", dedup="row")
     config = make_config(**settings(data, output))
     partial_folder(output).mkdir()
     (partial_folder(output) / "plan.json").write_text('{"a": 1}')
     with pytest.raises(UsageError, match="an unfinished set that is not made in parts"):
         prepare(config, Workers(1), part=Part(1, 2))
-
-
-def test_a_choice_is_made_from_a_set_made_in_parts(data: Path, tmp_path: Path) -> None:
-    for part in ("1/2", "2/2"):
-        run(data, tmp_path / "all", part)
-    sftdata.view(tmp_path / "all", output=tmp_path / "chosen", dedup="row", write=True)
-    sftdata.prepare(**settings(data, tmp_path / "direct", dedup="row"))
-    assert (tmp_path / "chosen" / "shard-00000.arrow").read_bytes() == (
-        tmp_path / "direct" / "shard-00000.arrow"
-    ).read_bytes()
 
 
 def test_one_that_loses_its_folder_as_it_finishes_puts_no_half_set_in_place(
