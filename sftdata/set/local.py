@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -143,7 +143,7 @@ def _mirrored(url: str, key: str | None) -> Path:
     if found is None:
         raise _not_a_set(url)
     folder = cache_root() / (key or xxhash.xxh3_128_hexdigest(found[0])) / url.replace("://", "/", 1)
-    if not (folder / MANIFEST_NAME).is_file():
+    if not _is_filled(folder):
         try:
             _fill(folder, url, *found)
         except IntegrityError:
@@ -154,16 +154,44 @@ def _mirrored(url: str, key: str | None) -> Path:
     return folder
 
 
+def _is_filled(folder: Path) -> bool:
+    """Say whether a mirror has its small files; of these, what is damaged is fetched again."""
+    path = folder / MANIFEST_NAME
+    try:
+        fetch(folder, _small(_listed(folder)))
+    except FileNotFoundError:
+        return False
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        _say(f"{path}: damaged in the cache; fetched again.")
+        return False
+    return True
+
+
+def _small(listed: Mapping[str, SetFile]) -> list[SetFile]:
+    return [file for file in listed.values() if not file.name.endswith(_AS_NEEDED)]
+
+
+def refilled(folder: Path) -> Path | None:
+    """Return the mirror again, its manifest fetched anew; None of what is no mirror."""
+    if (url := origin(folder)) is None:
+        return None
+    path = folder / MANIFEST_NAME
+    _say(f"{path}: damaged in the cache; fetched again.")
+    path.unlink(missing_ok=True)
+    _listed.cache_clear()
+    return local_folder(url)
+
+
 def _fill(folder: Path, url: str, found: bytes, place: str) -> None:
     """Copy the small files of a set to its mirror, the manifest last."""
     _stores[folder], manifest = _followed(url, found, place)
     try:
-        listed = listed_files(manifest).values()
+        small = _small(listed_files(manifest))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{url}/{MANIFEST_NAME}: not a manifest: {error}.", RESTORE) from None
     with explained_cache():
         folder.mkdir(parents=True, exist_ok=True)
-    fetch(folder, [file for file in listed if not file.name.endswith(_AS_NEEDED)])
+    fetch(folder, small)
     write_atomic(folder / MANIFEST_NAME, lambda sink: sink.write(manifest))
 
 

@@ -26,7 +26,7 @@ from sftdata.errors import ANEW, RESTORE, IntegrityError, SftError, Unit, UsageE
 from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
-from sftdata.set.local import local_folder
+from sftdata.set.local import local_folder, refilled
 from sftdata.set.shards import PACKS, ShardInfo
 from sftdata.set.shares import Share
 from sftdata.set.store import Count, SetFile, Sha256, TokenId, Xxh3, write_atomic
@@ -310,7 +310,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = local_folder(folder)
     path = folder / MANIFEST_NAME
-    return decode_manifest(_read_bytes(folder, path), str(path))
+    try:
+        return decode_manifest(_read_bytes(folder, path), str(path))
+    except IntegrityError:
+        if (again := refilled(folder)) is None:
+            raise
+    path = again / MANIFEST_NAME
+    return decode_manifest(_read_bytes(again, path), str(path))
 
 
 def decode_manifest(raw: bytes, path: str) -> Manifest:

@@ -192,6 +192,24 @@ def test_a_byte_that_flips_in_the_cache_is_noticed(
     assert arrows(web) == {name: 1 + (name == "shard-00001.arrow") for name in arrows(web)}
 
 
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "manifest.json", "README.md"])
+@pytest.mark.parametrize("left", [0, 0.5, 1])
+def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_again(
+    web: Web, chats: Path, cache: Path, caplog: pytest.LogCaptureFixture, name: str, left: float
+) -> None:
+    url = serve(web, chats)
+    rows_of(url)
+    (path,) = cache.rglob(name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * left)] if left < 1 else whole.replace(b"1", b"2", 1) + b" ")
+    local._sound.clear()  # as in another process
+    local._listed.cache_clear()
+    assert rows_of(url) == rows_of(chats)
+    assert path.read_bytes() == whole
+    assert f"{path}: damaged in the cache; fetched again." in caplog.text
+    assert set(arrows(web).values()) == {1}
+
+
 def test_a_set_that_is_replaced_never_mixes_with_the_old_one(web: Web, chats: Path, tmp_path: Path) -> None:
     url = serve(web, chats)
     opened = open_set(url)
