@@ -6,6 +6,7 @@ What was used longest ago makes room, whoever has it mapped: that process goes o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -164,6 +165,8 @@ def explained_cache() -> Iterator[None]:
         yield
     except OSError as error:
         fix = f"free some space, set {BOUND} to less, or SFTDATA_CACHE to a folder on another disk."
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            fix = "set SFTDATA_CACHE to a folder that you may write to."
         raise SftError(
             f"{cache_root()}: the cache cannot be written: {error.strerror or error}.", fix
         ) from None

@@ -187,6 +187,10 @@ def _describe(
     ledger.tokens_in = ledger.tokens
     ledger.tokens_cut = {"before": 0}
     ledger.counters |= {"turns": turns} if turns else {}
+    shards = tuple(_info(index, batch) for index, batch in enumerate(read.batches))
+    padding = ledger.tokens_trained - sum(shard.tokens_trained for shard in shards)  # that is trained
+    ledger.tokens_trained -= padding
+    ledger.tokens_context += padding
     lengths = np.sort(np.concatenate([np.diff(batch.row_offsets) for batch in read.batches]))
     longest = int(lengths[-1]) if len(lengths) > 1 and lengths[-1] == lengths[-2] else None
     return Manifest(
@@ -197,7 +201,7 @@ def _describe(
         ),
         sources=sources,
         ledger=ledger,
-        shards=tuple(_info(index, batch) for index, batch in enumerate(read.batches)),
+        shards=shards,
         notes=notes,
     )  # fmt: skip
 

@@ -142,6 +142,10 @@ def test_rows_of_padding_alone_and_padding_in_front_are_named(
     findings = found(tmp_path / "rows.jsonl", tokenizers["plain"])
     assert rows_of(findings["nothing-trained"]) == {1}
     assert rows_of(findings["padding-trained"]) == {3, 4}
+    opened = open_foreign(str(tmp_path / "rows.jsonl"), Rows(str(tokenizers["plain"])))
+    ledger = opened.manifest.ledger
+    assert (ledger.tokens_context, ledger.tokens) == (1, 2 * len(text) + 2), "one of each row of padding"
+    assert opened.evidence[1].endswith(f"{1 - 1 / ledger.tokens:.1%} of {ledger.tokens} tokens trained.")
     write_lines(tmp_path / "rows.jsonl", [{"input_ids": padding, "labels": [-100] * 4}])
     assert set(found(tmp_path / "rows.jsonl", tokenizers["plain"])) == {"nothing-trained"}
 

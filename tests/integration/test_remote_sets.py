@@ -192,6 +192,18 @@ def test_a_byte_that_flips_in_the_cache_is_noticed(
     assert arrows(web) == {name: 1 + (name == "shard-00001.arrow") for name in arrows(web)}
 
 
+def test_a_cache_that_cannot_be_made_is_one_line_whose_advice_works(
+    web: Web, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "file"))
+    said = f"{tmp_path}/file/sets: the cache cannot be written: Not a directory. Fix: set SFTDATA_CACHE to"
+    with pytest.raises(SftError, match=said):
+        rows_of(url := serve(web, chats))
+    monkeypatch.setenv("SFTDATA_CACHE", str(tmp_path / "cache"))
+    assert rows_of(url) == rows_of(chats)
+
+
 @pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "manifest.json", "README.md"])
 @pytest.mark.parametrize("left", [0, 0.5, 1])
 def test_a_small_file_that_is_damaged_in_the_cache_is_fetched_again(
