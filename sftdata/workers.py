@@ -42,6 +42,7 @@ Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+ASKED = 32  # objects, for their size
 _AHEAD = 10_000  # tasks handed in to an executor, which does not say how many workers it has
 
 
@@ -301,11 +302,11 @@ def _exists(output: Path | StoreUrl) -> bool:
 
 
 def _input_bytes(config: PrepareConfig) -> int:
-    """Return the size of the input, before any of it is read; objects are asked until that is large."""
-    size = 0
-    for path in expand_inputs(config.paths(config.inputs))[0]:
-        if is_url(path):
-            size += (state_of(path).size or 0) if size < FAST_ENGINE_MIN_BYTES else 0
-        elif Path(path).is_file():
-            size += Path(path).stat().st_size
+    """Return the size of the input, before any of it is read; of objects as some of them tell it."""
+    paths = expand_inputs(config.paths(config.inputs))[0]
+    size = sum(Path(path).stat().st_size for path in paths if not is_url(path) and Path(path).is_file())
+    urls = [path for path in paths if is_url(path)]
+    for path in urls[:ASKED]:
+        if size < FAST_ENGINE_MIN_BYTES:
+            size += (state_of(path).size or 0) * max(1, len(urls) // ASKED)
     return size

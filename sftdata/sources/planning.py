@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -30,10 +31,12 @@ from sftdata.sources.inputs import (
 )
 from sftdata.sources.marks import Marks
 from sftdata.sources.ranges import Sizes, Stretch, join, scan, stretches_of
+from sftdata.sources.remote import is_url
 from sftdata.sources.source import open_source, read_chunk
 
 Item = TypeVar("Item")
 Say = Callable[[str], object]
+_AT_ONCE = 8  # objects
 MANY = 20  # files that are still named one by one
 SECONDS = 10.0  # between two lines on the progress
 
@@ -91,10 +94,7 @@ def plan_inputs(
     chosen = [None if one.base is None else choose_files(one, split, notes) for one in groups]
     if split is None:
         paths = [path for one in found for path in one.paths]
-        sources = [
-            open_source(path, subset=subset, whole=scanned.whole)
-            for path in with_progress(paths, say, "Opened")
-        ]
+        sources = _opened(paths, partial(open_source, subset=subset, whole=scanned.whole), say)
         return plan_sources(sources, sizes, say, scanned), notes
     plans: list[SourcePlan] = []
     for one, files in zip(groups, chosen, strict=True):
@@ -102,17 +102,21 @@ def plan_inputs(
             plans += plan_sources([open_source(one.paths[0], split=split, subset=subset)], sizes)
             continue
         indices = sorted({index for some in files.splits.values() for index in some})
-        opened = plan_sources(
-            [
-                open_source(one.paths[index], whole=scanned.whole)
-                for index in with_progress(indices, say, "Opened")
-            ],
-            sizes,
-            say,
-            scanned,
-        )
+        paths = [one.paths[index] for index in indices]
+        sources = _opened(paths, partial(open_source, whole=scanned.whole), say)
+        opened = plan_sources(sources, sizes, say, scanned)
         plans += select_rows(one.name, files, dict(zip(indices, opened, strict=True)))
     return numbered(plans), notes
+
+
+def _opened(paths: Sequence[str], open_one: Callable[[str], Source], say: Say) -> list[Source]:
+    """Open inputs; of objects several at a time, as each takes three requests, which small ones wait for."""
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        found = pool.map(open_one, paths) if any(map(is_url, paths)) else map(open_one, paths)
+        return [next(found) for _ in with_progress(paths, say, "Opened")]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def plan_sources(

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ RANGE_BYTES = 8 << 20  # of one request
 HELD_BYTES = 64 << 10  # of a block that is kept or not
 _AT_ONCE = 4  # requests for a copy
 _WAITS = (0.5, 1.0, 2.0)  # seconds before each repetition of a request that may yet succeed
+_turn = threading.Lock()  # of those that look for room, which small copies hardly take
 _FOLDER = "sftdata-inputs-"
 _THERE = ".there"
 _ST_BLOCK = 512  # the unit of `st_blocks`
@@ -55,12 +57,7 @@ KEYS = {
     "hub": "HF_TOKEN",
 }
 _PATIENT = ("gcs", "azure")  # their clients repeat requests by themselves, for half a minute or more
-for _client in (
-    "gcsfs",
-    "google",
-    "adlfs",
-    "azure",
-):  # what they log, where nobody listens to it, they raise as well
+for _client in ("gcsfs", "google", "adlfs", "azure"):  # they raise what they log, where nobody listens
     logging.getLogger(_client).addHandler(logging.NullHandler())
 
 
@@ -203,7 +200,14 @@ def fetch(url: str) -> LocalCopy | None:
         SftError: it cannot be read, or changed meanwhile.
     """
     before = state_of(url)
-    folder = _folder()
+    with _turn:
+        folder = _folder()
+        if before.size is None or before.size > RANGE_BYTES:
+            return _copied(url, before, folder)
+    return _copied(url, before, folder)
+
+
+def _copied(url: str, before: State, folder: str) -> LocalCopy | None:
     if (before.size or 0) > _room(folder):
         return None
     descriptor, name = tempfile.mkstemp(dir=folder)
@@ -233,7 +237,8 @@ def hold(url: str) -> LocalCopy | None:
     state = state_of(url)
     if state.size is None:
         return None
-    descriptor, name = tempfile.mkstemp(dir=_folder())
+    with _turn:
+        descriptor, name = tempfile.mkstemp(dir=_folder())
     os.truncate(descriptor, state.size)
     os.close(descriptor)
     Path(name + _THERE).touch()
@@ -438,14 +443,8 @@ def _is_final(error: BaseException) -> bool:
         return 400 <= status < 500 and status not in (408, 429)
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
         return _is_final(error.__cause__)  # whatever went wrong is told so
-    final = (
-        ImportError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-        NotImplementedError,
-        ValueError,
-    )
+    refused = FileNotFoundError, NotADirectoryError, PermissionError
+    final = (*refused, ImportError, NotImplementedError, ValueError)
     return isinstance(error, final) or "Credential" in type(error).__name__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,10 +13,15 @@ from typing import Any
 import pytest
 
 import sftdata
+from sftdata import workers
+from sftdata.config import make_config
 from sftdata.errors import UsageError
-from sftdata.sources.chunks import SourcePlan
+from sftdata.sources import planning
+from sftdata.sources.chunks import Source, SourcePlan
 from sftdata.sources.planning import grouped, plan_inputs, short_names, with_progress
 from sftdata.sources.ranges import Sizes
+from sftdata.sources.remote import State
+from tests.waiting import HANGS
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tokenizer"
 
@@ -113,3 +119,33 @@ def test_a_source_of_the_registry_is_named_once(tmp_path: Path) -> None:
     more = {"tokenizer": str(TOKENIZER), "registry": tmp_path / "registry.yaml"}
     with pytest.raises(UsageError, match=r"^chats: named twice\. "):
         sftdata.prepare(["chats", tmp_path / "b.jsonl", "chats"], output=tmp_path / "set", **more)
+
+
+def test_objects_are_opened_several_at_a_time_and_in_order() -> None:
+    urls, together = [f"s3://bucket/{number}.jsonl" for number in range(6)], threading.Barrier(2)
+
+    def opened(url: str) -> Source:
+        together.wait(HANGS)
+        return Source(url, "jsonl")
+
+    assert [source.path for source in planning._opened(urls, opened, lambda _: None)] == urls
+
+    def refused(url: str) -> Source:
+        raise UsageError(f"{url}: not there.")
+
+    with pytest.raises(UsageError, match=r"0\.jsonl: not there"):
+        planning._opened(urls, refused, lambda _: None)
+
+
+def test_of_very_many_objects_some_are_asked_for_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    urls = [f"s3://bucket/{number}.jsonl" for number in range(1000)]
+
+    def state(url: str) -> State:
+        asked.append(url)
+        return State(1000, "")
+
+    monkeypatch.setattr(workers, "state_of", state)
+    config = make_config(inputs=urls, tokenizer="t", output="o")
+    assert workers._input_bytes(config) == 992_000
+    assert len(asked) == workers.ASKED
