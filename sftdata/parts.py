@@ -311,6 +311,10 @@ def _prepare_slices(
         more = "the last part, or the command without --part, finishes the set"
         who = "All slices" if part is None else f"Part {part}"
         run.note(f"{who}: complete; {counted(missing, 'slice')} of other parts are missing: {more}.")
+        if otherwise := _begun_otherwise(shared, plan):
+            run.note(
+                f"{config.output}: parts made otherwise ({otherwise} differ) lie there; they are not used."
+            )
         return None
     if exact:  # of this part; the others' samples are in their records
         results, exact = run_tasks(here, shared.finished(), None, run.workers, None)
@@ -320,6 +324,15 @@ def _prepare_slices(
         )
         return _prepare_slices(config, plan.by_reference(), run, None, anew=anew)
     return _Made(plan, shared, results)
+
+
+def _begun_otherwise(shared: SharedBuild | StoredBuild, plan: Plan) -> str:
+    """Return the settings of parts of other plans that differ; nothing where there are none."""
+    mine, changed = msgspec.json.decode(msgspec.json.encode(plan.begun())), set[str]()
+    others = [found for found in map(msgspec.json.decode, shared.others()) if "view" not in found]
+    for found in others:
+        changed |= {key for key in mine.keys() | found.keys() if mine.get(key) != found.get(key)}
+    return ", ".join(sorted(changed)) or ("versions" if others else "")
 
 
 def _standing(output: Path | StoreUrl, plan: Plan) -> Manifest | None:

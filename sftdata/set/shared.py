@@ -64,6 +64,11 @@ class SharedBuild(Build):
             self.folder.mkdir(parents=True, exist_ok=True)
         put_bytes(self.store, PLAN, msgspec.json.encode(plan, order="sorted"))
 
+    def others(self) -> list[bytes]:
+        """Return the plans that others have begun there."""
+        paths = sorted(self.folder.parent.glob(f"*/{PLAN}"))
+        return [path.read_bytes() for path in paths if path.parent != self.folder]
+
     def gather(self, results: Sequence[ShardResult]) -> Build:
         """Return a build in a folder of its own, with links to what these tasks made."""
         own = Build(self.target, self.output.with_name(f"{self.output.name}.{os.urandom(4).hex()}"))
@@ -128,6 +133,13 @@ class StoredBuild(Making):
             what = f"{self.target}: the store replaces an object where it was asked not to"
             fix = "choose a store with conditional puts (If-None-Match, If-Match), or a local folder."
             raise UsageError(f"{what}; a set in it could be half of two.", fix)
+
+    def others(self) -> list[bytes]:
+        """Return the plans that others have begun there."""
+        builds = Objects(self.target / BUILDS)
+        names = sorted(filter(_OURS.fullmatch, builds.entries()))
+        found = [builds.find(f"{name}/{PLAN}") for name in names if self.target / BUILDS / name != self.place]
+        return [one.data for one in found if one is not None]
 
     def gather(self, results: Sequence[ShardResult]) -> StoredBuild:
         """Return this build: what it lacks are files that are the same, whoever writes them."""

@@ -171,6 +171,14 @@ def test_parts_of_other_settings_or_data_do_not_mix(
     notes: list[str] = []
     config = make_config(**settings(data, tmp_path / "other"))
     run(data, config.output, "1/2", packing="none")
+    prepare(config, Workers(1), note=notes.append, part=Part(2, 2))
+    assert (
+        notes[-1] == f"{config.output}: parts made otherwise (packing differ) lie there; they are not used."
+    )
+    prepare(config, Workers(1), note=notes.append, part=Part(1, 2))
+    assert content(config.output) == whole
+    config = make_config(**settings(data, tmp_path / "alone"))
+    run(data, config.output, "1/2", packing="none")
     prepare(config, Workers(1), note=notes.append)
     assert any("parts made with other data, settings or versions" in note for note in notes)
     assert content(config.output) == whole

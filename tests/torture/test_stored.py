@@ -119,6 +119,13 @@ def test_what_others_keep_in_a_folder_called_builds_stays(
     assert sftdata.verify(inner).problems == []
 
 
+def test_parts_of_other_settings_are_named_by_those_that_wait(data: Path, bucket: Bucket) -> None:
+    notes = list[str]()
+    assert not run(data, Part(1, 2), max_length=32)
+    prepare(make_config(**settings(data, SET)), Workers(1), note=notes.append, part=Part(2, 2))
+    assert notes[-1] == f"{SET}: parts made otherwise (max_length differ) lie there; they are not used."
+
+
 def test_other_settings_replace_it_only_if_asked(data: Path, whole: dict[str, bytes], bucket: Bucket) -> None:
     run(data, max_length=32)
     old = dict(bucket.objects)
