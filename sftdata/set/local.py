@@ -40,6 +40,7 @@ from sftdata.sources.remote import EXTRAS
 
 _AT_ONCE = 8
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # Path makes one slash of two
+_INSIDE, _BEGUN = re.compile(rf"[^/]+/{MANIFEST_NAME}"), re.compile(r"builds/|push\.json|shard-")
 _AS_NEEDED = (".arrow", ".jsonl")
 _REMOVE_FIRST = "remove the object and push the set again, or restore it."  # a push goes by sizes
 _stores: dict[Path, Objects | Web] = {}  # where the files of each mirror come from
@@ -235,7 +236,13 @@ def _store_of(folder: Path) -> Objects | Web:
 
 def _not_a_set(url: str) -> UsageError:
     store = _store_at(url)
-    if store.sizes():
+    names = store.sizes()
+    if inside := sorted(name.partition("/")[0] for name in names if _INSIDE.fullmatch(name)):
+        listed = ", ".join(inside[:4]) + ", ..." * (len(inside) > 4)
+        return UsageError(
+            f"{store}: holds sets and is none itself: {listed}.", f"name one, as {store}/{inside[-1]}."
+        )
+    if any(map(_BEGUN.match, names)):
         found = f"not a finished set, as it has no {MANIFEST_NAME}: still being built, or stopped"
         return UsageError(f"{store}: {found}.", "wait, or run the command again that makes it.")
     found = f"no such set: there is no {MANIFEST_NAME}"

@@ -368,7 +368,7 @@ def test_an_unfinished_set_in_the_way_of_a_split_is_refused_before_anything_is_t
         with pytest.raises(TypeError):
             prepare(tmp_path / "set", files, dedup="row")
     with monkeypatch.context() as patch:
-        patch.setattr("sftdata.selected.build_set", None)
+        patch.setattr("sftdata.selected.make", None)
         with pytest.raises(UsageError, match="an unfinished set, and no split") as caught:
             prepare(tmp_path / "set", files, eval="20%")
     assert caught.value.fix.endswith("or start anew with --overwrite.")

@@ -223,6 +223,12 @@ def test_what_a_store_refuses_is_one_line(
         return err
 
     assert "s3://bucket/none: no such set: there is no manifest.json" in said("stats", "s3://bucket/none")
+    sftdata.push(chats, "s3://bucket/several/one")
+    stores.put_bytes(stores.Objects("s3://bucket/rows"), "a.jsonl", b"{}")
+    assert "several: holds sets and is none itself: one. Fix: name one, as s3://bucket/several/one" in said(
+        "stats", "s3://bucket/several"
+    )
+    assert "s3://bucket/rows: no such set: there is no manifest.json" in said("stats", "s3://bucket/rows")
     assert "there is no such bucket" in said("stats", "s3://nowhere/set")
     assert "a set is pushed to the Hub or to an object store" in said("push", str(chats), "https://host/set")
     for name in KEYS:
