@@ -295,8 +295,7 @@ def local_output(path: str | Path, flag: str = "-o") -> Path:
     return Path(path)
 
 
-SPOOLED = "rows"
-"""Where rows lie in the cache that were given as objects."""
+SPOOLED = "rows"  # where rows lie in the cache that were given as objects
 
 
 def claim_folder(parent: Path, prefix: str) -> tuple[Path, int]:
@@ -323,8 +322,7 @@ def claim_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 
 def cache_folder(name: str) -> Path:
     """Return the folder, which may not be there yet, of what is remembered from run to run under a name."""
-    override = os.environ.get("SFTDATA_CACHE")
-    if override:
+    if override := os.environ.get("SFTDATA_CACHE"):
         return Path(override) / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftdata" / name
 
