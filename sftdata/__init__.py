@@ -10,14 +10,16 @@ What `__all__` names is the public interface; docs/versioning.md says what may c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Never, cast, overload
 
 from sftdata.errors import DataError, IntegrityError, SftError, UsageError
 from sftdata.keywords import TOLD, telling
 from sftdata.output import Progress
 from sftdata.version import __version__
+from sftdata.wording import keywords_of, know, worded
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from sftdata.batches import Completion, Conversation, Text, Tokens
     from sftdata.config import PrepareConfig
+    from sftdata.formats.formatter import by_columns
     from sftdata.keywords import AnyRegistry, PrepareSettings, ViewSettings
     from sftdata.objects import AnyTokenizer, Inputs
     from sftdata.run import Preview
@@ -64,7 +67,6 @@ __all__ = [
 ]
 
 Formatter = str | Callable[[Any], object] | None
-_Function = TypeVar("_Function", bound=Callable[[Any], object])
 
 
 @overload
@@ -138,7 +140,8 @@ def prepare(
     from sftdata.objects import named, shown
 
     with named(locals()) as given:
-        return _prepare(_config(**given), workers, on_progress, lambda note: (on_note or _log)(shown(note)))
+        tell = on_note or _log
+        return _prepare(_config(**given), workers, on_progress, lambda note: tell(worded(shown(note))))
 
 
 @telling
@@ -304,7 +307,7 @@ def view(
     from sftdata.views.write import make_view
 
     config = check_settings(ViewConfig, "sftdata", _settings(ViewConfig, locals(), unknown))
-    made = make_view(config, on_progress, on_note or _log)
+    made = make_view(config, on_progress, lambda note: (on_note or _log)(worded(note)))
     return made[0] if config.eval is None else (made[0], made[1])
 
 
@@ -338,7 +341,9 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     """
     from sftdata.set.verify import verify as run
 
-    return run(folder, sha256=sha256, quick=quick)
+    report = run(folder, sha256=sha256, quick=quick)
+    report.problems = list(map(worded, report.problems))
+    return report
 
 
 def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
@@ -399,20 +404,8 @@ def audit(
     """
     from sftdata.show.audit import audit as run
 
-    return run(folder, against, every=every, tokenizer=tokenizer, split=split, columns=map)
-
-
-def by_columns(formatter: _Function) -> _Function:
-    """Mark a formatter that takes a dict of columns and returns a list, one example for each row.
-
-    It is called with one row at a time, so that a bad row costs no other.
-
-    >>> @by_columns
-    ... def questions(columns):
-    ...     return [{"prompt": q, "completion": a} for q, a in zip(columns["q"], columns["a"])]
-    """
-    formatter.takes_columns = True  # type: ignore[attr-defined]
-    return formatter
+    findings = run(folder, against, every=every, tokenizer=tokenizer, split=split, columns=map)
+    return [replace(one, fix=worded(one.fix)) for one in findings]
 
 
 def _prepare(
@@ -470,10 +463,13 @@ def _log(note: str) -> None:
     logging.getLogger("sftdata").info(note)
 
 
+know(lambda: (keywords_of(one) for one in (prepare, preview, stream, view, audit, diff, export, verify)))
+
 if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
     def __getattr__(name: str) -> object:
-        where = {"Completion": "batches", "Conversation": "batches", "Text": "batches", "Tokens": "batches"}
-        if name in where or name == "push":
-            return getattr(import_module(f"sftdata.{where.get(name, 'set.push')}"), name)
+        where = dict.fromkeys(("Completion", "Conversation", "Text", "Tokens"), "batches")
+        where |= {"by_columns": "formats.formatter", "push": "set.push"}
+        if name in where:
+            return getattr(import_module(f"sftdata.{where[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -231,7 +231,7 @@ def refuse_conflicts(config: PrepareConfig) -> None:
     _refuse_markers(config)
     if config.loss_weights and (config.train_on == "all" or config.response_template is not None):
         raise UsageError(
-            "--loss-weights weighs turns; --train-on all and --response-template train no turns.",
+            "--loss-weights weighs turns; no turns are trained by --train-on all or --response-template.",
             "leave one out.",
         )
     if config.formatter is not None:
@@ -275,7 +275,7 @@ def _refuse_markers(config: PrepareConfig) -> None:
             raise UsageError(problem, "--response-template '...'")
         if config.instruction_template is not None:
             raise UsageError(
-                "--instruction-template without --response-template trains nothing.", "give both."
+                "--instruction-template without --response-template: nothing would be trained.", "give both."
             )
         return
     check_markers(config.response_template, config.instruction_template)
@@ -411,9 +411,8 @@ def _option(config: PrepareConfig, name: str) -> str:
     value = getattr(config, name)
     flag = flag_of(name).removesuffix("=VALUE")
     if isinstance(value, dict):
-        return f"{flag} {' '.join(f'{key}={item}' for key, item in value.items())}"
-    value = str(value) if isinstance(value, Path) else value
-    return flag if isinstance(value, bool | tuple) else f"{flag} {value!r}"
+        return " ".join(f"{flag} {shell_quote(f'{key}={item}')}" for key, item in value.items())
+    return flag if isinstance(value, bool | tuple) else f"{flag} {shell_quote(value)}"
 
 
 def _kinds(looks: Sequence[Look]) -> str:

@@ -159,7 +159,7 @@ class Choosing(BaseModel):
         None, description="Keep the first document of those that are equal: row, or prompt."
     )
     exclude: Names = Field((), description="Sets whose documents to leave out, as evaluation data.")
-    exclude_by: Literal["row", "prompt"] = Field("prompt", description="What --exclude compares.")
+    exclude_by: Literal["row", "prompt"] = Field("prompt", description="What is compared by --exclude.")
     cap: Annotated[
         dict[str, str], NamesOfData, BeforeValidator(_amounts_as_text), AfterValidator(_amounts)
     ] = Field(

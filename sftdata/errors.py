@@ -21,12 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from sftdata.wording import worded
+
 
 class SftError(Exception):
-    """The base of all errors: one line with the problem and its fix.
+    """The base of all errors: one line with the problem and its fix, in the words of the caller.
 
     Args:
-        message: where, what was found, what was expected.
+        message: where, what was found, what was expected; settings as flags.
         fix: what to do, without the word "Fix"; empty if the message makes it clear.
     """
 
@@ -37,7 +39,8 @@ class SftError(Exception):
         super().__init__(self.message, self.fix)
 
     def __str__(self) -> str:
-        text = f"{self.message} Fix: {self.fix}" if self.fix else self.message
+        text = worded(self.message)
+        text = f"{text} Fix: {worded(self.fix)}" if self.fix else text
         return " ".join(text.split())
 
 

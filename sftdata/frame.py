@@ -17,6 +17,7 @@ from typer.exceptions import Abort, TyperException
 from sftdata.errors import SftError, did_you_mean
 from sftdata.output import StoppedError, guarded, one_line, stoppable
 from sftdata.version import __version__
+from sftdata.wording import in_a_shell
 
 if TYPE_CHECKING:
     from sftdata.settings import Program
@@ -47,7 +48,7 @@ def run_app(app: typer.Typer, name: str, arguments: Sequence[str], prefix: str =
     """
     debug = "--debug" in arguments
     fail = functools.partial(_fail, prefix=prefix, debug=debug)
-    with guarded(), stoppable():
+    with guarded(), stoppable(), in_a_shell():
         return _run(app, name, [argument for argument in arguments if argument != "--debug"], fail)
 
 

@@ -13,6 +13,7 @@ from sftdata.choosing import NEEDS, OF_ORDERS
 from sftdata.config import OF_PICTURES
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
+from sftdata.output import shell_quote
 from sftdata.set.images import PROCESSOR
 from sftdata.set.local import check_file, local_folder
 from sftdata.set.manifest import Manifest, read_manifest
@@ -68,7 +69,8 @@ def _prepared(
     if manifest.bases and "view" in settings:
         raise UsageError(
             f"--like {folder}: a view, made of a set that was prepared.",
-            f"prepare the inputs like that set, then: sftdata view NEW_SET -o OUT --like {folder}",
+            "prepare the inputs like that set, then:"
+            f" sftdata view NEW_SET -o OUT --like {shell_quote(folder)}",
         )
     found = {name: settings[name] for name in names if name in settings and name not in _OF_THE_INPUT}
     if found.get("split") == "train":  # what is meant where nothing is said
@@ -114,7 +116,7 @@ def _refuse_other_code(folder: Path, spec: str, sha256: str | None) -> None:
     if formatter_sha256(spec) != sha256:
         raise UsageError(
             f"--like {folder}: the code of its formatter {spec} has changed since.",
-            f"--formatter {spec} takes the code as it is now.",
+            f"--formatter {shell_quote(spec)} takes the code as it is now.",
         )
 
 

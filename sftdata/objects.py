@@ -26,6 +26,7 @@ import msgspec
 from sftdata.errors import SftError, UsageError
 from sftdata.output import SPOOLED, cache_folder, claim_folder
 from sftdata.sources.inputs import several_splits, wrong_split
+from sftdata.wording import worded
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -96,12 +97,12 @@ def shown(text: str) -> str:
 
 
 def shown_preview(preview: Preview) -> Preview:
-    """Return a preview with such names."""
+    """Return a preview with such names, in the words of the caller."""
     return replace(
         preview,
         examples=[replace(example, file=shown(example.file)) for example in preview.examples],
-        rejects=list(map(shown, preview.rejects)),
-        notes=tuple(map(shown, preview.notes)),
+        rejects=[worded(shown(reason)) for reason in preview.rejects],
+        notes=tuple(worded(shown(note)) for note in preview.notes),
     )
 
 

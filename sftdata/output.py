@@ -53,13 +53,15 @@ PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 # ---------------------------------------------------------------------------------- text on a terminal
 
 
-def shell_quote(value: str) -> str:
-    r"""Return a value as a shell takes it; one with a newline or tab in `$'...'` form.
+def shell_quote(value: object) -> str:
+    r"""Return a value, such as a path, as a shell takes it; one with a newline or tab in `$'...'` form.
 
     >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
     ("'### Answer:'", "$'\\n### Answer:'")
     """
-    return f"$'{value.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", value) else shlex.quote(value)
+    text = str(value)
+    plain = f"'{text}'" if text.endswith((".", ",", ":")) and "'" not in text else shlex.quote(text)
+    return f"$'{text.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", text) else plain
 
 
 def visible(text: str) -> str:

@@ -85,24 +85,25 @@ def check_settings(
     settings: Mapping[str, object],
     places: Mapping[str, str] | None = None,
 ) -> Model:
-    """Validate settings, some of them with the place where they were set.
+    """Validate settings, some of them with the place where they were set; None where there are only keywords.
 
     Raises:
         UsageError: an unknown or a missing key, or a value outside its range, with its place.
     """
-    places = places or {}
+    lines = places or {}
     for key in settings:
         if key not in model.model_fields:
-            unknown = f"{places[key]}: unknown" if key in places else "Unknown"
+            unknown = f"{lines[key]}: unknown" if key in lines else "Unknown"
             raise UsageError(f"{unknown} setting {key!r}.", _known(model, program, key))
     for key, field in model.model_fields.items():
         if field.is_required() and key not in settings:
             flag = flag_of(key, program)
-            raise UsageError(f"{key} is not given.", f"name it with {flag}, or in the YAML file as `{key}:`.")
+            in_a_file = "" if places is None else f", or in the YAML file as `{key}:`"
+            raise UsageError(f"{key} is not given.", f"name it with {flag}{in_a_file}.")
     try:
         return model(**settings)
     except ValidationError as error:
-        raise _refusal(model, program, error, places) from None
+        raise _refusal(model, program, error, lines) from None
 
 
 def _known(model: type[BaseModel], program: Program, key: str) -> str:
@@ -319,14 +320,14 @@ class Answer(NamedTuple):
 
 
 def answer(name: str, program: Program) -> str | None:
-    """Return our equivalent of a setting that a program does not have; None if no tool has it.
+    """Return our equivalent of a setting, or option, that a program does not have; None if no tool has it.
 
-    >>> answer("--max-seq-length", "sftdata")
-    'here it is --max-length.'
+    >>> answer("--max-seq-length", "sftdata"), answer("max_seq_length", "sftdata")
+    ('here it is --max-length.', 'here it is max_length.')
     >>> answer("max_length", "sfttrain")
     'it is a setting of `sftdata prepare`: --max-length.'
     """
-    name = name.strip("-").replace("-", "_")
+    asked, name = name, name.strip("-").replace("-", "_")
     ours = ANSWERS.get(name) or (Answer("sftdata", name) if name in _OF_THE_DATA.split() else None)
     if ours is None or (ours.setting, ours.program) == (name, program):
         return None
@@ -335,7 +336,7 @@ def answer(name: str, program: Program) -> str | None:
         return f"there is nothing to set:{remark}"
     flag = flag_of(ours.setting, ours.program)
     if ours.program == program:
-        return f"here it is {flag}.{remark}"
+        return f"here it is {flag if asked.startswith('-') else ours.setting}.{remark}"
     command = "sftdata prepare" if ours.program == "sftdata" else "sfttrain run"
     return f"it is a setting of `{command}`: {flag}.{remark}"
 

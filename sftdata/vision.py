@@ -181,9 +181,7 @@ def refuse_unseen(config: PrepareConfig) -> None:
     """
     for name in OF_PICTURES:
         if config.formatter is not None and config.processor is None and getattr(config, name):
-            what = (
-                f"{flag_of(name)} acts on pictures; rows of a --formatter may hold some where one is named."
-            )
+            what = f"{flag_of(name)} acts on pictures; rows of a --formatter with a processor may hold some."
             raise UsageError(what, "--processor FOLDER")
 
 

@@ -12,10 +12,12 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from sftdata.version import __version__
+from sftdata.wording import Keywords, keywords_of, know
 
 if TYPE_CHECKING:
     import torch
@@ -101,14 +103,14 @@ def train(
 
 
 def open_chat(
-    folder: str | Path, *, base: str | None = None, system: str | None = None, max_new_tokens: int = 512,
+    folder: str | Path, *, model: str | None = None, system: str | None = None, max_new_tokens: int = 512,
     temperature: float = 0.0, on_note: Callable[[str], object] | None = None,
 ) -> Chat:  # fmt: skip
     """Open a conversation, as `sfttrain chat` does: `open_chat("out").ask("Why?")` returns the answer.
 
     Args:
         folder: of a model, as `sfttrain run` and `merge` write it, or of adapters.
-        base: of adapters, where it is not the one that they name.
+        model: base of adapters, where it is not the one that they name.
         system: first message of every conversation.
         max_new_tokens: most tokens of an answer.
         temperature: 0 takes the likeliest token each time.
@@ -123,7 +125,7 @@ def open_chat(
 
     with notes_to(on_note):
         return opened(
-            Path(folder), base, say, system=system, max_new_tokens=max_new_tokens, temperature=temperature
+            Path(folder), model, say, system=system, max_new_tokens=max_new_tokens, temperature=temperature
         )
 
 
@@ -180,6 +182,16 @@ def _places(data: object) -> object:
         what = f"data: found a {type(data).__name__}; expected folders of sets, or rows of token ids."
         raise UsageError(what, "name the folder that sftdata.prepare wrote: its output=.")
     return data
+
+
+def _keywords() -> Iterable[Keywords]:
+    from sfttrain.arguments import training_fields
+
+    fields = training_fields() if find_spec("transformers") else {}  # or its lack could not be said
+    return {**fields, **keywords_of(train)}, keywords_of(open_chat)
+
+
+know(_keywords, {"--neftune-alpha": "neftune_noise_alpha"})
 
 
 def _name_of(model: object) -> str:

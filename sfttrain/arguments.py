@@ -237,7 +237,7 @@ NEVER: dict[str, tuple[str, str]] = {
     "hub_model_id": (_ONCE, "--push-to-hub user/model"),
     "hub_strategy": (_ONCE, "--push-to-hub user/model"),
     "hub_token": ("the login of the machine is used", "hf auth login, or set HF_TOKEN."),
-    "hub_private_repo": ("a repository that --push-to-hub makes is private", "leave it out."),
+    "hub_private_repo": ("a repository made by --push-to-hub is private", "leave it out."),
     "hub_always_push": (_ONCE, "--push-to-hub user/model"),
     "hub_revision": (_ONCE, "--push-to-hub user/model"),
     "remove_unused_columns": ("rows hold nothing but what is trained", "leave it out."),

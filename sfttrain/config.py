@@ -398,4 +398,4 @@ def adapter_base(folder: Path) -> str:
     except (OSError, ValueError, KeyError) as error:
         found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({error})"
         what = f"{folder}: adapter_config.json {found}."
-        raise UsageError(what, "name a folder that a run with --lora wrote.") from None
+        raise UsageError(what, "name a folder written by a run with --lora.") from None

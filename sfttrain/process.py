@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from sftdata.errors import SftError
 from sftdata.output import StoppedError, one_line
+from sftdata.wording import worded
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -48,9 +49,9 @@ def say(text: str) -> None:
     """Pass a note to the listener, or print it, where this is the main process."""
     if rank() == 0:
         if _listener is None:
-            print(text, file=sys.stderr, flush=True)
+            print(worded(text), file=sys.stderr, flush=True)
         else:
-            _listener(text)
+            _listener(worded(text))
 
 
 def reason_of(error: BaseException) -> str:

@@ -21,6 +21,7 @@ _DECLARED = {
     "Typer",
     "compile",
     "command",
+    "know",
 }  # calls that declare a command line or a pattern
 _SAID = {"what", "found", "problem", "reason", "flag", "wanted"}  # names of texts that say what is wrong
 
@@ -34,17 +35,29 @@ def collect(package: str) -> dict[str, str]:
     return found
 
 
+def texts_of(tree: ast.Module) -> Iterator[str]:
+    """Yield every text that may be said: all but docstrings, and what declares a command line or a pattern."""
+    declared = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node) in _DECLARED - {"Field"}
+    )
+    docstrings = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
+    return _texts(tree, {id(node) for node in (*declared, *docstrings)})
+
+
 def _advice_of(tree: ast.Module) -> Iterator[str]:
-    skipped = set(_skipped(tree))
+    return (text for text in _texts(tree, set(_skipped(tree))) if COMMAND.search(text))
+
+
+def _texts(tree: ast.Module, skipped: set[int]) -> Iterator[str]:
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
         if id(node) in skipped:
             continue
         if isinstance(node, ast.JoinedStr | ast.Constant):
-            text = _text(node)
-            if COMMAND.search(text):
-                yield text
+            yield _text(node)
             if isinstance(node, ast.JoinedStr):
                 stack += [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
             continue
@@ -57,7 +70,7 @@ def _skipped(tree: ast.Module) -> Iterator[int]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             yield id(node)
         elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = _name(node)
             yield from map(id, node.args[: _REASONS.get(name, 0)])
             if name in _DECLARED:
                 yield id(node)
@@ -67,6 +80,10 @@ def _skipped(tree: ast.Module) -> Iterator[int]:
             and node.targets[0].id in _SAID
         ):
             yield id(node)
+
+
+def _name(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def _text(node: ast.JoinedStr | ast.Constant) -> str:

@@ -136,7 +136,7 @@ FOLLOWED: dict[str, Case] = {
     "round the weight, or keep it with --loss-weights.": Case(
         [{"messages": [ASKED, SAID | {"weight": 0.5}]}], "", [f"A{END}"], only("--loss-weights")
     ),
-    "let the --formatter function return more rows; None leaves one out.": Case(
+    "return more rows from the function of --formatter; None leaves one out.": Case(
         CHAT, "--formatter tests.test_advice:nothing", [f"A{END}"],
         instead("--formatter", "--formatter", "tests.test_advice:everything"),
     ),

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         ["rows -m llama -o {} --lora r=2,target=q_proj+lm_head --set objective=nll"],
     ),
     "set attention=auto.": ("rows -m llama -o {} --attention flash_attention_2", ["rows -m llama -o {} --attention auto"]),
-    "name a folder that a run with --lora wrote.": ("rows -o {} --adapter nowhere", ["rows -o {} --adapter adapters"]),
+    "name a folder written by a run with --lora.": ("rows -o {} --adapter nowhere", ["rows -o {} --adapter adapters"]),
     "set --model {}; if that is the same model elsewhere, fix base_model_name_or_path in adapter_config.json.": (
         "rows -m moved -o {} --adapter adapters",
         ["rows -m llama -o {} --adapter adapters", "rows -m moved -o {} --adapter renamed"],

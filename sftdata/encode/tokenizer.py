@@ -24,7 +24,7 @@ from typing import TypedDict
 import msgspec
 
 from sftdata.errors import SftError, UsageError, nearest
-from sftdata.output import cache_folder
+from sftdata.output import cache_folder, shell_quote
 from sftdata.vocabulary import TokenLayout
 
 CACHE_FORMAT = 3
@@ -180,7 +180,8 @@ def _source_folder(name: str, revision: str | None) -> Path:
     if folder.is_file():
         what = f"Tokenizer {name!r} is a file; expected a folder or a Hub id."
         beside = (folder.parent / "tokenizer.json").is_file()
-        fix = f"-t {folder.parent}" if beside else "check the path, or give a Hub id such as org/model."
+        otherwise = "check the path, or give a Hub id such as org/model."
+        fix = f"-t {shell_quote(folder.parent)}" if beside else otherwise
         raise UsageError(what, fix)
     if not _looks_like_hub_id(name):
         fix = _nearest(folder) or "check the path, or give a Hub id such as org/model."
@@ -192,7 +193,7 @@ def _nearest(folder: Path) -> str:
     """Return the fix for a mistyped folder, empty where no folder beside it is near."""
     beside = {path.name: path for path in folder.parent.glob("*") if path.is_dir()}
     near = nearest(folder.name, beside)
-    return f"did you mean -t {beside[near]}?" if near else ""
+    return f"did you mean -t {shell_quote(beside[near])}?" if near else ""
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -10,6 +10,7 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError, nearest
 from sftdata.formats.calls import Message, read_calls, read_parts, read_tools, without_stray_nulls
 from sftdata.formats.fields import Fields, FormatOptions
+from sftdata.output import shell_quote
 from sftdata.sources.jsonrows import from_json, kind_of
 
 Switch = bool | float | None
@@ -330,8 +331,8 @@ def _advice(name: str) -> str:
     near = nearest(plain, [*ROLES, *ALIASES], _TYPO)
     target = "assistant" if plain in _OF_MODELS else ALIASES.get(near, near) if near else None
     if target:
-        return f"--map-role {name}={target}"
-    return f"--map-role {name}=ROLE, where ROLE is system, user, assistant (trained) or tool"
+        return f"--map-role {shell_quote(name)}={target}"
+    return f"--map-role {shell_quote(name)}=ROLE, where ROLE is system, user, assistant (trained) or tool"
 
 
 # ------------------------------------------------------------------------ switches and weights

@@ -25,7 +25,7 @@ from sftdata.formats.unsupported import (
     explain_odd_value,
     is_unanswered_preference,
 )
-from sftdata.output import counted
+from sftdata.output import counted, shell_quote
 from sftdata.pictures.rows import COLUMNS as PICTURES
 from sftdata.pictures.rows import Evidence, gather_evidence, may_hold_media, without_pictures
 from sftdata.sources.chunks import SourcePlan
@@ -282,7 +282,7 @@ def _settling_flags(readings: tuple[Reading, ...]) -> list[str]:
         if len({names.get(column.name) for names in variants}) > 1
     )
     return [
-        f"--map {column.spellings[0]}={name}"
+        f"--map {column.spellings[0]}={shell_quote(name)}"
         for name in dict.fromkeys(names[column.name] for names in variants)
     ]
 
@@ -309,6 +309,6 @@ def _check_columns(where: str, columns: Mapping[str, str], rows: Sequence[JsonOb
         if actual not in present:
             near = nearest(actual, present)
             fix = f"the columns are {', '.join(sorted(present)[:12])}."
-            fix = f"did you mean --map {canonical}={near}?" if near else fix
+            fix = f"did you mean --map {canonical}={shell_quote(near)}?" if near else fix
             what = f"{where}: --map {canonical}={actual}: no sampled row has a column {actual!r}."
             raise UsageError(what, fix)

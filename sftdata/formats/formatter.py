@@ -14,13 +14,27 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from sftdata.errors import DataError, UsageError
 from sftdata.output import counted
 from sftdata.sources.chunks import RawRow
 
 Formatter = Callable[[Any], Any]
+_Function = TypeVar("_Function", bound=Callable[[Any], object])
+
+
+def by_columns(formatter: _Function) -> _Function:
+    """Mark a formatter that takes a dict of columns and returns a list, one example for each row.
+
+    It is called with one row at a time, so that a bad row costs no other.
+
+    >>> @by_columns
+    ... def questions(columns):
+    ...     return [{"prompt": q, "completion": a} for q, a in zip(columns["q"], columns["a"])]
+    """
+    formatter.takes_columns = True  # type: ignore[attr-defined]
+    return formatter
 
 
 _given: dict[str, Formatter] = {}  # by name; functions of this process alone

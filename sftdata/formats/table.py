@@ -16,6 +16,7 @@ from sftdata.formats.chat import REASONING, read_conversation, read_messages, re
 from sftdata.formats.fields import ANSWERS, Fields, FormatOptions
 from sftdata.formats.instructions import is_messages, read_instruction, read_prompt_completion
 from sftdata.formats.tokenrows import BESIDE_IDS, convert_tokens, fits_tokens
+from sftdata.output import shell_quote
 from sftdata.sources.jsonrows import JsonObject, from_json
 
 ColumnNames = Mapping[str, str]  # canonical column -> column in the data
@@ -84,7 +85,7 @@ class Format:
             found = self.spelling(column, row, pinned)
             if len(found) > 1 and column.required:
                 what = f"{' and '.join(found)} both hold the {column.name} column of {self.name}."
-                fix = f"choose one, as with --map {column.spellings[0]}={found[0]}."
+                fix = f"choose one, as with --map {column.spellings[0]}={shell_quote(found[0])}."
                 raise RowError("two-columns", what, fix)
             if found:
                 names[column.name] = found[0]

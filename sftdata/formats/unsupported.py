@@ -120,7 +120,7 @@ def _explain_unanswered(rows: Sequence[JsonObject]) -> tuple[str, str]:
         )
     value = next(row[likely[0]] for row in rows if row.get(likely[0]) is not None)
     if isinstance(value, str):
-        return reason, f"if {likely[0]!r} is the answer: --map answer={likely[0]}."
+        return reason, f"if {likely[0]!r} is the answer: --map answer={shell_quote(likely[0])}."
     answer = as_text(value, likely[0])
     given = '"context": row["context"], ' if isinstance(rows[0].get("context"), str) else ""
     made = by_formatter(f'{{"instruction": row["{question}"], {given}"response": {answer}}}')

@@ -12,7 +12,7 @@ from sftdata.set.making import Making
 
 # The fix for a set that lost all rows for one reason.
 UNTRAINED_FIXES = {
-    "formatter": "let the --formatter function return more rows; None leaves one out.",
+    "formatter": "return more rows from the function of --formatter; None leaves one out.",
     "nothing-trained": "switch turns on in the data (weight, train);"
     " where none is switched off, --train-on all.",
     "over-long": "--overlong truncate, or a larger --max-length.",

@@ -27,6 +27,7 @@ from sftdata.set.rows import PackedRow
 from sftdata.show.pictures import CONTINUED, ShownPicture, picture_runs, shown_pictures
 from sftdata.show.stats import notebook_summary
 from sftdata.vocabulary import Vocabulary, read_vocabulary
+from sftdata.wording import keywords_of, know
 
 SAMPLED, SAMPLED_ROWS = 3, 12  # documents in a sample, and the packed rows they are taken from
 
@@ -423,3 +424,9 @@ def open_shown(folder: str | Path) -> ShownSet:
     """
     folder = local_folder(folder)
     return ShownSet(folder, read_manifest(folder))
+
+
+know(
+    lambda: (keywords_of(ShownSet.view), keywords_of(ShownSet.view_example)),
+    {"--row": "number", "--example": "example_id"},
+)

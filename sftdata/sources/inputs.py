@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from sftdata.errors import UsageError, nearest
+from sftdata.output import shell_quote
 from sftdata.sources.remote import is_url, objects_below, objects_like
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -422,8 +423,8 @@ def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -
     """Return the error that asks for one of several splits; `mixed` where some files are of none."""
     beside = " beside files of no split" if mixed else ""
     first = next((split for split in splits if split.startswith("train")), next(iter(splits)))
-    fix = f"choose with --split, as --split {first}" + (
-        f" or --split {'+'.join(splits)}" if len(splits) > 1 else ""
+    fix = f"choose with --split, as --split {shell_quote(first)}" + (
+        f" or --split {shell_quote('+'.join(splits))}" if len(splits) > 1 else ""
     )
     named = f"the splits {', '.join(splits)}" if len(splits) > 1 else f"the split {', '.join(splits)}"
     return UsageError(
@@ -433,7 +434,6 @@ def several_splits(name: str, splits: Collection[str], *, mixed: bool = False) -
 
 def wrong_split(name: str, spec: str, splits: Collection[str], why: object) -> UsageError:
     """Return the error of a `--split` that names nothing here."""
-    what = f"{name}: --split {spec}: {str(why).rstrip('.')}; found {', '.join(sorted(splits))}."
-    return UsageError(
-        what, f"as --split {sorted(splits)[0]}, or a part of it: --split '{sorted(splits)[0]}[:95%]'."
-    )
+    first = sorted(splits)[0]
+    what = f"{name}: --split {shell_quote(spec)}: {str(why).rstrip('.')}; found {', '.join(sorted(splits))}."
+    return UsageError(what, f"as --split {shell_quote(first)}, or a part of it: --split '{first}[:95%]'.")

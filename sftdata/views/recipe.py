@@ -73,8 +73,8 @@ class ViewConfig(Choosing, FilterConfig):
     )
     model: Path | None = Field(
         None,
-        description="Model, or its config.json, whose work --steps-for balances, or a set made so; default: a"
-        " decoder 4,096 wide.",
+        description="Model, or its config.json, whose work is balanced by --steps-for, or a set made so;"
+        " default: a decoder 4,096 wide.",
     )
     epochs: int = Field(
         1,

@@ -69,38 +69,38 @@ MENDED: dict[str, tuple[list[Any], dict[str, Any], str, dict[str, Any]]] = {
     "an unknown role": (
         [{"messages": [TURNS[0], BOT]}],
         {},
-        "--map-role bot=assistant",
+        'map_role={"bot": "assistant"}',
         {"map_role": {"bot": "assistant"}},
     ),
     "too many rejects": (
         [{"messages": TURNS}, {"messages": []}],
         {},
-        "--max-rejects 1",
+        "max_rejects=1",
         {"max_rejects": "1"},
     ),
-    "no answer": ([{"messages": TURNS[:1]}], {}, "--train-on all", {"train_on": "all"}),
+    "no answer": ([{"messages": TURNS[:1]}], {}, 'train_on="all"', {"train_on": "all"}),
     "cut before the answer": (
         [{"messages": TURNS}],
         {"max_length": 3},
-        "a larger --max-length",
+        "a larger max_length",
         {"max_length": 64},
     ),
     "longer than allowed": (
         [{"messages": TURNS}],
         {"max_length": 11, "overlong": "error"},
-        "--overlong truncate",
+        'overlong="truncate"',
         {"max_length": 11},
     ),
     "dropped as too long": (
         [{"messages": TURNS}],
         {"max_length": 11, "overlong": "drop"},
-        "--overlong truncate",
+        'overlong="truncate"',
         {"max_length": 11},
     ),
     "another marker": (
         [{"text": "Q: a A: b"}],
         {"response_template": "A :"},
-        "--response-template A:",
+        'response_template="A:"',
         {"response_template": "A:"},
     ),
 }
@@ -280,7 +280,7 @@ def test_a_sentencepiece_tokenizer_and_one_without_a_chat_template_are_refused_w
         "output": tmp_path / "set",
         "workers": 1,
     }
-    with pytest.raises(UsageError, match=r"gpt2 has no chat template\. Fix: --chat-template chatml "):
+    with pytest.raises(UsageError, match=r'gpt2 has no chat template\. Fix: chat_template="chatml" '):
         sftdata.prepare(path, **gpt2)
     assert sftdata.prepare(path, **gpt2, chat_template="chatml").ledger.rows_kept == 1
 

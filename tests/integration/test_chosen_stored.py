@@ -150,7 +150,7 @@ def test_a_set_that_would_hide_a_side_is_refused(inputs: list[Path], bucket: Buc
     make(SET, inputs[:1], **SPLIT)
     make(f"{SET}/eval", inputs[:1], dedup="row", overwrite=True)
     with pytest.raises(
-        UsageError, match=f"{SET}/eval: a set of its own, .* Fix: remove it, or choose another -o."
+        UsageError, match=f"{SET}/eval: a set of its own, .* Fix: remove it, or choose another output."
     ):
         make(SET, inputs, **SPLIT, overwrite=True)
     bucket.objects = {
@@ -248,7 +248,7 @@ def test_a_view_by_index_in_a_store_names_sets_in_stores_alone(
     make(tmp_path / "whole", inputs)
     make("s3://bucket/whole", inputs)
     with pytest.raises(
-        UsageError, match=f"{SET}: the view would name the tokens of {tmp_path}.*Fix: --write"
+        UsageError, match=f"{SET}: the view would name the tokens of {tmp_path}.*Fix: write=True"
     ):
         sftdata.view(tmp_path / "whole", output=SET)
     make("s3://bucket/split", inputs, **SPLIT)

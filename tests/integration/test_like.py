@@ -181,7 +181,7 @@ def test_a_set_that_cannot_be_repeated_is_refused_by_name(source: Path, tmp_path
     shutil.rmtree(base / "tokenizer")
     with pytest.raises(
         IntegrityError,
-        match=r"--like .*/tokenizer/.*: missing\. Fix: .* name the tokenizer with --tokenizer\.$",
+        match=r'like=".*/tokenizer/.*": missing\. Fix: .* name the tokenizer with tokenizer\.$',
     ):
         sftdata.prepare(source, like=base, output=tmp_path / "z")
     kept = sftdata.prepare(source, like=base, tokenizer=TOKENIZER, output=tmp_path / "z", workers=1)

@@ -132,7 +132,7 @@ def test_a_document_alone_keeps_its_weights(tmp_path: Path) -> None:
 
 
 def test_without_the_setting_there_is_no_column_and_the_rejected_row_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="weight is 0.5; expected 0 or 1.*--loss-weights"):
+    with pytest.raises(DataError, match="weight is 0.5; expected 0 or 1.*loss_weights=True"):
         _prepare(tmp_path / "a", _rows(WEIGHTS))
     _prepare(tmp_path / "b", _rows([[1, 0]]))
     assert "loss_weights" not in open_set(tmp_path / "b" / "set").arrow().column_names
@@ -151,7 +151,7 @@ def test_a_weight_that_float32_cannot_hold_is_a_rejected_row(tmp_path: Path, wei
 def test_weights_of_turns_and_masks_without_turns_are_not_mixed(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match="--loss-weights weighs turns"):
+    with pytest.raises(UsageError, match="loss_weights=True weighs turns"):
         _prepare(tmp_path / "a", _rows(WEIGHTS), loss_weights=True, **settings)
 
 

@@ -226,19 +226,19 @@ def test_what_needs_another_setting_acts_with_it(pair: str, place: Path) -> None
 
 
 AGAINST: dict[str, dict[str, Any]] = {
-    "--train-on": {"train_on": "all", "response_template": "### A:"},
-    "--format": {"format": "text", "formatter": "a:b"},
-    "--map": {"map": {"text": "x"}, "formatter": "a:b"},
-    "--overlong": {"overlong": "drop", "packing": "wrapped"},
-    "--loss-weights": {"loss_weights": True, "train_on": "all"},
-    "--max-length": {"max_length": 2**31 - 1},
+    "train_on": {"train_on": "all", "response_template": "### A:"},
+    "format": {"format": "text", "formatter": "a:b"},
+    "map": {"map": {"text": "x"}, "formatter": "a:b"},
+    "overlong": {"overlong": "drop", "packing": "wrapped"},
+    "loss_weights": {"loss_weights": True, "train_on": "all"},
+    "max_length": {"max_length": 2**31 - 1},
 }
 
 
-@pytest.mark.parametrize("flag", AGAINST)
-def test_settings_that_leave_each_other_nothing_to_do_are_refused(flag: str, place: Path) -> None:
-    with pytest.raises(UsageError, match=f"^{flag}"):
-        make_plan(make_config(inputs="text.jsonl", tokenizer=TOKENIZER, output="out", **AGAINST[flag]))
+@pytest.mark.parametrize("name", AGAINST)
+def test_settings_that_leave_each_other_nothing_to_do_are_refused(name: str, place: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{name}"):
+        make_plan(make_config(inputs="text.jsonl", tokenizer=TOKENIZER, output="out", **AGAINST[name]))
 
 
 def test_one_source_on_which_a_setting_acts_is_enough(place: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_text_marker_is_refused_beside_any_ids(place: Path) -> None:
     config = make_config(
         inputs=["text.jsonl", "ids.jsonl"], tokenizer=TOKENIZER, output="out", response_template="### A:"
     )
-    with pytest.raises(UsageError, match=r"--response-template '### A:' is text, and ids\.jsonl holds ids"):
+    with pytest.raises(UsageError, match=r'response_template="### A:" is text, and ids\.jsonl holds ids'):
         make_plan(config)
 
 

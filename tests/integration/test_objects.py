@@ -130,7 +130,7 @@ def test_the_file_that_rows_go_through_is_named_without_its_folders(tmp_path: Pa
     assert {example.file for example in seen.examples} == {"rows.jsonl"}
     with pytest.raises(UsageError, match=r"^rows\.jsonl: "):
         _set([{"a": 1}], tmp_path / "none")
-    with pytest.raises(UsageError, match=r"^rows: --split test"):
+    with pytest.raises(UsageError, match=r'^rows: split="test"'):
         _set(FORMATS["completions"], tmp_path / "none", split="test")
 
 
@@ -189,7 +189,7 @@ class TestSplits:
 
     def test_one_of_several_is_asked_for(self, tmp_path: Path) -> None:
         with pytest.raises(
-            UsageError, match=r"DatasetDict: holds the splits train_sft, test_sft.*--split train_sft"
+            UsageError, match=r'DatasetDict: holds the splits train_sft, test_sft.*split="train_sft"'
         ):
             _set(self.rows, tmp_path / "set")
         with pytest.raises(UsageError, match=r"no split 'train'; found test_sft, train_sft"):

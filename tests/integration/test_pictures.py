@@ -293,9 +293,9 @@ def test_parts_uris_structs_and_parquet_hold_their_pictures(place: Path, tmp_pat
         assert stored.path == [""]
         assert verify(tmp_path / name).problems == []
         assert read_manifest(tmp_path / name).vision.images == "."  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="--embed-images acts on pictures that rows name by their paths"):
+    with pytest.raises(UsageError, match="embed_images=True acts on pictures that rows name by their paths"):
         prepare(place, tmp_path / "no", tmp_path / "rows.parquet", embed_images=True)
-    with pytest.raises(UsageError, match="--images '.*' acts on pictures that rows name by their paths"):
+    with pytest.raises(UsageError, match='images=".*" acts on pictures that rows name by their paths'):
         prepare(place, tmp_path / "no", tmp_path / "rows.parquet", images=tmp_path)
 
 
@@ -515,9 +515,9 @@ def test_no_cut_falls_into_a_picture_or_before_it(place: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"overlong": "split"}, "--overlong split would cut pictures off"),
-        ({"overlong": "truncate-left"}, "--overlong truncate-left would cut pictures off"),
-        ({"packing": "wrapped"}, "--packing wrapped cuts rows anywhere"),
+        ({"overlong": "split"}, "overlong=.split. would cut pictures off"),
+        ({"overlong": "truncate-left"}, "overlong=.truncate-left. would cut pictures off"),
+        ({"packing": "wrapped"}, 'packing="wrapped" cuts rows anywhere'),
     ],
 )
 def test_what_would_cut_or_lose_pictures_is_refused_before_any_work(
@@ -713,7 +713,7 @@ def test_a_formatter_s_pictures_need_a_processor_by_name(place: Path, tmp_path: 
     names = write_pictures(tmp_path / "pictures", 2)
     rows = write_rows(tmp_path, [{"q": "?", "a": "Red", "file": f"pictures/{name}"} for name in names])
     formatter = "tests.integration.test_pictures:from_files"
-    with pytest.raises(UsageError, match="--max-pixels acts on pictures; rows of a --formatter"):
+    with pytest.raises(UsageError, match="max_pixels acts on pictures; rows of a formatter"):
         prepare(place, tmp_path / "set", rows, formatter=formatter, max_pixels=4000)
     made = prepare(place, tmp_path / "set", rows, formatter=formatter, processor=place / "model")
     assert made.ledger.pictures_kept == 2
@@ -790,8 +790,8 @@ def test_text_may_be_prepared_like_a_set_with_pictures(place: Path, made: Path, 
     given: dict[str, Any] = {"output": tmp_path / "set", "like": made, "workers": 1}
     manifest = sftdata.prepare(str(texts), on_note=notes.append, **given)
     assert manifest.vision is None
-    assert f"--like {made}: a set with pictures; here there are none, and its processor rests." in notes
-    with pytest.raises(UsageError, match="--processor .* acts on rows with pictures, and there are none"):
+    assert f'like="{made}": a set with pictures; here there are none, and its processor rests.' in notes
+    with pytest.raises(UsageError, match='processor=".*" acts on rows with pictures, and there are none'):
         sftdata.prepare(str(texts), processor=place / "model", **given | {"output": tmp_path / "other"})
 
 

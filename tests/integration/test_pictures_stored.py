@@ -115,7 +115,7 @@ def test_it_is_read_there_as_any_set(
 
 def test_pictures_by_path_are_embedded_or_refused(given: Given, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=rf"-o {SET}: the set would name pictures in /.* Fix: --embed-images"
+        UsageError, match=rf'output="{SET}": the set would name pictures in /.* Fix: embed_images=True'
     ):
         run(given | {"embed_images": False})
     assert not bucket.objects

@@ -300,9 +300,9 @@ def test_a_view_moves_with_its_bases_and_is_mended_where_they_went_alone(place: 
 
 def test_what_cuts_pictures_is_refused_and_what_cannot_go_together(sets: Path, tmp_path: Path) -> None:
     for settings, why in (
-        ({"packing": "wrapped"}, "--packing wrapped cuts rows anywhere"),
-        ({"overlong": "split"}, "--overlong split would cut pictures off"),
-        ({"overlong": "truncate-left"}, "--overlong truncate-left would cut"),
+        ({"packing": "wrapped"}, 'packing="wrapped" cuts rows anywhere'),
+        ({"overlong": "split"}, "overlong=.split. would cut pictures off"),
+        ({"overlong": "truncate-left"}, "overlong=.truncate-left. would cut"),
     ):
         with pytest.raises(UsageError, match=why):
             view(tmp_path / "view", sets / "texts", sets / "paths", **settings)
@@ -313,7 +313,7 @@ def test_what_cuts_pictures_is_refused_and_what_cannot_go_together(sets: Path, t
     assert small.vision is not None
     with pytest.raises(UsageError, match=r"small: processor .*; .*paths has"):
         view(tmp_path / "view", sets / "paths", tmp_path / "small")
-    with pytest.raises(UsageError, match=r"--exclude .*small: processor"):
+    with pytest.raises(UsageError, match=r'exclude=".*small": processor'):
         view(tmp_path / "view", sets / "paths", exclude=[str(tmp_path / "small")])
 
 

@@ -234,7 +234,7 @@ def test_a_choice_that_cannot_be_met_keeps_what_was_tokenized(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: Settings = {"mix": {"a.jsonl": 9, "b.jsonl": 1}, "mix_by": "rows", "total": "200 rows"}
-    with pytest.raises(UsageError, match="passes for --total") as caught:
+    with pytest.raises(UsageError, match="passes for total") as caught:
         prepare(tmp_path / "set", files, **settings)
     passes = caught.value.fix.partition("--passes ")[2].partition(",")[0]
     assert not (tmp_path / "set").exists()
@@ -332,20 +332,20 @@ def test_what_cannot_be_is_refused_before_anything_is_tokenized(
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("sftdata.run.run_tasks", None)
     for settings, said in (
-        ({"total": "5 trained"}, "--total without --mix: it has no effect. Fix: leave --total out."),
-        ({"passes": 2}, "--passes without --mix"),
-        ({"mix_by": "rows"}, "--mix-by without --mix"),
-        ({"exclude_by": "row"}, "--exclude-by without --exclude"),
-        ({"seed": 1}, "--seed: nothing is drawn"),
-        ({"mix": {"c.jsonl": 1}}, "--mix c.jsonl: no source of that name. Fix: did you mean"),
-        ({"cap": {"z": "3 rows"}}, "--cap z: no source of that name"),
-        ({"mix": {"a*": 1, "*": 1}}, "--mix: a.jsonl has two shares"),
-        ({"mix": {"a*": 1}, "total": "5 tokens"}, "counts tokens; --mix-by is trained"),
+        ({"total": "5 trained"}, "total without mix: it has no effect. Fix: leave total out."),
+        ({"passes": 2}, "passes without mix"),
+        ({"mix_by": "rows"}, "mix_by without mix"),
+        ({"exclude_by": "row"}, "exclude_by without exclude"),
+        ({"seed": 1}, "seed: nothing is drawn"),
+        ({"mix": {"c.jsonl": 1}}, "mix c.jsonl: no source of that name. Fix: did you mean"),
+        ({"cap": {"z": "3 rows"}}, "cap z: no source of that name"),
+        ({"mix": {"a*": 1, "*": 1}}, "mix: a.jsonl has two shares"),
+        ({"mix": {"a*": 1}, "total": "5 tokens"}, "counts tokens; mix_by is trained"),
         ({"exclude": [tmp_path / "none"]}, "no such folder"),
         ({"exclude": [tmp_path / "foreign"]}, "tokenizer 777777777777; here it is"),
-        ({"exclude": [other], "chat_template": "chatml"}, f"--exclude {other}: chat template "),
+        ({"exclude": [other], "chat_template": "chatml"}, f'exclude="{other}": chat template '),
         ({"exclude": [tmp_path / "damaged"]}, "index-00000.arrow: missing."),
-        ({"exclude": [other, other]}, f"--exclude {other}: named twice. Fix: name it once."),
+        ({"exclude": [other, other]}, f'exclude="{other}": named twice. Fix: name it once.'),
         ({"mix": {"*": 1}, "total": "0 trained"}, "'0 trained' is nothing; expected more"),
         ({"cap": {"*": "0.4 rows"}}, "'0.4 rows' is nothing; expected more, or the source left out"),
         ({"eval": "120%"}, "a share is at most 100%"),
@@ -382,7 +382,7 @@ def test_a_set_takes_the_place_of_a_split_if_asked_for(
 ) -> None:
     prepare(tmp_path / "set", files, eval="20%")
     before = contents(tmp_path / "set" / "train")
-    with pytest.raises(UsageError, match=r"made otherwise \(eval differ\).* with --overwrite"):
+    with pytest.raises(UsageError, match=r"made otherwise \(eval differ\).* with overwrite=True"):
         prepare(tmp_path / "set", files, **later)
     assert contents(tmp_path / "set" / "train") == before
     made = prepare(tmp_path / "set", files, **later, overwrite=True)
@@ -469,7 +469,7 @@ def test_runs_that_are_killed_or_refused_are_in_nobodys_way(tmp_path: Path, seed
         try:
             _as_advised(output, files, settings)
         except SftError as error:
-            if not re.search("rows rejected|no document is left|passes for --total", str(error)):
+            if not re.search("rows rejected|no document is left|passes for total", str(error)):
                 raise
         else:
             assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl") == ["set"]
@@ -482,7 +482,7 @@ def _as_advised(output: Path, files: list[Path], settings: Settings) -> None:
     try:
         prepare(output, files, **settings)
     except SftError as error:
-        if "--overwrite" not in str(error):
+        if "overwrite=True" not in str(error):
             raise
         prepare(output, files, **settings, overwrite=True)
 

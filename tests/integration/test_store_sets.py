@@ -157,7 +157,7 @@ def test_a_push_beside_another_set_or_of_a_damaged_one_is_refused(
 def test_a_view_by_index_is_pushed_where_its_base_is(s3: Counter, chats: Path, tmp_path: Path) -> None:
     sftdata.view(chats, output=tmp_path / "near", max_length=48)
     with pytest.raises(
-        UsageError, match="a view by index, whose tokens lie in sets of this machine. Fix: .*--write"
+        UsageError, match="a view by index, whose tokens lie in sets of this machine. Fix: .*write=True"
     ):
         sftdata.push(tmp_path / "near", "s3://bucket/near")
     sftdata.view("s3://bucket/built", output=tmp_path / "far", max_length=48)
@@ -171,7 +171,9 @@ def test_a_set_that_embeds_its_pictures_is_pushed_with_them(s3: Counter, tmp_pat
     given: dict[str, Any] = {"tokenizer": str(write_model(tmp_path / "model")), "workers": 1}
     given["inputs"] = str(write_rows(tmp_path, rows))
     sftdata.prepare(output=tmp_path / "named", **given)
-    with pytest.raises(UsageError, match="names pictures in folders of this machine. Fix: .*--embed-images"):
+    with pytest.raises(
+        UsageError, match="names pictures in folders of this machine. Fix: .*embed_images=True"
+    ):
         sftdata.push(tmp_path / "named", "s3://bucket/pictures")
     sftdata.prepare(output=tmp_path / "whole", embed_images=True, **given)
     sftdata.view(tmp_path / "whole", output=tmp_path / "view", write=True, max_length=2048)

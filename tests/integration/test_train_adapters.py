@@ -192,7 +192,7 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(
     shards: Path, adapter: Path, tmp_path: Path
 ) -> None:
     other = tiny_llama(tmp_path / "other")
-    with pytest.raises(UsageError, match=r"adapters of .*llama; the model is .*other\. Fix: set --model"):
+    with pytest.raises(UsageError, match=r"adapters of .*llama; the model is .*other\. Fix: set model"):
         train_in_process(shards, other, tmp_path / "out", QUICK, adapter=adapter)
 
 

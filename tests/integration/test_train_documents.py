@@ -265,7 +265,7 @@ def _arguments(shards: Path, model: Path, output: Path, settings: dict[str, Any]
 
 
 def test_what_cannot_be_logged_is_refused_by_name(shards: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="loss=torch gives no losses of tokens"):
+    with pytest.raises(UsageError, match='loss="torch" gives no losses of tokens'):
         train_in_process(shards, model, tmp_path / "out", STEPS, log_documents=True, loss="torch")
 
     import sfttrain

@@ -140,7 +140,9 @@ def test_a_kernel_package_that_does_not_import_is_left_out_by_name(
     assert line.startswith("attention: varlen instead of flash_attention_2 (")
     assert trainer.model.config._attn_implementation == "varlen"
     assert trainer.data_collator.flatten
-    with pytest.raises(UsageError, match="attention=flash_attention_2: .*Fix: set attention=auto") as caught:
+    with pytest.raises(
+        UsageError, match='attention="flash_attention_2": .*Fix: set attention="auto"'
+    ) as caught:
         train_in_process(shards, wide, tmp_path / "asked", SIXTEEN, attention="flash_attention_2")
     assert "\n" not in str(caught.value)
 
@@ -150,7 +152,7 @@ def test_an_attention_that_was_asked_for_is_refused_where_its_proof_fails(
     shards: Path, wide: Path, tmp_path: Path, kernels: pytest.MonkeyPatch, packing: str
 ) -> None:
     kernels.setattr("torch.nn.attention.varlen.varlen_attn", _broken)
-    with pytest.raises(UsageError, match="no such kernel here.*Fix: set attention=auto"):
+    with pytest.raises(UsageError, match='no such kernel here.*Fix: set attention="auto"'):
         train_in_process(shards, wide, tmp_path / "out", SIXTEEN, attention="varlen", packing=packing)
 
 

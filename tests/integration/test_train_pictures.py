@@ -97,7 +97,9 @@ def test_a_changed_picture_is_named_by_a_worker(place: Path, tmp_path: Path) -> 
                 shards, model, tmp_path / "run", QUICK | {"max_steps": 1, "dataloader_num_workers": workers}, overwrite=True
             )  # fmt: skip
         assert "\n" not in error.value.message
-        assert str(error.value).endswith("Fix: restore the file, or prepare the set again with --overwrite.")
+        assert str(error.value).endswith(
+            "Fix: restore the file, or prepare the set again with overwrite=True."
+        )
     file.write_bytes(before)
     train_in_process(shards, model, tmp_path / "run", QUICK | {"max_steps": 1}, overwrite=True)
     assert len(losses(tmp_path / "run")) == 1
@@ -133,7 +135,7 @@ def test_what_cannot_act_on_pictures_is_refused_by_name(place: Path, tmp_path: P
     with pytest.raises(UsageError, match="set: a set with pictures, which GPTQ is not shown"):
         calibration_rows(open_set(shards), 4)
     text, words = tiny_llama(tmp_path / "text"), make_set(tmp_path / "words", rows=4)
-    with pytest.raises(UsageError, match="freeze=none: the sets have no pictures, on which it acts"):
+    with pytest.raises(UsageError, match='freeze="none": the sets have no pictures, on which it acts'):
         train_in_process(words, text, tmp_path / "run", {"max_steps": 1}, freeze="none")
 
 
@@ -216,11 +218,11 @@ def test_a_set_behind_a_url_is_trained_on_if_it_holds_its_pictures(place: Path, 
         assert losses(tmp_path / "far") == losses(tmp_path / "near")
         elsewhere = serve(web, named, "named")
         assert (
-            "they are not fetched from there. Fix: prepare it with --embed-images."
+            "they are not fetched from there. Fix: prepare it with embed_images=True."
             in verify(elsewhere).problems[0]
         )
         with pytest.raises(
-            UsageError, match=f"{elsewhere}: names pictures in a folder beside it.*--embed-images"
+            UsageError, match=f"{elsewhere}: names pictures in a folder beside it.*embed_images=True"
         ):
             train_in_process(
                 Path(elsewhere), model, tmp_path / "none", settings | {"dataloader_num_workers": 0}

@@ -136,11 +136,11 @@ def test_a_quantized_base_is_neither_trained_in_full_nor_quantized_again_nor_mer
     quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     with pytest.raises(
-        UsageError, match="are quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"
+        UsageError, match='are quantized and cannot be trained. Fix: train adapters on them, as lora="r=16"'
     ):
         train_in_process(shards, base, tmp_path / "out", QUICK)
     with pytest.raises(
-        UsageError, match="is quantized already; quantize=nf4 would do so twice. Fix: leave quantize out"
+        UsageError, match='is quantized already; quantize="nf4" would do so twice. Fix: leave quantize out'
     ):
         train_in_process(shards, base, tmp_path / "out", QUICK, quantize="nf4", lora={"r": 2})
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_documents_longer_than_the_models_positions_are_refused_or_said(
         tmp_path / "gpt2"
     )
     with pytest.raises(
-        UsageError, match="was made for 16 and has no positions beyond. Fix: prepare with --max-length 16"
+        UsageError, match="was made for 16 and has no positions beyond. Fix: prepare with max_length=16"
     ):
         train_in_process(shards, tmp_path / "gpt2", tmp_path / "out", QUICK)
     turning = tiny_llama(tmp_path / "llama", max_position_embeddings=16)
@@ -232,7 +232,7 @@ def test_a_metric_that_evaluation_does_not_give_is_refused_before_the_run(
         "save_steps": 1,
         "load_best_model_at_end": True,
     }
-    with pytest.raises(UsageError, match="set metric_for_best_model=eval_held_loss"):
+    with pytest.raises(UsageError, match='set metric_for_best_model="eval_held_loss"'):
         train_in_process(shards, model, tmp_path / "out", training, eval={"held": shards})
 
 
@@ -296,7 +296,7 @@ def test_under_zero3_models_are_made_whole_and_trained_with_their_own_loss(
         return load(*arguments)
 
     monkeypatch.setattr(modelling, "load_model", watch)
-    with pytest.raises(UsageError, match="objective=dft needs our loss.*ZeRO-3"):
+    with pytest.raises(UsageError, match='objective="dft" needs our loss.*ZeRO-3'):
         train_in_process(shards, model, tmp_path / "dft", QUICK, objective="dft")
     assert seen == [False]  # transformers would take the model apart while it loads
     assert deepspeed.is_deepspeed_zero3_enabled()

@@ -174,7 +174,7 @@ def test_the_report_puts_answers_to_the_same_question_side_by_side(tmp_path: Pat
 def test_a_file_that_is_not_there_and_a_set_without_a_tokenizer_are_refused_before_the_model_is_loaded(
     shards: Path, held: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"--sample none\.jsonl: cannot be read"):
+    with pytest.raises(UsageError, match=r'sample="none\.jsonl": cannot be read'):
         train_in_process(
             shards,
             None,
@@ -185,7 +185,7 @@ def test_a_file_that_is_not_there_and_a_set_without_a_tokenizer_are_refused_befo
             sample="none.jsonl",
         )
     bare = make_set(tmp_path / "bare")
-    with pytest.raises(UsageError, match=r"the set brings no tokenizer\. Fix: leave --sample out"):
+    with pytest.raises(UsageError, match=r"the set brings no tokenizer\. Fix: leave sample out"):
         train_in_process(
             bare, None, tmp_path / "out", STEPS, init_from_config=CONFIG, eval={"a": bare}, sample=held
         )

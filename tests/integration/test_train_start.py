@@ -231,7 +231,7 @@ def test_the_second_start_relies_on_the_proof_of_the_first_and_says_so(
     with monkeypatch.context() as patch:
         patch.setattr(sfttrain.path, "prove", lambda *_: pytest.fail("it was proven again"))
         second = train_in_process(place / "set", place / "llama", tmp_path / "second", QUICK)
-    assert "packing: proven before (prove_again=true proves anew), on a tiny llama" in capsys.readouterr().err
+    assert "packing: proven before (prove_again=True proves anew), on a tiny llama" in capsys.readouterr().err
     for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert one.equal(other)
     train_in_process(place / "set", place / "llama", tmp_path / "third", QUICK, prove_again=True)

@@ -362,7 +362,7 @@ def test_a_quantized_model_object_gets_its_adapters(shards: Path, tmp_path: Path
     eight = BitsAndBytesConfig(load_in_8bit=True)
     given = AutoModelForCausalLM.from_pretrained(base, quantization_config=eight, device_map={"": "cpu"})
     with pytest.raises(
-        UsageError, match="quantized and cannot be trained. Fix: train adapters on them, as --lora r=16"
+        UsageError, match='quantized and cannot be trained. Fix: train adapters on them, as lora="r=16"'
     ):
         sfttrain.train(shards, model=given, output=tmp_path / "out", **QUICK)
     trainer = sfttrain.train(shards, model=given, output=tmp_path / "out", lora="r=4", **QUICK)
@@ -417,7 +417,7 @@ def test_a_forced_kernel_that_takes_no_mask_is_given_none(
     assert masks
     assert all(mask is None for mask in masks)
     assert trainer.fused
-    with pytest.raises(UsageError, match="packing=require: sdpa:math takes no mask"):
+    with pytest.raises(UsageError, match='packing="require": sdpa:math takes no mask'):
         train_in_process(shards, model, tmp_path / "other", QUICK, attention="sdpa:math", packing="require")
 
 

@@ -135,7 +135,7 @@ def test_a_router_loss_is_said_to_be_on_or_off(
     off = _mixture(tmp_path / "quiet", asked=False)
     _loss(shards, off, tmp_path / "off", 2, 1)
     assert (
-        "router loss: off, as the model's config says (--set model_init_kwargs.output_router_logits=true"
+        'router loss: off, as the model\'s config says (model_init_kwargs={"output_router_logits": True}'
         in capsys.readouterr().err
     )
 
@@ -233,7 +233,7 @@ def test_a_step_that_does_not_fit_is_refused_in_one_line(
     monkeypatch.setattr(SftTrainer, "compute_loss", compute_loss)
     with pytest.raises(UsageError, match=f"Step {step} does not fit: CUDA out of memory") as caught:
         train_in_process(shards, model, tmp_path / "out", {**ONE, "max_steps": 3})
-    assert "activation_checkpointing=true" in str(caught.value)
+    assert "activation_checkpointing=True" in str(caught.value)
     assert "\n" not in str(caught.value).strip()
 
 

@@ -200,5 +200,5 @@ def test_weights_of_ones_own_rows_are_used_and_checked(model: Path, tmp_path: Pa
 def test_a_loss_that_knows_no_weights_is_refused(
     shards: Path, model: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match="have loss_weights, which .* Fix: set loss=auto"):
+    with pytest.raises(UsageError, match='have loss_weights, which .* Fix: set loss="auto"'):
         sfttrain.train(shards, model=str(model), output=tmp_path / "out", **settings, **STEP)

@@ -324,7 +324,7 @@ def test_a_base_that_is_another_set_is_refused(moved: tuple[Path, Path], sets: P
     said = refused(folder)
     assert f"where a set with digest {read_manifest(base).digest[:12]} is now" in said
     assert said.endswith(
-        "Fix: put the old set back, or repeat the command that made the set, with --overwrite."
+        "Fix: put the old set back, or repeat the command that made the set, with overwrite=True."
     )
     with pytest.raises(UsageError, match=r"made otherwise \(.*\bsets\b.* differ\)"):
         view(folder, base, max_length=64, write=False)

@@ -365,36 +365,36 @@ def refusal(output: Path, *bases: Path, **settings: Any) -> str:
 def test_what_cannot_be_is_refused_in_one_line_with_the_fix(sets: Path, tmp_path: Path) -> None:
     one, out = sets / "one", tmp_path / "view"
     assert "takes" in refusal(out, one, mix={"a.jsonl": 9, "b.jsonl": 1}, total="500 rows", mix_by="rows")
-    assert "counts tokens; --mix-by is trained" in refusal(out, one, mix={"a.jsonl": 1}, total="5 tokens")
+    assert "counts tokens; mix_by is trained" in refusal(out, one, mix={"a.jsonl": 1}, total="5 tokens")
     assert "a.jsonl has two shares" in refusal(out, one, mix={"a*": 1, "*.jsonl": 1})
     assert "did you mean 'a.jsonl'?" in refusal(out, one, sources="a.json")
     assert "no document is left. Of 180: min-tokens 180" in refusal(out, one, min_tokens=10_000)
     assert "named twice" in refusal(out, one, one)
-    assert "leave --overlong out" in refusal(out, one, packing="wrapped", overlong="drop")
+    assert "leave overlong out" in refusal(out, one, packing="wrapped", overlong="drop")
     assert "no such folder" in refusal(out, tmp_path / "none")
     assert "max_length is 40" in refusal(out, one, max_length=40, overlong="error")
     (tmp_path / "list").write_text("a.jsonl:400\n")
     assert "it has rows 1 to 9" in refusal(out, one, drop=tmp_path / "list")
     (tmp_path / "list").write_text("nonsense\n")
-    assert "list:1: found 'nonsense'" in refusal(out, one, drop=tmp_path / "list")
+    assert "list:1\": found 'nonsense'" in refusal(out, one, drop=tmp_path / "list")
 
 
 def test_advice_on_views_is_followed(sets: Path, tmp_path: Path) -> None:
     one, out = sets / "one", tmp_path / "view"
     mix = {"a.jsonl": 9, "b.jsonl": 1}
     said = refusal(out, one, mix=mix, total="500 rows", mix_by="rows")
-    passes = said.partition("Fix: --passes ")[2].partition(",")[0]
+    passes = said.partition("Fix: passes=")[2].partition(",")[0]
     made = view(tmp_path / "passes", one, mix=mix, total="500 rows", mix_by="rows", passes=passes)
     assert made.ledger.rows_kept >= 498
     view(tmp_path / "smaller", one, mix=mix, total="60 rows", mix_by="rows")
-    assert "give --total in trained, or --mix-by tokens" in refusal(out, one, mix=mix, total="500 tokens")
+    assert 'give total in trained, or mix_by="tokens"' in refusal(out, one, mix=mix, total="500 tokens")
     view(tmp_path / "tokens", one, mix=mix, total="500 tokens", mix_by="tokens")
     view(tmp_path / "trained", one, mix=mix, total="200 trained")
-    assert refusal(out, one, order="shuffled", pack_over="slice").endswith("Fix: --pack-over view.")
+    assert refusal(out, one, order="shuffled", pack_over="slice").endswith('Fix: pack_over="view".')
     view(tmp_path / "shuffled", one, order="shuffled", pack_over="view")
-    assert "take it out of --mix, or loosen" in refusal(out, one, mix=mix, without="b.jsonl")
+    assert "take it out of mix, or loosen" in refusal(out, one, mix=mix, without="b.jsonl")
     view(tmp_path / "out-of-it", one, mix={"a.jsonl": 1}, without="b.jsonl")
-    assert "--mix NAME=SHARE with --passes 2" in refusal(out, one, one)
+    assert 'mix={"NAME": SHARE} with passes=2' in refusal(out, one, one)
     made = view(tmp_path / "repeated", one, mix={"*.jsonl": 1}, passes=2)
     assert made.ledger.rows_kept == 2 * read_manifest(one).ledger.rows_kept
     (tmp_path / "list").write_text("zzz:1\n")

@@ -140,7 +140,7 @@ def test_evaluation_has_one_epoch(base: Path, tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_cannot_be_had_anew_is_refused(base: Path, tmp_path: Path, settings: Settings) -> None:
-    with pytest.raises(UsageError, match="--epochs 2 with --") as caught:
+    with pytest.raises(UsageError, match="epochs=2 with ") as caught:
         view(tmp_path / "view", base, epochs=2, **settings)
     assert caught.value.fix.endswith(" out, or --epochs.")
     view(tmp_path / "without", base, epochs=2)

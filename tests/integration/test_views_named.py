@@ -115,7 +115,7 @@ def test_what_a_set_is_excluded_from_is_not_itself(odd: Path, tmp_path: Path) ->
         with pytest.raises(UsageError, match="is one of the sets that the view is made of") as caught:
             sftdata.view(sets, output=tmp_path / "view", exclude=[odd])
         assert caught.value.fix == "take it out of --exclude, or out of the sets."
-    with pytest.raises(UsageError, match=r"--exclude .*: named twice\. Fix: name it once\.$"):
+    with pytest.raises(UsageError, match=r'exclude=".*": named twice\. Fix: name it once\.$'):
         sftdata.view(odd, output=tmp_path / "view", exclude=[other, other])
     sftdata.view(other, output=tmp_path / "out-of-the-sets", exclude=[odd])
     sftdata.view(odd, output=tmp_path / "once", exclude=other)

@@ -181,7 +181,7 @@ def test_views_are_made_again_from_the_lowest_on(base: Path, tmp_path: Path) -> 
     prepare(moved, [*base.parent.glob("a.jsonl")], max_length=64, overwrite=True)
     for folder in chain[1:]:
         (problem,) = verify(folder).problems
-        assert problem.endswith("and this one last: for each, the same `sftdata view` with --overwrite.")
+        assert problem.endswith("and this one last: for each, the same `sftdata view` with overwrite=True.")
     make(moved, overwrite=True)
     assert not [problem for folder in chain for problem in verify(folder).problems]
 

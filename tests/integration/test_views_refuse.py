@@ -79,7 +79,7 @@ def test_a_set_with_damaged_files_is_not_up_to_date(tmp_path: Path, name: str) -
     path = tmp_path / "set" / name
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(IntegrityError, match=rf"{name}: missing\. Fix: replace the set with --overwrite"):
+    with pytest.raises(IntegrityError, match=rf"{name}: missing\. Fix: replace the set with overwrite=True"):
         prepare(tmp_path / "set", [source], max_length=64)
     assert prepare(tmp_path / "set", [source], max_length=64, overwrite=True).digest == made.digest
     assert path.read_bytes() == whole
@@ -93,7 +93,7 @@ def test_a_damaged_view_is_made_again(tmp_path: Path, write: bool) -> None:
     prepare(tmp_path / "base", [write_lines(tmp_path / "a.jsonl", chats(30, 1))])
     made = view(tmp_path / "view", tmp_path / "base", max_length=64, write=write)
     (tmp_path / "view" / "index-00000.arrow").unlink()
-    anew = "Fix: restore the file, or repeat the command that made the set, with --overwrite."
+    anew = "Fix: restore the file, or repeat the command that made the set, with overwrite=True."
     (problem,) = verify(tmp_path / "view").problems
     assert problem.endswith(f"missing. {anew}")
     shard = next((tmp_path / "view").glob("shard-*.arrow" if write else "packs-*.arrow"))
@@ -118,18 +118,17 @@ def test_a_list_may_come_from_windows(base: Path, tmp_path: Path) -> None:
 )
 def test_a_setting_without_effect_is_refused(base: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
     (name,) = setting
-    flag = f"--{name.replace('_', '-')}"
-    assert refusal(tmp_path / "view", base, **setting).endswith(f"it has no effect. Fix: leave {flag} out.")
+    assert refusal(tmp_path / "view", base, **setting).endswith(f"it has no effect. Fix: leave {name} out.")
     view(tmp_path / "view", base)
 
 
 def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None:
     said = refusal(tmp_path / "view", base, max_length=2)
-    assert said.endswith("Fix: a larger --max-length, or another --overlong.")
+    assert said.endswith("Fix: a larger max_length, or another overlong.")
     view(tmp_path / "larger", base, max_length=64)
     said = refusal(tmp_path / "both", base, eval="0.0001%")
     assert said.startswith(f"{tmp_path / 'both' / 'eval'}: no document is left.")
-    assert said.endswith("Fix: choose another share for --eval.")
+    assert said.endswith("Fix: choose another share for eval.")
     split(tmp_path / "both", base, eval="30%")
     said = refusal(tmp_path / "filtered", base, eval="30%", min_tokens=10**6)
     assert said.endswith("Fix: loosen the filters.")
@@ -138,9 +137,9 @@ def test_advice_on_an_empty_view_is_followed(base: Path, tmp_path: Path) -> None
         tmp_path / "few", base, eval="0.0001%", max_length=2, overlong="drop", sources=("a.jsonl",)
     )
     assert said.startswith(f"{tmp_path / 'few' / 'train'}: no document is left.")
-    assert said.endswith("Fix: a larger --max-length, or another --overlong, or loosen the filters.")
+    assert said.endswith("Fix: a larger max_length, or another overlong, or loosen the filters.")
     said = refusal(tmp_path / "short", base, max_length=2, without=("a.jsonl",))
-    assert said.endswith("Fix: a larger --max-length, or another --overlong, or loosen the filters.")
+    assert said.endswith("Fix: a larger max_length, or another overlong, or loosen the filters.")
     view(tmp_path / "short", base, max_length=64, without=("a.jsonl",))
 
 
@@ -173,7 +172,7 @@ def test_a_step_that_is_there_twice_counts_all_that_it_left_out(base: Path, tmp_
 
 
 def test_a_view_that_trains_nothing_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no token of its rows is trained.*Fix: a larger --max-length\.$"):
+    with pytest.raises(DataError, match=r"no token of its rows is trained.*Fix: a larger max_length\.$"):
         view(tmp_path / "view", base, packing="wrapped", max_length=1)
     assert not (tmp_path / "view").exists()
     view(tmp_path / "view", base, packing="wrapped", max_length=64)
@@ -183,7 +182,7 @@ def test_a_view_in_or_around_its_base_is_refused(base: Path, tmp_path: Path) -> 
     split(tmp_path / "both", base, eval="30%")
     for output in (tmp_path / "both", tmp_path / "both" / "train" / "view"):
         said = refusal(output, tmp_path / "both" / "train", overwrite=True, max_length=64)
-        assert said.endswith("Fix: choose a folder beside it for -o.")
+        assert said.endswith("Fix: choose a folder beside it for output.")
     assert verify(tmp_path / "both" / "train").ok
     view(tmp_path / "beside", tmp_path / "both" / "train", max_length=64)
 
@@ -210,7 +209,9 @@ def test_a_written_view_is_the_set_that_was_prepared_alike(base: Path, tmp_path:
     globbed = prepare(tmp_path / "globbed", [base.parent / "*.jsonl"], max_length=64)
     assert view(tmp_path / "globbed", base, max_length=64) == globbed
     said = refusal(tmp_path / "set", base, max_length=60, write=True)
-    assert said.endswith("(max_length differ). Fix: choose another -o, or replace the set with --overwrite.")
+    assert said.endswith(
+        "(max_length differ). Fix: choose another output, or replace the set with overwrite=True."
+    )
     write_lines(tmp_path / "c.jsonl", chats(40, 3, 40))
     prepare(tmp_path / "other", [tmp_path / "c.jsonl"], max_length=64)
     assert "(formats, sources differ)" in refusal(tmp_path / "other", base, max_length=64, write=True)

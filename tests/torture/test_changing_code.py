@@ -84,7 +84,7 @@ def test_code_that_changes_while_a_run_begins_is_one_line(
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(run, "run_tasks", change)
-    with pytest.raises(DataError, match="--formatter forms:f: its code changed while it was in use"):
+    with pytest.raises(DataError, match='formatter="forms:f": its code changed while it was in use'):
         sftdata.prepare(**settings(data, here / "set", formatter="forms:f", workers=workers))
     monkeypatch.undo()
     monkeypatch.chdir(here)

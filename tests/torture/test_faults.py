@@ -279,7 +279,7 @@ def test_a_damaged_record_of_an_unfinished_run_is_named_and_overwritten_on_deman
         prepare(small.data, place / "set")
     (place / "set.partial" / name).write_bytes(b'{"index": ')
     with pytest.raises(
-        IntegrityError, match=rf"{place}/set.partial/{name}: damaged: .* Fix: start anew with --overwrite."
+        IntegrityError, match=rf"{place}/set.partial/{name}: damaged: .* Fix: start anew with overwrite=True."
     ):
         prepare(small.data, place / "set")
     prepare(small.data, place / "set", overwrite=True)

@@ -185,7 +185,7 @@ def test_a_forged_set_is_one_line_for_whoever_opens_it(
     for read in readers:
         with pytest.raises(
             IntegrityError,
-            match=r"shard-00000.arrow: row 0: .* Fix: repeat the command that made the set, with --overwrite.",
+            match=r"shard-00000.arrow: row 0: .* Fix: repeat the command that made the set, with overwrite=True.",
         ):
             read(open_set(place / "set"))
     for command in (

@@ -435,7 +435,8 @@ def test_a_damaged_object_is_made_again(
         bucket.objects[shard] = old[:-1] if damage == "cut" else bytes(len(old))
     if finished and damage != "other":
         with pytest.raises(
-            IntegrityError, match=r"shard-.* Fix: replace the set with --overwrite, or choose another -o"
+            IntegrityError,
+            match=r"shard-.* Fix: replace the set with overwrite=True, or choose another output",
         ):
             run(data)
     if finished or damage != "other":

@@ -736,7 +736,7 @@ def test_a_formatter_cannot_change_the_row_that_a_reject_would_show(formatters: 
 
 @pytest.mark.parametrize("spec", ["no_such_module:f", "{}:no_such", "{}:not_a_function", "{}", ":f"])
 def test_a_formatter_that_cannot_be_found_is_one_line(formatters: str, spec: str) -> None:
-    with pytest.raises(UsageError, match="--formatter") as caught:
+    with pytest.raises(UsageError, match="formatter") as caught:
         format_with(spec.format(formatters))
     assert "\n" not in str(caught.value)
 

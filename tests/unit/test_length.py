@@ -74,7 +74,7 @@ def test_split_keeps_every_piece_that_trains_something_under_its_row() -> None:
 
 def test_error_names_the_first_overlong_row() -> None:
     with pytest.raises(
-        OverlongError, match=r"row 10 has 6 tokens; max_length is 4\. Fix: --overlong"
+        OverlongError, match=r"row 10 has 6 tokens; max_length is 4\. Fix: overlong"
     ) as caught:
         limited("error", "aB", "abCDEF", "abCDEFG")
     assert caught.value.row == 10

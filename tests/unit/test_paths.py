@@ -118,7 +118,7 @@ def test_paths_stay_what_they_are(name: str) -> None:
 
 
 def test_an_output_that_no_manifest_can_name_is_refused_at_once(rows: Path) -> None:
-    with pytest.raises(UsageError, match=r"-o od\\xff/set: the name is not UTF-8. Fix: "):
+    with pytest.raises(UsageError, match=r'output="od\\\\xff/set": the name is not UTF-8. Fix: '):
         local_output("od\udcff/set")
 
 

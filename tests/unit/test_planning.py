@@ -99,14 +99,14 @@ def test_rows_are_never_taken_twice_in_silence(
     for split in (None, "train"):
         with pytest.raises(UsageError) as caught:
             plan_inputs(given, split, None, sizes)
-        assert str(caught.value).startswith(f"{said.format(here=tmp_path)} Fix: name it once; --mix ")
+        assert str(caught.value).startswith(f"{said.format(here=tmp_path)} Fix: name it once; mix=")
     assert len(plan_inputs(["a.jsonl", "d"], None, None, sizes)[0]) == 2
 
 
 def test_the_same_row_is_repeated_by_a_mixture_as_the_advice_on_doubles_says(tmp_path: Path) -> None:
     data, more = tmp_path / "rows.jsonl", {"tokenizer": str(TOKENIZER), "max_length": 64}
     data.write_text('{"text": "T"}\n')
-    with pytest.raises(UsageError, match=r"rows\.jsonl: named twice\. .*--mix NAME=SHARE with --passes 2"):
+    with pytest.raises(UsageError, match=r'rows\.jsonl: named twice\. .*mix={"NAME": SHARE} with passes=2'):
         sftdata.prepare([data, data], output=tmp_path / "set", **more)
     made = sftdata.prepare(data, output=tmp_path / "set", mix={"rows.jsonl": 1}, passes=2, **more)
     assert [source.name for source in made.sources] == ["rows.jsonl", "rows.jsonl#2"]

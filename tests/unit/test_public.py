@@ -99,7 +99,7 @@ Chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str 
 IterativeTrainer(model: torch.nn.Module, tokenizer: str | None = None, *, optimizer: torch.optim.Optimizer | None = None,\
  scheduler: LRScheduler | None = None, max_length: int | None = None,\
  truncation_mode: Literal['keep_end', 'keep_start'] = 'keep_end', batch_size: int | None = None) -> None
-open_chat(folder: str | Path, *, base: str | None = None, system: str | None = None,\
+open_chat(folder: str | Path, *, model: str | None = None, system: str | None = None,\
  max_new_tokens: int = 512, temperature: float = 0.0, on_note: Callable[[str], object] | None = None) -> Chat
 train(data: str | Path | ShardSet | Sequence[str | Path | ShardSet] | Iterable[Mapping[str, object]], *,\
  output: str | Path,\
@@ -226,7 +226,7 @@ def test_the_keywords_of_type_checkers_are_those_of_the_function(function: Any, 
     ("call", "answer"),
     [
         (lambda: sftdata.prepare(CHATS, tokenizer=TOKENIZER, output="set", max_lenght=64), "'max_length'"),
-        (lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, max_seq_length=64), "--max-length"),
+        (lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, max_seq_length=64), "here it is max_length"),
         (
             lambda: sftdata.preview(CHATS, tokenizer=TOKENIZER, eval="5%"),
             "eval: .*a preview samples all rows",

@@ -19,7 +19,7 @@ from tests.torture.runs import content, prepare, write_chats
 SETS = Path(__file__).parents[1] / "sets"
 REFUSED = (
     "files that the set was not made with: {}; replacing it would delete them."
-    " Fix: move them out of {}, or choose another -o"
+    " Fix: move them out of {}, or choose another output"
 )
 
 

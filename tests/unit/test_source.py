@@ -195,12 +195,12 @@ def test_saved_datasets_are_read_by_split_and_a_missing_split_names_the_others(t
         plan = plan_source(source, 0, 200)
         assert source.container == "saved"
         assert [row for piece in plan.chunks for row in read_chunk(piece)[0].rows] == expected
-    with pytest.raises(UsageError, match=r"--split valid: .*found test, train.*--split test"):
+    with pytest.raises(UsageError, match=r'split="valid": .*found test, train.*split="test"'):
         plan_source(open_source(str(tmp_path / "both"), split="valid"), 0, 200)
-    with pytest.raises(UsageError, match=r"holds the splits train, test.*--split train"):
+    with pytest.raises(UsageError, match=r'holds the splits train, test.*split="train"'):
         plan_source(open_source(str(tmp_path / "both")), 0, 200)
     with pytest.raises(
-        UsageError, match=r"--split test: .*found train"
+        UsageError, match=r'split="test": .*found train'
     ):  # a dataset of one split has that one
         plan_source(open_source(str(tmp_path / "one"), split="test"), 0, 200)
 

@@ -111,7 +111,7 @@ def test_several_splits_are_asked_for_and_one_is_chosen(kind: str, way: str, tmp
         "listed": [str(tmp_path / name) for name in names],
         "url": [f"file://{tmp_path}/**/*.jsonl"],
     }[way]
-    with pytest.raises(UsageError, match=r"holds the splits .*choose with --split"):
+    with pytest.raises(UsageError, match=r"holds the splits .*choose with split"):
         plan_inputs(inputs, None, None, SIZES)
     found = splits_of(names)
     splits, names = list(found), [names[index] for (index,) in found.values()]
@@ -121,7 +121,7 @@ def test_several_splits_are_asked_for_and_one_is_chosen(kind: str, way: str, tmp
         assert any("leaves out" in note for note in notes)
     assert rows_of(plan_inputs(inputs, "+".join(splits), None, SIZES)[0]) == names
     assert rows_of(plan_inputs(inputs, "+".join(reversed(splits)), None, SIZES)[0]) == names[::-1]
-    with pytest.raises(UsageError, match=r"--split nowhere: no split 'nowhere'; found"):
+    with pytest.raises(UsageError, match=r'split="nowhere": no split .nowhere.; found'):
         plan_inputs(inputs, "nowhere", None, SIZES)
 
 
@@ -135,7 +135,7 @@ def test_test_files_beside_files_of_no_split_are_asked_about_in_a_folder_only(tm
     for name in ("chats.jsonl", "test.jsonl"):
         write(tmp_path / name, [name])
     with pytest.raises(
-        UsageError, match=r"the split test beside files of no split.*--split test, or name the files"
+        UsageError, match=r'the split test beside files of no split.*split="test", or name the files'
     ):
         plan_inputs([str(tmp_path)], None, None, SIZES)
     named = [str(tmp_path / "chats.jsonl"), str(tmp_path / "test.jsonl")]
@@ -145,7 +145,7 @@ def test_test_files_beside_files_of_no_split_are_asked_about_in_a_folder_only(tm
 def test_a_file_is_the_split_train_as_datasets_has_it(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", list("abc"))
     assert rows_of(plan_inputs([str(tmp_path / "rows.jsonl")], "train", None, SIZES)[0]) == list("abc")
-    with pytest.raises(UsageError, match=r"--split validation: no split 'validation'; found train"):
+    with pytest.raises(UsageError, match=r'split="validation": no split .validation.; found train'):
         plan_inputs([str(tmp_path / "rows.jsonl")], "validation", None, SIZES)
 
 
@@ -231,13 +231,13 @@ def _write_as(path: Path, texts: list[str]) -> None:
 )
 def test_a_split_that_cannot_be_cut_is_one_line(spec: str, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", list("abc"))
-    with pytest.raises(UsageError, match=r"rows\.jsonl: --split .*found train"):
+    with pytest.raises(UsageError, match=r'rows\.jsonl: split=".*found train'):
         plan_inputs([str(tmp_path / "rows.jsonl")], spec, None, SIZES)
 
 
 def test_a_part_of_a_split_without_a_row_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", ["a"])
-    with pytest.raises(UsageError, match=r"--split train\[:40%\]: no row is in it.*larger part"):
+    with pytest.raises(UsageError, match=r'split="train\[:40%\]": no row is in it.*larger part'):
         sftdata.prepare(
             tmp_path / "rows.jsonl", tokenizer=TOKENIZER, output=tmp_path / "set", split="train[:40%]"
         )
@@ -263,7 +263,7 @@ def test_the_advice_on_splits_gives_the_right_rows(tmp_path: Path) -> None:
 
 def test_a_subset_of_what_is_no_hub_dataset_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", list("abc"))
-    with pytest.raises(UsageError, match="--subset en: names a configuration of a Hub dataset"):
+    with pytest.raises(UsageError, match='subset="en": names a configuration of a Hub dataset'):
         plan_inputs([str(tmp_path / "rows.jsonl")], None, "en", SIZES)
 
 

@@ -105,7 +105,7 @@ def test_gate_sees_one_wrong_id(made_data: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t5-small", "made-unigram"])
 def test_gigatoken_by_name_is_refused_where_it_cannot_serve(home: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="gigatoken cannot read .* Fix: --engine auto"):
+    with pytest.raises(UsageError, match='gigatoken cannot read .* Fix: engine="auto"'):
         choose_engine(resolved(home, name), "gigatoken")
 
 
@@ -294,7 +294,7 @@ def test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names(small: P
 
 def test_what_is_no_tokenizer_is_refused_in_one_line(small: Path, cache: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(str(tmp_path / "nowhere"))
-    assert refused(str(small / "tokenizer.json")).endswith(f"Fix: -t {small}")
+    assert refused(str(small / "tokenizer.json")).endswith(f'Fix: tokenizer="{small}"')
     (tmp_path / "chats.jsonl").touch()
     assert refused(str(tmp_path / "chats.jsonl")).endswith(
         "Fix: check the path, or give a Hub id such as org/model."

@@ -140,7 +140,7 @@ def test_a_forced_kernel_of_sdpa_is_tried_before_it_is_promised() -> None:
         else:
             with pytest.raises(
                 UsageError,
-                match="PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention=auto",
+                match='PyTorch has no such kernel for torch.float32 on cpu. Fix: set attention="auto"',
             ):
                 _choose("llama", name, device="cpu", dtype=torch.float32)
 
@@ -179,7 +179,7 @@ def test_a_kernel_without_groups_is_given_as_many_heads_of_keys_as_of_queries(
     ],
 )
 def test_asking_for_what_cannot_be_is_an_error_with_a_fix(requested: str, why: str) -> None:
-    with pytest.raises(UsageError, match=f"{why}.*Fix: set attention=auto"):
+    with pytest.raises(UsageError, match=f'{why}.*Fix: set attention="auto"'):
         _choose("llama", requested, device="cpu")
 
 

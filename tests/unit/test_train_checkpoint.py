@@ -82,7 +82,7 @@ def test_unsealed_newer_folders_are_removed_by_name(tmp_path: Path) -> None:
 
 
 def test_a_changed_run_is_refused_with_both_values(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"global_batch .* was 8, is 16.*Fix: .*--overwrite"):
+    with pytest.raises(UsageError, match=r"global_batch .* was 8, is 16.*Fix: .*overwrite=True"):
         check_unchanged(RUN, RUN | {"global_batch": 16}, tmp_path)
     check_unchanged(RUN, dict(RUN), tmp_path)
 

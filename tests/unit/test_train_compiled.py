@@ -278,11 +278,11 @@ def test_auto_compiles_layers_on_a_gpu_where_the_run_is_long_enough(monkeypatch:
     assert _chosen("auto", "cuda", 49, model).what == "none"
     assert _chosen("auto", "cuda", 1000, model, fsdp="full_shard")[:2] == ("none", "the layers are sharded")
     with pytest.raises(
-        UsageError, match=r"compile=layers cannot be used: the layers are sharded.*compile=none"
+        UsageError, match=r'compile="layers" cannot be used: the layers are sharded.*compile="none"'
     ):
         _chosen("layers", "cuda", 1000, model, fsdp="full_shard")
     with pytest.raises(
-        UsageError, match="compile=layers cannot be used: ranks exchange heads inside the layers"
+        UsageError, match='compile="layers" cannot be used: ranks exchange heads inside the layers'
     ):
         _chosen("layers", "cuda", 1000, model, sequence_parallel=2)
     assert _chosen("loss", "cuda", 1000, model, sequence_parallel=2).what == "loss"

@@ -70,7 +70,7 @@ def test_a_driver_that_is_too_old_is_refused_instead_of_training_on_the_cpu(gpu:
     text = _refused()
     assert "cannot use the GPU: The NVIDIA driver on your system is too old (found version 11040)." in text
     assert "Fix: update it, or install a PyTorch for an older CUDA" in text
-    assert "use_cpu=true" in text
+    assert "use_cpu=True" in text
     assert not _check({"use_cpu": True})
 
 
@@ -101,8 +101,8 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_refused(gpu: Any) -> None
 
 def test_a_gpu_without_bfloat16_is_refused_it_and_said_to_compute_in_float32(gpu: Any) -> None:
     gpu(capability=(7, 5), bf16=False)
-    assert "bf16=true: Tesla does not compute in bfloat16. Fix: set fp16=true" in _refused({"bf16": True})
-    assert "dtype=bfloat16: Tesla does not compute in bfloat16. Fix: set dtype=float32" in _refused(
+    assert "bf16=True: Tesla does not compute in bfloat16. Fix: set fp16=True" in _refused({"bf16": True})
+    assert 'dtype="bfloat16": Tesla does not compute in bfloat16. Fix: set dtype="float32"' in _refused(
         {}, "bfloat16"
     )
     assert _check() == ["compute: float32, since Tesla does not compute in bfloat16; fp16=true is faster"]
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_moved(
         UsageError, match="The model does not fit: weights, gradients and optimizer state take"
     ) as caught:
         refuse_too_large(model, args)
-    assert "--lora r=16" in str(caught.value)
+    assert 'lora="r=16"' in str(caught.value)
     for spread in ({"fsdp": "full_shard"}, {"deepspeed": "zero3.json"}, {"device": torch.device("cpu")}):
         refuse_too_large(model, SimpleNamespace(**vars(args) | spread))  # type: ignore[arg-type]
 
@@ -152,10 +152,10 @@ def test_out_of_memory_is_one_line_wherever_it_happens() -> None:
         "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
     )
     assert str(out_of_memory(full, 0)).startswith(
-        "The model does not fit: CUDA out of memory. Fix: --lora r=16"
+        'The model does not fit: CUDA out of memory. Fix: lora="r=16"'
     )
     assert str(out_of_memory(full, 3)).startswith(
-        "Step 3 does not fit: CUDA out of memory. Fix: set activation_checkpointing=true"
+        "Step 3 does not fit: CUDA out of memory. Fix: set activation_checkpointing=True"
     )
     assert "can't allocate memory" in str(out_of_memory(host, 1))
     assert out_of_memory(RuntimeError("size mismatch"), 1) is None

@@ -87,7 +87,7 @@ def test_the_proof_sees_a_kernel_that_computes_something_else(
     notes: list[str] = []
     assert not _add(_model(), "auto", notes, dtype)
     assert "kernels: PyTorch's (they round" in notes[0]
-    with pytest.raises(UsageError, match=r"kernels=liger cannot be used: they round .* set kernels=auto"):
+    with pytest.raises(UsageError, match=r'kernels="liger" cannot be used: they round .* set kernels="auto"'):
         _add(_model(), "liger", notes, dtype)
 
 
@@ -121,5 +121,5 @@ def test_options_reach_liger_and_its_loss_never_comes() -> None:
 
 
 def test_liger_is_no_loss_any_more() -> None:
-    with pytest.raises(UsageError, match="set kernels=liger"):
+    with pytest.raises(UsageError, match='set kernels="liger"'):
         read_settings(None, [], {"model": "m", "output": "o", "loss": "liger"})

@@ -164,7 +164,7 @@ def _args(**more: Any) -> Any:
     ("settings", "args", "objects", "found"),
     [
         ({}, {"world_size": 3}, {}, "sequence_parallel=2: the number of processes is 3, no multiple of 2"),
-        ({"attention": "sdpa"}, {}, {}, "attention=sdpa takes no sliced rows"),
+        ({"attention": "sdpa"}, {}, {}, 'attention="sdpa" takes no sliced rows'),
         ({}, {}, {"compute_metrics": len}, "compute_metrics wants the logits of whole rows"),
         ({}, {}, {"compute_loss_func": len}, "compute_loss_func wants the logits of whole rows"),
         ({}, {"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha scales its noise"),
