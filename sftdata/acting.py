@@ -28,7 +28,7 @@ from sftdata.formats.table import FORMATS
 from sftdata.masks.markers import check_markers
 from sftdata.output import counted, shell_quote
 from sftdata.pictures.loaded import PictureFolder
-from sftdata.pictures.rows import Evidence
+from sftdata.pictures.rows import COLUMNS, MARKER, Evidence, marks_pictures
 from sftdata.render.template import variables_of
 from sftdata.set.images import PROCESSOR
 from sftdata.set.local import local_folder
@@ -160,7 +160,7 @@ def look_at(
     if config.formatter is not None or not source.records:
         return config.format or "text", None, []
     detection = detect([source], format=config.format, columns=config.map)
-    hints = [] if pictures is not None else _refuse_pictured(path, detection)
+    hints = _refuse_unseen(path, detection, processor=pictures is not None)
     sample = list(detection.rows[:: -(-len(detection.rows) // ROWS)])
     index = np.arange(len(sample), dtype=np.int64)
     options = format_options(config, chat=tokenizer.chat_template is not None, pictures=pictures)
@@ -184,15 +184,23 @@ def look_at(
     return detection.format, look, [note, *hints, *_hints(config, look, rows, tokenizer)]
 
 
-def _refuse_pictured(path: str, detection: Detection) -> list[str]:
-    """Refuse rows of pictures where no processor is at hand; return a note where they are the fewer."""
-    if detection.pictures is None:
-        return []
-    pictured = detection.pictures.pictured
-    found = f"{path}: {pictured} of {detection.matched} sampled rows hold pictures, and no processor is named"
-    if 2 * pictured > detection.matched:
-        raise UsageError(f"{found}.", f"prepare a set with {WITH_PROCESSOR}")
-    return [f"{found}: such rows are rejected."]
+def _refuse_unseen(path: str, detection: Detection, processor: bool) -> list[str]:
+    """Refuse rows whose pictures the model would not see; return a note where they are the fewer.
+
+    These are rows that mark pictures and have none; and rows with pictures, without a processor at hand.
+    """
+    if processor:
+        number = 0 if detection.pictures else sum(map(marks_pictures, detection.rows))
+        found, then = f"have {MARKER} in a question, and no picture", "it is text there"
+        fix = "give the pictures in a column images, or name theirs: --map images=COLUMN."
+    else:
+        number = detection.pictures.pictured if detection.pictures else 0
+        found, then = "hold pictures, and no processor is named", "such rows are rejected"
+        fix = f"prepare a set with {WITH_PROCESSOR}"
+    what = f"{path}: {number} of {detection.matched} sampled rows {found}"
+    if 2 * number > detection.matched:
+        raise UsageError(f"{what}.", fix)
+    return [f"{what}: {then}."] if number else []
 
 
 def _hints(config: PrepareConfig, look: Look, rows: list[Row], tokenizer: ResolvedTokenizer) -> list[str]:
@@ -429,7 +437,7 @@ def _kinds(looks: Sequence[Look]) -> str:
 
 def _unread_columns(config: PrepareConfig, look: Look) -> list[str]:
     known = {name for column in FORMATS[look.format].columns for name in column.spellings}
-    return [name for name in config.map if name not in known]
+    return [name for name in config.map if name not in known and not (look.pictured and name in COLUMNS)]
 
 
 def _refuse_unmarked_ids(config: PrepareConfig, looks: Sequence[Look]) -> None:

@@ -30,7 +30,7 @@ from sftdata.output import StoreUrl, without_folders, written
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.render.control_tokens import find_unknown_tokens
 from sftdata.render.template import ChatTemplate, TemplateChoice, choose_template
-from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
+from sftdata.set.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, by_name, read_manifest
 from sftdata.set.reuse import OldSlice, key_of, moves, old_slices
 from sftdata.set.slices import SliceSource
 from sftdata.sources.chunks import Chunk, SourcePlan
@@ -198,8 +198,9 @@ class Plan:
 
     def difference(self, manifest: Manifest) -> list[str]:
         """Return what a finished set was made with otherwise; empty when it is this plan's own."""
-        mine = msgspec.to_builtins(self.identity())
-        changed = [key for key, value in mine.items() if manifest.settings.get(key, _HASHED) != value]
+        mine = by_name(msgspec.to_builtins(self.identity()), "vision")
+        its = by_name(manifest.settings, "vision")
+        changed = [key for key, value in mine.items() if its.get(key, _HASHED) != value]
         if "sources" in changed and self._reads(manifest.settings["sources"]):
             changed.remove("sources")
         names = [source.name for source in manifest.sources][: len(self.job.sources)]  # passes come behind

@@ -98,8 +98,8 @@ def good_pictures() -> dict[str, bytes]:
     found["jpeg grey"] = saved(make(62, 45, "L"), "JPEG")
     found["jpeg progressive"] = saved(make(300, 200), "JPEG", progressive=True)
     found["jpeg with a tail"] = saved(make(63, 45), "JPEG") + b"\0tail\xff\xda\0" * 9
-    for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
-        found[f"png {mode}"] = saved(make(64, 46, "RGB" if mode == "I;16" else mode), "PNG")
+    for mode in ("1", "L", "LA", "P", "RGBA", "RGB"):
+        found[f"png {mode}"] = saved(make(64, 46, mode), "PNG")
     found["webp lossless with alpha"] = saved(make(65, 47, "RGBA"), "WEBP", lossless=True)
     found["gif"] = saved(make(66, 48, "P"), "GIF")
     found["gif grey"] = saved(make(67, 49, "L"), "GIF")

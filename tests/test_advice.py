@@ -393,12 +393,15 @@ ELSEWHERE: dict[str, str] = {
     "--processor FOLDER": _PICTURES,
     "--processor FOLDER, of the model's processor; or leave out rows with pictures.": _PICTURES,
     "--images DIR": _PICTURES,
+    "--map images={}": _PICTURES,
+    "write paths that start from a folder above all pictures, and name that: --images DIR": _PICTURES,
     "--images DIR, of a folder below which the pictures are; or leave the row out.": (
         "tests/integration/test_pictures.py::test_a_public_file_makes_a_set_or_is_refused_with_a_fix_that_works"
     ),
     "--packing bfd": _PICTURES,
     "--overlong truncate": _PICTURES,
     "a larger --max-length, or a smaller --max-pixels.": _PICTURES,
+    "give a larger --max-pixels, from {} on.": _PICTURES,
     "restore the picture, or prepare the set anew; with --embed-images a set holds its pictures.": (
         "tests/integration/test_pictures.py::test_a_set_moves_with_its_pictures_and_alone_where_it_embeds_them"
     ),

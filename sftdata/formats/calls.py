@@ -205,8 +205,8 @@ def _read_part(part: object, where: str, counted: list[str]) -> tuple[str, str |
         return "tool_calls", read_call(fields.get("value", fields.get(kind, part)), where, counted)
     if not isinstance(kind, str) or kind not in _TEXT | _REASONING:
         found = repr(kind) if kind else kind_of(part)
-        what = f"{where} is {found}; expected a part of type text, reasoning or tool_call."
-        raise RowError("unknown-part", what, "write the content as a string.")
+        what = f"{where} is {found}; expected a part of type text, image, reasoning or tool_call."
+        raise RowError("unknown-part", what, "give it one of these types, or write the content as a string.")
     value = next((fields[key] for key in ("text", "value", kind) if fields.get(key) is not None), None)
     if not isinstance(value, str):
         what = f"{where} holds {kind_of(value)}; expected its text under text or value."

@@ -19,7 +19,7 @@ from sftdata.formats.instructions import is_messages
 from sftdata.formats.table import FORMATS, LINE, Format, rename
 from sftdata.formats.unsupported import UNJUDGED, has_media, unwanted_answer
 from sftdata.pictures.references import Reference
-from sftdata.pictures.rows import COLUMNS, PicturedConversation, read_picture_row
+from sftdata.pictures.rows import COLUMNS, PicturedConversation, marks_pictures, read_picture_row
 from sftdata.sources.chunks import RawRow
 from sftdata.sources.jsonrows import JsonObject, kind_of
 
@@ -62,6 +62,8 @@ def convert_rows(batch: RowBatch, format_name: str, options: FormatOptions, tall
         finally:
             if convert.pictures:
                 pictures[index] = convert.pictures
+            tally.count("image_markers_as_text", index, convert.marked)
+            tally.count("animated_pictures", index, convert.animated)
         if canonical is None:
             tally.drop(index, FILTERED)
         else:
@@ -76,6 +78,8 @@ class _Converter:
 
     Attributes:
         pictures: of the last row, as many as it names.
+        animated: of these, as many as have several frames.
+        marked: the last row marks pictures, and names none.
     """
 
     def __init__(self, format_name: str, options: FormatOptions) -> None:
@@ -90,11 +94,13 @@ class _Converter:
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
         self._rows: Counter[tuple[str, ...]] = Counter()  # with these columns
         self._unused: Counter[str] = Counter()  # of the other rows
-        self.pictures = 0
+        self.pictures = self.animated = 0
+        self.marked = False
 
     def __call__(self, row: RawRow) -> Row | None:
         """Return the canonical row, or None when the user's formatter leaves the row out."""
-        self.pictures = 0
+        self.pictures = self.animated = 0
+        self.marked = False
         if self.formatter is None:
             assert self.format is not None
             row = rename({LINE: row} if isinstance(row, str) else row, self.options.columns)
@@ -131,15 +137,20 @@ class _Converter:
         """Return a row without its pictures, and these."""
         if self.options.pictures is None and not has_media(row):
             return row, ()
-        read = read_picture_row(row, lambda role: find_role(role, self.options.roles) == "assistant")
+        read = read_picture_row(row, self._is_answer)
         if read is None:
+            self.marked = self.options.pictures is not None and marks_pictures(row, self._is_answer)
             return {name: value for name, value in row.items() if name not in COLUMNS}, ()
         if self.options.pictures is None:
             several = "a picture" if len(read.pictures) == 1 else f"{len(read.pictures)} pictures"
             what = f"the row has {several}, and no processor says what stands for one."
             raise RowError("no-processor", what, WITH_PROCESSOR)
         self.pictures = len(read.pictures)
+        self._unused.update(read.unused)
         return read.row, read.pictures
+
+    def _is_answer(self, role: object) -> bool:
+        return find_role(role, self.options.roles) == "assistant"
 
     def _pictured(self, row: Row, references: Sequence[Reference]) -> Row:
         """Return a row with its pictures, as the chat template takes its contents."""
@@ -150,6 +161,7 @@ class _Converter:
         if not references or self.options.pictures is None:
             return row
         pictures = tuple(map(self.options.pictures.load, references))
+        self.animated = sum(picture.animated for picture in pictures)
         return PicturedConversation(**msgspec.structs.asdict(row), pictures=pictures)
 
     def _locate(self, chosen: Format, row: JsonObject) -> dict[str, str]:

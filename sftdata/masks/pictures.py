@@ -12,7 +12,7 @@ from sftdata.errors import RowError
 from sftdata.masks.turns import RenderedConversation
 from sftdata.output import counted
 from sftdata.pictures.families import PictureProcessor
-from sftdata.pictures.layouts import Size
+from sftdata.pictures.layouts import Layout, Size
 
 
 def write_layouts(
@@ -31,7 +31,7 @@ def write_layouts(
     if processor is None:
         what = f"the row has {counted(len(sizes), 'picture')}, and no processor says what stands for one."
         raise RowError("no-processor", what, "leave out rows with pictures.")
-    layouts = [processor.layout(height, width) for height, width in sizes]
+    layouts = [_laid_out(processor, number, size) for number, size in enumerate(sizes, 1)]
     marker = processor.marker
     starts = _find_outside(rendered.literal, rendered.text, marker)
     if len(starts) != len(layouts):
@@ -51,6 +51,14 @@ def write_layouts(
         )
         raise RowError("images-lost", what, "take that token out of the data.")
     return replace(made, runs=runs)
+
+
+def _laid_out(processor: PictureProcessor, number: int, size: Size) -> Layout:
+    try:
+        return processor.layout(*size)
+    except RowError as error:
+        error.fault = replace(error.fault, reason=f"picture {number} of the row has {error.fault.reason}")
+        raise
 
 
 def _write(

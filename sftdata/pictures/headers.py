@@ -76,7 +76,9 @@ def read_header(data: bytes, where: str = "the picture") -> Header:
     name = _format_of(data, where)
     pillow = _pillow()
     try:
-        header = _read(data, name)
+        header = _read(data, name, where)
+    except RowError:
+        raise
     except pillow.DecompressionBombError:
         header = None
     except Exception as error:  # Pillow raises what it likes on a broken file
@@ -111,10 +113,13 @@ def _in_words(error: Exception) -> str:
     return one_line(re.sub(r" <\S+ object at 0x\w+>", "", f"{type(error).__name__}: {error}"))[:160]
 
 
-def _read(data: bytes, name: PictureFormat) -> Header:
+def _read(data: bytes, name: PictureFormat, where: str) -> Header:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures and odd EXIF, which change no size
         image = _open(_with_late_metadata(data) if name == "png" else data)
+        if image.mode.startswith("I"):
+            what = f"{where} is a PNG in grey of 16 bits, of which processors turn all above 255 white."
+            raise RowError("image-format", what, "save it with 8 bits.")
         orientation = _orientation(image)
         several = name in ("png", "webp") and bool(getattr(image, "is_animated", False))
     width, height = image.size
@@ -137,9 +142,9 @@ def _format_of(data: bytes, where: str) -> PictureFormat:
         )
     other = next((kind for beginning, kind in _OTHERS if data.startswith(beginning)), None)
     if data[4:8] == b"ftyp":
-        other = _BOXES.get(data[8:12], "MP4 or MOV film")
+        other = _BOXES.get(data[8:12], "MP4 or MOV, a film")
     if other:
-        what = f"{where} is a {other} file; expected JPEG, PNG, WebP or GIF."
+        what = f"{where} is in the format {other}; expected JPEG, PNG, WebP or GIF."
         raise RowError("image-format", what, "convert it to one of them.")
     is_text = data.lstrip()[:24].startswith(_TEXTS)
     found = f"text ({one_line(data[:40].decode('utf-8', 'replace'))!r})" if is_text else "no picture"

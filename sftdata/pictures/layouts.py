@@ -45,7 +45,7 @@ Rule = Callable[[int, int], Layout]
 
 
 def _extreme(height: int, width: int, why: str) -> RowError:
-    what = f"a picture of {width}x{height} pixels: {why}."
+    what = f"{width}x{height} pixels: {why}."
     return RowError("image-aspect", what, "crop the picture, or leave the row out.")
 
 

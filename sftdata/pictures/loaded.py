@@ -24,6 +24,7 @@ class Picture:
         file_bytes: how many these are.
         path: from the folder of pictures; "" for one whose bytes are in the row.
         data: these bytes; empty for one with a path.
+        animated: there are more frames; processors see the first.
     """
 
     height: int
@@ -33,6 +34,7 @@ class Picture:
     file_bytes: int = 0
     path: str = ""
     data: bytes | memoryview = b""
+    animated: bool = False
 
     @property
     def size(self) -> Size:
@@ -67,8 +69,8 @@ class PictureFolder:
         digest = hashlib.sha256(data).digest()
         size = header.height, header.width, header.format, digest, len(data)
         if reference.path is None:
-            return Picture(*size, data=data)
-        return Picture(*size, path=self._from_folder(reference.path, where))
+            return Picture(*size, data=data, animated=header.animated)
+        return Picture(*size, path=self._from_folder(reference.path, where), animated=header.animated)
 
     def _from_folder(self, path: str, where: str) -> str:
         base = os.path.abspath(self.folder)

@@ -18,8 +18,10 @@ from sftdata.sources.jsonrows import JsonObject, kind_of
 MAX_FILE_BYTES = 1 << 28
 """Larger than any picture that Pillow would decode, and read into memory without harm."""
 FOLDER_FIX = "--images DIR, of a folder below which the pictures are; or leave the row out."
+_UPWARDS_FIX = "write paths that start from a folder above all pictures, and name that: --images DIR"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+_NAMED = re.compile(r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif)", re.IGNORECASE)
 _KEYS = ("bytes", "path", "url", "data", "base64", "image", "image_url", "source", "file", "value")
 
 
@@ -36,6 +38,18 @@ class Reference:
     where: str
     path: str | None = None
     data: bytes | None = None
+
+
+def looks_like_picture(value: object) -> bool:
+    """Return whether a value of a column that nothing reads is, by its form, a picture, or a list of some."""
+    if isinstance(value, list):
+        return bool(value) and looks_like_picture(value[0])
+    if isinstance(value, dict):
+        return any(looks_like_picture(value.get(key)) for key in _KEYS)
+    if not isinstance(value, str):
+        return isinstance(value, bytes)
+    named = _NAMED.fullmatch(os.path.splitext(value)[1])
+    return bool(named or value[:11].lower() == "data:image/" or _BASE64.fullmatch(value))
 
 
 def read_reference(value: object, where: str) -> Reference:
@@ -118,7 +132,7 @@ def load_picture(reference: Reference, folder: Path) -> bytes:
     path = os.path.abspath(os.path.join(base, given))
     if os.path.commonpath([base, path]) != base:
         what = f"{said} is outside of {folder}, the folder of pictures."
-        raise RowError("image-outside", what, FOLDER_FIX)
+        raise RowError("image-outside", what, FOLDER_FIX if os.path.isabs(given) else _UPWARDS_FIX)
     try:
         real, home = os.path.realpath(path), os.path.realpath(base)
         if os.path.commonpath([home, real]) != home:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.output import counted
+from sftdata.output import counted, shell_quote
 from sftdata.pictures.loaded import Picture
-from sftdata.pictures.references import Reference, read_reference
+from sftdata.pictures.references import Reference, looks_like_picture, read_reference
 from sftdata.sources.jsonrows import JsonObject, from_json
 
 MARKER = "<image>"
@@ -36,11 +36,12 @@ _VIDEO_PARTS, _AUDIO_PARTS = (
     frozenset({"audio", "audio_url", "input_audio"}),
 )
 _VIDEO_COLUMNS, _AUDIO_COLUMNS = ("videos", "video"), ("audios", "audio")
+_IN_MESSAGES = frozenset(COLUMNS)
 _MEDIA_COLUMNS = frozenset({*COLUMNS, *_VIDEO_COLUMNS, *_AUDIO_COLUMNS})
 _ANSWERS = frozenset({"assistant", "gpt", "chatgpt", "function_call", "tool_call"})
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _IN_TEXT = re.compile(r"<img>([^<>\n]+\.(?:jpe?g|png|webp|gif))</img>", re.IGNORECASE)
-_BEGINS = re.compile("<img>", re.IGNORECASE)
+_BEGINS = re.compile("<(?:img|image)>", re.IGNORECASE)
 _INSIDE = ("image", "image_url", "url", "path", "source", "bytes", "base64", "data", "value")
 
 
@@ -53,11 +54,13 @@ class PictureRow:
             stands.
         pictures: one for each of these parts, in order.
         way: how the row writes its pictures, in words.
+        unused: what parts say of their pictures that nothing reads -> parts.
     """
 
     row: JsonObject
     pictures: tuple[Reference, ...]
     way: str
+    unused: Mapping[str, int]
 
 
 class PicturedConversation(Conversation, frozen=True):
@@ -106,10 +109,18 @@ def read_picture_row(row: JsonObject, is_answer: Callable[[object], bool] = is_a
     reader = _Reader(column, is_answer)
     read = reader.read(talks, any(key in row for key in COLUMNS))
     if read is None:
+        if reader.marked(talks):
+            _refuse_unread_column(row)
         return None
     messages, way = read
     rest = {key: value for key, value in row.items() if key not in COLUMNS}
-    return PictureRow(rest | messages, tuple(reader.pictures), way)
+    return PictureRow(rest | messages, tuple(reader.pictures), way, reader.unused)
+
+
+def marks_pictures(row: JsonObject, is_answer: Callable[[object], bool] = is_answer) -> bool:
+    """Return whether a question of a row of text spells the marker of a picture."""
+    talks = {key: from_json(row[key]) for key in CONVERSATIONS if row.get(key) is not None}
+    return _Reader(_Column(None, []), is_answer).marked(talks)
 
 
 def may_hold_media(row: JsonObject) -> bool:
@@ -122,7 +133,7 @@ def may_hold_media(row: JsonObject) -> bool:
             return True
         for message in talk if isinstance(talk, list) else ():
             content = _content(message) if isinstance(message, dict) else None
-            if isinstance(content, list):
+            if isinstance(content, list) or (content is not None and not _IN_MESSAGES.isdisjoint(message)):
                 return True
             if isinstance(content, str) and "<" in content and _BEGINS.search(content):
                 return True
@@ -157,6 +168,22 @@ def _refuse_other_media(row: JsonObject) -> None:
             raise RowError("audio-row", what, "leave out rows with sound.")
 
 
+def _refuse_unread_column(row: JsonObject) -> None:
+    """Refuse a row that marks pictures, and has one in a column that nothing reads."""
+    others = (key for key, value in row.items() if key not in CONVERSATIONS and looks_like_picture(value))
+    if (name := next(others, None)) is not None:
+        what = f"the messages have {MARKER}, and the pictures are in the column {name!r}; expected 'images'."
+        raise RowError("images-missing", what, f"--map images={shell_quote(name)}")
+
+
+def _refuse_in_message(where: str, message: JsonObject) -> None:
+    """Refuse a message that has pictures beside its content, as those of Ollama: no place is said."""
+    if (name := next((name for name in COLUMNS if message.get(name)), None)) is not None:
+        what = f"{where} holds pictures under {name!r}, beside its content; expected a column of the row."
+        fix = f'write {{"messages": [...], "images": [...]}}, with {MARKER} where each of them stands.'
+        raise RowError("images-unplaced", what, fix)
+
+
 @dataclass(slots=True)
 class _Column:
     """The column of pictures, and which of them were placed."""
@@ -185,16 +212,20 @@ class _Column:
         single = len(self.values) == 1 and self.name == "image"
         return read_reference(self.values[index], f"{self.name}" if single else f"{self.name}[{index}]")
 
-    def require_all(self) -> None:
-        """Refuse to go on with a picture that has no place."""
-        if len(self.used) < len(self.values):
-            raise self.unplaced()
+    def require_all(self, place: str) -> None:
+        """Refuse to go on with a picture that has no place.
 
-    def unplaced(self) -> RowError:
+        Args:
+            place: how the messages write one.
+        """
+        if len(self.used) < len(self.values):
+            raise self.unplaced(place)
+
+    def unplaced(self, place: str = MARKER) -> RowError:
         """Return the error for a picture that has no place."""
         placed = f"the messages place {len(self.used)} of them"
         what = f"{self.name} holds {counted(len(self.values), 'picture')}; {placed}."
-        return RowError("images-unplaced", what, f"write {MARKER} where each of them stands.")
+        return RowError("images-unplaced", what, f"write {place} where each of them stands.")
 
 
 Talks = dict[str, object]
@@ -208,15 +239,19 @@ class _Reader:
     column: _Column
     is_answer: Callable[[object], bool]
     pictures: list[Reference] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def read(self, talks: Talks, has_column: bool) -> tuple[Talks, str] | None:
         """Return the messages with parts for pictures, and how they were written."""
         messages = [message for _, message in _messages(talks)]
         for where, message in _messages(talks):
             _refuse_other_parts(where, _parts(message))
+            _refuse_in_message(where, message)
+        place = MARKER
         if any(part.get("type") in PARTS for message in messages for part in _parts(message)):
+            place = '{"type": "image"}'
             made, way = self._each(talks, self._from_parts), "parts of the messages"
-        elif any(map(self._markers, messages)) and (self.column.values or has_column):
+        elif (self.column.values or has_column) and self.marked(talks):
             made, way = self._each(talks, self._from_markers), f"{MARKER} in the messages"
         elif self.column.values:
             raise self.column.unplaced()
@@ -224,7 +259,7 @@ class _Reader:
             made, way = self._each(talks, self._from_paths), "<img>path</img> in the messages"
         else:
             return None
-        self.column.require_all()
+        self.column.require_all(place)
         return made, way
 
     def _each(self, talks: Talks, read: Callable[[JsonObject, str], JsonObject]) -> Talks:
@@ -242,8 +277,9 @@ class _Reader:
             return [content]
         return [text for part in _parts(message) if (text := _text(part)) is not None]
 
-    def _markers(self, message: JsonObject) -> int:
-        return sum(text.count(MARKER) for text in self._asked(message))
+    def marked(self, talks: Talks) -> bool:
+        """Return whether a question spells the marker of a picture."""
+        return any(MARKER in text for _, message in _messages(talks) for text in self._asked(message))
 
     # ------------------------------------------------------------------------------------------ the ways
 
@@ -267,6 +303,8 @@ class _Reader:
 
     def _of_part(self, part: Part, where: str) -> Reference:
         key = next((key for key in _INSIDE if part.get(key) is not None), None)
+        others = part.keys() - {"type", "index", key}
+        self.unused.update(f"image.{name}" for name in others if part[name] not in (None, ""))
         if key is not None:
             return read_reference(part[key], f"{where}.{key}")
         index = part.get("index")

@@ -137,7 +137,7 @@ class Settings:
         least = (self.number("patch_size", 14) * self.number("merge_size", 2)) ** 2
         if high < max(low, least):
             what = f"max_pixels is {high:,}; one token is {least:,} pixels, and min_pixels is {low:,}."
-            raise UsageError(what, f"give at least {max(low, least):,}.")
+            raise UsageError(what, f"give a larger --max-pixels, from {max(low, least)} on.")
         image = {key: value for key, value in self.image.items() if key not in ("min_pixels", "max_pixels")}
         return replace(self, image=image | {"size": {"shortest_edge": low, "longest_edge": high}})
 

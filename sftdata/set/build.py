@@ -34,6 +34,7 @@ from sftdata.set.making import CARD_NAME, PLAN, SLICES, TOKENIZER, Making, Shard
 from sftdata.set.manifest import (
     MANIFEST_NAME,
     Manifest,
+    by_name,
     documents_folder,
     format_version,
     is_split,
@@ -218,15 +219,12 @@ class Build(Making):
     ) -> dict[int, ShardResult]:
         path = self.folder / PLAN
         plan = plan | {"format_version": format_version("vision" in plan)}
-        before = self._begun()
-        changed = (
-            sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
-            if before
-            else []
-        )
+        before, now = by_name(self._begun(), "vision"), by_name(plan, "vision")
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        changed = changed if before else []
         if not moving.issuperset(changed) and not overwrite and not self._refused.exists():
             differences = "; ".join(
-                f"{key}: {_short(before.get(key))} -> {_short(plan.get(key))}" for key in changed
+                f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in changed
             )
             what = f"{self.folder}: an unfinished set made with other settings ({differences})."
             raise UsageError(what, "run with the settings it was begun with, or start anew with --overwrite.")

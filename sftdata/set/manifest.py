@@ -238,6 +238,13 @@ def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in _PLACES + _MANNER}
 
 
+def by_name(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return settings with what these hold beside the others, as `vision.max_pixels`."""
+    own = {key: value for key, value in settings.items() if key not in names or not isinstance(value, dict)}
+    inside = ((name, settings[name]) for name in names if isinstance(settings.get(name), dict))
+    return own | {f"{name}.{key}": value for name, held in inside for key, value in held.items()}
+
+
 def format_version(pictures: bool) -> int:
     """Return the format in which a set is written."""
     return PICTURES_VERSION if pictures else FORMAT_VERSION

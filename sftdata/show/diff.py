@@ -17,7 +17,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, TokenBatch
 from sftdata.errors import place
 from sftdata.pages import macro
-from sftdata.set.manifest import Manifest, deciding
+from sftdata.set.manifest import Manifest, by_name, deciding
 from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
 from sftdata.show.pictures import ShownPicture
@@ -296,20 +296,14 @@ def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, tuple[object, obj
             for name in _TOKENIZER
         },
         "chat template": (a.chat_template_sha256, b.chat_template_sha256),
-        **_by_name(deciding(a.settings), deciding(b.settings)),
+        **_beside(*(by_name(deciding(one.settings), "view", "vision") for one in (a, b))),
     }.items():
         if one != other and name not in _TOLD:
             yield name, (one, other)
 
 
-def _by_name(a: dict[str, object], b: dict[str, object]) -> dict[str, tuple[object, object]]:
-    """Put the settings of both beside each other; those of a view get its name before theirs."""
-    flat = []
-    for settings in (a, b):
-        view = settings.get("view")
-        own = {key: value for key, value in settings.items() if key != "view"}
-        flat.append(own | {f"view.{k}": v for k, v in (view if isinstance(view, dict) else {}).items()})
-    return {name: (flat[0].get(name), flat[1].get(name)) for name in flat[0] | flat[1]}
+def _beside(a: dict[str, object], b: dict[str, object]) -> dict[str, tuple[object, object]]:
+    return {name: (a.get(name), b.get(name)) for name in a | b}
 
 
 def _notes(left: Side, right: Side) -> Iterator[str]:

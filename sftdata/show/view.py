@@ -405,7 +405,7 @@ class ShownSet(ShardSet):
             )
         for reject in read_lines(file_of(self.folder, REJECTS_NAME), Reject):
             if (reject.file, reject.record) == origin:
-                return f"{place}: rejected ({reject.code}): {reject.reason}.", reject.fix
+                return f"{place}: rejected ({reject.code}): {reject.reason.rstrip('.')}.", reject.fix
         ledger = self.manifest.ledger
         reasons = ", ".join(sorted(ledger.rows_dropped | ledger.rows_filtered)) or "blank"
         fix = "`sftdata stats` counts the rows that were left out."

@@ -40,7 +40,7 @@ from sftdata.set.shards import write_file
 from sftdata.set.verify import verify
 from sftdata.workers import Workers
 from tests.killed import killed_at
-from tests.made_pictures import bomb, make, saved
+from tests.made_pictures import bomb, make, moving_pictures, saved
 from tests.oracles.pictures import Own
 from tests.picture_sets import asked, mixed_rows, write_model, write_pictures, write_rows
 from tests.torture.runs import content
@@ -605,6 +605,8 @@ def test_bad_pictures_are_rejected_by_name_and_the_others_stay(place: Path, tmp_
     rejects = [json.loads(line) for line in (tmp_path / "set" / REJECTS_NAME).read_text("utf-8").splitlines()]
     assert [reject["code"] for reject in rejects] == list(cases)
     assert all(reject["fix"] for reject in rejects)
+    thin = next(reject for reject in rejects if reject["code"] == "image-aspect")
+    assert thin["reason"].startswith("picture 1 of the row has 250x1 pixels: ")
     ledger = manifest.ledger
     assert (ledger.pictures_in, ledger.pictures_kept, ledger.pictures_in_rejected_rows) == (26, 20, 6)
     more = write_rows(
@@ -641,7 +643,7 @@ def test_pixels_are_bounded_and_part_of_what_a_set_is(place: Path, tmp_path: Pat
     names = write_pictures(tmp_path / "pictures")
     rows = write_rows(tmp_path, [asked("<image>?", "Red", images=[f"pictures/{name}"]) for name in names])
     whole = prepare(place, tmp_path / "set", rows)
-    with pytest.raises(UsageError, match="made otherwise .vision differ"):
+    with pytest.raises(UsageError, match="made otherwise .vision.max_pixels, vision.processor_sha256 differ"):
         prepare(place, tmp_path / "set", rows, max_pixels=28 * 28 * 4)
     small = prepare(place, tmp_path / "small", rows, max_pixels=28 * 28 * 4, min_pixels=28 * 28)
     assert small.ledger.tokens_in < whole.ledger.tokens_in
@@ -689,6 +691,39 @@ def test_a_text_set_beside_a_processor_is_what_it_is_without(place: Path, tmp_pa
     assert one.digest == other.digest
     assert one.format_version == 2
     assert '"vision":' not in (tmp_path / "with/manifest.json").read_text("utf-8")
+
+
+def test_questions_that_mark_pictures_and_have_none_are_refused_or_said_and_counted(
+    place: Path, tmp_path: Path
+) -> None:
+    marked = asked("<image>?", "Red")
+    rows = write_rows(tmp_path, [marked] * 3 + [asked("?", "Red")])
+    with pytest.raises(
+        UsageError, match="3 of 4 sampled rows have <image> in a question, and no picture"
+    ) as caught:
+        prepare(place, tmp_path / "set", rows)
+    assert "--map images=COLUMN" in caught.value.fix
+    few = write_rows(tmp_path, [marked] + [asked("?", "Red")] * 3, "few.jsonl")
+    notes = prepare(place, tmp_path / "few", few).notes
+    assert any("1 of 4 sampled rows have <image> in a question" in line for line in notes)
+    name = f"pictures/{write_pictures(tmp_path / 'pictures', 1)[0]}"
+    answered = asked("Write HTML", "An <image>")
+    mixed = write_rows(tmp_path, [marked, answered, asked("<image>?", "Red", images=[name])], "mixed.jsonl")
+    assert prepare(place, tmp_path / "mixed", mixed).ledger.counters["image_markers_as_text"] == 1
+
+
+def test_animations_are_counted_and_settings_of_one_picture_named(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for kind, data in moving_pictures().items():
+        (tmp_path / f"pictures/a.{kind}").write_bytes(data)
+    parts = [
+        {"type": "image", "image": "pictures/a.gif", "max_pixels": 784},
+        {"type": "image", "image": "pictures/a.png"},
+    ]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red"}]}
+    counters = prepare(place, tmp_path / "set", write_rows(tmp_path, [row])).ledger.counters
+    assert counters["animated_pictures"] == 2
+    assert counters["column_unused:image.max_pixels"] == 1
 
 
 def test_without_a_processor_pictures_are_refused_and_a_few_rejected(place: Path, tmp_path: Path) -> None:
@@ -880,6 +915,14 @@ ADVICE: dict[str, tuple[list[str], str, list[str]]] = {
         ["rows/rows.jsonl", "-t", "model", "--max-length", "44"],
         "a larger --max-length, or a smaller --max-pixels", ["--max-pixels", "784", "--min-pixels", "784"],
     ),
+    "--map images=COLUMN": (["rows/named.jsonl", "-t", "model"], "--map images=photo", ["--map", "images=photo"]),
+    "--max-pixels of --min-pixels": (
+        ["rows/rows.jsonl", "-t", "model", "--min-pixels", "9000", "--max-pixels", "8000"],
+        "give a larger --max-pixels, from 9000 on.", ["--max-pixels", "9000"],
+    ),
+    "a folder above": (
+        ["rows/upwards.jsonl", "-t", "model"], "write paths that start from a folder above all pictures", ["--images", "."],
+    ),
     "<image>": (["rows/unplaced.jsonl", "-t", "model"], "write <image> where each of them stands", []),
 }  # fmt: skip
 
@@ -899,7 +942,12 @@ def test_advice_on_pictures_is_followed(
     shutil.copytree(place / "model", "model")
     shutil.copytree("model", "bare", ignore=lambda *_: ["preprocessor_config.json"])
     write_rows(tmp_path / "rows", [asked("?", "Red", images=["pictures/a.png"])], "unplaced.jsonl")
+    write_rows(tmp_path / "rows", [asked("<image>?", "Red", photo="pictures/a.png")], "named.jsonl")
+    write_rows(
+        tmp_path / "rows", [asked("<image>?", "Red", images=["../more/pictures/a.png"])], "upwards.jsonl"
+    )
     assert main(["prepare", *flags, "-o", "set", "--workers", "1"]) in (2, 3)
+    write_rows(tmp_path / "rows", [asked("<image>?", "Red", images=["more/pictures/a.png"])], "upwards.jsonl")
     assert advice in capsys.readouterr().err
     if not more:
         write_rows(tmp_path / "rows", [asked("<image>?", "Red", images=["pictures/a.png"])], "unplaced.jsonl")

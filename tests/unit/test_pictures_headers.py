@@ -122,6 +122,7 @@ def test_a_large_picture_below_the_limit_is_taken_without_a_warning() -> None:
         (saved(make(4, 4), "BMP"), "image-format", "BMP"),
         (saved(make(4, 4), "TIFF"), "image-format", "TIFF"),
         (b"%PDF-1.7 ...", "image-format", "PDF"),
+        (saved(Image.new("I;16", (4, 4)), "PNG"), "image-format", "16 bits"),
         (b"\0\0\0\x18ftypavif....", "image-format", "AVIF"),
         (b"\0\0\0\x18ftypisom....", "image-format", "film"),
         (b"\xff\xd8\xff" + b"\xe0\0\x02" * 4 + b"\xff\xd9", "image-unreadable", "JPEG"),

@@ -158,6 +158,10 @@ BAD: list[tuple[Row, str, str]] = [
         "images-unplaced", "place 1 of them",
     ),
     ({"messages": [user({"type": "image", "image": "1"}), SAID], "images": ["1"]}, "images-unplaced", "place 0"),
+    ({"messages": [{"role": "user", "content": "Who?", "images": ["1"]}, SAID]}, "images-unplaced", "messages[0] holds pictures"),
+    ({"messages": [ASKED, SAID], "img": "a.JPG"}, "images-missing", "the column 'img'"),
+    ({"messages": [ASKED, SAID], "photos": [{"bytes": PNG}]}, "images-missing", "the column 'photos'"),
+    ({"messages": [ASKED, SAID], "file": URI}, "images-missing", "the column 'file'"),
     ({"messages": [SAID], "images": ["1"]}, "images-unplaced", "place 0"),
     ({"messages": [{"role": "user", "content": "Who?"}, SAID], "images": ["1"]}, "images-unplaced", "holds 1 picture; "),
     ({"messages": [user(text("Who?")), SAID], "images": ["1", "2"]}, "images-unplaced", "place 0"),
@@ -191,6 +195,29 @@ def test_a_bad_or_missing_picture_is_refused_by_name(row: Row, code: str, found:
     given, reason = fault(row)
     assert given == code
     assert found in reason
+
+
+def test_the_fix_names_the_column_that_is_not_read_and_the_place_as_the_row_writes_it() -> None:
+    with pytest.raises(RowError) as caught:
+        read_picture_row({"messages": [ASKED, SAID], "my file": "a.png"})
+    assert caught.value.fault.fix == "--map images='my file'"
+    with pytest.raises(RowError) as caught:
+        read_picture_row({"messages": [user(IMAGE), SAID], "images": ["1", "2"]})
+    assert caught.value.fault.fix == 'write {"type": "image"} where each of them stands.'
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", [], 7, "a.png, of Ann", "Ann", {"name": "x"}, ["x"], {"text": "a.png"}]
+)
+def test_a_column_that_is_no_picture_leaves_a_row_of_text(value: object) -> None:
+    assert read_picture_row({"messages": [ASKED, SAID], "more": value}) is None
+
+
+def test_what_a_part_says_of_its_picture_and_nothing_reads_is_named() -> None:
+    part = {"type": "image", "image": "1", "max_pixels": 50176, "resized_height": None, "text": None}
+    read = read_picture_row({"messages": [user(part, text("Who?")), SAID]})
+    assert read is not None
+    assert read.unused == {"image.max_pixels": 1}
 
 
 def test_who_answers_can_be_said() -> None:
