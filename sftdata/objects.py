@@ -282,7 +282,7 @@ def _write_lines(rows: Iterable[object], path: Path) -> None:
             except (TypeError, ValueError) as error:
                 raise UsageError(
                     f"inputs: row {number} is no JSON data ({error}).",
-                    "make it of dicts, lists, texts and numbers.",
+                    "make it of dicts, lists, texts and numbers; a picture is its path or its bytes.",
                 ) from None
 
 

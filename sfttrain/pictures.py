@@ -27,6 +27,7 @@ from sftdata.errors import DataError, IntegrityError, UsageError, need
 from sftdata.output import one_line
 from sftdata.pictures.families import restored
 from sftdata.pictures.reference import image_processor
+from sftdata.pictures.settings import Settings as Given
 from sftdata.set.images import StoredPictures, read_again
 from sftdata.set.opened import ShardSet
 
@@ -139,6 +140,7 @@ class Family:
         axis: along which pictures are joined; other sizes are filled up with zeros.
         grids: whether positions have three dimensions.
         types: name of the input that says which tokens are of pictures, where these see each other both ways.
+        side: of the squares that the tower sees, in pixels, by the settings; None where it takes any size.
         always: from the settings of the processor to those that it sets for its image processor.
     """
 
@@ -148,28 +150,44 @@ class Family:
     axis: int = 0
     grids: bool = False
     types: str | None = None
+    side: Callable[[Given], int] | None = None
     always: Callable[[Settings], Settings] = lambda whole: {}
 
 
 _QWEN = ("pixel_values", "image_grid_thw")
 _PADDED = "pixel_attention_mask"
 _TILED = ("pixel_values", _PADDED)
+
+
+def _tile(given: Given) -> int:
+    return given.tile[0]
+
+
+def _size(given: Given) -> int:
+    return given.size[0]
+
+
+def _edge(given: Given) -> int:
+    return given.edge("max_image_size", 364)
+
+
 FAMILIES: dict[str, Family] = {
     "qwen2-vl": Family(("qwen2_vl",), _QWEN, _merged, grids=True),
     "qwen2.5-vl": Family(("qwen2_5_vl",), _QWEN, _merged, grids=True),
     "qwen3-vl": Family(("qwen3_vl", "qwen3_vl_moe"), _QWEN, _merged, grids=True),
-    "llava": Family(("llava",), ("pixel_values",), _patches),
-    "llava-next": Family(("llava_next",), ("pixel_values", "image_sizes"), _unpadded),
-    "idefics3": Family(("idefics3",), _TILED, _tiles("image_seq_len", 169, 1), axis=1),
-    "smolvlm": Family(("smolvlm",), _TILED, _tiles("image_seq_len", 169, 1), axis=1),
+    "llava": Family(("llava",), ("pixel_values",), _patches, side=_tile),
+    "llava-next": Family(("llava_next",), ("pixel_values", "image_sizes"), _unpadded, side=_tile),
+    "idefics3": Family(("idefics3",), _TILED, _tiles("image_seq_len", 169, 1), axis=1, side=_edge),
+    "smolvlm": Family(("smolvlm",), _TILED, _tiles("image_seq_len", 169, 1), axis=1, side=_edge),
     "internvl": Family(
         ("internvl",),
         ("pixel_values",),
         _tiles("image_seq_length", 256, 0),
+        side=_size,
         always=lambda whole: {"crop_to_patches": True},
     ),
     "gemma3": Family(
-        ("gemma3",), ("pixel_values",), _tiles("image_seq_length", 256, 0), types="token_type_ids"
+        ("gemma3",), ("pixel_values",), _tiles("image_seq_length", 256, 0), types="token_type_ids", side=_size
     ),
     "gemma4": Family(("gemma4",), ("pixel_values", "image_position_ids"), _soft, types="mm_token_type_ids"),
     "pixtral": Family(
@@ -221,6 +239,13 @@ def refuse_other_model(pictures: PictureInputs, config: PreTrainedConfig) -> Non
     if own != pictures.image_id:
         what = f"pictures have token {pictures.image_id} in the set, and token {own} in the model"
         raise UsageError(f"{what}.", "prepare the set with the tokenizer of the model.")
+    seen = getattr(config.vision_config, "image_size", None)
+    if pictures.kind.side is None or seen is None:
+        return
+    made = pictures.kind.side(Given({**pictures.image_settings}, {**pictures.processor_settings}, {}))
+    if made != (side := int(np.ravel(seen)[0])):
+        what = f"pictures are cut to {made} pixels a side in the set, and the model sees {side}"
+        raise UsageError(f"{what}.", "prepare the set with the processor of the model.")
 
 
 # ---------------------------------------------------------------------------------------------- from files

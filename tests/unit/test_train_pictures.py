@@ -260,3 +260,16 @@ def test_another_model_than_the_pictures_are_made_for_is_refused(folders: Path) 
         UsageError, match=r"the model is a llava; the pictures were prepared for qwen2.5-vl.*qwen2_5_vl"
     ):
         refuse_other_model(inputs, small_config("llava", folders / "llava"))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "idefics3", "smolvlm", "internvl", "gemma3"])
+def test_a_model_of_the_family_that_sees_squares_of_another_side_is_refused(name: str, folders: Path) -> None:
+    config = small_config(name, folders / name)
+    inputs = inputs_of_folder(folders / name, config.image_token_id)
+    refuse_other_model(inputs, config)
+    config.vision_config.image_size = 42
+    with pytest.raises(
+        UsageError, match=r"cut to \d+ pixels a side in the set, and the model sees 42"
+    ) as caught:
+        refuse_other_model(inputs, config)
+    assert caught.value.fix == "prepare the set with the processor of the model."
