@@ -26,7 +26,7 @@ from sftdata.formats.formatter import formatter_sha256, load_formatter
 from sftdata.formats.instructions import find_turn_markers, from_messages, is_messages
 from sftdata.formats.table import FORMATS
 from sftdata.masks.markers import check_markers
-from sftdata.output import counted, shell_quote
+from sftdata.output import counted
 from sftdata.pictures.loaded import PictureFolder
 from sftdata.pictures.rows import COLUMNS, MARKER, Evidence, marks_pictures
 from sftdata.render.template import variables_of
@@ -36,6 +36,7 @@ from sftdata.set.manifest import read_manifest
 from sftdata.settings import flag_of
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.jsonrows import from_json
+from sftdata.wording import shell_quote
 
 INSTRUCTIONS = ("alpaca", "dolly", "question-answer", "query-response")
 JOINED_RAW = "prompts and completions are joined as raw text, no chat template"

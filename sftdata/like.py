@@ -13,13 +13,13 @@ from sftdata.choosing import NEEDS, OF_ORDERS
 from sftdata.config import OF_PICTURES
 from sftdata.errors import IntegrityError, UsageError
 from sftdata.formats.formatter import formatter_sha256
-from sftdata.output import shell_quote
 from sftdata.set.images import PROCESSOR
 from sftdata.set.local import check_file, local_folder
 from sftdata.set.manifest import Manifest, read_manifest
 from sftdata.set.steps import stored_steps
 from sftdata.set.store import SetFile
 from sftdata.settings import flag_of
+from sftdata.wording import shell_quote
 
 _LAID_OUT = ("max_length", "overlong", "packing")
 _OF_THE_INPUT = ("inputs", "tokenizer")

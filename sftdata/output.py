@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -45,23 +44,11 @@ _MATTERS = re.compile(
     r"|(?P<label>^[a-z]+(?=: |  +\S)|^  [a-z]+(?= +\S))",
     re.MULTILINE,
 )
-_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 _COLOURS = {"fix": "32", "command": "36", "lost": "33", "figure": "1", "label": "90"}
 
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 # ---------------------------------------------------------------------------------- text on a terminal
-
-
-def shell_quote(value: object) -> str:
-    r"""Return a value, such as a path, as a shell takes it; one with a newline or tab in `$'...'` form.
-
-    >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
-    ("'### Answer:'", "$'\\n### Answer:'")
-    """
-    text = str(value)
-    plain = f"'{text}'" if text.endswith((".", ",", ":")) and "'" not in text else shlex.quote(text)
-    return f"$'{text.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", text) else plain
 
 
 def visible(text: str) -> str:

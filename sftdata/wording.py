@@ -37,11 +37,23 @@ _BETWEEN = re.compile(
     r"and|or|with|without|of|that|whose|where|in|is|beside|names|allows|chooses|acts|overrides|would"
 )
 _AS_IT_IS = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?|[A-Z_]+|True|False|None")  # N stands for a number
+_SHELL_ESCAPES = str.maketrans({"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", "'": r"\'"})
 _YAML = {"true": "True", "false": "False", "null": "None"}
 
 _sources: list[Callable[[], Iterable[Keywords]]] = []
 _others = {"-t": "tokenizer", "-o": "output"}
 _in_a_shell = False
+
+
+def shell_quote(value: object) -> str:
+    r"""Return a value, such as a path, as a shell takes it; one with a newline or tab in `$'...'` form.
+
+    >>> shell_quote("### Answer:"), shell_quote("\n### Answer:")
+    ("'### Answer:'", "$'\\n### Answer:'")
+    """
+    text = str(value)
+    plain = f"'{text}'" if text.endswith((".", ",", ":")) and "'" not in text else shlex.quote(text)
+    return f"$'{text.translate(_SHELL_ESCAPES)}'" if re.search(r"[\n\t\r]", text) else plain
 
 
 def know(keywords: Callable[[], Iterable[Keywords]], others: Mapping[str, str] = {}) -> None:
@@ -88,11 +100,7 @@ def worded(text: str) -> str:
 
 
 def as_keywords(text: str) -> str:
-    """Return a message with keywords in place of flags.
-
-    >>> as_keywords("a larger --max-length, or --packing bfd --overwrite; see `sftdata view --write`.")
-    'a larger max_length, or packing="bfd", overwrite=True; see `sftdata view --write`.'
-    """
+    """Return a message with keywords in place of flags."""
     said, at = "", 0
     while part := _PARTS.search(text, at):
         call, end = _call_at(text, part.start())

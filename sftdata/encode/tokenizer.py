@@ -24,8 +24,9 @@ from typing import TypedDict
 import msgspec
 
 from sftdata.errors import SftError, UsageError, nearest
-from sftdata.output import cache_folder, shell_quote
+from sftdata.output import cache_folder
 from sftdata.vocabulary import TokenLayout
+from sftdata.wording import shell_quote
 
 CACHE_FORMAT = 3
 FACTS_FILE = "resolved.json"

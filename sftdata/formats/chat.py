@@ -10,8 +10,8 @@ from sftdata.batches import Conversation
 from sftdata.errors import RowError, nearest
 from sftdata.formats.calls import Message, read_calls, read_parts, read_tools, without_stray_nulls
 from sftdata.formats.fields import Fields, FormatOptions
-from sftdata.output import shell_quote
 from sftdata.sources.jsonrows import from_json, kind_of
+from sftdata.wording import shell_quote
 
 Switch = bool | float | None
 """What a message says about its own training: on, off, a weight, or nothing."""

@@ -25,12 +25,13 @@ from sftdata.formats.unsupported import (
     explain_odd_value,
     is_unanswered_preference,
 )
-from sftdata.output import counted, shell_quote
+from sftdata.output import counted
 from sftdata.pictures.rows import COLUMNS as PICTURES
 from sftdata.pictures.rows import Evidence, gather_evidence, may_hold_media, without_pictures
 from sftdata.sources.chunks import SourcePlan
 from sftdata.sources.jsonrows import JsonObject
 from sftdata.sources.source import read_chunk
+from sftdata.wording import shell_quote
 
 Reading = tuple[str, tuple[tuple[str, str], ...]]
 """A format, and where it finds its columns: (canonical column, column in the data)."""

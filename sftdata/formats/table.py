@@ -16,8 +16,8 @@ from sftdata.formats.chat import REASONING, read_conversation, read_messages, re
 from sftdata.formats.fields import ANSWERS, Fields, FormatOptions
 from sftdata.formats.instructions import is_messages, read_instruction, read_prompt_completion
 from sftdata.formats.tokenrows import BESIDE_IDS, convert_tokens, fits_tokens
-from sftdata.output import shell_quote
 from sftdata.sources.jsonrows import JsonObject, from_json
+from sftdata.wording import shell_quote
 
 ColumnNames = Mapping[str, str]  # canonical column -> column in the data
 LINE = ""  # the one column of a row that is a line of plain text

@@ -15,9 +15,10 @@ from sftdata.formats.chat import find_role
 from sftdata.formats.fields import ANSWERS, QUESTIONS
 from sftdata.formats.instructions import find_turn_markers, is_messages
 from sftdata.formats.table import FORMATS, Format, chat_style
-from sftdata.output import counted, shell_quote
+from sftdata.output import counted
 from sftdata.pictures.rows import read_picture_row
 from sftdata.sources.jsonrows import JsonObject, from_json, kind_of
+from sftdata.wording import shell_quote
 
 UNJUDGED = frozenset({"text", "lines", "tokens"})  # formats without an answer that a label could judge
 MEDIA_COLUMNS = frozenset({"image", "images", "video", "videos", "audio", "audios"})

@@ -28,7 +28,7 @@ import numpy as np
 
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, Ranges
 from sftdata.errors import Fault, RowError, UsageError
-from sftdata.output import shell_quote
+from sftdata.wording import shell_quote
 
 Marker = str | tuple[int, ...]
 _HEADERS_SHOWN = 3

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from sftdata.errors import UsageError, nearest
-from sftdata.output import shell_quote
 from sftdata.sources.remote import is_url, objects_below, objects_like
+from sftdata.wording import shell_quote
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL_URL = re.compile(r"(?:file|local)://")

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from sftdata.masks.markers import describe_missing, nearest_variant
-from sftdata.output import shell_quote
+from sftdata.wording import shell_quote
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ import sftdata
 import sfttrain
 from sftdata.cli import main
 from sftdata.errors import UsageError
-from sftdata.output import shell_quote
 from sftdata.show.view import ShownSet
-from sftdata.wording import _BETWEEN, _known, as_keywords, in_a_shell, worded
+from sftdata.wording import _BETWEEN, _known, as_keywords, in_a_shell, shell_quote, worded
 from sfttrain.arguments import training_fields
 from tests.advice import ROOT, texts_of
 
