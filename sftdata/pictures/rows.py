@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 
 from sftdata.batches import Conversation
 from sftdata.errors import RowError
-from sftdata.output import counted, shell_quote
+from sftdata.output import counted
 from sftdata.pictures.loaded import Picture
 from sftdata.pictures.references import Reference, looks_like_picture, read_reference
 from sftdata.sources.jsonrows import JsonObject, from_json
+from sftdata.wording import shell_quote
 
 MARKER = "<image>"
 COLUMNS = ("images", "image")
