@@ -291,14 +291,13 @@ class Build(Making):
     def put_in_place(self) -> None:
         """Turn a folder with a manifest into the set: all that a run stopped before this has to do."""
         with explained(self.output):
-            standing = self.output.exists() and any(self.output.iterdir())
-            if standing:
+            if self._replaces():
                 refuse_foreign(self.output)
             if (self.folder / SLICES).exists():
                 shutil.rmtree(self.folder / SLICES)
             (self.folder / PLAN).unlink(missing_ok=True)
             sync_folder(self.folder)
-            if standing:
+            if self._replaces():
                 self._replace()
             else:
                 os.rename(self.folder, self.output)
@@ -317,6 +316,9 @@ class Build(Making):
         with suppress(SftError, OSError), self.locked():
             remove(self.replaced)
             os.rename(self.output, self.replaced)
+
+    def _replaces(self) -> bool:
+        return self.output.exists() and any(self.output.iterdir())
 
     def _replace(self) -> None:
         """Let the folder and the old set change places, and put the old one aside."""
