@@ -23,6 +23,7 @@ from sftdata.wording import keywords_of, know, worded
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+    from os import PathLike
     from typing import Unpack
 
     from pydantic import BaseModel
@@ -250,19 +251,19 @@ def stream(
 
 @overload
 def view(
-    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    sets: str | PathLike[str] | Sequence[str | PathLike[str]], *, output: str | Path,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: None = None, **settings: Unpack[ViewSettings],
 ) -> Manifest: ...  # fmt: skip
 @overload
 def view(
-    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    sets: str | PathLike[str] | Sequence[str | PathLike[str]], *, output: str | Path,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     eval: str | float, **settings: Unpack[ViewSettings],
 ) -> tuple[Manifest, Manifest]: ...  # fmt: skip
 @telling
 def view(
-    sets: str | Path | Sequence[str | Path], *, output: str | Path,
+    sets: str | PathLike[str] | Sequence[str | PathLike[str]], *, output: str | Path,
     on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,
     like: str | Path | None = None,
     # ---- which documents
@@ -289,7 +290,7 @@ def view(
     """Make a set of documents of finished sets, without a tokenizer; the same function as `sftdata view`.
 
     Args:
-        sets: folders of finished sets, made with one tokenizer.
+        sets: folders of finished sets, or opened ones, made with one tokenizer.
         output: folder of the new set; with `eval`, of two: `train` and `eval`.
         on_note: called with each decision, in one sentence. Default: the logger `sftdata`, level INFO.
         on_progress: called after each shard.
@@ -311,7 +312,7 @@ def view(
     return made[0] if config.eval is None else (made[0], made[1])
 
 
-def open(folder: str | Path) -> ShownSet:
+def open(folder: str | PathLike[str]) -> ShownSet:
     """Open a finished set, or its URL, for reading; nothing but its manifest is read yet.
 
     Returns:
@@ -325,7 +326,7 @@ def open(folder: str | Path) -> ShownSet:
     return open_shown(folder)
 
 
-def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport:
+def verify(folder: str | PathLike[str], *, sha256: bool = False, quick: bool = False) -> VerifyReport:
     """Check every byte of a set against its manifest and count its ledger again, as `sftdata verify`.
 
     Args:
@@ -346,7 +347,7 @@ def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> 
     return report
 
 
-def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
+def diff(a: str | PathLike[str], b: str | PathLike[str], *, limit: int = 3) -> Diff:
     """Show what came, went or changed from one set to another, as `sftdata diff`: documents, tokens, labels.
 
     Args:
@@ -364,7 +365,7 @@ def diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff:
     return run(a, b, limit)
 
 
-def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
+def export(folder: str | PathLike[str], *, to: Target, output: str | Path) -> Exported:
     """Write a set as other trainers read tokenized rows, as `sftdata export`.
 
     Args:
@@ -385,7 +386,7 @@ def export(folder: str | Path, *, to: Target, output: str | Path) -> Exported:
 
 
 def audit(
-    folder: str | Path, *, against: str | Path | None = None, every: bool = False,
+    folder: str | PathLike[str], *, against: str | PathLike[str] | None = None, every: bool = False,
     tokenizer: str | None = None, split: str | None = None, map: Mapping[str, str] = {},
 ) -> list[Finding]:  # fmt: skip
     """Look for unintended supervision in a set; the same as `sftdata audit`.
@@ -458,18 +459,21 @@ def _settings(
 
 
 def _log(note: str) -> None:
-    import logging
-
-    logging.getLogger("sftdata").info(note)
+    import_module("logging").getLogger("sftdata").info(note)
 
 
 know(lambda: (keywords_of(one) for one in (prepare, preview, stream, view, audit, diff, export, verify)))
 
+
+def __dir__() -> list[str]:
+    return __all__  # with what is loaded later: for the completion of notebooks
+
+
 if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
     def __getattr__(name: str) -> object:
-        where = dict.fromkeys(("Completion", "Conversation", "Text", "Tokens"), "batches")
-        where |= {"by_columns": "formats.formatter", "push": "set.push"}
+        where = {"by_columns": "formats.formatter", "push": "set.push"}
+        where |= dict.fromkeys(("Completion", "Conversation", "Text", "Tokens"), "batches")
         if name in where:
             return getattr(import_module(f"sftdata.{where[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

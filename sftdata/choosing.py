@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -65,9 +67,11 @@ def read_share(text: str) -> float:
 
 def as_names(value: object) -> object:
     """Take a single name or path as a list of one."""
-    if isinstance(value, str | Path):
-        return (str(value),)
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, str | PathLike):
+        return (os.fspath(value),)
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(os.fspath(one) if isinstance(one, PathLike) else str(one) for one in value)
 
 
 def _as_text(value: object) -> object:

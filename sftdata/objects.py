@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -73,10 +75,10 @@ def named(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     Raises:
         UsageError: an object that holds no rows, a row that is no JSON data, or several splits.
     """
-    settings = dict(given) | {"tokenizer": tokenizer_folder(given["tokenizer"])}
+    inputs = _listed(given["inputs"])
+    settings = dict(given) | {"tokenizer": tokenizer_folder(given["tokenizer"]), "inputs": inputs}
     if isinstance(settings.get("workers"), Executor):
         settings["workers"] = None
-    inputs = given["inputs"]
     if not _holds_rows(inputs):
         yield settings
         return
@@ -156,6 +158,14 @@ def _beside(name: str, file: str) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------------ rows
+
+
+def _listed(inputs: Any) -> Any:
+    """Return paths that come one by one, as those of `Path.glob`, as a list; other inputs as they are."""
+    if not isinstance(inputs, Iterator) or isinstance(inputs, io.IOBase):
+        return inputs
+    first = list(islice(inputs, 1))
+    return [*first, *inputs] if first and isinstance(first[0], (str, Path)) else chain(first, inputs)
 
 
 def _holds_rows(inputs: object) -> bool:

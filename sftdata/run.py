@@ -21,7 +21,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Int32
 from sftdata.config import PrepareConfig
 from sftdata.encode.engine import digest_ids, load_encoder
-from sftdata.errors import Unit, no_rows, place
+from sftdata.errors import Unit, UsageError, no_rows, place
 from sftdata.output import Progress, StoreUrl, behind_links, counted, without_folders
 from sftdata.pack import plan_packs
 from sftdata.pictures.loaded import Picture
@@ -405,6 +405,8 @@ def preview(config: PrepareConfig, number: int) -> Preview:
     Raises:
         SftError: what would stop `prepare` from starting, or there are no rows.
     """
+    if number < 1:
+        raise UsageError(f"number: found {number}; expected 1 or more.", "leave it out.")
     plan = make_plan(config.model_copy(update={"engine": "tokenizers"}))
     load_shared(plan.job)  # takes the same time for any input, so it is not part of the seconds
     stages, sample = load_stages(plan.job), sample_chunks(plan)

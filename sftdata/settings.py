@@ -334,11 +334,11 @@ def answer(name: str, program: Program) -> str | None:
     remark = f" {ours.remark}" if ours.remark else ""
     if ours.setting is None:
         return f"there is nothing to set:{remark}"
-    flag = flag_of(ours.setting, ours.program)
+    flag, end = flag_of(ours.setting, ours.program), "," if remark and ours.remark[0].islower() else "."
     if ours.program == program:
-        return f"here it is {flag if asked.startswith('-') else ours.setting}.{remark}"
+        return f"here it is {flag if asked.startswith('-') else ours.setting}{end}{remark}"
     command = "sftdata prepare" if ours.program == "sftdata" else "sfttrain run"
-    return f"it is a setting of `{command}`: {flag}.{remark}"
+    return f"it is a setting of `{command}`: {flag}{end}{remark}"
 
 
 def flag_of(setting: str, program: Program = "sftdata") -> str:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ class Stream(Iterable[StreamedRow]):
         buffer_rows: int = BUFFER_ROWS, infinite: bool = False, shuffle: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         refuse_conflicts(config)
+        if isinstance(rows, str | bytes | PathLike) or not isinstance(rows, Iterable):
+            what = f"rows: found {type(rows).__name__}; expected rows, as a list of dicts or a dataset."
+            raise UsageError(
+                what, "read a file with datasets.load_dataset, or make a set with sftdata.prepare."
+            )
+        if buffer_rows < 1:
+            raise UsageError(f"buffer_rows: found {buffer_rows}; expected 1 or more.", "leave it out.")
         if infinite and iter(rows) is rows:
             raise UsageError(
                 "infinite=True reads the input repeatedly, and an iterator is gone after once.",

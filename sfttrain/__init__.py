@@ -198,6 +198,10 @@ def _name_of(model: object) -> str:
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
+def __dir__() -> list[str]:
+    return __all__  # what is loaded later, too, and nothing else: for the completion of notebooks
+
+
 if not TYPE_CHECKING:  # hidden, so that a type checker still refuses unknown names
 
     def __getattr__(name: str) -> object:

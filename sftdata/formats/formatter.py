@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sftdata.errors import DataError, UsageError
 from sftdata.output import counted
@@ -48,6 +48,9 @@ def name_formatter(formatter: str | Formatter | None) -> tuple[str | None, bool]
     """
     if formatter is None or isinstance(formatter, str):
         return formatter, False
+    if not callable(cast(object, formatter)):
+        what = f"formatter: found {type(formatter).__name__}; expected a function, or its name."
+        raise UsageError(what, "give it as it is, or as module:function.")
     module = getattr(formatter, "__module__", "") or ""
     name = getattr(formatter, "__qualname__", type(formatter).__qualname__)
     if module != "__main__" and getattr(sys.modules.get(module), name, None) is formatter:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -29,6 +30,7 @@ from sftdata.output import behind_links
 from sftdata.set.build import refuse_inside_a_set
 from sftdata.set.images import StoredPictures, picture_bytes, pictures_folder
 from sftdata.set.ledger import REJECTS_NAME
+from sftdata.set.local import path_of
 from sftdata.set.opened import ShardSet, open_set
 from sftdata.set.store import Sink, explained, held_alone, sync_folder, write_atomic
 from sftdata.set.verify import damaged_bases, damaged_files
@@ -105,7 +107,7 @@ class _Pictures(NamedTuple):
     folder: Path
 
 
-def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
+def export(folder: str | PathLike[str], output: str | Path, to: Target) -> Exported:
     """Write a set, or a view, as another trainer reads it.
 
     Args:
@@ -119,6 +121,7 @@ def export(folder: str | Path, output: str | Path, to: Target) -> Exported:
     """
     if to not in get_args(Target):
         raise UsageError(f"--to {to}: no such format.", f"choose one of {', '.join(get_args(Target))}.")
+    folder = path_of(folder)
     opened, output = open_set(folder), behind_links(Path(output))
     if opened.manifest.pictured and to != "datasets":
         what = f"{folder}: a set with pictures, which the rows of {to} have no place for: they are ids alone."

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 import xxhash
@@ -58,16 +59,29 @@ class _Listed(msgspec.Struct):
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def url_of(place: str | Path) -> str | None:
+def path_of(place: object) -> str:
+    """Return the path or URL of a set; an opened set has one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        return os.fspath(cast("str", place))
+    except TypeError:
+        what = f"found {type(place).__name__}; expected the folder of a finished set, or an opened one."
+        raise UsageError(what, "name the folder that `sftdata prepare -o` wrote.") from None
+
+
+def url_of(place: str | PathLike[str]) -> str | None:
     """Return the URL that names a set; None for a folder of this machine.
 
     Raises:
-        UsageError: the scheme is unknown, or the URL holds a login.
+        UsageError: the scheme is unknown, the URL holds a login, or what is given names no set.
 
     >>> url_of(Path("s3://bucket/chats/")), url_of("chats")
     ('s3://bucket/chats', None)
     """
-    if (found := _URL.fullmatch(os.fspath(place))) is None or found[1] == "file":
+    if (found := _URL.fullmatch(path_of(place))) is None or found[1] == "file":
         return None
     scheme, rest = found[1].lower(), found[2].rstrip("/")
     if scheme not in EXTRAS:
@@ -85,7 +99,7 @@ def url_of(place: str | Path) -> str | None:
     return f"{scheme}://{rest}"
 
 
-def local_folder(place: str | Path) -> Path:
+def local_folder(place: str | PathLike[str]) -> Path:
     """Return the folder through which a set is read: its own, or the mirror of what lies behind a URL.
 
     Raises:
@@ -126,7 +140,7 @@ def path_from(start: Path | StoreUrl, folder: Path) -> str:
 
 
 @contextmanager
-def read_anew(place: str | Path) -> Iterator[Path]:
+def read_anew(place: str | PathLike[str]) -> Iterator[Path]:
     """Give the folder of a set; of one behind a URL, through a mirror of its own that holds nothing yet."""
     if (url := url_of(place)) is None:
         yield local_folder(place)

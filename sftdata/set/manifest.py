@@ -23,6 +23,7 @@ from msgspec import Meta
 from sftdata.batches import Int64
 from sftdata.choosing import SIDES
 from sftdata.errors import ANEW, RESTORE, IntegrityError, SftError, Unit, UsageError
+from sftdata.output import counted
 from sftdata.set.images import IMAGES, VisionInfo
 from sftdata.set.index import INDEX, REST
 from sftdata.set.ledger import Ledger
@@ -194,6 +195,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bases: tuple[BaseInfo, ...] = ()
     shares: tuple[Share, ...] = ()
     vision: VisionInfo | None = None
+
+    def __repr__(self) -> str:
+        ledger = self.ledger
+        counts = ((ledger.rows_packed, "row"), (ledger.documents, "document"), (ledger.tokens, "token"))
+        held = ", ".join(counted(*count) for count in counts)
+        trained = f"{ledger.tokens_trained:,} of them trained"
+        return f"<Manifest {self.digest[:12]}: {held}, {trained}, max_length {self.max_length}>"
 
     @property
     def max_length(self) -> int | None:
@@ -406,9 +414,9 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         ("tokens_trained", ledger.tokens_trained, sum(shard.tokens_trained for shard in shards)),
         ("tokens", ledger.tokens, sum(shard.tokens for shard in shards)),
     )
-    for name, counted, summed in sums:
-        if counted != summed:
-            raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shards hold {summed}.")
+    for name, said, summed in sums:
+        if said != summed:
+            raise IntegrityError(f"{where}: the ledger counts {name} = {said}, its shards hold {summed}.")
     _check_sources(manifest, where)
     _check_shares(manifest, where)
     if manifest.by_index and not (
@@ -427,9 +435,9 @@ def _check_shares(manifest: Manifest, where: str) -> None:
     """Assert that the shares of a mixture are all of the set."""
     rows = ("rows_kept", manifest.ledger.rows_kept, sum(share.rows for share in manifest.shares))
     tokens = ("tokens", manifest.ledger.tokens, sum(share.tokens for share in manifest.shares))
-    for name, counted, summed in (rows, tokens) if manifest.shares else ():
-        if counted != summed:
-            raise IntegrityError(f"{where}: the ledger counts {name} = {counted}, its shares hold {summed}.")
+    for name, said, summed in (rows, tokens) if manifest.shares else ():
+        if said != summed:
+            raise IntegrityError(f"{where}: the ledger counts {name} = {said}, its shares hold {summed}.")
 
 
 def _check_beside(manifest: Manifest, where: str) -> None:
@@ -463,6 +471,6 @@ def _check_sources(manifest: Manifest, where: str) -> None:
             raise IntegrityError(f"{where}: {found}.", ANEW)
     read = manifest.ledger.rows_in + (manifest.blank_lines or 0)
     if read > ends[-1] or (manifest.blank_lines is not None and read != ends[-1]):
-        counted = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
-        found = f"{where}: the sources hold {ends[-1]} rows; the ledger counts {counted}."
+        said = f"{manifest.ledger.rows_in} rows and {manifest.blank_lines or 0} blank lines"
+        found = f"{where}: the sources hold {ends[-1]} rows; the ledger counts {said}."
         raise IntegrityError(found, ANEW)

@@ -6,8 +6,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 from sftdata.batches import PackedRows
 from sftdata.errors import IntegrityError, need, place
@@ -67,7 +68,7 @@ class ShardSet(Sequence[PackedRow]):
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        shard, row = self._place(range(len(self))[index])
+        shard, row = self._place(self._number(index))
         return shard.row(row)
 
     def take(self, rows: Sequence[int]) -> PackedRows:
@@ -80,6 +81,16 @@ class ShardSet(Sequence[PackedRow]):
         every = range(len(self))
         return self._files.take([self._place(every[row]) for row in rows])
 
+    def _number(self, index: SupportsIndex) -> int:
+        """Return the number of a row, which may be counted from the end."""
+        try:
+            return range(len(self))[index]
+        except IndexError:
+            raise IndexError(f"{named(self.folder)}: no row {index}; the set has {len(self):,}") from None
+        except TypeError:
+            what = f"{named(self.folder)}: found {index!r:.80}; expected the number of a row"
+            raise TypeError(f"{what}, whose columns are attributes: [0].input_ids") from None
+
     def _place(self, row: int) -> tuple[Shard, int]:
         """Return the shard of a row, and its number there."""
         shard = bisect_right(self._ends, row)
@@ -88,6 +99,10 @@ class ShardSet(Sequence[PackedRow]):
     def __reduce__(self) -> tuple[object, ...]:
         """Send the set to another process without what is mapped here."""
         return partial(ShardSet, lawful=self._lawful), (self.folder, self.manifest)
+
+    def __fspath__(self) -> str:
+        """Return the folder or the URL of the set, so that it is taken wherever one is."""
+        return named(self.folder)
 
     def __repr__(self) -> str:
         ledger = self.manifest.ledger
@@ -219,7 +234,7 @@ class ShardSet(Sequence[PackedRow]):
         return mapped
 
 
-def open_set(folder: str | Path) -> ShardSet:
+def open_set(folder: str | PathLike[str]) -> ShardSet:
     """Open a finished set; only its manifest is read.
 
     Raises:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class _Load(NamedTuple):
     on_sent: OnSent
 
 
-def push(place: str | Path, to: str, on_sent: OnSent | None = None) -> Pushed:
+def push(place: str | PathLike[str], to: str, on_sent: OnSent | None = None) -> Pushed:
     """Copy a finished set to a URL.
 
     Args:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ class VerifyReport:
             raise IntegrityError(self.problems[0] + more)
 
 
-def verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport:
+def verify(folder: str | PathLike[str], *, sha256: bool = False, quick: bool = False) -> VerifyReport:
     """Check that a set is what its manifest says, from the bytes of its files to the sums of its ledger.
 
     Of a view by index, the files of its bases are read as well, and its rows through the index.

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 import msgspec
@@ -33,7 +34,7 @@ GLANCE = 2 << 20  # tokens: a twentieth of a second
 
 
 def audit(
-    folder: str | Path, against: str | Path | None = None, *, every: bool = False,
+    folder: str | PathLike[str], against: str | PathLike[str] | None = None, *, every: bool = False,
     tokenizer: str | None = None, split: str | None = None, columns: Mapping[str, str] = {},
 ) -> list[Finding]:  # fmt: skip
     """Look for unintended supervision in the labels, ids and tokenizer of a set, and in its ledger.

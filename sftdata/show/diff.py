@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from pathlib import Path
+from os import PathLike
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from sftdata.batches import IGNORE_INDEX, Bool, Int32, Int64, TokenBatch
 from sftdata.errors import place
 from sftdata.pages import macro
+from sftdata.set.local import path_of
 from sftdata.set.manifest import Manifest, by_name, deciding
 from sftdata.show.choice import spell
 from sftdata.show.pairs import KINDS, MEANING, MOVED, SAME, Compared, Kind, compare
@@ -201,7 +202,7 @@ def _version_json(version: Version | None) -> dict[str, object] | None:
     return plain | {"pieces": pieces}
 
 
-def diff(a: str | Path, b: str | Path, limit: int = 3) -> Diff:
+def diff(a: str | PathLike[str], b: str | PathLike[str], limit: int = 3) -> Diff:
     """Compare two sets; texts are read only of documents that changed, and of the examples.
 
     Args:
@@ -214,7 +215,7 @@ def diff(a: str | Path, b: str | Path, limit: int = 3) -> Diff:
     left, right = open_sides(a, b)
     found = compare(left, right)
     return Diff(
-        folders=(str(a), str(b)),
+        folders=(path_of(a), path_of(b)),
         digests=(left.manifest.digest, right.manifest.digest),
         documents=_sum(left.held, right.held),
         tokens=_sum(left.tokens, right.tokens),

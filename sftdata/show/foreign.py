@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sftdata.formats.tokenrows import BESIDE_IDS, BORDERS, PROMPT, STARTS, TRAIN
 from sftdata.inputs import plan_inputs
 from sftdata.output import counted
 from sftdata.plan import choose_tokenizer
+from sftdata.set.local import path_of
 from sftdata.set.manifest import Manifest, SourceInfo, TokenizerInfo
 from sftdata.set.rows import MappedShard
 from sftdata.set.shards import ShardInfo, shard_name
@@ -109,12 +111,13 @@ def choose_rows(tokenizer: str | None, split: str | None, columns: Mapping[str, 
     return None
 
 
-def open_either(path: str | Path, rows: Rows | None = None) -> ShownSet:
+def open_either(path: str | PathLike[str], rows: Rows | None = None) -> ShownSet:
     """Open a finished set, or read token rows that another tool prepared.
 
     Raises:
         UsageError: there is neither, rows hold no token ids, or a tokenizer is named where the set has one.
     """
+    path = path_of(path)
     made = set_in(Path(path)) == "a finished set"
     if rows is not None and not made:
         return open_foreign(str(path), rows)
@@ -126,9 +129,9 @@ def open_either(path: str | Path, rows: Rows | None = None) -> ShownSet:
     return open_shown(path)
 
 
-def open_against(path: str | Path, rows: Rows | None) -> ShownSet:
+def open_against(path: str | PathLike[str], rows: Rows | None) -> ShownSet:
     """Open what a set is compared with: a finished set, or token rows read as those of the first."""
-    return open_either(path, None if set_in(Path(path)) == "a finished set" else rows)
+    return open_either(path, None if set_in(Path(path_of(path))) == "a finished set" else rows)
 
 
 def open_foreign(path: str, rows: Rows) -> ForeignSet:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from sftdata.errors import RESTORE
 from sftdata.set.hashes import UInt64, hash_documents, hash_prompts
 from sftdata.set.index import INDEX, Segments, read_index
 from sftdata.set.ledger import DROPPED_NAME, REJECTS_NAME, read_lines
-from sftdata.set.local import check_file, file_of
+from sftdata.set.local import check_file, file_of, path_of
 from sftdata.set.manifest import Manifest, SourceInfo
 from sftdata.show.pictures import ShownPicture
 from sftdata.views.bases import Base, open_bases, read_documents
@@ -254,7 +255,7 @@ class Letters:
         return int(np.searchsorted(ends, byte, side="right"))
 
 
-def open_sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
+def open_sides(a: str | PathLike[str], b: str | PathLike[str]) -> tuple[Side, Side]:
     """Open two sets to be compared: only their manifests and indexes are read, where these say enough.
 
     Raises:
@@ -275,13 +276,13 @@ def open_sides(a: str | Path, b: str | Path) -> tuple[Side, Side]:
     return left, right
 
 
-def _open_side(folder: str | Path, numbers: dict[tuple[str, int], int]) -> Side:
+def _open_side(folder: str | PathLike[str], numbers: dict[tuple[str, int], int]) -> Side:
     """Open one side.
 
     Args:
         numbers: of the places' sources, by name and how often that name came before; grows.
     """
-    (base,) = open_bases([folder])
+    (base,) = open_bases([path_of(folder)])
     if base.manifest.format_version == 1:
         return _without_index(base, numbers)
     files = [file for file in base.manifest.files if file.name.startswith(f"{INDEX}-")]

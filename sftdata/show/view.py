@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import overload
 
@@ -302,7 +303,7 @@ class ShownSet(ShardSet):
             return super().__getitem__(index)
         row = super().__getitem__(index)
         columns = {field.name: getattr(row, field.name) for field in fields(PackedRow)}
-        return ShownRow(**columns, shards=self, number=range(len(self))[index])
+        return ShownRow(**columns, shards=self, number=self._number(index))
 
     def view(self, number: int) -> View:
         """Return row `number` with its text laid over the stored ids and labels.
@@ -415,7 +416,7 @@ class ShownSet(ShardSet):
         return notebook_summary(self)
 
 
-def open_shown(folder: str | Path) -> ShownSet:
+def open_shown(folder: str | PathLike[str]) -> ShownSet:
     """Open a finished set to look at it.
 
     Raises:

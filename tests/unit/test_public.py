@@ -66,22 +66,23 @@ SftError(message: str, fix: str = '') -> None
 Text(text)
 Tokens(input_ids, labels)
 UsageError(message: str, fix: str = '') -> None
-audit(folder: str | Path, *, against: str | Path | None = None, every: bool = False, tokenizer: str | None = None,\
+audit(folder: str | PathLike[str], *, against: str | PathLike[str] | None = None, every: bool = False,\
+ tokenizer: str | None = None,\
  split: str | None = None, map: Mapping[str, str] = {{}}) -> list[Finding]
 by_columns(formatter: _Function) -> _Function
-diff(a: str | Path, b: str | Path, *, limit: int = 3) -> Diff
-export(folder: str | Path, *, to: Target, output: str | Path) -> Exported
-open(folder: str | Path) -> ShownSet
+diff(a: str | PathLike[str], b: str | PathLike[str], *, limit: int = 3) -> Diff
+export(folder: str | PathLike[str], *, to: Target, output: str | Path) -> Exported
+open(folder: str | PathLike[str]) -> ShownSet
 prepare(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, output: str | Path, formatter: Formatter = None,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  {BUILT}, {CHOSEN}, {HOW.replace("int |", "int | Executor |", 1)}) -> Manifest | tuple[Manifest, Manifest]
 preview(inputs: Inputs, *, tokenizer: AnyTokenizer | None = None, number: int = 3, formatter: Formatter = None,\
  {BUILT}, {HOW}) -> Preview
-push(place: str | Path, to: str, on_sent: OnSent | None = None) -> Pushed
+push(place: str | PathLike[str], to: str, on_sent: OnSent | None = None) -> Pushed
 stream(rows: Iterable[Any], *, tokenizer: AnyTokenizer, formatter: Formatter = None, buffer_rows: int = 1024,\
  infinite: bool = False, shuffle: bool = False, seed: int = 0, {READ}, {MASKED}, {CUT}, {ENGINE}, **unknown: Never) -> Stream
-verify(folder: str | Path, *, sha256: bool = False, quick: bool = False) -> VerifyReport
-view(sets: str | Path | Sequence[str | Path], *, output: str | Path,\
+verify(folder: str | PathLike[str], *, sha256: bool = False, quick: bool = False) -> VerifyReport
+view(sets: str | PathLike[str] | Sequence[str | PathLike[str]], *, output: str | Path,\
  on_note: Callable[[str], object] | None = None, on_progress: Callable[[Progress], object] | None = None,\
  like: str | Path | None = None, sources: Sequence[str] = (), without: Sequence[str] = (), min_tokens: int | None = None,\
  max_tokens: int | None = None, min_trained: str | None = None, max_trained: str | None = None,\

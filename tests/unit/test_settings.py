@@ -309,7 +309,7 @@ def test_another_tools_setting_is_answered_with_ours(
     else:
         flag = settings.flag_of(answer.setting, answer.program)
         assert flag in fixes[1]
-        assert fixes[0] == fixes[1].replace(f"here it is {flag}.", f"here it is {answer.setting}.")
+        assert fixes[0] == fixes[1].replace(f"here it is {flag}", f"here it is {answer.setting}")
         assert ("sfttrain run" in fixes[0]) == (answer.program == "sfttrain")
 
 
