@@ -27,7 +27,7 @@ _PARTS = re.compile(
     r"`[^`]*`|\b(?:sft(?:data|train) [a-z]|iconv -).*"  # commands stay as they are
     r"|(?<!\w)'[^']*'(?!\w)|(?<!\w)\"(?:\\.|[^\"\\])*\"(?!\w)"  # and so does data
     r"|(?<![\w./-])(?P<flag>--[a-z][a-z-]*|-[to])(?![\w-])"
-    r"|(?<![\w./-])(?P<name>[a-z]\w+(?:\.\w+)*)=(?P<value>[\w./+:-]*[\w%])"
+    r"|(?<![\w./-])(?P<name>[a-z]\w+(?:\.\w+)*)=(?P<value>[\w./+:=-]*[\w%])"
 )
 _QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\"|\$(?P<escaped>'(?:\\.|[^'\\])*')"
 _WORD = re.compile(rf" (?P<word>(?:{_QUOTED}|[^\s'\"`])+)")

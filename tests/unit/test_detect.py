@@ -36,7 +36,7 @@ EXPECTED = {
     "dirty/instruction_null_field_5rows.json": ("json", "alpaca: instruction, output"),
     "dirty/new_codealpaca_two_answer_columns.json.gz": (
         "json",
-        "--map output=output or --map output=response",
+        'map={"output": "output"} or map={"output": "response"}',
     ),
     "dirty/ruozhiba_emo_json_array_named.jsonl": ("json", "xtuner: conversation"),
     "instruction/alpaca_5000.json": ("json", ALPACA),
@@ -81,7 +81,7 @@ EXPECTED = {
     "tools/glaive_toolcall_zh.json": ("json", "sharegpt: conversations, tools"),
     "tools/gorilla_openfunctions_v1_test.json": (
         "json",
-        "if 'model_answer' is the answer: --map answer=model_answer.",
+        'if \'model_answer\' is the answer: map={"answer": "model_answer"}.',
     ),
     "vision/lf_mllm_demo.json": ("json", "messages: messages"),
     "vision/lf_v1_multimodal_demo.jsonl": ("jsonl", "messages: messages"),

@@ -277,7 +277,7 @@ def test_a_sentencepiece_only_tokenizer_is_refused_with_a_fix_that_works(
     folder = shared_data / "tokenizers" / "yi-chat-spm-only"
     message = refused(str(folder))
     assert "tokenizer.model but no tokenizer.json" in message
-    code = message.split('python -c "')[1].split('" && use -t converted')[0]
+    code = message.split('python -c "')[1].split('" && use tokenizer="converted"')[0]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
     assert resolve_tokenizer(str(tmp_path / "converted")).eos_token == "<|endoftext|>"
 
@@ -287,7 +287,7 @@ def test_an_end_token_that_the_tokenizer_lacks_is_one_of_those_it_names(small: P
     said = refused(str(small), eos_token="<|nope|>")
     assert "has no token '<|nope|>'" in said
     named = said.partition("special tokens: ")[2].partition(".")[0].split(", ")
-    assert said.endswith("--eos-token with one of these.")
+    assert said.endswith("eos_token with one of these.")
     for token in named:
         assert resolve_tokenizer(str(small), eos_token=token).eos_token == token
 

@@ -113,30 +113,30 @@ def test_settings_at_their_defaults_are_not_refused_and_what_cannot_act_is_not_r
     [
         (
             {"optim": "sgd", "adam_beta1": 0.5},
-            "adam_beta1=0.5: optim=sgd does not read it. Fix: leave it out",
+            'adam_beta1=0.5: optim="sgd" does not read it. Fix: leave it out',
         ),
         (
             {"optim": "adafactor", "adam_epsilon": 1e-3},
-            "adam_epsilon=0.001: optim=adafactor does not read it",
+            'adam_epsilon=0.001: optim="adafactor" does not read it',
         ),
         (
             {"optim": "adamw_torch", "optim_args": "nonsense=1"},
-            "optim_args=nonsense=1: optim=adamw_torch does not read it",
+            'optim_args="nonsense=1": optim="adamw_torch" does not read it',
         ),
         ({"optim": "adamw_torch", "optim_target_modules": ["q_proj"]}, "optim_target_modules="),
         (
             {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
-            "optim=galore_adamw: cannot be used: ",
+            'optim="galore_adamw": cannot be used: ',
         ),
-        ({"optim": "schedule_free_adamw"}, "optim=schedule_free_adamw: cannot be used: "),
-        ({"optim": "lomo"}, "optim=lomo: cannot be used: "),
+        ({"optim": "schedule_free_adamw"}, 'optim="schedule_free_adamw": cannot be used: '),
+        ({"optim": "lomo"}, 'optim="lomo": cannot be used: '),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
-            "lr_scheduler_type=cosine_with_min_lr: cannot be used: ",
+            'lr_scheduler_type="cosine_with_min_lr": cannot be used: ',
         ),
         (
             {"lr_scheduler_type": "warmup_stable_decay"},
-            "lr_scheduler_type=warmup_stable_decay: cannot be used: ",
+            'lr_scheduler_type="warmup_stable_decay": cannot be used: ',
         ),
         ({"lr_scheduler_kwargs": {"speed": 1}}, "lr_scheduler_kwargs={'speed': 1}: cannot be used"),
     ],

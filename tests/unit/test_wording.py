@@ -58,6 +58,7 @@ KEYWORDS = {name for function in CALLED for name in inspect.signature(function).
         ("raise it with --set max_line_bytes=N.", "raise it with max_line_bytes=N."),
         ("a smaller --set slice_bytes.", "a smaller slice_bytes."),
         ("--set training.seed=1", "seed=1"),
+        ("optim_args=nonsense=1: not read", 'optim_args="nonsense=1": not read'),
         ("as --set template_kwargs.think=false.", 'as template_kwargs={"think": False}.'),
         ("set fp16=true, or save_strategy=no.", 'set fp16=True, or save_strategy="no".'),
         ("--order length orders rows; --order says how", 'order="length" orders rows; order says how'),
