@@ -172,7 +172,8 @@ def explained_store(where: str) -> Iterator[None]:
         connect.cache_clear()  # the fix may be another setting of the environment, which a client reads once
         keys = KEYS[EXTRAS[where.partition("://")[0]]]
         text = str(error)
-        said = f"{type(error).__name__}: {' '.join(text.partition('Debug source')[0].split())[:300]}"
+        short = without_secrets(" ".join(text.partition("Debug source")[0].split()))[:300]  # queries are long
+        said = f"{type(error).__name__}: {short}"
         for pattern, (what, fix) in _REFUSALS.items():
             if re.search(pattern, f"{said} {text}"):
                 raise UsageError(f"{where}: {what} ({said}).", fix.format(keys=keys, again=_AGAIN)) from None

@@ -174,7 +174,7 @@ def _is_filled(folder: Path) -> bool:
     path = folder / MANIFEST_NAME
     try:
         fetch(folder, _small(_listed(folder)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (msgspec.MsgspecError, UnicodeDecodeError):
         _say(f"{path}: damaged in the cache; fetched again.")

@@ -137,7 +137,7 @@ def test_a_view_of_more_than_the_cache_holds_is_refused(
     url = serve(web, chats)
     sftdata.view(url, output=tmp_path / "view", max_length=48)
     monkeypatch.setenv("SFTDATA_CACHE_GB", "1e-4")
-    said = "a view by index reads [0-9,]+ bytes of sets behind URLs; the cache is bound to 100,000.*--write"
+    said = "reads [0-9,]+ bytes of sets behind URLs; the cache is bound to 100,000.*write=True"
     with pytest.raises(UsageError, match=said):
         open_set(tmp_path / "view")[0]
     monkeypatch.setenv("SFTDATA_CACHE_GB", "0.01")
