@@ -23,6 +23,7 @@ import sftdata
 from sftdata.errors import SftError
 from sftdata.set.verify import verify
 from sftdata.sources.source import open_source
+from sftdata.wording import in_a_shell
 
 TOKENIZERS = ("qwen2.5-instruct", "llama-3.2-instruct", "mistral-7b-instruct", "phi-3-mini", "gpt2")
 PAGE = Path(__file__).with_name("compatibility.md")
@@ -86,6 +87,7 @@ def data_files(data: Path) -> list[Path]:
     return sorted(path for path in files if "vision" not in path.relative_to(data).parts)
 
 
+@in_a_shell()  # the page says what the command says
 def run(data: Path, path: Path, tokenizer: str) -> Outcome:
     """Prepare one file with one tokenizer, do what refusals say, and verify the set."""
     outcome = Outcome(path.relative_to(data / "datasets").as_posix(), tokenizer)

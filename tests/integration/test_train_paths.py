@@ -185,5 +185,5 @@ def test_what_only_a_proof_allows_is_refused_without_one(
 ) -> None:
     monkeypatch.setattr("sfttrain.path.prove", _unprovable)
     ((name, value),) = asked.items()
-    with pytest.raises(UsageError, match=f"{name}={value}.*cannot be made small.*Fix: set {name}="):
+    with pytest.raises(UsageError, match=f'{name}="{value}".*cannot be made small.*Fix: set {name}='):
         train_in_process(shards, wide, tmp_path / "out", QUICK, **asked)

@@ -373,7 +373,7 @@ def test_other_data_needs_a_new_leg_and_acts_in_it(
     assert said in refused.value.message
     assert "--new-leg and a higher max_steps train it on with these sets" in refused.value.fix
     (folder / "run.json").unlink()
-    changed = "cannot resume, since the run changed.*--new-leg to go on with these sets from here"
+    changed = "cannot resume, since the run changed.*new_leg=True to go on with these sets from here"
     with pytest.raises(UsageError, match=changed) as refused:
         _leg(done.parent, folder, names, {}, own)
     assert said in refused.value.message
