@@ -456,8 +456,8 @@ ELSEWHERE: dict[str, str] = {
     "--drop": f"{_BLAME}test_a_list_for_drop_leaves_out_these_lines_and_no_others",
     "--step with one of these.": f"{_BLAME}test_a_step_that_was_not_logged_is_refused",
     "leave -o out.": f"{_BLAME}test_of_a_step_that_trained_nothing_no_list_is_made",
-    "name the folder where it lies now: --sets DIR.": f"{_BLAME}test_runs_and_sets_are_found_where_they_were_moved",
-    "{} {} {}; if the set was moved, --sets DIR names them.": (
+    "name the folder where it lies now: `--sets DIR`.": f"{_BLAME}test_runs_and_sets_are_found_where_they_were_moved",
+    "{} {} {}; if the set was moved, `--sets DIR` names them.": (
         f"{_BLAME}test_documents_of_an_earlier_leg_whose_set_is_gone_are_counted_and_the_others_are_named"
     ),
     "train with `sfttrain run ... --log-documents`.": (

@@ -167,7 +167,7 @@ class LoggedRun:
         for number, error in self.gone.items():
             count = len(np.unique(self.losses.example_id[self.losses.set == number]))
             lacks = f"document{'s have' if count != 1 else ' has'} no name here"
-            yield f"{error.message} {count:,} {lacks}; if the set was moved, --sets DIR names them."
+            yield f"{error.message} {count:,} {lacks}; if the set was moved, `--sets DIR` names them."
 
     def held(self, documents: Sequence[Blamed]) -> list[list[tuple[int, int]]]:
         """Return for each document the sets, and its ids in them, of the last leg that has any of them.
@@ -296,4 +296,4 @@ class LoggedRun:
             except SftError as error:
                 reasons.append(error.message)
         found = f"{self.folder}: was trained on a set of digest {trained.digest[:12]}, which is not there"
-        raise UsageError(f"{found}: {reasons[-1]}", "name the folder where it lies now: --sets DIR.")
+        raise UsageError(f"{found}: {reasons[-1]}", "name the folder where it lies now: `--sets DIR`.")
